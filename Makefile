@@ -1,0 +1,38 @@
+# make pretrain   train the default model (one command from a bare machine)
+# make test       the default test suite, ruff and mypy
+# make test-all   everything, the slow tests included
+# make bench      the benchmarks behind docs/performance.md
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+.PHONY: setup setup-dev pretrain test test-all lint bench clean
+
+pretrain: setup
+	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
+
+test: setup-dev lint
+	@$(BIN)/python -m pytest tests -m "not slow"
+
+test-all: setup-dev lint
+	@$(BIN)/python -m pytest tests
+
+lint: setup-dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python benchmarks/layer.py && $(BIN)/python benchmarks/step.py
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: requirements.txt pyproject.toml tools/setup_venv.sh
+	@PYTHON=$(PYTHON) sh tools/setup_venv.sh $(VENV) requirements.txt && touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt pyproject.toml tools/setup_venv.sh
+	@PYTHON=$(PYTHON) sh tools/setup_venv.sh $(VENV) requirements-dev.txt && touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,20 @@
+#!/usr/bin/env python
+"""Pretrain a Mixture-of-Experts language model routed by discrete codes.
+
+    deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json
+    deepspeed --num_gpus 2 launchers/pretrain.py --ds_config ds_configs/zero2.json --ep_size 2
+    deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json --data my_text/ --preset base --run_dir runs/mine
+
+With nothing but --ds_config it trains the preset `tiny` on the documentation that every Python carries.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vqmoe_ds.train.cli import build_parser
+from vqmoe_ds.train.pretrain import main
+
+if __name__ == "__main__":
+    sys.exit(main(build_parser(__doc__ or "").parse_args()))

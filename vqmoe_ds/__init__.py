@@ -1,0 +1,3 @@
+"""Sparse Mixture-of-Experts models routed by discrete codes (VQMoE), trained with DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,132 @@
+"""Saving and resuming a running session through DeepSpeed's own checkpoint files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from vqmoe_ds.checkpoint.store import (
+    find_newest,
+    read_manifest,
+    retire,
+    tag_name,
+    verify,
+    write_atomically,
+    write_manifest,
+)
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.errors import CheckpointError, TrainingHalted
+from vqmoe_ds.train.engine import Session
+
+STRUCTURE = {
+    "model": None,
+    "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend"),
+    "codebook": ("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning"),
+}
+"""Fields that decide whether a checkpoint fits a model (None: the whole section)."""
+
+
+def save(session: Session, folder: Path, step: int, keep_last: int) -> Path:
+    """Write, seal and only then make current a checkpoint of all ranks.
+
+    Raises:
+        TrainingHalted: the files could not be written; what was saved before is untouched.
+    """
+    tag = folder / tag_name(step)
+    first = session.place.rank == 0
+    if first and tag.exists():
+        shutil.rmtree(tag)
+    _barrier()
+    config = session.config
+    state = {"step": step, "layout": config.layout(), "config": config.run.model_dump(mode="json")}
+    try:
+        session.engine.save_checkpoint(str(folder), tag=tag.name, client_state={"vqmoe_ds": state}, save_latest=False)
+        _barrier()
+        if first:
+            write_manifest(tag, state)
+            write_atomically(folder / "latest", tag.name)
+            retire(folder, keep_last)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingHalted(
+            f"checkpoint {tag} could not be written ({reason}); earlier checkpoints in {folder} are untouched; "
+            "free some space and start again to resume from the newest"
+        ) from error
+    _barrier()
+    return tag
+
+
+def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]]:
+    """The checkpoint ``--resume`` means, the same on all ranks, and what was passed over.
+
+    Args:
+        folder: the run's checkpoint folder.
+        resume: ``auto`` (newest that verifies, if any), ``never``, or the path of a tag or of a run folder.
+        rank: rank 0 reads and verifies; the others are told.
+    """
+    answer: list[Any] = [None, [], None]
+    if rank == 0 and resume != "never":
+        try:
+            answer = [*_choose_here(folder, resume), None]
+        except CheckpointError as error:
+            answer[2] = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[2] is not None:
+        raise CheckpointError(answer[2])
+    return answer[0], answer[1]
+
+
+def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    if resume == "auto":
+        found = find_newest(folder)
+        return found.path, found.passed_over
+    path = Path(resume)
+    for candidates in (path, path / "checkpoints"):
+        found = find_newest(candidates)
+        if found.path is not None:
+            return found.path, found.passed_over
+    if not path.exists():
+        raise CheckpointError(f"--resume {resume}: no such folder")
+    verify(path)
+    return path, []
+
+
+def load(session: Session, tag: Path) -> int:
+    """Restore weights, optimizer, codebooks and step from a tag; returns the step.
+
+    Raises:
+        CheckpointError: another architecture (the field is named) or another layout.
+    """
+    manifest = read_manifest(tag)
+    check_structure(session.config.run, manifest["config"], tag)
+    layout = session.config.layout()
+    for name, value in layout.items():
+        if manifest["layout"][name] != value:
+            raise CheckpointError(
+                f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; resume on the "
+                "layout it was written with"
+            )
+    session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
+    return int(manifest["step"])
+
+
+def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
+    """Refuse a checkpoint whose model differs, naming the first field."""
+    here = run.model_dump(mode="json")
+    for section, names in STRUCTURE.items():
+        for name in names or here[section]:
+            theirs, ours = saved.get(section, {}).get(name), here[section][name]
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{tag} holds another model: {section}.{name}={theirs} there, {ours} here; "
+                    f"set {section}.{name}={theirs} or start in another --run_dir"
+                )
+
+
+def _barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

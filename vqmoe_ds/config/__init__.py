@@ -1,0 +1,1 @@
+"""Run configuration and the check of the DeepSpeed JSON."""

@@ -1,0 +1,257 @@
+"""Reads the DeepSpeed JSON, fills its "auto" values from the run configuration and refuses contradictions.
+
+DeepSpeed accepts an unknown top-level key silently and reports most contradictions by an assertion deep inside;
+here each is one sentence before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.config.load import LoadedConfig, nearest_key
+from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.errors import ConfigError
+
+TOP_LEVEL_KEYS = [
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "optimizer",
+    "scheduler",
+    "gradient_clipping",
+    "fp16",
+    "bf16",
+    "bfloat16",
+    "torch_autocast",
+    "data_types",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "gradient_allreduce_op",
+    "disable_allgather",
+    "disable_python_gc",
+    "sparse_gradients",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "log_level",
+    "tensorboard",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "comms_logger",
+    "flops_profiler",
+    "activation_checkpointing",
+    "checkpoint",
+    "datastates",
+    "aio",
+    "autotuning",
+    "data_efficiency",
+    "compile",
+    "timers",
+    "tensor_parallel",
+    "expert_parallel",
+    "use_data_before_expert_parallelism",
+    "dataloader_drop_last",
+    "weight_quantization",
+]
+"""Top-level keys DeepSpeed 0.19.8 reads and this trainer can run with."""
+
+UNSUPPORTED = {
+    "hybrid_engine": "inference engine",
+    "pipeline": "pipeline parallelism",
+    "tensor_parallel": "tensor parallelism",
+    "data_efficiency": "DeepSpeed's data sampler",
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the DeepSpeed JSON and the run configuration say together.
+
+    ``deepspeed`` is the dictionary for ``deepspeed.initialize``: no "auto" left, no ``expert_parallel`` section (our
+    layer brings its own groups). ``run`` is the run configuration with the JSON's numbers in it.
+    """
+
+    deepspeed: dict[str, Any]
+    run: RunConfig
+    ep_size: int
+    world_size: int
+    micro_batch: int
+    accumulation_steps: int
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def precision(self) -> str:
+        for name in ("bf16", "fp16"):
+            if self.deepspeed.get(name, {}).get("enabled"):
+                return name
+        return "fp32"
+
+    def ep_rank(self, rank: int) -> int:
+        """A rank's place in its expert-parallel group (DeepSpeed's E+D or D+E order)."""
+        if self.deepspeed.get("use_data_before_expert_parallelism"):
+            return rank // (self.world_size // self.ep_size)
+        return rank % self.ep_size
+
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint's files depend on."""
+        return {
+            "world_size": self.world_size,
+            "ep_size": self.ep_size,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+        }
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """The JSON as a dictionary; unknown or unsupported top-level keys are refused."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed config {path} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed config {path} is not valid JSON: {error.msg} at line {error.lineno}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"DeepSpeed config {path} must be a JSON object")
+    for key in values:
+        if key in UNSUPPORTED:
+            raise ConfigError(f"DeepSpeed config {path}: {key} ({UNSUPPORTED[key]}) is not supported here; remove it")
+        if key not in TOP_LEVEL_KEYS:
+            raise ConfigError(f"DeepSpeed config {path}: top-level key {key!r} is unknown; {_near(key)}")
+    return values
+
+
+def resolve(path: str, loaded: LoadedConfig, world_size: int, ep_size: int | None = None) -> EngineConfig:
+    """Join the JSON at ``path`` with the run configuration for ``world_size`` ranks.
+
+    Args:
+        path: DeepSpeed JSON.
+        loaded: run configuration and the fields the user set; these may not contradict a number in the JSON.
+        world_size: ranks of the run.
+        ep_size: expert-parallel size from the command line, if given.
+
+    Raises:
+        ConfigError: contradiction, or a size that divides nothing.
+    """
+    values = copy.deepcopy(read_deepspeed_json(path))
+    joiner = _Joiner(path, loaded)
+    optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    params = optimizer.setdefault("params", {})
+    if "betas" in params and params["betas"] != "auto":
+        joiner.join(params, "betas", "train.beta1", part=0)
+        joiner.join(params, "betas", "train.beta2", part=1)
+    joiner.join(params, "lr", "train.learning_rate")
+    joiner.join(params, "weight_decay", "train.weight_decay")
+    joiner.join(values, "gradient_clipping", "train.grad_clip")
+    micro, accumulation = _batch_sizes(values, joiner, world_size, path)
+    run = joiner.config()
+    params["betas"] = [run.train.beta1, run.train.beta2]
+    size = _expert_parallel_size(values, path, ep_size)
+    values.setdefault("steps_per_print", 10**9)
+    values.update(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation)
+    if "bfloat16" in values:
+        values["bf16"] = values.pop("bfloat16")
+    for name, value in _leaves(values):
+        if value == "auto":
+            raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
+    _check_expert_parallel(size, world_size, run)
+    return EngineConfig(values, run, size, world_size, micro, accumulation)
+
+
+class _Joiner:
+    """Takes numbers over from the JSON into the run configuration, or from there into "auto"."""
+
+    def __init__(self, path: str, loaded: LoadedConfig) -> None:
+        self.path, self.loaded = path, loaded
+        self.values = loaded.config.model_dump()
+
+    def join(self, holder: dict[str, Any], key: str, field: str, part: int | None = None) -> None:
+        section, name = field.split(".")
+        given = holder.get(key, "auto")
+        if given == "auto":
+            holder[key] = self.values[section][name]
+            return
+        number = given[part] if part is not None else given
+        if field in self.loaded.explicit and number != self.values[section][name]:
+            raise ConfigError(
+                f"{field}={self.values[section][name]} contradicts {key}={given} in DeepSpeed config {self.path}; "
+                f'write "auto" there or drop {field}'
+            )
+        self.values[section][name] = number
+
+    def config(self) -> RunConfig:
+        return RunConfig.model_validate(self.values)
+
+
+def _batch_sizes(values: dict[str, Any], joiner: _Joiner, world: int, path: str) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) so that micro * accumulation * world = train_batch_size."""
+    known = {
+        key: None if values.get(key, "auto") == "auto" else int(values[key])
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    }
+    total, micro, accumulation = known.values()
+    if total is None and micro is not None and accumulation is not None:
+        values["train_batch_size"] = micro * accumulation * world
+    joiner.join(values, "train_batch_size", "train.batch_size")
+    total = int(values["train_batch_size"])
+    if micro is None and accumulation is None:
+        accumulation = 1
+    if micro is None:
+        micro = total // (world * (accumulation or 1))
+    if accumulation is None:
+        accumulation = total // (world * micro) if micro else 0
+    if micro < 1 or accumulation < 1 or micro * accumulation * world != total:
+        raise ConfigError(
+            f"batch sizes contradict: train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {accumulation} x {world} ranks (DeepSpeed config {path}, train.batch_size)"
+        )
+    return micro, accumulation
+
+
+def _expert_parallel_size(values: dict[str, Any], path: str, from_command_line: int | None) -> int:
+    section = values.pop("expert_parallel", {})
+    for key in section:
+        if key not in ("enabled", "autoep_size"):
+            raise ConfigError(
+                f"DeepSpeed config {path}: expert_parallel.{key} is not read here; only autoep_size (and enabled) are"
+            )
+    in_json = section.get("autoep_size") if section.get("enabled", True) else None
+    if from_command_line is not None and in_json is not None and from_command_line != in_json:
+        raise ConfigError(
+            f"--ep_size {from_command_line} contradicts expert_parallel.autoep_size={in_json} in DeepSpeed config "
+            f"{path}; give it once"
+        )
+    size = from_command_line if from_command_line is not None else in_json
+    return 1 if size is None else int(size)
+
+
+def _check_expert_parallel(size: int, world: int, run: RunConfig) -> None:
+    if size < 1 or world % size:
+        raise ConfigError(f"expert-parallel size {size} does not divide the {world} ranks of this run")
+    if run.moe.router is not Router.DENSE and run.moe.num_experts % size:
+        raise ConfigError(f"expert-parallel size {size} does not divide moe.num_experts={run.moe.num_experts}")
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        rows += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows
+
+
+def _near(key: str) -> str:
+    return nearest_key(key, list(TOP_LEVEL_KEYS))

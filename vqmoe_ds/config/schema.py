@@ -1,0 +1,213 @@
+"""The typed run configuration: every option, its unit, its default and what it means.
+
+Presets (``config/presets/*.yaml``), ``--config FILE.yaml`` and ``--set section.field=value`` fill it in that
+order. What DeepSpeed owns (ZeRO, precision, offload, expert-parallel size) stays in the DeepSpeed JSON, where
+``"auto"`` means "as in this configuration".
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _f(default: Any, meaning: str, unit: str = "", **bounds: Any) -> Any:
+    return Field(default, description=meaning, json_schema_extra={"unit": unit} if unit else None, **bounds)
+
+
+class Router(StrEnum):
+    VQ = "vq"
+    TOPK = "topk"
+    HASH_TOKEN = "hash_token"
+    DENSE = "dense"
+
+
+class CodeSource(StrEnum):
+    LAYER_STATE = "layer_state"
+    TOKEN_EMBEDDING = "token_embedding"
+    POSITION_EMBEDDING = "position_embedding"
+    CONTEXT = "context"
+    EARLY_BLOCK = "early_block"
+
+
+class CodeMap(StrEnum):
+    MOD = "mod"
+    BALANCED = "balanced"
+
+
+class ModelConfig(_Section):
+    """The transformer around the experts: pre-norm decoder, RMSNorm, rotary positions, causal SDPA attention."""
+
+    vocab_size: int = _f(256, "size of the vocabulary", "tokens", ge=2)
+    layers: int = _f(4, "transformer blocks", ge=1)
+    width: int = _f(128, "model width d", "features", ge=2)
+    heads: int = _f(4, "attention heads; must divide the width", ge=1)
+    sequence_length: int = _f(256, "training context", "tokens", ge=2)
+    moe_every: int = _f(1, "an MoE layer in every n-th block (1: all, 2: every second)", "blocks", ge=1)
+    dense_hidden: int = _f(0, "hidden width of the dense MLPs; 0: that of the experts a token uses", "features", ge=0)
+    rope_theta: float = _f(10000.0, "base of the rotary frequencies", gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"model.heads={self.heads} must divide model.width={self.width} into an even width per head"
+            )
+        if self.moe_every > self.layers:
+            raise ValueError(f"model.moe_every={self.moe_every} leaves no MoE layer in model.layers={self.layers}")
+        return self
+
+
+class MoEConfig(_Section):
+    """Experts and the router that picks them."""
+
+    router: Router = _f(Router.VQ, "vq: codes and optional top-k; topk: linear router; hash_token; dense: no experts")
+    num_experts: int = _f(16, "experts a layer", "experts", ge=1)
+    expert_hidden: int = _f(192, "hidden width of one SwiGLU expert", "features", ge=1)
+    top_k: int = _f(1, "experts a token is sent to by the linear router; 0 with vq: discrete path only", ge=0)
+    balance_weight: float = _f(0.01, "weight of the load-balancing loss of the linear router", ge=0)
+    z_loss_weight: float = _f(0.0, "weight of the router z-loss", ge=0)
+    code_blend: float = _f(
+        0.0,
+        "c in q = x + c(v - x), what the discrete expert sees; 1: the paper's equation, 0: codes only route",
+        ge=0,
+        le=1,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}")
+        if self.router is Router.TOPK and self.top_k == 0:
+            raise ValueError("moe.top_k=0 leaves moe.router=topk without experts; use 1 or more, or moe.router=vq")
+        return self
+
+
+class CodebookConfig(_Section):
+    """What codes look at, how they are born, how they learn, and when they stop."""
+
+    num_codes: int = _f(0, "codes K a layer; 0: as many as experts", "codes", ge=0)
+    source: CodeSource = _f(CodeSource.CONTEXT, "the vector that is compared with the codes")
+    context_window: int = _f(
+        3, "source=context: tokens whose embeddings are mixed, the current one included", "tokens", ge=1
+    )
+    context_decay: float = _f(0.5, "source=context: weight of a token relative to the next one", ge=0, le=1)
+    position_weight: float = _f(0.5, "source=position_embedding: size of the position vector, embedding = 1", ge=0)
+    source_block: int = _f(0, "source=early_block: index of the block whose output is looked at", ge=0)
+    source_momentum: float = _f(
+        0.0,
+        "look at a moving average of the embedding table with this momentum a step; 0: at the live table",
+        ge=0,
+        lt=1,
+    )
+    normalize_source: bool = _f(True, "scale source vectors to unit root mean square before the lookup")
+    code_dim: int = _f(0, "look codes up in a fixed random projection to this width; 0: full width", "features", ge=0)
+    distance: str = _f("euclidean", "euclidean or cosine", pattern="^(euclidean|cosine)$")
+    code_map: CodeMap = _f(CodeMap.MOD, "code to expert: mod (k mod N, the paper's) or balanced by frequency at birth")
+    init: str = _f("kmeans", "kmeans or random (samples of the source)", pattern="^(kmeans|random)$")
+    birth_step: int = _f(
+        1, "optimizer step at whose end the codes are placed; before it they are random", "steps", ge=1
+    )
+    kmeans_samples: int = _f(8192, "vectors drawn from all ranks at birth", "vectors", ge=1)
+    kmeans_iterations: int = _f(10, "Lloyd iterations at birth", ge=0)
+    learning: str = _f("ema", "ema, gradient (the paper's) or frozen (random codes)", pattern="^(ema|gradient|frozen)$")
+    learning_rate: float = _f(3.5e-4, "learning=gradient: Adam step size of the codes", gt=0)
+    decay: float = _f(0.9, "learning=ema: decay a step right after birth", ge=0, le=1)
+    decay_final: float = _f(0.999, "learning=ema: decay reached after decay_steps", ge=0, le=1)
+    decay_steps: int = _f(200, "steps over which the decay rises", "steps", ge=0)
+    freeze_step: int = _f(0, "optimizer step from which codes no longer move; 0: never frozen", "steps", ge=0)
+    dead_below: float = _f(0.05, "re-seed codes used less than this share of the mean; 0: never", ge=0, lt=1)
+    reseed_until: int = _f(0, "last step at which dead codes are re-seeded; 0: no limit", "steps", ge=0)
+    commitment_weight: float = _f(0.0, "weight of the commitment loss a layer (source=layer_state only)", ge=0)
+    soft_output: float = _f(
+        0.0, "scale the discrete output by the softmax probability of its code at this temperature; 0: off", ge=0
+    )
+
+
+class TrainConfig(_Section):
+    """Optimisation. Learning rate, betas, decay, clipping and batch size fill the "auto" of the DeepSpeed JSON."""
+
+    steps: int = _f(1000, "optimizer steps of the whole run", "steps", ge=1)
+    batch_size: int = _f(16, "sequences an optimizer step, over all ranks", "sequences", ge=1)
+    learning_rate: float = _f(3e-3, "peak learning rate of AdamW", gt=0)
+    min_learning_rate: float = _f(0.1, "final learning rate as a share of the peak", ge=0, le=1)
+    warmup_steps: int = _f(50, "linear warm-up", "steps", ge=0)
+    weight_decay: float = _f(0.1, "decay of weight matrices (not of norms and gates)", ge=0)
+    beta1: float = _f(0.9, "AdamW beta 1", ge=0, lt=1)
+    beta2: float = _f(0.95, "AdamW beta 2", ge=0, lt=1)
+    grad_clip: float = _f(1.0, "gradient norm limit; 0: none", ge=0)
+    seed: int = _f(1234, "seed of weights, data order and codes", ge=0)
+    activation_checkpointing: bool = _f(False, "recompute every block in backward to save memory")
+    max_bad_steps: int = _f(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1)
+
+
+class DataConfig(_Section):
+    """Where the text comes from."""
+
+    path: str | None = _f(None, "file or folder of UTF-8 or any bytes; none: the standard library's documentation")
+    holdout_every: int = _f(10, "one in this many stretches of text is held out for validation", ge=2)
+    valid_path: str | None = _f(None, "validate on this file or folder instead of a held-out part")
+
+
+class OutputConfig(_Section):
+    """The run folder and what is written to it, and when."""
+
+    run_dir: str = _f("runs/pretrain", "folder of everything the run writes")
+    log_every: int = _f(10, "interval of metrics", "steps", ge=1)
+    eval_every: int = _f(200, "interval of validation; 0: only at the end", "steps", ge=0)
+    eval_batches: int = _f(8, "batches of an interim validation (the last one reads all)", "batches", ge=1)
+    save_every: int = _f(200, "interval of checkpoints; 0: only at the end", "steps", ge=0)
+    keep_last: int = _f(3, "newest checkpoints kept; 0: all", "checkpoints", ge=0)
+    probe_tokens: int = _f(2048, "held-out tokens on which routing fluctuation is measured; 0: off", "tokens", ge=0)
+    sample_tokens: int = _f(200, "tokens of the text sample at the end; 0: none", "tokens", ge=0)
+
+
+class RunConfig(_Section):
+    """Everything about one run."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    codebook: CodebookConfig = CodebookConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()
+    run: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        book, moe = self.codebook, self.moe
+        if moe.router is not Router.VQ:
+            return self
+        in_layer_space = (
+            book.source is CodeSource.LAYER_STATE
+            and not book.code_dim
+            and not book.normalize_source
+            and book.distance == "euclidean"
+        )
+        if moe.code_blend > 0 and not in_layer_space:
+            raise ValueError(
+                "moe.code_blend>0 feeds code vectors to experts, so they must live among the layer's states: set "
+                "codebook.source=layer_state, codebook.normalize_source=false, codebook.distance=euclidean and "
+                "codebook.code_dim=0"
+            )
+        if book.commitment_weight > 0 and not in_layer_space:
+            raise ValueError(
+                "codebook.commitment_weight>0 pulls layer states toward codes: it needs codebook.source=layer_state, "
+                "codebook.normalize_source=false, codebook.distance=euclidean and codebook.code_dim=0"
+            )
+        if book.source is CodeSource.EARLY_BLOCK and book.source_block >= self.model.layers - 1:
+            raise ValueError(
+                f"codebook.source_block={book.source_block} must be under model.layers - 1 = {self.model.layers - 1}"
+            )
+        if book.code_dim > self.model.width:
+            raise ValueError(f"codebook.code_dim={book.code_dim} exceeds model.width={self.model.width}")
+        if book.source_momentum and book.source in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK):
+            raise ValueError(
+                "codebook.source_momentum works on embeddings, not on codebook.source=" + book.source.value
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Validation, routing diagnostics and samples."""

@@ -1,0 +1,97 @@
+"""Health of routing: load, code perplexity, dead codes, and fluctuation on a fixed probe.
+
+Legend: L MoE layers, K codes, N experts, T tokens, R routed rows a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqmoe_ds.data.corpus import Split
+from vqmoe_ds.train.engine import Session
+
+
+def perplexity(counts: Tensor) -> list[float]:
+    """``exp`` of the entropy of each row of counts: how many entries are in effective use."""
+    shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+    return [float(v) for v in torch.special.entr(shares).sum(dim=-1).exp()]
+
+
+class RoutingHealth:
+    """Reads and resets the counters of a session's MoE layers and codebooks.
+
+    Args:
+        session: the running session.
+        probe: windows on which fluctuation is measured.
+        probe_tokens: tokens of them to use; 0 switches fluctuation off.
+    """
+
+    def __init__(self, session: Session, probe: Split, probe_tokens: int) -> None:
+        self.session = session
+        layers = session.model.moe_layers()
+        length = probe.sequence_length
+        rows = min(len(probe), -(-probe_tokens // length)) if layers else 0
+        self._probe_BS: Tensor | None = None
+        if rows:
+            windows = probe.batch(np.linspace(0, len(probe) - 1, rows).astype(int))
+            self._probe_BS = torch.from_numpy(windows[:, :-1].copy()).to(session.device)
+        self._last_LTR: Tensor | None = None
+        self.last_counts_LN = torch.zeros(0)
+        self.last_usage_LK: Tensor | None = None
+
+    def measure(self) -> dict[str, Any]:
+        """Per-layer lists since the last call; counts are of all ranks.
+
+        ``busiest_expert``: load of the busiest expert over the mean. ``code_perplexity`` and
+        ``dead_codes``: use of codes. ``fluctuation``: share of probe tokens that changed an expert since the last call;
+        ``code_fluctuation``: that changed the expert of their code.
+        """
+        model = self.session.model
+        report: dict[str, Any] = {}
+        layers = model.moe_layers()
+        if not layers:
+            return {}
+        counts_LN = self.session.sum_over_ranks(torch.stack([layer.tokens_per_expert for layer in layers]))
+        for layer in layers:
+            layer.tokens_per_expert.zero_()
+        report["busiest_expert"] = _rounded(counts_LN.amax(dim=1) / counts_LN.mean(dim=1).clamp_min(1e-9))
+        if model.bank is not None:
+            usage_LK = model.bank.usage_LK  # already summed over ranks by CodebookSync
+            report["code_perplexity"] = [round(v, 3) for v in perplexity(usage_LK)]
+            report["dead_codes"] = [int(n) for n in usage_LK.eq(0).sum(dim=1)]
+        report.update(self._fluctuation())
+        self.last_counts_LN = counts_LN.cpu()
+        self.last_usage_LK = model.bank.usage_LK.cpu().clone() if model.bank is not None else None
+        if model.bank is not None:
+            model.bank.usage_LK.zero_()
+        return report
+
+    @torch.no_grad()
+    def _fluctuation(self) -> dict[str, list[float]]:
+        if self._probe_BS is None:
+            return {}
+        engine, layers = self.session.engine, self.session.model.moe_layers()
+        for layer in layers:
+            layer.watch = True
+        engine.eval()
+        engine(self._probe_BS)
+        engine.train()
+        routes_LTR = torch.stack([layer.watched for layer in layers if layer.watched is not None])
+        for layer in layers:
+            layer.watch = False
+        last, self._last_LTR = self._last_LTR, routes_LTR
+        if last is None:
+            return {}
+        changed_LT = (last.sort(dim=-1).values != routes_LTR.sort(dim=-1).values).any(dim=-1)
+        report = {"fluctuation": _rounded(changed_LT.double().mean(dim=1))}
+        if self.session.model.bank is not None:  # the discrete row is the last
+            report["code_fluctuation"] = _rounded((last[..., -1] != routes_LTR[..., -1]).double().mean(dim=1))
+        return report
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(float(v), 4) for v in values]

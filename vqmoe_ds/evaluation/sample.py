@@ -1,0 +1,26 @@
+"""A text sample from the model, to see with one's own eyes what it has learned."""
+
+from __future__ import annotations
+
+import torch
+
+from vqmoe_ds.train.engine import Session
+
+
+@torch.no_grad()
+def sample_text(session: Session, prompt: bytes, length: int, temperature: float = 0.8, seed: int = 0) -> str:
+    """Continue ``prompt`` by ``length`` bytes; all ranks take part, all get the same text.
+
+    The context is the last ``sequence_length`` bytes; there is no key-value cache here.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    context = session.config.run.model.sequence_length
+    tokens = list(prompt)
+    session.engine.eval()
+    for _ in range(length):
+        window = torch.tensor([tokens[-context:]], device=session.device)
+        logits_V = session.engine(window)[0][0, -1].float().cpu()
+        probabilities = (logits_V / temperature).softmax(dim=-1)
+        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    session.engine.train()
+    return bytes(token % 256 for token in tokens).decode(errors="replace")

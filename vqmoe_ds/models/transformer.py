@@ -1,0 +1,226 @@
+"""The language model: a pre-norm decoder with sparse experts. Plain PyTorch, no engine calls.
+
+Legend: B batch, S sequence, T = B * S tokens, D width, A heads, L MoE layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vqmoe_ds.config.schema import CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.dispatch import make_plans
+from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.routers import KnownRoute, hash_of_tokens, routes_ahead
+from vqmoe_ds.moe.sources import EmbeddingSource
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale, computed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (Su 2021) through PyTorch's fused kernel."""
+
+    cos_SH: Tensor
+    sin_SH: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.head_width = config.heads, config.width // config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        rates = config.rope_theta ** (-torch.arange(0, self.head_width, 2) / self.head_width)
+        angles = torch.arange(config.sequence_length).unsqueeze(1) * rates
+        self.register_buffer("cos_SH", angles.cos(), persistent=False)
+        self.register_buffer("sin_SH", angles.sin(), persistent=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        batch, length, width = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos_SH[: x.shape[-2]].to(x.dtype), self.sin_SH[: x.shape[-2]].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class DenseMLP(nn.Module):
+    """One SwiGLU MLP: what an expert is, without the choice."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention and one feed-forward part, sparse or dense, each on the normalised stream."""
+
+    def __init__(self, config: ModelConfig, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = RMSNorm(config.width), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config.width), feed_forward
+
+    def forward(
+        self, x_BSD: Tensor, known: KnownRoute | None, bank: CodebookBank | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        normed_BSD = self.mlp_norm(x_BSD)
+        if isinstance(self.mlp, MoELayer):
+            y_BSD, aux_loss = self.mlp(normed_BSD, known, bank)
+            return x_BSD + y_BSD, aux_loss
+        return x_BSD + self.mlp(normed_BSD), None
+
+
+class MoETransformer(nn.Module):
+    """Decoder language model over ``config.model`` with the experts of ``config.moe``.
+
+    Args:
+        config: the run configuration; ``train.seed`` fixes every initial weight, whatever the layout.
+        ep_size: expert-parallel ranks; must divide ``moe.num_experts``.
+        ep_rank: this rank's place among them.
+    """
+
+    token_table_LV: Tensor | None
+
+    def __init__(self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
+        super().__init__()
+        model, moe, book = config.model, config.moe, config.codebook
+        self.config = config
+        self.embed = nn.Embedding(model.vocab_size, model.width)
+        self.moe_blocks = [] if moe.router is Router.DENSE else moe_block_indices(model)
+        out_scale = (2 * model.layers) ** -0.5
+        self.blocks = nn.ModuleList()
+        for index in range(model.layers):
+            if index in self.moe_blocks:
+                layer = self.moe_blocks.index(index)
+                mlp: nn.Module = MoELayer(
+                    model.width, layer, moe, book, config.train.seed, ep_size, ep_rank, out_scale
+                )
+            else:
+                mlp = DenseMLP(model.width, model.dense_hidden or moe.expert_hidden * rows_per_token(moe))
+            self.blocks.append(Block(model, mlp))
+        self.norm = RMSNorm(model.width)
+        self.head = nn.Linear(model.width, model.vocab_size, bias=False)
+        layers = len(self.moe_blocks)
+        self.bank: CodebookBank | None = None
+        self.source: EmbeddingSource | None = None
+        if moe.router is Router.VQ:
+            self.bank = CodebookBank(book, layers, moe.num_experts, model.width, config.train.seed)
+            self.source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
+        table = None
+        if moe.router is Router.HASH_TOKEN:
+            table = hash_of_tokens(model.vocab_size, moe.num_experts, layers, config.train.seed)
+        self.register_buffer("token_table_LV", table)
+        self._initialise(config.train.seed, out_scale)
+
+    def _initialise(self, seed: int, out_scale: float) -> None:
+        """Normal weights of 1/sqrt(fan in), smaller where they write to the stream; embeddings of unit size."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear):
+                    scale = out_scale if name.endswith((".out", ".down")) else 1.0
+                    module.weight.normal_(0, module.in_features**-0.5 * scale, generator=generator)
+                    if module.bias is not None:
+                        module.bias.zero_()
+            self.embed.weight.normal_(0, 1, generator=generator)
+            self.head.weight.mul_(0.5)
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (language-model loss, auxiliary loss) with targets, or (logits ``[B, S, V]``, auxiliary loss).
+
+        The loss to train on is the sum of the two; the first alone is what is reported.
+        """
+        x_BSD = self.embed(tokens_BS)
+        known = self._routes_ahead(tokens_BS, x_BSD)
+        aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
+        recompute = self.config.train.activation_checkpointing and self.training
+        early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
+        for index, block in enumerate(self.blocks):
+            route = known.get(index)
+            if recompute:
+                x_BSD, aux = checkpoint(block, x_BSD, route, self.bank, use_reentrant=False)
+            else:
+                x_BSD, aux = block(x_BSD, route, self.bank)
+            if aux is not None:
+                aux_loss = aux_loss + aux
+            if early and index == self.config.codebook.source_block:
+                known = self._plan_from_source(x_BSD, first_block=index + 1)
+        logits_BSV = self.head(self.norm(x_BSD))
+        if targets_BS is None:
+            return logits_BSV, aux_loss
+        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten()), aux_loss
+
+    # ------------------------------------------------------------ routes known ahead
+
+    def _routes_ahead(self, tokens_BS: Tensor, embedded_BSD: Tensor) -> dict[int, KnownRoute]:
+        """Routes of the blocks whose experts follow from the tokens, by block index."""
+        moe, book = self.config.moe, self.config.codebook
+        if self.token_table_LV is not None:
+            return self._plans(self.token_table_LV[:, tokens_BS.flatten()], list(self.moe_blocks))
+        if self.bank is None or self.source is None:
+            return {}
+        if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
+            return self._plan_from_source(embedded_BSD, 0, book.source_block + 1)
+        if not routes_ahead(moe, book):
+            return {}
+        return self._plan_from_source(self.source(tokens_BS, embedded_BSD))
+
+    def _plan_from_source(
+        self, source_BSD: Tensor, first_block: int = 0, end_block: int | None = None
+    ) -> dict[int, KnownRoute]:
+        assert self.bank is not None
+        bank, end = self.bank, len(self.blocks) if end_block is None else end_block
+        z_TC = bank.prepare(source_BSD.flatten(0, 1))
+        codes_LT = bank.lookup_all(z_TC)
+        blocks, experts = [], []
+        for layer, block in enumerate(self.moe_blocks):
+            if first_block <= block < end:
+                bank.observe(layer, z_TC, codes_LT[layer])
+                blocks.append(block)
+                experts.append(bank.code_map_LK[layer][codes_LT[layer]])
+        return self._plans(torch.stack(experts), blocks) if blocks else {}
+
+    def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, KnownRoute]:
+        """Whole dispatch plans where the discrete row is the only one, else just the experts."""
+        if self.config.moe.router is Router.VQ and self.config.moe.top_k > 0:
+            return {b: KnownRoute(ids_T) for b, ids_T in zip(blocks, experts_LT, strict=True)}
+        layer = self.moe_layers()[0]
+        plans = make_plans(experts_LT.unsqueeze(-1), layer.num_experts, layer.exchange_group)
+        return {b: KnownRoute(ids, plan) for b, ids, plan in zip(blocks, experts_LT, plans, strict=True)}
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers in order."""
+        layers = [self.blocks[index].mlp for index in self.moe_blocks]
+        return [layer for layer in layers if isinstance(layer, MoELayer)]
+
+
+def moe_block_indices(model: ModelConfig) -> list[int]:
+    """Blocks with an MoE layer: the last of every ``moe_every``."""
+    return list(range(model.moe_every - 1, model.layers, model.moe_every))
+
+
+def rows_per_token(moe: MoEConfig) -> int:
+    """Expert calls a token makes in one layer."""
+    if moe.router is Router.VQ:
+        return moe.top_k + 1
+    return max(1, moe.top_k) if moe.router is not Router.HASH_TOKEN else 1

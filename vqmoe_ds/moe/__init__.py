@@ -1,0 +1,1 @@
+"""Routers, codebooks, dispatch and experts."""

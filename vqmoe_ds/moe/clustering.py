@@ -1,0 +1,69 @@
+"""k-means and the balanced code-to-expert table: pure functions, the same result on every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from k-means++ seeds.
+
+    A cluster that runs empty takes over a sample of the fullest one, so that every code is born alive.
+
+    Args:
+        samples_SC: float32 samples; fewer than ``num_codes`` distinct ones give duplicate codes.
+        num_codes: clusters K.
+        iterations: Lloyd steps; 0 keeps the k-means++ seeds.
+        generator: CPU generator of the seeding draws.
+
+    Returns:
+        Codes ``[K, C]`` and the number of samples of each, float32 ``[K]``.
+    """
+    codes_KC = _plus_plus_seeds(samples_SC, num_codes, generator)
+    owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
+    for _ in range(iterations):
+        sizes_K = torch.bincount(owner_S, minlength=num_codes)
+        sums_KC = torch.zeros_like(codes_KC).index_add_(0, owner_S, samples_SC)
+        codes_KC = torch.where(sizes_K.unsqueeze(1) > 0, sums_KC / sizes_K.clamp_min(1).unsqueeze(1), codes_KC)
+        for empty in (sizes_K == 0).nonzero().flatten().tolist():
+            fullest = int(sizes_K.argmax())
+            if sizes_K[fullest] == 0:  # nothing left to split: fewer distinct samples than codes
+                break
+            members = (owner_S == fullest).nonzero().flatten()
+            codes_KC[empty] = samples_SC[members[empty % len(members)]]
+            sizes_K[fullest] = sizes_K[fullest] // 2
+        owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
+    return codes_KC, torch.bincount(owner_S, minlength=num_codes).float()
+
+
+def _plus_plus_seeds(samples_SC: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+    """k-means++: each further seed is a sample drawn with weight of its squared distance to the seeds so far."""
+    picks = [int(torch.randint(len(samples_SC), (1,), generator=generator))]
+    nearest_S = (samples_SC - samples_SC[picks[0]]).square().sum(dim=1)
+    for _ in range(num_codes - 1):
+        cumulative_S = nearest_S.double().clamp_min(1e-12).cumsum(0)
+        draw = torch.rand((), generator=generator, dtype=torch.float64).to(cumulative_S.device) * cumulative_S[-1]
+        pick = min(int(torch.searchsorted(cumulative_S, draw)), len(samples_SC) - 1)
+        picks.append(pick)
+        nearest_S = torch.minimum(nearest_S, (samples_SC - samples_SC[pick]).square().sum(dim=1))
+    return samples_SC[torch.tensor(picks, device=samples_SC.device)].clone()
+
+
+def balanced_map(sizes_K: Tensor, num_experts: int) -> Tensor:
+    """Code-to-expert table that evens out measured load, int64 ``[K]``.
+
+    Codes in falling order of size go to the least loaded expert that still has room; experts hold at most
+    ``ceil(K / N)`` codes, so none is left without one. Ties go to the lowest index.
+    """
+    num_codes = len(sizes_K)
+    room = -(-num_codes // num_experts)
+    load, held = [0.0] * num_experts, [0] * num_experts
+    table = torch.zeros(num_codes, dtype=torch.int64)
+    for code in torch.argsort(sizes_K.cpu(), descending=True, stable=True).tolist():
+        open_experts = [e for e in range(num_experts) if held[e] < room]
+        expert = min(open_experts, key=lambda e: (load[e], held[e], e))
+        table[code] = expert
+        load[expert] += float(sizes_K[code])
+        held[expert] += 1
+    return table.to(sizes_K.device)

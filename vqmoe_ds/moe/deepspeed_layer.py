@@ -1,0 +1,87 @@
+"""The one file that touches DeepSpeed's internal expert-parallel layer (AutoEP, pinned to 0.19.8).
+
+The engine recognises expert parallelism by ``isinstance(module, AutoEPMoELayer)``. Subclassing it brings ZeRO 0-3,
+right gradient averaging and clipping of experts, per-expert checkpoint files and universal checkpoints.
+Its constructor copies weights out of a Hugging Face block, so we skip it and set what the engine reads;
+``tests/moe/test_deepspeed_contract.py`` names the attribute when a new DeepSpeed reads something else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from torch import Tensor, nn
+
+from vqmoe_ds.moe.experts import StackedExperts
+
+
+class ExpertParallelLayer(AutoEPMoELayer):
+    """An ``AutoEPMoELayer`` with experts of our own and a free ``forward``.
+
+    Args:
+        experts: the experts this rank holds.
+        num_experts: experts N of the layer over all ranks.
+        ep_size: ranks that share them.
+        ep_rank: this rank's place among those.
+    """
+
+    tokens_per_expert: Tensor
+
+    def __init__(self, experts: StackedExperts, num_experts: int, ep_size: int, ep_rank: int) -> None:
+        nn.Module.__init__(self)
+        self.ep_size, self.ep_rank = ep_size, ep_rank
+        self.num_experts, self.num_local_experts = num_experts, num_experts // ep_size
+        self.hidden_size = experts.width
+        self.ep_group_name = f"ep_size_{ep_size}"
+        self.ep_group: Any = None  # bound by set_deepspeed_parallelism, called by the engine
+        self.folding_group_handles = None
+        self.tp_group = None
+        self.comm_backend = "comm"
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            num_experts, self.num_local_experts, ep_size
+        )
+        self.experts = experts
+        self._tag_experts()
+        self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.float64), persistent=False)
+
+    @property
+    def exchange_group(self) -> Any:
+        """Group of the all-to-all, or None where rows stay at home."""
+        return self.ep_group if self.ep_size > 1 else None
+
+    def _tag_experts(self) -> None:
+        """Mark expert parameters for expert-data-parallel reduction, ZeRO-3 placement and universal checkpoints."""
+        placement = self.expert_placement_descriptor
+        for param in (self.experts.w1, self.experts.w2, self.experts.w3):
+            logical_shape = [self.num_experts, *param.shape[1:]]
+            universal = {
+                AUTOEP_EXPERT_PLACEMENT: placement,
+                AFFINE_MAP: autoep_placement_to_affine_map(placement, logical_shape).to_dict(),
+                AUTOEP_PARAM_LOGICAL_SHAPE: logical_shape,
+                AUTOEP_PARAM_EP_RANK: self.ep_rank,
+                AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
+            }
+            setattr(param, DS_AUTOEP_UC_META, universal)
+            tags = {
+                "allreduce": False,
+                "group_name": self.ep_group_name,
+                "ds_zero_placement_family": "autoep_expert",
+                "ds_zero_partition_group_name": self.ep_group_name,
+            }
+            for name, value in tags.items():
+                setattr(param, name, value)

@@ -1,0 +1,111 @@
+"""The MoE layer: router -> dispatcher -> experts -> weighted sum.
+
+Legend: B batch, S sequence, T = B * S tokens, D width, R routed rows a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.config.schema import CodebookConfig, MoEConfig
+from vqmoe_ds.moe.codebook import CodebookBank, _recomputing
+from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
+from vqmoe_ds.moe.dispatch import DispatchPlan, collect, expand_rows, make_plans, send_rows
+from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.moe.routers import KnownRoute, Routing, VQRouter, build_router
+
+
+class MoELayer(ExpertParallelLayer):
+    """Sparse SwiGLU experts under any router of ``build_router``.
+
+    Args:
+        width: model width D.
+        layer: index among the MoE layers; part of the experts' seed and the codebook's index in the bank.
+        config: experts and router.
+        book: codebook options (read by the vq router).
+        seed: of the run; experts are drawn from (seed, layer, global expert id).
+        ep_size: expert-parallel ranks; must divide ``config.num_experts``.
+        ep_rank: this rank's place among them.
+        out_scale: factor on the initial down projections.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layer: int,
+        config: MoEConfig,
+        book: CodebookConfig,
+        seed: int = 0,
+        ep_size: int = 1,
+        ep_rank: int = 0,
+        out_scale: float = 1.0,
+    ) -> None:
+        num_local = config.num_experts // ep_size
+        experts = StackedExperts(
+            width, config.expert_hidden, num_local, ep_rank * num_local, layer, seed, width**-0.5, out_scale
+        )
+        super().__init__(experts, config.num_experts, ep_size, ep_rank)
+        self.layer = layer
+        self.router = build_router(width, layer, config, book)
+        self.watch = False
+        self.watched: Tensor | None = None
+
+    def forward(
+        self, x_BSD: Tensor, known: KnownRoute | None = None, bank: CodebookBank | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the layer's output ``[B, S, D]`` and its auxiliary loss (scalar, or None).
+
+        Args:
+            x_BSD: normalised hidden states.
+            known: the part of the route that is known ahead, if any.
+            bank: codebooks; needed by the vq router when codes are looked up in the layer's own state.
+        """
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        routing = self._route(x_TD, known, bank)
+        plan = known.plan if known is not None else None
+        if plan is None:
+            plan = make_plans(routing.expert_ids_TR.unsqueeze(0), self.num_experts, self.exchange_group)[0]
+        self._count(routing)
+        rows_MD = expand_rows(x_TD, plan)
+        if routing.discrete_offset_TD is not None:
+            rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
+        group = self.exchange_group
+        rows_PD = self.experts(send_rows(rows_MD, plan, group), plan.local_counts_E)
+        y_TRD = collect(rows_PD, plan, group)
+        return _combine(y_TRD, routing.weights_TR).view_as(x_BSD), routing.aux_loss
+
+    def _route(self, x_TD: Tensor, known: KnownRoute | None, bank: CodebookBank | None) -> Routing:
+        if isinstance(self.router, VQRouter):
+            if bank is None:
+                raise ValueError("the vq router needs the CodebookBank of its model")
+            return self.router(x_TD, known, bank)
+        if self.router is None:
+            if known is None or known.expert_ids_T is None:
+                raise ValueError("this layer has no router, so its experts must be known ahead")
+            return Routing(known.expert_ids_T.unsqueeze(1))
+        routing: Routing = self.router(x_TD)
+        return routing
+
+    @torch.no_grad()
+    def _count(self, routing: Routing) -> None:
+        if self.watch:  # diagnostics ask which experts each token went to
+            self.watched = routing.expert_ids_TR
+        if self.training and not _recomputing():
+            self.tokens_per_expert += torch.bincount(routing.expert_ids_TR.flatten(), minlength=self.num_experts)
+
+
+def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """The offset of each sorted row: that of its token on the discrete (last) slot, zero elsewhere."""
+    tokens_M, slots_M = plan.order_M // plan.routes, plan.order_M % plan.routes
+    discrete_M1 = (slots_M == plan.routes - 1).unsqueeze(1)
+    return torch.where(discrete_M1, offset_TD[tokens_M], offset_TD.new_zeros(()))
+
+
+def _combine(y_TRD: Tensor, weights_TR: Tensor | None) -> Tensor:
+    if y_TRD.shape[1] == 1:
+        y_TD = y_TRD.squeeze(1)
+        return y_TD if weights_TR is None else y_TD * weights_TR.to(y_TD.dtype)
+    if weights_TR is None:
+        return y_TRD.sum(dim=1)
+    return torch.bmm(weights_TR.to(y_TRD.dtype).unsqueeze(1), y_TRD).squeeze(1)

@@ -1,0 +1,77 @@
+"""Code sources that are known before the first block: what the codes look at.
+
+Legend: B batch, S sequence, D width, V vocabulary.
+
+A source that does not drift gives codes that do not churn. Embeddings move slowly and only with their own
+token; a layer's state moves with everything below it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource
+
+
+class EmbeddingSource(nn.Module):
+    """Vectors made of token embeddings alone, float32 ``[B, S, D]``, without gradient.
+
+    * ``token_embedding``: the embedding of the token.
+    * ``position_embedding``: plus a sinusoidal vector of its position, ``position_weight`` times as long.
+    * ``context``: ``sum_j decay^j roll(e(x_{t-j}), j)`` over the last ``context_window`` tokens. Rolling the features
+      by one place per step back keeps word order (permutation binding, Kanerva 2009). It looks back only.
+
+    With ``source_momentum`` the embeddings come from a moving average of the table.
+    """
+
+    table_VD: Tensor | None
+    table_ready: Tensor
+    positions_SD: Tensor | None
+
+    def __init__(self, config: CodebookConfig, vocab_size: int, width: int, sequence_length: int) -> None:
+        super().__init__()
+        self.config = config
+        table = torch.zeros(vocab_size, width) if config.source_momentum else None
+        self.register_buffer("table_VD", table)
+        self.register_buffer("table_ready", torch.zeros((), dtype=torch.bool))
+        positions = _sinusoids(sequence_length, width) if config.source is CodeSource.POSITION_EMBEDDING else None
+        self.register_buffer("positions_SD", positions, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, tokens_BS: Tensor, embedded_BSD: Tensor) -> Tensor:
+        source_BSD = embedded_BSD.detach().float()
+        if self.table_VD is not None and bool(self.table_ready):
+            source_BSD = F.embedding(tokens_BS, self.table_VD)
+        if self.positions_SD is not None:
+            unit_BSD = F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6)
+            return unit_BSD + self.config.position_weight * self.positions_SD[: tokens_BS.shape[1]]
+        if self.config.source is CodeSource.CONTEXT:
+            return self._mix(F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6))
+        return source_BSD
+
+    def _mix(self, unit_BSD: Tensor) -> Tensor:
+        mixed_BSD = unit_BSD.clone()
+        for back in range(1, min(self.config.context_window, unit_BSD.shape[1])):
+            earlier = torch.roll(unit_BSD[:, :-back], shifts=back, dims=-1)
+            mixed_BSD[:, back:] += self.config.context_decay**back * earlier
+        return mixed_BSD
+
+    @torch.no_grad()
+    def follow(self, embedding_VD: Tensor) -> None:
+        """Move the averaged table toward the live one; once per optimizer step, the same on all ranks."""
+        if self.table_VD is None:
+            return
+        momentum = self.config.source_momentum if bool(self.table_ready) else 0.0
+        self.table_VD.mul_(momentum).add_(embedding_VD.float(), alpha=1 - momentum)
+        self.table_ready.fill_(True)
+
+
+def _sinusoids(length: int, width: int) -> Tensor:
+    """Sinusoidal positions of unit root mean square, ``[length, width]`` (Vaswani 2017)."""
+    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angles = torch.arange(length).unsqueeze(1) * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width] * math.sqrt(2)

@@ -1,0 +1,1 @@
+"""Engine set-up, training loop and callbacks."""

@@ -1,0 +1,258 @@
+"""What happens around the loop: metrics, validation, checkpoints, signals, and the final report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqmoe_ds.checkpoint.session import save
+from vqmoe_ds.checkpoint.store import write_atomically
+from vqmoe_ds.data.corpus import Split
+from vqmoe_ds.errors import TrainingHalted
+from vqmoe_ds.evaluation.perplexity import bits_per_byte, validation_loss
+from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
+from vqmoe_ds.evaluation.routing import RoutingHealth
+from vqmoe_ds.evaluation.sample import sample_text
+from vqmoe_ds.train.console import Console
+from vqmoe_ds.train.loop import Callback, StepResult, Trainer
+
+
+class MetricsFile:
+    """``metrics.jsonl`` and TensorBoard events, written by rank 0; on resume, rows past the checkpoint are dropped."""
+
+    def __init__(self, run_dir: Path, rank: int, resumed_step: int) -> None:
+        self.path, self.writing = run_dir / "metrics.jsonl", rank == 0
+        self.rows: list[dict[str, Any]] = []
+        self._board: Any = None
+        if not self.writing:
+            return
+        if self.path.exists():
+            self.rows = [row for row in _read_rows(self.path) if row["step"] <= resumed_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers and per-layer lists also go to TensorBoard."""
+        if not self.writing:
+            return
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if isinstance(value, list):
+                for layer, entry in enumerate(value):
+                    self._board.add_scalar(f"{name}/layer{layer}", entry, row["step"])
+            elif isinstance(value, (int, float)) and name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+class Metrics(Callback):
+    """Every ``log_every`` steps: a row of metrics, the progress line, and the proof that codebooks are in step."""
+
+    def __init__(self, console: Console, file: MetricsFile, health: RoutingHealth) -> None:
+        self.console, self.file, self.health = console, file, health
+        self._losses: list[float] = []
+        self._seconds = 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.health.measure()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        config = trainer.session.config.run
+        if not result.taken:
+            self.console.say(f"step {result.step}: loss or gradient is NaN or infinite; the step was skipped")
+        self._losses.append(result.loss)
+        self._seconds += result.seconds
+        if result.step % config.run.log_every and result.step != trainer.total_steps:
+            return
+        row = self._row(trainer, result)
+        self.file.write(row)
+        trainer.last_metrics = row
+        self._losses, self._seconds = [], 0.0
+        self.console.progress(result.step, trainer.total_steps, _line(row, trainer))
+        sync = trainer.session.sync
+        if sync is not None and not sync.in_step():
+            raise TrainingHalted(
+                f"codebooks of the ranks differ at step {result.step}; training stopped before they diverge"
+            )
+
+    def _row(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
+        train, model = trainer.session.config.run.train, trainer.session.config.run.model
+        finite = [loss for loss in self._losses if loss == loss and abs(loss) != float("inf")]
+        loss = sum(finite) / len(finite) if finite else None
+        norm = trainer.session.engine.get_global_grad_norm()
+        tokens = len(self._losses) * train.batch_size * model.sequence_length
+        row: dict[str, Any] = {
+            "step": result.step,
+            "loss": loss,
+            "bits_per_byte": None if loss is None else bits_per_byte(loss),
+            "aux_loss": result.aux_loss if finite else None,
+            "learning_rate": result.learning_rate,
+            "grad_norm": None if norm is None else float(norm),
+            "tokens_per_second": tokens / max(self._seconds, 1e-9),
+            "epoch": trainer.batches.epoch(result.step),
+            "bad_steps": trainer.bad_steps,
+        }
+        return {**row, **self.health.measure()}
+
+
+class Validation(Callback):
+    """Validation on part of the held-out text every ``eval_every`` steps."""
+
+    def __init__(self, console: Console, file: MetricsFile, split: Split) -> None:
+        self.console, self.file, self.split = console, file, split
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        output = trainer.session.config.run.run
+        if not output.eval_every or result.step % output.eval_every or result.step == trainer.total_steps:
+            return
+        bits = bits_per_byte(validation_loss(trainer.session, self.split, output.eval_batches))
+        self.file.write({"step": result.step, "validation_bits_per_byte": bits})
+        self.console.say(f"step {result.step}: validation {bits:.4f} bits/byte")
+
+
+class Checkpoints(Callback):
+    """Saves every ``save_every`` steps, at the end, and when training stops early."""
+
+    def __init__(self, console: Console, folder: Path) -> None:
+        self.console, self.folder = console, folder
+        self._saved_step = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.step
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        every = trainer.session.config.run.run.save_every
+        if every and result.step % every == 0 and trainer.bad_in_a_row == 0:
+            self._save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._saved_step != trainer.step:
+            self._save(trainer)
+        if trainer.stop_reason is not None:
+            self.console.say(
+                f"stopped by {trainer.stop_reason} after step {trainer.step}; saved {trainer.last_checkpoint}"
+            )
+
+    def _save(self, trainer: Trainer) -> None:
+        keep = trainer.session.config.run.run.keep_last
+        trainer.last_checkpoint = str(save(trainer.session, self.folder, trainer.step, keep))
+        self._saved_step = trainer.step
+
+
+class Signals(Callback):
+    """SIGTERM and SIGUSR1 on any rank: finish the step, save, and stop (exit code 75, "try again later")."""
+
+    exit_code = 75
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._received = signal.Signals(number).name
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        mark = torch.tensor([0.0 if self._received is None else 1.0], device=trainer.session.device)
+        if float(trainer.session.sum_over_ranks(mark)) > 0:
+            trainer.stop_reason = self._received or "a signal to another rank"
+
+
+class FinalReport(Callback):
+    """At the end of a finished run: full validation, ``summary.json``, figures and a text sample."""
+
+    def __init__(self, console: Console, file: MetricsFile, split: Split, health: RoutingHealth, run_dir: Path) -> None:
+        self.console, self.file, self.split, self.health, self.run_dir = console, file, split, health, run_dir
+        self._started = time.time()
+        self._first_step = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._started, self._first_step = time.time(), trainer.step
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.stop_reason is not None:
+            return
+        self.console.close_progress()
+        session, output = trainer.session, trainer.session.config.run.run
+        bits = bits_per_byte(validation_loss(session, self.split))
+        self.file.write({"step": trainer.step, "validation_bits_per_byte": bits})
+        text = self._sample(trainer, output.sample_tokens)
+        if session.place.rank == 0:
+            self._write(trainer, bits, text)
+        self.console.say(f"validation {bits:.4f} bits/byte on all {len(self.split)} held-out windows")
+        if text:
+            self.console.say(f"--- sample ---\n{text}\n--------------")
+        self.console.say(f"everything is in {self.run_dir} (start with summary.json, loss.png, usage.png)")
+
+    def _sample(self, trainer: Trainer, length: int) -> str:
+        return sample_text(trainer.session, b"The ", length) if length else ""
+
+    def _write(self, trainer: Trainer, bits: float, text: str) -> None:
+        session = trainer.session
+        summary = {
+            "validation_bits_per_byte": bits,
+            "steps": trainer.step,
+            "bad_steps": trainer.bad_steps,
+            "seconds": round(time.time() - self._started, 1),
+            "steps_this_session": trainer.step - self._first_step,
+            "tokens": trainer.step * session.config.run.train.batch_size * session.config.run.model.sequence_length,
+            "parameters": parameter_counts(trainer),
+            "layout": session.config.layout(),
+            "checkpoint": trainer.last_checkpoint,
+            "last_metrics": trainer.last_metrics,
+            "sample": text,
+        }
+        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        plot_loss(self.run_dir / "loss.png", self.file.rows)
+        if session.model.moe_layers():
+            plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
+
+
+def parameter_counts(trainer: Trainer) -> dict[str, int]:
+    """Stored and active (used by one token) parameters of the whole model, experts of other ranks included."""
+    from vqmoe_ds.models.transformer import rows_per_token
+
+    config = trainer.session.config.run
+    stored = active = 0
+    for name, param in trainer.session.model.named_parameters():
+        count = int(getattr(param, "ds_numel", param.numel()))
+        if ".experts." in name:
+            stored += count * trainer.session.config.ep_size
+            per_expert = count * trainer.session.config.ep_size // config.moe.num_experts
+            active += per_expert * rows_per_token(config.moe)
+        else:
+            stored, active = stored + count, active + count
+    return {"stored": stored, "active": active}
+
+
+def _line(row: dict[str, Any], trainer: Trainer) -> str:
+    left = (trainer.total_steps - row["step"]) * trainer.session.config.run.train.batch_size
+    left *= trainer.session.config.run.model.sequence_length
+    minutes, seconds = divmod(int(left / row["tokens_per_second"]), 60)
+    loss = "loss   nan" if row["loss"] is None else f"loss {row['loss']:.4f} ({row['bits_per_byte']:.4f} bits/byte)"
+    return (
+        f"step {row['step']}/{trainer.total_steps} | {loss} | lr {row['learning_rate']:.2e} | "
+        f"{row['tokens_per_second']:.0f} tokens/s | {minutes}:{seconds:02d} left"
+    )
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a line cut short by a kill
+            continue
+    return rows

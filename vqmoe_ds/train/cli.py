@@ -1,0 +1,58 @@
+"""The command line of the launchers: short names for daily options, ``--set`` for every other."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import Any
+
+from vqmoe_ds.config.load import LoadedConfig, field_table, load_config, parse_override, preset_names
+
+SHORT_NAMES = {
+    "run_dir": ("run.run_dir", str),
+    "train_steps": ("train.steps", int),
+    "seed": ("train.seed", int),
+    "data": ("data.path", str),
+}
+"""Options that are another name for one field."""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of a training launcher; ``--help`` ends with every field, its default and unit."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_field_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ds_config", required=True, metavar="JSON", help="DeepSpeed configuration, e.g. ds_configs/zero2.json")
+    add("--preset", default="tiny", help=f"starting point: {', '.join(preset_names())} (default tiny)")
+    add("--config", metavar="YAML", help="run configuration; overrides the preset")
+    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
+    add("--data", metavar="PATH", help="file or folder of text (default: the standard library's documentation)")
+    add("--run_dir", metavar="DIR", help="folder of everything the run writes")
+    add("--train_steps", type=int, metavar="N", help="optimizer steps of the whole run")
+    add("--seed", type=int, metavar="N", help="seed of weights, data order and codes")
+    add("--ep_size", type=int, metavar="N", help="expert-parallel ranks (or autoep_size in the JSON; give it once)")
+    add("--resume", default="auto", metavar="auto|never|PATH", help="auto: newest whole checkpoint of the run folder")
+    add("--print_config", action="store_true", help="show what would run, and stop")
+    add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> LoadedConfig:
+    """Preset, file, ``--set`` and short names, in that order."""
+    overrides: dict[str, Any] = dict(parse_override(text) for text in args.set)
+    for option, (name, _) in SHORT_NAMES.items():
+        value = getattr(args, option)
+        if value is not None:
+            overrides[name] = value
+    return load_config(args.preset, args.config, overrides)
+
+
+def _field_help() -> str:
+    lines = ["fields for --set and --config (default, unit):"]
+    for name, default, unit, meaning in field_table():
+        head = f"  {name} = {default}" + (f" [{unit}]" if unit else "")
+        lines.append(head)
+        lines += textwrap.wrap(meaning, 96, initial_indent="      ", subsequent_indent="      ")
+    codes = "0 finished, 1 defect, 2 bad input, 3 training cannot go on, 75 stopped by a signal after saving"
+    return "\n".join([*lines, "", f"exit codes: {codes}"])

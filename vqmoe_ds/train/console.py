@@ -1,0 +1,92 @@
+"""What the user sees, and where everything else goes.
+
+DeepSpeed, gloo and their dependencies write to stdout and stderr from Python and C++ alike. ``Console`` keeps
+the terminal for this trainer's own lines and sends the rest to ``logs/rank{r}.log`` of the run folder.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from vqmoe_ds.errors import UserError
+
+
+class Console:
+    """The user's terminal (rank 0) and the log file of this rank.
+
+    Args:
+        rank: only rank 0 prints; errors are printed by any rank that has one of its own.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.out: TextIO = sys.stdout
+        self.err: TextIO = sys.stderr
+        self.log_path: Path | None = None
+        self._bar: tqdm[Any] | None = None
+
+    def capture(self, log_path: Path) -> None:
+        """From now on file descriptors 1 and 2 write to ``log_path``; only ``say`` and ``fail`` reach the terminal."""
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path = log_path
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.out = os.fdopen(os.dup(1), "w", buffering=1)
+        self.err = os.fdopen(os.dup(2), "w", buffering=1)
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        faulthandler.enable(self.err)
+
+    @property
+    def live(self) -> bool:
+        """Whether rank 0 writes to a terminal, where a progress line can move."""
+        return self.rank == 0 and self.out.isatty()
+
+    def say(self, line: str) -> None:
+        """One line for the user, on rank 0."""
+        if self.rank == 0:
+            if self._bar is not None:
+                self._bar.clear()
+            print(line, file=self.out, flush=True)
+            print(line, flush=True)
+
+    def progress(self, done: int, total: int, line: str) -> None:
+        """A moving line on a terminal, a plain one elsewhere."""
+        if not self.live:
+            self.say(line)
+            return
+        if self._bar is None:
+            layout = "{percentage:3.0f}%|{bar:20}| {n}/{total} [{elapsed}<{remaining}] {desc}"
+            self._bar = tqdm(total=total, initial=done, file=self.out, bar_format=layout, dynamic_ncols=True)
+        self._bar.set_description_str(line, refresh=False)
+        self._bar.n = done
+        self._bar.refresh()
+        print(line, flush=True)
+
+    def close_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def fail(self, error: BaseException, everywhere: bool = False) -> int:
+        """Print what went wrong and return the exit code: one sentence for user errors, a traceback otherwise."""
+        self.close_progress()
+        code = error.exit_code if isinstance(error, UserError) else 1
+        if isinstance(error, UserError):
+            if self.rank == 0 or everywhere:
+                print(f"error: {error}", file=self.err, flush=True)
+        else:
+            print(f"rank {self.rank} failed:", file=self.err)
+            traceback.print_exception(error, file=self.err)
+            if self.log_path is not None:
+                print(f"what came before it is in {self.log_path}", file=self.err, flush=True)
+        return code

@@ -1,0 +1,145 @@
+"""The training loop: batches in, optimizer steps out; everything else is a callback."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.data.batches import TrainingBatches
+from vqmoe_ds.errors import TrainingHalted
+from vqmoe_ds.train.engine import Session, apply_step, set_learning_rate
+from vqmoe_ds.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, averaged over all ranks and micro-batches."""
+
+    step: int
+    """Steps finished, this one included."""
+    loss: float
+    """Language-model loss in nats a token."""
+    aux_loss: float
+    learning_rate: float
+    taken: bool
+    """False where a NaN or infinite loss or gradient made the step a no-op."""
+    seconds: float
+
+
+class Callback:
+    """Hooks of the loop; all ranks call them in the same order, so they may communicate."""
+
+    def on_start(self, trainer: Trainer) -> None: ...
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None: ...
+
+    def on_end(self, trainer: Trainer) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Runs ``config.run.train.steps`` optimizer steps from ``step`` on.
+
+    Args:
+        session: engine, model and codebooks.
+        batches: training data, a pure function of the step.
+        callbacks: called in order.
+        step: steps already finished (after a resume).
+    """
+
+    session: Session
+    batches: TrainingBatches
+    callbacks: list[Callback]
+    step: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    stop_reason: str | None = None
+    last_checkpoint: str | None = None
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        return self.session.config.run.train.steps
+
+    def run(self) -> None:
+        """Train to the end, or until a callback sets ``stop_reason``."""
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self.session.engine.train()
+        while self.step < self.total_steps and self.stop_reason is None:
+            result = self.train_step()
+            for callback in self.callbacks:
+                callback.after_step(self, result)
+            self._give_up_if_hopeless()
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def train_step(self) -> StepResult:
+        """All micro-batches of one optimizer step, the step itself, and the codebooks' step."""
+        started = time.perf_counter()
+        session, train = self.session, self.session.config.run.train
+        engine, rounds = session.engine, session.config.accumulation_steps
+        rate = learning_rate(self.step, train)
+        if "scheduler" not in session.config.deepspeed:
+            set_learning_rate(engine, rate)
+        losses, taken = [], True
+        for micro in range(rounds):
+            tokens_BS, targets_BS = self._batch(micro)
+            lm_loss, aux_loss = engine(tokens_BS, targets_BS)
+            engine.backward(lm_loss + aux_loss)
+            losses.append([float(lm_loss.detach()), float(aux_loss.detach())])
+            if micro < rounds - 1:
+                engine.step()
+        mean = [sum(column) / rounds for column in zip(*losses, strict=True)]
+        loss, aux = session.mean_over_ranks(mean)
+        taken = apply_step(engine, math.isfinite(loss + aux)) and math.isfinite(loss + aux)
+        self._step_codebooks(taken)
+        self.step += 1
+        self.bad_steps += not taken
+        self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
+        return StepResult(self.step, loss, aux, rate, taken, time.perf_counter() - started)
+
+    def _step_codebooks(self, taken: bool) -> None:
+        session = self.session
+        if session.sync is None:
+            return
+        if not taken:
+            session.sync.skip()
+            return
+        session.sync.step()
+        source = session.model.source
+        if source is not None and source.table_VD is not None:
+            source.follow(full_embedding(session))
+
+    def _batch(self, micro: int) -> tuple[Tensor, Tensor]:
+        place, config = self.session.place, self.session.config
+        windows = self.batches.micro_batch(self.step, micro, place.rank, place.world_size, config.micro_batch)
+        tokens = torch.from_numpy(windows).to(self.session.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _give_up_if_hopeless(self) -> None:
+        limit = self.session.config.run.train.max_bad_steps
+        if self.bad_in_a_row >= limit:
+            where = (
+                f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "none was saved yet"
+            )
+            raise TrainingHalted(
+                f"{limit} steps in a row up to step {self.step} had a NaN or infinite loss; training stopped, {where}; "
+                "lower train.learning_rate or look at the data"
+            )
+
+
+def full_embedding(session: Session) -> Tensor:
+    """The embedding table, gathered where ZeRO-3 holds it in pieces."""
+    weight = session.model.embed.weight
+    if not hasattr(weight, "ds_id"):
+        return weight.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()
