@@ -53,7 +53,6 @@ TOP_LEVEL_KEYS = [
     "flops_profiler",
     "activation_checkpointing",
     "checkpoint",
-    "datastates",
     "aio",
     "autotuning",
     "data_efficiency",

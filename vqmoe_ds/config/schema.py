@@ -151,7 +151,7 @@ class DataConfig(_Section):
     """Where the text comes from."""
 
     path: str | None = _f(None, "file or folder of UTF-8 or any bytes; none: the standard library's documentation")
-    holdout_every: int = _f(10, "one in this many stretches of text is held out for validation", ge=2)
+    holdout_every: int = _f(10, "one in this many stretches of text is held out", "stretches", ge=2)
     valid_path: str | None = _f(None, "validate on this file or folder instead of a held-out part")
 
 

@@ -17,6 +17,9 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
         iterations: Lloyd steps; 0 keeps the k-means++ seeds.
         generator: CPU generator of the seeding draws.
 
+    Afterwards, unless ``iterations`` is 0, codes move from sparse to crowded places (``_split_crowded``): Lloyd
+    minimises distortion, which leaves frequent contexts to one code, and a code's share of tokens is its expert's load.
+
     Returns:
         Codes ``[K, C]`` and the number of samples of each, float32 ``[K]``.
     """
@@ -34,7 +37,51 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
             codes_KC[empty] = samples_SC[members[empty % len(members)]]
             sizes_K[fullest] = sizes_K[fullest] // 2
         owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
+    if iterations:
+        codes_KC, owner_S = _split_crowded(samples_SC, codes_KC, owner_S)
     return codes_KC, torch.bincount(owner_S, minlength=num_codes).float()
+
+
+CROWDED = 1.5
+"""Times the mean size from which a cluster is split at birth."""
+
+
+def _split_crowded(samples_SC: Tensor, codes_KC: Tensor, owner_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the code of the smallest cluster to the largest, by 2-means of its members, until none is crowded.
+
+    Clusters of members all alike are left as they are. Stops after 2 K moves at the latest. Lookup stays that of the
+    nearest code.
+    """
+    num_codes, codes_KC = len(codes_KC), codes_KC.clone()
+    distances_SK = torch.cdist(samples_SC, codes_KC)
+    splittable_K = torch.ones(num_codes, dtype=torch.bool, device=codes_KC.device)
+    for _ in range(2 * num_codes):
+        sizes_K = torch.bincount(owner_S, minlength=num_codes)
+        largest, smallest = int((sizes_K * splittable_K).argmax()), int(sizes_K.argmin())
+        if sizes_K[largest] * num_codes <= CROWDED * len(samples_SC):
+            break
+        pair_2C = _two_means(samples_SC[owner_S == largest])
+        if pair_2C is None:
+            splittable_K[largest] = False
+            continue
+        codes_KC[[largest, smallest]] = pair_2C
+        splittable_K[smallest] = True
+        distances_SK[:, [largest, smallest]] = torch.cdist(samples_SC, pair_2C)
+        owner_S = distances_SK.argmin(dim=1)
+    return codes_KC, owner_S
+
+
+def _two_means(members_MC: Tensor, iterations: int = 5) -> Tensor | None:
+    """Centres of two clusters, ``[2, C]``, from two far members on; None where there is nothing to split."""
+    first_C = members_MC[(members_MC - members_MC.mean(dim=0)).square().sum(dim=1).argmax()]
+    second_C = members_MC[(members_MC - first_C).square().sum(dim=1).argmax()]
+    pair_2C = torch.stack([first_C, second_C])
+    for _ in range(iterations):
+        second_M = torch.cdist(members_MC, pair_2C).argmin(dim=1).bool()
+        if bool(second_M.all()) or not bool(second_M.any()):
+            return None
+        pair_2C = torch.stack([members_MC[~second_M].mean(dim=0), members_MC[second_M].mean(dim=0)])
+    return pair_2C
 
 
 def _plus_plus_seeds(samples_SC: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:

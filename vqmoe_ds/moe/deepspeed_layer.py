@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
@@ -85,3 +86,34 @@ class ExpertParallelLayer(AutoEPMoELayer):
             }
             for name, value in tags.items():
                 setattr(param, name, value)
+
+
+def clip_over_all_experts(engine: Any) -> None:
+    """Let a float32 engine at ZeRO stage 0 clip by the norm of all gradients, and report that norm.
+
+    DeepSpeed 0.19.8 averages the norms of the ranks there, although each rank holds its own experts only, so the
+    limit that acts depends on the layout (its issue #8475); other stages and bfloat16 are right without this.
+    """
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_gradients(engine.module, engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, limit: float) -> float:
+    """Scale gradients to a norm of at most ``limit``, experts of all ranks included; returns the norm before."""
+    layers = [layer for layer in module.modules() if isinstance(layer, ExpertParallelLayer)]
+    gradients: dict[bool, list[Tensor]] = {False: [], True: []}
+    for param in module.parameters():
+        if param.grad is not None:
+            gradients[getattr(param, "allreduce", True) is False].append(param.grad)
+    squares = {key: sum((g.float().square().sum() for g in some), torch.zeros(())) for key, some in gradients.items()}
+    if layers and layers[0].exchange_group is not None:
+        dist.all_reduce(squares[True], group=layers[0].exchange_group)
+    norm = (squares[False] + squares[True]).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients[False] + gradients[True]:
+        gradient.mul_(scale)
+    return float(norm)

@@ -1,0 +1,125 @@
+"""The DeepSpeed JSON and the run configuration: "auto" is filled, contradictions are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vqmoe_ds.config.deepspeed_json import TOP_LEVEL_KEYS, resolve
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+
+
+def write(tmp_path, **values):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_file_loads_into_deepspeeds_own_config(path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    world = 64 if "ep64" in path.name else 1
+    preset = "base-64e" if world == 64 else "tiny"
+    config = resolve(str(path), load_config(preset, None, {"train.batch_size": 512}), world)
+    values = {**config.deepspeed, "train_batch_size": 512 // world, "gradient_accumulation_steps": 1}
+    values["train_micro_batch_size_per_gpu"] = 512 // world
+    parsed = DeepSpeedConfig(values)  # of one rank: no process group here
+    assert parsed.zero_optimization_stage == config.zero_stage
+    assert config.ep_size == (64 if world == 64 else 1)
+
+
+def test_shipped_files_cover_the_stages():
+    assert {f"zero{s}.json" for s in range(4)} | {"zero2-offload.json"} <= {p.name for p in SHIPPED}
+
+
+def test_auto_means_as_in_the_run_configuration(tmp_path):
+    path = write(tmp_path, optimizer={"type": "AdamW", "params": {"lr": "auto"}}, gradient_clipping="auto")
+    config = resolve(path, load_config("tiny", None, {"train.learning_rate": 0.5, "train.grad_clip": 2.0}), 1)
+    assert config.deepspeed["optimizer"]["params"]["lr"] == 0.5
+    assert config.deepspeed["gradient_clipping"] == 2.0
+
+
+def test_a_number_in_the_json_wins_over_the_preset_but_not_over_the_user(tmp_path):
+    path = write(tmp_path, optimizer={"type": "AdamW", "params": {"lr": 0.25, "betas": [0.8, 0.9]}})
+    run = resolve(path, load_config("tiny"), 1).run.train
+    assert (run.learning_rate, run.beta1, run.beta2) == (0.25, 0.8, 0.9)
+    with pytest.raises(ConfigError, match=r"train\.learning_rate=0\.5 contradicts lr=0\.25"):
+        resolve(path, load_config("tiny", None, {"train.learning_rate": 0.5}), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "expected"),
+    [
+        ({}, 4, (4, 1)),  # train.batch_size 16 over 4 ranks
+        ({"train_batch_size": 32}, 2, (16, 1)),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}, 2, (4, 4)),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 4}, 2, (4, 4)),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}, 2, (2, 3)),
+        ({"train_micro_batch_size_per_gpu": 2}, 2, (2, 4)),
+    ],
+)
+def test_batch_sizes(tmp_path, values, world, expected):
+    loaded = load_config("tiny", None, {"run.run_dir": "x"})
+    config = resolve(write(tmp_path, **values), _with_batch_16(loaded), world)
+    assert (config.micro_batch, config.accumulation_steps) == expected
+    assert config.run.train.batch_size == expected[0] * expected[1] * world == config.deepspeed["train_batch_size"]
+
+
+def _with_batch_16(loaded):
+    from dataclasses import replace
+
+    train = loaded.config.train.model_copy(update={"batch_size": 16})
+    return replace(loaded, config=loaded.config.model_copy(update={"train": train}))
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "world", "ep", "sentence"),
+    [
+        ({"zer_optimization": {}}, {}, 1, None, "did you mean zero_optimization?"),
+        ({"pipeline": {}}, {}, 1, None, "pipeline parallelism"),
+        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, {}, 1, None, "batch sizes contradict"),
+        ({"train_batch_size": 3}, {}, 2, None, "batch sizes contradict"),
+        ({"train_batch_size": 8}, {"train.batch_size": 16}, 1, None, "contradicts train_batch_size=8"),
+        ({"expert_parallel": {"autoep_size": 3}}, {}, 4, None, "does not divide the 4 ranks"),
+        ({"expert_parallel": {"autoep_size": 4}}, {"moe.num_experts": 6, "moe.top_k": 1}, 4, None, "moe.num_experts=6"),
+        ({"expert_parallel": {"autoep_size": 2}}, {}, 4, 4, "give it once"),
+        ({"expert_parallel": {"preset_model": "x"}}, {}, 1, None, "expert_parallel.preset_model"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, {}, 1, None, "reduce_bucket_size"),
+    ],
+)
+def test_contradictions_get_one_sentence(tmp_path, values, overrides, world, ep, sentence):
+    with pytest.raises(ConfigError) as caught:
+        resolve(write(tmp_path, **values), load_config("tiny", None, overrides), world, ep)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve(str(tmp_path / "none.json"), load_config(), 1)
+    (tmp_path / "bad.json").write_text("{,}")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        resolve(str(tmp_path / "bad.json"), load_config(), 1)
+
+
+def test_expert_parallel_ranks_follow_deepspeeds_topology(tmp_path):
+    path = write(tmp_path, expert_parallel={"autoep_size": 2})
+    config = resolve(path, load_config(), 4)
+    assert [config.ep_rank(r) for r in range(4)] == [0, 1, 0, 1]
+    path = write(tmp_path, expert_parallel={"autoep_size": 2}, use_data_before_expert_parallelism=True)
+    config = resolve(path, load_config(), 4)
+    assert [config.ep_rank(r) for r in range(4)] == [0, 0, 1, 1]
+
+
+def test_known_keys_are_those_deepspeed_reads():
+    """Each key we let through is read somewhere in DeepSpeed's configuration."""
+    import deepspeed
+
+    root = Path(deepspeed.__file__).parent
+    text = "".join(p.read_text(errors="ignore") for p in root.rglob("*.py") if "config" in p.name or "constants" in p.name)
+    unread = [key for key in TOP_LEVEL_KEYS if f'"{key}"' not in text and f"'{key}'" not in text]
+    assert not unread

@@ -1,0 +1,66 @@
+"""Presets, files and overrides become one configuration; mistakes become one sentence."""
+
+import pytest
+
+from vqmoe_ds.config.load import field_table, load_config, parse_override, preset_names, to_yaml
+from vqmoe_ds.errors import ConfigError
+
+
+def test_every_preset_loads_and_survives_a_round_trip_through_yaml(tmp_path):
+    assert {"tiny", "base", "base-64e", "large"} <= set(preset_names())
+    for name in preset_names():
+        config = load_config(name).config
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(to_yaml(config))
+        assert load_config("tiny", str(file)).config == config
+
+
+def test_file_overrides_preset_and_set_overrides_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {steps: 7, learning_rate: 1e-3}\n")
+    loaded = load_config("base", str(file), {"train.steps": 9})
+    assert (loaded.config.train.steps, loaded.config.train.learning_rate) == (9, 1e-3)
+    assert loaded.config.model.width == 256, "the preset still fills the rest"
+    assert loaded.explicit == {"train.steps", "train.learning_rate"}
+
+
+def test_every_field_has_a_meaning_and_every_size_a_unit():
+    for name, _, unit, meaning in field_table():
+        assert meaning, name
+        if name.endswith(("_steps", "_every", "_tokens", "hidden", "width")):
+            assert unit, f"{name} has no unit"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("moe: {num_expert: 3}", "moe.num_expert is unknown; did you mean moe.num_experts?"),
+        ("mo: {num_experts: 3}", "configuration key mo is unknown; did you mean moe?"),
+        ("moe: {num_experts: many}", "moe.num_experts='many'"),
+        ("train: {learning_rate: -1}", "train.learning_rate=-1"),
+        ("model: {heads: 3}", "model.heads=3 must divide model.width=128"),
+        ("moe: {top_k: 17}", "moe.top_k=17 exceeds moe.num_experts=16"),
+        ("moe: {code_blend: 1.0}", "codebook.source=layer_state"),
+        ("codebook: {source: layer_states}", "layer_state"),
+        ("- a list", "must hold sections"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_gets_one_sentence_that_names_the_place(tmp_path, text, sentence):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", str(file))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_preset_and_missing_file_and_malformed_set():
+    with pytest.raises(ConfigError, match="did you mean base"):
+        load_config("bas")
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+        load_config("tiny", "nowhere.yaml")
+    with pytest.raises(ConfigError, match="section.field=value"):
+        parse_override("num_experts=3")
+    with pytest.raises(ConfigError, match=r"did you mean moe\.num_experts\?"):
+        load_config("tiny", None, dict([parse_override("moe.num_exprts=3")]))

@@ -1,0 +1,68 @@
+"""Batches: the same global batch however it is shared, every window once an epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vqmoe_ds.data.batches import TrainingBatches
+from vqmoe_ds.data.corpus import Corpus, Split
+
+WINDOWS, BATCH = 21, 8
+
+
+def _batches(seed: int = 5, batch_size: int = BATCH) -> TrainingBatches:
+    """Windows of two bytes, each telling its index."""
+    text = np.arange(WINDOWS + 1).astype(np.uint8)
+    return TrainingBatches(Split(Corpus("test", (text,), (len(text),)), 1, np.arange(WINDOWS)), batch_size, seed)
+
+
+def _global_batch(step: int, world: int, accumulation: int) -> np.ndarray:
+    size = BATCH // (world * accumulation)
+    parts = []
+    for micro in range(accumulation):
+        for rank in range(world):  # each rank has an object of its own
+            parts.append(_batches().micro_batch(step, micro, rank, world, size))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("world, accumulation", [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (1, 8)])
+def test_global_batch_does_not_depend_on_who_shares_it(world: int, accumulation: int) -> None:
+    for step in (0, 2, 5):  # step 2 crosses into the second epoch
+        assert np.array_equal(_global_batch(step, world, accumulation), _global_batch(step, 1, 1))
+
+
+def test_every_window_comes_once_an_epoch_in_an_order_of_its_own() -> None:
+    batches = _batches()
+    steps = 2 * WINDOWS  # 16 epochs
+    stream = np.concatenate([batches.micro_batch(step, 0, 0, 1, BATCH)[:, 0] for step in range(steps)])
+    epochs = stream.reshape(-1, WINDOWS)
+    assert len(epochs) == 16
+    assert all(sorted(epoch) == list(range(WINDOWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 16
+
+
+def test_any_step_can_be_read_first() -> None:
+    running = _batches()
+    for step in range(9):
+        running.micro_batch(step, 0, 0, 1, BATCH)
+    for step in (9, 3):  # forward, then back an epoch
+        fresh = _batches().micro_batch(step, 0, 0, 1, BATCH)
+        assert np.array_equal(running.micro_batch(step, 0, 0, 1, BATCH), fresh)
+
+
+def test_seed_and_epochs() -> None:
+    assert not np.array_equal(_batches(5).micro_batch(0, 0, 0, 1, 8), _batches(6).micro_batch(0, 0, 0, 1, 8))
+    assert _batches().epoch(0) == 0
+    assert _batches().epoch(21) == pytest.approx(8.0)
+
+
+def test_micro_batches_are_inputs_with_their_targets() -> None:
+    batch = _batches().micro_batch(0, 1, 1, 2, 2)
+    assert batch.shape == (2, 2) and batch.dtype == np.int64
+    assert np.array_equal(batch[:, 1], batch[:, 0] + 1)
+
+
+def test_a_batch_larger_than_the_corpus_goes_round() -> None:
+    batch = _batches(batch_size=50).micro_batch(0, 0, 0, 1, 50)
+    assert np.bincount(batch[:, 0], minlength=WINDOWS).min() >= 2

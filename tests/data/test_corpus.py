@@ -1,0 +1,132 @@
+"""Corpora: bytes of files in order, windows across their borders, and a split that loses and leaks nothing."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vqmoe_ds.data.corpus import STRETCH, Corpus, open_corpus, split_corpus, whole_corpus
+from vqmoe_ds.errors import DataError
+
+
+def _corpus(sizes: list[int]) -> tuple[Corpus, np.ndarray]:
+    text = np.arange(sum(sizes)) % 251
+    text = text.astype(np.uint8)
+    ends = np.cumsum(sizes).tolist()
+    pieces = tuple(text[end - size : end] for size, end in zip(sizes, ends, strict=True))
+    return Corpus("test", pieces, tuple(ends)), text
+
+
+@pytest.mark.parametrize("sizes", [[103], [10, 93], [1, 1, 1, 50, 1, 49], [8, 8, 8, 8, 71], [33, 70]])
+def test_windows_read_across_file_boundaries(sizes: list[int]) -> None:
+    corpus, text = _corpus(sizes)
+    for length in (2, 8, 25):
+        count = corpus.num_windows(length)
+        assert count == (103 - 1) // length
+        for index in range(count):
+            want = text[index * length : index * length + length + 1]
+            got = corpus.window(index, length)
+            assert got.tolist() == want.tolist() and len(got) == length + 1
+
+
+def test_every_byte_but_the_first_is_a_target_once() -> None:
+    corpus, text = _corpus([40, 61])
+    targets = np.concatenate([corpus.window(index, 10)[1:] for index in range(corpus.num_windows(10))])
+    assert targets.tolist() == text[1:101].tolist()
+
+
+@pytest.mark.parametrize("windows, every", [(10, 10), (11, 10), (130, 2), (1283, 10), (5000, 7), (64 * 40, 10)])
+def test_split_is_disjoint_and_complete(windows: int, every: int) -> None:
+    corpus, _ = _corpus([windows * 3 + 1])
+    train, valid = split_corpus(corpus, 3, every)
+    assert len(train) > 0 and len(valid) > 0
+    assert sorted([*train.indices, *valid.indices]) == list(range(windows))
+    assert len(valid) / windows == pytest.approx(1 / every, rel=0.5)
+    assert train.indices.tolist() == sorted(train.indices)
+
+
+def test_whole_stretches_are_held_out() -> None:
+    corpus, _ = _corpus([STRETCH * 30 * 2 + 1])
+    _, valid = split_corpus(corpus, 2, 10)
+    assert valid.indices.tolist() == [w for s in (9, 19, 29) for w in range(s * STRETCH, (s + 1) * STRETCH)]
+
+
+def test_batches_are_int64_windows() -> None:
+    corpus, text = _corpus([100, 101])
+    train, _ = split_corpus(corpus, 4, 10)
+    batch = train.batch(np.array([0, 7]))
+    assert batch.dtype == np.int64 and batch.shape == (2, 5)
+    start = int(train.indices[7]) * 4
+    assert batch[1].tolist() == text[start : start + 5].tolist()
+    assert len(whole_corpus(corpus, 4)) == 50
+
+
+def test_folder_is_read_in_path_order_without_hidden_files(tmp_path: Path) -> None:
+    files = {"b.txt": b"BB", "a/z.txt": b"ZZZ", "a/c/k.txt": b"K", ".hidden": b"no", ".git/config": b"no", "e.txt": b""}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    corpus = open_corpus(str(tmp_path))
+    assert b"".join(piece.tobytes() for piece in corpus.pieces) == b"KZZZBB"
+    assert corpus.num_bytes == 6
+    single = open_corpus(str(tmp_path / "a" / "z.txt"))
+    assert single.window(0, 2).tobytes() == b"ZZZ"
+
+
+def test_files_are_mapped_not_read(tmp_path: Path) -> None:
+    (tmp_path / "big.txt").write_bytes(b"x" * 1000)
+    assert isinstance(open_corpus(str(tmp_path)).pieces[0], np.memmap)
+
+
+def test_errors_name_the_path_and_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "zero.txt").write_bytes(b"")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "text.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "short.txt").write_bytes(b"x" * 80)
+    for name, reason in {
+        "nothing": "does not exist",
+        "empty": "holds no bytes",
+        "zero.txt": "holds no bytes",
+        "packed": "is compressed; unpack it first",
+    }.items():
+        with pytest.raises(DataError, match=f"{name}.*{reason}"):
+            open_corpus(str(tmp_path / name))
+    corpus = open_corpus(str(tmp_path / "short.txt"))
+    with pytest.raises(DataError, match=r"short.txt has 80 bytes, fewer than the 81 .*sequence_length=8"):
+        split_corpus(corpus, 8, 10)
+    with pytest.raises(DataError, match="too few for one window of 101"):
+        whole_corpus(corpus, 100)
+    (tmp_path / "short.txt").write_bytes(b"x" * 81)
+    train, valid = split_corpus(open_corpus(str(tmp_path / "short.txt")), 8, 10)
+    assert (len(train), len(valid)) == (9, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions")
+def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked.txt").write_bytes(b"text")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(DataError, match=r"locked.txt cannot be read \(Permission denied\)"):
+        open_corpus(str(tmp_path))
+
+
+def test_documentation_of_the_standard_library() -> None:
+    corpus = open_corpus(None)
+    assert "CPython" in corpus.name
+    assert 1_000_000 < corpus.num_bytes < 20_000_000
+    text = bytes(corpus.pieces[0]).decode()
+    assert text == text.strip() and "\n\n\n\n" not in text
+    assert "assert statement" in text.replace('"', ""), "the language reference is missing"
+    for documented in (json, textwrap.TextWrapper, textwrap.TextWrapper.fill):
+        assert inspect.cleandoc(documented.__doc__).strip() in text, documented

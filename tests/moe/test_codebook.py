@@ -1,0 +1,301 @@
+"""The codebook bank on one rank: lookup, statistics, learning, birth and the rescue of dead codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vqmoe_ds.config.schema import CodebookConfig
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.codebook_sync import CodebookSync
+
+WIDTH = 16
+
+
+def _bank(num_layers: int = 2, num_experts: int = 4, seed: int = 7, **options: object) -> CodebookBank:
+    return CodebookBank(CodebookConfig(**options), num_layers, num_experts, WIDTH, seed)
+
+
+def _observe(bank: CodebookBank, source_TD: Tensor) -> list[Tensor]:
+    """What a model does in forward: look up and observe in every layer."""
+    z_TC = bank.prepare(source_TD)
+    codes = [bank.lookup(layer, z_TC) for layer in range(bank.num_layers)]
+    for layer, codes_T in enumerate(codes):
+        bank.observe(layer, z_TC, codes_T)
+    return codes
+
+
+# ------------------------------------------------------------------------ lookup
+
+
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"code_dim": 4}, {"num_codes": 33}])
+def test_lookup_is_the_nearest_code_in_float64(options: dict) -> None:
+    bank = _bank(**options)
+    z_TC = bank.prepare(torch.randn(200, WIDTH))
+    for layer in range(2):
+        distances_TK = torch.cdist(z_TC.double(), bank.codes_LKC[layer].double())
+        assert torch.equal(bank.lookup(layer, z_TC), distances_TK.argmin(dim=1))
+    assert torch.equal(bank.lookup_all(z_TC), torch.stack([bank.lookup(layer, z_TC) for layer in range(2)]))
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    bank = _bank(num_codes=6)
+    bank.codes_LKC[0, 4] = bank.codes_LKC[0, 1]
+    bank.codes_LKC[0, 5] = bank.codes_LKC[0, 1]
+    z_TC = bank.codes_LKC[0, [1, 4, 5]].clone()
+    assert bank.lookup(0, z_TC).tolist() == [1, 1, 1]
+    assert bank.lookup_all(z_TC)[0].tolist() == [1, 1, 1]
+
+
+def test_prepared_vectors() -> None:
+    source_TD = (5 * torch.randn(50, WIDTH)).to(torch.bfloat16).requires_grad_()
+    raw, unit_rms = _bank(normalize_source=False), _bank()
+    projected, cosine = _bank(code_dim=5, normalize_source=False), _bank(distance="cosine")
+    assert torch.equal(raw.prepare(source_TD), source_TD.float())
+    z_TC = unit_rms.prepare(source_TD)
+    assert z_TC.dtype == torch.float32 and not z_TC.requires_grad
+    assert (z_TC.square().mean(dim=1) - 1).abs().max() < 1e-3
+    assert (cosine.prepare(source_TD).norm(dim=1) - 1).abs().max() < 1e-5
+    projection_DC = projected.projection_DC
+    assert projected.prepare(source_TD).shape == (50, 5)
+    assert (projection_DC.t() @ projection_DC - torch.eye(5)).abs().max() < 1e-5
+
+
+def test_codes_depend_on_the_seed_and_the_layer_alone() -> None:
+    torch.manual_seed(1)
+    first = _bank(code_dim=4)
+    torch.manual_seed(2)
+    second = _bank(code_dim=4)
+    for name, buffer in first.named_buffers():
+        assert torch.equal(buffer, dict(second.named_buffers())[name]), name
+    assert not torch.equal(first.codes_LKC, _bank(code_dim=4, seed=8).codes_LKC)
+    assert not torch.equal(first.codes_LKC[0], first.codes_LKC[1])
+    assert not list(first.parameters()), "codes must be buffers: DeepSpeed casts, shards and averages parameters"
+
+
+def test_hash_map_is_k_mod_n() -> None:
+    assert _bank(num_codes=10).code_map_LK.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]] * 2
+    assert _bank(num_codes=3).code_map_LK[0].tolist() == [0, 1, 2]
+
+
+# -------------------------------------------------------------------- statistics
+
+
+def test_pending_holds_sums_and_counts() -> None:
+    bank = _bank()
+    first_TD, second_TD = torch.randn(30, WIDTH), torch.randn(20, WIDTH)
+    codes = torch.cat([_observe(bank, first_TD)[1], _observe(bank, second_TD)[1]])
+    z_TC = bank.prepare(torch.cat([first_TD, second_TD])).double()
+    for k in range(bank.num_codes):
+        assert bank.pending[1, k, -1] == (codes == k).sum()
+        assert torch.allclose(bank.pending[1, k, :-1], z_TC[codes == k].sum(0), atol=1e-5)
+    assert bank.pending.dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_is_not_counted(reentrant: bool) -> None:
+    bank = _bank()
+    x_TD = torch.randn(12, WIDTH, requires_grad=True)
+    calls = []
+
+    def block(x_TD: Tensor) -> Tensor:
+        calls.append(1)
+        _observe(bank, x_TD)
+        return (x_TD**2).tanh()
+
+    checkpoint(block, x_TD, use_reentrant=reentrant).sum().backward()
+    assert len(calls) == 2, "nothing was recomputed"
+    assert bank.pending[..., -1].sum(dim=1).tolist() == [12, 12]
+
+
+def test_samples_are_spread_over_the_micro_batch() -> None:
+    bank = _bank(normalize_source=False, kmeans_samples=64)
+    ramp_TD = torch.arange(64.0).unsqueeze(1).expand(-1, WIDTH)
+    _observe(bank, ramp_TD)
+    _observe(bank, ramp_TD + 100)
+    samples_LSC = bank.samples(1, 8)
+    assert samples_LSC.shape == (2, 8, WIDTH)
+    assert samples_LSC[0, :, 0].tolist() == [100, 109, 118, 127, 136, 145, 154, 163]
+    assert bank.samples(0, 100).shape == (2, 100, WIDTH), "fewer tokens than asked for are repeated"
+
+
+# ---------------------------------------------------------------------- learning
+
+
+def test_decay_rises_linearly() -> None:
+    bank = _bank(decay=0.5, decay_final=0.9, decay_steps=4)
+    seen = []
+    for _ in range(6):
+        seen.append(bank.decay())
+        bank.updates += 1
+    assert seen == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 0.9])
+
+
+def test_unused_code_keeps_its_place_for_ever() -> None:
+    bank = _bank(num_layers=1, birth_step=10**6, dead_below=0.0, decay=0.5, decay_final=0.5)
+    sync = CodebookSync(bank)
+    bank.codes_LKC[0, 3] = bank.ema_sum_LKC[0, 3] = 100.0
+    for _ in range(150):  # 0.5^150 is far below the smallest float32
+        _observe(bank, torch.randn(40, WIDTH))
+        sync.step()
+    assert bank.usage_LK[0, 3] == 0
+    assert torch.isfinite(bank.codes_LKC).all()
+    assert (bank.codes_LKC[0, 3] - 100).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_cosine_codes_stay_on_the_sphere(learning: str) -> None:
+    bank = _bank(distance="cosine", learning=learning, learning_rate=0.1, kmeans_samples=64)
+    sync = CodebookSync(bank)
+    for _ in range(10):
+        _observe(bank, torch.randn(40, WIDTH))
+        sync.step()
+    assert bool(bank.born)
+    assert (bank.codes_LKC.norm(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_freezing_stops_the_codes_but_not_the_count() -> None:
+    bank = _bank(freeze_step=4, kmeans_samples=64)
+    sync = CodebookSync(bank)
+    history = []
+    for _ in range(7):
+        _observe(bank, torch.randn(40, WIDTH))
+        sync.step()
+        history.append(bank.codes_LKC.clone())
+    moved = [not torch.equal(a, b) for a, b in zip(history, history[1:], strict=False)]
+    assert moved == [True, True, True, False, False, False]
+    assert bank.usage_LK.sum(dim=1).tolist() == [7 * 40, 7 * 40]
+    assert int(bank.updates) == 7
+
+
+def test_frozen_codes_never_move_nor_are_born() -> None:
+    bank = _bank(learning="frozen")
+    before, sync = bank.codes_LKC.clone(), CodebookSync(bank)
+    for _ in range(3):
+        _observe(bank, torch.randn(40, WIDTH))
+        sync.step()
+    assert torch.equal(bank.codes_LKC, before) and not bool(bank.born)
+    assert bank.usage_LK.sum() == 2 * 3 * 40
+
+
+def test_state_continues_bit_for_bit_from_a_state_dict() -> None:
+    for learning in ("ema", "gradient"):
+        banks = [_bank(learning=learning, learning_rate=0.05, kmeans_samples=64, seed=seed) for seed in (1, 2)]
+        syncs = [CodebookSync(bank) for bank in banks]
+        for step in range(8):
+            if step == 4:
+                banks[1].load_state_dict(banks[0].state_dict())
+            source_TD = torch.randn(40, WIDTH)
+            for bank, sync in zip(banks, syncs, strict=True):
+                _observe(bank, source_TD)
+                sync.step()
+        assert torch.equal(banks[0].codes_LKC, banks[1].codes_LKC)
+        assert torch.equal(banks[0].code_map_LK, banks[1].code_map_LK)
+
+
+# ---------------------------------------------------- birth and the rescue of the dead
+
+
+def _clusters(count: int = 4, per_cluster: int = 20) -> Tensor:
+    return (4 * torch.eye(count, WIDTH)).repeat(per_cluster, 1) + 0.05 * torch.randn(count * per_cluster, WIDTH)
+
+
+@pytest.mark.parametrize("birth_step", [1, 3])
+def test_codes_are_born_on_the_data(birth_step: int) -> None:
+    bank = _bank(normalize_source=False, birth_step=birth_step, kmeans_samples=80, dead_below=0.0)
+    sync = CodebookSync(bank)
+    for step in range(1, 5):
+        _observe(bank, _clusters())
+        sync.step()
+        assert bool(bank.born) == (step >= birth_step)
+    nearest = torch.cdist(4 * torch.eye(4, WIDTH), bank.codes_LKC[0]).amin(dim=1)
+    assert nearest.max() < 0.2
+    assert int(bank.updates) == 4
+
+
+def test_random_birth_takes_samples_as_they_are() -> None:
+    bank = _bank(init="random", normalize_source=False, kmeans_samples=80)
+    source_TD = _clusters()
+    _observe(bank, source_TD)
+    CodebookSync(bank).step()
+    assert all((source_TD == code_C).all(dim=1).any() for code_C in bank.codes_LKC.flatten(0, 1))
+
+
+def test_birth_gives_codes_the_weight_of_their_clusters() -> None:
+    bank = _bank(normalize_source=False, kmeans_samples=80)
+    weights = torch.tensor([8, 6, 4, 2])
+    source_TD = 4 * torch.eye(4, WIDTH).repeat_interleave(weights, dim=0).repeat(4, 1)
+    source_TD = source_TD + 0.01 * torch.randn_like(source_TD)
+    _observe(bank, source_TD)
+    CodebookSync(bank).step()
+    counts_K = bank.ema_count_LK[0]
+    assert sorted(counts_K.tolist()) == pytest.approx([8.0, 16.0, 24.0, 32.0])
+    means_KC = bank.ema_sum_LKC[0] / counts_K.unsqueeze(1)
+    assert torch.allclose(means_KC, bank.codes_LKC[0], atol=1e-5)
+
+
+def test_balanced_map_is_drawn_at_birth() -> None:
+    bank = _bank(num_codes=8, normalize_source=False, kmeans_samples=400, code_map="balanced", num_experts=2)
+    weights = torch.tensor([130, 110, 50, 40, 30, 20, 10, 10])
+    source_TD = 4 * torch.eye(8, WIDTH).repeat_interleave(weights, dim=0) + 0.01 * torch.randn(400, WIDTH)
+    _observe(bank, source_TD)
+    CodebookSync(bank).step()
+    load_N = torch.zeros(2, dtype=torch.float64)
+    load_N.index_add_(0, bank.code_map_LK[0], torch.bincount(_observe(bank, source_TD)[0], minlength=8).double())
+    assert load_N.tolist() == [200, 200]
+
+
+@pytest.mark.parametrize("learning", ["ema", "gradient"])
+def test_dead_codes_are_moved_onto_tokens_and_stay_there(learning: str) -> None:
+    bank = _bank(learning=learning, normalize_source=False, kmeans_samples=80, dead_below=0.2, num_layers=1)
+    sync = CodebookSync(bank)
+    for _ in range(3):
+        _observe(bank, _clusters())
+        sync.step()
+    bank.codes_LKC[0, 2] = 1000.0  # out of every token's reach
+    bank.ema_sum_LKC[0, 2] = 1000.0 * bank.ema_count_LK[0, 2]
+    for _ in range(120):
+        _observe(bank, _clusters())
+        sync.step()
+        if bank.codes_LKC.abs().max() < 100:
+            break
+    else:
+        pytest.fail("the dead code was never moved")
+    used_before = bank.usage_LK[0].clone()
+    for _ in range(5):
+        _observe(bank, _clusters())
+        sync.step()
+    assert ((bank.usage_LK[0] - used_before) > 0).all()
+    assert bank.codes_LKC.abs().max() < 10, "stale sums pulled the code back"
+
+
+def test_reseeding_stops_when_told() -> None:
+    bank = _bank(normalize_source=False, kmeans_samples=80, dead_below=0.2, num_layers=1, reseed_until=2)
+    sync = CodebookSync(bank)
+    for step in range(60):
+        _observe(bank, _clusters())
+        sync.step()
+        if step == 3:
+            bank.codes_LKC[0, 2] = 1000.0
+            bank.ema_sum_LKC[0, 2] = 1000.0 * bank.ema_count_LK[0, 2]
+    assert bool(bank.dead_codes()[0, 2])
+    assert bank.codes_LKC[0, 2].min() > 900
+
+
+def test_fingerprint_sees_one_bit_and_any_exchange() -> None:
+    bank, marks = _bank(), []
+    marks.append(bank.fingerprint())
+    bits = bank.codes_LKC.view(torch.int32)
+    bits[1, 2, 3] ^= 1
+    marks.append(bank.fingerprint())
+    bits[1, 2, 3] ^= 1
+    bank.codes_LKC[0, [0, 1]] = bank.codes_LKC[0, [1, 0]]
+    marks.append(bank.fingerprint())
+    bank.codes_LKC[0, [0, 1]] = bank.codes_LKC[0, [1, 0]]
+    bank.code_map_LK[0, [0, 1]] = bank.code_map_LK[0, [1, 0]]
+    marks.append(bank.fingerprint())
+    bank.code_map_LK[0, [0, 1]] = bank.code_map_LK[0, [1, 0]]
+    assert len({tuple(mark.tolist()) for mark in marks}) == 4
+    assert torch.equal(bank.fingerprint(), marks[0])

@@ -1,0 +1,175 @@
+"""Codebooks of four ranks: bit-identical at every step, and those of one rank with the same batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed import run_ranks
+from vqmoe_ds.config.schema import CodebookConfig
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.codebook_sync import CodebookSync
+
+WIDTH, EXPERTS, TOKENS, STEPS = 12, 4, 48, 50
+
+RULES: dict[str, dict[str, Any]] = {
+    "ema": {"learning": "ema"},
+    "gradient": {"learning": "gradient", "learning_rate": 0.02},
+    "cosine, balanced": {"distance": "cosine", "code_map": "balanced", "num_codes": 10},
+    "late birth, random": {"birth_step": 4, "init": "random", "code_dim": 5},
+    "frozen later": {"freeze_step": 20},
+}
+
+
+def _config(rule: str) -> CodebookConfig:
+    return CodebookConfig(**{"kmeans_samples": 96, "dead_below": 0.3, "num_codes": 8, **RULES[rule]})
+
+
+def _micro_batch(step: int, number: int) -> Tensor:
+    """Drifting clusters of unlike sizes, so that codes die and are re-seeded on the way."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    drift = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(step // 10))
+    member_T = (torch.rand(TOKENS, generator=generator) ** 3 * 12).long()
+    return drift[member_T] + 0.05 * torch.randn(TOKENS, WIDTH, generator=generator)
+
+
+def _observe(bank: CodebookBank, source_TD: Tensor) -> None:
+    z_TC = bank.prepare(source_TD)
+    for layer in range(bank.num_layers):
+        bank.observe(layer, z_TC, bank.lookup(layer, z_TC))
+
+
+def _identical(bank: CodebookBank) -> bool:
+    """Every buffer equal bit by bit on all ranks, without the fingerprint."""
+    mine = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in bank.buffers()])
+    all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_ranks, mine)
+    return all(torch.equal(mine, other) for other in all_ranks)
+
+
+def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> dict[str, Any]:
+    bank = CodebookBank(_config(rule), 2, EXPERTS, WIDTH, seed=seed)
+    sync = CodebookSync(bank, accumulation)
+    reseeded, original = [], bank.reseed
+    bank.reseed = lambda dead_LK, candidates: (reseeded.append(int(dead_LK.sum())), original(dead_LK, candidates))
+    started_equal = world == 1 or _identical(bank)
+    sync.broadcast()
+    identical = True
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            _observe(bank, _micro_batch(step, micro * world + rank))
+        sync.step()
+        if world > 1:
+            identical &= _identical(bank) and sync.in_step()
+    state = {name: buffer.clone() for name, buffer in bank.named_buffers()}
+    return {"started_equal": started_equal, "identical": identical, "reseeded": sum(reseeded), "state": state}
+
+
+def _train_all(rank: int, world: int, accumulation: int, own_seeds: bool) -> dict[str, dict[str, Any]]:
+    return {rule: _train(rank, world, accumulation, rule, 5 + rank * own_seeds) for rule in RULES}
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(4, _train_all, 1, True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ranks_hold_the_same_bits_through_birth_learning_and_rescue(four_ranks: list, rule: str) -> None:
+    for answer in four_ranks:
+        assert not answer[rule]["started_equal"], "the ranks must start apart for this to say anything"
+        assert answer[rule]["identical"]
+        assert answer[rule]["reseeded"] > 0, "no code died, so the rescue was not tried"
+        assert bool(answer[rule]["state"]["born"])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_accumulating_is_sharing(four_ranks: list, rule: str) -> None:
+    """One rank with four micro-batches a step, two with two, four with one: one codebook."""
+    for other in (_one_rank()[rule], _two_ranks()[rule]):
+        for name, wanted in four_ranks[0][rule]["state"].items():
+            got, want = other["state"][name].double(), wanted.double()
+            assert (got - want).abs().max() <= 1e-6 * max(1.0, want.abs().max().item()), name
+        assert other["reseeded"] == four_ranks[0][rule]["reseeded"]
+
+
+_cache: dict[int, Any] = {}
+
+
+def _one_rank() -> dict[str, Any]:
+    if 1 not in _cache:
+        _cache[1] = _train_all(0, 1, 4, False)
+    return _cache[1]
+
+
+def _two_ranks() -> dict[str, Any]:
+    if 2 not in _cache:
+        _cache[2] = run_ranks(2, _train_all, 2, False)[0]
+    return _cache[2]
+
+
+def _fingerprints(rank: int, world: int) -> dict[str, bool]:
+    bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5)
+    sync = CodebookSync(bank)
+    found = {"equal": sync.in_step()}
+    bits = bank.codes_LKC.view(torch.int32)
+    for place in ((0, 0, 0), (1, 7, 11), (1, 3, 2)):
+        if rank == 2:
+            bits[place] ^= 1
+        found[f"bit {place}"] = sync.in_step()
+        if rank == 2:
+            bits[place] ^= 1
+    if rank == 3:
+        bank.code_map_LK[1, 3] ^= 1
+    found["table"] = sync.in_step()
+    if rank == 3:
+        bank.code_map_LK[1, 3] ^= 1
+    found["mended"] = sync.in_step()
+    _observe(bank, _micro_batch(rank, 0))
+    sync.skip()
+    found["skipped"] = sync.in_step() and bank.pending.abs().sum().item() == 0
+    return found
+
+
+def test_in_step_notices_one_bit() -> None:
+    for found in run_ranks(4, _fingerprints):
+        expected = dict.fromkeys(found, False) | dict.fromkeys(("equal", "mended", "skipped"), True)
+        assert found == expected
+
+
+def _subgroup(rank: int, world: int) -> tuple[bool, bool]:
+    """Two data-parallel groups of two ranks: each keeps to itself."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = groups[rank // 2]
+    bank = CodebookBank(_config("ema"), 1, EXPERTS, WIDTH, seed=rank)
+    sync = CodebookSync(bank, group=group)
+    sync.broadcast()
+    for step in range(12):
+        _observe(bank, _micro_batch(step, rank))
+        sync.step()
+    return sync.in_step(), CodebookSync(bank).in_step()
+
+
+def test_groups_keep_to_themselves() -> None:
+    assert run_ranks(4, _subgroup) == [(True, False)] * 4
+
+
+def _one_all_reduce(rank: int, world: int) -> list[int]:
+    bank = CodebookBank(_config("ema").model_copy(update={"dead_below": 0.0}), 6, EXPERTS, WIDTH, seed=5)
+    sync, counts, original = CodebookSync(bank), [], dist.all_reduce
+    for step in range(3):
+        _observe(bank, _micro_batch(step, rank))
+        calls: list[int] = []
+        dist.all_reduce = lambda *args, calls=calls, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+        sync.step()
+        dist.all_reduce = original
+        counts.append(len(calls))
+    return counts
+
+
+def test_all_layers_share_one_all_reduce() -> None:
+    assert run_ranks(2, _one_all_reduce) == [[1, 1, 1]] * 2

@@ -1,0 +1,58 @@
+"""The harness itself: it must report a failing, dying or hanging rank instead of passing or waiting."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import RankFailure, run_ranks
+
+
+def _sum_of_ranks(rank: int, world: int, offset: int) -> tuple[int, float, bool]:
+    total = torch.tensor([float(rank + offset)])
+    dist.all_reduce(total)
+    same_draw = [torch.zeros(1) for _ in range(world)]
+    dist.all_gather(same_draw, torch.rand(1))
+    return rank, total.item(), len({draw.item() for draw in same_draw}) == world
+
+
+def test_ranks_talk_and_answer_in_order() -> None:
+    assert run_ranks(4, _sum_of_ranks, 10) == [(rank, 46.0, True) for rank in range(4)]
+
+
+def _fail_on_one(rank: int, world: int) -> None:
+    if rank == 1:
+        raise ValueError("only here")
+    dist.barrier()
+
+
+def test_failure_of_one_rank_is_raised_with_its_traceback() -> None:
+    with pytest.raises(RankFailure, match="(?s)rank 1 failed.*_fail_on_one.*only here"):
+        run_ranks(2, _fail_on_one)
+
+
+def _die_on_one(rank: int, world: int) -> None:
+    if rank == 1:
+        os._exit(3)
+    dist.barrier()
+
+
+def test_dead_rank_is_named() -> None:
+    with pytest.raises(RankFailure, match="rank [01] (died|failed)"):
+        run_ranks(2, _die_on_one)
+
+
+def _hang_on_one(rank: int, world: int) -> None:
+    if rank == 1:
+        time.sleep(60)
+
+
+def test_hanging_rank_is_killed_at_the_timeout() -> None:
+    start = time.monotonic()
+    with pytest.raises(RankFailure, match=r"ranks \[1\] did not finish within 3 s"):
+        run_ranks(2, _hang_on_one, timeout=3)
+    assert time.monotonic() - start < 20
