@@ -95,7 +95,13 @@ def _gather(answers: list[Connection], deadline: float, timeout: float) -> list[
 
 
 def _rank_main(
-    question: Connection, rank: int, world: int, port: int, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    question: Connection,
+    rank: int,
+    world: int,
+    port: int,
+    timeout: float,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     faulthandler.dump_traceback_later(max(1.0, timeout - 2), file=sys.__stderr__)
     warnings.simplefilter("ignore")

@@ -11,6 +11,8 @@ class UserError(Exception):
     """Bad input: what is wrong, where, and the mend, in one sentence."""
 
     exit_code = 2
+    local = False
+    """True where one rank alone met the error, so that it has to speak for itself."""
 
 
 class ConfigError(UserError):

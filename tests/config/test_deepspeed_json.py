@@ -120,6 +120,8 @@ def test_known_keys_are_those_deepspeed_reads():
     import deepspeed
 
     root = Path(deepspeed.__file__).parent
-    text = "".join(p.read_text(errors="ignore") for p in root.rglob("*.py") if "config" in p.name or "constants" in p.name)
+    text = "".join(
+        p.read_text(errors="ignore") for p in root.rglob("*.py") if "config" in p.name or "constants" in p.name
+    )
     unread = [key for key in TOP_LEVEL_KEYS if f'"{key}"' not in text and f"'{key}'" not in text]
     assert not unread

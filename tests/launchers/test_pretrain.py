@@ -71,7 +71,10 @@ def test_the_run_folder_holds_what_the_docs_promise(finished):
     assert 0 < summary["validation_bits_per_byte"] < 9
     assert "--- sample ---" in result.stdout
     assert list((run_dir / "tensorboard").glob("events*"))
-    assert sorted(p.name for p in (run_dir / "checkpoints").glob("global*")) == ["global_step0000008", "global_step0000012"]
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("global*")) == [
+        "global_step0000008",
+        "global_step0000012",
+    ]
 
 
 def test_the_screen_shows_one_plain_line_an_interval_and_no_chatter(finished):
@@ -132,7 +135,8 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_earlier_checkpoints_whole(
     assert first.returncode == 0, first.stderr
     limit = 100_000  # the optimizer states are larger, everything else is smaller
     result = run(
-        [*small, "--run_dir", str(run_dir)], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        [*small, "--run_dir", str(run_dir)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert result.returncode == 3, result.stderr
     assert "could not be written" in result.stderr

@@ -36,9 +36,7 @@ ROUTERS = {
 def _config(case: str, train: dict[str, Any] | None = None, **model: Any) -> RunConfig:
     moe, book = ROUTERS[case]
     shape = {"vocab_size": VOCAB, "layers": 4, "width": 24, "heads": 2, "sequence_length": LENGTH, **model}
-    return RunConfig(
-        model=shape, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book, train=train or {}
-    )
+    return RunConfig(model=shape, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book, train=train or {})
 
 
 def _tokens(batch: int = 3, seed: int = 0) -> Tensor:

@@ -123,7 +123,10 @@ def test_initial_weights_follow_seed_layer_and_global_id() -> None:
     half = StackedExperts(WIDTH, HIDDEN, 4, 4, layer=2, seed=5)
     for name in ("w1", "w2", "w3"):
         assert torch.equal(getattr(whole, name)[4:], getattr(half, name))
-    others = [StackedExperts(WIDTH, HIDDEN, 8, 0, layer=3, seed=5), StackedExperts(WIDTH, HIDDEN, 8, 0, layer=2, seed=6)]
+    others = [
+        StackedExperts(WIDTH, HIDDEN, 8, 0, layer=3, seed=5),
+        StackedExperts(WIDTH, HIDDEN, 8, 0, layer=2, seed=6),
+    ]
     drawn = [tensor for experts in (whole, *others) for tensor in (*experts.w1, *experts.w3)]
     assert len({round(tensor.sum().item(), 6) for tensor in drawn}) == len(drawn), "two experts share weights"
 

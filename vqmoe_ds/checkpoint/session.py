@@ -51,10 +51,12 @@ def save(session: Session, folder: Path, step: int, keep_last: int) -> Path:
             retire(folder, keep_last)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise TrainingHalted(
+        halted = TrainingHalted(
             f"checkpoint {tag} could not be written ({reason}); earlier checkpoints in {folder} are untouched; "
             "free some space and start again to resume from the newest"
-        ) from error
+        )
+        halted.local = True
+        raise halted from error
     _barrier()
     return tag
 

@@ -112,9 +112,7 @@ class MoETransformer(nn.Module):
         for index in range(model.layers):
             if index in self.moe_blocks:
                 layer = self.moe_blocks.index(index)
-                mlp: nn.Module = MoELayer(
-                    model.width, layer, moe, book, config.train.seed, ep_size, ep_rank, out_scale
-                )
+                mlp: nn.Module = MoELayer(model.width, layer, moe, book, config.train.seed, ep_size, ep_rank, out_scale)
             else:
                 mlp = DenseMLP(model.width, model.dense_hidden or moe.expert_hidden * rows_per_token(moe))
             self.blocks.append(Block(model, mlp))

@@ -42,9 +42,7 @@ class CodebookBank(nn.Module):
     adam_square_LKC: Tensor
     projection_DC: Tensor | None
 
-    def __init__(
-        self, config: CodebookConfig, num_layers: int, num_experts: int, width: int, seed: int
-    ) -> None:
+    def __init__(self, config: CodebookConfig, num_layers: int, num_experts: int, width: int, seed: int) -> None:
         super().__init__()
         self.config, self.num_experts = config, num_experts
         self.num_layers, self.num_codes = num_layers, config.num_codes or num_experts

@@ -180,7 +180,5 @@ class _AllToAll(torch.autograd.Function):
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     out = rows.new_empty(sum(receive), rows.shape[1])
-    dist.all_to_all_single(
-        out, rows.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group
-    )
+    dist.all_to_all_single(out, rows.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
     return out

@@ -77,12 +77,12 @@ class Console:
             self._bar.close()
             self._bar = None
 
-    def fail(self, error: BaseException, everywhere: bool = False) -> int:
+    def fail(self, error: BaseException) -> int:
         """Print what went wrong and return the exit code: one sentence for user errors, a traceback otherwise."""
         self.close_progress()
         code = error.exit_code if isinstance(error, UserError) else 1
         if isinstance(error, UserError):
-            if self.rank == 0 or everywhere:
+            if self.rank == 0 or error.local:
                 print(f"error: {error}", file=self.err, flush=True)
         else:
             print(f"rank {self.rank} failed:", file=self.err)

@@ -57,7 +57,8 @@ def set_up_torch(place: Place) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // place.local_world_size))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every empty buffer once more
+    # Or every empty buffer would be written once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # DeepSpeed would compile its shared-memory all-reduce now (about a minute of g++ at the first launch). Gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():

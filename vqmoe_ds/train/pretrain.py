@@ -41,9 +41,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         return _train(args, config, place, console, run_dir, train_split, valid_split, started)
     except BaseException as error:
-        everywhere = not isinstance(error, ConfigError)
-        code = console.fail(error, everywhere and place.rank == getattr(error, "rank", place.rank))
-        os._exit(code)  # peers may sit in a collective: leave without waiting for them; the launcher ends them
+        # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
+        os._exit(_leave_together(console.fail(error), place))
 
 
 def _train(
