@@ -19,6 +19,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.train.ranks import Place
 
 
@@ -86,6 +87,8 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"DeepSpeed config {json_path}: {where}: {first['msg']}") from None
+    if config.zero_stage == 0 and config.precision == "fp32":
+        clip_over_all_experts(engine)
     sync = None
     if model.bank is not None:
         sync = CodebookSync(model.bank, config.accumulation_steps)

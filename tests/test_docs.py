@@ -1,0 +1,39 @@
+"""The documentation points at things that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vqmoe_ds.config.load import field_table, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_commands_name_files_that_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: link to {target}"
+    for script in re.findall(r"(?:launchers|tools|benchmarks|ds_configs|tests)/[\w\-]+\.(?:py|json|sh|yaml)", text):
+        assert (ROOT / script).exists(), f"{page.name}: {script}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_that_are_named_exist(page):
+    known = {row[0] for row in field_table()}
+    sections = {name.split(".")[0] for name in known} - {"model"}
+    for section, field in re.findall(r"`(\w+)\.(\w+)[=`]", page.read_text()):
+        if section in sections:
+            assert f"{section}.{field}" in known, f"{page.name}: {section}.{field}"
+
+
+def test_every_entry_of_the_study_is_a_valid_configuration():
+    grid = yaml.safe_load((ROOT / "benchmarks/codebook_study.yaml").read_text())
+    for entry in grid["entries"]:
+        load_config("tiny", None, entry["set"])
