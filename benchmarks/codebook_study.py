@@ -4,8 +4,8 @@
     python benchmarks/codebook_study.py benchmarks/codebook_study.yaml --out study.jsonl
     python benchmarks/codebook_study.py --table study.jsonl
 
-Every entry of the grid trains `preset tiny` (or the model it names) on the standard library's documentation for
-`steps` steps of 2048 tokens with one thread, so that entries differ in routing alone. Runs already in the output file
+Every entry of the grid trains a preset (`tiny` unless it names another) on the standard library's documentation for
+`steps` steps with one thread, so that entries differ in routing alone. Runs already in the output file
 are skipped: the study can be interrupted and continued. A run takes about four minutes on one core.
 """
 
@@ -41,9 +41,9 @@ HEALTH_FROM = 300
 
 def train(entry: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train one entry with one seed; returns the row of the output file."""
-    batch = int(entry.get("batch", 8))
-    overrides = {**entry.get("set", {}), "train.seed": seed, "train.batch_size": batch, "train.steps": entry["steps"]}
+    overrides = {**entry.get("set", {}), "train.seed": seed, "train.steps": entry["steps"]}
     config = load_config(entry.get("preset", "tiny"), None, overrides).config
+    batch = config.train.batch_size
     splits = split_corpus(open_corpus(entry.get("data")), config.model.sequence_length, 10)
     model, batches = MoETransformer(config), TrainingBatches(splits[0], batch, seed)
     sync = CodebookSync(model.bank) if model.bank is not None else None
@@ -172,6 +172,7 @@ def print_table(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", nargs="?", help="YAML: seeds, steps and entries")
+    parser.add_argument("--only", default="", help="names of the entries to run, separated by commas")
     parser.add_argument("--out", default="study.jsonl", help="rows are appended here")
     parser.add_argument("--table", metavar="JSONL", help="print the table of an output file and stop")
     args = parser.parse_args()
@@ -183,8 +184,8 @@ def main() -> None:
     grid, out = yaml.safe_load(Path(args.grid).read_text()), Path(args.out)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["name"], row["seed"], row["steps"]) for row in rows}
-    for entry in grid["entries"]:
-        entry = {"steps": grid["steps"], **entry}
+    only = set(args.only.split(",")) if args.only else {entry["name"] for entry in grid["entries"]}
+    for entry in ({"steps": grid["steps"], **entry} for entry in grid["entries"] if entry["name"] in only):
         for seed in entry.get("seeds", grid["seeds"]):
             if (entry["name"], seed, entry["steps"]) not in done:
                 row = train(entry, seed)

@@ -36,4 +36,4 @@ def test_options_that_are_named_exist(page):
 def test_every_entry_of_the_study_is_a_valid_configuration():
     grid = yaml.safe_load((ROOT / "benchmarks/codebook_study.yaml").read_text())
     for entry in grid["entries"]:
-        load_config("tiny", None, entry["set"])
+        load_config(entry.get("preset", "tiny"), None, entry["set"])
