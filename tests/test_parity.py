@@ -195,6 +195,7 @@ def _engine_run(rank: int, world: int, config: RunConfig, layout: Layout, steps:
     if sync is not None:
         run.facts["in step"] = sync.in_step()
         run.facts["pending"] = model.bank.pending.dtype
+    run.facts["offload"] = bool(engine.zero_cpu_offload())
     run.facts["counted"] = [int(layer.tokens_per_expert.sum()) for layer in model.moe_layers()]
     engine.destroy()
     return run
@@ -239,6 +240,7 @@ def _compare(config: RunConfig, layouts: list[Layout], steps: int, one_expert: i
             assert _largest(run.codes, reference.codes, 0, 1) < 1e-5, f"{layout}: codes"
             assert _largest(run.weights, reference.weights, rank, layout.ep_size) < 2e-4, f"{layout}: weights"
             assert run.facts.get("in step", True), str(layout)
+            assert run.facts["offload"] == (layout.more == OFFLOAD)
             if run.gradients:
                 assert _largest(run.gradients, reference.gradients, rank, layout.ep_size) < 1e-6, f"{layout}: gradients"
 
@@ -282,16 +284,14 @@ def test_fewer_tokens_than_experts() -> None:
 # --------------------------------------------------------- accumulation, recomputation, repetition
 
 
+def _both(rank: int, world: int, *configs: RunConfig) -> list[Run]:
+    return [_engine_run(rank, world, config, Layout(1, 1), 8, None) for config in configs]
+
+
 @pytest.mark.parametrize("case", ["context, discrete only", "layer state, top-1"])
 def test_one_rank_with_four_micro_batches_is_four_ranks_with_one(case: str) -> None:
     plain, recomputing = (_config(case, train={"activation_checkpointing": on}) for on in (False, True))
-    layout = Layout(1, 1)
-    runs = [
-        run_ranks(1, _engine_run, plain, layout, 8, None)[0],
-        run_ranks(1, _engine_run, recomputing, layout, 8, None)[0],
-        run_ranks(4, _engine_run, plain, layout, 8, None)[0],
-        run_ranks(4, _engine_run, recomputing, layout, 8, None)[0],
-    ]
+    runs = [*run_ranks(1, _both, plain, recomputing)[0], *run_ranks(4, _both, plain, recomputing)[0]]
     for one in runs[1:]:
         assert one.losses == pytest.approx(runs[0].losses, abs=1e-6)
         assert _largest(one.codes, runs[0].codes, 0, 1) < 1e-6
@@ -327,12 +327,17 @@ def test_repetition_is_bit_identical() -> None:
 BF16 = (("bf16", {"enabled": True}),)
 
 
-@pytest.mark.parametrize("case", ["context, discrete only", "layer state, top-1"])
-def test_bfloat16_keeps_codes_and_statistics_in_full_precision(case: str) -> None:
-    layouts = [Layout(2, 1, BF16), Layout(4, 2, BF16), Layout(2, 3, BF16)]
+@pytest.mark.parametrize(
+    "case, layouts",
+    [
+        ("context, discrete only", [Layout(4, 0, BF16), Layout(2, 1, BF16)]),
+        ("layer state, top-1", [Layout(4, 2, BF16), Layout(2, 3, BF16)]),
+    ],
+)
+def test_bfloat16_keeps_codes_and_statistics_in_full_precision(case: str, layouts: list[Layout]) -> None:
     config = _config(case)
-    reference = _plain(config, 12)
-    answers = run_ranks(4, _many, config, layouts, 12)
+    reference = _plain(config, 8)
+    answers = run_ranks(4, _many, config, layouts, 8)
     for index, layout in enumerate(layouts):
         for run in (answer[index] for answer in answers):
             assert {tensor.dtype for tensor in run.weights.values()} == {torch.bfloat16}
@@ -342,4 +347,5 @@ def test_bfloat16_keeps_codes_and_statistics_in_full_precision(case: str) -> Non
             assert run.facts["pending"] == torch.float64
             assert run.facts["in step"], str(layout)
             assert run.losses == pytest.approx(reference.losses, abs=0.05), str(layout)
-            assert run.norms == pytest.approx(reference.norms, rel=0.1), str(layout)
+            if layout.stage:  # DeepSpeed's bfloat16 optimizer of stage 0 leaves experts out of the norm
+                assert run.norms == pytest.approx(reference.norms, rel=0.02), str(layout)

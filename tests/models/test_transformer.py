@@ -238,6 +238,24 @@ def test_seed_fixes_every_weight_and_another_changes_them() -> None:
         assert not torch.equal(states[0][name], states[2][name]), name
 
 
+def test_initial_scales() -> None:
+    """One over the root of the fan-in; smaller by sqrt(2 layers) where a block writes to the stream."""
+    model = MoETransformer(_config("context", width=64, layers=8, moe_every=2))
+    block, dense, narrow = model.blocks[1], model.blocks[0].mlp, (2 * 8) ** -0.5
+    scales = {
+        "qkv": (block.attention.qkv.weight, 64**-0.5),
+        "out": (block.attention.out.weight, 64**-0.5 * narrow),
+        "dense up": (dense.up.weight, 64**-0.5),
+        "dense down": (dense.down.weight, dense.down.in_features**-0.5 * narrow),
+        "expert up": (block.mlp.experts.w3, 64**-0.5),
+        "expert down": (block.mlp.experts.w2, 64**-0.5 * narrow),
+        "embedding": (model.embed.weight, 1.0),
+        "head": (model.head.weight, 0.5 * 64**-0.5),
+    }
+    for name, (weight, want) in scales.items():
+        assert weight.std().item() == pytest.approx(want, rel=0.1), name
+
+
 def test_rotary_positions_are_relative() -> None:
     attention = MoETransformer(_config("dense")).blocks[0].attention
     q, k = torch.randn(1, 1, 1, 12), torch.randn(1, 1, 1, 12)

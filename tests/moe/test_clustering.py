@@ -19,13 +19,34 @@ def _loss(samples_SC: Tensor, codes_KC: Tensor) -> float:
 
 def test_separated_clusters_are_found_with_their_sizes() -> None:
     centres_KC = 10 * torch.eye(6, 8)
-    sizes = [40, 7, 25, 3, 60, 11]
+    sizes = [20, 17, 25, 23, 28, 21]
     samples_SC = torch.cat([centres_KC[k] + 0.1 * torch.randn(size, 8) for k, size in enumerate(sizes)])
     codes_KC, sizes_K = kmeans(samples_SC, 6, 10, _generator())
     owner_K = torch.cdist(centres_KC, codes_KC).argmin(dim=1)
     assert sorted(owner_K.tolist()) == list(range(6))
     assert torch.cdist(centres_KC, codes_KC).amin(dim=1).max() < 0.3
     assert sizes_K[owner_K].tolist() == sizes
+
+
+def test_crowded_clusters_are_split() -> None:
+    """A code's share of the tokens is its expert's load, so no code is born with far more than its share."""
+    crowd_SC = 0.3 * torch.randn(800, 6)
+    far_SC = 3 * torch.randn(6, 6).repeat_interleave(33, dim=0) + 0.1 * torch.randn(198, 6)
+    samples_SC = torch.cat([crowd_SC, far_SC])
+    for seed in range(5):
+        _, seeded_K = kmeans(samples_SC, 16, 0, _generator(seed))
+        codes_KC, sizes_K = kmeans(samples_SC, 16, 10, _generator(seed))
+        assert seeded_K.max() > 120, "nothing was crowded to begin with"
+        assert sizes_K.max() <= 1.5 * 998 / 16
+        owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
+        assert torch.equal(sizes_K, torch.bincount(owner_S, minlength=16).float()), "sizes are those of the lookup"
+
+
+def test_a_crowd_of_equal_samples_cannot_be_split() -> None:
+    samples_SC = torch.cat([torch.ones(500, 4), 5 * torch.randn(100, 4)])
+    codes_KC, sizes_K = kmeans(samples_SC, 12, 5, _generator())
+    assert sizes_K.max() >= 500 and sizes_K.sum() == 600
+    assert (codes_KC - 1).abs().amax(dim=1).min() < 1
 
 
 def test_lloyd_steps_lower_the_loss_of_the_seeds() -> None:
@@ -75,6 +96,12 @@ def test_balanced_map_evens_out_a_skewed_load_and_leaves_no_expert_out() -> None
     load_N = torch.zeros(4).index_add_(0, table_K, sizes_K)
     assert load_N.max() == 102, "three codes an expert: 100 + 1 + 1 is the best there is"
     assert torch.bincount(table_K, minlength=4).tolist() == [3, 3, 3, 3]
+
+
+def test_balanced_map_looks_at_load_before_numbers() -> None:
+    sizes_K = torch.tensor([5.0, 30, 5, 30, 100, 5, 30, 5])
+    table_K = balanced_map(sizes_K, 2)
+    assert torch.zeros(2).index_add_(0, table_K, sizes_K).tolist() == [115, 95]
 
 
 @pytest.mark.parametrize("num_codes, num_experts", [(8, 8), (9, 8), (7, 3), (64, 5), (3, 8), (16, 1)])

@@ -242,9 +242,11 @@ def test_balanced_map_is_drawn_at_birth() -> None:
     source_TD = 4 * torch.eye(8, WIDTH).repeat_interleave(weights, dim=0) + 0.01 * torch.randn(400, WIDTH)
     _observe(bank, source_TD)
     CodebookSync(bank).step()
-    load_N = torch.zeros(2, dtype=torch.float64)
-    load_N.index_add_(0, bank.code_map_LK[0], torch.bincount(_observe(bank, source_TD)[0], minlength=8).double())
-    assert load_N.tolist() == [200, 200]
+    counts_K = torch.bincount(_observe(bank, source_TD)[0], minlength=8)
+    by_code = torch.arange(8) % 2
+    balanced, hashed = (int((counts_K * (table == 0)).sum()) for table in (bank.code_map_LK[0], by_code))
+    assert abs(balanced - 200) <= 8
+    assert abs(hashed - 200) > 15, "k mod N would have done as well"
 
 
 @pytest.mark.parametrize("learning", ["ema", "gradient"])
@@ -263,12 +265,14 @@ def test_dead_codes_are_moved_onto_tokens_and_stay_there(learning: str) -> None:
             break
     else:
         pytest.fail("the dead code was never moved")
-    used_before = bank.usage_LK[0].clone()
+    used_before, again = bank.usage_LK[0].clone(), []
+    bank.reseed = lambda *args: again.append(args)
     for _ in range(5):
         _observe(bank, _clusters())
         sync.step()
     assert ((bank.usage_LK[0] - used_before) > 0).all()
     assert bank.codes_LKC.abs().max() < 10, "stale sums pulled the code back"
+    assert not again, "without a running count of its own it is dead again at once"
 
 
 def test_reseeding_stops_when_told() -> None:

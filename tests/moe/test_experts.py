@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.distributed import run_ranks
 from vqmoe_ds.moe.experts import StackedExperts
 
 WIDTH, HIDDEN = 16, 24
@@ -116,6 +117,30 @@ def test_no_gradient_where_none_is_wanted() -> None:
     x_PD.requires_grad_()
     frozen(x_PD, counts_E).sum().backward()
     assert x_PD.grad.abs().sum() > 0 and frozen.w1.grad is None
+
+
+def _on_threads(rank: int, world: int) -> dict[str, float]:
+    errors = {}
+    for case, counts_E in COUNTS.items():
+        experts = _experts(torch.float32)
+        x_PD = torch.randn(sum(counts_E), WIDTH, requires_grad=True)
+        direction_PD = torch.randn(sum(counts_E), WIDTH)
+        answers = []
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            y_PD = experts(x_PD, counts_E)
+            answers.append([y_PD, *_gradients(experts, x_PD, y_PD, direction_PD)])
+            assert torch.get_num_threads() == threads
+        alone, shared, again = answers
+        assert all(torch.equal(a, b) for a, b in zip(shared, again, strict=True)), case
+        errors[case] = max((a - b).abs().max().item() if a.numel() else 0 for a, b in zip(alone, shared, strict=True))
+    return errors
+
+
+def test_more_threads_compute_the_same() -> None:
+    """In a child process, so that this one stays single-threaded and can be forked."""
+    for case, error in run_ranks(1, _on_threads)[0].items():
+        assert error < 1e-4, case
 
 
 def test_initial_weights_follow_seed_layer_and_global_id() -> None:

@@ -28,6 +28,7 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
+from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.moe.experts import StackedExperts
 
 
@@ -65,6 +66,23 @@ class ExpertParallelLayer(AutoEPMoELayer):
         """Group of the all-to-all, or None where rows stay at home."""
         return self.ep_group if self.ep_size > 1 else None
 
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
+    ) -> None:
+        """Called by the engine: bind the expert-parallel group, and see that this rank holds its experts.
+
+        Raises:
+            ConfigError: the group orders its ranks otherwise than the experts were dealt out.
+        """
+        super().set_deepspeed_parallelism(use_data_before_expert_parallel_, folding_group_handles)
+        place = dist.get_rank(group=self.ep_group)
+        if place != self.ep_rank:
+            raise ConfigError(
+                f"rank {dist.get_rank()} was built with the experts of place {self.ep_rank} but stands at place "
+                f"{place} of its expert-parallel group; take use_data_before_expert_parallelism out of the DeepSpeed "
+                "JSON"
+            )
+
     def _tag_experts(self) -> None:
         """Mark expert parameters for expert-data-parallel reduction, ZeRO-3 placement and universal checkpoints."""
         placement = self.expert_placement_descriptor
@@ -92,7 +110,8 @@ def clip_over_all_experts(engine: Any) -> None:
     """Let a float32 engine at ZeRO stage 0 clip by the norm of all gradients, and report that norm.
 
     DeepSpeed 0.19.8 averages the norms of the ranks there, although each rank holds its own experts only, so the
-    limit that acts depends on the layout (its issue #8475); other stages and bfloat16 are right without this.
+    limit that acts depends on the layout (its issue #8475). Stages 1 to 3 are right by themselves. In bfloat16 stage 0
+    leaves experts out of the norm in every layout, and this does not help.
     """
 
     def clip() -> None:
@@ -109,7 +128,8 @@ def clip_gradients(module: nn.Module, limit: float) -> float:
     for param in module.parameters():
         if param.grad is not None:
             gradients[getattr(param, "allreduce", True) is False].append(param.grad)
-    squares = {key: sum((g.float().square().sum() for g in some), torch.zeros(())) for key, some in gradients.items()}
+    zero = torch.zeros((), device=next(module.parameters()).device)
+    squares = {key: sum((g.float().square().sum() for g in some), zero) for key, some in gradients.items()}
     if layers and layers[0].exchange_group is not None:
         dist.all_reduce(squares[True], group=layers[0].exchange_group)
     norm = (squares[False] + squares[True]).sqrt()

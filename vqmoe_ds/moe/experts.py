@@ -5,7 +5,7 @@ Legend: P rows sorted by expert, E local experts, D model width, H expert hidden
 Weights are stacked as DeepSpeed's ``GroupedExperts`` stacks them (``w1`` gate, ``w3`` up ``[E, H, D]``, ``w2`` down
 ``[E, D, H]``), so its checkpoints and its universal conversion apply. On CPU one autograd function walks the
 experts: indexing a stacked weight under autograd would build a full-size gradient per expert. On CUDA
-``torch._grouped_mm`` does the work.
+``torch._grouped_mm`` does the work. What was measured and what did not help: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vqmoe_ds.moe.workers import run_experts
 
 
 class StackedExperts(nn.Module):
@@ -61,66 +63,138 @@ class StackedExperts(nn.Module):
         Every expert's weights take part in the graph even with no row, so that all ranks reduce the same
         gradients in the same order.
         """
+        w1: Tensor = self.w1
+        w2: Tensor = self.w2
+        w3: Tensor = self.w3
         if x_PD.is_cuda:
-            return _grouped_mm(x_PD, self.w1, self.w2, self.w3, counts_E)
-        return _ExpertLoop.apply(x_PD, self.w1, self.w2, self.w3, counts_E)
+            return _grouped_mm(x_PD, w1, w2, w3, counts_E)
+        if torch.is_autocast_enabled("cpu"):  # autocast does not look into functions of our own
+            dtype = torch.get_autocast_dtype("cpu")
+            x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
+        return _CPUExperts.apply(x_PD, w1, w2, w3, counts_E)
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:
     return (seed * 1_000_003 + layer) * 1_000_003 + expert + 17
 
 
-class _ExpertLoop(torch.autograd.Function):
-    """SwiGLU of every expert's slice, one block of weight gradients written in place.
+class _CPUExperts(torch.autograd.Function):
+    """SwiGLU of every expert's slice; weight gradients are written straight into one stacked tensor each.
 
-    Elementwise work is done slice by slice while it is in cache. Saved for backward: the rows and the two
-    projections; the product is recomputed.
+    Elementwise work is done expert by expert while it is in cache. Saved for backward: the rows and the two projections
+    of each expert; their product is recomputed.
     """
 
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
         x_PD = x_PD.contiguous()
-        gate_PH, up_PH = x_PD.new_empty(len(x_PD), w1.shape[1]), x_PD.new_empty(len(x_PD), w1.shape[1])
         out_PD = torch.empty_like(x_PD)
-        start = 0
-        for e, count in enumerate(counts_E):
-            if count == 0:
-                continue
-            rows = slice(start, start + count)
-            gate, up = gate_PH[rows], up_PH[rows]
-            torch.mm(x_PD[rows], w1[e].t(), out=gate)
-            torch.mm(x_PD[rows], w3[e].t(), out=up)
-            torch.mm(F.silu(gate).mul_(up), w2[e].t(), out=out_PD[rows])
-            start += count
-        ctx.save_for_backward(x_PD, w1, w2, w3, gate_PH, up_PH)
+        x_E, out_E = x_PD.split(counts_E), out_PD.split(counts_E)
+        weights_E = list(zip(w1.unbind(), w2.unbind(), w3.unbind(), strict=True))
+        gate_E: list[Tensor | None] = [None] * len(counts_E)
+        up_E = gate_E.copy()
+
+        def run(e: int) -> None:
+            if counts_E[e]:
+                gate_E[e], up_E[e] = _expert_forward(x_E[e], *weights_E[e], out_E[e])
+
+        run_experts(run, counts_E)
+        ctx.save_for_backward(x_PD, w1, w2, w3, *gate_E, *up_E)
         ctx.counts_E = counts_E
         return out_PD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_PD, w1, w2, w3, gate_PH, up_PH = ctx.saved_tensors
-        grad_PD = grads[0].contiguous()
-        gx_PD = torch.empty_like(x_PD)
-        gw1, gw2, gw3 = torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(w3)
-        start = 0
-        for e, count in enumerate(ctx.counts_E):
-            if count == 0:
-                gw1[e].zero_(), gw2[e].zero_(), gw3[e].zero_()
-                continue
-            rows = slice(start, start + count)
-            x, gate, up, g = x_PD[rows], gate_PH[rows], up_PH[rows], grad_PD[rows]
-            silu = F.silu(gate)
-            torch.mm(g.t(), silu * up, out=gw2[e])
-            g_hidden = torch.mm(g, w2[e])
-            g_gate = torch.ops.aten.silu_backward(g_hidden * up, gate)
-            g_up = g_hidden.mul_(silu)
-            torch.mm(g_gate.t(), x, out=gw1[e])
-            torch.mm(g_up.t(), x, out=gw3[e])
-            gx = gx_PD[rows]
-            torch.mm(g_gate, w1[e], out=gx)
-            gx.addmm_(g_up, w3[e])
-            start += count
+        x_PD, w1, w2, w3, *projections = ctx.saved_tensors
+        counts_E = ctx.counts_E
+        gate_E, up_E = projections[: len(counts_E)], projections[len(counts_E) :]
+        gx_PD, gw1, gw2, gw3 = (torch.empty_like(t) for t in (x_PD, w1, w2, w3))
+        slices = (t.split(counts_E) for t in (x_PD, grads[0].contiguous(), gx_PD))
+        stacks = (t.unbind() for t in (w1, w2, w3, gw1, gw2, gw3))
+        inputs_E = list(zip(gate_E, up_E, *slices, *stacks, strict=True))
+
+        def run(e: int) -> None:
+            if counts_E[e]:
+                _expert_backward(*inputs_E[e])
+            else:
+                for gradient in inputs_E[e][-3:]:
+                    gradient.zero_()
+
+        run_experts(run, counts_E)
         return gx_PD, gw1, gw2, gw3, None
+
+
+def _expert_forward(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write one expert's rows of ``out`` and return its gate and up projections, padded."""
+    x = _pad(x, _padded_rows(len(x), x.dtype))
+    gate, up = _mm(x, w1.t()), _mm(x, w3.t())
+    out.copy_(_mm(F.silu(gate).mul_(up), w2.t())[: len(out)])
+    return gate, up
+
+
+def _expert_backward(
+    gate: Tensor,
+    up: Tensor,
+    x: Tensor,
+    g: Tensor,
+    gx: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    gw1: Tensor,
+    gw2: Tensor,
+    gw3: Tensor,
+) -> None:
+    """Write one expert's rows of ``gx`` and its weight gradients. Padding rows are zero throughout and add nothing."""
+    x, g = _pad(x, len(gate)), _pad(g, len(gate))
+    silu = F.silu(gate)
+    _mm_into(gw2, g.t(), silu * up)
+    g_hidden = _mm(g, w2)
+    g_gate = torch.ops.aten.silu_backward(g_hidden * up, gate)
+    g_up = g_hidden.mul_(silu)
+    gx.copy_(_mm(g_gate, w1).add_(_mm(g_up, w3))[: len(gx)])
+    _mm_into(gw1, g_gate.t(), x)
+    _mm_into(gw3, g_up.t(), x)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; float32 by oneDNN, because ``torch.mm`` calls MKL, half as fast on AMD (no AVX-512 there)."""
+    if a.dtype is torch.float32 and _by_onednn(a.dtype):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
+
+
+def _mm_into(out: Tensor, a_t: Tensor, b: Tensor) -> None:
+    """``out = a_t @ b`` for a transposed view ``a_t``."""
+    if a_t.dtype is torch.float32 and _by_onednn(a_t.dtype):
+        # oneDNN reads float32 along rows only; transposing both factors first is cheaper than letting it do so.
+        out.copy_(_mm(a_t.contiguous(), b.t().contiguous().t()))
+    else:
+        torch.mm(a_t, b, out=out)
+
+
+def _by_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if torch._C._len_torch_dispatch_stack():  # FlopCounterMode and its like know plain products only
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _padded_rows(rows: int, dtype: torch.dtype) -> int:
+    """Row count an expert is computed with: ``rows`` rounded up to 8 steps an octave (at most 1/8 more, from 64 on).
+
+    oneDNN compiles a kernel for every new shape (milliseconds) and keeps a thousand; experts have another number of
+    rows at every step. Rounding leaves a few dozen shapes.
+    """
+    if not _by_onednn(dtype):
+        return rows
+    step = max(8, 1 << (rows - 1).bit_length() >> 4)
+    return -(-rows // step) * step
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def _grouped_mm(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:

@@ -65,7 +65,7 @@ class Console:
             self.say(line)
             return
         if self._bar is None:
-            layout = "{percentage:3.0f}%|{bar:20}| {n}/{total} [{elapsed}<{remaining}] {desc}"
+            layout = "{percentage:3.0f}%|{bar:20}| {desc}"
             self._bar = tqdm(total=total, initial=done, file=self.out, bar_format=layout, dynamic_ncols=True)
         self._bar.set_description_str(line, refresh=False)
         self._bar.n = done

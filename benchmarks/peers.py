@@ -1,0 +1,158 @@
+"""What ours is measured against: the same SwiGLU experts inside each of DeepSpeed's MoE layers, and the dense MLP.
+
+Every layer maps hidden states ``[B, S, D]`` to ``[B, S, D]`` with one expert of hidden width H a token.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, Router
+from vqmoe_ds.models.transformer import DenseMLP
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.layer import MoELayer
+
+PEERS = ("deepspeed MoE, drops", "deepspeed MoE, dropless", "deepspeed AutoEP")
+
+
+def join_group(rank: int = 0, world: int = 1, port: int | None = None) -> None:
+    """Start gloo without DeepSpeed's shared-memory extension, which would be compiled first."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port or free_port()}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class NativeMoE(nn.Module):
+    """``deepspeed.moe.layer.MoE``, top-1, without random token selection."""
+
+    def __init__(self, width: int, hidden: int, experts: int, drop: bool, ep_size: int = 1) -> None:
+        super().__init__()
+        self.moe = MoE(
+            width,
+            expert=DenseMLP(width, hidden),
+            num_experts=experts,
+            ep_size=ep_size,
+            k=1,
+            capacity_factor=1.25,
+            drop_tokens=drop,
+            use_rts=False,
+        )
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSD, aux_loss, _ = self.moe(x_BSD)
+        return y_BSD, aux_loss
+
+
+class OurLayer(nn.Module):
+    """``MoELayer`` with the discrete path only; codes are looked up in the layer's own input."""
+
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        moe = MoEConfig(router=Router.VQ, num_experts=experts, expert_hidden=hidden, top_k=0)
+        book = CodebookConfig(source=CodeSource.LAYER_STATE)
+        self.layer = MoELayer(width, 0, moe, book)
+        self.bank = CodebookBank(book, 1, experts, width, seed=0)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y_BSD: Tensor = self.layer(x_BSD, None, self.bank)[0]
+        self.bank.clear_statistics()
+        return y_BSD
+
+
+def auto_ep(width: int, hidden: int, experts: int, ep_size: int = 1, ep_rank: int = 0) -> AutoEPMoELayer:
+    """DeepSpeed's AutoEP layer, top-1, ``torch._grouped_mm``, as it would replace a Hugging Face block."""
+    source = nn.Module()
+    source.gate = nn.Linear(width, experts, bias=False)
+    source.experts = nn.ModuleList(DenseMLP(width, hidden) for _ in range(experts))
+    spec = MoELayerSpec(
+        moe_module_name="mlp",
+        model_family="mixtral",
+        router_name="gate",
+        experts_name="experts",
+        expert_storage="module_list",
+        expert_w1_name="gate",
+        expert_w2_name="down",
+        expert_w3_name="up",
+        num_experts=experts,
+        top_k=1,
+        hidden_size=width,
+        ffn_hidden_size=hidden,
+        score_func="softmax",
+        score_apply="post",
+        route_norm=False,
+        gate_bias=False,
+        return_router_logits=False,
+        router_logits_capture_target="none",
+        router_logits_capture_index=None,
+        router_logits_capture_layer_name=None,
+        has_shared_experts=False,
+        shared_experts_name="",
+    )
+    return AutoEPMoELayer(spec, source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size))
+
+
+def build_layer(name: str, width: int, hidden: int, experts: int) -> nn.Module:
+    """A layer by the name it has in the tables."""
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: DenseMLP(width, hidden),
+        "ours": lambda: OurLayer(width, hidden, experts),
+        PEERS[0]: lambda: NativeMoE(width, hidden, experts, drop=True),
+        PEERS[1]: lambda: NativeMoE(width, hidden, experts, drop=False),
+        PEERS[2]: lambda: auto_ep(width, hidden, experts),
+    }
+    torch.manual_seed(0)
+    layer = builders[name]()
+    for module in layer.modules():
+        if hasattr(module, "set_deepspeed_parallelism"):
+            module.set_deepspeed_parallelism()
+    return layer
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes a second read plus written by a large copy, best of 5."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    best = min(seconds(lambda: target.copy_(source)) for _ in range(6))
+    return 2 * source.nbytes / best
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Whole training steps of one transformer: with our layer, and with each DeepSpeed layer in its place.
+
+    python benchmarks/step.py                       # 1 rank, then 2 ranks with expert parallelism 2; about 5 minutes
+    python benchmarks/step.py --ranks 2 --dtype bf16 --json out.json
+
+The model (embedding, attention, experts, head) runs through ``deepspeed.initialize`` with ZeRO-2, AdamW and clipping.
+The variants take turns step by step in the same processes, on new random tokens each time; the batch is split over the
+ranks, with one thread a rank where there are two. ``ours`` looks codes up in token context, plans the routes of all
+layers ahead and exchanges counts once; ``ours, layer by layer`` looks them up in every layer's own state, as a learned
+router must. The second table says where the time of a step of ours goes, the backward pass included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peers import PEERS, NativeMoE, auto_ep, free_port, join_group, table
+from torch import Tensor, nn
+
+import vqmoe_ds.models.transformer as transformer
+import vqmoe_ds.moe.dispatch as dispatch
+import vqmoe_ds.moe.experts as experts
+import vqmoe_ds.moe.layer as layer
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.sources import EmbeddingSource
+from vqmoe_ds.train.allocator import tune_allocator
+from vqmoe_ds.train.engine import parameter_groups
+
+OURS = {"ours": CodeSource.CONTEXT, "ours, layer by layer": CodeSource.LAYER_STATE}
+SEARCH, BOOKKEEPING, SYNC = "code search", "code statistics", "codebook sync"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    runs = []
+    for ranks in options.ranks:
+        context = mp.get_context("spawn")
+        answers = context.SimpleQueue()
+        mp.spawn(run_rank, (ranks, free_port(), options, answers), nprocs=ranks, join=True)
+        runs.append(answers.get())
+        print(report(runs[-1], options), flush=True)
+    if options.json:
+        text = json.dumps(runs, indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            with open(options.json, "w") as file:
+                file.write(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step, over all ranks")
+    parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=512, help="hidden width of an expert")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--variants", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--json", help="write the figures to a file, or to the terminal with -")
+    return parser.parse_args(argv)
+
+
+def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answers: Any) -> None:
+    """Body of one process: build every variant, take turns, and have rank 0 answer."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks) if ranks > 1 else torch.get_num_threads())
+    tune_allocator()
+    join_group(rank, ranks, port)
+    clock = Clock()
+    clock.watch_our_layer()
+    variants = {name: Variant(name, options, ranks, rank, clock) for name in options.variants}
+    times: dict[str, list[float]] = defaultdict(list)
+    parts: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for repetition in range(options.repeats + 3):  # three to warm up: codes are born at the end of the first
+        for name, variant in variants.items():
+            dist.barrier()
+            clock.spent.clear()
+            start = time.perf_counter()
+            variant.step(repetition)
+            dist.barrier()
+            if repetition >= 3:
+                times[name].append((time.perf_counter() - start) * 1e3)
+                parts[name].append({part: spent * 1e3 for part, spent in clock.spent.items()})
+    if rank == 0:
+        answers.put({"ranks": ranks, "threads": torch.get_num_threads(), "times": dict(times), "parts": dict(parts)})
+    dist.barrier()
+
+
+class Variant:
+    """One transformer in its own DeepSpeed engine."""
+
+    def __init__(self, name: str, options: argparse.Namespace, ranks: int, rank: int, clock: Clock) -> None:
+        self.options, self.ranks, self.rank, self.clock = options, ranks, rank, clock
+        model = build_model(name, options, ranks, rank)
+        clock.watch_attention(model)
+        precision = {"bf16": {"enabled": True}} if options.dtype == "bf16" else {}
+        settings = {
+            "train_micro_batch_size_per_gpu": options.tokens // options.sequence // ranks,
+            "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_scatter": True},
+            "steps_per_print": 1_000_000,
+            **precision,
+        }
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameter_groups(model, 0.1), config=settings, dist_init_required=False
+        )
+        self.sync = CodebookSync(model.bank) if model.bank is not None else None
+        if self.sync is not None:
+            self.sync.broadcast()
+
+    def step(self, seed: int) -> None:
+        """Forward, backward, optimizer and codebook on this rank's part of batch ``seed``."""
+        generator = torch.Generator().manual_seed(seed * 64 + self.rank)
+        shape = (self.options.tokens // self.options.sequence // self.ranks, self.options.sequence + 1)
+        tokens = torch.randint(256, shape, generator=generator)
+        loss, aux_loss = self.engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        self.engine.backward(loss + aux_loss)
+        with self.clock("optimizer and ZeRO"):
+            self.engine.step()
+        if self.sync is not None:
+            with self.clock(SYNC):
+                self.sync.step()
+
+
+def build_model(name: str, options: argparse.Namespace, ranks: int, rank: int) -> MoETransformer:
+    ours = name in OURS
+    config = RunConfig(
+        model=ModelConfig(
+            layers=options.layers, width=options.width, sequence_length=options.sequence, dense_hidden=options.hidden
+        ),
+        moe=MoEConfig(
+            router=Router.VQ if ours else Router.DENSE,
+            num_experts=options.experts,
+            expert_hidden=options.hidden,
+            top_k=0 if ours else 1,
+        ),
+        codebook=CodebookConfig(source=OURS[name]) if ours else CodebookConfig(),
+    )
+    model = MoETransformer(config, ranks, rank)
+    if not ours:
+        for block in model.blocks:
+            block.mlp = WithoutAux(peer(name, options, ranks, rank))
+    return model
+
+
+def peer(name: str, options: argparse.Namespace, ranks: int, rank: int) -> nn.Module:
+    if name == PEERS[2]:
+        return auto_ep(options.width, options.hidden, options.experts, ranks, rank)
+    return NativeMoE(options.width, options.hidden, options.experts, name == PEERS[0], ranks)
+
+
+class WithoutAux(nn.Module):
+    """Only the output of a layer that may return more: our block wants one tensor of a foreign layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y = self.inner(x_BSD)
+        return y[0] if isinstance(y, tuple) else y
+
+
+class Clock:
+    """Time by part of a step; time spent in a part inside another counts for the inner one alone."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self._open: list[tuple[str, float]] = []
+
+    def start(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.spent[self._open[-1][0]] += now - self._open[-1][1]
+        self._open.append((part, now))
+
+    def stop(self) -> None:
+        now = time.perf_counter()
+        part, since = self._open.pop()
+        self.spent[part] += now - since
+        if self._open:
+            self._open[-1] = (self._open[-1][0], now)
+
+    @contextmanager
+    def __call__(self, part: str) -> Any:
+        self.start(part)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def watch(self, owner: Any, names: Sequence[str], part: str) -> None:
+        """Count the time of ``owner.name`` as that of ``part``."""
+        for name in names:
+            setattr(owner, name, self._timed(owner.__dict__[name], part))
+
+    def _timed(self, function: Any, part: str) -> Any:
+        inner: Callable[..., Any] = function.__func__ if isinstance(function, staticmethod) else function
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self(part):
+                return inner(*args, **kwargs)
+
+        return staticmethod(timed) if isinstance(function, staticmethod) else timed
+
+    def watch_our_layer(self) -> None:
+        both = ("forward", "backward")
+        self.watch(EmbeddingSource, ["forward"], SEARCH)
+        self.watch(CodebookBank, ["prepare", "lookup", "lookup_all"], SEARCH)
+        self.watch(CodebookBank, ["observe"], BOOKKEEPING)
+        self.watch(transformer, ["make_plans"], "dispatch")
+        self.watch(layer, ["make_plans", "expand_rows", "_combine"], "dispatch")
+        self.watch(dispatch._Permute, both, "dispatch")
+        self.watch(dispatch._Expand, both, "dispatch")
+        self.watch(dispatch._AllToAll, both, "all-to-all")
+        self.watch(dispatch, ["_exchange_counts"], "all-to-all")
+        self.watch(experts._CPUExperts, both, "experts")
+
+    def watch_attention(self, model: MoETransformer) -> None:
+        for block in model.blocks:
+            attention = block.attention
+            attention.register_forward_pre_hook(lambda *_: self.start("attention"))
+            attention.register_forward_hook(lambda *_: self.stop())
+            attention.register_full_backward_pre_hook(lambda *_: self.start("attention"))
+            attention.register_full_backward_hook(lambda *_: self.stop())
+
+
+def report(run: dict[str, Any], options: argparse.Namespace) -> str:
+    title = (
+        f"\n## {run['ranks']} rank(s), {run['threads']} thread(s) each, {options.dtype}, {options.tokens} tokens a step"
+    )
+    best = {name: min(times) for name, times in run["times"].items()}
+    reference = best.get("ours", min(best.values()))
+    rows = [
+        [name, f"{best[name]:.0f}", f"{statistics.median(times):.0f}", f"{best[name] / reference:.2f}"]
+        for name, times in run["times"].items()
+    ]
+    text = title + "\n\n" + table(["variant", "ms best", "median", "/ ours"], rows)
+    return text + "\n\n" + breakdown(run)
+
+
+def breakdown(run: dict[str, Any]) -> str:
+    """Median milliseconds of each part over the steps, for our variants."""
+    columns, names = ["part"], [name for name in OURS if name in run["times"]]
+    cells: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        whole = statistics.median(run["times"][name])
+        parts = sorted({part for step in run["parts"][name] for part in step})
+        spent = {part: statistics.median(step.get(part, 0.0) for step in run["parts"][name]) for part in parts}
+        codes = sum(spent.get(part, 0.0) for part in (SEARCH, BOOKKEEPING, SYNC))
+        spent |= {"other": whole - sum(spent.values()), "*all codebook work*": codes, "*whole step*": whole}
+        columns += [f"{name}: ms", "share"]
+        for part, value in spent.items():
+            cells[part] += [f"{value:.1f}", f"{value / whole:.1%}"]
+    rows = [[part, *values] for part, values in cells.items() if len(values) == 2 * len(names)]
+    return table(columns, rows)
+
+
+if __name__ == "__main__":
+    main()
