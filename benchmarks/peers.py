@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
@@ -76,6 +77,8 @@ class OurLayer(nn.Module):
         book = CodebookConfig(source=CodeSource.LAYER_STATE)
         self.layer = MoELayer(width, 0, moe, book)
         self.bank = CodebookBank(book, 1, experts, width, seed=0)
+        # As long as the vectors they are compared with, as learned codes are; else the shortest would win most tokens.
+        self.bank.codes_LKC.copy_(F.rms_norm(self.bank.codes_LKC, (width,)))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         y_BSD: Tensor = self.layer(x_BSD, None, self.bank)[0]

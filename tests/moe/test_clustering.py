@@ -115,3 +115,11 @@ def test_balanced_map_holds_its_room(num_codes: int, num_experts: int) -> None:
 
 def test_balanced_map_breaks_ties_by_index() -> None:
     assert balanced_map(torch.ones(6), 3).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_crowd_is_split_although_outliers_are_many() -> None:
+    """Far members must not take the free codes one after another while the crowd stays whole."""
+    far = [0.1 * torch.randn(10, 8) + 50 * torch.randn(8) for _ in range(20)]
+    samples = torch.cat([torch.randn(800, 8), *far])
+    _, sizes_K = kmeans(samples, 16, 10, torch.Generator().manual_seed(0))
+    assert sizes_K.max() < 2 * len(samples) / 16

@@ -220,5 +220,5 @@ def _other_order(rank: int, world: int) -> None:
 
 def test_another_order_of_ranks_is_refused() -> None:
     """Without the refusal, two ranks would hold the same experts and two sets of experts would be nowhere."""
-    with pytest.raises(RankFailure, match=r"rank [12] was built .*take use_data_before_expert_parallelism"):
+    with pytest.raises(RankFailure, match=r"rank [12] was built .*build the model with ep_rank"):
         run_ranks(4, _other_order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,7 +48,7 @@ CROWDED = 1.5
 
 
 def _split_crowded(samples_SC: Tensor, codes_KC: Tensor, owner_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the code of the smallest cluster to the largest, by 2-means of its members, until none is crowded.
+    """Give the code of the smallest cluster to the largest, cut in halves, until none is crowded.
 
     Clusters of members all alike are left as they are. Stops after 2 K moves at the latest. Lookup stays that of the
     nearest code.
@@ -60,7 +61,7 @@ def _split_crowded(samples_SC: Tensor, codes_KC: Tensor, owner_S: Tensor) -> tup
         largest, smallest = int((sizes_K * splittable_K).argmax()), int(sizes_K.argmin())
         if sizes_K[largest] * num_codes <= CROWDED * len(samples_SC):
             break
-        pair_2C = _two_means(samples_SC[owner_S == largest])
+        pair_2C = _halves(samples_SC[owner_S == largest])
         if pair_2C is None:
             splittable_K[largest] = False
             continue
@@ -71,17 +72,23 @@ def _split_crowded(samples_SC: Tensor, codes_KC: Tensor, owner_S: Tensor) -> tup
     return codes_KC, owner_S
 
 
-def _two_means(members_MC: Tensor, iterations: int = 5) -> Tensor | None:
-    """Centres of two clusters, ``[2, C]``, from two far members on; None where there is nothing to split."""
-    first_C = members_MC[(members_MC - members_MC.mean(dim=0)).square().sum(dim=1).argmax()]
-    second_C = members_MC[(members_MC - first_C).square().sum(dim=1).argmax()]
-    pair_2C = torch.stack([first_C, second_C])
-    for _ in range(iterations):
-        second_M = torch.cdist(members_MC, pair_2C).argmin(dim=1).bool()
-        if bool(second_M.all()) or not bool(second_M.any()):
-            return None
-        pair_2C = torch.stack([members_MC[~second_M].mean(dim=0), members_MC[second_M].mean(dim=0)])
-    return pair_2C
+def _halves(members_MC: Tensor) -> Tensor | None:
+    """Means of the two halves of a cluster along its widest direction, ``[2, C]``; None where members are all alike.
+
+    Cut at the median, so that a few members far off cannot take a code for themselves again and again. The direction
+    is found by power iteration from the farthest member.
+    """
+    centred_MC = members_MC - members_MC.mean(dim=0)
+    axis_C = centred_MC[centred_MC.square().sum(dim=1).argmax()]
+    for _ in range(8):
+        axis_C = F.normalize(centred_MC.t() @ (centred_MC @ axis_C), dim=0)
+    place_M = centred_MC @ axis_C
+    upper_M = place_M > place_M.median()
+    if not bool(upper_M.any()):  # more than half of them at the top place
+        upper_M = place_M >= place_M.median()
+    if bool(upper_M.all()) or not bool(upper_M.any()):
+        return None
+    return torch.stack([members_MC[~upper_M].mean(dim=0), members_MC[upper_M].mean(dim=0)])
 
 
 def _plus_plus_seeds(samples_SC: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:

@@ -36,7 +36,7 @@ class CodebookBank(nn.Module):
     ema_count_LK: Tensor
     code_map_LK: Tensor
     updates: Tensor
-    born: Tensor
+    born_at: Tensor
     usage_LK: Tensor
     adam_mean_LKC: Tensor
     adam_square_LKC: Tensor
@@ -60,7 +60,7 @@ class CodebookBank(nn.Module):
         hash_table = torch.arange(self.num_codes) % num_experts
         self.register_buffer("code_map_LK", hash_table.repeat(num_layers, 1))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("born", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("born_at", torch.full((), -1, dtype=torch.int64))  # update at which codes were placed
         if config.learning == "gradient":
             self.register_buffer("adam_mean_LKC", torch.zeros(shape))
             self.register_buffer("adam_square_LKC", torch.zeros(shape))
@@ -119,7 +119,7 @@ class CodebookBank(nn.Module):
         self._pending[layer, :, -1] += count_K
         if self.moving:
             self._pending[layer, :, :-1] += _sum_by_code(z_TC, codes_T, self.num_codes)
-            keep = 4 * self.num_codes if bool(self.born) else self.config.kmeans_samples
+            keep = 4 * self.num_codes if self.born else self.config.kmeans_samples
             self._samples[layer].append(_evenly(z_TC, keep) if len(z_TC) > keep else z_TC)
 
     @property
@@ -137,8 +137,13 @@ class CodebookBank(nn.Module):
     # -------------------------------------------------------------- learning
 
     @property
+    def born(self) -> bool:
+        """Whether the codes have been placed on data; random before."""
+        return int(self.born_at) >= 0
+
+    @property
     def birth_due(self) -> bool:
-        return not bool(self.born) and self.moving and int(self.updates) + 1 >= self.config.birth_step
+        return not self.born and self.moving and int(self.updates) + 1 >= self.config.birth_step
 
     def dead_codes(self) -> Tensor:
         """Codes whose running count fell under ``dead_below`` of the mean, bool ``[L, K]``."""
@@ -165,9 +170,10 @@ class CodebookBank(nn.Module):
         self.updates += 1
 
     def decay(self) -> float:
-        """EMA decay at this update: from ``decay`` to ``decay_final``, linear over ``decay_steps``."""
+        """EMA decay at this update: from ``decay`` at birth to ``decay_final``, linear over ``decay_steps``."""
         c = self.config
-        done = min(1.0, int(self.updates) / c.decay_steps) if c.decay_steps else 1.0
+        age = int(self.updates) - max(0, int(self.born_at))
+        done = min(1.0, age / c.decay_steps) if c.decay_steps else 1.0
         return c.decay + (c.decay_final - c.decay) * done
 
     def _ema_step(self, sums_LKC: Tensor, counts_LK: Tensor) -> None:
@@ -205,7 +211,7 @@ class CodebookBank(nn.Module):
             self.ema_sum_LKC[layer] = codes_KC * self.ema_count_LK[layer].unsqueeze(-1)
             if self.config.code_map == "balanced":
                 self.code_map_LK[layer] = balanced_map(sizes_K, self.num_experts)
-        self.born.fill_(True)
+        self.born_at.copy_(self.updates)
 
     @torch.no_grad()
     def reseed(self, dead_LK: Tensor, candidates_LSC: Tensor) -> None:

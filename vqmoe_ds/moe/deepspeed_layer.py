@@ -79,8 +79,7 @@ class ExpertParallelLayer(AutoEPMoELayer):
         if place != self.ep_rank:
             raise ConfigError(
                 f"rank {dist.get_rank()} was built with the experts of place {self.ep_rank} but stands at place "
-                f"{place} of its expert-parallel group; take use_data_before_expert_parallelism out of the DeepSpeed "
-                "JSON"
+                f"{place} of its expert-parallel group; build the model with ep_rank={place}"
             )
 
     def _tag_experts(self) -> None:

@@ -30,6 +30,7 @@ def find_place(local_rank: int | None = None) -> Place:
     local = int(environ.get("LOCAL_RANK", local_rank or 0))
     world = int(environ["WORLD_SIZE"])
     local_world = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world)
+    environ.setdefault("LOCAL_SIZE", str(local_world))  # without it DeepSpeed starts a process at every ZeRO-3 gather
     return Place(int(environ["RANK"]), world, local, local_world)
 
 
