@@ -151,8 +151,11 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def peak_bytes() -> int:
     """Largest resident size of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would start at the parent's size
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:

@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answers: Any) -> None:
     """Body of one process: build every variant, take turns, and have rank 0 answer."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // ranks) if ranks > 1 else torch.get_num_threads())
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     tune_allocator()
     join_group(rank, ranks, port)
     clock = Clock()
