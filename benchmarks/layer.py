@@ -14,19 +14,27 @@ gradient written) at the bandwidth of a large copy. *dense, our kernels* is the 
 what our matrix products alone are worth.
 
 With ``--allocator both`` every layer also runs alone in a process of its own, as its users run it: ours with the
-allocator settings its launcher makes, the others with the system's default. There its peak memory is measured (growth
-of the resident size from before the layer was built: weights, gradients, activations).
+allocator and OpenMP settings our package makes, the others with the system's defaults. There its peak memory is
+measured (growth of the resident size from before the layer was built: weights, gradients, activations).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP threads spin
+
+# isort: split
 
 import torch
 from peers import PEERS, build_layer, copy_bandwidth, join_group, peak_bytes, seconds, table
@@ -37,6 +45,7 @@ from vqmoe_ds.train.allocator import tune_allocator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUR_DENSE = "dense, our kernels"
+OPENMP_DEFAULT_SPIN = "300000"  # libgomp's
 SWEEPS = {"experts": (8, 16, 32, 64, 128, 256), "tokens": (1024, 4096, 8192, 32768)}
 
 
@@ -155,7 +164,10 @@ def in_own_process(name: str, dtype: str, options: argparse.Namespace) -> dict[s
     sizes = {key: getattr(options, key) for key in ("tokens", "width", "hidden", "experts", "threads", "repeats")}
     arguments = [f"--{key}={value}" for key, value in sizes.items()]
     command = [sys.executable, __file__, "--alone", name, "--dtype", dtype, *arguments]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = dict(os.environ)
+    if name not in ("ours", OUR_DENSE):
+        environment["GOMP_SPINCOUNT"] = OPENMP_DEFAULT_SPIN
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     result: dict[str, float] = json.loads(output.strip().splitlines()[-1])
     return result
 

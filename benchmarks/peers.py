@@ -130,7 +130,7 @@ def build_layer(name: str, width: int, hidden: int, experts: int) -> nn.Module:
     torch.manual_seed(0)
     layer = builders[name]()
     for module in layer.modules():
-        if hasattr(module, "set_deepspeed_parallelism"):
+        if isinstance(module, MoE | AutoEPMoELayer):
             module.set_deepspeed_parallelism()
     return layer
 

@@ -16,11 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP threads spin
+
+# isort: split
 
 import deepspeed
 import torch
@@ -237,7 +245,7 @@ class Clock:
 
     def watch_attention(self, model: MoETransformer) -> None:
         for block in model.blocks:
-            attention = block.attention
+            attention: Any = block.attention
             attention.register_forward_pre_hook(lambda *_: self.start("attention"))
             attention.register_forward_hook(lambda *_: self.stop())
             attention.register_full_backward_pre_hook(lambda *_: self.start("attention"))
