@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import make_plans
 from vqmoe_ds.moe.layer import MoELayer
@@ -38,8 +39,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.head_width = config.heads, config.width // config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         rates = config.rope_theta ** (-torch.arange(0, self.head_width, 2) / self.head_width)
         angles = torch.arange(config.sequence_length).unsqueeze(1) * rates
         self.register_buffer("cos_SH", angles.cos(), persistent=False)
@@ -63,9 +64,9 @@ class DenseMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = Linear(width, hidden)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -117,7 +118,7 @@ class MoETransformer(nn.Module):
                 mlp = DenseMLP(model.width, model.dense_hidden or moe.expert_hidden * rows_per_token(moe))
             self.blocks.append(Block(model, mlp))
         self.norm = RMSNorm(model.width)
-        self.head = nn.Linear(model.width, model.vocab_size, bias=False)
+        self.head = Linear(model.width, model.vocab_size)
         layers = len(self.moe_blocks)
         self.bank: CodebookBank | None = None
         self.source: EmbeddingSource | None = None

@@ -10,13 +10,13 @@ experts: indexing a stacked weight under autograd would build a full-size gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqmoe_ds.moe.products import Products, products_for
 from vqmoe_ds.moe.workers import run_experts
 
 
@@ -88,7 +88,7 @@ class _CPUExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
-        x_PD, kernel = x_PD.contiguous(), _kernel_for(x_PD.dtype)
+        x_PD, products = x_PD.contiguous(), products_for(x_PD.dtype)
         out_PD = torch.empty_like(x_PD)
         x_E, out_E = x_PD.split(counts_E), out_PD.split(counts_E)
         weights_E = list(zip(w1.unbind(), w2.unbind(), w3.unbind(), strict=True))
@@ -97,7 +97,7 @@ class _CPUExperts(torch.autograd.Function):
 
         def run(e: int) -> None:
             if counts_E[e]:
-                gate_E[e], up_E[e] = _expert_forward(kernel, x_E[e], *weights_E[e], out_E[e])
+                gate_E[e], up_E[e] = _expert_forward(products, x_E[e], *weights_E[e], out_E[e])
 
         run_experts(run, counts_E)
         ctx.save_for_backward(x_PD, w1, w2, w3, *gate_E, *up_E)
@@ -107,7 +107,7 @@ class _CPUExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, w1, w2, w3, *projections = ctx.saved_tensors
-        counts_E, kernel = ctx.counts_E, _kernel_for(x_PD.dtype)
+        counts_E, products = ctx.counts_E, products_for(x_PD.dtype)
         gate_E, up_E = projections[: len(counts_E)], projections[len(counts_E) :]
         gx_PD, gw1, gw2, gw3 = (torch.empty_like(t) for t in (x_PD, w1, w2, w3))
         slices = (t.split(counts_E) for t in (x_PD, grads[0].contiguous(), gx_PD))
@@ -116,7 +116,7 @@ class _CPUExperts(torch.autograd.Function):
 
         def run(e: int) -> None:
             if counts_E[e]:
-                _expert_backward(kernel, *inputs_E[e])
+                _expert_backward(products, *inputs_E[e])
             else:
                 for gradient in inputs_E[e][-3:]:
                     gradient.zero_()
@@ -126,17 +126,17 @@ class _CPUExperts(torch.autograd.Function):
 
 
 def _expert_forward(
-    kernel: _Kernel, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, out: Tensor
+    products: Products, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write one expert's rows of ``out`` and return its gate and up projections, padded."""
-    x = _pad(x, kernel.padded(len(x)))
-    gate, up = kernel.mm(x, w1.t()), kernel.mm(x, w3.t())
-    out.copy_(kernel.mm(F.silu(gate).mul_(up), w2.t())[: len(out)])
+    x = _pad(x, products.padded(len(x)))
+    gate, up = products.mm(x, w1.t()), products.mm(x, w3.t())
+    out.copy_(products.mm(F.silu(gate).mul_(up), w2.t())[: len(out)])
     return gate, up
 
 
 def _expert_backward(
-    kernel: _Kernel,
+    products: Products,
     gate: Tensor,
     up: Tensor,
     x: Tensor,
@@ -152,62 +152,13 @@ def _expert_backward(
     """Write one expert's rows of ``gx`` and its weight gradients. Padding rows are zero throughout and add nothing."""
     x, g = _pad(x, len(gate)), _pad(g, len(gate))
     silu = F.silu(gate)
-    kernel.mm_into(gw2, g.t(), silu * up)
-    g_hidden = kernel.mm(g, w2)
+    products.mm_into(gw2, g.t(), silu * up)
+    g_hidden = products.mm(g, w2)
     g_gate = torch.ops.aten.silu_backward(g_hidden * up, gate)
     g_up = g_hidden.mul_(silu)
-    gx.copy_(kernel.mm(g_gate, w1).add_(kernel.mm(g_up, w3))[: len(gx)])
-    kernel.mm_into(gw1, g_gate.t(), x)
-    kernel.mm_into(gw3, g_up.t(), x)
-
-
-class _Kernel(NamedTuple):
-    """How products of one number type are computed on this processor."""
-
-    mm: Callable[[Tensor, Tensor], Tensor]
-    """``a @ b``."""
-    mm_into: Callable[[Tensor, Tensor, Tensor], None]
-    """``out = a_t @ b`` for a transposed view ``a_t``."""
-    padded: Callable[[int], int]
-    """Row count an expert of so many rows is computed with."""
-
-
-def _kernel_for(dtype: torch.dtype) -> _Kernel:
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    # FlopCounterMode and its like know plain products only.
-    if torch._C._len_torch_dispatch_stack() == 0 and onednn:
-        if dtype is torch.float32:
-            return _Kernel(_mm_onednn, _mm_into_onednn, _padded_rows)
-        if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return _Kernel(torch.mm, _mm_into, _padded_rows)
-    return _Kernel(torch.mm, _mm_into, int)
-
-
-def _mm_into(out: Tensor, a_t: Tensor, b: Tensor) -> None:
-    torch.mm(a_t, b, out=out)
-
-
-def _mm_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """float32 by oneDNN, because ``torch.mm`` calls MKL, half as fast on AMD processors (no AVX-512 there)."""
-    return _linear(a, b.t(), None, "none", [], "")
-
-
-def _mm_into_onednn(out: Tensor, a_t: Tensor, b: Tensor) -> None:
-    # oneDNN is slow on float32 factors read across their rows; transposing them first costs less.
-    out.copy_(_mm_onednn(a_t.contiguous(), b.t().contiguous().t()))
-
-
-_linear = torch.ops.mkldnn._linear_pointwise.default
-
-
-def _padded_rows(rows: int) -> int:
-    """``rows`` rounded up to 8 steps an octave (at most 1/8 more, from 64 on).
-
-    oneDNN compiles a kernel for every new shape (milliseconds) and keeps a thousand; experts have another number of
-    rows at every step. Rounding leaves a few dozen shapes.
-    """
-    step = max(8, 1 << (rows - 1).bit_length() >> 4)
-    return -(-rows // step) * step
+    gx.copy_(products.mm(g_gate, w1).add_(products.mm(g_up, w3))[: len(gx)])
+    products.mm_into(gw1, g_gate.t(), x)
+    products.mm_into(gw3, g_up.t(), x)
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
