@@ -37,7 +37,7 @@ import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP thread
 # isort: split
 
 import torch
-from peers import PEERS, build_layer, copy_bandwidth, join_group, peak_bytes, seconds, table
+from peers import PEERS, build_layer, copy_bandwidth, join_group, peak_bytes, seconds, table, write_json
 from torch import Tensor, nn
 
 from vqmoe_ds.moe.experts import StackedExperts
@@ -76,13 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"\n## {dtype}, {options.threads or torch.get_num_threads()} threads\n\n" + report(runs, dtype), flush=True
         )
-    if options.json:
-        text = json.dumps(runs, indent=1)
-        if options.json == "-":
-            print(text)
-        else:
-            with open(options.json, "w") as file:
-                file.write(text)
+    write_json(options.json, runs)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ Every layer maps hidden states ``[B, S, D]`` to ``[B, S, D]`` with one expert of
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import socket
@@ -162,3 +163,14 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write_json(target: str | None, runs: list[dict[str, Any]]) -> None:
+    """Write the measurements as ``--json`` asks: to a file, to standard output for ``-``, or not at all."""
+    if not target:
+        return
+    text = json.dumps(runs, indent=1)
+    if target == "-":
+        print(text)
+    else:
+        Path(target).write_text(text)

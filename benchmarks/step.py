@@ -14,7 +14,6 @@ router must. The second table says where the time of a step of ours goes, the ba
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peers import PEERS, NativeMoE, auto_ep, free_port, join_group, table
+from peers import PEERS, NativeMoE, auto_ep, free_port, join_group, table, write_json
 from torch import Tensor, nn
 
 import vqmoe_ds.models.transformer as transformer
@@ -62,13 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mp.spawn(run_rank, (ranks, free_port(), options, answers), nprocs=ranks, join=True)
         runs.append(answers.get())
         print(report(runs[-1], options), flush=True)
-    if options.json:
-        text = json.dumps(runs, indent=1)
-        if options.json == "-":
-            print(text)
-        else:
-            with open(options.json, "w") as file:
-                file.write(text)
+    write_json(options.json, runs)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

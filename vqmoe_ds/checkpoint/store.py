@@ -93,7 +93,7 @@ def find_newest(folder: Path) -> Found:
 
 
 def retire(folder: Path, keep_last: int) -> None:
-    """Remove all but the ``keep_last`` newest sealed tags (0 keeps all); unsealed older ones go too."""
+    """Remove all but the ``keep_last`` newest sealed tags (0 keeps all); unsealed ones are left alone."""
     if keep_last == 0:
         return
     sealed = sorted(tag for tag in folder.glob("global_step*") if (tag / MANIFEST).exists())

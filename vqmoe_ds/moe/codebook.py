@@ -69,15 +69,19 @@ class CodebookBank(nn.Module):
 
     # ---------------------------------------------------------------- lookup
 
-    @torch.no_grad()
-    def prepare(self, source_TD: Tensor) -> Tensor:
+    def compared(self, source_TD: Tensor) -> Tensor:
         """The vectors that are compared with the codes: float32, normalised and projected as configured."""
-        z_TC = source_TD.detach().float()
+        z_TC = source_TD.float()
         if self.config.normalize_source:
             z_TC = F.rms_norm(z_TC, z_TC.shape[-1:], eps=1e-6)
         if self.projection_DC is not None:
             z_TC = z_TC @ self.projection_DC
         return F.normalize(z_TC, dim=-1) if self.config.distance == "cosine" else z_TC
+
+    @torch.no_grad()
+    def prepare(self, source_TD: Tensor) -> Tensor:
+        """``compared`` without gradient, for lookups and statistics."""
+        return self.compared(source_TD.detach())
 
     @torch.no_grad()
     def lookup(self, layer: int, z_TC: Tensor) -> Tensor:
@@ -113,8 +117,7 @@ class CodebookBank(nn.Module):
         if not self.training or _recomputing():
             return
         if self._pending is None:
-            shape = (*self.codes_LKC.shape[:2], self.codes_LKC.shape[2] + 1)
-            self._pending = torch.zeros(shape, dtype=torch.float64, device=z_TC.device)
+            self._pending = self._no_statistics()
         count_K = torch.bincount(codes_T, minlength=self.num_codes)
         self._pending[layer, :, -1] += count_K
         if self.moving:
@@ -125,10 +128,11 @@ class CodebookBank(nn.Module):
     @property
     def pending(self) -> Tensor:
         """This rank's statistics, float64 ``[L, K, C + 1]``: sums of vectors, and counts in the last column."""
-        if self._pending is None:
-            shape = (*self.codes_LKC.shape[:2], self.codes_LKC.shape[2] + 1)
-            return torch.zeros(shape, dtype=torch.float64, device=self.codes_LKC.device)
-        return self._pending
+        return self._no_statistics() if self._pending is None else self._pending
+
+    def _no_statistics(self) -> Tensor:
+        layers, codes, width = self.codes_LKC.shape
+        return torch.zeros(layers, codes, width + 1, dtype=torch.float64, device=self.codes_LKC.device)
 
     def samples(self, micro_batch: int, count: int) -> Tensor:
         """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``."""

@@ -122,12 +122,7 @@ class VQRouter(nn.Module):
 
     def _soft_weight(self, x_TD: Tensor, bank: CodebookBank) -> Tensor:
         """Softmax probability of the nearest code: the road on which gradients reach the code choice."""
-        z_TC = F.rms_norm(x_TD.float(), x_TD.shape[-1:], eps=1e-6) if self.book.normalize_source else x_TD.float()
-        if bank.projection_DC is not None:
-            z_TC = z_TC @ bank.projection_DC
-        if self.book.distance == "cosine":
-            z_TC = F.normalize(z_TC, dim=-1)
-        distances_TK = torch.cdist(z_TC, bank.codes_LKC[self.layer]).square()
+        distances_TK = torch.cdist(bank.compared(x_TD), bank.codes_LKC[self.layer]).square()
         return (-distances_TK / self.book.soft_output).softmax(dim=-1).amax(dim=-1)
 
 
