@@ -1,0 +1,265 @@
+"""Preparation as its users run it: real processes, real ranks, real damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vqmoe_ds.data.documents import SourceOptions, plan_units
+from vqmoe_ds.data.index_files import check_prefix, file_sha256
+from vqmoe_ds.data.prepare import build_parser, main
+from vqmoe_ds.data.spread import deal
+
+ROOT = Path(__file__).resolve().parents[2]
+PREPARE = [sys.executable, str(ROOT / "tools/prepare_data.py")]
+MPIRUN = Path(sys.executable).parent / "mpirun"
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
+needs_mpi = pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this python")
+
+
+def run(*arguments: object, ranks: int = 0, **kwargs) -> subprocess.CompletedProcess[str]:
+    launcher = [str(MPIRUN), "-n", str(ranks), "--oversubscribe"] if ranks else []
+    command = [*launcher, *PREPARE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **kwargs)
+
+
+def digests(prefix: Path) -> list[str]:
+    return [file_sha256(f"{prefix}.{name}") for name in ("bin", "idx", "json")]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """Seven units: a text of many pieces over three units, JSON lines, and a few empty or small documents."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "a.txt").write_text("".join(f"line {i} of {i * i % 97} words, naïve ones too\n" for i in range(60_000)))
+    rows = ({"text": f"document {i} " + "word " * (i % 200)} for i in range(6000))
+    (folder / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + '\n{"text": ""}\n')
+    (folder / "c.txt").write_text("the end")
+    assert len(plan_units([str(folder)], SourceOptions())) == 7
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(sources, tmp_path_factory) -> Path:
+    """What one process makes of them."""
+    prefix = tmp_path_factory.mktemp("alone") / "data"
+    result = run(sources, "--output", prefix)
+    assert result.returncode == 0, result.stderr
+    assert "6,002 documents" in result.stdout and "left out: 1 x empty document (first:" in result.stdout
+    return prefix
+
+
+def test_megatron_reads_it_and_its_builder_makes_the_same_bytes(sources, alone, tmp_path):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+    from vqmoe_ds.data.documents import read_unit
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=DType.optimal_dtype(257))
+    ids: list[int] = []
+    lengths: list[int] = []
+    for unit in plan_units([str(sources)], SourceOptions()):
+        for text, ends in read_unit(unit):
+            lengths.append(len(text.encode()) + ends)
+            ids += [*text.encode(), *([256] if ends else [])]
+            if ends:
+                builder.add_document(np.array(ids), lengths)
+                ids, lengths = [], []
+    builder.finalize(str(tmp_path / "m.idx"))
+    assert [file_sha256(f"{alone}.{n}") for n in ("bin", "idx")] == [
+        file_sha256(tmp_path / f"m.{n}") for n in ("bin", "idx")
+    ]
+    data = IndexedDataset(str(alone))
+    first = np.concatenate(data[: int(data.document_indices[1])])
+    assert bytes(first[:-1].astype(np.uint8)).decode() == (sources / "a.txt").read_text() and first[-1] == 256
+    assert data.sequence_lengths.max() <= (64 << 10) + 1
+
+
+def test_description_counts_what_is_there(sources, alone):
+    about, header = json.loads(Path(f"{alone}.json").read_text()), check_prefix(str(alone))
+    assert (about["documents"], about["sequences"]) == (header.documents, header.sequences)
+    assert about["tokens"] == header.tokens == about["bytes"] + 6002
+    assert about["sha256"] == {name: file_sha256(f"{alone}.{name}") for name in ("bin", "idx")}
+    assert about["skipped"] == {"empty document": 1} and about["on_error"] == "fail"
+    assert about["tokenizer"]["kind"] == "bytes" and about["sources"] == [str(sources)]
+    assert sorted(p.name for p in alone.parent.iterdir()) == ["data.bin", "data.idx", "data.json", "data.tokenizer"]
+
+
+def test_workers_make_the_same_bytes(sources, alone, tmp_path):
+    assert run(sources, "--output", tmp_path / "two", "--workers", 2).returncode == 0
+    assert digests(tmp_path / "two") == digests(alone)
+
+
+@needs_mpi
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_make_the_same_bytes(ranks, sources, alone, tmp_path):
+    result = run(sources, "--output", tmp_path / "data", ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    assert digests(tmp_path / "data") == digests(alone)
+    assert result.stdout.count("documents") == 1
+
+
+@needs_mpi
+def test_an_error_on_any_rank_is_one_sentence_and_skip_goes_on_from_there(sources, tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = [json.dumps({"text": "word " * 100}) for _ in range(9000)]
+    rows[8000] = '{"body": 1}'
+    (tmp_path / "in/rows.jsonl").write_text("\n".join(rows))
+    result = run(tmp_path / "in", "--output", tmp_path / "data", ranks=2)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.count("error: ") == 1 and "rows.jsonl, line 8001: without the key" in result.stderr
+    assert [p.name for p in tmp_path.glob("data*")] == ["data.parts"]
+    result = run(tmp_path / "in", "--output", tmp_path / "data", "--on_error", "skip")
+    assert result.returncode == 0 and "going on:" in result.stderr
+    assert "8,999 documents" in result.stdout and "left out: 1 x without the key" in result.stdout
+    assert json.loads((tmp_path / "data.json").read_text())["first_skipped"] == {
+        "without the key": f"{tmp_path / 'in/rows.jsonl'}, line 8001"
+    }
+    assert not (tmp_path / "data.parts").exists()
+
+
+def slow_tokenizer(folder: Path) -> dict[str, str]:
+    """An environment in which tokenizing takes its time, so that a signal meets it at work."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nif any('prepare_data' in a or 'spawn' in a for a in sys.orig_argv):\n"
+        "    import time\n    from vqmoe_ds.data.tokenizers import ByteTokenizer as T\n    encode = T.encode_batch\n"
+        "    T.encode_batch = lambda self, texts: (time.sleep(0.3), encode(self, texts))[1]\n"
+    )
+    return {**ENVIRONMENT, "PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(c) for t in Path(f"/proc/{pid}/task").glob("*") for c in (t / "children").read_text().split()]
+    return children + [d for child in children for d in descendants(child)]
+
+
+@pytest.mark.parametrize(
+    "launcher, options",
+    [
+        pytest.param([str(MPIRUN), "-n", "2", "--oversubscribe"], [], marks=needs_mpi, id="rank"),
+        pytest.param([], ["--workers", "2"], id="worker"),
+        pytest.param([], [], id="alone"),
+    ],
+)
+def test_after_a_kill_nothing_looks_whole_and_a_rerun_goes_on(launcher, options, sources, alone, tmp_path):
+    command = [*launcher, *PREPARE, str(sources), "--output", str(tmp_path / "data"), *options]
+    process = subprocess.Popen(command, env=slow_tokenizer(tmp_path), stderr=subprocess.PIPE, text=True)
+    parts, deadline = tmp_path / "data.parts", time.monotonic() + 60
+    while len([p for p in parts.glob("*") if p.is_dir() and p.suffix != ".tmp"]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = [d for d in descendants(process.pid) if b"tokenizer" not in Path(f"/proc/{d}/cmdline").read_bytes()]
+    workers = [w for w in workers if b"resource_tracker" not in Path(f"/proc/{w}/cmdline").read_bytes()]
+    os.kill(workers[-1] if workers else process.pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not list(tmp_path.glob("data.[bij]*"))
+    if options:
+        assert "error: a worker was killed" in errors and process.returncode == 2
+    finished = {p.name: p.stat().st_mtime_ns for p in parts.iterdir() if p.is_dir() and p.suffix != ".tmp"}
+    assert 2 <= len(finished) < 7
+    result = run(sources, "--output", tmp_path / "data")
+    assert result.returncode == 0 and "going on:" in result.stderr, result.stderr
+    assert digests(tmp_path / "data") == digests(alone)
+
+
+def test_parts_of_another_plan_and_damaged_parts_are_made_again(sources, alone, tmp_path):
+    command = [*PREPARE, str(sources), "--output", str(tmp_path / "data")]
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))}
+    run(*command[2:], **limit)  # parts fit, the whole does not
+    parts = [path for path in (tmp_path / "data.parts").iterdir() if path.is_dir()]
+    assert len(parts) == 7
+    with (parts[0] / "tokens").open("r+b") as stream:
+        stream.write(b"\xff\xff")
+    (parts[1] / "lengths").unlink()
+    other = run(sources, "--output", tmp_path / "data", "--document", "line", **limit)
+    assert "going on" not in other.stderr
+    result = run(*command[2:])
+    assert result.returncode == 0 and "going on:" in result.stderr
+    assert digests(tmp_path / "data") == digests(alone)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_earlier_output_alone(sources, tmp_path):
+    (tmp_path / "small.txt").write_text("small")
+    assert run(tmp_path / "small.txt", "--output", tmp_path / "data").returncode == 0
+    before = digests(tmp_path / "data")
+    for limit in (500 << 10, 3 << 20):  # in a part; in the merge
+        result = run(
+            *(sources, "--output", tmp_path / "data", "--overwrite"),
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert result.stderr.startswith("error: no room left in") and "earlier output is untouched" in result.stderr
+        assert digests(tmp_path / "data") == before and not list(tmp_path.rglob("*.tmp"))
+    result = run(sources, "--output", tmp_path / "data", "--overwrite")
+    assert result.returncode == 0 and digests(tmp_path / "data") != before
+
+
+def test_mistakes_are_refused_before_any_work(sources, alone, tmp_path, capsys):
+    text = tmp_path / "t.txt"
+    text.write_text("text")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "vocab.txt").write_text("only\nthese\n")
+    cases = {
+        (): "no source given",
+        (text,): "no --output PREFIX given",
+        (text, "--output", tmp_path): "is a folder; add the name",
+        (text, "--output", tmp_path / "o", "--workers", "0"): "--workers 0 must be at least 1",
+        (text, "--output", alone): "data.idx exists; give another --output, or --overwrite",
+        (tmp_path / "no.txt", "--output", tmp_path / "o"): "no.txt does not exist",
+        (text, "--output", tmp_path / "o", "--tokenizer", "no.model"): "tokenizer no.model does not exist",
+        (tmp_path / "blank.txt", "--output", tmp_path / "o"): "hold no document (1 empty document)",
+        (text, "--output", tmp_path / "u", "--tokenizer", tmp_path / "vocab.txt"): "lacks the symbols of 50.0 %",
+    }
+    for arguments, message in cases.items():
+        assert main(build_parser("").parse_args([*map(str, arguments)])) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_unknown_symbols_are_counted_below_the_limit(tmp_path):
+    (tmp_path / "t.txt").write_text("one two three")
+    (tmp_path / "vocab.txt").write_text("one\ntwo\n")
+    options = ("--tokenizer", tmp_path / "vocab.txt", "--max_unknown", 60)
+    result = run(tmp_path / "t.txt", "--output", tmp_path / "data", *options)
+    assert "unknown symbols: 1 tokens (25.000 %)" in result.stdout
+    assert json.loads((tmp_path / "data.json").read_text())["unknown"] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    peaks = []
+    code = (
+        "import sys; from vqmoe_ds.data.prepare import build_parser, main; "
+        "code = main(build_parser('').parse_args(sys.argv[1:])); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); sys.exit(code)"
+    )
+    for lines in (40_000, 250_000):
+        with (tmp_path / f"{lines}.txt").open("w") as stream:
+            stream.writelines(f"line {i} of a text of {lines} lines that say little\n" for i in range(lines))
+        arguments = [str(tmp_path / f"{lines}.txt"), "--output", str(tmp_path / str(lines))]
+        command = [sys.executable, "-c", code, *arguments]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT).stdout
+        peaks.append(int(output.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 8, f"MiB for 2 and 13 MB: {peaks}"
+
+
+def test_shares_are_even_and_complete(sources):
+    units = plan_units([str(sources)], SourceOptions())
+    for ranks in (1, 2, 4, 9):
+        shares = deal(units, ranks)
+        assert len(shares) == ranks
+        assert sorted((u for share in shares for u in share), key=units.index) == units
+        loads = [sum(u.size for u in share) for share in shares]
+        assert max(loads) - min(loads) <= max(u.size for u in units)

@@ -1,0 +1,217 @@
+"""The files of a prepared corpus: Megatron's ``PREFIX.bin`` and ``PREFIX.idx``, checked, read and written with numpy.
+
+The .bin holds the token ids of all sequences end to end. The .idx holds a header (magic, version 1, code of the
+number type, number of sequences S, number of document ends D), then int32 ``[S]`` lengths in tokens, int64 ``[S]``
+offsets in bytes, int64 ``[D]`` document ends as counts of sequences, the first of them 0, and for data made with
+modes int8 ``[S]``. All numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from vqmoe_ds.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPES: dict[int, type[np.number]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_HEADER = struct.Struct("<9sQBQQ")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """What ``PREFIX.idx`` says about ``PREFIX.bin``."""
+
+    prefix: str
+    dtype: np.dtype
+    sequences: int
+    documents: int
+    tokens: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32 ``[sequences]``, mapped from the file."""
+        return self._array(np.int32, _HEADER.size, self.sequences)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each sequence starts in the .bin, in bytes, int64 ``[sequences]``, mapped from the file."""
+        return self._array(np.int64, _HEADER.size + 4 * self.sequences, self.sequences)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Sequences before and up to the end of each document, int64 ``[documents + 1]``, the first 0."""
+        return self._array(np.int64, _HEADER.size + 12 * self.sequences, self.documents + 1)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All token ids, ``[tokens]``, mapped from the .bin."""
+        if self.tokens == 0:
+            return np.zeros(0, self.dtype)
+        return np.memmap(f"{self.prefix}.bin", self.dtype, mode="r", shape=(self.tokens,))
+
+    def _array(self, dtype: type[np.number], offset: int, count: int) -> np.ndarray:
+        if count == 0:
+            return np.zeros(0, dtype)
+        return np.memmap(f"{self.prefix}.idx", dtype, mode="r", offset=offset, shape=(count,))
+
+
+def check_prefix(prefix: str) -> IndexHeader:
+    """The header of prepared data, after the checks that take no time: call it before any long work.
+
+    Both files are there, the .idx is one and as long as its header says, its documents end with its last sequence, and
+    the .bin is exactly as long as the .idx says. No token is read (``inspect.verify`` reads them all); neither torch
+    nor megatron-core is imported; files made by Megatron's own tools pass.
+
+    Raises:
+        DataError: one sentence with the file, what is wrong and the mend.
+    """
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    _check_there(prefix, index, data)
+    header = _read_header(prefix, index)
+    ends = header.ends
+    if header.documents < 0 or ends[0] != 0 or ends[-1] != header.sequences:
+        raise DataError(f"{index}: its documents do not end with its last sequence; it is damaged, prepare it again")
+    expected = 0
+    if header.sequences:
+        expected = int(header.offsets[-1]) + int(header.lengths[-1]) * header.dtype.itemsize
+    size = data.stat().st_size
+    if size < expected:
+        raise DataError(
+            f"{data} has {size:,} bytes and {index.name} points to {expected:,}: the .bin is truncated or belongs to "
+            "another .idx; copy both again or prepare them again"
+        )
+    if size > expected:
+        raise DataError(
+            f"{data} has {size:,} bytes but {index.name} ends at {expected:,}: they are not of one preparation; "
+            "copy both again or prepare them again"
+        )
+    return IndexHeader(prefix, header.dtype, header.sequences, header.documents, size // header.dtype.itemsize)
+
+
+def _check_there(prefix: str, index: Path, data: Path) -> None:
+    if index.exists() and data.exists():
+        return
+    if Path(f"{prefix}.parts").is_dir():
+        raise DataError(f"the preparation of {prefix} did not finish; run its tools/prepare_data.py command again")
+    missing = [path.name for path in (index, data) if not path.exists()]
+    raise DataError(
+        f"prepared data {prefix} has no {' and no '.join(missing)}; give the path without .bin or .idx, or make it "
+        "with tools/prepare_data.py"
+    )
+
+
+def _read_header(prefix: str, index: Path) -> IndexHeader:
+    """Header alone, its tokens not counted."""
+    size = index.stat().st_size
+    with index.open("rb") as stream:
+        raw = stream.read(_HEADER.size)
+    if raw[: len(MAGIC)] != MAGIC:
+        raise DataError(f"{index} is not an index of Megatron's IndexedDataset (its first bytes are {raw[:9]!r})")
+    if len(raw) < _HEADER.size:
+        raise DataError(f"{index} is truncated within its header; copy it again or prepare it again")
+    _, version, code, sequences, ends = _HEADER.unpack(raw)
+    if version != 1 or code not in DTYPES:
+        raise DataError(f"{index} has version {version} and number type {code}; known are version 1 and types 1 to 8")
+    expected = _HEADER.size + 12 * sequences + 8 * ends
+    if ends < 1 or size not in (expected, expected + sequences):  # the latter with a mode for each sequence
+        raise DataError(
+            f"{index} has {size:,} bytes where {sequences:,} sequences and {ends - 1:,} documents take {expected:,}; "
+            "it is truncated or damaged: copy it again or prepare it again"
+        )
+    return IndexHeader(prefix, np.dtype(DTYPES[code]), sequences, ends - 1, 0)
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """Number type of the token ids, by Megatron's rule (``DType.optimal_dtype``)."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+class HashedFile:
+    """A file that is written from front to back; it knows the SHA-256 of what it holds.
+
+    Args:
+        keep: wait until it is on the disk when it is closed, so that it outlives a power cut.
+    """
+
+    def __init__(self, path: str, keep: bool = True) -> None:
+        self.keep = keep
+        self._digest = hashlib.sha256()
+        self._stream: BinaryIO = open(path, "wb")  # noqa: SIM115  closed by __exit__
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._stream.flush()
+            if self.keep:
+                os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()
+
+    def write(self, data: bytes | np.ndarray) -> None:
+        raw = data.tobytes() if isinstance(data, np.ndarray) else data
+        self._digest.update(raw)
+        self._stream.write(raw)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def write_index(
+    file: HashedFile,
+    dtype: np.dtype,
+    sequences: int,
+    documents: int,
+    lengths: Callable[[], Iterable[np.ndarray]],
+    ends: Callable[[], Iterable[np.ndarray]],
+) -> None:
+    """Write an .idx from chunks, so that the whole is never in memory.
+
+    Args:
+        lengths: gives int32 chunks, the tokens of each of ``sequences``; called twice.
+        ends: gives int64 chunks, the sequences up to the end of each of ``documents``, without the first 0.
+    """
+    code = next(code for code, kind in DTYPES.items() if dtype == kind)
+    file.write(_HEADER.pack(MAGIC, 1, code, sequences, documents + 1))
+    for chunk in lengths():
+        file.write(chunk.astype("<i4"))
+    start = 0
+    for chunk in lengths():
+        after = start + np.cumsum(chunk, dtype=np.int64) * dtype.itemsize
+        file.write((after - chunk.astype(np.int64) * dtype.itemsize).astype("<i8"))
+        start = int(after[-1]) if len(after) else start
+    file.write(struct.pack("<q", 0))
+    for chunk in ends():
+        file.write(chunk.astype("<i8"))
+
+
+def chunks(array: np.ndarray, size: int = _CHUNK) -> Iterator[np.ndarray]:
+    """Stretches of a mapped array that fit in memory."""
+    for start in range(0, len(array), size):
+        yield np.asarray(array[start : start + size])
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,251 @@
+"""What prepared data holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.data.index_files import IndexHeader, check_prefix, chunks, file_sha256
+from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
+from vqmoe_ds.errors import DataError, UserError
+
+_SHOWN = 300  # characters of a document
+_READ = 2000  # tokens decoded for them
+_BAR = 40
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", metavar="PREFIX", help="path of the data without .bin or .idx")
+    parser.add_argument("--tokenizer", help="of data without PREFIX.tokenizer, such as Megatron's own tools make")
+    parser.add_argument("--documents", type=int, default=3, help="how many documents to show")
+    parser.add_argument("--verify", action="store_true", help="compare the SHA-256 of the files as well")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print what is there, or what is wrong in one sentence; the exit code."""
+    try:
+        found = inspect(options.prefix, options.tokenizer, options.documents, options.verify)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else _text(found))
+    return 0
+
+
+def inspect(prefix: str, tokenizer: str | None = None, documents: int = 3, verify: bool = False) -> dict[str, Any]:
+    """Facts about prepared data, after reading every index entry and every token id.
+
+    Args:
+        tokenizer: anything that ``load_tokenizer`` takes; None for the one beside the data.
+        documents: how many documents to decode.
+        verify: compare the digests of ``PREFIX.json`` as well.
+
+    Raises:
+        DataError: whatever is wrong with the files: one sentence.
+    """
+    prefix = prefix.removesuffix(".bin").removesuffix(".idx")
+    header = check_prefix(prefix)
+    about = _description(prefix, header)
+    known = _tokenizer(prefix, tokenizer, about)
+    check_index(header)
+    largest = check_ids(header, known.vocab_size if known else None)
+    checksum = _compare_digests(prefix, about) if verify else "not compared (--verify)" if about else "none kept"
+    facts: dict[str, Any] = {
+        "prefix": prefix,
+        "dtype": str(header.dtype),
+        "documents": header.documents,
+        "tokens": header.tokens,
+    }
+    text_bytes = about.get("bytes")
+    if text_bytes:
+        facts |= {"bytes": text_bytes, "bytes_per_token": text_bytes / max(1, header.tokens)}
+    kept: dict[str, Any] = {
+        name: about[name] for name in ("sources", "skipped", "first_skipped", "unknown") if name in about
+    }
+    return {
+        **facts,
+        "sequences": header.sequences,
+        "largest_id": largest,
+        "tokenizer": known.describe() if known else None,
+        "checksum": checksum,
+        **kept,
+        **_lengths(header),
+        "first_documents": [_show(header, index, known) for index in range(min(documents, header.documents))],
+    }
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_index(header: IndexHeader) -> None:
+    """Every sequence starts where the one before it ends, and documents come in order.
+
+    Raises:
+        DataError: they do not.
+    """
+    where, place = 0, f"{header.prefix}.idx"
+    size = header.tokens * header.dtype.itemsize
+    lengths = chunks(header.lengths)
+    first = 0
+    for offset in chunks(header.offsets):
+        length = next(lengths).astype(np.int64) * header.dtype.itemsize
+        past = (length < 0) | (offset < 0) | (offset + length > size)
+        if past.any():
+            raise DataError(f"{place}: sequence {first + int(past.argmax())} points past the end of the .bin; {_AGAIN}")
+        wrong = offset != where + np.cumsum(length) - length
+        if wrong.any():
+            raise DataError(f"{place}: sequence {first + int(wrong.argmax())} starts at a wrong byte; {_AGAIN}")
+        where, first = int(offset[-1] + length[-1]), first + len(offset)
+    before = 0
+    for ends in chunks(header.ends):
+        if (np.diff(ends, prepend=before) < 0).any() or ends[-1] > header.sequences:
+            raise DataError(f"{place}: its documents are out of order or end after the last sequence; {_AGAIN}")
+        before = int(ends[-1])
+
+
+_AGAIN = "it is damaged, copy it again or prepare it again"
+
+
+def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
+    """Read all ids; the largest.
+
+    Raises:
+        DataError: one lies outside the vocabulary, with its place.
+    """
+    if header.dtype.kind == "f":
+        raise DataError(f"{header.prefix}.bin holds {header.dtype} numbers, not token ids")
+    largest, first = -1, 0
+    for ids in chunks(header.ids, 4 << 20):
+        top, bottom = int(ids.max()), int(ids.min())
+        if bottom < 0 or (vocab_size is not None and top >= vocab_size):
+            outside = ids < 0 if bottom < 0 else ids >= vocab_size
+            where = int(outside.argmax())
+            byte = (first + where) * header.dtype.itemsize
+            sequence = int(np.searchsorted(header.offsets, byte, side="right")) - 1
+            document = int(np.searchsorted(header.ends, sequence, side="right")) - 1
+            raise DataError(
+                f"{header.prefix}.bin: token {first + where} (document {document}) has the id {int(ids[where])}, "
+                f"beyond the tokenizer's vocabulary of {vocab_size}; it was made with another tokenizer or is damaged"
+            )
+        largest, first = max(largest, top), first + len(ids)
+    return largest
+
+
+def _description(prefix: str, header: IndexHeader) -> dict[str, Any]:
+    """``PREFIX.json``; empty for data of Megatron's own tools, which have none."""
+    path = Path(f"{prefix}.json")
+    if not path.exists():
+        return {}
+    try:
+        about = json.loads(path.read_bytes())
+        stated = about["documents"], about["sequences"], about["tokens"]
+        _ = about["tokenizer"]["checksum"], about["sha256"]["bin"], about["sha256"]["idx"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged; prepare the data again") from error
+    if stated != (header.documents, header.sequences, header.tokens):
+        raise DataError(
+            f"{path} tells of {stated[0]:,} documents and {stated[2]:,} tokens, the .idx of {header.documents:,} and "
+            f"{header.tokens:,}: they are not of one preparation; copy all files again or prepare them again"
+        )
+    return dict(about)
+
+
+def _tokenizer(prefix: str, named: str | None, about: dict[str, Any]) -> Tokenizer | None:
+    own = f"{prefix}.tokenizer"
+    if named is None and not Path(own).exists():
+        if about:
+            raise DataError(f"{own} is missing; copy it from where the data was made, or name it with --tokenizer")
+        return None
+    tokenizer = load_tokenizer(named or own)
+    if about and tokenizer.checksum != about["tokenizer"]["checksum"]:
+        checksums = f"{about['tokenizer']['checksum']:.12} and {tokenizer.checksum:.12}"
+        raise DataError(
+            f"{prefix} was made with another tokenizer than {named or own} (checksums {checksums}); name the right one "
+            "with --tokenizer or prepare the data again"
+        )
+    return tokenizer
+
+
+def _compare_digests(prefix: str, about: dict[str, Any]) -> str:
+    if not about:
+        raise DataError(f"{prefix}.json is missing, so there is no checksum to --verify; leave --verify out")
+    for name, digest in about["sha256"].items():
+        if file_sha256(f"{prefix}.{name}") != digest:
+            raise DataError(f"{prefix}.{name} has changed since it was made (SHA-256 differs); {_AGAIN}")
+    return "verified"
+
+
+# ---------------------------------------------------------------- facts
+
+
+def _document_lengths(header: IndexHeader) -> Iterator[np.ndarray]:
+    """Tokens of each document, in chunks of int64."""
+    offsets, ends = header.offsets, header.ends
+    for start in range(0, header.documents, 1 << 20):
+        borders = ends[start : start + (1 << 20) + 1]
+        inside = np.minimum(borders, max(0, header.sequences - 1))
+        tokens = np.where(borders < header.sequences, offsets[inside] // header.dtype.itemsize, header.tokens)
+        yield np.diff(tokens)
+
+
+def _lengths(header: IndexHeader) -> dict[str, Any]:
+    """Documents by length in tokens, in powers of two."""
+    counts = np.zeros(64, dtype=np.int64)
+    longest = 0
+    for lengths in _document_lengths(header):
+        counts += np.bincount(np.frexp(lengths)[1], minlength=64)[:64]  # 2**(e-1) <= length < 2**e
+        longest = max(longest, int(lengths.max(initial=0)))
+    bins = [{"from": 1 << e >> 1, "to": (1 << e) - 1, "documents": int(n)} for e, n in enumerate(counts) if n]
+    mean = header.tokens / max(1, header.documents)
+    return {"mean_tokens": round(mean, 1), "longest_tokens": longest, "lengths": bins}
+
+
+def _show(header: IndexHeader, document: int, tokenizer: Tokenizer | None) -> str:
+    first, after = (int(end) for end in header.ends[document : document + 2])
+    if first == after:
+        return ""
+    start = int(header.offsets[first]) // header.dtype.itemsize
+    count = int(header.lengths[first:after][:64].sum())
+    ids = np.asarray(header.ids[start : start + min(count, _READ)])
+    text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids[:60]))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _text(found: dict[str, Any]) -> str:
+    per_token = (
+        f", {found['bytes']:,} bytes of text ({found['bytes_per_token']:.2f} a token)" if "bytes" in found else ""
+    )
+    tokenizer = found["tokenizer"]
+    named = (
+        "{kind}, {vocab_size:,} ids, end of document {eod}, {checksum:.12}".format(**tokenizer)
+        if tokenizer
+        else "not known"
+    )
+    lines = [
+        f"{found['prefix']}: {found['documents']:,} documents, {found['tokens']:,} tokens ({found['dtype']})"
+        + per_token,
+        f"tokenizer: {named}; largest id {found['largest_id']:,}",
+        f"checksum: {found['checksum']}",
+    ]
+    lines += [
+        f"left out: {n:,} x {reason} (first: {found['first_skipped'][reason]})"
+        for reason, n in found.get("skipped", {}).items()
+    ]
+    lines += [f"unknown symbols: {found['unknown']:,} tokens"] if found.get("unknown") else []
+    lines += ["", f"tokens of a document: {found['mean_tokens']:,} on average, {found['longest_tokens']:,} at most"]
+    most = max((row["documents"] for row in found["lengths"]), default=1)
+    for row in found["lengths"]:
+        bar = "#" * max(1, round(_BAR * row["documents"] / most))
+        lines.append(f"{row['from']:>12,} to {row['to']:<12,} {row['documents']:>12,} {bar}")
+    for index, text in enumerate(found["first_documents"]):
+        lines += ["", f"document {index}:", text]
+    return "\n".join(lines)

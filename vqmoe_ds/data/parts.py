@@ -1,0 +1,248 @@
+"""Units -> parts -> one prepared corpus.
+
+Every unit becomes one folder below ``PREFIX.parts``, named by the fingerprint of what it was made from and put there
+by one rename when it is whole. A later run takes the parts that fit its plan and makes the others. The corpus is the
+parts in the order of the plan, copied in a stream, so memory depends on neither its size nor its documents.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.data.documents import EMPTY, Piece, Place, Skips, Unit, read_unit
+from vqmoe_ds.data.index_files import HashedFile, file_sha256, smallest_dtype, write_index
+from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.errors import DataError
+
+FORMAT = 1
+"""Of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
+
+BATCH_BYTES = 1 << 20
+_BLOCK = 4 << 20
+_FILES = _TOKENS, _LENGTHS, _ENDS = "tokens", "lengths", "ends"
+_COUNTS = "counts.json"
+
+
+@dataclass
+class Counts:
+    """What a part, or a whole corpus, holds."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    """UTF-8 bytes of text."""
+    unknown: int = 0
+    """Tokens that stand for a symbol the tokenizer lacks."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    first: dict[str, Place] = field(default_factory=dict)
+    """Where each reason to skip was met first."""
+
+    def add(self, other: Counts) -> None:
+        for name in ("documents", "sequences", "tokens", "bytes", "unknown"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+            self.first.setdefault(reason, other.first[reason])
+
+
+class Parts:
+    """The parts of one corpus: ``folder`` is ``PREFIX.parts``."""
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
+        self.folder, self.tokenizer = Path(folder), tokenizer
+        self.dtype = smallest_dtype(tokenizer.vocab_size)
+
+    def path(self, unit: Unit) -> Path:
+        return self.folder / unit.fingerprint(FORMAT, self.tokenizer.checksum)
+
+    def counts(self, unit: Unit, verify: bool = False) -> Counts | None:
+        """Of a part that is there and whole; None otherwise, and where it left out what is now to be refused.
+
+        Args:
+            verify: read it all and compare digests, as a part of an earlier run may not have outlived a power cut.
+        """
+        path = self.path(unit)
+        try:
+            kept = json.loads((path / _COUNTS).read_text())
+            digests, counts = kept.pop("sha256"), Counts(**kept)
+            counts.first = {reason: Place(*place) for reason, place in counts.first.items()}
+            sizes = [os.path.getsize(path / name) for name in _FILES]
+            if verify and digests != [file_sha256(path / name) for name in _FILES]:
+                return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        whole = sizes == [counts.tokens * self.dtype.itemsize, counts.sequences * 4, counts.documents * 8]
+        refused = unit.options.on_error == "fail" and set(counts.skipped) - {EMPTY}
+        return counts if whole and not refused else None
+
+    def make(self, unit: Unit) -> Counts:
+        """Read, tokenize and write one unit.
+
+        Raises:
+            DataError: text that is to be refused; a full disk.
+        """
+        final = self.path(unit)
+        temporary = self.folder / f"{final.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        try:
+            with disk_errors(str(self.folder)):
+                temporary.mkdir()
+                counts = self._write(unit, temporary)
+                shutil.rmtree(final, ignore_errors=True)  # one that is damaged or left out too much
+                temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return counts
+
+    def _write(self, unit: Unit, folder: Path) -> Counts:
+        counts, skips = Counts(), Skips(unit.options.on_error)
+        with ExitStack() as stack:
+            files = [stack.enter_context(HashedFile(f"{folder / name}", keep=False)) for name in _FILES]
+            for batch in _batches(read_unit(unit, skips)):
+                for file, array in zip(files, self._encode(batch, counts), strict=True):
+                    file.write(array)
+        counts.skipped, counts.first = skips.counts, skips.first
+        digests = [file.sha256 for file in files]
+        (folder / _COUNTS).write_text(json.dumps({**asdict(counts), "sha256": digests}))
+        return counts
+
+    def _encode(self, batch: list[Piece], counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids ``[tokens]``, lengths ``[sequences]``, ends ``[documents]``) of a batch, added to ``counts``."""
+        texts = [piece.text for piece in batch]
+        encoded = self.tokenizer.encode_batch(texts)
+        if self.tokenizer.unknown_id is not None:
+            counts.unknown += sum(map(self.tokenizer.count_unknown, texts, encoded))
+        end = np.array([self.tokenizer.eod], dtype=np.int32)
+        ended = np.array([piece.ends_document for piece in batch])
+        arrays = [array for ids, last in zip(encoded, ended, strict=True) for array in ((ids, end) if last else (ids,))]
+        ids = np.concatenate(arrays).astype(self.dtype)
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int32) + ended
+        kept = lengths > 0  # a piece of a document may hold no token at all
+        documents = counts.sequences + np.cumsum(kept, dtype=np.int64)[ended]
+        counts.sequences += int(kept.sum())
+        counts.documents += int(ended.sum())
+        counts.tokens += len(ids)
+        counts.bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        return ids, lengths[kept].astype(np.int32), documents
+
+    def clean(self) -> None:
+        """Take away what an earlier run left half-made."""
+        for path in self.folder.glob("*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def lengths(self, units: Iterable[Unit]) -> Iterator[np.ndarray]:
+        """Tokens of every sequence, in chunks of int32."""
+        for unit in units:
+            yield from _numbers(self.path(unit) / _LENGTHS, np.int32)
+
+    def ends(self, units: Iterable[Unit]) -> Iterator[np.ndarray]:
+        """Sequences up to the end of every document, in chunks of int64."""
+        before = 0
+        for unit in units:
+            path = self.path(unit)
+            for chunk in _numbers(path / _ENDS, np.int64):
+                yield chunk + before
+            before += os.path.getsize(path / _LENGTHS) // 4
+
+    def tokens(self, units: Iterable[Unit]) -> Iterator[bytes]:
+        """Bytes of the .bin, in blocks."""
+        for unit in units:
+            with open(self.path(unit) / _TOKENS, "rb") as stream:
+                while block := stream.read(_BLOCK):
+                    yield block
+
+
+def merge(parts: Parts, units: list[Unit], total: Counts, prefix: str, about: dict[str, Any]) -> None:
+    """Write the corpus under temporary names, then rename: the .idx last, without which nothing takes it for whole.
+
+    Raises:
+        DataError: a full disk; what was at ``prefix`` before is then untouched.
+    """
+    temporary = {name: f"{prefix}.{name}.{os.getpid()}.tmp" for name in ("tokenizer", "bin", "json", "idx")}
+    try:
+        with disk_errors(str(Path(prefix).parent)):
+            _check_room(parts, total, prefix)
+            with HashedFile(temporary["bin"]) as data:
+                for block in parts.tokens(units):
+                    data.write(block)
+            with HashedFile(temporary["idx"]) as index:
+                sizes = total.sequences, total.documents
+                write_index(index, parts.dtype, *sizes, lambda: parts.lengths(units), lambda: parts.ends(units))
+            parts.tokenizer.save(temporary["tokenizer"])
+            with HashedFile(temporary["json"]) as description:
+                digests = {"bin": data.sha256, "idx": index.sha256}
+                description.write(_description(parts, total, digests, about))
+            _publish(temporary, prefix)
+    finally:
+        for path in temporary.values():
+            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+
+
+def _check_room(parts: Parts, total: Counts, prefix: str) -> None:
+    needed = total.tokens * parts.dtype.itemsize + 12 * total.sequences + 8 * total.documents
+    free = shutil.disk_usage(Path(prefix).parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free")
+
+
+def _description(parts: Parts, total: Counts, digests: dict[str, str], about: dict[str, Any]) -> bytes:
+    counted = {name: getattr(total, name) for name in ("documents", "sequences", "tokens", "bytes", "unknown")}
+    skipped = {reason: total.skipped[reason] for reason in sorted(total.skipped)}
+    first = {reason: str(total.first[reason]) for reason in skipped}
+    tokenizer = {name: getattr(parts.tokenizer, name) for name in ("kind", "vocab_size", "eod", "checksum")}
+    rest = {"tokenizer": tokenizer, "sha256": digests, **about, "skipped": skipped, "first_skipped": first}
+    return (json.dumps({"format": FORMAT, **counted, **rest}, indent=2) + "\n").encode()
+
+
+def _publish(temporary: dict[str, str], prefix: str) -> None:
+    for name in ("idx", "json"):
+        Path(f"{prefix}.{name}").unlink(missing_ok=True)
+    shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
+    for name, path in temporary.items():
+        os.rename(path, f"{prefix}.{name}")
+
+
+@contextmanager
+def disk_errors(place: str) -> Iterator[None]:
+    """A disk that is full or may not be written, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(
+                f"no room left in {place} ({error.strerror}); free some and give the same command again: it goes on "
+                "from the parts that are finished, and earlier output is untouched"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(f"{place} cannot be written ({error.strerror}); choose another --output") from error
+        raise
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text) + 100
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _numbers(path: Path, dtype: type[np.number]) -> Iterator[np.ndarray]:
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            yield np.frombuffer(block, dtype)

@@ -1,0 +1,272 @@
+"""Raw text -> Megatron's indexed files, alone, with workers, or under mpirun."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from vqmoe_ds.data import spread
+from vqmoe_ds.data.documents import Document, OnError, SourceOptions, Unit, plan_units
+from vqmoe_ds.data.parts import Counts, Parts, disk_errors, merge
+from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.errors import DataError, UserError
+
+_ENOUGH = 1_000_000  # tokens after which the share of unknown symbols is known well enough to stop early
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="files (.txt, .jsonl, .parquet; also .gz, .bz2, .xz, .zst), folders, globs, recipe:NAME, "
+        "hub:NAME[:CONFIG[:SPLIT]]",
+    )
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="bytes, a *.tokenizer folder, a SentencePiece .model, a word list .txt"
+    )
+    parser.add_argument("--output", metavar="PREFIX", help="makes PREFIX.bin, .idx, .json and .tokenizer/")
+    parser.add_argument("--workers", type=int, default=1, help="processes of this machine (not under mpirun)")
+    parser.add_argument("--text_key", default="text", help="JSON key or table column that holds the text")
+    parser.add_argument(
+        "--document", choices=get_args(Document), default="file", help="what is one document in plain text"
+    )
+    parser.add_argument(
+        "--on_error", choices=get_args(OnError), default="fail", help="what happens to text that cannot be read"
+    )
+    parser.add_argument(
+        "--max_unknown", type=float, default=1.0, help="refuse more than this %% of tokens for unknown symbols"
+    )
+    parser.add_argument("--streaming", action="store_true", help="read hub sources without keeping them on disk")
+    parser.add_argument("--cache_dir", help="where recipes and hub sources are kept")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at PREFIX, once the new is whole")
+    parser.add_argument("--list_recipes", action="store_true", help="names, sizes and licences of recipe:NAME")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prepare, or say in one sentence why not; the exit code."""
+    comm = None
+    try:
+        if options.list_recipes:
+            print(recipes_table())
+            return 0
+        ranks = spread.launched_ranks()
+        comm = spread.world(ranks) if ranks > 1 else None
+        if comm is not None and comm.rank:
+            follow(comm)
+        else:
+            prepare(options, comm)
+        return 0
+    except UserError as error:
+        message, code = f"error: {error}", error.exit_code
+    except KeyboardInterrupt:
+        message, code = "interrupted; give the same command again: it goes on from the parts that are finished", 130
+    print(message, file=sys.stderr, flush=True)
+    if comm is not None:
+        comm.Abort(code)
+    return code
+
+
+def recipes_table() -> str:
+    from vqmoe_ds.data.recipes import list_recipes
+
+    rows = [("recipe", "from", "text", "licence"), *list_recipes()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+    )
+
+
+def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
+    """The whole preparation; under MPI this is rank 0, and the others are in ``follow``.
+
+    Raises:
+        DataError: bad input, a full disk, a worker that died.
+    """
+    _check(options, comm)
+    started = time.monotonic()
+    parts = Parts(f"{options.output}.parts", load_tokenizer(options.tokenizer))
+    _check_free(options, parts)
+    how = SourceOptions(options.text_key, options.document, options.on_error, options.streaming, options.cache_dir)
+    units = plan_units(options.sources, how)
+    with disk_errors(str(parts.folder.parent)):
+        parts.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(parts.folder):
+        parts.clean()
+        new = _make_parts(options, comm, parts, units)
+        total = Counts()
+        for unit in units:
+            total.add(_counts(parts, unit))
+        _check_total(total, options)
+        about = {"sources": options.sources, "on_error": options.on_error}
+        merge(parts, units, total, options.output, about)
+        shutil.rmtree(parts.folder)
+    if comm is not None:
+        spread.dismiss(comm)
+    print(report(options.output, parts, total, new, time.monotonic() - started), flush=True)
+    return total
+
+
+def follow(comm: Any) -> None:
+    """A rank other than 0: take the plan, make a share of its parts."""
+    folder, tokenizer, units = spread.receive_plan(comm)
+    if not Path(folder).is_dir():
+        print(
+            f"error: rank {comm.rank} does not see {folder}; --output must be on a file system that all nodes share",
+            file=sys.stderr,
+            flush=True,
+        )
+        comm.Abort(2)
+    spread.run_ranks(comm, Parts(folder, load_tokenizer(tokenizer)), units, lambda unit, counts: None)
+
+
+def _make_parts(options: argparse.Namespace, comm: Any, parts: Parts, units: list[Unit]) -> Counts:
+    """Make the parts that are missing; what they hold."""
+    by_path = {parts.path(unit): unit for unit in units}  # the same source given twice is read once
+    missing = [unit for unit in by_path.values() if parts.counts(unit, verify=True) is None]
+    new = Counts()
+    with Progress(sum(unit.size for unit in by_path.values()), sum(unit.size for unit in missing)) as progress:
+
+        def done(unit: Unit, counts: Counts) -> None:
+            new.add(counts)
+            progress.add(unit.size)
+            if new.tokens >= _ENOUGH:
+                _check_unknown(new, options)
+
+        if comm is not None:
+            spread.send_plan(comm, (str(parts.folder), options.tokenizer, missing))
+            spread.run_ranks(comm, parts, missing, done)
+        elif options.workers > 1 and len(missing) > 1:
+            spread.run_workers(parts, missing, done, options.workers, options.tokenizer)
+        else:
+            spread.run_alone(parts, missing, done)
+    return new
+
+
+def _counts(parts: Parts, unit: Unit) -> Counts:
+    counts = parts.counts(unit)
+    if counts is None:
+        raise DataError(f"part {parts.path(unit)} has gone or changed; give the same command again")
+    return counts
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(options: argparse.Namespace, comm: Any) -> None:
+    if not options.sources:
+        raise DataError("no source given; name files, folders, globs, recipe:NAME or hub:NAME (see --list_recipes)")
+    if not options.output:
+        raise DataError("no --output PREFIX given; it names the files to make")
+    if os.path.isdir(options.output) or not Path(options.output).name:
+        raise DataError(f"--output {options.output} is a folder; add the name that the files begin with")
+    if options.workers < 1:
+        raise DataError(f"--workers {options.workers} must be at least 1")
+    if comm is not None and options.workers > 1:
+        raise DataError("--workers does not go with mpirun; give more ranks (mpirun -n) instead")
+
+
+def _check_free(options: argparse.Namespace, parts: Parts) -> None:
+    found = [name for name in ("idx", "bin", "json") if os.path.exists(f"{options.output}.{name}")]
+    own = f"{options.output}.tokenizer"
+    if os.path.exists(own) and load_tokenizer(own).checksum != parts.tokenizer.checksum:
+        found.append("tokenizer")
+    if found and not options.overwrite:
+        raise DataError(f"{options.output}.{found[0]} exists; give another --output, or --overwrite to replace it")
+
+
+def _check_total(total: Counts, options: argparse.Namespace) -> None:
+    if total.documents == 0:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in total.skipped.items()) or "empty"
+        raise DataError(f"the sources {' '.join(options.sources)} hold no document ({skipped}); nothing is written")
+    _check_unknown(total, options)
+
+
+def _check_unknown(counts: Counts, options: argparse.Namespace) -> None:
+    share = 100 * counts.unknown / max(1, counts.tokens)
+    if share > options.max_unknown:
+        raise DataError(
+            f"tokenizer {options.tokenizer} lacks the symbols of {share:.1f} % of the tokens, more than --max_unknown "
+            f"{options.max_unknown:g}; train one on this text (tools/train_tokenizer.py, with byte fallback it lacks "
+            "none) or raise the limit"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One preparation of a corpus at a time; the lock goes with the process."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another preparation is writing {folder}; wait for it or choose another --output"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+# ---------------------------------------------------------------- what the user sees
+
+
+class Progress:
+    """A bar on a terminal, a plain line every ten seconds elsewhere: MB of the sources, MB/s, time left."""
+
+    def __init__(self, total: int, missing: int) -> None:
+        self.live, self.every = sys.stderr.isatty(), 10.0
+        done = total - missing
+        if done:
+            print(f"going on: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB are finished", file=sys.stderr, flush=True)
+        tqdm.monitor_interval = 0  # no thread of its own: workers may be forked from here
+        self.bar: Any = tqdm(
+            total=total, initial=done, unit="B", unit_scale=True, desc="preparing", disable=not self.live
+        )
+        self.total, self.begun, self.now = total, done, done
+        self.start = self.said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, size: int) -> None:
+        self.bar.update(size)
+        self.now += size
+        if self.live or time.monotonic() - self.said < self.every:
+            return
+        self.said = time.monotonic()
+        rate = (self.now - self.begun) / (self.said - self.start)
+        left = tqdm.format_interval((self.total - self.now) / rate)
+        print(
+            f"preparing: {self.now / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def report(prefix: str, parts: Parts, total: Counts, new: Counts, seconds: float) -> str:
+    """What was made, in a few lines."""
+    lines = [
+        f"{prefix}: {total.documents:,} documents, {total.tokens:,} tokens ({parts.dtype}), {total.bytes:,} bytes of "
+        f"text, {total.bytes / total.tokens:.2f} bytes/token",
+        f"read {new.bytes / 1e6:,.1f} MB of text in {seconds:.1f} s: {new.bytes / 1e6 / seconds:.1f} MB/s",
+    ]
+    lines += [f"left out: {n:,} x {reason} (first: {total.first[reason]})" for reason, n in total.skipped.items()]
+    if total.unknown:
+        share = 100 * total.unknown / total.tokens
+        lines.append(f"unknown symbols: {total.unknown:,} tokens ({share:.3f} %) stand for symbols the tokenizer lacks")
+    return "\n".join(lines)

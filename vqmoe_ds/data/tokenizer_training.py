@@ -1,0 +1,257 @@
+"""Training a tokenizer on a bounded sample that is spread over the whole corpus.
+
+The same sources, options and seed give the same tokenizer, byte for byte, on any number of cores.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import itertools
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vqmoe_ds.data.documents import Skips, SourceOptions, Unit, plan_units, read_unit
+from vqmoe_ds.data.tokenizers import (
+    END_OF_DOCUMENT,
+    NEWLINE,
+    UNKNOWN,
+    SentencePieceTokenizer,
+    Tokenizer,
+    WordTokenizer,
+)
+from vqmoe_ds.errors import DataError
+
+KINDS = ("unigram", "bpe", "word")
+READ_AT_MOST = 8
+"""Text read for each byte of sample; of a larger corpus only units at even distances are read."""
+HELD_OUT_EVERY = 20
+LONGEST_PART, LONGEST_LINE = 8192, 4096
+"""Characters, at most, of what is drawn for the sample and of what SentencePiece gets at a time."""
+THREADS = 16
+"""Of SentencePiece's trainer. The model depends on it, so it is not the machine's number of cores."""
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer and how it came out."""
+
+    tokenizer: Tokenizer
+    sample_bytes: int
+    """UTF-8 bytes it was trained on."""
+    held_out_bytes: int
+    """UTF-8 bytes it was measured on; 0 where the sample was too short to spare any and it was measured on itself."""
+    bytes_per_token: float
+    unknown: float
+    """Share of the measured tokens that stand for a symbol outside the vocabulary."""
+    seconds: float
+    skipped: dict[str, int]
+    """Text left out of what was read, by reason; only with ``on_error="skip"``."""
+
+    def report(self) -> str:
+        """One line for the user."""
+        measured = f"{self.held_out_bytes / 1e6:.2f} MB held out" if self.held_out_bytes else "the sample itself"
+        unknown = f", {self.unknown:.2%} unknown" if self.tokenizer.unknown_id is not None else ""
+        skipped = "".join(f"; left out: {count} ({reason})" for reason, count in self.skipped.items())
+        return (
+            f"vocabulary {self.tokenizer.vocab_size:,}, {self.bytes_per_token:.3f} bytes per token{unknown} "
+            f"on {measured}, trained on {self.sample_bytes / 1e6:.2f} MB in {self.seconds:.1f} s{skipped}"
+        )
+
+
+def train_tokenizer(
+    sources: Iterable[str],
+    kind: str,
+    vocab_size: int,
+    sample_mb: float = 50,
+    seed: int = 0,
+    options: SourceOptions | None = None,
+) -> TrainedTokenizer:
+    """Train a tokenizer of ``kind`` ("unigram", "bpe" or "word").
+
+    SentencePiece models are lossless: no normalisation, white space kept, unseen symbols written as bytes.
+
+    Args:
+        vocab_size: ids, that of the end of a document included.
+        sample_mb: millions of UTF-8 bytes to train on; 0 for all of the corpus, with nothing held out.
+
+    Raises:
+        DataError: unreadable sources, an empty sample, or a vocabulary that does not fit it.
+    """
+    if kind not in KINDS:
+        raise DataError(f"there is no tokenizer kind {kind!r} to train; known are {', '.join(KINDS)}")
+    if vocab_size < 4 or sample_mb < 0:
+        raise DataError(f"vocab_size={vocab_size} must be at least 4, and sample_mb={sample_mb} not negative")
+    start = time.perf_counter()
+    options = options or SourceOptions()
+    skips = Skips(options.on_error)
+    pieces = sample_pieces(plan_units(sources, options), int(sample_mb * 1e6), seed, skips)
+    training, held_out = split_sample(pieces) if sample_mb else (pieces, [])
+    if not any(text.strip() for text in training):
+        raise DataError("the sources hold no text to train a tokenizer on; give more, or another --text_key")
+    size = sum(len(text.encode()) for text in training)
+    print(f"training a {kind} vocabulary of {vocab_size:,} on {size / 1e6:.2f} MB", file=sys.stderr, flush=True)
+    tokenizer = train_words(training, vocab_size) if kind == "word" else train_pieces(training, kind, vocab_size)
+    measured = held_out or training
+    ids = tokenizer.encode_batch(measured)
+    tokens = sum(map(len, ids))
+    unknown = sum(tokenizer.count_unknown(text, i) for text, i in zip(measured, ids, strict=True))
+    bytes_measured = sum(len(text.encode()) for text in measured)
+    return TrainedTokenizer(
+        tokenizer=tokenizer,
+        sample_bytes=size,
+        held_out_bytes=bytes_measured if held_out else 0,
+        bytes_per_token=bytes_measured / max(tokens, 1),
+        unknown=unknown / max(tokens, 1),
+        seconds=time.perf_counter() - start,
+        skipped=skips.counts,
+    )
+
+
+def sample_pieces(units: Sequence[Unit], limit: int, seed: int, skips: Skips | None = None) -> list[str]:
+    """Parts of ``units``, at most ``limit`` bytes (0: no limit) in all, drawn evenly and given in corpus order."""
+    draw = random.Random(f"pieces {seed}")
+    kept: list[tuple[float, int, int, str]] = []  # a heap with the largest draw (as its negative) on top
+    size, border = 0, 1.0
+    for number, text in enumerate(_texts(_spread(units, limit, seed), skips)):
+        drawn = draw.random()
+        if drawn >= border:
+            continue
+        heapq.heappush(kept, (-drawn, number, len(text.encode()), text))
+        size += len(text.encode())
+        while limit and size > limit and len(kept) > 1:
+            negative, _, dropped, _ = heapq.heappop(kept)
+            size, border = size - dropped, -negative
+    return [text for _, _, _, text in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _spread(units: Sequence[Unit], limit: int, seed: int) -> list[Unit]:
+    """Units to read for ``limit`` bytes: of a large corpus those that a mark at even distances falls into."""
+    total = sum(unit.size for unit in units)
+    if not limit or total <= READ_AT_MOST * limit:
+        return list(units)
+    distance = min(total / len(units) * total / (READ_AT_MOST * limit), total / READ_AT_MOST)
+    ends = itertools.accumulate((unit.size for unit in units), initial=random.Random(seed).random() * distance)
+    return [
+        unit
+        for unit, (start, end) in zip(units, itertools.pairwise(ends), strict=True)
+        if start // distance != end // distance
+    ]
+
+
+def _texts(units: Sequence[Unit], skips: Skips | None) -> Iterator[str]:
+    total = sum(unit.size for unit in units)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
+        for unit in units:
+            for piece in read_unit(unit, skips):
+                yield from _cut(piece.text, LONGEST_PART)
+            bar.update(unit.size)
+
+
+def split_sample(pieces: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(training, held out): every 20th piece is held out, none of a sample with fewer."""
+    held_out = list(pieces[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    return [piece for i, piece in enumerate(pieces) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
+
+
+def train_words(texts: Iterable[str], vocab_size: int) -> WordTokenizer:
+    """The most frequent words, most frequent first; ties by spelling."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.split())
+    symbols = (UNKNOWN, NEWLINE, END_OF_DOCUMENT)
+    ranked = sorted((word for word in counts if word not in symbols), key=lambda word: (-counts[word], word))
+    if len(ranked) + len(symbols) < vocab_size:
+        raise DataError(
+            f"the sample has {len(ranked):,} words, too few for --vocab_size {vocab_size}; "
+            f"give {len(ranked) + len(symbols)} or less, or a larger sample"
+        )
+    return WordTokenizer([*symbols, *ranked[: vocab_size - len(symbols)]])
+
+
+def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
+    """A lossless SentencePiece model: ``decode(encode(text)) == text`` for every text."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            user_defined_symbols=["\n", "\t"],
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=THREADS,
+            max_sentence_length=LONGEST_LINE * 4,
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        raise _size_error(str(error), kind, vocab_size) or error from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _size_error(message: str, kind: str, vocab_size: int) -> DataError | None:
+    """SentencePiece's complaint about the size of the vocabulary, as a sentence."""
+    if most := re.search(r"value <= (\d+)", message):
+        return DataError(
+            f"the sample is too small for a {kind} vocabulary of --vocab_size {vocab_size}; "
+            f"give {most[1]} or less, or a larger sample"
+        )
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return DataError(
+            f"--vocab_size {vocab_size} is too small: the 256 bytes and the characters of the sample alone take "
+            f"{least[1]}; give more"
+        )
+    return None
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines without their breaks, the long ones in parts."""
+    for text in texts:
+        for line in text.split("\n"):
+            yield from _cut(line, LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> Iterator[str]:
+    """Parts of at most ``longest`` characters, cut before a line break, else a space, else anywhere."""
+    while len(text) > longest:
+        end = max(text.rfind("\n", 1, longest), 0) or max(text.rfind(" ", 1, longest), 0) or longest
+        yield text[:end]
+        text = text[end:]
+    if text:
+        yield text
+
+
+def check_output(folder: str | Path) -> Path:
+    """The folder to write to, refused before the long work if it cannot be.
+
+    Raises:
+        DataError: it is a file, a folder with other things in it, or cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise DataError(f"--output {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / "tokenizer.json").exists():
+        raise DataError(f"--output {path} is a folder with other things in it; name a new one")
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise DataError(f"--output {path} cannot be written, because {above} is no folder of yours; name another")
+    return path

@@ -1,0 +1,366 @@
+"""Tokenizers: bytes, SentencePiece (unigram or BPE) and the whitespace words of WikiText.
+
+A tokenizer is kept beside the data it made, as a folder with ``tokenizer.json`` (kind, vocab_size, eod, checksum) and
+its payload: ``spm.model``, ``vocab.txt``, or nothing for bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.errors import DataError
+
+DESCRIPTION = "tokenizer.json"
+UNKNOWN, NEWLINE, END_OF_DOCUMENT = "<unk>", "<eos>", "<eod>"
+SPACE_MARK = "\u2581"
+"""SentencePiece writes a space as this symbol, and would read it back as a space."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Objects can be pickled and are cheap to send to a worker process."""
+
+    kind: str
+    vocab_size: int
+    eod: int
+    """Id of the end of a document, below ``vocab_size``; ``encode`` never gives it."""
+    checksum: str
+    """SHA-256 of the definition, in hexadecimal."""
+    unknown_id: int | None = None
+    """Id of symbols outside the vocabulary; None where every text can be written."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 ``[n]``, without the end of the document.
+
+        Raises:
+            DataError: the text holds half a surrogate pair, which no UTF-8 file can.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; the end of a document and other control symbols show as nothing."""
+
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, int32 ``[vocab_size]``; 0 for control symbols."""
+
+    @abstractmethod
+    def _payload(self) -> tuple[str, bytes] | None:
+        """File name and content of the definition."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, as ``encode`` gives them."""
+        return [self.encode(text) for text in texts]
+
+    def count_unknown(self, text: str, ids: np.ndarray) -> int:
+        """How many of ``ids``, the encoding of ``text``, stand for a symbol that the vocabulary lacks."""
+        return 0 if self.unknown_id is None else int(np.count_nonzero(ids == self.unknown_id))
+
+    def describe(self) -> dict[str, Any]:
+        """kind, vocab_size, eod and checksum, as ``tokenizer.json`` and the data's description hold them."""
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "eod": self.eod, "checksum": self.checksum}
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """What megatron-core hashes into the names of its cached indices."""
+        return OrderedDict(self.describe())
+
+    def save(self, folder: str | Path) -> None:
+        """Write the ``*.tokenizer`` folder; its description comes last, so that a half-written one cannot be loaded."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            payload = self._payload()
+            if payload:
+                _write(folder / payload[0], payload[1])
+            _write(folder / DESCRIPTION, (json.dumps(self.describe(), indent=2) + "\n").encode())
+        except OSError as error:
+            raise DataError(f"tokenizer folder {folder} cannot be written ({error.strerror})") from error
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+
+    kind, vocab_size, eod = "bytes", 257, 256
+    checksum = hashlib.sha256(b"bytes").hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(_checked(ids, self)).decode(errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.append(np.ones(256, dtype=np.int32), np.int32(0))
+
+    def _payload(self) -> None:
+        return None
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; ``eod`` is its own end-of-sentence id, or one id past its pieces where it has none.
+
+    Raises:
+        DataError: ``model`` is not a SentencePiece model.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, name: str = "the SentencePiece model") -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._pieces = SentencePieceProcessor(model_proto=model)
+            size = self._pieces.get_piece_size() if model else 0
+        except (RuntimeError, OSError, ValueError):
+            size = 0
+        if size == 0:
+            raise DataError(f"{name} is not a SentencePiece model, or is damaged; train or download it again")
+        self._model = model
+        self.checksum = hashlib.sha256(model).hexdigest()
+        own_end = self._pieces.eos_id()
+        self.eod = own_end if own_end >= 0 else size
+        self.vocab_size = max(size, self.eod + 1)
+        self._bytes = [i for i in range(size) if self._pieces.is_byte(i)]
+        self.unknown_id = None if len(self._bytes) == 256 else self._pieces.unk_id()
+        self._words = _word_cache(self._pieces, model) if self.unknown_id is None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self._model,)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            if SPACE_MARK in text and self.unknown_id is None:
+                return self._encode_around_marks(text)
+            return self._encode(text)
+        except RuntimeError:
+            _utf8(text)
+            raise
+
+    def _encode(self, text: str) -> np.ndarray:
+        if self._words is not None:
+            return self._words.encode(text)
+        # One call a text: handing SentencePiece the whole batch is no faster, and lists of int are slower.
+        return self._pieces.encode(text, return_type="numpy")
+
+    def _encode_around_marks(self, text: str) -> np.ndarray:
+        mark = np.array([self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()], dtype=np.int32)
+        first, *rest = (self._encode(part) for part in text.split(SPACE_MARK))
+        return np.concatenate([first, *(part for each in rest for part in (mark, each))])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._pieces.decode(_checked(ids, self))
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for i in range(self._pieces.get_piece_size()):
+            if not (self._pieces.is_control(i) or self._pieces.is_unknown(i) or self._pieces.is_unused(i)):
+                sizes[i] = len(self._pieces.id_to_piece(i).replace(SPACE_MARK, " ").encode())
+        sizes[self._bytes] = 1
+        return sizes
+
+    def _payload(self) -> tuple[str, bytes]:
+        return "spm.model", self._model
+
+
+class _WordCache(dict[str, bytes]):
+    """BPE ids by word, as bytes of int32: SentencePiece merges each word anew, which text repeats a hundredfold.
+
+    Exact, because ``_word_cache`` makes one only for models without a piece that reaches from one word into the next.
+    """
+
+    WORD = re.compile(r" *[^ \n]+|\n| +")
+    LONGEST, MOST = 64, 1 << 18  # characters and words, so that memory stays bounded
+
+    def __init__(self, pieces: Any) -> None:
+        super().__init__()
+        self._pieces = pieces
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self._pieces.encode(word, return_type="numpy").tobytes()
+        if len(word) <= self.LONGEST and len(self) < self.MOST:
+            self[word] = ids
+        return ids
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(b"".join(map(self.__getitem__, self.WORD.findall(text))), dtype=np.int32)
+
+
+def _word_cache(pieces: Any, model: bytes) -> _WordCache | None:
+    """A cache for BPE models that leave the text as it is and never join two words or a word and a line break."""
+    proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    changes_text = (
+        normalizer.precompiled_charsmap
+        or normalizer.add_dummy_prefix
+        or normalizer.remove_extra_whitespaces
+        or not normalizer.escape_whitespaces
+    )
+    joins = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}|[^\n]\n|\n[^\n]|\n\n| ")
+    if trainer.model_type != trainer.BPE or changes_text or any(joins.search(piece.piece) for piece in proto.pieces):
+        return None
+    return _WordCache(pieces)
+
+
+class WordTokenizer(Tokenizer):
+    """Words between white space, as in the token files of WikiText; a line break is a token of its own.
+
+    Decoding puts a space before every token, as those files do: they come back exactly, other text up to its spaces.
+    The symbols ``<unk>``, ``<eos>`` (line break) and ``<eod>`` are added to a vocabulary without them.
+    """
+
+    kind = "word"
+
+    def __init__(self, words: Sequence[str], name: str = "the vocabulary") -> None:
+        self.words = [*words, *(symbol for symbol in (UNKNOWN, NEWLINE, END_OF_DOCUMENT) if symbol not in words)]
+        self._ids = {word: i for i, word in enumerate(self.words)}
+        if len(self._ids) != len(self.words):
+            twice = next(word for i, word in enumerate(self.words) if self._ids[word] != i)
+            raise DataError(f"{name} has the word {twice!r} twice; keep one line for each word")
+        broken = next((i for i, word in enumerate(self.words) if word.split() != [word]), None)
+        if broken is not None:
+            raise DataError(f"{name} has an empty line or a space in line {broken + 1}; put one word on each line")
+        self.vocab_size = len(self.words)
+        self.checksum = hashlib.sha256(self._payload()[1]).hexdigest()
+        # A document cannot end itself, nor break a line, by spelling these symbols out.
+        self.eod, newline = self._ids.pop(END_OF_DOCUMENT), self._ids.pop(NEWLINE)
+        self.unknown_id = self._ids[UNKNOWN]
+        self._newline = np.array([newline], dtype=np.int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WordTokenizer, (self.words,)
+
+    def encode(self, text: str) -> np.ndarray:
+        first, *rest = (self._encode_line(line) for line in text.split("\n"))
+        return np.concatenate([first, *(part for line in rest for part in (self._newline, line))])
+
+    def _encode_line(self, line: str) -> np.ndarray:
+        words = line.split()
+        return np.fromiter(map(self._ids.get, words, repeat(self.unknown_id)), dtype=np.int32, count=len(words))
+
+    def count_unknown(self, text: str, ids: np.ndarray) -> int:
+        """As for every tokenizer; ``<unk>`` in the text itself, which WikiText is full of, does not count."""
+        unknown = super().count_unknown(text, ids)
+        return unknown - text.split().count(UNKNOWN) if unknown else 0
+
+    def decode(self, ids: Iterable[int]) -> str:
+        newline = int(self._newline[0])
+        return "".join(" \n" if i == newline else f" {self.words[i]}" for i in _checked(ids, self))
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.array([1 + len(word.encode()) for word in self.words], dtype=np.int32)
+        sizes[self._newline], sizes[self.eod] = 2, 0
+        return sizes
+
+    def _payload(self) -> tuple[str, bytes]:
+        return "vocab.txt", "".join(f"{word}\n" for word in self.words).encode()
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer called "bytes", in a ``*.tokenizer`` folder, a SentencePiece ``.model`` or a word list ``.txt``.
+
+    Raises:
+        DataError: nothing there, another kind of file, damaged, or changed since it was saved.
+    """
+    if str(source) == "bytes":
+        return ByteTokenizer()
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.exists():
+        raise DataError(
+            f"tokenizer {source} does not exist; give bytes, a folder of tools/train_tokenizer.py, a SentencePiece "
+            ".model or a vocabulary .txt"
+        )
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(_read(path), str(path))
+    if path.suffix == ".txt":
+        return WordTokenizer(_read_words(path), str(path))
+    raise DataError(
+        f"tokenizer file {path} is neither a SentencePiece .model nor a vocabulary .txt; rename or convert it"
+    )
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    description = folder / DESCRIPTION
+    if not description.exists():
+        raise DataError(f"tokenizer folder {folder} has no {DESCRIPTION}; make one with tools/train_tokenizer.py")
+    try:
+        kept = json.loads(_read(description))
+        kind, checksum = kept["kind"], kept["checksum"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{description} is damaged; make the tokenizer again with tools/train_tokenizer.py") from error
+    tokenizer: Tokenizer
+    if kind == ByteTokenizer.kind:
+        tokenizer = ByteTokenizer()
+    elif kind == SentencePieceTokenizer.kind:
+        tokenizer = SentencePieceTokenizer(_read(folder / "spm.model"), str(folder / "spm.model"))
+    elif kind == WordTokenizer.kind:
+        tokenizer = WordTokenizer(_read_words(folder / "vocab.txt"), str(folder / "vocab.txt"))
+    else:
+        raise DataError(f"{description} names the tokenizer kind {kind!r}; known are bytes, sentencepiece and word")
+    if tokenizer.checksum != checksum:
+        raise DataError(f"tokenizer folder {folder} was changed after it was saved (checksum differs); restore it")
+    return tokenizer
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer file {path} cannot be read ({error.strerror})") from error
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        words = _read(path).decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start}); convert it") from error
+    return [word.removesuffix("\r") for word in words]
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a text holds half a surrogate pair ({text[error.start]!r} at character {error.start}), "
+            "which UTF-8 cannot write; repair the source"
+        ) from error
+
+
+def _checked(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids as Python numbers without the ends of documents.
+
+    Raises:
+        DataError: one is outside the vocabulary.
+    """
+    numbers = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+    outside = numbers[(numbers < 0) | (numbers >= tokenizer.vocab_size)]
+    if len(outside):
+        raise DataError(
+            f"id {outside[0]} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}; "
+            "the ids were made with another tokenizer"
+        )
+    return numbers[numbers != tokenizer.eod].tolist()
