@@ -20,11 +20,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP threads spin
+
+# isort: split
+
 import numpy as np
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig

@@ -249,6 +249,27 @@ def test_balanced_map_is_drawn_at_birth() -> None:
     assert abs(hashed - 200) > 15, "k mod N would have done as well"
 
 
+@pytest.mark.parametrize(("crowded_above", "halved"), [(0.0, False), (3.0, True)])
+def test_a_code_that_becomes_crowded_after_birth_is_halved(crowded_above: float, halved: bool) -> None:
+    """The batch of birth may be unlike the text: a place that was rare then may hold half of all tokens later."""
+    options = {"num_layers": 1, "normalize_source": False, "dead_below": 0.0, "crowded_above": crowded_above}
+    bank, places = _bank(num_codes=8, kmeans_samples=400, **options), 4 * torch.eye(8, WIDTH)
+    sync = CodebookSync(bank)
+    _observe(bank, places.repeat(50, 1) + 0.2 * torch.randn(400, WIDTH))
+    sync.step()
+    weights = torch.tensor([200] + 7 * [30])
+    for _ in range(20):
+        load_K = torch.bincount(_observe(bank, _scattered(places, weights))[0], minlength=8)
+        sync.step()
+    assert (int(load_K.max()) > 190) != halved
+    assert torch.allclose(bank.codes_LKC * bank.ema_count_LK.unsqueeze(-1), bank.ema_sum_LKC, atol=1e-3)
+
+
+def _scattered(places_KD: Tensor, weights_K: Tensor) -> Tensor:
+    rows_TD = places_KD.repeat_interleave(weights_K, dim=0)
+    return rows_TD + 0.2 * torch.randn_like(rows_TD)
+
+
 @pytest.mark.parametrize("learning", ["ema", "gradient"])
 def test_dead_codes_are_moved_onto_tokens_and_stay_there(learning: str) -> None:
     bank = _bank(learning=learning, normalize_source=False, kmeans_samples=80, dead_below=0.2, num_layers=1)

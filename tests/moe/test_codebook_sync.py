@@ -22,6 +22,7 @@ RULES: dict[str, dict[str, Any]] = {
     "cosine, balanced": {"distance": "cosine", "code_map": "balanced", "num_codes": 10},
     "late birth, random": {"birth_step": 4, "init": "random", "code_dim": 5},
     "frozen later": {"freeze_step": 20, "dead_below": 0.6},
+    "crowded halved": {"crowded_above": 1.5, "decay_steps": 40},
 }
 
 
@@ -56,6 +57,8 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
     sync = CodebookSync(bank, accumulation)
     reseeded, original = [], bank.reseed
     bank.reseed = lambda dead_LK, candidates: (reseeded.append(int(dead_LK.sum())), original(dead_LK, candidates))
+    halved, halve = [], bank.halve_crowded
+    bank.halve_crowded = lambda samples: (halved.append(1), halve(samples))
     started_equal = world == 1 or _identical(bank)
     sync.broadcast()
     identical = True
@@ -66,7 +69,8 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
         if world > 1 and (step < 12 or step % 6 == 0 or step == STEPS - 1):
             identical &= _identical(bank) and sync.in_step()
     state = {name: buffer.clone() for name, buffer in bank.named_buffers()}
-    return {"started_equal": started_equal, "identical": identical, "reseeded": sum(reseeded), "state": state}
+    counts = {"reseeded": sum(reseeded), "halved": sum(halved)}
+    return {"started_equal": started_equal, "identical": identical, **counts, "state": state}
 
 
 def _train_all(rank: int, world: int, accumulation: int, own_seeds: bool) -> dict[str, dict[str, Any]]:
@@ -83,7 +87,8 @@ def test_ranks_hold_the_same_bits_through_birth_learning_and_rescue(four_ranks: 
     for answer in four_ranks:
         assert not answer[rule]["started_equal"], "the ranks must start apart for this to say anything"
         assert answer[rule]["identical"]
-        assert answer[rule]["reseeded"] > 0, "no code died, so the rescue was not tried"
+        tried = "halved" if rule == "crowded halved" else "reseeded"
+        assert answer[rule][tried] > 0, f"no code was {tried}, so this says nothing about it"
         assert int(answer[rule]["state"]["born_at"]) >= 0
 
 

@@ -44,7 +44,7 @@ class CodeMap(StrEnum):
 class ModelConfig(_Section):
     """The transformer around the experts: pre-norm decoder, RMSNorm, rotary positions, causal SDPA attention."""
 
-    vocab_size: int = _f(256, "size of the vocabulary", "tokens", ge=2)
+    vocab_size: int = _f(256, "size of the vocabulary; unless set, that of the data's tokenizer", "tokens", ge=2)
     layers: int = _f(4, "transformer blocks", ge=1)
     width: int = _f(128, "model width d", "features", ge=2)
     heads: int = _f(4, "attention heads; must divide the width", ge=1)
@@ -124,6 +124,9 @@ class CodebookConfig(_Section):
     freeze_step: int = _f(0, "optimizer step from which codes no longer move; 0: never frozen", "steps", ge=0)
     dead_below: float = _f(0.05, "re-seed codes used less than this share of the mean; 0: never", ge=0, lt=1)
     reseed_until: int = _f(0, "last step at which dead codes are re-seeded; 0: no limit", "steps", ge=0)
+    crowded_above: float = _f(
+        4.0, "until decay_steps, halve codes used more than this many times the mean; 0: never", ge=0
+    )
     commitment_weight: float = _f(0.0, "weight of the commitment loss a layer (source=layer_state only)", ge=0)
     soft_output: float = _f(
         0.0, "scale the discrete output by the softmax probability of its code at this temperature; 0: off", ge=0
@@ -148,11 +151,23 @@ class TrainConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Where the text comes from."""
+    """Where the text comes from: raw text, or prepared corpora (``PREFIX.bin`` and ``PREFIX.idx``)."""
 
-    path: str | None = _f(None, "file or folder of UTF-8 or any bytes; none: the standard library's documentation")
-    holdout_every: int = _f(10, "one in this many stretches of text is held out", "stretches", ge=2)
-    valid_path: str | None = _f(None, "validate on this file or folder instead of a held-out part")
+    path: str | list[str] | None = _f(
+        None,
+        "file or folder of any bytes, or one or more prepared prefixes, each PREFIX or WEIGHT:PREFIX; "
+        "none: the standard library's documentation",
+    )
+    holdout_every: int = _f(10, "raw text: one in this many stretches is held out", "stretches", ge=2)
+    split: str = _f("90,10,0", "prepared data: shares of training, validation and test, by stored sequence")
+    valid_path: str | list[str] | None = _f(None, "validate on this text or these prefixes instead of a held-out part")
+    tokenizer: str | None = _f(
+        None, "tokenizer of prepared data that has no PREFIX.json: bytes, a folder, a .model or a vocabulary .txt"
+    )
+    tokenizer_sha256: str | None = _f(
+        None, "checksum of the data's tokenizer, filled in by the run; set, other data is refused"
+    )
+    cache_dir: str | None = _f(None, "prepared data: folder of shuffled indices; none: data_index in the run folder")
 
 
 class OutputConfig(_Section):

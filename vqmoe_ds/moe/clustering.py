@@ -18,7 +18,7 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
         iterations: Lloyd steps; 0 keeps the k-means++ seeds.
         generator: CPU generator of the seeding draws.
 
-    Afterwards, unless ``iterations`` is 0, codes move from sparse to crowded places (``_split_crowded``): Lloyd
+    Afterwards, unless ``iterations`` is 0, codes move from sparse to crowded places (``split_crowded``): Lloyd
     minimises distortion, which leaves frequent contexts to one code, and a code's share of tokens is its expert's load.
 
     Returns:
@@ -39,7 +39,7 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
             sizes_K[fullest] = sizes_K[fullest] // 2
         owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
     if iterations:
-        codes_KC, owner_S = _split_crowded(samples_SC, codes_KC, owner_S)
+        return split_crowded(samples_SC, codes_KC, CROWDED)
     return codes_KC, torch.bincount(owner_S, minlength=num_codes).float()
 
 
@@ -47,19 +47,23 @@ CROWDED = 1.5
 """Times the mean size from which a cluster is split at birth."""
 
 
-def _split_crowded(samples_SC: Tensor, codes_KC: Tensor, owner_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the code of the smallest cluster to the largest, cut in halves, until none is crowded.
+def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Give the code of the smallest cluster to the largest, cut in halves, until none exceeds ``limit`` mean sizes.
 
     Clusters of members all alike are left as they are. Stops after 2 K moves at the latest. Lookup stays that of the
     nearest code.
+
+    Returns:
+        Codes ``[K, C]`` and the number of samples of each, float32 ``[K]``.
     """
     num_codes, codes_KC = len(codes_KC), codes_KC.clone()
     distances_SK = torch.cdist(samples_SC, codes_KC)
+    owner_S = distances_SK.argmin(dim=1)
     splittable_K = torch.ones(num_codes, dtype=torch.bool, device=codes_KC.device)
     for _ in range(2 * num_codes):
         sizes_K = torch.bincount(owner_S, minlength=num_codes)
         largest, smallest = int((sizes_K * splittable_K).argmax()), int(sizes_K.argmin())
-        if sizes_K[largest] * num_codes <= CROWDED * len(samples_SC):
+        if sizes_K[largest] * num_codes <= limit * len(samples_SC):
             break
         pair_2C = _halves(samples_SC[owner_S == largest])
         if pair_2C is None:
@@ -69,7 +73,7 @@ def _split_crowded(samples_SC: Tensor, codes_KC: Tensor, owner_S: Tensor) -> tup
         splittable_K[smallest] = True
         distances_SK[:, [largest, smallest]] = torch.cdist(samples_SC, pair_2C)
         owner_S = distances_SK.argmin(dim=1)
-    return codes_KC, owner_S
+    return codes_KC, torch.bincount(owner_S, minlength=num_codes).float()
 
 
 def _halves(members_MC: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig
-from vqmoe_ds.moe.clustering import balanced_map, kmeans
+from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_crowded
 
 
 class CodebookBank(nn.Module):
@@ -114,7 +114,7 @@ class CodebookBank(nn.Module):
         Called in forward. Does nothing in evaluation, nor while activation checkpointing runs the
         forward a second time inside backward: a token counts once.
         """
-        if not self.training or _recomputing():
+        if not self.training or recomputing():
             return
         if self._pending is None:
             self._pending = self._no_statistics()
@@ -122,7 +122,7 @@ class CodebookBank(nn.Module):
         self._pending[layer, :, -1] += count_K
         if self.moving:
             self._pending[layer, :, :-1] += _sum_by_code(z_TC, codes_T, self.num_codes)
-            keep = 4 * self.num_codes if self.born else self.config.kmeans_samples
+            keep = 4 * self.num_codes if self.born and not self.halving_due else self.config.kmeans_samples
             self._samples[layer].append(_evenly(z_TC, keep) if len(z_TC) > keep else z_TC)
 
     @property
@@ -173,6 +173,18 @@ class CodebookBank(nn.Module):
                 self.codes_LKC.copy_(F.normalize(self.codes_LKC, dim=-1))
         self.updates += 1
 
+    @property
+    def halving_due(self) -> bool:
+        """Whether this step looks for crowded codes: every tenth while codes are young and embeddings move most."""
+        age = int(self.updates) + 1 - int(self.born_at)
+        young = self.born and self.moving and age <= self.config.decay_steps
+        return young and age % 10 == 0 and self.config.crowded_above > 0
+
+    def crowded_codes(self) -> Tensor:
+        """Codes whose running count exceeds ``crowded_above`` times the mean, bool ``[L, K]``."""
+        count_LK = self.ema_count_LK
+        return count_LK > self.config.crowded_above * count_LK.mean(dim=1, keepdim=True)
+
     def decay(self) -> float:
         """EMA decay at this update: from ``decay`` at birth to ``decay_final``, linear over ``decay_steps``."""
         c = self.config
@@ -218,6 +230,20 @@ class CodebookBank(nn.Module):
         self.born_at.copy_(self.updates)
 
     @torch.no_grad()
+    def halve_crowded(self, samples_LSC: Tensor) -> None:
+        """Cut crowded codes in halves as at birth; codes that moved start with the weight of their new clusters.
+
+        Rare tokens gather round codes near the middle of all, which no decay undoes.
+        """
+        for layer in self.crowded_codes().any(dim=1).nonzero().flatten().tolist():
+            codes_KC, sizes_K = split_crowded(samples_LSC[layer], self.codes_LKC[layer], self.config.crowded_above)
+            moved_K = (codes_KC != self.codes_LKC[layer]).any(dim=1)
+            weight = self.ema_count_LK[layer].sum() / sizes_K.sum()
+            self.codes_LKC[layer] = codes_KC
+            self.ema_count_LK[layer, moved_K] = sizes_K[moved_K] * weight
+            self.ema_sum_LKC[layer, moved_K] = codes_KC[moved_K] * self.ema_count_LK[layer, moved_K].unsqueeze(-1)
+
+    @torch.no_grad()
     def reseed(self, dead_LK: Tensor, candidates_LSC: Tensor) -> None:
         """Move dead codes onto fresh tokens, each with the running statistics of an average code.
 
@@ -256,6 +282,6 @@ def _sum_by_code(z_TC: Tensor, codes_T: Tensor, num_codes: int) -> Tensor:
     return F.one_hot(codes_T, num_codes).to(z_TC.dtype).t() @ z_TC
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """True inside backward, where activation checkpointing repeats the forward (both modes)."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -46,7 +46,11 @@ class CodebookSync:
         elif bank.birth_due:
             self._give_birth(stats_LKC1)
         else:
+            halving_due = bank.halving_due
             bank.update(stats_LKC1)
+            if halving_due and bool(bank.crowded_codes().any()):  # the same answer on every rank
+                bank.halve_crowded(self._all_samples())
+                self.broadcast()
             self._reseed_dead()
         bank.clear_statistics()
 
@@ -65,6 +69,14 @@ class CodebookSync:
 
     def _give_birth(self, stats_LKC1: Tensor) -> None:
         bank = self.bank
+        bank.give_birth(self._all_samples())
+        bank.usage_LK += stats_LKC1[..., -1]
+        bank.updates += 1
+        self.broadcast()  # ranks on unlike processors may round k-means differently
+
+    def _all_samples(self) -> Tensor:
+        """This step's samples of all ranks, float32 ``[L, S, C]``."""
+        bank = self.bank
         per_batch = -(-bank.config.kmeans_samples // (self.world * self.accumulation_steps))
         mine_LASC = torch.stack([bank.samples(m, per_batch) for m in range(self.accumulation_steps)], dim=1)
         gathered = [torch.empty_like(mine_LASC) for _ in range(self.world)]
@@ -73,11 +85,7 @@ class CodebookSync:
         else:
             gathered = [mine_LASC]
         # Global micro-batch order (m, rank), whatever the split.
-        samples_LSC = torch.stack(gathered, dim=2).flatten(1, 3)
-        bank.give_birth(samples_LSC)
-        bank.usage_LK += stats_LKC1[..., -1]
-        bank.updates += 1
-        self.broadcast()  # ranks on unlike processors may round k-means differently
+        return torch.stack(gathered, dim=2).flatten(1, 3)
 
     def _reseed_dead(self) -> None:
         bank, step = self.bank, int(self.bank.updates)

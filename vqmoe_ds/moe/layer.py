@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.config.schema import CodebookConfig, MoEConfig
-from vqmoe_ds.moe.codebook import CodebookBank, _recomputing
+from vqmoe_ds.moe.codebook import CodebookBank, recomputing
 from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
 from vqmoe_ds.moe.dispatch import DispatchPlan, collect, expand_rows, make_plans, send_rows
 from vqmoe_ds.moe.experts import StackedExperts
@@ -91,7 +91,7 @@ class MoELayer(ExpertParallelLayer):
     def _count(self, routing: Routing) -> None:
         if self.watch:  # diagnostics ask which experts each token went to
             self.watched = routing.expert_ids_TR
-        if self.training and not _recomputing():
+        if self.training and not recomputing():
             self.tokens_per_expert += torch.bincount(routing.expert_ids_TR.flatten(), minlength=self.num_experts)
 
 
