@@ -54,13 +54,23 @@ def test_any_step_can_be_read_first() -> None:
 def test_seed_and_epochs() -> None:
     assert not np.array_equal(_batches(5).micro_batch(0, 0, 0, 1, 8), _batches(6).micro_batch(0, 0, 0, 1, 8))
     assert _batches().epoch(0) == 0
-    assert _batches().epoch(21) == pytest.approx(8.0)
+    assert _batches().epoch(8 * WINDOWS) == pytest.approx(8.0)
 
 
 def test_micro_batches_are_inputs_with_their_targets() -> None:
     batch = _batches().micro_batch(0, 1, 1, 2, 2)
     assert batch.shape == (2, 2) and batch.dtype == np.int64
     assert np.array_equal(batch[:, 1], batch[:, 0] + 1)
+
+
+def test_a_rank_reads_the_micro_batches_of_a_step_together() -> None:
+    together = _batches().micro_batches(3 * BATCH, 1, 2, 2)
+    assert len(together) == 2
+    for micro, batch in enumerate(together):
+        windows = _batches().micro_batch(3, micro, 1, 2, 2)
+        assert np.array_equal(batch.inputs_BS, windows[:, :-1])
+        assert np.array_equal(batch.targets_BS, windows[:, 1:])
+        assert list(batch.bytes_B) == [1, 1]
 
 
 def test_a_batch_larger_than_the_corpus_goes_round() -> None:

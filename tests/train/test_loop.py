@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.distributed import run_ranks
+from tests.prepared import write_texts
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import TrainConfig
-from vqmoe_ds.data.batches import TrainingBatches
+from vqmoe_ds.data.batches import MASKED, TrainingBatches
 from vqmoe_ds.data.corpus import open_corpus, split_corpus
 from vqmoe_ds.errors import TrainingHalted
+from vqmoe_ds.evaluation.perplexity import validate
+from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.train.schedule import learning_rate
 
 SMALL = {
@@ -87,3 +92,76 @@ def test_schedule_warms_up_and_falls_to_its_floor():
     assert rates.index(max(rates)) in (9, 10)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+# ------------------------------------------------------------------ masked targets
+
+FROZEN = {
+    "codebook.learning": "frozen",
+    "moe.balance_weight": 0.0,
+    "train.learning_rate": 0.01,
+    "train.warmup_steps": 0,
+}
+"""What depends on the micro-batch is out of the way: only the loss is left."""
+
+
+def _train_on_documents(rank: int, world: int, folder: str, micro: int) -> dict[str, Any]:
+    from vqmoe_ds.data.indexed import open_indexed_text
+    from vqmoe_ds.train.engine import build_session
+    from vqmoe_ds.train.loop import Trainer
+    from vqmoe_ds.train.ranks import Place
+
+    values = {"zero_optimization": {"stage": 0}, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    json_path = f"{folder}/rank{rank}.json"
+    Path(json_path).write_text(json.dumps({**values, "train_micro_batch_size_per_gpu": micro}))
+    overrides = {**SMALL, **FROZEN, "data.path": f"{folder}/text", "model.vocab_size": 257}
+    config = resolve(json_path, load_config("tiny", None, overrides), world)
+    session = build_session(config, Place(rank, world, rank, world), json_path)
+    batches, windows = open_indexed_text(config.run).open(config.run, Path(folder) / "cache")
+    trainer = Trainer(session, batches, [])
+    by_hand = _mean_loss(session.model, batches.micro_batches(0, 0, 1, 8)[0])
+    score = validate(session, windows)
+    everything = windows.read(np.arange(len(windows)))
+    results = [trainer.train_step() for _ in range(5)]
+    return {
+        "by_hand": by_hand,
+        "losses": [result.loss for result in results],
+        "bytes": [result.bytes_per_token for result in results],
+        "weights": _weights(session),
+        "score": score,
+        "bytes_by_hand": everything.bytes_B.sum() / (everything.targets_BS != MASKED).sum(),
+    }
+
+
+@torch.no_grad()
+def _mean_loss(model: Any, batch: Any) -> float:
+    logits, _ = model.eval()(torch.from_numpy(batch.inputs_BS))
+    model.train()
+    targets = torch.from_numpy(batch.targets_BS).flatten()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=MASKED, reduction="none")
+    return float(losses.sum() / (targets != MASKED).sum())
+
+
+def test_the_loss_is_the_mean_over_all_targets_that_are_not_masked_however_the_batch_is_shared(tmp_path):
+    texts = ["a" * (1 + i % 3) if i % 2 else "much longer documents, with ü, " * 4 for i in range(200)]
+    write_texts(tmp_path / "text", texts)
+    one = run_ranks(1, _train_on_documents, str(tmp_path), 8)
+    many = [*run_ranks(2, _train_on_documents, str(tmp_path), 1), *run_ranks(4, _train_on_documents, str(tmp_path), 2)]
+    assert one[0]["losses"][0] == pytest.approx(one[0]["by_hand"], abs=1e-5)
+    assert 0.5 < one[0]["bytes"][0] < 1, "ends of documents are targets of no byte"
+    assert one[0]["score"].bytes_per_token == pytest.approx(one[0]["bytes_by_hand"])
+    for report in many:
+        assert report["losses"] == pytest.approx(one[0]["losses"], abs=1e-5)
+        assert report["bytes"] == pytest.approx(one[0]["bytes"], rel=1e-12)
+        assert torch.allclose(report["weights"], one[0]["weights"], atol=1e-4)
+        assert report["score"].loss == pytest.approx(one[0]["score"].loss, abs=1e-6)
+        assert report["score"].bytes_per_token == pytest.approx(one[0]["score"].bytes_per_token, rel=1e-12)
+
+
+def test_a_batch_without_any_target_has_no_loss_and_no_gradient():
+    config = load_config("tiny", None, {**SMALL, "model.vocab_size": 257}).config
+    model = MoETransformer(config)
+    loss, _ = model(torch.zeros(2, 16, dtype=torch.int64), torch.full((2, 16), MASKED))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert float(model.embed.weight.grad.abs().max()) == 0

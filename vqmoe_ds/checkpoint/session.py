@@ -17,7 +17,9 @@ from vqmoe_ds.checkpoint.store import (
     write_atomically,
     write_manifest,
 )
+from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.errors import CheckpointError, TrainingHalted
 from vqmoe_ds.train.engine import Session
 
@@ -29,8 +31,13 @@ STRUCTURE = {
 """Fields that decide whether a checkpoint fits a model (None: the whole section)."""
 
 
-def save(session: Session, folder: Path, step: int, keep_last: int) -> Path:
+def save(session: Session, folder: Path, step: int, keep_last: int, samples: int | None = None) -> Path:
     """Write, seal and only then make current a checkpoint of all ranks.
+
+    Args:
+        step: optimizer steps finished.
+        keep_last: as ``run.keep_last``.
+        samples: training samples consumed; None: ``step`` batches.
 
     Raises:
         TrainingHalted: the files could not be written; what was saved before is untouched.
@@ -41,7 +48,9 @@ def save(session: Session, folder: Path, step: int, keep_last: int) -> Path:
         shutil.rmtree(tag)
     _barrier()
     config = session.config
-    state = {"step": step, "layout": config.layout(), "config": config.run.model_dump(mode="json")}
+    consumed = step * config.run.train.batch_size if samples is None else samples
+    run = config.run.model_dump(mode="json")
+    state = {"step": step, "samples": consumed, "layout": config.layout(), "config": run}
     try:
         session.engine.save_checkpoint(str(folder), tag=tag.name, client_state={"vqmoe_ds": state}, save_latest=False)
         _barrier()
@@ -101,19 +110,59 @@ def load(session: Session, tag: Path) -> int:
     """Restore weights, optimizer, codebooks and step from a tag; returns the step.
 
     Raises:
-        CheckpointError: another architecture (the field is named) or another layout.
+        CheckpointError: ``check_fits`` says why it cannot be.
+    """
+    check_fits(session.config, tag)
+    session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
+    return int(read_manifest(tag)["step"])
+
+
+def consumed_samples(tag: Path) -> int:
+    """Training samples consumed before a tag was written."""
+    manifest = read_manifest(tag)
+    return int(manifest.get("samples", manifest["step"] * manifest["config"]["train"]["batch_size"]))
+
+
+def check_fits(config: EngineConfig, tag: Path) -> None:
+    """Refuse, by name, a tag of another tokenizer, another architecture or a layout that cannot be changed.
+
+    Micro-batch size and accumulation are free. The number of ranks is where every rank holds the whole state: at ZeRO
+    stage 0 in fp32 without expert parallelism.
+
+    Raises:
+        CheckpointError: naming the first difference.
     """
     manifest = read_manifest(tag)
-    check_structure(session.config.run, manifest["config"], tag)
-    layout = session.config.layout()
-    for name, value in layout.items():
-        if manifest["layout"][name] != value:
-            raise CheckpointError(
-                f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; resume on the "
-                "layout it was written with"
-            )
-    session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
-    return int(manifest["step"])
+    check_tokenizer(config.run, manifest["config"], tag)
+    check_structure(config.run, manifest["config"], tag)
+    here, there = config.layout(), manifest["layout"]
+    for name, value in here.items():
+        if there[name] == value or (name == "world_size" and _replicated(here) and _replicated(there)):
+            continue
+        raise CheckpointError(
+            f"{tag} was written with {name}={there[name]}, this run has {name}={value}; resume on the layout it was "
+            "written with"
+        )
+
+
+def _replicated(layout: dict[str, Any]) -> bool:
+    return layout["zero_stage"] == 0 and layout["ep_size"] == 1 and layout["precision"] == "fp32"
+
+
+def check_tokenizer(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
+    """Refuse a checkpoint whose ids mean something else than those of this run's data."""
+    theirs, ours = saved.get("data", {}).get("tokenizer_sha256"), run.data.tokenizer_sha256
+    if theirs != ours:
+        raise CheckpointError(
+            f"{tag} was trained on {_ids_of(theirs)}, this run's data is made of {_ids_of(ours)}; give data of the "
+            "same tokenizer or start in another --run_dir"
+        )
+
+
+def _ids_of(checksum: str | None) -> str:
+    if checksum is None:
+        return "raw bytes"
+    return "ids of an unknown tokenizer" if checksum == UNKNOWN else f"ids of the tokenizer {checksum[:12]}"
 
 
 def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:

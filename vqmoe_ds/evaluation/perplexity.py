@@ -3,44 +3,78 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vqmoe_ds.data.corpus import Split
+from vqmoe_ds.data.batches import MASKED, Batch, Windows
 from vqmoe_ds.train.engine import Session
 
 
-def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
-    """Nats a token -> bits a byte."""
+@dataclass(frozen=True)
+class Score:
+    """Mean language-model loss in nats a token, and UTF-8 bytes a token where the tokenizer is known."""
+
+    loss: float
+    bytes_per_token: float | None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return bits_per_byte(self.loss, self.bytes_per_token)
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} nats/token" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f} bits/byte"
+
+    def row(self) -> dict[str, float | None]:
+        """As metrics and the summary name it."""
+        return {"validation_loss": self.loss, "validation_bits_per_byte": self.bits_per_byte}
+
+
+def bits_per_byte(loss: float | None, bytes_per_token: float | None = 1.0) -> float | None:
+    """Nats a token -> bits a byte; None where either is not known."""
+    if loss is None or not bytes_per_token:
+        return None
     return loss / math.log(2) / bytes_per_token
 
 
 @torch.no_grad()
-def validation_loss(session: Session, split: Split, max_batches: int | None = None) -> float:
-    """Mean language-model loss in nats a token.
+def validate(session: Session, windows: Windows, max_batches: int | None = None) -> Score:
+    """Mean loss over all targets that are not masked.
 
-    Windows are weighted equally, and evenly spaced ones are taken if ``max_batches`` (of the micro-batch size on every
-    rank) cannot hold all. All ranks run the same number of batches, the last one filled up with windows of weight 0.
+    Evenly spaced windows are taken if ``max_batches`` (of the micro-batch size on every rank) cannot hold all. All
+    ranks run the same number of batches, the last one filled up with windows of weight 0.
     """
     place, size = session.place, session.config.micro_batch
     round_size = size * place.world_size
-    count = len(split) if max_batches is None else min(len(split), max_batches * round_size)
-    positions = np.linspace(0, len(split) - 1, count).astype(int)
+    count = len(windows) if max_batches is None else min(len(windows), max_batches * round_size)
+    positions = np.linspace(0, len(windows) - 1, count).astype(int)
     rounds = -(-count // round_size)
     padded = np.resize(positions, rounds * round_size)
     weight = (np.arange(rounds * round_size) < count).reshape(rounds, place.world_size, size)[:, place.rank]
     mine = padded.reshape(rounds, place.world_size, size)[:, place.rank]
     session.engine.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=session.device)
+    total, known = torch.zeros(3, dtype=torch.float64, device=session.device), True
     for rows, row_weight in zip(mine, weight, strict=True):
-        tokens = torch.from_numpy(split.batch(rows)).to(session.device)
-        logits_BSV, _ = session.engine(tokens[:, :-1].contiguous())
-        losses_BS = torch.nn.functional.cross_entropy(
-            logits_BSV.float().transpose(1, 2), tokens[:, 1:], reduction="none"
-        )
+        batch = windows.read(rows)
+        known = known and batch.bytes_B is not None
         weights_B = torch.from_numpy(row_weight.astype(np.float64)).to(session.device)
-        total += torch.stack([(losses_BS.double().mean(dim=1) * weights_B).sum(), weights_B.sum()])
+        total += (_row_totals(session, batch) * weights_B).sum(dim=1)
     session.engine.train()
-    total = session.sum_over_ranks(total)
-    return float(total[0] / total[1])
+    nats, targets, target_bytes = (float(v) for v in session.sum_over_ranks(total))
+    targets = max(targets, 1e-9)
+    return Score(nats / targets, target_bytes / targets if known else None)
+
+
+def _row_totals(session: Session, batch: Batch) -> Tensor:
+    """Nats, targets and bytes of each window, over its positions; float64 ``[3, B]``."""
+    inputs_BS, targets_BS = (torch.from_numpy(ids).to(session.device) for ids in (batch.inputs_BS, batch.targets_BS))
+    logits_BSV, _ = session.engine(inputs_BS.contiguous())
+    losses_BS = torch.nn.functional.cross_entropy(
+        logits_BSV.float().transpose(1, 2), targets_BS, ignore_index=MASKED, reduction="none"
+    )
+    rows, length = targets_BS.shape
+    bytes_B = np.zeros(rows) if batch.bytes_B is None else batch.bytes_B / length
+    means = [losses_BS.double().mean(dim=1), targets_BS.ne(MASKED).double().mean(dim=1)]
+    return torch.stack([*means, torch.from_numpy(bytes_B).to(session.device)])

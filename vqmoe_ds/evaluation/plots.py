@@ -9,16 +9,19 @@ from torch import Tensor
 
 
 def plot_loss(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Training and validation bits per byte against steps, as PNG."""
+    """Training and validation bits per byte (nats a token where bytes are unknown) against steps, as PNG."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
-    train = [(r["step"], r["bits_per_byte"]) for r in rows if r.get("bits_per_byte") is not None]
-    valid = [(r["step"], r["validation_bits_per_byte"]) for r in rows if "validation_bits_per_byte" in r]
+    unit, name, valid_name = "bits per byte", "bits_per_byte", "validation_bits_per_byte"
+    if all(r.get(name) is None for r in rows):
+        unit, name, valid_name = "nats per token", "loss", "validation_loss"
+    train = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+    valid = [(r["step"], r[valid_name]) for r in rows if r.get(valid_name) is not None]
     if train:
         axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", label="validation", markersize=4)
-    axes.set(xlabel="step", ylabel="bits per byte", title="Loss")
+    axes.set(xlabel="step", ylabel=unit, title="Loss")
     axes.legend()
     axes.grid(alpha=0.3)
     _save(figure, path)

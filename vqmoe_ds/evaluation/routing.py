@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqmoe_ds.data.corpus import Split
+from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.train.engine import Session
 
 
@@ -30,15 +30,15 @@ class RoutingHealth:
         probe_tokens: tokens of them to use; 0 switches fluctuation off.
     """
 
-    def __init__(self, session: Session, probe: Split, probe_tokens: int) -> None:
+    def __init__(self, session: Session, probe: Windows, probe_tokens: int) -> None:
         self.session = session
         layers = session.model.moe_layers()
         length = probe.sequence_length
         rows = min(len(probe), -(-probe_tokens // length)) if layers else 0
         self._probe_BS: Tensor | None = None
         if rows:
-            windows = probe.batch(np.linspace(0, len(probe) - 1, rows).astype(int))
-            self._probe_BS = torch.from_numpy(windows[:, :-1].copy()).to(session.device)
+            inputs_BS = probe.read(np.linspace(0, len(probe) - 1, rows).astype(int)).inputs_BS
+            self._probe_BS = torch.from_numpy(inputs_BS.copy()).to(session.device)
         self._last_LTR: Tensor | None = None
         self.last_counts_LN = torch.zeros(0)
         self.last_usage_LK: Tensor | None = None

@@ -8,10 +8,12 @@ from vqmoe_ds.train.engine import Session
 
 
 @torch.no_grad()
-def sample_text(session: Session, prompt: bytes, length: int, temperature: float = 0.8, seed: int = 0) -> str:
-    """Continue ``prompt`` by ``length`` bytes; all ranks take part, all get the same text.
+def sample_tokens(
+    session: Session, prompt: list[int], length: int, vocab_size: int, temperature: float = 0.8, seed: int = 0
+) -> list[int]:
+    """Continue the ids of ``prompt`` by ``length`` ids under ``vocab_size``; all ranks take part, all get the same.
 
-    The context is the last ``sequence_length`` bytes; there is no key-value cache here.
+    The context is the last ``sequence_length`` tokens; there is no key-value cache here.
     """
     generator = torch.Generator().manual_seed(seed)
     context = session.config.run.model.sequence_length
@@ -19,8 +21,8 @@ def sample_text(session: Session, prompt: bytes, length: int, temperature: float
     session.engine.eval()
     for _ in range(length):
         window = torch.tensor([tokens[-context:]], device=session.device)
-        logits_V = session.engine(window)[0][0, -1].float().cpu()
+        logits_V = session.engine(window)[0][0, -1].float().cpu()[:vocab_size]
         probabilities = (logits_V / temperature).softmax(dim=-1)
         tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     session.engine.train()
-    return bytes(token % 256 for token in tokens).decode(errors="replace")
+    return tokens

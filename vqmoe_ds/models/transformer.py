@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import make_plans
@@ -147,7 +148,8 @@ class MoETransformer(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (language-model loss, auxiliary loss) with targets, or (logits ``[B, S, V]``, auxiliary loss).
 
-        The loss to train on is the sum of the two; the first alone is what is reported.
+        The loss to train on is the sum of the two; the first alone is what is reported. It is the mean over the
+        targets that are not ``MASKED``, and 0 where all are.
         """
         x_BSD = self.embed(tokens_BS)
         known = self._routes_ahead(tokens_BS, x_BSD)
@@ -167,7 +169,10 @@ class MoETransformer(nn.Module):
         logits_BSV = self.head(self.norm(x_BSD))
         if targets_BS is None:
             return logits_BSV, aux_loss
-        return F.cross_entropy(logits_BSV.float().flatten(0, 1), targets_BS.flatten()), aux_loss
+        total = F.cross_entropy(
+            logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=MASKED, reduction="sum"
+        )
+        return total / targets_BS.ne(MASKED).sum().clamp_min(1), aux_loss
 
     # ------------------------------------------------------------ routes known ahead
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 
 from vqmoe_ds.checkpoint.session import save
 from vqmoe_ds.checkpoint.store import write_atomically
-from vqmoe_ds.data.corpus import Split
+from vqmoe_ds.data.batches import Windows
+from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import TrainingHalted
-from vqmoe_ds.evaluation.perplexity import bits_per_byte, validation_loss
+from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
-from vqmoe_ds.evaluation.sample import sample_text
+from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
@@ -62,8 +64,7 @@ class Metrics(Callback):
 
     def __init__(self, console: Console, file: MetricsFile, health: RoutingHealth) -> None:
         self.console, self.file, self.health = console, file, health
-        self._losses: list[float] = []
-        self._seconds = 0.0
+        self._results: list[StepResult] = []
 
     def on_start(self, trainer: Trainer) -> None:
         self.health.measure()
@@ -72,14 +73,13 @@ class Metrics(Callback):
         config = trainer.session.config.run
         if not result.taken:
             self.console.say(f"step {result.step}: loss or gradient is NaN or infinite; the step was skipped")
-        self._losses.append(result.loss)
-        self._seconds += result.seconds
+        self._results.append(result)
         if result.step % config.run.log_every and result.step != trainer.total_steps:
             return
         row = self._row(trainer, result)
         self.file.write(row)
         trainer.last_metrics = row
-        self._losses, self._seconds = [], 0.0
+        self._results = []
         self.console.progress(result.step, trainer.total_steps, _line(row, trainer))
         sync = trainer.session.sync
         if sync is not None and not sync.in_step():
@@ -89,19 +89,22 @@ class Metrics(Callback):
 
     def _row(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
         train, model = trainer.session.config.run.train, trainer.session.config.run.model
-        finite = [loss for loss in self._losses if loss == loss and abs(loss) != float("inf")]
-        loss = sum(finite) / len(finite) if finite else None
+        finite = [r for r in self._results if math.isfinite(r.loss)]
+        loss = sum(r.loss for r in finite) / len(finite) if finite else None
+        sizes = [r.bytes_per_token for r in finite if r.bytes_per_token is not None]
         norm = trainer.session.engine.get_global_grad_norm()
-        tokens = len(self._losses) * train.batch_size * model.sequence_length
+        tokens = len(self._results) * train.batch_size * model.sequence_length
+        seconds = max(sum(r.seconds for r in self._results), 1e-9)
         row: dict[str, Any] = {
             "step": result.step,
             "loss": loss,
-            "bits_per_byte": None if loss is None else bits_per_byte(loss),
+            "bits_per_byte": bits_per_byte(loss, sum(sizes) / len(sizes) if sizes else None),
             "aux_loss": result.aux_loss if finite else None,
             "learning_rate": result.learning_rate,
             "grad_norm": None if norm is None else float(norm),
-            "tokens_per_second": tokens / max(self._seconds, 1e-9),
-            "epoch": trainer.batches.epoch(result.step),
+            "tokens_per_second": tokens / seconds,
+            "data_share": round(sum(r.data_seconds for r in self._results) / seconds, 5),
+            "epoch": trainer.batches.epoch(trainer.samples),
             "bad_steps": trainer.bad_steps,
         }
         return {**row, **self.health.measure()}
@@ -110,16 +113,16 @@ class Metrics(Callback):
 class Validation(Callback):
     """Validation on part of the held-out text every ``eval_every`` steps."""
 
-    def __init__(self, console: Console, file: MetricsFile, split: Split) -> None:
-        self.console, self.file, self.split = console, file, split
+    def __init__(self, console: Console, file: MetricsFile, windows: Windows) -> None:
+        self.console, self.file, self.windows = console, file, windows
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         output = trainer.session.config.run.run
         if not output.eval_every or result.step % output.eval_every or result.step == trainer.total_steps:
             return
-        bits = bits_per_byte(validation_loss(trainer.session, self.split, output.eval_batches))
-        self.file.write({"step": result.step, "validation_bits_per_byte": bits})
-        self.console.say(f"step {result.step}: validation {bits:.4f} bits/byte")
+        score = validate(trainer.session, self.windows, output.eval_batches)
+        self.file.write({"step": result.step, **score.row()})
+        self.console.say(f"step {result.step}: validation {score}")
 
 
 class Checkpoints(Callback):
@@ -147,7 +150,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         keep = trainer.session.config.run.run.keep_last
-        trainer.last_checkpoint = str(save(trainer.session, self.folder, trainer.step, keep))
+        trainer.last_checkpoint = str(save(trainer.session, self.folder, trainer.step, keep, trainer.samples))
         self._saved_step = trainer.step
 
 
@@ -173,8 +176,17 @@ class Signals(Callback):
 class FinalReport(Callback):
     """At the end of a finished run: full validation, ``summary.json``, figures and a text sample."""
 
-    def __init__(self, console: Console, file: MetricsFile, split: Split, health: RoutingHealth, run_dir: Path) -> None:
-        self.console, self.file, self.split, self.health, self.run_dir = console, file, split, health, run_dir
+    def __init__(
+        self,
+        console: Console,
+        file: MetricsFile,
+        data: TrainingData,
+        windows: Windows,
+        health: RoutingHealth,
+        run_dir: Path,
+    ) -> None:
+        self.console, self.file, self.data, self.windows = console, file, data, windows
+        self.health, self.run_dir = health, run_dir
         self._started = time.time()
         self._first_step = 0
 
@@ -186,28 +198,31 @@ class FinalReport(Callback):
             return
         self.console.close_progress()
         session, output = trainer.session, trainer.session.config.run.run
-        bits = bits_per_byte(validation_loss(session, self.split))
-        self.file.write({"step": trainer.step, "validation_bits_per_byte": bits})
+        score = validate(session, self.windows)
+        self.file.write({"step": trainer.step, **score.row()})
         text = self._sample(trainer, output.sample_tokens)
         if session.place.rank == 0:
-            self._write(trainer, bits, text)
-        self.console.say(f"validation {bits:.4f} bits/byte on all {len(self.split)} held-out windows")
+            self._write(trainer, score, text)
+        self.console.say(f"validation {score} on all {len(self.windows)} held-out windows")
         if text:
             self.console.say(f"--- sample ---\n{text}\n--------------")
         self.console.say(f"everything is in {self.run_dir} (start with summary.json, loss.png, usage.png)")
 
     def _sample(self, trainer: Trainer, length: int) -> str:
-        return sample_text(trainer.session, b"The ", length) if length else ""
+        prompt, size = self.data.encode("The "), self.data.vocab_size
+        if not length or not prompt or size is None:
+            return ""
+        return self.data.decode(sample_tokens(trainer.session, prompt, length, size))
 
-    def _write(self, trainer: Trainer, bits: float, text: str) -> None:
+    def _write(self, trainer: Trainer, score: Score, text: str) -> None:
         session = trainer.session
         summary = {
-            "validation_bits_per_byte": bits,
+            **score.row(),
             "steps": trainer.step,
             "bad_steps": trainer.bad_steps,
             "seconds": round(time.time() - self._started, 1),
             "steps_this_session": trainer.step - self._first_step,
-            "tokens": trainer.step * session.config.run.train.batch_size * session.config.run.model.sequence_length,
+            "tokens": trainer.samples * session.config.run.model.sequence_length,
             "parameters": parameter_counts(trainer),
             "layout": session.config.layout(),
             "checkpoint": trainer.last_checkpoint,
@@ -241,7 +256,9 @@ def _line(row: dict[str, Any], trainer: Trainer) -> str:
     left = (trainer.total_steps - row["step"]) * trainer.session.config.run.train.batch_size
     left *= trainer.session.config.run.model.sequence_length
     minutes, seconds = divmod(int(left / row["tokens_per_second"]), 60)
-    loss = "loss   nan" if row["loss"] is None else f"loss {row['loss']:.4f} ({row['bits_per_byte']:.4f} bits/byte)"
+    loss = "loss   nan" if row["loss"] is None else f"loss {row['loss']:.4f}"
+    if row["bits_per_byte"] is not None:
+        loss += f" ({row['bits_per_byte']:.4f} bits/byte)"
     return (
         f"step {row['step']}/{trainer.total_steps} | {loss} | lr {row['learning_rate']:.2e} | "
         f"{row['tokens_per_second']:.0f} tokens/s | {minutes}:{seconds:02d} left"

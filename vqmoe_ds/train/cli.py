@@ -27,7 +27,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--preset", default="tiny", help=f"starting point: {', '.join(preset_names())} (default tiny)")
     add("--config", metavar="YAML", help="run configuration; overrides the preset")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
-    add("--data", metavar="PATH", help="file or folder of text (default: the standard library's documentation)")
+    add(
+        "--data",
+        nargs="+",
+        metavar="SPEC",
+        help="file or folder of text, or prepared data as PREFIX ... or WEIGHT:PREFIX ... "
+        "(default: the standard library's documentation)",
+    )
     add("--run_dir", metavar="DIR", help="folder of everything the run writes")
     add("--train_steps", type=int, metavar="N", help="optimizer steps of the whole run")
     add("--seed", type=int, metavar="N", help="seed of weights, data order and codes")
@@ -43,6 +49,8 @@ def config_from_args(args: argparse.Namespace) -> LoadedConfig:
     overrides: dict[str, Any] = dict(parse_override(text) for text in args.set)
     for option, (name, _) in SHORT_NAMES.items():
         value = getattr(args, option)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
         if value is not None:
             overrides[name] = value
     return load_config(args.preset, args.config, overrides)

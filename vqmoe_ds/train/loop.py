@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vqmoe_ds.data.batches import TrainingBatches
+from vqmoe_ds.data.batches import MASKED, Batch, Batches
 from vqmoe_ds.errors import TrainingHalted
 from vqmoe_ds.train.engine import Session, apply_step, set_learning_rate
 from vqmoe_ds.train.schedule import learning_rate
@@ -29,6 +30,10 @@ class StepResult:
     taken: bool
     """False where a NaN or infinite loss or gradient made the step a no-op."""
     seconds: float
+    data_seconds: float
+    """Part of ``seconds`` in which this rank read its batches."""
+    bytes_per_token: float | None
+    """UTF-8 bytes a target stands for, on average; None where the tokenizer is unknown."""
 
 
 class Callback:
@@ -47,15 +52,17 @@ class Trainer:
 
     Args:
         session: engine, model and codebooks.
-        batches: training data, a pure function of the step.
+        batches: training data, a pure function of the samples consumed.
         callbacks: called in order.
         step: steps already finished (after a resume).
+        resumed_at: step and samples consumed of the checkpoint, whose global batch may have been another.
     """
 
     session: Session
-    batches: TrainingBatches
+    batches: Batches
     callbacks: list[Callback]
     step: int = 0
+    resumed_at: tuple[int, int] = (0, 0)
     bad_steps: int = 0
     bad_in_a_row: int = 0
     stop_reason: str | None = None
@@ -65,6 +72,12 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         return self.session.config.run.train.steps
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed: where the data goes on."""
+        step, samples = self.resumed_at
+        return samples + (self.step - step) * self.session.config.run.train.batch_size
 
     def run(self) -> None:
         """Train to the end, or until a callback sets ``stop_reason``."""
@@ -87,10 +100,16 @@ class Trainer:
         rate = learning_rate(self.step, train)
         if "scheduler" not in session.config.deepspeed:
             set_learning_rate(engine, rate)
+        batches = self.batches.micro_batches(
+            self.samples, session.place.rank, session.place.world_size, session.config.micro_batch
+        )
+        data_seconds = time.perf_counter() - started
+        weights, bytes_per_token = self._weigh(batches)
         losses, taken = [], True
-        for micro in range(rounds):
-            tokens_BS, targets_BS = self._batch(micro)
-            lm_loss, aux_loss = engine(tokens_BS, targets_BS)
+        for micro, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            lm_loss, aux_loss = engine(self._tensor(batch.inputs_BS), self._tensor(batch.targets_BS))
+            if weight is not None:
+                lm_loss = lm_loss * weight
             engine.backward(lm_loss + aux_loss)
             losses.append([float(lm_loss.detach()), float(aux_loss.detach())])
             if micro < rounds - 1:
@@ -102,7 +121,25 @@ class Trainer:
         self.step += 1
         self.bad_steps += not taken
         self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
-        return StepResult(self.step, loss, aux, rate, taken, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return StepResult(self.step, loss, aux, rate, taken, seconds, data_seconds, bytes_per_token)
+
+    def _weigh(self, batches: list[Batch]) -> tuple[list[float | None], float | None]:
+        """Weight of each micro-batch's mean loss in the mean over all targets of the step; bytes a target.
+
+        The engine takes the mean over all micro-batches of all ranks. Where nothing is masked that is the mean over
+        all targets, and there is nothing to do; else micro-batches count by their unmasked targets.
+        """
+        if not self.batches.masked:
+            return [None] * len(batches), 1.0
+        counts = [int((batch.targets_BS != MASKED).sum()) for batch in batches]
+        known = all(batch.bytes_B is not None for batch in batches)
+        bytes_here = sum(int(batch.bytes_B.sum()) for batch in batches if batch.bytes_B is not None)
+        here = torch.tensor([sum(counts), bytes_here], dtype=torch.float64, device=self.session.device)
+        targets, target_bytes = (float(v) for v in self.session.sum_over_ranks(here))
+        micro_batches = len(batches) * self.session.place.world_size
+        weights: list[float | None] = [count * micro_batches / max(targets, 1.0) for count in counts]
+        return weights, target_bytes / max(targets, 1.0) if known else None
 
     def _step_codebooks(self, taken: bool) -> None:
         session = self.session
@@ -116,11 +153,8 @@ class Trainer:
         if source is not None and source.table_VD is not None:
             source.follow(full_embedding(session))
 
-    def _batch(self, micro: int) -> tuple[Tensor, Tensor]:
-        place, config = self.session.place, self.session.config
-        windows = self.batches.micro_batch(self.step, micro, place.rank, place.world_size, config.micro_batch)
-        tokens = torch.from_numpy(windows).to(self.session.device)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    def _tensor(self, ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(ids).to(self.session.device).contiguous()
 
     def _give_up_if_hopeless(self) -> None:
         limit = self.session.config.run.train.max_bad_steps

@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import to_yaml
-from vqmoe_ds.data.corpus import Split, open_corpus, split_corpus, whole_corpus
+from vqmoe_ds.data.corpus import RawText, open_raw_text
+from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.train.cli import config_from_args
 from vqmoe_ds.train.console import Console
@@ -25,21 +28,28 @@ def main(args: argparse.Namespace) -> int:
     try:
         loaded = config_from_args(args)
         config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
+        prepared = open_indexed_text(config.run)
+        vocab_size, checksum = RawText.vocab_size, RawText.tokenizer_sha256
+        if prepared is not None:
+            vocab_size, checksum = prepared.vocab_size, prepared.tokenizer_sha256
+        config = fit_to_tokenizer(config, vocab_size, checksum, loaded.explicit)
         if args.print_config:
             if place.rank == 0:
                 print(to_yaml(config.run) + "deepspeed: " + json.dumps(config.deepspeed, indent=2))
             return 0
         run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
-        train_split, valid_split = open_data(config)
+        data: TrainingData = prepared or open_raw_text(config.run)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        if prepared is not None:
+            index_folder(config, run_dir).mkdir(parents=True, exist_ok=True)
     except UserError as error:
         return _leave_together(console.fail(error), place)
     except OSError as error:
-        return _leave_together(console.fail(ConfigError(f"run folder cannot be made: {error}")), place)
+        return _leave_together(console.fail(ConfigError(f"a folder of the run cannot be made: {error}")), place)
     console.capture(run_dir / "logs" / f"rank{place.rank}.log")
-    _greet(console, config, train_split, valid_split, run_dir)
+    _greet(console, config, data, run_dir)
     try:
-        return _train(args, config, place, console, run_dir, train_split, valid_split, started)
+        return _train(args, config, place, console, run_dir, data, started)
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(_leave_together(console.fail(error), place))
@@ -51,16 +61,14 @@ def _train(
     place: Place,
     console: Console,
     run_dir: Path,
-    train_split: Split,
-    valid_split: Split,
+    data: TrainingData,
     started: float,
 ) -> int:
     from vqmoe_ds.train.allocator import tune_allocator
 
     tuned = tune_allocator()
     # Heavy imports only now: bad input has been answered, and their chatter goes to the log.
-    from vqmoe_ds.checkpoint.session import choose, load
-    from vqmoe_ds.data.batches import TrainingBatches
+    from vqmoe_ds.checkpoint.session import check_fits, choose, consumed_samples, load
     from vqmoe_ds.evaluation.routing import RoutingHealth
     from vqmoe_ds.train import callbacks as cb
     from vqmoe_ds.train.engine import build_session, set_up_torch
@@ -69,27 +77,30 @@ def _train(
     if tuned:
         console.say(tuned)
     set_up_torch(place)
+    run_dir = agree_on(run_dir, place)
     checkpoints = run_dir / "checkpoints"
     tag, passed_over = choose(checkpoints, args.resume, place.rank)
     for reason in passed_over:
         console.say(f"passed over: {reason}")
-    session = build_session(config, place, args.ds_config)
-    step = 0
     if tag is not None:
-        step = load(session, tag)
+        check_fits(config, tag)
+    batches, windows = data.open(config.run, index_folder(config, run_dir))
+    session = build_session(config, place, args.ds_config)
+    step = samples = 0
+    if tag is not None:
+        step, samples = load(session, tag), consumed_samples(tag)
         console.say(f"resumed from {tag} at step {step}")
     if place.rank == 0:
         _write_config(run_dir, config)
-    batches = TrainingBatches(train_split, config.run.train.batch_size, config.run.train.seed)
     file = cb.MetricsFile(run_dir, place.rank, step)
-    health = RoutingHealth(session, valid_split, config.run.run.probe_tokens)
-    trainer = Trainer(session, batches, [], step=step, last_checkpoint=str(tag) if tag else None)
+    health = RoutingHealth(session, windows, config.run.run.probe_tokens)
+    trainer = Trainer(session, batches, [], step, (step, samples), last_checkpoint=str(tag) if tag else None)
     trainer.callbacks = [
         cb.Metrics(console, file, health),
-        cb.Validation(console, file, valid_split),
+        cb.Validation(console, file, windows),
         cb.Signals(),
         cb.Checkpoints(console, checkpoints),
-        cb.FinalReport(console, file, valid_split, health, run_dir),
+        cb.FinalReport(console, file, data, windows, health, run_dir),
     ]
     counts = cb.parameter_counts(trainer)
     console.say(
@@ -101,13 +112,59 @@ def _train(
     return cb.Signals.exit_code if trainer.stop_reason else 0
 
 
-def open_data(config: EngineConfig) -> tuple[Split, Split]:
-    """Training and validation windows as the configuration asks."""
-    data, length = config.run.data, config.run.model.sequence_length
-    corpus = open_corpus(data.path)
-    if data.valid_path is None:
-        return split_corpus(corpus, length, data.holdout_every)
-    return whole_corpus(corpus, length), whole_corpus(open_corpus(data.valid_path), length)
+def fit_to_tokenizer(
+    config: EngineConfig, vocab_size: int | None, checksum: str | None, explicit: frozenset[str]
+) -> EngineConfig:
+    """The configuration with the vocabulary and the tokenizer's checksum of the data.
+
+    The vocabulary is not padded: ids that never occur would cost time in every product of the head. A larger
+    ``model.vocab_size`` may be set.
+
+    Args:
+        vocab_size: ids of the data's tokenizer; None where it is unknown.
+        checksum: as ``TrainingData.tokenizer_sha256``.
+        explicit: fields that the user set.
+
+    Raises:
+        ConfigError: a vocabulary or a checksum was asked for that the data does not have.
+    """
+    model, data = config.run.model, config.run.data
+    if "model.vocab_size" in explicit:
+        if vocab_size is not None and model.vocab_size < vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={model.vocab_size} is too small for the {vocab_size} ids of the data's tokenizer; "
+                "leave it out, and it follows the data"
+            )
+    elif vocab_size is None:
+        raise ConfigError(
+            f"the tokenizer of {data.path} is unknown (there is no .json beside it): name it with data.tokenizer, or "
+            "set model.vocab_size"
+        )
+    else:
+        model = model.model_copy(update={"vocab_size": vocab_size})
+    if data.tokenizer_sha256 not in (None, checksum):
+        raise ConfigError(
+            f"data.tokenizer_sha256={data.tokenizer_sha256} is not that of the data, which is "
+            f"{checksum or 'raw bytes'}; give data of the same tokenizer or leave the field out"
+        )
+    data = data.model_copy(update={"tokenizer_sha256": checksum})
+    return replace(config, run=config.run.model_copy(update={"model": model, "data": data}))
+
+
+def index_folder(config: EngineConfig, run_dir: Path) -> Path:
+    """Where the order of prepared data is kept."""
+    return Path(config.run.data.cache_dir or run_dir / "data_index")
+
+
+def agree_on(run_dir: Path, place: Place) -> Path:
+    """Rank 0's run folder, on every rank: a slow one may have found the first free name taken meanwhile."""
+    if place.world_size == 1:
+        return run_dir
+    import torch.distributed as dist
+
+    answer = [run_dir]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:
@@ -144,15 +201,14 @@ def _has_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
 
 
-def _greet(console: Console, config: EngineConfig, train: Split, valid: Split, run_dir: Path) -> None:
+def _greet(console: Console, config: EngineConfig, data: TrainingData, run_dir: Path) -> None:
     moe, run = config.run.moe, config.run
     route = f"{moe.router.value}, {moe.num_experts} experts, {run.model.layers} layers of width {run.model.width}"
     console.say(
         f"VQMoE pretraining: {route}; {config.world_size} rank(s), EP {config.ep_size}, "
         f"ZeRO-{config.zero_stage}, {config.precision}"
     )
-    windows = f"{len(train)} training and {len(valid)} held-out windows of {run.model.sequence_length}"
-    console.say(f"data: {train.corpus.name}, {train.corpus.num_bytes:,} bytes ({windows}); run folder: {run_dir}")
+    console.say(f"data: {data.summary()}; run folder: {run_dir}")
 
 
 def _write_config(run_dir: Path, config: EngineConfig) -> None:

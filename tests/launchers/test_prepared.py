@@ -1,0 +1,113 @@
+"""The launcher on prepared corpora: blended, killed on two ranks, resumed on one, and refused where it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _free_port, _wait_for, environment, losses, run
+from tests.prepared import write_sequences, write_texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prepared")
+    stories = [f"{i} little words make {i * i % 97} long stories, each of them a document. " for i in range(600)]
+    write_texts(path / "stories", stories)
+    write_texts(path / "numbers", [" ".join(map(str, range(i, i + 30))) for i in range(200)])
+    write_sequences(path / "nameless", [range(200)] * 20)
+    (path / "text.txt").write_text("".join(stories))
+    (path / "small.yaml").write_text(SMALL)
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
+    values = {"optimizer": optimizer, "zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": 2}
+    (path / "ds.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(folder) -> list[str]:
+    data = [f"0.7:{folder / 'stories'}", f"0.3:{folder / 'numbers'}"]
+    return ["--ds_config", str(folder / "ds.json"), "--config", str(folder / "small.yaml"), "--data", *data]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, folder) -> tuple[Path, str]:
+    """One run on one rank that nothing disturbed."""
+    run_dir = folder / "finished"
+    result = run([*arguments, "--run_dir", str(run_dir)])
+    assert result.returncode == 0, result.stderr
+    return run_dir, result.stdout
+
+
+def test_the_vocabulary_the_checksum_and_the_bytes_are_those_of_the_tokenizer(finished, folder):
+    run_dir, output = finished
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    checksum = json.loads((folder / "stories.json").read_text())["tokenizer"]["checksum"]
+    assert config["model"]["vocab_size"] == 257
+    assert config["data"]["tokenizer_sha256"] == checksum
+    manifest = json.loads((run_dir / "checkpoints/global_step0000012/manifest.json").read_text())
+    assert manifest["config"]["data"]["tokenizer_sha256"] == checksum
+    assert "stories (70%)" in output and "numbers (30%)" in output and "bytes tokenizer" in output
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["data_share"] < 1 for row in rows if "loss" in row)
+    last = rows[-1]
+    assert last["validation_bits_per_byte"] > last["validation_loss"] / 0.6932, "the ends of documents are no bytes"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["validation_bits_per_byte"] == last["validation_bits_per_byte"]
+    assert summary["sample"].startswith("The ")
+    assert list((run_dir / "data_index").iterdir())
+
+
+def test_killed_on_two_ranks_it_goes_on_on_one_with_the_losses_of_a_run_never_stopped(arguments, finished, folder):
+    run_dir = folder / "killed"
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
+    command += [str(ROOT / "launchers/pretrain.py"), *arguments, "--run_dir", str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment(), start_new_session=True)
+    _wait_for(lambda: (run_dir / "checkpoints/global_step0000004/manifest.json").exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    result = run([*arguments, "--run_dir", str(run_dir)])
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    expected = losses(finished[0])
+    assert losses(run_dir) == pytest.approx(expected, abs=1e-5) and len(expected) == 12
+
+
+def test_a_checkpoint_is_not_resumed_on_data_of_another_tokenizer(arguments, finished, folder):
+    plain = [*arguments[:4], "--run_dir", str(finished[0]), "--train_steps", "14"]
+    result = run([*plain, "--data", str(folder / "text.txt")])
+    assert result.returncode == 2
+    assert "was trained on ids of the tokenizer" in result.stderr
+    assert "this run's data is made of raw bytes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "sentence"),
+    [
+        (["0.5:stories", "text.txt"], [], "text.txt is raw text"),
+        (["0:stories", "1:numbers"], [], "weights of a blend are positive numbers"),
+        (["nameless"], [], "is unknown (there is no .json beside it): name it with data.tokenizer"),
+        (["stories"], ["--set", "model.vocab_size=256"], "model.vocab_size=256 is too small for the 257 ids"),
+        (["stories"], ["--set", "data.tokenizer_sha256=abc"], "data.tokenizer_sha256=abc is not that of the data"),
+        (["stories"], ["--set", "data.split=100,0,0"], "leaves no window of 33 tokens to validate on"),
+    ],
+)
+def test_data_that_cannot_work_is_answered_at_once_with_one_sentence(arguments, folder, tmp_path, data, more, sentence):
+    started = time.monotonic()
+    weights = [text.rpartition(":") for text in data]
+    paths = [f"{weight}{colon}{folder / name}" for weight, colon, name in weights]
+    command = [*LAUNCHER, *arguments[:4], "--data", *paths, "--run_dir", str(tmp_path / "run"), *more]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert result.returncode == 2, result.stderr
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - started < 15, "no heavy import before the check"

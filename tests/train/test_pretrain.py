@@ -1,0 +1,57 @@
+"""What is settled before training: the vocabulary, and one run folder for all ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_ranks
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.train.pretrain import agree_on, fit_to_tokenizer
+from vqmoe_ds.train.ranks import Place
+
+CHECKSUM = "0123456789abcdef" * 4
+
+
+def _fit(folder: Path, vocab_size: int | None, checksum: str | None, **overrides: object) -> EngineConfig:
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}))
+    loaded = load_config("tiny", None, {name.replace("__", "."): value for name, value in overrides.items()})
+    return fit_to_tokenizer(resolve(str(path), loaded, 1), vocab_size, checksum, loaded.explicit)
+
+
+def test_the_vocabulary_follows_the_data_and_may_be_set_larger(tmp_path):
+    run = _fit(tmp_path, 8192, CHECKSUM).run
+    assert (run.model.vocab_size, run.data.tokenizer_sha256) == (8192, CHECKSUM)
+    assert _fit(tmp_path, 8192, CHECKSUM, model__vocab_size=8256).run.model.vocab_size == 8256
+    assert _fit(tmp_path, None, "unknown", model__vocab_size=500).run.model.vocab_size == 500
+    raw = _fit(tmp_path, 256, None).run
+    assert (raw.model.vocab_size, raw.data.tokenizer_sha256) == (256, None)
+    again = _fit(tmp_path, 8192, CHECKSUM, data__tokenizer_sha256=CHECKSUM, model__vocab_size=8192).run
+    assert again == run, "a config.yaml that a run wrote gives the same run"
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "checksum", "overrides", "sentence"),
+    [
+        (8192, CHECKSUM, {"model__vocab_size": 8191}, "model.vocab_size=8191 is too small for the 8192 ids"),
+        (None, "unknown", {"data__path": "corpora/x"}, "tokenizer of corpora/x is unknown"),
+        (8192, CHECKSUM, {"data__tokenizer_sha256": "ff"}, f"sha256=ff is not that of the data, which is {CHECKSUM}"),
+        (256, None, {"data__tokenizer_sha256": CHECKSUM}, "is not that of the data, which is raw bytes"),
+    ],
+)
+def test_what_the_data_does_not_have_is_refused(tmp_path, vocab_size, checksum, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        _fit(tmp_path, vocab_size, checksum, **overrides)
+
+
+def _agree(rank: int, world: int) -> Path:
+    return agree_on(Path(f"runs/pretrain-{rank}"), Place(rank, world, rank, world))
+
+
+def test_all_ranks_use_the_run_folder_of_rank_0():
+    assert run_ranks(2, _agree) == [Path("runs/pretrain-0")] * 2

@@ -1,0 +1,128 @@
+"""One epoch of prepared corpora, shuffled and cut into windows by megatron-core.
+
+``GPTDataset`` shuffles by the number of samples asked for; asking for one epoch at a time makes its order a function of
+the data and the seed, however long a run is. Import this only for training: megatron-core takes seconds to load.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about optional GPU libraries
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from vqmoe_ds.data.indexed import Portion
+from vqmoe_ds.errors import DataError
+
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+class DocumentDataset(GPTDataset):
+    """``GPTDataset`` that also masks the first token of every stored sequence.
+
+    Sequences are shuffled, so what stands before one is another text, whether or not the end-of-document id closes it.
+    """
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        sample = super().__getitem__(idx)
+        row = self.shuffle_index[idx or 0]
+        (first, offset), (last, _) = self.sample_index[row], self.sample_index[row + 1]
+        if first != last:
+            starts = np.cumsum(self.dataset.sequence_lengths[self.document_index[first:last]]) - offset
+            sample["loss_mask"][starts[starts > 0] - 1] = 0.0
+        return sample
+
+
+class _EndOfDocument:
+    """What ``GPTDataset`` wants to know of a tokenizer; -2, which no id is, where the end of a document is unknown."""
+
+    vocab_size = None
+
+    def __init__(self, eod: int | None) -> None:
+        self.eod = -2 if eod is None else eod
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        return {"eod": self.eod}
+
+
+def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: Path) -> Any:
+    """Samples of one epoch as ``GPTDataset`` gives them: tokens, labels and loss_mask, each of shape ``[S]``.
+
+    All ranks call it together. Rank 0 builds the index under a temporary name, the others read it, and a rename makes
+    it whole: a kill leaves nothing that a later run could take for an index.
+
+    Args:
+        portion: what to read.
+        seed: (seed, portion, epoch); decides the order.
+        eod: id after which nothing is learned; None where it is unknown.
+        cache: folder of the indices.
+
+    Raises:
+        DataError: the index cannot be written.
+    """
+    final = cache / "-".join([portion.fingerprint, *map(str, seed)])
+    folder = _agreed_folder(final)
+    config = GPTDatasetConfig(
+        random_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+        sequence_length=portion.sequence_length,
+        blend=([prefix.path for prefix in portion.prefixes], None),
+        split="1",
+        path_to_cache=str(folder),
+        tokenizer=_EndOfDocument(eod),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+    )
+    config.split_matrix = [portion.share, None, None]
+    try:
+        builder = BlendedMegatronDatasetBuilder(DocumentDataset, [None, None, None], lambda: True, config)
+        dataset = builder.build()[0]
+        if folder != final:
+            _seal(folder, final)
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        refusal = DataError(f"the index of the data cannot be kept in {cache} ({cause.strerror}); set data.cache_dir")
+        refusal.local = True
+        raise refusal from error
+    assert len(dataset) == len(portion), f"{len(dataset)} windows instead of {len(portion)}"
+    return dataset
+
+
+def _agreed_folder(final: Path) -> Path:
+    """The finished index where rank 0 sees one, else a name of this run's own to build it under."""
+    answer = [final]
+    if not (dist.is_initialized() and dist.get_rank()) and not final.is_dir():
+        answer = [final.with_name(f".{final.name}.{os.getpid()}")]
+        shutil.rmtree(answer[0], ignore_errors=True)  # left by a kill of another process with this number
+    if _many_ranks():
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _seal(folder: Path, final: Path) -> None:
+    if _many_ranks():
+        dist.barrier()  # the others have opened the files
+        if dist.get_rank() != 0:
+            return
+    try:
+        folder.rename(final)
+    except OSError:  # another run with the same cache was first
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _many_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

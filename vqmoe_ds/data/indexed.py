@@ -1,0 +1,433 @@
+"""Prepared corpora for training: which ones, cut into which windows, in which order.
+
+Everything is checked here from the small files alone; megatron-core, which reads the windows, is loaded by
+``epochs.open_epoch`` when training starts.
+
+Legend: B windows, S positions of a window (``sequence_length``), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.config.schema import DataConfig, RunConfig
+from vqmoe_ds.data.batches import MASKED, Batch
+from vqmoe_ds.data.index_files import check_prefix
+from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
+from vqmoe_ds.errors import DataError
+
+UNKNOWN = "unknown"
+"""Stands for the checksum of a tokenizer that nobody told us about."""
+
+BLEND = 1 << 16
+"""Samples after which the pattern of a weighted blend starts again."""
+
+_WEIGHTED = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|nan)):(.+)")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """One prepared corpus, ``PREFIX.bin`` and ``PREFIX.idx``."""
+
+    path: str
+    weight: float | None
+    lengths: np.ndarray = field(repr=False)
+    """Tokens of each stored sequence, int32, memory-mapped."""
+    tokenizer: dict[str, Any] | None
+    """What ``PREFIX.json`` says about it."""
+
+    def bounds(self, share: tuple[float, float]) -> tuple[int, int]:
+        """First and last + 1 stored sequence of a share, rounded as megatron-core does."""
+        count = float(len(self.lengths))
+        return round(share[0] * count), round(share[1] * count)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The same share of one or more corpora, read together: one epoch has every window of all of them once.
+
+    The last tokens of a corpus, too few for a window, are left out; other ones every epoch, as sequences are shuffled.
+    """
+
+    prefixes: tuple[Prefix, ...]
+    share: tuple[float, float]
+    sequence_length: int
+
+    @cached_property
+    def windows(self) -> list[int]:
+        """Windows of each corpus."""
+        return [max(0, (tokens - 1) // self.sequence_length) for tokens in self.tokens]
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        bounds = [prefix.bounds(self.share) for prefix in self.prefixes]
+        return [int(p.lengths[slice(*b)].sum(dtype=np.int64)) for p, b in zip(self.prefixes, bounds, strict=True)]
+
+    def __len__(self) -> int:
+        return sum(self.windows)
+
+    def without_empty(self) -> Portion:
+        """Only the corpora that have a window."""
+        kept = tuple(p for p, n in zip(self.prefixes, self.windows, strict=True) if n)
+        return Portion(kept, self.share, self.sequence_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with whatever the order of the windows follows from, seed and epoch aside."""
+        digest = hashlib.sha256(repr([self.share, self.sequence_length]).encode())
+        for prefix in self.prefixes:
+            digest.update(repr([prefix.path, len(prefix.lengths)]).encode())
+            digest.update(prefix.lengths.data)
+        return digest.hexdigest()[:16]
+
+
+class IndexedBatches:
+    """Training windows of prepared corpora, dealt out by global sample number.
+
+    Without weights all corpora form one portion, and sample ``i`` is entry ``i mod n`` of its epoch ``i div n``. With
+    weights every corpus is a portion with epochs of its own, and a fixed pattern says whose turn it is. Micro-batch
+    ``m`` of rank ``r`` takes block ``m * world + r`` of the global batch, which depends on the data, the seed and its
+    first sample alone.
+
+    Args:
+        portions: what to read.
+        weights: how often each is drawn, relative to the others; one for each portion.
+        batch_size: windows an optimizer step, over all ranks.
+        cache: folder of the shuffled indices.
+    """
+
+    masked = True
+
+    def __init__(
+        self,
+        portions: list[Portion],
+        weights: list[float],
+        batch_size: int,
+        seed: int,
+        cache: Path,
+        reader: Reader,
+    ) -> None:
+        self.portions, self.batch_size, self.seed, self.cache = portions, batch_size, seed, cache
+        self.reader = reader
+        self._turns, self._numbers = _pattern(weights)
+        self._drawn = np.bincount(self._turns, minlength=len(portions))
+        self._open: dict[tuple[int, int], Any] = {}
+
+    def places(self, first: int) -> list[tuple[int, int, int]]:
+        """(portion, its epoch, entry of that epoch) of every sample of the global batch from ``first`` on, in order."""
+        answer = []
+        for sample in range(first, first + self.batch_size):
+            turn, place = divmod(sample, len(self._turns))
+            portion = int(self._turns[place])
+            number = turn * int(self._drawn[portion]) + int(self._numbers[place])
+            answer.append((portion, *divmod(number, len(self.portions[portion]))))
+        return answer
+
+    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
+        """All micro-batches of one rank, of the global batch from ``first`` on; all ranks call it, to build indices.
+
+        Raises:
+            DataError: an index that cannot be written, or ids beyond the vocabulary.
+        """
+        places = self.places(first)
+        self._open_epochs({(portion, epoch) for portion, epoch, _ in places})
+        blocks = [places[start : start + size] for start in range(rank * size, len(places), world * size)]
+        return [self.reader.batch([self._open[p, e][entry] for p, e, entry in block]) for block in blocks]
+
+    def epoch(self, samples: int) -> float:
+        """``samples`` over the windows there are; epochs, where there are no weights."""
+        return samples / sum(map(len, self.portions))
+
+    def _open_epochs(self, wanted: set[tuple[int, int]]) -> None:
+        from vqmoe_ds.data.epochs import open_epoch
+
+        self._open = {key: dataset for key, dataset in self._open.items() if key in wanted}
+        for portion, epoch in sorted(wanted - self._open.keys()):  # sorted: the same order on every rank
+            self._open[portion, epoch] = open_epoch(
+                self.portions[portion], (self.seed, portion, epoch), self.reader.eod, self.cache
+            )
+
+
+class IndexedWindows:
+    """Held-out windows of prepared corpora, in an order that no seed changes."""
+
+    def __init__(self, portion: Portion, cache: Path, reader: Reader) -> None:
+        from vqmoe_ds.data.epochs import open_epoch
+
+        self.sequence_length = portion.sequence_length
+        self.reader = reader
+        self._dataset = open_epoch(portion, (0, 0, 0), self.reader.eod, cache)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, positions: np.ndarray) -> Batch:
+        """Windows at ``positions`` with their targets."""
+        return self.reader.batch([self._dataset[int(p)] for p in positions])
+
+
+class Reader:
+    """Makes a batch of megatron-core's samples.
+
+    Args:
+        tokenizer: what made the ids; None where nobody knows.
+        vocab_size: of the model; ids past it or past the tokenizer's are refused.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self.vocab_size = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
+        self.eod = tokenizer.eod if tokenizer is not None else None
+        self._bytes_V = tokenizer.token_bytes() if tokenizer is not None else None
+
+    def batch(self, samples: list[dict[str, Any]]) -> Batch:
+        inputs_BS, labels_BS, kept_BS = (
+            np.stack([sample[name].numpy() for sample in samples]) for name in ("tokens", "labels", "loss_mask")
+        )
+        largest = max(inputs_BS.max(), labels_BS.max())
+        if largest >= self.vocab_size:
+            error = DataError(
+                f"the prepared data has the id {largest}, past the vocabulary of {self.vocab_size}; it was made by "
+                "another tokenizer than the one named for it (data.tokenizer, model.vocab_size), or is damaged"
+            )
+            error.local = True
+            raise error
+        targets_BS = np.where(kept_BS > 0, labels_BS, MASKED)
+        bytes_B = None
+        if self._bytes_V is not None:
+            bytes_B = (self._bytes_V[labels_BS] * (kept_BS > 0)).sum(axis=1, dtype=np.int64)
+        return Batch(inputs_BS, targets_BS, bytes_B)
+
+
+@dataclass(frozen=True)
+class IndexedText:
+    """Prepared corpora that were found good: for training, for validation, and the tokenizer that made them."""
+
+    train: Portion
+    valid: Portion
+    tokenizer: Tokenizer | None
+    weighted: bool
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.tokenizer.vocab_size if self.tokenizer is not None else None
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.tokenizer.checksum if self.tokenizer is not None else UNKNOWN
+
+    def summary(self) -> str:
+        """Names and sizes, for the user."""
+        weights = [p.weight for p in self.train.prefixes]
+        total = sum(w or 0 for w in weights)
+        shares = [f" ({w / total:.0%})" if w and len(weights) > 1 else "" for w in weights]
+        names = ", ".join(p.path + share for p, share in zip(self.train.prefixes, shares, strict=True))
+        kind = f"{self.tokenizer.kind} tokenizer" if self.tokenizer is not None else "unknown tokenizer"
+        windows = f"{len(self.train)} training and {len(self.valid)} held-out windows of {self.train.sequence_length}"
+        return f"{names}: {sum(self.train.tokens):,} training tokens of the {kind} ({windows})"
+
+    def open(self, config: RunConfig, cache: Path) -> tuple[IndexedBatches, IndexedWindows]:
+        """Training batches and held-out windows; all ranks call it together."""
+        portions, weights = [self.train], [1.0]
+        if self.weighted:
+            portions = [Portion((p,), self.train.share, self.train.sequence_length) for p in self.train.prefixes]
+            weights = [p.weight or 0.0 for p in self.train.prefixes]
+        reader = Reader(self.tokenizer, config.model.vocab_size)
+        train = config.train
+        batches = IndexedBatches(portions, weights, train.batch_size, train.seed, cache, reader)
+        return batches, IndexedWindows(self.valid, cache, reader)
+
+    def encode(self, text: str) -> list[int] | None:
+        """Ids of a text; None where the tokenizer is unknown."""
+        return None if self.tokenizer is None else self.tokenizer.encode(text).tolist()
+
+    def decode(self, ids: list[int]) -> str:
+        assert self.tokenizer is not None
+        return self.tokenizer.decode(ids)
+
+
+def open_indexed_text(config: RunConfig) -> IndexedText | None:
+    """The prepared corpora that ``data.path`` names; None where it names raw text.
+
+    Raises:
+        DataError: a name that cannot work, half a corpus, weights, tokenizers or a split that do not fit, or too
+            little text for one window.
+    """
+    data, length = config.data, config.model.sequence_length
+    entries, held_out = _entries(data.path, "data.path"), _entries(data.valid_path, "data.valid_path")
+    if data.valid_path is not None and (entries is None) != (held_out is None):
+        raise DataError(
+            f"of data.path={data.path} and data.valid_path={data.valid_path} one is raw text and one prepared data, "
+            "whose ids mean other things; prepare both with the same tokenizer"
+        )
+    if entries is None:
+        return None
+    prefixes = tuple(_open_prefix(path, weight) for path, weight in entries)
+    others = tuple(_open_prefix(path, None) for path, _ in held_out or ())
+    tokenizer = _common_tokenizer((*prefixes, *others), data.tokenizer)
+    _check_weights(prefixes)
+    train_share, valid_share = ((0.0, 1.0), (0.0, 1.0)) if others else split_shares(data.split)
+    train = Portion(prefixes, train_share, length)
+    for prefix, tokens, windows in zip(prefixes, train.tokens, train.windows, strict=True):
+        if not windows:
+            raise DataError(
+                f"prepared data {prefix.path} has {tokens} training tokens in {len(prefix.lengths)} sequence(s), fewer "
+                f"than the {length + 1} of one window (data.split={data.split}); give more text or a shorter "
+                "model.sequence_length"
+            )
+    valid = Portion(others or prefixes, valid_share, length).without_empty()
+    if not valid.prefixes:
+        raise DataError(_nothing_held_out(data, length))
+    return IndexedText(train, valid, tokenizer, prefixes[0].weight is not None)
+
+
+def split_shares(split: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Training's and validation's (begin, end) of Megatron's ratios: "90,10,0" -> (0, 0.9), (0.9, 1).
+
+    Raises:
+        DataError: not one to three numbers, or nothing to train on.
+    """
+    try:
+        ratios = [float(part) for part in split.split(",")]
+        good = len(ratios) <= 3 and all(0 <= r < math.inf for r in ratios) and ratios[0] > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise DataError(
+            f"data.split={split} is not two or three ratios for training, validation and test with a positive first "
+            "one, such as 90,10,0"
+        )
+    total = sum(ratios)
+    first, second = ratios[0] / total, sum(ratios[1:2]) / total
+    return (0.0, first), (first, first + second)
+
+
+def _nothing_held_out(data: DataConfig, length: int) -> str:
+    if data.valid_path is not None:
+        return f"data.valid_path {data.valid_path} has no window of {length + 1} tokens; give more text"
+    return (
+        f"data.split={data.split} leaves no window of {length + 1} tokens to validate on; give validation a larger "
+        "share, or other text with data.valid_path"
+    )
+
+
+def _entries(path: str | list[str] | None, name: str) -> list[tuple[str, float | None]] | None:
+    """(prefix, weight) of every entry; None for raw text."""
+    if path is None:
+        return None
+    entries = [_entry(text) for text in ([path] if isinstance(path, str) else path)]
+    if not entries:
+        raise DataError(f"{name} is an empty list; give a path or a prefix")
+    indexed = [_is_indexed(prefix) for prefix, _ in entries]
+    if isinstance(path, str) and not any(indexed) and entries[0][1] is None:
+        return None
+    for (prefix, _), found in zip(entries, indexed, strict=True):
+        if not found and Path(prefix).exists():
+            raise DataError(
+                f"{name}: {prefix} is raw text, which can be given alone and without a weight only; prepare it with "
+                "tools/prepare_data.py to blend it"
+            )
+        if not found:
+            raise DataError(f"{name}: neither {prefix}.idx nor {prefix} exists; give the prefix of a prepared corpus")
+    return entries
+
+
+def _entry(text: str) -> tuple[str, float | None]:
+    if Path(text).exists() and _is_indexed(text):
+        raise DataError(
+            f"{text} is both raw text and a prepared corpus; give {text}.idx for the latter, or move one of them"
+        )
+    match = None if Path(text).exists() or _is_indexed(text) else _WEIGHTED.fullmatch(text)
+    if match is None:
+        return _without_ending(text), None
+    weight = float(match[1])
+    if not 0 < weight < math.inf:
+        raise DataError(f"the weight of {match[2]} is {match[1]}; weights of a blend are positive numbers")
+    return _without_ending(match[2]), weight
+
+
+def _without_ending(text: str) -> str:
+    """``PREFIX.idx`` and ``PREFIX.bin`` mean the prefix where both files are there."""
+    stem = text.removesuffix(".idx").removesuffix(".bin")
+    return stem if Path(f"{stem}.idx").exists() and Path(f"{stem}.bin").exists() else text
+
+
+def _is_indexed(prefix: str) -> bool:
+    return Path(f"{prefix}.idx").exists() or Path(f"{prefix}.bin").exists()
+
+
+def _open_prefix(path: str, weight: float | None) -> Prefix:
+    try:
+        lengths = check_prefix(path).lengths
+        tokenizer = _described_tokenizer(path)
+    except OSError as error:
+        raise DataError(f"prepared data {path} cannot be read ({error.strerror}); check its permissions") from None
+    return Prefix(path, weight, lengths, tokenizer)
+
+
+def _described_tokenizer(path: str) -> dict[str, Any] | None:
+    description = Path(f"{path}.json")
+    if not description.exists():
+        return None
+    try:
+        answer: dict[str, Any] = json.loads(description.read_text())["tokenizer"]
+        answer["checksum"]
+        return answer
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{description} is damaged; prepare {path} again") from None
+
+
+def _common_tokenizer(prefixes: tuple[Prefix, ...], given: str | None) -> Tokenizer | None:
+    """The one tokenizer of all corpora; None where nobody knows it."""
+    described = [p for p in prefixes if p.tokenizer is not None]
+    if given is None and not described:
+        return None
+    source = given if given is not None else f"{described[0].path}.tokenizer"
+    tokenizer = load_tokenizer(source)
+    for prefix in prefixes:
+        if prefix.tokenizer is None and given is None:
+            raise DataError(
+                f"prepared data {prefix.path} has no {prefix.path}.json that names its tokenizer, while others have; "
+                "name the one of all with data.tokenizer"
+            )
+        if prefix.tokenizer is not None and prefix.tokenizer["checksum"] != tokenizer.checksum:
+            raise DataError(
+                f"prepared data {prefix.path} was made by the tokenizer {prefix.tokenizer['checksum'][:12]} "
+                f"({prefix.tokenizer.get('kind')}), not by {tokenizer.checksum[:12]} ({tokenizer.kind}) of {source}; "
+                "prepare it with the same"
+            )
+    return tokenizer
+
+
+def _check_weights(prefixes: tuple[Prefix, ...]) -> None:
+    weights = [p.weight for p in prefixes if p.weight is not None]
+    if not weights:
+        return
+    if len(weights) != len(prefixes):
+        bare = next(p.path for p in prefixes if p.weight is None)
+        raise DataError(f"{bare} has no weight while others have; give every prefix one, or none")
+    rare = min(prefixes, key=lambda p: p.weight or 0)
+    if min(weights) / sum(weights) < 2 / BLEND:
+        raise DataError(
+            f"the weight of {rare.path} is under {2 / BLEND:.0e} of all: it would not be read; leave it out"
+        )
+
+
+def _pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Whose turn it is (int16), and its how many-th (int64), for every sample of a blend until it starts again."""
+    if len(weights) == 1:
+        return np.zeros(1, dtype=np.int16), np.zeros(1, dtype=np.int64)
+    from megatron.core.datasets import helpers
+
+    turns, numbers = np.zeros(BLEND, dtype=np.int16), np.zeros(BLEND, dtype=np.int64)
+    shares = np.array(weights) / sum(weights)
+    helpers.build_blending_indices(turns, numbers, shares, len(weights), BLEND, False)
+    return turns, numbers
