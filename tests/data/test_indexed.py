@@ -15,7 +15,7 @@ from tests.distributed import run_ranks
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import MASKED, Batch
-from vqmoe_ds.data.indexed import IndexedBatches, open_indexed_text, split_shares
+from vqmoe_ds.data.indexed import IndexedBatches, IndexedText, members, open_indexed_text, split_shares
 from vqmoe_ds.errors import DataError
 
 LENGTH, BATCH = 8, 16
@@ -108,8 +108,14 @@ def test_every_token_is_a_target_once_an_epoch_save_starts_and_a_remainder(corpo
     sequences = 90  # nine tenths of 100; the first token of each is nobody's target
     assert Counter(targets).most_common(1)[0][1] == 1
     assert sum(data.train.tokens) - sequences - LENGTH <= len(targets) <= sum(data.train.tokens) - sequences
-    held_out = int(data.train.prefixes[0].lengths[:90].sum())
-    assert max(targets) < held_out
+    assert not set(targets) & _held_out_tokens(data)
+
+
+def _held_out_tokens(data: IndexedText) -> set[int]:
+    """Tokens of the tenth; those of ``_numbered`` corpora are all different and count up."""
+    lengths = data.train.prefixes[0].lengths
+    ends = np.cumsum(lengths)
+    return {t for i in members(100, data.valid.share) for t in range(ends[i] - lengths[i], ends[i])}
 
 
 def _places(rank: int, world: int, config: RunConfig, cache: str, steps: int) -> tuple[np.ndarray, list[int]]:
@@ -130,26 +136,22 @@ def test_weights_hold_at_any_time_and_each_corpus_goes_through_epochs_of_its_own
         assert np.array_equal(order, expected)
 
 
-def test_shares_are_those_of_megatron(corpora, tmp_path):
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+@pytest.mark.parametrize("split", ["90,10,0", "7,2,1", "969,30,1", "1,1"])
+def test_shares_are_apart_whole_and_spread_over_the_corpus(split):
+    count, bounds = 1000, [*split_shares(split), (split_shares(split)[1][1], 1.0)]
+    shares = [members(count, share) for share in bounds]
+    assert sorted(np.concatenate(shares)) == list(range(count))
+    for indices, (first, last) in zip(shares, bounds, strict=True):
+        assert len(indices) == round(last * count) - round(first * count), "as many as megatron-core takes"
+        if len(indices) > 10:
+            assert np.diff(indices, prepend=-1, append=count).max() <= 3 * count / len(indices)
 
-    from vqmoe_ds.data.epochs import _EndOfDocument
 
-    flags = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": True}
-    for split in ("90,10,0", "7,2,1", "969,30,1", "1,1"):
-        config = GPTDatasetConfig(
-            random_seed=1,
-            sequence_length=LENGTH,
-            blend=([corpora[0]], None),
-            split=split,
-            path_to_cache=str(tmp_path),
-            tokenizer=_EndOfDocument(None),
-            **flags,
-        )
-        theirs = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config).build()
-        ours = open_indexed_text(_config(corpora[0], split=split))
-        assert [len(ours.train), len(ours.valid)] == [len(theirs[0]), len(theirs[1])]
+def test_validation_is_like_training_where_a_corpus_ends_in_another_kind_of_text(tmp_path):
+    """900 short documents, then 100 long ones: the last tenth of the documents has most of the tokens."""
+    texts = ["short text"] * 900 + ["a much longer text. " * 50] * 100
+    data = open_indexed_text(_config(write_texts(tmp_path / "text", texts)))
+    assert len(data.valid) / (len(data.train) + len(data.valid)) == pytest.approx(0.1, abs=0.01)
 
 
 # ------------------------------------------------------------------ masks and bytes
@@ -182,7 +184,7 @@ def test_held_out_windows_do_not_depend_on_the_seed_and_are_never_trained_on(tmp
     again = data.open(other, tmp_path / "two")[1]
     everything = np.arange(len(windows))
     assert np.array_equal(windows.read(everything).inputs_BS, again.read(everything).inputs_BS)
-    assert windows.read(everything).inputs_BS.min() >= int(data.train.prefixes[0].lengths[:90].sum())
+    assert set(windows.read(everything).inputs_BS.ravel().tolist()) <= _held_out_tokens(data)
 
 
 # --------------------------------------------------------------------------- cache

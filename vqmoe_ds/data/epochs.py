@@ -21,17 +21,20 @@ with warnings.catch_warnings():
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from vqmoe_ds.data.indexed import Portion
+from vqmoe_ds.data.indexed import Portion, members
 from vqmoe_ds.errors import DataError
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 class DocumentDataset(GPTDataset):
-    """``GPTDataset`` that also masks the first token of every stored sequence.
+    """``GPTDataset`` of a spread share that also masks the first token of every stored sequence.
 
     Sequences are shuffled, so what stands before one is another text, whether or not the end-of-document id closes it.
     """
+
+    def __init__(self, dataset: Any, path: str, indices: np.ndarray, samples: None, split: Any, config: Any) -> None:
+        super().__init__(dataset, path, members(len(indices), config.share), samples, split, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)
@@ -77,7 +80,7 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
         random_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
         sequence_length=portion.sequence_length,
         blend=([prefix.path for prefix in portion.prefixes], None),
-        split="1",
+        split="1",  # the share is taken by DocumentDataset
         path_to_cache=str(folder),
         tokenizer=_EndOfDocument(eod),
         reset_position_ids=False,
@@ -85,7 +88,7 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
         eod_mask_loss=True,
         create_attention_mask=False,
     )
-    config.split_matrix = [portion.share, None, None]
+    config.share = portion.share
     try:
         builder = BlendedMegatronDatasetBuilder(DocumentDataset, [None, None, None], lambda: True, config)
         dataset = builder.build()[0]

@@ -45,10 +45,22 @@ class Prefix:
     tokenizer: dict[str, Any] | None
     """What ``PREFIX.json`` says about it."""
 
-    def bounds(self, share: tuple[float, float]) -> tuple[int, int]:
-        """First and last + 1 stored sequence of a share, rounded as megatron-core does."""
-        count = float(len(self.lengths))
-        return round(share[0] * count), round(share[1] * count)
+    def tokens_of(self, share: tuple[float, float]) -> int:
+        """Tokens of the stored sequences of a share."""
+        return int(self.lengths[members(len(self.lengths), share)].sum(dtype=np.int64))
+
+
+def members(count: int, share: tuple[float, float]) -> np.ndarray:
+    """The stored sequences of a share, int32, in order: as many as megatron-core takes, but spread over the corpus.
+
+    Its own shares are stretches, so that the end of a joined corpus, another kind of text with other lengths, would be
+    all that is validated on. Multiples of the golden ratio spread evenly whatever the shares are.
+    """
+    if share == (0.0, 1.0):
+        return np.arange(count, dtype=np.int32)
+    first, last = round(share[0] * float(count)), round(share[1] * float(count))
+    order = np.argsort(np.arange(count) * ((5**0.5 - 1) / 2) % 1, kind="stable")
+    return np.sort(order[first:last]).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,7 @@ class Portion:
 
     @cached_property
     def tokens(self) -> list[int]:
-        bounds = [prefix.bounds(self.share) for prefix in self.prefixes]
-        return [int(p.lengths[slice(*b)].sum(dtype=np.int64)) for p, b in zip(self.prefixes, bounds, strict=True)]
+        return [prefix.tokens_of(self.share) for prefix in self.prefixes]
 
     def __len__(self) -> int:
         return sum(self.windows)
@@ -83,7 +94,7 @@ class Portion:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with whatever the order of the windows follows from, seed and epoch aside."""
-        digest = hashlib.sha256(repr([self.share, self.sequence_length]).encode())
+        digest = hashlib.sha256(repr(["spread", self.share, self.sequence_length]).encode())
         for prefix in self.prefixes:
             digest.update(repr([prefix.path, len(prefix.lengths)]).encode())
             digest.update(prefix.lengths.data)
