@@ -1,6 +1,7 @@
 # make pretrain   train the default model (one command from a bare machine)
 # make test       the default test suite, ruff and mypy
 # make test-all   everything, the slow tests included
+# make test-layouts   a checkpoint of every layout goes on in every other one
 # make bench      the benchmarks behind docs/performance.md
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup setup-dev pretrain test test-all lint bench clean
+.PHONY: setup setup-dev pretrain test test-all test-layouts lint bench clean
 
 pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
@@ -18,6 +19,9 @@ test: setup-dev lint
 
 test-all: setup-dev lint
 	@$(BIN)/python -m pytest tests
+
+test-layouts: setup-dev
+	@$(BIN)/python -m pytest tests/checkpoint/test_restore.py -m slow --timeout 3600
 
 lint: setup-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

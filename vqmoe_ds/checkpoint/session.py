@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.restore import restore_any_layout
 from vqmoe_ds.checkpoint.store import (
     find_newest,
     read_manifest,
@@ -107,14 +109,19 @@ def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 
 def load(session: Session, tag: Path) -> int:
-    """Restore weights, optimizer, codebooks and step from a tag; returns the step.
+    """Restore weights, optimizer, codebooks and step from a tag of any layout; returns the step.
+
+    DeepSpeed's own loading is left to fp16, whose loss scale only it restores: it takes the same layout only, and would
+    run whatever a pickle says.
 
     Raises:
-        CheckpointError: ``check_fits`` says why it cannot be.
+        CheckpointError: ``check_fits`` or the files say why it cannot be.
     """
     check_fits(session.config, tag)
-    session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
-    return int(read_manifest(tag)["step"])
+    if session.config.precision == "fp16":
+        session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
+        return int(read_manifest(tag)["step"])
+    return restore_any_layout(session, open_checkpoint(tag))
 
 
 def consumed_samples(tag: Path) -> int:
@@ -124,10 +131,7 @@ def consumed_samples(tag: Path) -> int:
 
 
 def check_fits(config: EngineConfig, tag: Path) -> None:
-    """Refuse, by name, a tag of another tokenizer, another architecture or a layout that cannot be changed.
-
-    Micro-batch size and accumulation are free. The number of ranks is where every rank holds the whole state: at ZeRO
-    stage 0 in fp32 without expert parallelism.
+    """Refuse, by name, a tag of another tokenizer or another architecture, and in fp16 one of another layout.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -135,18 +139,12 @@ def check_fits(config: EngineConfig, tag: Path) -> None:
     manifest = read_manifest(tag)
     check_tokenizer(config.run, manifest["config"], tag)
     check_structure(config.run, manifest["config"], tag)
-    here, there = config.layout(), manifest["layout"]
-    for name, value in here.items():
-        if there[name] == value or (name == "world_size" and _replicated(here) and _replicated(there)):
-            continue
-        raise CheckpointError(
-            f"{tag} was written with {name}={there[name]}, this run has {name}={value}; resume on the layout it was "
-            "written with"
-        )
-
-
-def _replicated(layout: dict[str, Any]) -> bool:
-    return layout["zero_stage"] == 0 and layout["ep_size"] == 1 and layout["precision"] == "fp32"
+    for name, value in config.layout().items() if config.precision == "fp16" else ():
+        if manifest["layout"][name] != value:
+            raise CheckpointError(
+                f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; fp16 resumes "
+                "on the layout it was written with only"
+            )
 
 
 def check_tokenizer(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:

@@ -36,7 +36,7 @@ def tag_name(step: int) -> str:
 def write_manifest(tag: Path, state: dict[str, Any]) -> None:
     """Seal a finished checkpoint: ``state`` (step, layout, configuration) and a checksum of every file."""
     files = {
-        path.relative_to(tag).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(tag).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(tag.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
@@ -55,6 +55,8 @@ def read_manifest(tag: Path) -> dict[str, Any]:
         raise CheckpointError(f"{tag} has no {MANIFEST}: it was never finished") from None
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{tag / MANIFEST} cannot be read: {error}") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{tag / MANIFEST} is not a manifest")
     if manifest.get("format", 0) > FORMAT:
         raise CheckpointError(
             f"{tag} is of format {manifest['format']}; this version reads up to {FORMAT}: update vqmoe_ds"
@@ -75,7 +77,7 @@ def verify(tag: Path) -> dict[str, Any]:
             raise CheckpointError(f"{tag}: {name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{tag}: {name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{tag}: {name} does not match its checksum")
     return manifest
 
@@ -112,6 +114,6 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,463 @@
+"""Export to Hugging Face folders and back: exact weights, tokenizers, code that travels along, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-dev.txt")
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
+
+import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
+from tests.huggingface import CASES, ModelReader, config_of, load_back, model_of, tokens_of
+from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf, open_hf
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.tokenizers import ByteTokenizer
+from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.models.transformer import MoETransformer
+
+TEXTS = [
+    "plain text, 1 + 1 = 2\r\n\ttab",
+    "Käfer, деревня, 日本語, العربية, 🙂👩‍🚀, e\u0301, \u0000\u0001\u007f\u00ff\u0100\ufffd\U0010ffff",
+    "<|pad|> and <|endofdocument|> are only words here, as is ÿ",
+    "  spaces   stay  ",
+    "",
+]
+
+
+def _export(model: MoETransformer, folder: Path, **options: Any) -> list[str]:
+    return export_hf(ModelReader(model), folder, ExportOptions(**{"tokenizer": "none", **options}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_back_again_is_bit_exact(case: str, tmp_path: Path) -> None:
+    model = model_of(config_of(case))
+    _export(model, tmp_path / "hf", max_shard="20KB")
+    reader = open_hf(tmp_path / "hf")
+    assert reader.names() == [name for name, _ in model.named_parameters()]
+    assert reader.step == 7 and not reader.has_optimizer
+    assert reader.config == model.config.model_dump(mode="json")
+    back = load_back(reader).state_dict()
+    assert list(back) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, back[name]) and tensor.dtype == back[name].dtype, name
+    _export(load_back(reader), tmp_path / "again", max_shard="20KB")
+    for file in sorted((tmp_path / "hf").iterdir()):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_shards_are_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    model = model_of(config_of("context"))
+    _export(model, tmp_path / "hf", max_shard="20KB")
+    shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 3 and set(index["weight_map"].values()) == {shard.name for shard in shards}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:  # the library's own reader
+            assert file.metadata() == {"format": "pt"}
+            sizes = [file.get_tensor(name).nbytes for name in file.keys()]  # noqa: SIM118 (no iterator there)
+        assert sum(sizes) <= 20_000 or len(sizes) == 1
+    assert index["metadata"]["total_size"] == sum(t.nbytes for shard in shards for t in load_file(shard).values())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert (theirs(tokens_of()).logits - model(tokens_of())[0]).abs().max() < 1e-5
+
+
+def test_memory_is_bounded_by_a_stretch_whatever_the_tensor(tmp_path: Path) -> None:
+    model = model_of(config_of("context"))
+
+    class Counting(ModelReader):
+        largest = 0
+
+        def read(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
+            Counting.largest = max(Counting.largest, count)
+            return super().read(name, kind, start, count)
+
+        def tensor(self, name: str, kind: str = "fp32") -> torch.Tensor:
+            raise AssertionError("whole tensors are not asked for")
+
+    import vqmoe_ds.checkpoint.huggingface as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", 100)
+        export_hf(Counting(model), tmp_path / "hf", ExportOptions(tokenizer="none"))
+    assert Counting.largest == 100
+    back = load_back(open_hf(tmp_path / "hf")).state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_training_left_out_is_made_anew_with_codes_that_stay(tmp_path: Path) -> None:
+    model = model_of(config_of("context, averaged table"))
+    _export(model, tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "saved")  # as after fine-tuning there
+    assert not (tmp_path / "saved" / "vqmoe_training.json").exists()
+    assert (tmp_path / "saved" / "modeling_vqmoe.py").exists(), "the code travels along"
+    back = load_back(open_hf(tmp_path / "saved"))
+    assert back.config.model == model.config.model.model_copy(update={"dense_hidden": 12})
+    for name, tensor in model.state_dict().items():
+        if not any(word in name for word in ("ema_", "updates", "born_at")):
+            assert torch.equal(tensor, back.state_dict()[name]), name
+    bank = back.bank
+    assert bank is not None and bank.born and not bank.birth_due and not bank.dead_codes().any()
+    with torch.no_grad():
+        assert torch.equal(back(tokens_of())[0], model(tokens_of())[0])
+    before = bank.codes_LKC.clone()
+    bank.update(torch.zeros(*bank.codes_LKC.shape[:2], bank.codes_LKC.shape[2] + 1, dtype=torch.float64))
+    assert torch.allclose(bank.codes_LKC, before, atol=1e-6), "the running sums fit the codes"
+
+
+def test_options_changed_there_count_here(tmp_path: Path) -> None:
+    model = model_of(config_of("every second, wide dense"))
+    _export(model, tmp_path / "hf")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved")
+    back = load_back(open_hf(tmp_path / "saved"))
+    with torch.no_grad():
+        assert torch.equal(back(tokens_of())[0], model(tokens_of())[0])
+    _edit(tmp_path / "hf" / "config.json", rope_theta=123.0)
+    assert open_hf(tmp_path / "hf").config["model"]["rope_theta"] == 123.0
+
+
+def test_bfloat16_rounds_weights_and_leaves_codes(tmp_path: Path) -> None:
+    model = model_of(config_of("context"))
+    _export(model, tmp_path / "hf", dtype="bfloat16")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert model.bank is not None
+    assert torch.equal(weights["model.codebook.codes"], model.bank.codes_LKC)
+    assert torch.equal(weights["lm_head.weight"], model.head.weight.bfloat16())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype is torch.bfloat16 and theirs.model.codebook.codes.dtype is torch.float32
+    back = open_hf(tmp_path / "hf").tensor("head.weight")
+    assert back.dtype is torch.float32 and torch.equal(back, model.head.weight.bfloat16().float())
+
+
+# ------------------------------------------------------------ without this package
+
+STRANGER = """
+import sys, torch
+class Wall:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("vqmoe_ds", "deepspeed", "pydantic_settings"):
+            raise ImportError("not installed: " + name)
+sys.meta_path.insert(0, Wall())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer(["The quick", "Käfer"], return_tensors="pt", padding=True)
+new = model.generate(**batch, max_new_tokens=5, do_sample=False)
+with torch.no_grad():
+    torch.save({"logits": model(batch["input_ids"][:1]).logits, "ids": batch, "new": new}, sys.argv[2])
+"""
+
+
+def test_the_folder_alone_is_enough(tmp_path: Path) -> None:
+    model = model_of(config_of("context", vocab=257, length=32))
+    assert _export(model, tmp_path / "hf", tokenizer="auto") == []
+    run = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path / "hf"), str(tmp_path / "out.pt")],
+        cwd=tmp_path,
+        env={"PATH": "", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    out = torch.load(tmp_path / "out.pt", weights_only=False)
+    ids = torch.tensor([list(b"The quick")])
+    assert out["ids"]["input_ids"].tolist() == [list(b"The quick"), [255] * 3 + list("Käfer".encode())]
+    with torch.no_grad():
+        assert (out["logits"] - model(ids)[0]).abs().max() < 1e-5
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], dim=1)
+    assert out["new"][0].tolist() == ids[0].tolist()
+
+
+# ------------------------------------------------------------ tokenizers
+
+
+@pytest.mark.parametrize("vocab", [256, 257])
+def test_bytes_go_round(vocab: int, tmp_path: Path) -> None:
+    _export(model_of(config_of("dense", vocab=vocab)), tmp_path / "hf", tokenizer="auto")
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), ByteTokenizer()
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == ours.encode(text).tolist()
+        assert tokenizer.decode(ids) == text and tokenizer.decode(ids, skip_special_tokens=True) == text
+    broken = [0xC3, 0x28, 65, 0xF0, 0x9F]
+    assert tokenizer.decode(broken) == ours.decode(broken)
+    assert tokenizer.eos_token_id == (256 if vocab == 257 else None) and tokenizer.pad_token_id == 255
+    saved = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert saved.get("eos_token_id") == tokenizer.eos_token_id and saved["pad_token_id"] == 255
+    padded = tokenizer(["ab", "c"], padding=True)
+    assert padded["input_ids"] == [[97, 98], [255, 99]] and padded["attention_mask"] == [[1, 1], [0, 1]]
+
+
+def _sentencepiece(folder: Path, **options: Any) -> str:
+    import sentencepiece
+
+    text = Path(__file__).read_text() + "\n".join(TEXTS[:2]).replace("\u0000", "")
+    (folder / "text.txt").write_text(text * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        **{"input": str(folder / "text.txt"), "model_prefix": str(folder / "spm"), "vocab_size": 400, **options},
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return str(folder / "spm.model")
+
+
+PLAIN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+
+
+SPELLINGS = {"plain": PLAIN, "sentencepiece's own": {}, "prefix": {"normalization_rule_name": "identity"}}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_sentencepiece_models_are_converted_exactly(kind: str, spelling: str, tmp_path: Path) -> None:
+    from vqmoe_ds.data.tokenizers import load_tokenizer
+
+    ours = load_tokenizer(_sentencepiece(tmp_path, model_type=kind, **SPELLINGS[spelling]))
+    ours.save(tmp_path / "data.tokenizer")
+    config = config_of("dense", vocab=ours.vocab_size)
+    data = {"path": str(tmp_path / "data"), "tokenizer_sha256": ours.checksum}
+    reader = ModelReader(model_of(config))
+    reader.config["data"].update(data)
+    assert export_hf(reader, tmp_path / "hf", ExportOptions()) == []
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in [*TEXTS[1:], Path(__file__).read_text()[:3000]]:
+        if "\u0000" in text:
+            text = text.replace("\u0000", "")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text).tolist()
+        assert tokenizer.decode(ids) == ours.decode(ids)
+    assert tokenizer.eos_token_id == ours.eod
+    assert open_hf(tmp_path / "hf").config["data"]["tokenizer_sha256"] == ours.checksum
+    assert str(tmp_path) not in (tmp_path / "hf" / "vqmoe_training.json").read_text(), "no paths of this machine"
+
+
+def test_a_tokenizer_that_cannot_be_found_is_said(tmp_path: Path) -> None:
+    reader = ModelReader(model_of(config_of("dense")))
+    reader.config["data"]["tokenizer_sha256"] = "0" * 64
+    remarks = export_hf(reader, tmp_path / "hf", ExportOptions())
+    assert len(remarks) == 1 and "name it with --tokenizer" in remarks[0]
+    with pytest.raises(CheckpointError, match="does not exist.*--tokenizer none"):
+        export_hf(reader, tmp_path / "hf2", ExportOptions(tokenizer="missing.model"))
+    with pytest.raises(CheckpointError, match="tokenizer bytes .257 ids. is not the one that this model"):
+        export_hf(reader, tmp_path / "hf2", ExportOptions(tokenizer="bytes"))
+    assert not (tmp_path / "hf2").exists()
+
+
+# ------------------------------------------------------------ Mixtral
+
+
+def _topk(top_k: int, experts: int = 4, **model: Any) -> MoETransformer:
+    base = config_of("top-2").model_dump()
+    base["moe"].update(top_k=top_k, num_experts=experts)
+    base["model"].update(model)
+    return model_of(RunConfig(**base))
+
+
+@pytest.mark.parametrize(("top_k", "experts"), [(2, 4), (3, 4), (4, 4), (1, 1)])
+def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, tmp_path: Path) -> None:
+    model = _topk(top_k, experts, rope_theta=777.0)
+    _export(model, tmp_path / "hf", arch="mixtral", max_shard="30KB")
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(theirs) is MixtralForCausalLM
+    assert not any(found.values()), found
+    with torch.no_grad():
+        assert (theirs(tokens_of()).logits - model(tokens_of())[0]).abs().max() < 1e-5
+    assert not list((tmp_path / "hf").glob("*.py"))
+    if top_k > 1:
+        back = load_back(open_hf(tmp_path / "hf")).state_dict()
+        assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("top-1", "weighted by its probability here and by 1 there"),
+        ("context", "moe.router=vq"),
+        ("hash of tokens", "moe.router=hash_token"),
+        ("dense", "moe.router=dense"),
+    ],
+)
+def test_what_mixtral_cannot_compute_is_refused(case: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        _export(model_of(config_of(case)), tmp_path / "hf", arch="mixtral")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixtral_with_dense_blocks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model.moe_every=2 leaves dense blocks"):
+        _export(_topk(2, moe_every=2), tmp_path / "hf", arch="mixtral")
+
+
+def test_a_mixtral_of_others_with_grouped_queries_is_refused(tmp_path: Path) -> None:
+    _export(_topk(2), tmp_path / "hf", arch="mixtral")
+    _edit(tmp_path / "hf" / "config.json", num_key_value_heads=1)
+    with pytest.raises(CheckpointError, match="num_key_value_heads=1, but this trainer knows only 2"):
+        open_hf(tmp_path / "hf")
+
+
+# ------------------------------------------------------------ refusals
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_folder_that_exists_is_left_alone_without_force(tmp_path: Path) -> None:
+    model, folder = model_of(config_of("dense")), tmp_path / "hf"
+    folder.mkdir()
+    (folder / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="exists; choose another folder, or give --force"):
+        _export(model, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"] and (folder / "precious").exists()
+    _export(model, folder, force=True)
+    assert not (folder / "precious").exists() and open_hf(folder).step == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
+    class Failing(ModelReader):
+        def read(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
+            if name == "blocks.3.attention.out.weight":
+                raise OSError(28, "No space left on device")
+            return super().read(name, kind, start, count)
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        export_hf(Failing(model_of(config_of("context"))), tmp_path / "hf", ExportOptions(tokenizer="none"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_shard": "many"}, "'many' is no size"),
+        ({"dtype": "int4"}, "'int4' is none of float32, bfloat16"),
+        ({"arch": "gpt"}, "'gpt' is none of vqmoe, mixtral"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        _export(model_of(config_of("dense")), tmp_path / "hf", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_with_another_tensor_is_refused(tmp_path: Path) -> None:
+    reader = ModelReader(model_of(config_of("context")))
+    del reader._parameters["norm.weight"]
+    with pytest.raises(CheckpointError, match="norm.weight is missing"):
+        export_hf(reader, tmp_path / "hf", ExportOptions(tokenizer="none"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "hf"
+    _export(model_of(config_of("context")), folder, max_shard="30KB")
+    return folder
+
+
+def _damage(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "hf"))
+
+
+def test_damaged_folders_are_refused_in_one_sentence(whole: Path, tmp_path: Path) -> None:
+    shard = "model-00002-of-00004.safetensors"
+    names = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
+
+    def drop(folder: Path) -> None:
+        (folder / shard).unlink()
+
+    def cut(folder: Path) -> None:
+        (folder / shard).write_bytes((whole / shard).read_bytes()[:-10])
+
+    def lie(folder: Path) -> None:
+        (folder / shard).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+    def climb(folder: Path) -> None:
+        _edit(folder / "model.safetensors.index.json", weight_map={**names, "x": "../../secret.safetensors"})
+
+    def other(folder: Path) -> None:
+        _edit(folder / "config.json", hidden_size=48)
+
+    def newer(folder: Path) -> None:
+        _edit(folder / "vqmoe_training.json", format=99)
+
+    def pickled(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"")
+
+    def kind(folder: Path) -> None:
+        _edit(folder / "config.json", model_type="gpt2")
+
+    def text(folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+
+    for number, (harm, reason) in enumerate(
+        [
+            (drop, "is missing"),
+            (cut, "refused: its header"),
+            (lie, "its header claims"),
+            (climb, "lies outside the folder"),
+            (other, "does config.json belong to these weights"),
+            (newer, "newer format; update vqmoe_ds"),
+            (pickled, "only safetensors are read, pickles are not"),
+            (kind, "model of type gpt2"),
+            (text, "is not valid JSON"),
+        ]
+    ):
+        folder = Path(shutil.copytree(whole, tmp_path / str(number)))
+        harm(folder)
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            open_hf(folder)
+        assert "\n" not in str(caught.value), harm.__name__
+
+
+def test_weights_without_codes_are_refused(tmp_path: Path) -> None:
+    _export(model_of(config_of("context")), tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    del weights["model.codebook.codes"]
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.codebook.codes is missing"):
+        open_hf(tmp_path / "hf")
+
+
+# ------------------------------------------------------------ the card
+
+
+def test_the_card_tells_routing_and_only_figures_that_exist(tmp_path: Path) -> None:
+    model = model_of(config_of("context, discrete only", vocab=257))
+    _export(model, tmp_path / "hf", tokenizer="auto")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "the nearest of 9 learned vectors" in card and "window 4, decay 0.7" in card
+    assert "The expert of the code is the only one" in card and "None were found" in card
+    run = tmp_path / "run"
+    (run / "checkpoints" / "global_step0000007").mkdir(parents=True)
+    counts = {"stored": 12345, "active": 678}
+    summary = {"steps": 7, "validation_bits_per_byte": 1.9403, "tokens": 999, "parameters": counts}
+    (run / "summary.json").write_text(json.dumps(summary))
+    for step, figures in ((7, "1.9403 bits/byte"), (6, "None were found")):
+        reader = ModelReader(model, run / "checkpoints" / "global_step0000007", step)
+        export_hf(reader, tmp_path / f"hf{step}", ExportOptions())
+        card = (tmp_path / f"hf{step}" / "README.md").read_text()
+        assert figures in card and ("12,345 stored" in card) == (step == 7)
+
+
+def test_the_commands_of_the_card_run(tmp_path: Path) -> None:
+    _export(model_of(config_of("layer state", vocab=257, length=80)), tmp_path / "hf", tokenizer="auto")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(tmp_path / "hf"))
+    exec(compile(code, "card", "exec"), {})

@@ -1,0 +1,105 @@
+"""Models and readers for the tests of the Hugging Face side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.models.transformer import MoETransformer
+
+VOCAB, LENGTH = 50, 16
+
+IN_LAYER = {"source": "layer_state", "normalize_source": False}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "context": ({}, {"num_codes": 9}, {}),
+    "context, discrete only": ({"top_k": 0}, {"context_window": 4, "context_decay": 0.7, "num_codes": 9}, {}),
+    "context of one token": ({"top_k": 0}, {"context_window": 1}, {}),
+    "context, projected": ({"top_k": 2}, {"code_dim": 8, "num_codes": 12}, {}),
+    "context, averaged table": ({"top_k": 0}, {"source_momentum": 0.9}, {}),
+    "token embedding, cosine": ({"top_k": 0}, {"source": "token_embedding", "distance": "cosine"}, {}),
+    "position embedding": ({"top_k": 1}, {"source": "position_embedding", "position_weight": 0.8}, {}),
+    "layer state": ({"top_k": 2}, {"source": "layer_state", "num_codes": 7}, {}),
+    "layer state, soft output": ({}, {"source": "layer_state", "soft_output": 20.0}, {}),
+    "layer state, discrete and soft": ({"top_k": 0}, {"source": "layer_state", "soft_output": 20.0}, {}),
+    "the paper's input": ({"code_blend": 1.0, "z_loss_weight": 0.01}, {**IN_LAYER, "commitment_weight": 0.1}, {}),
+    "a part of the code": ({"code_blend": 0.3, "top_k": 0}, IN_LAYER, {}),
+    "early block": ({"top_k": 0}, {"source": "early_block", "source_block": 1}, {}),
+    "early block, every second": ({}, {"source": "early_block", "source_block": 0}, {"moe_every": 2}),
+    "every second, wide dense": ({}, {}, {"moe_every": 2, "dense_hidden": 40, "rope_theta": 500.0}),
+    "top-1": ({"router": "topk", "top_k": 1}, {}, {}),
+    "top-2": ({"router": "topk", "top_k": 2}, {}, {}),
+    "hash of tokens": ({"router": "hash_token"}, {}, {}),
+    "dense": ({"router": "dense"}, {}, {}),
+}
+
+
+def config_of(case: str, vocab: int = VOCAB, length: int = LENGTH) -> RunConfig:
+    moe, book, shape = CASES[case]
+    model = {"vocab_size": vocab, "layers": 4, "width": 24, "heads": 2, "sequence_length": length, **shape}
+    return RunConfig(model=model, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book)
+
+
+def model_of(config: RunConfig) -> MoETransformer:
+    """A model in evaluation mode whose tables, norms and path gates are none of their initial values."""
+    model = MoETransformer(config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "path_gate" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        if model.bank is not None:
+            shape = model.bank.code_map_LK.shape
+            model.bank.code_map_LK.copy_(torch.randint(0, config.moe.num_experts, shape, generator=generator))
+            model.bank.updates.fill_(17)
+            model.source.follow(torch.randn(model.embed.weight.shape, generator=generator))
+    return model
+
+
+def tokens_of(batch: int = 3, length: int = LENGTH, vocab: int = VOCAB, seed: int = 0) -> Tensor:
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class ModelReader(CheckpointReader):
+    """A model in memory as a checkpoint."""
+
+    kind = "memory"
+
+    def __init__(self, model: MoETransformer, path: Path = Path("memory"), step: int = 7) -> None:
+        self.path, self.step = path, step
+        self.config = model.config.model_dump(mode="json")
+        self.layout, self.client_state, self.counters = {}, {}, {}
+        self._parameters = {name: p.detach() for name, p in model.named_parameters()}
+        self._buffers = {name: t for name, t in model.state_dict().items() if name not in self._parameters}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self._parameters.items()}
+
+    @property
+    def has_optimizer(self) -> bool:
+        return False
+
+    def optimizer_step(self) -> int:
+        return 0
+
+    def buffers(self) -> dict[str, Tensor]:
+        return dict(self._buffers)
+
+    def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
+        raise NotImplementedError
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        return self._parameters[name].flatten()[start : start + count].float()
+
+
+def load_back(reader: CheckpointReader) -> MoETransformer:
+    """The trainer's model with the weights and buffers of a reader; every tensor must find its place."""
+    model = MoETransformer(RunConfig(**reader.config)).eval()
+    state = {name: reader.tensor(name) for name in reader.names()} | reader.buffers()
+    model.load_state_dict(state, strict=True)
+    return model

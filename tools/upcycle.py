@@ -1,0 +1,19 @@
+#!/usr/bin/env python
+"""Make a VQMoE of a dense Hugging Face model of the Llama family, its MLPs copied as experts (docs/huggingface.md).
+
+    python tools/upcycle.py llama/ start/                                               # vq with top_k 2, 8 experts
+    python tools/upcycle.py llama/ start/ --set moe.top_k=0 --set moe.num_experts=16    # discrete codes alone
+    python tools/upcycle.py llama/ start/ --set moe.router=topk --granularity 4         # 32 quarters of MLPs, 8 a token
+
+The new model computes the function of the old one until it is trained; --noise gives that up.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vqmoe_ds.checkpoint.upcycle import build_parser, main
+
+if __name__ == "__main__":
+    sys.exit(main(build_parser(__doc__ or "").parse_args()))

@@ -1,0 +1,209 @@
+"""``tools/convert_checkpoint.py``: any checkpoint to any layout or format."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqmoe_ds.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from vqmoe_ds.checkpoint.reader import CheckpointReader
+
+FORMATS = ("portable", "deepspeed", "hf", "discrete-only", "megatron", "native")
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        help="tag folder, run folder (newest tag), portable, Hugging Face, Megatron or native DeepSpeed-MoE folder",
+    )
+    parser.add_argument("dst", metavar="DST", help="folder to make")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
+    parser.add_argument("--force", action="store_true", help="replace DST")
+    parser.add_argument("--verify", action="store_true", help="compare SRC with its checksums first")
+    layout = parser.add_argument_group(
+        "--to deepspeed, native: the layout it will be resumed on (default: that of SRC)"
+    )
+    layout.add_argument("--zero", type=int, choices=range(4), help="ZeRO stage")
+    layout.add_argument("--ep", type=int, help="expert-parallel size")
+    layout.add_argument("--world", type=int, help="ranks in all")
+    layout.add_argument("--precision", choices=("fp32", "bf16"), help="of the weights; master weights are float32")
+    shards = parser.add_argument_group("--to portable, discrete-only, hf")
+    shards.add_argument("--max_shard", help="largest file, such as 2GB (a larger tensor has one to itself)")
+    megatron = parser.add_argument_group("--to megatron (and --ep)")
+    megatron.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
+    megatron.add_argument("--experts", choices=("sequential", "grouped"), default="sequential", help="Megatron's layer")
+    hf = parser.add_argument_group("--to hf (--dtype: megatron too)")
+    hf.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    hf.add_argument("--arch", choices=("vqmoe", "mixtral"), default="vqmoe", help="stock Mixtral where it is equal")
+    hf.add_argument("--tokenizer", default="auto", help="auto (that of the run's data), none, or a tokenizer's path")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Convert; on bad input one sentence. Returns the exit code."""
+    try:
+        for line in convert(options):
+            print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def convert(options: argparse.Namespace) -> list[str]:
+    """Do what the command line says; returns what to tell the user.
+
+    Raises:
+        CheckpointError: SRC is damaged or of another kind, DST exists, options contradict each other, the disk is full.
+            Nothing is left at DST then.
+    """
+    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.store import MANIFEST, verify
+
+    dst = Path(options.dst)
+    if dst.exists() and not options.force:
+        raise CheckpointError(f"{dst} exists; choose another folder, or give --force to replace it")
+    reader = open_checkpoint(options.src)
+    if dst.resolve() == reader.path.resolve() or dst.resolve() in reader.path.resolve().parents:
+        raise CheckpointError(f"{dst} holds the checkpoint that is to be converted; choose another folder")
+    if options.verify and (reader.path / MANIFEST).exists():
+        verify(reader.path)
+    writers: dict[str, Callable[[CheckpointReader, Path, argparse.Namespace], list[str]]] = {
+        "portable": _to_portable,
+        "discrete-only": _to_discrete_only,
+        "deepspeed": _to_deepspeed,
+        "hf": _to_hf,
+        "megatron": _to_megatron,
+        "native": _to_native,
+    }
+    if "native" in reader.config and options.to not in ("native", "portable"):
+        raise CheckpointError(
+            f"{reader.path} is of a model with deepspeed.moe.layer.MoE layers, not of this trainer's; "
+            "--to native and --to portable take it"
+        )
+    lost = getattr(reader, "dropped", [])
+    left = [f"left behind, as they are no plain values: client state {', '.join(lost)}"] if lost else []
+    return [*writers[options.to](reader, dst, options), *left]
+
+
+def _to_portable(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
+    from vqmoe_ds.checkpoint.portable import SHARD_BYTES, new_folder, total_bytes, write_portable
+
+    limit = parse_bytes(options.max_shard) if options.max_shard else SHARD_BYTES
+    check_complete(reader)
+    with new_folder(dst, options.force) as folder, _bar(total_bytes(reader), dst) as tell:
+        write_portable(reader, folder, tell, limit)
+    return [f"{dst}: portable checkpoint of step {reader.step}"]
+
+
+def _to_discrete_only(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
+    from vqmoe_ds.checkpoint.discrete import DiscreteOnly
+    from vqmoe_ds.checkpoint.figures import sizes
+
+    discrete = DiscreteOnly(reader)
+    lines = _to_portable(discrete, dst, options)
+    before, after = sizes(reader.shapes, reader.config), sizes(discrete.shapes, discrete.config)
+    titles = ("parameters stored", "parameters used by a token", "FLOPs a token, forward")
+    for title, key in zip(titles, before, strict=True):
+        saved = 100 * (1 - after[key] / before[key])
+        lines.append(f"{title}: {before[key]:,} before, {after[key]:,} after ({saved:.1f} % less)")
+    return lines
+
+
+def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
+    from vqmoe_ds.checkpoint.portable import new_folder
+    from vqmoe_ds.checkpoint.store import tag_name
+    from vqmoe_ds.checkpoint.tag_writer import TagLayout, bytes_told, write_tag
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
+    old = reader.layout
+    layout = TagLayout(
+        options.zero if options.zero is not None else old.get("zero_stage", 2),
+        options.ep or old.get("ep_size", 1),
+        options.world or old.get("world_size", 1),
+        options.precision or old.get("precision", "fp32"),
+    )
+    layout.check(reader)
+    check_complete(reader)
+    with new_folder(dst, options.force) as folder, _bar(bytes_told(reader, layout), dst) as tell:
+        tag = folder / tag_name(reader.step)
+        tag.mkdir()
+        write_tag(reader, tag, layout, tell)
+        (folder / "latest").write_text(tag.name)
+    spread = f"ZeRO-{layout.zero_stage}, EP {layout.ep_size}, {layout.world_size} ranks, {layout.precision}"
+    return [f"{dst / tag_name(reader.step)}: DeepSpeed checkpoint for {spread}"]
+
+
+def _to_hf(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
+    from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf
+
+    more = {"max_shard": options.max_shard} if options.max_shard else {}
+    wanted = ExportOptions(
+        dtype=options.dtype, arch=options.arch, tokenizer=options.tokenizer, force=options.force, **more
+    )
+    return [f"{dst}: Hugging Face model", *export_hf(reader, dst, wanted)]
+
+
+def _to_megatron(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
+    from vqmoe_ds.checkpoint.megatron import MegatronOptions, export_megatron
+
+    check_complete(reader)
+    wanted = MegatronOptions(options.tp, options.ep or 1, options.experts, options.dtype, options.force)
+    return [f"{dst}: Megatron checkpoint of step {reader.step}", *export_megatron(reader, dst, wanted)]
+
+
+def _to_native(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
+    from vqmoe_ds.checkpoint.native_writer import native_layout, write_native
+    from vqmoe_ds.checkpoint.portable import new_folder, total_bytes
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
+    layout = native_layout(reader, options.zero, options.ep, options.world, options.precision)
+    check_complete(reader)
+    with new_folder(dst, options.force) as folder, _bar(total_bytes(reader), dst) as tell:
+        write_native(reader, folder, layout, tell)
+    spread = f"ZeRO-{layout.zero_stage}, EP {layout.ep_size}, {layout.world_size} ranks, {layout.precision}"
+    return [f"{dst}: native DeepSpeed-MoE checkpoint for {spread}"]
+
+
+def check_complete(reader: CheckpointReader) -> None:
+    """See that every value has its place in a file, before anything is written.
+
+    Raises:
+        CheckpointError: a shard is missing, cut short or of another tag.
+    """
+    from vqmoe_ds.checkpoint.reader import KINDS
+
+    reader.buffers()
+    for kind in KINDS if reader.has_optimizer else KINDS[:1]:
+        for name in reader.names():
+            reader.pieces(name, kind)
+
+
+def parse_bytes(text: str) -> int:
+    """``500MB`` or ``2GB`` as bytes."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+    number = text.upper().rstrip("KMGB")
+    try:
+        size = int(float(number) * units[text.upper()[len(number) :]])
+    except (ValueError, KeyError):
+        size = 0
+    if size < 1:
+        raise CheckpointError(f"--max_shard {text} is not a size; write it like 500MB or 2GB")
+    return size
+
+
+@contextmanager
+def _bar(total: int, dst: Path) -> Iterator[Callable[[int], Any]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=dst.name, disable=None, leave=False) as bar:
+        yield bar.update

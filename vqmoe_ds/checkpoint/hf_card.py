@@ -1,0 +1,125 @@
+"""The model card (``README.md``) of an exported folder: what the model is, how it routes, and figures that exist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.config.schema import CodeSource, Router, RunConfig
+
+SOURCES = {
+    CodeSource.CONTEXT: "a mix of the embeddings of the token and of those before it (window {window}, decay {decay})",
+    CodeSource.TOKEN_EMBEDDING: "the token's embedding",
+    CodeSource.POSITION_EMBEDDING: "the token's embedding plus a sinusoidal vector of its position",
+    CodeSource.LAYER_STATE: "the layer's own normalised input",
+    CodeSource.EARLY_BLOCK: "the output of block {block} (for blocks up to it: the token's embedding)",
+}
+
+
+def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] | None, logits_note: str) -> str:
+    """Text of the card.
+
+    Args:
+        config: of the run.
+        arch: ``vqmoe`` or ``mixtral``.
+        step: optimizer steps behind the weights.
+        summary: ``summary.json`` of the run, if it was found and speaks of these very weights.
+        logits_note: number type of the weights and what it means for the logits.
+    """
+    model, moe = config.model, config.moe
+    sections = [
+        _header(arch),
+        f"# A Mixture-of-Experts language model ({moe.router.value} routing)\n",
+        f"{model.layers} blocks of width {model.width}, {model.heads} attention heads, {_experts(config)}, vocabulary "
+        f"{model.vocab_size}, trained with a context of {model.sequence_length} tokens for {step} steps.\n",
+        "## Use\n",
+        _usage(arch),
+        "## How tokens find their experts\n",
+        _routing(config),
+        "## Figures\n",
+        _figures(summary),
+        "## Weights\n",
+        logits_note + "\n",
+        "## Limits\n",
+        "A base model without instruction tuning or safety measures. Nothing is known of its text past "
+        f"{model.sequence_length} tokens of context. The training data is not described here: whoever publishes this "
+        "model should say what it was.\n",
+    ]
+    return "\n".join(sections)
+
+
+def find_summary(checkpoint: Path, step: int) -> dict[str, Any] | None:
+    """``summary.json`` of the run that a tag lies in, if it was written at the same step."""
+    for folder in (checkpoint, *list(checkpoint.resolve().parents)[:2]):
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+            return summary if summary["steps"] == step else None
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _header(arch: str) -> str:
+    code = "- custom_code\n" if arch == "vqmoe" else ""
+    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- vqmoe\n{code}---\n"
+
+
+def _experts(config: RunConfig) -> str:
+    every = config.model.moe_every
+    where = "every block" if every == 1 else f"every {every}. block"
+    if config.moe.router is Router.DENSE:
+        return "no experts"
+    return f"{config.moe.num_experts} experts of hidden width {config.moe.expert_hidden} in {where}"
+
+
+def _usage(arch: str) -> str:
+    trust = ", trust_remote_code=True" if arch == "vqmoe" else ""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+inputs = tokenizer(["The ", "Once upon a time"], return_tensors="pt", padding=True)
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.8)))
+```
+"""
+
+
+def _routing(config: RunConfig) -> str:
+    moe, book = config.moe, config.codebook
+    if moe.router is Router.DENSE:
+        return "There are no experts: this is the dense yardstick of its family.\n"
+    if moe.router is Router.HASH_TOKEN:
+        return "A fixed random table gives every token id one expert in every layer (Hash Layers, Roller 2021).\n"
+    weights = "its softmax probability" if moe.top_k == 1 else "the softmax over the chosen"
+    chosen = "the best expert" if moe.top_k == 1 else f"the {moe.top_k} best experts"
+    linear = f"A linear router picks {chosen} for the layer's input, weighted by {weights}."
+    if moe.router is Router.TOPK:
+        return linear + " No token is dropped.\n"
+    source = SOURCES[book.source].format(window=book.context_window, decay=book.context_decay, block=book.source_block)
+    codes = book.num_codes or moe.num_experts
+    text = (
+        f"Each token has a *code* in each layer: the nearest of {codes} learned vectors to {source}. A table "
+        f"({book.code_map.value}) maps codes to experts, so there is no router to learn on this path "
+        "(VQMoE, arXiv 2411.19402). "
+    )
+    if moe.top_k:
+        text += linear + " A learned two-way gate mixes the two paths, which share the experts. "
+    else:
+        text += "The expert of the code is the only one. "
+    return text + "No token is dropped, and codes no longer move.\n"
+
+
+def _figures(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return "None were found beside the checkpoint. Measure before you compare.\n"
+    lines = []
+    if summary.get("validation_bits_per_byte") is not None:
+        lines.append(f"* held-out text of the training run: {summary['validation_bits_per_byte']:.4f} bits/byte")
+    if summary.get("tokens"):
+        lines.append(f"* tokens seen in training: {summary['tokens']:,}")
+    counts = summary.get("parameters") or {}
+    if "stored" in counts and "active" in counts:
+        lines.append(f"* parameters: {counts['stored']:,} stored, {counts['active']:,} used by one token")
+    return "\n".join(lines or ["The run's summary holds none."]) + "\n"

@@ -1,0 +1,305 @@
+"""One table of names and one of options: what a tensor or an option of ours is called in a Hugging Face folder.
+
+Two architectures: ``vqmoe``, our own model there, and ``mixtral``, stock Mixtral, which models with a top-k router of
+two or more experts in every block are equal to. Both tables are read in both directions.
+
+Legend: D width, H expert hidden width, N experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.errors import CheckpointError
+
+ARCHITECTURES = ("vqmoe", "mixtral")
+CODE_FILES = ("configuration_vqmoe.py", "modeling_vqmoe.py")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a Hugging Face folder: a tensor of ours, or its rows ``first`` to ``end``, or one expert of it."""
+
+    name: str
+    source: str
+    rows: tuple[int, int] | None = None
+    expert: int | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the part of a tensor of shape ``whole``."""
+        if self.expert is not None:
+            return whole[1:]
+        return whole if self.rows is None else (self.rows[1] - self.rows[0], *whole[1:])
+
+    def start(self, whole: tuple[int, ...]) -> int:
+        """Place of its first value in the flattened whole; its values follow each other there."""
+        first = self.expert if self.expert is not None else (self.rows or (0, 0))[0]
+        return first * math.prod(whole[1:])
+
+
+INFERENCE_BUFFERS = {
+    "bank.codes_LKC": "model.codebook.codes",
+    "bank.code_map_LK": "model.codebook.code_map",
+    "bank.projection_DC": "model.codebook.projection",
+    "source.table_VD": "model.codebook.source_table",
+    "token_table_LV": "model.token_table",
+}
+"""Buffers that routes follow from; the others serve the learning of codes and go to a file of their own."""
+
+
+def parts_of(config: RunConfig, arch: str) -> list[Part]:
+    """Every parameter of the folder, those of one source side by side."""
+    parts = [Part("model.embed_tokens.weight", "embed.weight")]
+    for block in range(config.model.layers):
+        parts += _block_parts(config, block, arch)
+    return [*parts, Part("model.norm.weight", "norm.weight"), Part("lm_head.weight", "head.weight")]
+
+
+def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
+    ours, theirs, width = f"blocks.{block}.", f"model.layers.{block}.", config.model.width
+    yield Part(theirs + "input_layernorm.weight", ours + "attention_norm.weight")
+    for place, letter in enumerate("qkv"):
+        rows = (place * width, (place + 1) * width)
+        yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", rows)
+    yield Part(theirs + "self_attn.o_proj.weight", ours + "attention.out.weight")
+    yield Part(theirs + "post_attention_layernorm.weight", ours + "mlp_norm.weight")
+    if not is_sparse(config, block):
+        for name in ("gate", "up", "down"):
+            yield Part(f"{theirs}mlp.{name}_proj.weight", f"{ours}mlp.{name}.weight")
+    elif arch == "mixtral":
+        for name in ("w1", "w2", "w3"):
+            for expert in range(config.moe.num_experts):
+                expert_name = f"{theirs}block_sparse_moe.experts.{expert}.{name}.weight"
+                yield Part(expert_name, f"{ours}mlp.experts.{name}", expert=expert)
+        yield Part(theirs + "block_sparse_moe.gate.weight", ours + "mlp.router.gate.weight")
+    else:
+        for name, our_name in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            yield Part(f"{theirs}mlp.experts.{name}_proj", f"{ours}mlp.experts.{our_name}")
+        yield from _router_parts(config, ours + "mlp.router.", theirs + "mlp.")
+
+
+def _router_parts(config: RunConfig, ours: str, theirs: str) -> Iterator[Part]:
+    if config.moe.router is Router.TOPK:
+        yield Part(theirs + "gate.weight", ours + "gate.weight")
+    elif config.moe.router is Router.VQ and config.moe.top_k:
+        yield Part(theirs + "gate.weight", ours + "continuous.gate.weight")
+        yield Part(theirs + "path_gate.weight", ours + "path_gate.weight")
+        yield Part(theirs + "path_gate.bias", ours + "path_gate.bias")
+
+
+def is_sparse(config: RunConfig, block: int) -> bool:
+    """Whether a block has experts."""
+    every = config.model.moe_every
+    return config.moe.router is not Router.DENSE and block % every == every - 1
+
+
+def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of our model, by its name at expert-parallel size 1."""
+    model, moe = config.model, config.moe
+    width, hidden, experts = model.width, moe.expert_hidden, moe.num_experts
+    endings = {
+        "embed.weight": (model.vocab_size, width),
+        "head.weight": (model.vocab_size, width),
+        "norm.weight": (width,),
+        "attention.qkv.weight": (3 * width, width),
+        "attention.out.weight": (width, width),
+        "mlp.gate.weight": (dense_hidden(config), width),
+        "mlp.up.weight": (dense_hidden(config), width),
+        "mlp.down.weight": (width, dense_hidden(config)),
+        "experts.w1": (experts, hidden, width),
+        "experts.w2": (experts, width, hidden),
+        "experts.w3": (experts, hidden, width),
+        "router.gate.weight": (experts, width),
+        "continuous.gate.weight": (experts, width),
+        "path_gate.weight": (2, width),
+        "path_gate.bias": (2,),
+    }
+    names = dict.fromkeys(part.source for part in parts_of(config, "vqmoe"))
+    return {name: next(shape for end, shape in endings.items() if name.endswith(end)) for name in names}
+
+
+def dense_hidden(config: RunConfig) -> int:
+    """Hidden width of the dense MLPs, as the model computes it."""
+    moe = config.moe
+    rows = moe.top_k + 1 if moe.router is Router.VQ else max(1, moe.top_k)
+    rows = 1 if moe.router is Router.HASH_TOKEN else rows
+    return config.model.dense_hidden or moe.expert_hidden * rows
+
+
+# ---------------------------------------------------------------- options
+
+_SAME = {
+    "vocab_size": "model.vocab_size",
+    "hidden_size": "model.width",
+    "num_hidden_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "max_position_embeddings": "model.sequence_length",
+    "rope_theta": "model.rope_theta",
+    "moe_every": "model.moe_every",
+    "moe_intermediate_size": "moe.expert_hidden",
+    "router": "moe.router",
+    "num_experts": "moe.num_experts",
+    "num_experts_per_tok": "moe.top_k",
+    "code_blend": "moe.code_blend",
+    "router_aux_loss_coef": "moe.balance_weight",
+    "router_z_loss_coef": "moe.z_loss_weight",
+    "code_source": "codebook.source",
+    "context_window": "codebook.context_window",
+    "context_decay": "codebook.context_decay",
+    "position_weight": "codebook.position_weight",
+    "source_block": "codebook.source_block",
+    "normalize_source": "codebook.normalize_source",
+    "code_dim": "codebook.code_dim",
+    "code_distance": "codebook.distance",
+    "soft_output": "codebook.soft_output",
+    "commitment_coef": "codebook.commitment_weight",
+}
+NORM_EPS = 1e-6
+
+
+def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict[str, Any]:
+    """``config.json`` without tokens and number type.
+
+    Args:
+        config: of the run.
+        arch: one of ``ARCHITECTURES``.
+        source_table: whether codes look at a moving average of the embeddings (the average has begun).
+
+    Raises:
+        CheckpointError: Mixtral cannot compute what this model computes; the option is named.
+    """
+    if arch == "mixtral":
+        return _mixtral_options(config)
+    run = config.model_dump(mode="json")
+    options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
+    return {
+        "architectures": ["VQMoEForCausalLM"],
+        "model_type": "vqmoe",
+        "auto_map": {
+            "AutoConfig": "configuration_vqmoe.VQMoEConfig",
+            "AutoModelForCausalLM": "modeling_vqmoe.VQMoEForCausalLM",
+        },
+        **options,
+        "intermediate_size": dense_hidden(config),
+        "num_codes": config.codebook.num_codes or config.moe.num_experts,
+        "source_table": source_table,
+        "rms_norm_eps": NORM_EPS,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections model, moe and codebook of a run configuration from a ``config.json`` of the ``vqmoe`` kind.
+
+    Raises:
+        CheckpointError: an option is missing, or has a value that the trainer cannot compute.
+    """
+    for name, only in (("rms_norm_eps", NORM_EPS), ("tie_word_embeddings", False)):
+        if options.get(name, only) != only:
+            raise CheckpointError(f"config.json has {name}={options[name]}, but this trainer knows only {only}")
+    sections: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "codebook": {}}
+    try:
+        for name, path in _SAME.items():
+            section, field = path.split(".")
+            sections[section][field] = options[name]
+        sections["model"]["dense_hidden"] = options["intermediate_size"]
+        sections["codebook"]["num_codes"] = options["num_codes"]
+        sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None
+    return sections
+
+
+def _mixtral_options(config: RunConfig) -> dict[str, Any]:
+    model, moe = config.model, config.moe
+    reason = _why_not_mixtral(config)
+    if reason:
+        raise CheckpointError(f"Mixtral cannot stand for this model: {reason}; export with --arch vqmoe")
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": moe.expert_hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.heads,
+        "head_dim": model.width // model.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.sequence_length,
+        "rms_norm_eps": NORM_EPS,
+        "rope_theta": model.rope_theta,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": moe.balance_weight,
+        "output_router_logits": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def _why_not_mixtral(config: RunConfig) -> str | None:
+    moe = config.moe
+    if moe.router is not Router.TOPK:
+        return f"moe.router={moe.router.value} is not its linear router (topk)"
+    if config.model.moe_every != 1:
+        return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
+    if moe.top_k == 1 and moe.num_experts > 1:
+        return "with moe.top_k=1 the expert's output is weighted by its probability here and by 1 there"
+    return None
+
+
+def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections model and moe of a run configuration from a Mixtral ``config.json``.
+
+    Raises:
+        CheckpointError: it computes something that this trainer cannot; the option is named.
+    """
+    heads, width = options.get("num_attention_heads"), options.get("hidden_size", 0)
+    rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
+    needed = {
+        "num_key_value_heads": heads,
+        "head_dim": width // heads if heads else None,
+        "rms_norm_eps": NORM_EPS,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+    }
+    for name, value in needed.items():
+        if options.get(name) not in (value, None):
+            raise CheckpointError(
+                f"this Mixtral has {name}={options[name]}, but this trainer knows only {value}; "
+                "tools/upcycle.py converts more"
+            )
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise CheckpointError("this Mixtral scales its rotary positions, which this trainer does not")
+    if int(options.get("num_experts_per_tok", 2)) == 1:
+        raise CheckpointError("this Mixtral has num_experts_per_tok=1, weighted by 1 there and by its probability here")
+    try:
+        return {
+            "model": {
+                "vocab_size": options["vocab_size"],
+                "layers": options["num_hidden_layers"],
+                "width": width,
+                "heads": heads,
+                "sequence_length": options["max_position_embeddings"],
+                "rope_theta": rope.get("rope_theta", options.get("rope_theta", 1e6)),
+            },
+            "moe": {
+                "router": "topk",
+                "num_experts": options["num_local_experts"],
+                "expert_hidden": options["intermediate_size"],
+                "top_k": options["num_experts_per_tok"],
+                "balance_weight": options.get("router_aux_loss_coef", 0.01),
+            },
+            "codebook": {},
+        }
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None

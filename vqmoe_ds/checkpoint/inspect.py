@@ -1,0 +1,103 @@
+"""``tools/inspect_checkpoint.py``: what is in a checkpoint, and how two differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from vqmoe_ds.errors import UserError
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="PATH", help="tag folder, run folder, portable folder or Hugging Face folder")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="a second checkpoint to compare the first with")
+    parser.add_argument("--verify", action="store_true", help="compare every file with the checksum of the manifest")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print what is there, or what is wrong in one sentence; the exit code."""
+    try:
+        found = inspect(options.path, options.other, options.verify)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(found, indent=2) if options.json else _text(found))
+    return 0
+
+
+def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[str, Any]:
+    """Facts about a checkpoint.
+
+    Args:
+        path: anything ``open_checkpoint`` takes.
+        other: a second one, for ``differences``.
+        verify: read every file and compare its checksum.
+
+    Raises:
+        CheckpointError: it cannot be opened, or a file is not what the manifest says.
+    """
+    from vqmoe_ds.checkpoint.figures import health, sizes
+    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.store import verify as verify_files
+
+    reader = open_checkpoint(path)
+    checked = "not compared (--verify)"
+    if verify:
+        checked = f"{len(verify_files(reader.path)['files'])} files match their checksums"
+    files = [file.stat().st_size for file in reader.path.rglob("*") if file.is_file()]
+    found: dict[str, Any] = {
+        **{"path": str(reader.path), "kind": reader.kind, "step": reader.step, "layout": reader.layout},
+        **{"files": len(files), "bytes": sum(files), "manifest": checked},
+        "parameters": sizes(reader.shapes, reader.config),
+        "optimizer": {"step": reader.optimizer_step()} if reader.has_optimizer else None,
+        **{"skipped_steps": reader.counters.get("skipped_steps"), "layers": health(reader)},
+    }
+    if other is not None:
+        found["differences"] = compare(reader, open_checkpoint(other))
+    return found
+
+
+def compare(first: Any, second: Any) -> dict[str, list[Any]]:
+    """Dotted name -> [value in the first, value in the second] of everything the two do not share."""
+    sides = [_flat({"step": r.step, "layout": r.layout, "config": r.config}) for r in (first, second)]
+    for side, reader in zip(sides, (first, second), strict=True):
+        side.update({f"shape.{name}": list(shape) for name, shape in reader.shapes.items()})
+    names = [*sides[0], *(name for name in sides[1] if name not in sides[0])]
+    return {n: [side.get(n) for side in sides] for n in names if sides[0].get(n) != sides[1].get(n)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return rows
+
+
+def _text(found: dict[str, Any]) -> str:
+    sizes, layout = found["parameters"], found["layout"] or {}
+    adam = f"Adam at step {found['optimizer']['step']}" if found["optimizer"] else "no optimizer"
+    lines = [
+        f"{found['path']}: {found['kind']}, step {found['step']}, {adam}",
+        f"  {found['files']} files, {found['bytes']:,} bytes; manifest: {found['manifest']}",
+        "  written with " + (", ".join(f"{name} {value}" for name, value in layout.items()) or "no layout"),
+        f"  {sizes['stored']:,} parameters, {sizes['active']:,} used by a token, "
+        f"{sizes['forward_flops_per_token']:,} FLOPs a token forward",
+    ]
+    for row in found["layers"]:
+        norms = ", ".join(f"{k} {v['min']:.4f}/{v['mean']:.4f}/{v['max']:.4f}" for k, v in row["weight_norms"].items())
+        if "codes" in row:
+            lines.append(
+                f"  {row['layer']}: {row['code_perplexity']} of {row['codes']} codes in use, {row['dead_codes']} dead; "
+                f"busiest expert {row['busiest_expert']} x mean, {row['idle_experts']} idle"
+            )
+        lines.append(f"  {row['layer']}: expert weights, root mean square least/mean/largest: {norms}")
+    for name, (here, there) in found.get("differences", {}).items():
+        lines.append(f"  differs: {name}: {here} here, {there} there")
+    if found.get("differences") == {}:
+        lines.append("  the two agree in step, layout, configuration and shapes")
+    return "\n".join(lines)

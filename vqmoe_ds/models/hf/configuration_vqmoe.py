@@ -1,0 +1,123 @@
+"""Configuration of the VQMoE language model for Hugging Face ``transformers``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+ROUTERS = ("vq", "topk", "hash_token", "dense")
+CODE_SOURCES = ("layer_state", "token_embedding", "position_embedding", "context", "early_block")
+
+
+class VQMoEConfig(PretrainedConfig):
+    """A pre-norm decoder whose experts are chosen by discrete codes, by a linear router, or by both.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, rope_theta, rms_norm_eps: as in Llama, without
+            grouped queries and without tied embeddings.
+        max_position_embeddings: length of the training context.
+        intermediate_size: hidden width of the dense MLPs.
+        moe_intermediate_size: hidden width of one expert.
+        moe_every: an MoE layer in every n-th block (1: all, 2: every second).
+        router: ``vq`` (codes, beside a linear router where ``num_experts_per_tok`` > 0), ``topk``, ``hash_token``
+            (experts from a table of token ids) or ``dense`` (no experts).
+        num_experts: experts of a layer.
+        num_experts_per_tok: experts of the linear router for each token; 0 with ``vq``: the code alone decides.
+        code_blend: c in ``q = x + c (v - x)``, what the expert of the code sees.
+        num_codes: codes of a layer.
+        code_source: the vector that is compared with the codes.
+        context_window, context_decay: of the source ``context``.
+        position_weight: of the source ``position_embedding``.
+        source_block: of the source ``early_block``.
+        source_table: whether the sources made of embeddings look at a table of their own instead of the live one.
+        normalize_source: scale source vectors to unit root mean square.
+        code_dim: width of the fixed projection of source vectors; 0: none.
+        code_distance: ``euclidean`` or ``cosine``.
+        soft_output: temperature of the weight of the code's expert (source ``layer_state``); 0: off.
+        router_aux_loss_coef, router_z_loss_coef, commitment_coef: weights of the losses that training adds.
+    """
+
+    model_type = "vqmoe"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a plain class attribute to transformers)
+
+    def __init__(
+        self,
+        vocab_size: int = 257,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        max_position_embeddings: int = 256,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+        intermediate_size: int = 384,
+        moe_intermediate_size: int = 192,
+        moe_every: int = 1,
+        router: str = "vq",
+        num_experts: int = 16,
+        num_experts_per_tok: int = 1,
+        code_blend: float = 0.0,
+        num_codes: int = 16,
+        code_source: str = "context",
+        context_window: int = 3,
+        context_decay: float = 0.5,
+        position_weight: float = 0.5,
+        source_block: int = 0,
+        source_table: bool = False,
+        normalize_source: bool = True,
+        code_dim: int = 0,
+        code_distance: str = "euclidean",
+        soft_output: float = 0.0,
+        router_aux_loss_coef: float = 0.01,
+        router_z_loss_coef: float = 0.0,
+        commitment_coef: float = 0.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        for name, value, known in (
+            ("router", router, ROUTERS),
+            ("code_source", code_source, CODE_SOURCES),
+            ("code_distance", code_distance, ("euclidean", "cosine")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.intermediate_size = intermediate_size
+        self.moe_intermediate_size = moe_intermediate_size
+        self.moe_every = moe_every
+        self.router = router
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.code_blend = code_blend
+        self.num_codes = num_codes
+        self.code_source = code_source
+        self.context_window = context_window
+        self.context_decay = context_decay
+        self.position_weight = position_weight
+        self.source_block = source_block
+        self.source_table = source_table
+        self.normalize_source = normalize_source
+        self.code_dim = code_dim
+        self.code_distance = code_distance
+        self.soft_output = soft_output
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_z_loss_coef = router_z_loss_coef
+        self.commitment_coef = commitment_coef
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """Indices of the blocks with experts."""
+        if self.router == "dense":
+            return []
+        return list(range(self.moe_every - 1, self.num_hidden_layers, self.moe_every))
