@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CheckpointReader
+from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig
+from vqmoe_ds.moe.routers.abilities import rows_per_token
 
 
 def expert_calls(config: dict[str, Any]) -> int:
     """Experts that a token visits in one MoE layer."""
-    moe = config["moe"]
-    if moe["router"] == "vq":
-        return int(moe["top_k"]) + 1
-    return 1 if moe["router"] in ("hash_token", "dense") else max(1, int(moe["top_k"]))
+    moe = MoEConfig(**config["moe"])
+    return 1 if moe.router is Router.DENSE else rows_per_token(moe, RouterConfig(**config.get("router", {})))
 
 
 def sizes(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.moe.routers.abilities import why_not_exported
 
 ARCHITECTURES = ("vqmoe", "mixtral")
 CODE_FILES = ("configuration_vqmoe.py", "modeling_vqmoe.py")
@@ -170,10 +171,12 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         source_table: whether codes look at a moving average of the embeddings (the average has begun).
 
     Raises:
-        CheckpointError: Mixtral cannot compute what this model computes; the option is named.
+        CheckpointError: the architecture cannot compute what this model computes; the option is named.
     """
     if arch == "mixtral":
         return _mixtral_options(config)
+    if reason := why_not_exported(config):
+        raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
     options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
     return {

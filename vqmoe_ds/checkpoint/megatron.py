@@ -105,11 +105,11 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
 
 def _remarks(config: RunConfig) -> list[str]:
     lines = ["load it with --finetune, or --no-load-optim --no-load-rng: Megatron-LM gets weights, not Adam's moments"]
-    if config.moe.router in (Router.VQ, Router.HASH_TOKEN):
-        router = "" if config.moe.router is Router.VQ and config.moe.top_k else "; its linear router is zeros"
+    if config.moe.router not in (Router.TOPK, Router.DENSE):
+        which = "its own continuous router" if config.moe.router is Router.VQ and config.moe.top_k else "one of zeros"
         lines.append(
-            f"Megatron has no moe.router={config.moe.router.value}: it computes this model with a linear router and "
-            f"without codes{router}"
+            f"Megatron has no moe.router={config.moe.router.value}: it computes this model with a linear router alone, "
+            f"{which}"
         )
     return lines
 
@@ -128,12 +128,10 @@ class _Writer:
 
     def _check(self) -> None:
         config, options, path = self.config, self.options, self.reader.path
-        want, have = shapes_of(config), {name: tuple(self.reader.shape(name)) for name in self.reader.names()}
-        for name in sorted(want.keys() | have.keys()):
-            if want.get(name) != have.get(name):
-                raise CheckpointError(
-                    f"{path}: {name} is {have.get(name)}, its configuration asks for {want.get(name)}"
-                )
+        have = {name: tuple(self.reader.shape(name)) for name in self.reader.names()}
+        for name, want in shapes_of(config).items():  # routers may have more, for the side file
+            if want != have.get(name):
+                raise CheckpointError(f"{path}: {name} is {have.get(name)}, its configuration asks for {want}")
         sparse = sparse_blocks(config)
         widths = {"heads": config.model.heads}
         if len(sparse) < config.model.layers:
@@ -216,12 +214,12 @@ class _Writer:
 
     def write_extra(self, folder: Path) -> None:
         """What Megatron has no place for: path gates, codebooks, tables, and the run configuration without paths."""
-        kept = ("model", "moe", "codebook", "train")
-        run: dict[str, Any] = {name: self.reader.config[name] for name in kept if name in self.reader.config}
+        run: dict[str, Any] = {name: some for name, some in self.reader.config.items() if name not in ("data", "run")}
         checksum = self.reader.config.get("data", {}).get("tokenizer_sha256")
         if checksum is not None:
             run["data"] = {"tokenizer_sha256": checksum}
-        write_json(folder / EXTRA, {"format": FORMAT, "step": self.reader.step, "config": run})
+        names = {"names": self.reader.names(), "parameters": self.left}
+        write_json(folder / EXTRA, {"format": FORMAT, "step": self.reader.step, "config": run, **names})
         tensors = {name: self.reader.tensor(name) for name in self.left} | self.reader.buffers()
         if tensors:
             write_safetensors(folder / EXTRA_TENSORS, [entry_of(*item) for item in tensors.items()])
@@ -285,6 +283,12 @@ class MegatronReader(CheckpointReader):
         self._names = dense_names(self._run)
         self._sources = {ours: (theirs, i) for theirs, some in self._names.items() for i, ours in enumerate(some)}
         self._extra = read_header(path / EXTRA_TENSORS) if (path / EXTRA_TENSORS).exists() else {}
+        for name in extra.get("parameters", []) if extra else []:
+            if name not in self._extra:
+                raise CheckpointError(f"{path}: {EXTRA_TENSORS} lacks {name}; copy it again")
+            self._shapes[name] = self._extra[name].shape
+        if extra:  # optimizers number parameters in the model's order
+            self._shapes = {name: self._shapes[name] for name in extra["names"]}
         self._kept: tuple[Any, list[Tensor]] = (None, [])
         self._check_tensors()
 
@@ -392,9 +396,6 @@ class MegatronReader(CheckpointReader):
                 model = self._model(tp, ep)
                 there = {name: t.shape for name, t in model.items() if isinstance(t, Stored)}
                 self._check_names(there, self._wanted(tp_size, local, blocks), f"rank ({tp}, {ep})")
-        for name in self._shapes.keys() - self._sources.keys():
-            if ".experts." not in name and (name not in self._extra or self._extra[name].shape != self._shapes[name]):
-                raise CheckpointError(f"{self.path}: {EXTRA_TENSORS} lacks {name}; copy it again")
 
     def _check_names(self, there: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
         for name in sorted(there.keys() | wanted.keys()):

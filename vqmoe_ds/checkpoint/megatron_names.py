@@ -130,11 +130,16 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
             **{"moe_grouped_gemm": grouped, "moe_use_legacy_grouped_gemm": grouped},
             **{"moe_layer_freq": [int(block in sparse) for block in range(model.layers)]},
             # The weight of a single expert is its probability among all, that of several among the chosen.
-            **{"moe_router_pre_softmax": moe.top_k <= 1, "moe_router_score_function": "softmax"},
+            **{"moe_router_pre_softmax": _softmax_over_all(config), "moe_router_score_function": "softmax"},
             **{"moe_aux_loss_coeff": moe.balance_weight, "moe_router_load_balancing_type": "aux_loss"},
             **{"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"},
         }
     return Namespace(**options)
+
+
+def _softmax_over_all(config: RunConfig) -> bool:
+    chosen = config.model_dump(mode="json").get("router", {}).get("softmax_over", "auto")
+    return config.moe.top_k <= 1 if chosen == "auto" else chosen == "all"
 
 
 def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:

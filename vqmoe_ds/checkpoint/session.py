@@ -28,6 +28,7 @@ from vqmoe_ds.train.engine import Session
 STRUCTURE = {
     "model": None,
     "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend"),
+    "router": ("softmax_over", "low_dim", "statistics", "scaling"),
     "codebook": ("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning"),
 }
 """Fields that decide whether a checkpoint fits a model (None: the whole section)."""
@@ -164,11 +165,11 @@ def _ids_of(checksum: str | None) -> str:
 
 
 def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
-    """Refuse a checkpoint whose model differs, naming the first field."""
-    here = run.model_dump(mode="json")
+    """Refuse a checkpoint whose model differs, naming the first field; one older than a field has its default."""
+    here, defaults = run.model_dump(mode="json"), RunConfig().model_dump(mode="json")
     for section, names in STRUCTURE.items():
         for name in names or here[section]:
-            theirs, ours = saved.get(section, {}).get(name), here[section][name]
+            theirs, ours = saved.get(section, {}).get(name, defaults[section][name]), here[section][name]
             if theirs != ours:
                 raise CheckpointError(
                     f"{tag} holds another model: {section}.{name}={theirs} there, {ours} here; "

@@ -26,6 +26,7 @@ from vqmoe_ds.checkpoint.hf_names import NORM_EPS, is_sparse, shapes_of
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.moe.routers.abilities import why_not_exported
 
 LACKING = dict.fromkeys(("olmoe", "qwen3", "qwen3_moe", "olmo2"), "norms its queries and keys")
 IGNORED = "rotary_emb.inv_freq"
@@ -343,11 +344,17 @@ class UpcycledReader(CheckpointReader):
 
 
 def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
-    """The persistent buffers that a new model of this configuration has."""
+    """The persistent buffers that a new model of this configuration has.
+
+    Raises:
+        CheckpointError: a router whose state cannot be made here.
+    """
     from vqmoe_ds.moe.codebook import CodebookBank
     from vqmoe_ds.moe.routers import hash_of_tokens
     from vqmoe_ds.moe.sources import EmbeddingSource
 
+    if reason := why_not_exported(config):
+        raise CheckpointError(f"a dense model cannot start as this one: {reason.replace('exported', 'upcycled')}")
     model, moe, book, seed = config.model, config.moe, config.codebook, config.train.seed
     layers = sum(is_sparse(config, block) for block in range(model.layers))
     if moe.router is Router.HASH_TOKEN:

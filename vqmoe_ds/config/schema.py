@@ -24,8 +24,33 @@ def _f(default: Any, meaning: str, unit: str = "", **bounds: Any) -> Any:
 class Router(StrEnum):
     VQ = "vq"
     TOPK = "topk"
+    EXPERT_BIAS = "expert_bias"
+    XMOE = "xmoe"
+    STABLEMOE = "stablemoe"
+    SMOE_DROPOUT = "smoe_dropout"
+    RANDOM_FROZEN = "random_frozen"
     HASH_TOKEN = "hash_token"
+    ONLINE_KMEANS = "online_kmeans"
+    EXPERT_CHOICE = "expert_choice"
+    ADAPTIVE_CLUSTERING = "adaptive_clustering"
     DENSE = "dense"
+
+
+class SoftmaxOver(StrEnum):
+    AUTO = "auto"
+    CHOSEN = "chosen"
+    ALL = "all"
+
+
+class ClusterStatistics(StrEnum):
+    RUNNING = "running"
+    BATCH = "batch"
+    NONE = "none"
+
+
+class FeatureScaling(StrEnum):
+    PER_FEATURE = "per_feature"
+    GLOBAL = "global"
 
 
 class CodeSource(StrEnum):
@@ -67,11 +92,15 @@ class ModelConfig(_Section):
 class MoEConfig(_Section):
     """Experts and the router that picks them."""
 
-    router: Router = _f(Router.VQ, "vq: codes and optional top-k; topk: linear router; hash_token; dense: no experts")
+    router: Router = _f(
+        Router.VQ, "vq: codes and optional top-k; dense: no experts; the others: " + ", ".join(list(Router)[1:-1])
+    )
     num_experts: int = _f(16, "experts a layer", "experts", ge=1)
     expert_hidden: int = _f(192, "hidden width of one SwiGLU expert", "features", ge=1)
-    top_k: int = _f(1, "experts a token is sent to by the linear router; 0 with vq: discrete path only", ge=0)
-    balance_weight: float = _f(0.01, "weight of the load-balancing loss of the linear router", ge=0)
+    top_k: int = _f(1, "experts a token is sent to by the router; 0 with vq: discrete path only", ge=0)
+    balance_weight: float = _f(
+        0.01, "weight of the load-balancing loss (vq, topk, xmoe, stablemoe, adaptive_clustering)", ge=0
+    )
     z_loss_weight: float = _f(0.0, "weight of the router z-loss", ge=0)
     code_blend: float = _f(
         0.0,
@@ -84,9 +113,37 @@ class MoEConfig(_Section):
     def _check(self) -> MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}")
-        if self.router is Router.TOPK and self.top_k == 0:
-            raise ValueError("moe.top_k=0 leaves moe.router=topk without experts; use 1 or more, or moe.router=vq")
+        if self.top_k == 0 and self.router not in (Router.VQ, Router.HASH_TOKEN, Router.DENSE):
+            raise ValueError(
+                f"moe.top_k=0 leaves moe.router={self.router.value} without experts; use 1 or more, or moe.router=vq"
+            )
         return self
+
+
+class RouterConfig(_Section):
+    """Options of single routers beside vq; those that ``moe.router`` does not read do nothing."""
+
+    softmax_over: SoftmaxOver = _f(
+        SoftmaxOver.AUTO, "weights of the chosen experts: softmax over chosen or all; auto: all at top_k 1, else chosen"
+    )
+    bias_rate: float = _f(0.001, "expert_bias: how far the bias of an expert moves a step", gt=0)
+    low_dim: int = _f(0, "xmoe, stablemoe: width of the routing space; 0: half the experts, 50", "features", ge=0)
+    temperature: float = _f(
+        0.3, "of the cosines; xmoe: at the start (it is learned), online_kmeans: of the weights", gt=0
+    )
+    final_top_k: int = _f(0, "smoe_dropout: moe.top_k grows to this; 0: all experts", "experts", ge=0)
+    growth_steps: int = _f(0, "smoe_dropout: steps over which it grows; 0: the whole run", "steps", ge=0)
+    distil_steps: int = _f(0, "stablemoe: steps of the first stage; 0: a tenth of the run", "steps", ge=0)
+    distil_weight: float = _f(1.0, "stablemoe: weight of the distillation loss", gt=0)
+    decay: float = _f(0.99, "online_kmeans, adaptive_clustering: decay of running statistics a step", ge=0, lt=1)
+    statistics: ClusterStatistics = _f(
+        ClusterStatistics.RUNNING,
+        "adaptive_clustering: running (causal), batch (as published, not causal), none (all weights 1, the control)",
+    )
+    scaling: FeatureScaling = _f(
+        FeatureScaling.PER_FEATURE, "adaptive_clustering: mean weight 1 per feature over clusters, or global over both"
+    )
+    feature_clip: float = _f(10.0, "adaptive_clustering: largest weight, as a multiple of the mean", gt=1)
 
 
 class CodebookConfig(_Section):
@@ -159,7 +216,7 @@ class DataConfig(_Section):
         "none: the standard library's documentation",
     )
     holdout_every: int = _f(10, "raw text: one in this many stretches is held out", "stretches", ge=2)
-    split: str = _f("90,10,0", "prepared data: shares of training, validation and test, by stored sequence")
+    split: str = _f("90,10,0", "prepared data: shares of training, validation and test, spread over each corpus")
     valid_path: str | list[str] | None = _f(None, "validate on this text or these prefixes instead of a held-out part")
     tokenizer: str | None = _f(
         None, "tokenizer of prepared data that has no PREFIX.json: bytes, a folder, a .model or a vocabulary .txt"
@@ -188,6 +245,7 @@ class RunConfig(_Section):
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+    router: RouterConfig = RouterConfig()
     codebook: CodebookConfig = CodebookConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
@@ -196,6 +254,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         book, moe = self.codebook, self.moe
+        self._check_router()
         if moe.router is not Router.VQ:
             return self
         in_layer_space = (
@@ -226,3 +285,16 @@ class RunConfig(_Section):
                 "codebook.source_momentum works on embeddings, not on codebook.source=" + book.source.value
             )
         return self
+
+    def _check_router(self) -> None:
+        model, moe, final = self.model, self.moe, self.router.final_top_k
+        if moe.router is Router.ADAPTIVE_CLUSTERING and model.layers // model.moe_every < 2:
+            raise ValueError(
+                "moe.router=adaptive_clustering looks at the choices of the MoE layer before, so it needs two or more: "
+                f"raise model.layers={model.layers} or lower model.moe_every={model.moe_every}"
+            )
+        if moe.router is Router.SMOE_DROPOUT and final and not moe.top_k <= final <= moe.num_experts:
+            raise ValueError(
+                f"router.final_top_k={final} must lie between moe.top_k={moe.top_k} and "
+                f"moe.num_experts={moe.num_experts}"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vqmoe_ds.moe.routers import require_causal
 from vqmoe_ds.train.engine import Session
 
 
@@ -14,7 +15,11 @@ def sample_tokens(
     """Continue the ids of ``prompt`` by ``length`` ids under ``vocab_size``; all ranks take part, all get the same.
 
     The context is the last ``sequence_length`` tokens; there is no key-value cache here.
+
+    Raises:
+        ConfigError: the router looks at later tokens.
     """
+    require_causal(session.config.run, "generating text")
     generator = torch.Generator().manual_seed(seed)
     context = session.config.run.model.sequence_length
     tokens = list(prompt)

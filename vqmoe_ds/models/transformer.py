@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_ds.config.schema import CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.config.schema import CodeSource, ModelConfig, Router, RunConfig
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import make_plans
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import KnownRoute, hash_of_tokens, routes_ahead
+from vqmoe_ds.moe.routers import KnownRoute, hash_of_tokens, routes_ahead, rows_per_token
 from vqmoe_ds.moe.sources import EmbeddingSource
 
 
@@ -114,9 +114,13 @@ class MoETransformer(nn.Module):
         for index in range(model.layers):
             if index in self.moe_blocks:
                 layer = self.moe_blocks.index(index)
-                mlp: nn.Module = MoELayer(model.width, layer, moe, book, config.train.seed, ep_size, ep_rank, out_scale)
+                mlp: nn.Module = MoELayer(
+                    *(model.width, layer, moe, book, config.train.seed, ep_size, ep_rank, out_scale),
+                    *(config.router, model.vocab_size, config.train.steps),
+                )
             else:
-                mlp = DenseMLP(model.width, model.dense_hidden or moe.expert_hidden * rows_per_token(moe))
+                hidden = model.dense_hidden or moe.expert_hidden * rows_per_token(moe, config.router)
+                mlp = DenseMLP(model.width, hidden)
             self.blocks.append(Block(model, mlp))
         self.norm = RMSNorm(model.width)
         self.head = Linear(model.width, model.vocab_size)
@@ -156,14 +160,19 @@ class MoETransformer(nn.Module):
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
         recompute = self.config.train.activation_checkpointing and self.training
         early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
+        previous_T: Tensor | None = None
         for index, block in enumerate(self.blocks):
             route = known.get(index)
+            if previous_T is not None:
+                route = KnownRoute(previous_T=previous_T)
             if recompute:
                 x_BSD, aux = checkpoint(block, x_BSD, route, self.bank, use_reentrant=False)
             else:
                 x_BSD, aux = block(x_BSD, route, self.bank)
             if aux is not None:
                 aux_loss = aux_loss + aux
+            if isinstance(block.mlp, MoELayer):
+                previous_T = block.mlp.first_choice_T
             if early and index == self.config.codebook.source_block:
                 known = self._plan_from_source(x_BSD, first_block=index + 1)
         logits_BSV = self.head(self.norm(x_BSD))
@@ -181,6 +190,8 @@ class MoETransformer(nn.Module):
         moe, book = self.config.moe, self.config.codebook
         if self.token_table_LV is not None:
             return self._plans(self.token_table_LV[:, tokens_BS.flatten()], list(self.moe_blocks))
+        if moe.router is Router.STABLEMOE:
+            return dict.fromkeys(self.moe_blocks, KnownRoute(token_ids_T=tokens_BS.flatten()))
         if self.bank is None or self.source is None:
             return {}
         if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
@@ -221,10 +232,3 @@ class MoETransformer(nn.Module):
 def moe_block_indices(model: ModelConfig) -> list[int]:
     """Blocks with an MoE layer: the last of every ``moe_every``."""
     return list(range(model.moe_every - 1, model.layers, model.moe_every))
-
-
-def rows_per_token(moe: MoEConfig) -> int:
-    """Expert calls a token makes in one layer."""
-    if moe.router is Router.VQ:
-        return moe.top_k + 1
-    return max(1, moe.top_k) if moe.router is not Router.HASH_TOKEN else 1

@@ -5,15 +5,17 @@ Legend: B batch, S sequence, T = B * S tokens, D width, R routed rows a token.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from vqmoe_ds.config.schema import CodebookConfig, MoEConfig
+from vqmoe_ds.config.schema import CodebookConfig, MoEConfig, Router, RouterConfig
 from vqmoe_ds.moe.codebook import CodebookBank, recomputing
 from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
 from vqmoe_ds.moe.dispatch import DispatchPlan, collect, expand_rows, make_plans, send_rows
 from vqmoe_ds.moe.experts import StackedExperts
-from vqmoe_ds.moe.routers import KnownRoute, Routing, VQRouter, build_router
+from vqmoe_ds.moe.routers import KnownRoute, Routing, SMoEDropoutRouter, VQRouter, build_router
 
 
 class MoELayer(ExpertParallelLayer):
@@ -28,6 +30,9 @@ class MoELayer(ExpertParallelLayer):
         ep_size: expert-parallel ranks; must divide ``config.num_experts``.
         ep_rank: this rank's place among them.
         out_scale: factor on the initial down projections.
+        options: of the routers beside vq.
+        vocab_size: of the model (read by stablemoe).
+        steps: optimizer steps of the run (read by routers with a schedule).
     """
 
     def __init__(
@@ -40,6 +45,9 @@ class MoELayer(ExpertParallelLayer):
         ep_size: int = 1,
         ep_rank: int = 0,
         out_scale: float = 1.0,
+        options: RouterConfig | None = None,
+        vocab_size: int = 0,
+        steps: int = 1,
     ) -> None:
         num_local = config.num_experts // ep_size
         experts = StackedExperts(
@@ -47,9 +55,11 @@ class MoELayer(ExpertParallelLayer):
         )
         super().__init__(experts, config.num_experts, ep_size, ep_rank)
         self.layer = layer
-        self.router = build_router(width, layer, config, book)
+        self.router = build_router(width, layer, config, book, options, seed, vocab_size, steps)
         self.watch = False
         self.watched: Tensor | None = None
+        self.tells_first_choice = config.router is Router.ADAPTIVE_CLUSTERING
+        self.first_choice_T: Tensor | None = None
 
     def forward(
         self, x_BSD: Tensor, known: KnownRoute | None = None, bank: CodebookBank | None = None
@@ -62,37 +72,55 @@ class MoELayer(ExpertParallelLayer):
             bank: codebooks; needed by the vq router when codes are looked up in the layer's own state.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        known = replace(known or KnownRoute(), sequence=x_BSD.shape[1])
         routing = self._route(x_TD, known, bank)
-        plan = known.plan if known is not None else None
+        plan = known.plan
         if plan is None:
             plan = make_plans(routing.expert_ids_TR.unsqueeze(0), self.num_experts, self.exchange_group)[0]
+        if self.watch:  # diagnostics ask which experts each token went to
+            self.watched = self._experts_of_tokens(routing, len(x_TD))
+        if self.tells_first_choice:
+            self.first_choice_T = routing.expert_ids_TR[:, 0]
         self._count(routing)
-        rows_MD = expand_rows(x_TD, plan)
+        chosen = routing.tokens_M
+        rows_MD = expand_rows(x_TD if chosen is None else x_TD.index_select(0, chosen), plan)
         if routing.discrete_offset_TD is not None:
             rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
         group = self.exchange_group
         rows_PD = self.experts(send_rows(rows_MD, plan, group), plan.local_counts_E)
-        y_TRD = collect(rows_PD, plan, group)
-        return _combine(y_TRD, routing.weights_TR).view_as(x_BSD), routing.aux_loss
+        y_TD = _combine(collect(rows_PD, plan, group), routing.weights_TR)
+        if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
+            y_TD = torch.zeros_like(x_TD).index_add(0, chosen, y_TD)
+        return y_TD.view_as(x_BSD), routing.aux_loss
 
-    def _route(self, x_TD: Tensor, known: KnownRoute | None, bank: CodebookBank | None) -> Routing:
+    def _route(self, x_TD: Tensor, known: KnownRoute, bank: CodebookBank | None) -> Routing:
         if isinstance(self.router, VQRouter):
             if bank is None:
                 raise ValueError("the vq router needs the CodebookBank of its model")
             return self.router(x_TD, known, bank)
         if self.router is None:
-            if known is None or known.expert_ids_T is None:
+            if known.expert_ids_T is None:
                 raise ValueError("this layer has no router, so its experts must be known ahead")
             return Routing(known.expert_ids_T.unsqueeze(1))
-        routing: Routing = self.router(x_TD)
+        routing: Routing = self.router(x_TD, known)
         return routing
 
     @torch.no_grad()
     def _count(self, routing: Routing) -> None:
-        if self.watch:  # diagnostics ask which experts each token went to
-            self.watched = routing.expert_ids_TR
         if self.training and not recomputing():
             self.tokens_per_expert += torch.bincount(routing.expert_ids_TR.flatten(), minlength=self.num_experts)
+
+    def _experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
+        """Experts of each token, of one shape over the whole run.
+
+        Of a k that grows, the first ``moe.top_k``; of experts that choose, all N columns, -1 where not chosen.
+        """
+        ids_TR = routing.expert_ids_TR
+        if routing.tokens_M is not None:
+            experts_TN = ids_TR.new_full((tokens, self.num_experts), -1)
+            experts_TN[routing.tokens_M, ids_TR[:, 0]] = ids_TR[:, 0]
+            return experts_TN
+        return ids_TR[:, : self.router.config.top_k] if isinstance(self.router, SMoEDropoutRouter) else ids_TR
 
 
 def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:

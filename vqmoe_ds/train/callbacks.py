@@ -20,6 +20,7 @@ from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
+from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
@@ -84,7 +85,7 @@ class Metrics(Callback):
         sync = trainer.session.sync
         if sync is not None and not sync.in_step():
             raise TrainingHalted(
-                f"codebooks of the ranks differ at step {result.step}; training stopped before they diverge"
+                f"codebooks or routers of the ranks differ at step {result.step}; training stopped before they diverge"
             )
 
     def _row(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
@@ -210,7 +211,7 @@ class FinalReport(Callback):
 
     def _sample(self, trainer: Trainer, length: int) -> str:
         prompt, size = self.data.encode("The "), self.data.vocab_size
-        if not length or not prompt or size is None:
+        if not length or not prompt or size is None or why_not_causal(trainer.session.config.run):
             return ""
         return self.data.decode(sample_tokens(trainer.session, prompt, length, size))
 
@@ -237,7 +238,7 @@ class FinalReport(Callback):
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
     """Stored and active (used by one token) parameters of the whole model, experts of other ranks included."""
-    from vqmoe_ds.models.transformer import rows_per_token
+    from vqmoe_ds.moe.routers import rows_per_token
 
     config = trainer.session.config.run
     stored = active = 0
@@ -246,7 +247,7 @@ def parameter_counts(trainer: Trainer) -> dict[str, int]:
         if ".experts." in name:
             stored += count * trainer.session.config.ep_size
             per_expert = count * trainer.session.config.ep_size // config.moe.num_experts
-            active += per_expert * rows_per_token(config.moe)
+            active += per_expert * rows_per_token(config.moe, config.router)
         else:
             stored, active = stored + count, active + count
     return {"stored": stored, "active": active}

@@ -20,6 +20,7 @@ from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
+from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.train.ranks import Place
 
 
@@ -31,7 +32,8 @@ class Session:
     place: Place
     engine: Any
     model: MoETransformer
-    sync: CodebookSync | None
+    sync: CodebookSync | RouterSync | None
+    """Moves what is learned from statistics of all ranks: codebooks, or routers with state."""
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +69,7 @@ def set_up_torch(place: Place) -> None:
 
 
 def build_session(config: EngineConfig, place: Place, json_path: str) -> Session:
-    """Model, optimizer and DeepSpeed engine, with the codebooks of all ranks made equal.
+    """Model, optimizer and DeepSpeed engine, with codebooks and routers made equal on all ranks.
 
     Raises:
         ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks.
@@ -89,9 +91,10 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
         raise ConfigError(f"DeepSpeed config {json_path}: {where}: {first['msg']}") from None
     if config.zero_stage == 0 and config.precision == "fp32":
         clip_over_all_experts(engine)
-    sync = None
+    sync: CodebookSync | RouterSync | None = RouterSync.of(model)
     if model.bank is not None:
         sync = CodebookSync(model.bank, config.accumulation_steps)
+    if sync is not None:
         sync.broadcast()
     return Session(config, place, engine, model, sync)
 

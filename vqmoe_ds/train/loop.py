@@ -93,7 +93,7 @@ class Trainer:
             callback.on_end(self)
 
     def train_step(self) -> StepResult:
-        """All micro-batches of one optimizer step, the step itself, and the codebooks' step."""
+        """All micro-batches of one optimizer step, the step itself, and that of codebooks or routers."""
         started = time.perf_counter()
         session, train = self.session, self.session.config.run.train
         engine, rounds = session.engine, session.config.accumulation_steps
@@ -117,7 +117,7 @@ class Trainer:
         mean = [sum(column) / rounds for column in zip(*losses, strict=True)]
         loss, aux = session.mean_over_ranks(mean)
         taken = apply_step(engine, math.isfinite(loss + aux)) and math.isfinite(loss + aux)
-        self._step_codebooks(taken)
+        self._step_routers(taken)
         self.step += 1
         self.bad_steps += not taken
         self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
@@ -141,7 +141,7 @@ class Trainer:
         weights: list[float | None] = [count * micro_batches / max(targets, 1.0) for count in counts]
         return weights, target_bytes / max(targets, 1.0) if known else None
 
-    def _step_codebooks(self, taken: bool) -> None:
+    def _step_routers(self, taken: bool) -> None:
         session = self.session
         if session.sync is None:
             return

@@ -70,12 +70,16 @@ def _train(
     # Heavy imports only now: bad input has been answered, and their chatter goes to the log.
     from vqmoe_ds.checkpoint.session import check_fits, choose, consumed_samples, load
     from vqmoe_ds.evaluation.routing import RoutingHealth
+    from vqmoe_ds.moe.routers import why_not_causal
     from vqmoe_ds.train import callbacks as cb
     from vqmoe_ds.train.engine import build_session, set_up_torch
     from vqmoe_ds.train.loop import Trainer
 
     if tuned:
         console.say(tuned)
+    reason = why_not_causal(config.run)
+    if reason is not None:
+        console.say(f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample")
     set_up_torch(place)
     run_dir = agree_on(run_dir, place)
     checkpoints = run_dir / "checkpoints"

@@ -1,0 +1,130 @@
+"""What routers can and cannot do: causality in the whole model, expert calls, and one sentence for what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig, RunConfig
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.evaluation.sample import sample_tokens
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.moe.routers import require_causal, rows_per_token, why_not_causal, why_not_exported
+
+VOCAB, LENGTH = 40, 16
+NOT_CAUSAL = [("expert_choice", {}), ("adaptive_clustering", {"statistics": "batch"})]
+CAUSAL = [(r.value, {}) for r in Router if r is not Router.EXPERT_CHOICE]
+
+
+def _config(router: str, options: dict[str, Any] | None = None, **moe: Any) -> RunConfig:
+    model = {"vocab_size": VOCAB, "layers": 3, "width": 24, "heads": 2, "sequence_length": LENGTH}
+    shape = {"router": router, "num_experts": 4, "expert_hidden": 12, "top_k": 2, **moe}
+    return RunConfig(model=model, moe=shape, router=options or {}, train={"steps": 4})
+
+
+def _leak(config: RunConfig) -> float:
+    """Change of the first nine positions' logits when later tokens change, after some steps of training."""
+    model = MoETransformer(config)
+    sync = RouterSync.of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        tokens_BS = torch.randint(0, VOCAB, (3, LENGTH + 1), generator=generator)
+        sum(model(tokens_BS[:, :-1], tokens_BS[:, 1:])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if sync is not None:
+            sync.step()
+    model.eval()
+    other_BS = tokens_BS[:, :LENGTH].clone()
+    other_BS[:, 9:] = (other_BS[:, 9:] + 7) % VOCAB
+    with torch.no_grad():
+        before, after = model(tokens_BS[:, :LENGTH])[0], model(other_BS)[0]
+    return (before[:, :9] - after[:, :9]).abs().max().item()
+
+
+@pytest.mark.parametrize(("router", "options"), CAUSAL, ids=lambda value: str(value))
+def test_causal_routers_see_no_later_token(router: str, options: dict[str, Any]) -> None:
+    config = _config(router, options)
+    assert why_not_causal(config) is None
+    require_causal(config, "anything")
+    assert _leak(config) < 1e-5, "float32 rounding is all there may be"
+
+
+@pytest.mark.parametrize(("router", "options"), NOT_CAUSAL)
+def test_routers_that_look_ahead_do_and_are_refused(router: str, options: dict[str, Any]) -> None:
+    config = _config(router, options)
+    assert _leak(config) > 1e-3
+    with pytest.raises(
+        ConfigError, match="generating text needs a router that sees no later token, but .*; .*use|train"
+    ):
+        sample_tokens(SimpleNamespace(config=SimpleNamespace(run=config)), [1], 5, VOCAB)
+
+
+def test_neighbours_in_a_batch_matter_to_batch_statistics_alone() -> None:
+    for router, options, apart in (*((r, o, False) for r, o in [*CAUSAL, NOT_CAUSAL[0]]), (*NOT_CAUSAL[1], True)):
+        model = MoETransformer(_config(router, options)).eval()
+        tokens_BS = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            together, alone = model(tokens_BS)[0][:1], model(tokens_BS[:1])[0]
+        assert bool((together - alone).abs().max() > 1e-4) is apart, router
+
+
+@pytest.mark.parametrize("router", list(Router))
+def test_every_parameter_learns_and_counts_are_those_announced(router: Router) -> None:
+    config = _config(router.value, {"final_top_k": 2})
+    model = MoETransformer(config)
+    tokens_BS = torch.randint(0, VOCAB, (8, LENGTH + 1), generator=torch.Generator().manual_seed(2))
+    sum(model(tokens_BS[:, :-1], tokens_BS[:, 1:])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    for layer in model.moe_layers():
+        assert layer.tokens_per_expert.sum() == 8 * LENGTH * rows_per_token(config.moe, config.router)
+
+
+def test_expert_calls_of_a_growing_k_are_its_mean() -> None:
+    moe = MoEConfig(router=Router.SMOE_DROPOUT, num_experts=16, top_k=1)
+    assert rows_per_token(moe, RouterConfig(final_top_k=3)) == 2
+    assert rows_per_token(moe) == 9
+    assert rows_per_token(MoEConfig(router=Router.EXPERT_CHOICE, top_k=2)) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        ({"moe.router": "xmoe", "moe.top_k": 0}, "moe.top_k=0 leaves moe.router=xmoe without experts"),
+        (
+            {"moe.router": "smoe_dropout", "router.final_top_k": 99},
+            "router.final_top_k=99 must lie between moe.top_k=1",
+        ),
+        ({"moe.router": "adaptive_clustering", "model.layers": 1}, "it needs two or more: raise model.layers=1"),
+        ({"moe.router": "adaptive_clustering", "model.moe_every": 4}, "or lower model.moe_every=4"),
+        ({"router.temperature": 0}, "configuration field router.temperature=0"),
+        ({"router.statistic": "batch"}, "did you mean router.statistics?"),
+        ({"moe.router": "kmeans"}, "configuration field moe.router='kmeans'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(overrides: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config("tiny", None, overrides)
+    assert part in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_export_names_the_router_it_does_not_know() -> None:
+    for router in Router:
+        reason = why_not_exported(_config(router.value))
+        exported = router in (Router.VQ, Router.TOPK, Router.HASH_TOKEN, Router.DENSE)
+        assert (reason is None) is exported
+        assert exported or f"moe.router={router.value} is not among" in str(reason)
+    assert "router.softmax_over=auto, not all" in str(why_not_exported(_config("topk", {"softmax_over": "all"})))
+    transformers = pytest.importorskip("transformers")
+    assert transformers
+    from vqmoe_ds.models.hf import VQMoEConfig
+
+    with pytest.raises(ValueError, match="router='xmoe' is not one of vq, topk, hash_token, dense"):
+        VQMoEConfig(router="xmoe")

@@ -1,0 +1,130 @@
+"""The AC router: features weighed by how tight the token's cluster is in them.
+
+Legend: T tokens, D width, N experts, k experts chosen; K = N clusters, the experts of the MoE layer before.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqmoe_ds.config.schema import ClusterStatistics, FeatureScaling, MoEConfig, RouterConfig
+from vqmoe_ds.moe.routers.base import (
+    KnownRoute,
+    Routing,
+    StatefulRouter,
+    auxiliary_loss,
+    choose,
+    count_experts,
+    drawn,
+    softmax_over_all,
+    sum_by_expert,
+)
+
+SMALLEST = 1e-4
+"""Added to deviations before they are inverted, as released."""
+
+
+class DirectionScores(nn.Module):
+    """``x . e_i / ||e_i||`` in float32 with learned e; the token side keeps its length, as released."""
+
+    def __init__(self, width: int, num_experts: int, seed: int, layer: int) -> None:
+        super().__init__()
+        self.experts_ND = nn.Parameter(drawn((num_experts, width), width**-0.5, seed, layer))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return x_TD.float() @ F.normalize(self.experts_ND.float(), dim=-1).t()
+
+
+class AdaptiveClusteringRouter(StatefulRouter):
+    """AC router of *Tight Clusters Make Specialized Experts* (Nielsen 2025, ACMoE; definitions 1 and 2).
+
+    A token's cluster c is the first choice of the MoE layer before. In each cluster and feature q,
+    ``s_qc = mean |x_q - mean x_q|`` over its tokens, and ``M_c = diag(1 / s_qc)``, clipped and scaled to mean 1. Scores
+    are ``(M_c x) . e_i / ||e_i||``, TopK and softmax as usual. The experts see x itself. M has no gradient.
+
+    ``router.statistics`` says whose tokens: ``running``, those of earlier optimizer steps (deviations from the running
+    mean, summed over all ranks; causal); ``batch``, as published, those of this micro-batch, later positions included,
+    **not causal**; ``none``, M = 1, the control that differs in nothing else. A cluster without two tokens, or whose
+    tokens are all alike, has M = 1 and takes no part in clip and scale.
+    """
+
+    weights_KD: Tensor
+    totals_KS: Tensor
+
+    def __init__(self, width: int, config: MoEConfig, options: RouterConfig, seed: int, layer: int) -> None:
+        clusters = config.num_experts
+        # Of each cluster: tokens, their sum; tokens that had a mean to deviate from, the sum of deviations.
+        super().__init__(clusters, 2 * width + 2)
+        self.config, self.options, self.width = config, options, width
+        self.over_all = softmax_over_all(options.softmax_over, config.top_k)
+        self.scores = DirectionScores(width, config.num_experts, seed, layer)
+        self.register_buffer("weights_KD", torch.ones(clusters, width))
+        self.register_buffer("totals_KS", torch.zeros(clusters, 2 * width + 2, dtype=torch.float64))
+
+    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
+        if known is None or known.previous_T is None:
+            raise ValueError("the adaptive_clustering router needs the choices of the MoE layer before it")
+        logits_TN = self.scores(x_TD.float() * self._feature_weights(x_TD.detach().float(), known.previous_T))
+        ids_Tk, weights_Tk = choose(logits_TN, self.config.top_k, self.over_all)
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.config))
+
+    @torch.no_grad()
+    def _feature_weights(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
+        """Diagonal of M for each token, ``[T, D]``."""
+        if self.options.statistics is ClusterStatistics.BATCH:
+            deviations_KD, counts_K = _deviations(x_TD, clusters_T, self.config.num_experts)
+            return self._weigh(deviations_KD, counts_K)[clusters_T]
+        if self.options.statistics is ClusterStatistics.RUNNING and self.observing:
+            self.observe(self._statistics(x_TD, clusters_T))
+        return self.weights_KD[clusters_T]
+
+    def _weigh(self, deviations_KD: Tensor, counts_K: Tensor) -> Tensor:
+        return feature_weights(deviations_KD, counts_K, self.options.scaling, self.options.feature_clip)
+
+    def _statistics(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
+        clusters = self.config.num_experts
+        counts_K = count_experts(clusters_T, clusters).double()
+        known_K = self.totals_KS[:, 0] > 0
+        apart_TD = (x_TD - self._means()[clusters_T].float()).abs()
+        apart_KD = sum_by_expert(apart_TD, clusters_T, clusters) * known_K.unsqueeze(1)
+        sums_KD = sum_by_expert(x_TD, clusters_T, clusters)
+        return torch.cat([counts_K.unsqueeze(1), sums_KD, (counts_K * known_K).unsqueeze(1), apart_KD], dim=1)
+
+    def _means(self) -> Tensor:
+        return self.totals_KS[:, 1 : self.width + 1] / self.totals_KS[:, :1].clamp_min(1e-12)
+
+    def learn(self, statistics: Tensor) -> None:
+        if self.options.statistics is not ClusterStatistics.RUNNING:
+            return
+        decay = self.averaging(self.options.decay)
+        self.totals_KS.mul_(decay).add_(statistics, alpha=1 - decay)
+        counts_K = self.totals_KS[:, self.width + 1]
+        deviations_KD = self.totals_KS[:, self.width + 2 :] / counts_K.clamp_min(1e-12).unsqueeze(1)
+        self.weights_KD.copy_(self._weigh(deviations_KD, counts_K))
+
+
+def _deviations(x_TD: Tensor, clusters_T: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Mean absolute deviation within each cluster ``[K, D]``, and the tokens of each."""
+    counts_K = count_experts(clusters_T, num_clusters)
+    divisor_K1 = counts_K.clamp_min(1).unsqueeze(1)
+    means_KD = sum_by_expert(x_TD, clusters_T, num_clusters) / divisor_K1
+    apart_TD = (x_TD - means_KD[clusters_T]).abs()
+    return sum_by_expert(apart_TD, clusters_T, num_clusters) / divisor_K1, counts_K
+
+
+def feature_weights(deviations_KD: Tensor, counts_K: Tensor, scaling: FeatureScaling, clip: float) -> Tensor:
+    """``1 / deviation``, clipped at ``clip`` times the mean and scaled to a mean of 1, ``[K, D]``.
+
+    ``per_feature`` divides by the mean over clusters, feature by feature, after the clip (the language-model release);
+    ``global`` by the one mean over all, taken before the clip (the vision release). Clusters that say nothing have
+    weight 1: under two tokens, or no deviation in any feature, whose inverse of 10,000 would drown all others.
+    """
+    usable_K1 = ((counts_K >= 2) & (deviations_KD.mean(dim=1) > SMALLEST)).unsqueeze(1)
+    usable = usable_K1.sum().clamp_min(1)
+    inverse_KD = torch.where(usable_K1, 1 / (deviations_KD + SMALLEST), torch.zeros_like(deviations_KD))
+    mean = inverse_KD.sum() / (usable * inverse_KD.shape[1])
+    clipped_KD = inverse_KD.clamp(max=clip * mean)
+    scale = clipped_KD.sum(dim=0, keepdim=True) / usable if scaling is FeatureScaling.PER_FEATURE else mean
+    return torch.where(usable_K1, clipped_KD / scale.clamp_min(1e-12), torch.ones_like(clipped_KD))

@@ -1,0 +1,165 @@
+"""What all routers share: their question, their answer, state that moves once a step, and the usual losses.
+
+Legend: T tokens, D width, N experts, R routed rows a token, k experts chosen, M routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqmoe_ds.config.schema import MoEConfig, SoftmaxOver
+from vqmoe_ds.moe.codebook import recomputing
+from vqmoe_ds.moe.dispatch import DispatchPlan
+
+
+@dataclass(frozen=True)
+class KnownRoute:
+    """What is known of a layer's routing before its own state is: codes, experts, perhaps the whole plan.
+
+    All of it enters a block as an argument, so that the recomputation of activation checkpointing sees it again.
+    """
+
+    expert_ids_T: Tensor | None = None
+    plan: DispatchPlan | None = None
+    token_ids_T: Tensor | None = None
+    """Read by stablemoe."""
+    previous_T: Tensor | None = None
+    """First choice of the MoE layer before, read by adaptive_clustering."""
+    sequence: int | None = None
+    """Tokens of one sequence; filled in by the layer, read by expert_choice. None: all tokens are one sequence."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's answer.
+
+    ``weights_TR`` None means 1 everywhere. ``discrete_offset_TD``, without gradient, is added to the input of the
+    last of the R rows: with straight-through the discrete expert sees ``x + c sg(v - x)``. With ``tokens_M`` a token
+    may have any number of rows: ids and weights are ``[M, 1]``, and ``tokens_M`` says whose they are.
+    """
+
+    expert_ids_TR: Tensor
+    weights_TR: Tensor | None = None
+    aux_loss: Tensor | None = None
+    discrete_offset_TD: Tensor | None = None
+    tokens_M: Tensor | None = None
+
+
+class Float32Linear(nn.Linear):
+    """A bias-free product in float32 whatever the weights' type.
+
+    A module of its own because ZeRO-3 gathers weights around a module's forward and backward, by its tensors.
+    """
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__(width, outputs, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
+
+class StatefulRouter(nn.Module):
+    """A router with state in buffers that moves once an optimizer step.
+
+    ``forward`` adds to ``pending``; ``RouterSync`` sums it over all ranks at the step boundary and calls ``update``.
+    So neither ranks, nor accumulation, nor recomputation change what is learned. ``updates`` counts optimizer steps and
+    is saved: whatever depends on the step reads it.
+
+    Args:
+        statistics: shape of the statistics; ``(0,)`` where none are needed.
+    """
+
+    updates: Tensor
+    _pending: Tensor | None
+
+    def __init__(self, *statistics: int) -> None:
+        super().__init__()
+        self._shape = statistics
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.clear_statistics()
+
+    @property
+    def observing(self) -> bool:
+        """Whether tokens count now: in training, but not when checkpointing runs a forward again in backward."""
+        return self.training and not recomputing()
+
+    @property
+    def pending(self) -> Tensor:
+        """This rank's statistics since the last update, float64."""
+        if self._pending is None:
+            return torch.zeros(self._shape, dtype=torch.float64, device=self.updates.device)
+        return self._pending
+
+    @torch.no_grad()
+    def observe(self, statistics: Tensor) -> None:
+        """Add those of one micro-batch."""
+        self._pending = self.pending + statistics.double()
+
+    def clear_statistics(self) -> None:
+        """Forget what was gathered since the last update (a step that is not taken leaves no trace)."""
+        self._pending = None
+
+    @torch.no_grad()
+    def update(self, statistics: Tensor) -> None:
+        """Move the state by the statistics of all ranks; the same on every rank."""
+        self.learn(statistics)
+        self.updates += 1
+        self.clear_statistics()
+
+    def learn(self, statistics: Tensor) -> None:
+        """What a router does with them."""
+
+    def averaging(self, decay: float) -> float:
+        """Decay of running statistics: a plain mean over the first steps, which would weigh the start too much."""
+        step = int(self.updates)
+        return min(decay, step / (step + 1))
+
+
+def choose(logits_TN: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
+    """The k largest logits, the largest first: experts and weights ``[T, k]``, softmax over all N or the k chosen."""
+    top_probs_Tk, ids_Tk = logits_TN.softmax(dim=-1).topk(top_k, dim=-1)
+    return ids_Tk, top_probs_Tk if over_all else top_probs_Tk / top_probs_Tk.sum(-1, keepdim=True)
+
+
+def softmax_over_all(over: SoftmaxOver, top_k: int, learned: bool = True) -> bool:
+    """What ``auto`` means: over the chosen; over all where one choice would leave a learned router no gradient."""
+    if over is SoftmaxOver.AUTO:
+        return learned and top_k == 1
+    return over is SoftmaxOver.ALL
+
+
+def auxiliary_loss(logits_TN: Tensor, ids_Tk: Tensor, config: MoEConfig) -> Tensor:
+    """Switch's balance loss ``N sum_e f_e P_e`` and ST-MoE's z-loss ``mean(logsumexp^2)``, by their weights.
+
+    ``f_e`` is the share of all T k choices that went to expert e, ``P_e`` its mean probability.
+    """
+    aux = logits_TN.new_zeros(())
+    if config.balance_weight:
+        share_N = count_experts(ids_Tk, config.num_experts) / ids_Tk.numel()
+        mean_N = logits_TN.softmax(dim=-1).mean(dim=0)
+        aux = aux + config.balance_weight * config.num_experts * (share_N * mean_N).sum()
+    if config.z_loss_weight:
+        aux = aux + config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
+    return aux
+
+
+def count_experts(ids: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs, int64 ``[N]``."""
+    return torch.bincount(ids.flatten(), minlength=num_experts)
+
+
+def sum_by_expert(x_MD: Tensor, ids_M: Tensor, num_experts: int) -> Tensor:
+    """Sums of the rows of each expert, ``[N, D]``, in an order that never changes."""
+    if x_MD.device.type == "cpu":  # sequential, so deterministic
+        return x_MD.new_zeros(num_experts, x_MD.shape[1]).index_add_(0, ids_M, x_MD)
+    return F.one_hot(ids_M, num_experts).to(x_MD.dtype).t() @ x_MD
+
+
+def drawn(shape: tuple[int, ...], scale: float, seed: int, layer: int) -> Tensor:
+    """Normal numbers that follow from (seed, layer), so that every rank and layout has the same."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer + 1) % 2**62)
+    return torch.randn(shape, generator=generator) * scale

@@ -1,0 +1,48 @@
+"""Experts that choose their tokens. Not causal.
+
+Legend: B sequences, S tokens of one, T = B S tokens, D width, N experts, C tokens an expert takes of a sequence,
+M = B N C routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vqmoe_ds.config.schema import MoEConfig
+from vqmoe_ds.moe.routers.base import Float32Linear, KnownRoute, Routing
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Expert Choice (Zhou 2022): expert i takes the C tokens with the largest ``P_ti``, ``P_t = softmax(W x_t)``.
+
+    ``C = ceil(S k / N)``, so ``moe.top_k`` is the mean number of experts a token has (the paper's capacity factor);
+    a token may have none or all. The weight is ``P_ti``; load is equal by construction, so there is no balance loss.
+
+    **Not causal**: whether a token is taken depends on later ones. Tokens compete within their own sequence, not within
+    the whole batch as published, so that at least neighbours in a batch, its size and its split do not matter.
+    """
+
+    def __init__(self, width: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Float32Linear(width, config.num_experts)
+
+    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
+        config, tokens = self.config, len(x_TD)
+        length = known.sequence if known is not None and known.sequence else tokens
+        logits_TN = self.gate(x_TD)
+        probs_BSN = logits_TN.softmax(dim=-1).view(-1, length, config.num_experts)
+        capacity = -(-length * config.top_k // config.num_experts)
+        weights_BCN, places_BCN = probs_BSN.topk(capacity, dim=1)
+        starts_B11 = torch.arange(0, tokens, length, device=x_TD.device).view(-1, 1, 1)
+        experts_BCN = torch.arange(config.num_experts, device=x_TD.device).expand_as(places_BCN)
+        aux = logits_TN.new_zeros(())
+        if config.z_loss_weight:
+            aux = config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
+        return Routing(
+            experts_BCN.reshape(-1, 1),
+            weights_BCN.reshape(-1, 1),
+            aux,
+            tokens_M=(places_BCN + starts_B11).flatten(),
+        )

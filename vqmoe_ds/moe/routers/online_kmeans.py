@@ -1,0 +1,54 @@
+"""Routing to running means of what was routed there.
+
+Legend: T tokens, D width, N experts, k experts chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqmoe_ds.config.schema import MoEConfig, RouterConfig
+from vqmoe_ds.moe.routers.base import (
+    KnownRoute,
+    Routing,
+    StatefulRouter,
+    choose,
+    drawn,
+    softmax_over_all,
+    sum_by_expert,
+)
+
+
+class OnlineKMeansRouter(StatefulRouter):
+    """Online k-means (Ahrac, Hochwald and Geva 2026, arXiv 2605.12476): TopK of ``cos(x, c_i)``; no parameters.
+
+    ``c_i`` is the running mean of the states routed to expert i. Once an optimizer step
+    ``m_i <- d m_i + (1 - d) sum of the states routed to i``; an expert without tokens keeps its place. A cosine does
+    not feel the length of a mean, so its sum serves. Weights are the softmax of ``cos / router.temperature`` over the
+    chosen; our choice, as only the paper's abstract was read.
+    """
+
+    means_ND: Tensor
+
+    def __init__(self, width: int, config: MoEConfig, options: RouterConfig, seed: int, layer: int) -> None:
+        super().__init__(config.num_experts, width)
+        self.config, self.options = config, options
+        self.over_all = softmax_over_all(options.softmax_over, config.top_k, learned=False)
+        self.register_buffer("means_ND", drawn((config.num_experts, width), width**-0.5, seed, layer))
+
+    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
+        # Weights carry a gradient to x; the choice and the means have none.
+        cosines_TN = F.normalize(x_TD.float(), dim=-1) @ F.normalize(self.means_ND, dim=-1).t()
+        ids_Tk, weights_Tk = choose(cosines_TN / self.options.temperature, self.config.top_k, self.over_all)
+        if self.observing:
+            states_MD = x_TD.detach().float().repeat_interleave(self.config.top_k, dim=0)
+            self.observe(sum_by_expert(states_MD, ids_Tk.flatten(), self.config.num_experts))
+        return Routing(ids_Tk, weights_Tk)
+
+    def learn(self, statistics: Tensor) -> None:
+        decay = self.averaging(self.options.decay)
+        moved_ND = decay * self.means_ND.double() + (1 - decay) * statistics
+        used_N1 = (statistics != 0).any(dim=1, keepdim=True)
+        self.means_ND.copy_(torch.where(used_N1, moved_ND, self.means_ND.double()))
