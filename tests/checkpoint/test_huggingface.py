@@ -154,7 +154,7 @@ sys.meta_path.insert(0, Wall())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # or it asks, and waits for an answer
 batch = tokenizer(["The quick", "Käfer"], return_tensors="pt", padding=True)
 new = model.generate(**batch, max_new_tokens=5, do_sample=False)
 with torch.no_grad():

@@ -79,7 +79,7 @@ def _usage(arch: str) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{trust})
 inputs = tokenizer(["The ", "Once upon a time"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.8)))
 ```
