@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
 
@@ -64,28 +64,21 @@ def tokens_of(batch: int = 3, length: int = LENGTH, vocab: int = VOCAB, seed: in
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-class ModelReader(CheckpointReader):
+class ModelReader(WeightsReader):
     """A model in memory as a checkpoint."""
 
     kind = "memory"
 
     def __init__(self, model: MoETransformer, path: Path = Path("memory"), step: int = 7) -> None:
+        super().__init__()
         self.path, self.step = path, step
         self.config = model.config.model_dump(mode="json")
-        self.layout, self.client_state, self.counters = {}, {}, {}
         self._parameters = {name: p.detach() for name, p in model.named_parameters()}
         self._buffers = {name: t for name, t in model.state_dict().items() if name not in self._parameters}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self._parameters.items()}
-
-    @property
-    def has_optimizer(self) -> bool:
-        return False
-
-    def optimizer_step(self) -> int:
-        return 0
 
     def buffers(self) -> dict[str, Tensor]:
         return dict(self._buffers)

@@ -65,10 +65,6 @@ class TagReader(CheckpointReader):
     # ------------------------------------------------------------------ what there is
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
     def has_optimizer(self) -> bool:
         return bool(self._adam(self._optimizer(0))["state"])
 

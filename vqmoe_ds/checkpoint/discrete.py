@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.errors import CheckpointError
 
 DROPPED = (".router.continuous.", ".router.path_gate.")
 
 
-class DiscreteOnly(CheckpointReader):
+class DiscreteOnly(WeightsReader):
     """A view of a VQMoE checkpoint for discrete inference and fine-tuning, without an optimizer.
 
     Args:
@@ -33,17 +33,6 @@ class DiscreteOnly(CheckpointReader):
         self.layout, self.counters, self.client_state = source.layout, source.counters, source.client_state
         self.config = discrete_config(source.config)
         self._shapes = {n: s for n, s in source.shapes.items() if not any(part in n for part in DROPPED)}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
-    def has_optimizer(self) -> bool:
-        return False
-
-    def optimizer_step(self) -> int:
-        return 0
 
     def buffers(self) -> dict[str, Tensor]:
         return {n: buffer for n, buffer in self.source.buffers().items() if not n.startswith("bank.adam_")}

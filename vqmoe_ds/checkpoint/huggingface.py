@@ -37,7 +37,7 @@ from vqmoe_ds.checkpoint.hf_names import (
     shapes_of,
 )
 from vqmoe_ds.checkpoint.portable import new_folder
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.checkpoint.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError, DataError
@@ -257,7 +257,7 @@ def _tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
 # ---------------------------------------------------------------- back again
 
 
-class HFReader(CheckpointReader):
+class HFReader(WeightsReader):
     """A Hugging Face folder as a checkpoint without an optimizer.
 
     Args:
@@ -270,6 +270,7 @@ class HFReader(CheckpointReader):
     kind = "hf"
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
         options = read_json(self.path / "config.json")
         self.arch = str(options.get("model_type"))
@@ -284,26 +285,12 @@ class HFReader(CheckpointReader):
         self._run = _merged_config(options, training, self.arch, self.path)
         self.config = self._run.model_dump(mode="json")
         self.step = int(training.get("step", 0))
-        self.layout: dict[str, Any] = {}
-        self.client_state: dict[str, Any] = {}
-        self.counters: dict[str, Any] = {}
         self._weights = read_weights(self.path)
         self._shapes = shapes_of(self._run)
         self._parts: dict[str, list[Part]] = {name: [] for name in self._shapes}
         for part in parts_of(self._run, self.arch):
             self._parts[part.source].append(part)
         self._check_weights()
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
-    def has_optimizer(self) -> bool:
-        return False
-
-    def optimizer_step(self) -> int:
-        return 0
 
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
         if kind != "fp32" or name not in self._parts:

@@ -38,7 +38,7 @@ from vqmoe_ds.checkpoint.megatron_names import (
     sparse_blocks,
 )
 from vqmoe_ds.checkpoint.portable import new_folder
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.checkpoint.safetensors_io import read_header, write_safetensors
 from vqmoe_ds.checkpoint.skeleton import Skeleton
 from vqmoe_ds.config.schema import Router, RunConfig
@@ -261,12 +261,13 @@ def _inert(module: str, name: str) -> bool:
     return (module, name) in known or module.startswith("megatron.core.")
 
 
-class MegatronReader(CheckpointReader):
+class MegatronReader(WeightsReader):
     """A Megatron checkpoint as one without an optimizer."""
 
     kind = "megatron"
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         self._files = self._open_files()
         self.layout = {"tp_size": len(self._files), "ep_size": len(self._files[0])}
@@ -277,8 +278,6 @@ class MegatronReader(CheckpointReader):
         self._run = run_config(extra["config"] if extra else self._config_of_args(), path)
         self.config = self._run.model_dump(mode="json")
         self.step = int(extra["step"] if extra else self._files[0][0].get("iteration") or 0)
-        self.client_state: dict[str, Any] = {}
-        self.counters: dict[str, Any] = {}
         self._shapes = shapes_of(self._run)
         self._names = dense_names(self._run)
         self._sources = {ours: (theirs, i) for theirs, some in self._names.items() for i, ours in enumerate(some)}
@@ -291,17 +290,6 @@ class MegatronReader(CheckpointReader):
             self._shapes = {name: self._shapes[name] for name in extra["names"]}
         self._kept: tuple[Any, list[Tensor]] = (None, [])
         self._check_tensors()
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
-    def has_optimizer(self) -> bool:
-        return False
-
-    def optimizer_step(self) -> int:
-        return 0
 
     def buffers(self) -> dict[str, Tensor]:
         return {name: stored.whole() for name, stored in self._extra.items() if name not in self._shapes}

@@ -90,10 +90,6 @@ class NativeReader(CheckpointReader):
     # ------------------------------------------------------------------ what there is
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
     def has_optimizer(self) -> bool:
         return bool(self._files.optimizers) and bool(self._files.adam(0)[0])
 

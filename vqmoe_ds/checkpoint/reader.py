@@ -61,10 +61,12 @@ class CheckpointReader(ABC):
         saved = self.client_state.get("vqmoe_ds", {})
         return int(saved.get("samples", self.step * self.config.get("train", {}).get("batch_size", 0)))
 
+    _shapes: dict[str, tuple[int, ...]]
+
     @property
-    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter; experts are stacked over all global experts, ``[N, H, D]``."""
+        return self._shapes
 
     @property
     @abstractmethod
@@ -120,6 +122,20 @@ class CheckpointReader(ABC):
         total = math.prod(self.shape(name))
         for start in range(0, total, CHUNK):
             yield self.read(name, kind, start, min(CHUNK, total - start))
+
+
+class WeightsReader(CheckpointReader):
+    """A checkpoint of weights and buffers alone."""
+
+    def __init__(self) -> None:
+        self.layout, self.client_state, self.counters = {}, {}, {}
+
+    @property
+    def has_optimizer(self) -> bool:
+        return False
+
+    def optimizer_step(self) -> int:
+        return 0
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:

