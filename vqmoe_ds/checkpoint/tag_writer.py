@@ -7,12 +7,11 @@ size of a rank's share.
 
 from __future__ import annotations
 
-import io
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.archive import Stored, load_archive, raw_bytes
 from vqmoe_ds.checkpoint.deepspeed_tag import DEEPSPEED_KEYS
 from vqmoe_ds.checkpoint.portable import Tell, seal
 from vqmoe_ds.checkpoint.reader import CHUNK, KINDS, CheckpointReader
 from vqmoe_ds.checkpoint.safetensors_io import Sealed
+from vqmoe_ds.checkpoint.skeleton import Skeleton
 from vqmoe_ds.checkpoint.store import sha256_of
 from vqmoe_ds.errors import CheckpointError
 
@@ -68,21 +67,29 @@ class _Run(NamedTuple):
     begin: int
 
 
-@dataclass
-class _File:
-    """A file in the making: its tree of empty tensors, and what goes where in it."""
+class _File(Skeleton):
+    """A file whose large tensors are stretches of the reader's."""
 
-    name: str
-    tree: Any = None
-    jobs: list[tuple[tuple[Any, ...], list[_Run] | Tensor]] = field(default_factory=list)
+    def __init__(self, name: str, reader: CheckpointReader, tree: Any = None) -> None:
+        super().__init__(name, tree)
+        self.reader, self.nbytes = reader, 0
 
-    def empty(self, path: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype, runs: list[_Run]) -> Tensor:
-        self.jobs.append((path, runs))
-        return torch.empty(shape, dtype=dtype)
+    def planned(self, place: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype, runs: list[_Run]) -> Tensor:
+        """A tensor with these stretches in it; moments the reader lacks stay zero, as Adam starts anew at step 0."""
+        for run in runs:
+            if run.kind == "fp32" or self.reader.has_optimizer:
+                self.fill(place, run.begin, partial(_stretch_of, self.reader, run))
+                self.nbytes += run.length * dtype.itemsize
+        return self.empty(place, shape, dtype)
 
-    def small(self, path: tuple[Any, ...], value: Tensor) -> Tensor:
-        self.jobs.append((path, value))
-        return torch.empty(value.shape, dtype=value.dtype)
+    def small(self, place: tuple[Any, ...], value: Tensor) -> Tensor:
+        self.nbytes += value.numel() * value.dtype.itemsize
+        return super().small(place, value)
+
+
+def _stretch_of(reader: CheckpointReader, run: _Run) -> Iterator[Tensor]:
+    for done in range(0, run.length, CHUNK):
+        yield reader.read(run.name, run.kind, run.start + done, min(CHUNK, run.length - done))
 
 
 def write_tag(reader: CheckpointReader, folder: Path, layout: TagLayout, tell: Tell | None = None) -> None:
@@ -95,7 +102,7 @@ def write_tag(reader: CheckpointReader, folder: Path, layout: TagLayout, tell: T
     with ThreadPoolExecutor(1) as hashing:  # while the next file is written
         sums = {}
         for file in _TagWriter(reader, layout).files():
-            _write(file, folder / file.name, reader, tell)
+            file.write(folder, tell, lambda module, name: False)
             sums[file.name] = hashing.submit(sha256_of, folder / file.name)
         files = {name: Sealed((folder / name).stat().st_size, job.result()) for name, job in sums.items()}
     seal(folder, reader, files, layout.as_dict())
@@ -103,47 +110,7 @@ def write_tag(reader: CheckpointReader, folder: Path, layout: TagLayout, tell: T
 
 def bytes_told(reader: CheckpointReader, layout: TagLayout) -> int:
     """What ``tell`` of ``write_tag`` will have been told at the end."""
-    values = 0
-    for file in _TagWriter(reader, layout).files():
-        for _, content in file.jobs:
-            if isinstance(content, Tensor):
-                values += content.numel()
-            else:
-                values += sum(run.length for run in content if run.kind == "fp32" or reader.has_optimizer)
-    return 4 * values
-
-
-def _write(file: _File, path: Path, reader: CheckpointReader, tell: Tell | None) -> None:
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(file.tree, path)
-    skeleton = load_archive(path)
-    with open(path, "r+b") as stream:
-        for place, content in file.jobs:
-            stored = skeleton
-            for key in place:
-                stored = stored[key]
-            for begin, values in _stretches(content, reader):
-                _pour(stream, stored, begin, values)
-                if tell is not None:
-                    tell(4 * values.numel())
-
-
-def _stretches(content: list[_Run] | Tensor, reader: CheckpointReader) -> Iterator[tuple[int, Tensor]]:
-    if isinstance(content, Tensor):
-        yield 0, content.contiguous().view(-1)
-        return
-    for run in content:
-        if run.kind != "fp32" and not reader.has_optimizer:
-            continue  # moments of zero, as the skeleton has them, at step 0: Adam starts anew
-        for done in range(0, run.length, CHUNK):
-            count = min(CHUNK, run.length - done)
-            yield run.begin + done, reader.read(run.name, run.kind, run.start + done, count)
-
-
-def _pour(stream: io.BufferedRandom, stored: Stored, begin: int, values: Tensor) -> None:
-    if values.numel():
-        stream.seek(stored.offset + begin * stored.dtype.itemsize)
-        stream.write(raw_bytes(values.to(stored.dtype)))
+    return sum(file.nbytes for file in _TagWriter(reader, layout).files())
 
 
 class _TagWriter:
@@ -216,14 +183,14 @@ class _TagWriter:
 
     def _model_file(self, rank: int) -> _File:
         stage = self.layout.zero_stage
-        file = _File(f"{f'zero_pp_rank_{rank}_' if stage == 3 else ''}mp_rank_00_model_states.pt")
+        file = _File(f"{f'zero_pp_rank_{rank}_' if stage == 3 else ''}mp_rank_00_model_states.pt", self.reader)
         module: OrderedDict[str, Tensor] = OrderedDict()
         for name in self.reader.names():
             if name in self.experts:
                 continue
             shape = (0,) if stage == 3 else self.reader.shape(name)
             runs = [] if stage == 3 else [_Run(name, "fp32", 0, math.prod(shape), 0)]
-            module[name] = file.empty(("module", name), shape, self.dtype, runs)
+            module[name] = file.planned(("module", name), shape, self.dtype, runs)
         for name, buffer in self.buffers.items():
             module[name] = file.small(("module", name), buffer)
         layers = self._layer_records(rank)
@@ -304,13 +271,15 @@ class _TagWriter:
         return records
 
     def _expert_file(self, prefix: str, expert: int) -> _File:
-        file = _File(f"layer_{self._layers().index(prefix)}_expert_{expert}_mp_rank_00_model_states.pt", {})
+        file = _File(
+            f"layer_{self._layers().index(prefix)}_expert_{expert}_mp_rank_00_model_states.pt", self.reader, {}
+        )
         for name in self.experts:
             if name.startswith(prefix + "."):
                 shape = self.reader.shape(name)[1:]
                 count, key = math.prod(shape), f"{name}.{expert}"
                 runs = [_Run(name, "fp32", expert * count, count, 0)]
-                file.tree[key] = file.empty((key,), shape, self.dtype, runs)
+                file.tree[key] = file.planned((key,), shape, self.dtype, runs)
         return file
 
     # ------------------------------------------------------------------ optimizer
@@ -331,7 +300,7 @@ class _TagWriter:
         return rows
 
     def _stage0_file(self, rank: int) -> _File:
-        file = _File(f"expp_rank_{rank}_mp_rank_00_optim_states.pt")
+        file = _File(f"expp_rank_{rank}_mp_rank_00_optim_states.pt", self.reader)
         file.tree = {"optimizer": self._stage0_optimizer(file, rank, ("optimizer",))}
         return file
 
@@ -350,9 +319,9 @@ class _TagWriter:
                 state[number] = {"step": file.small((*inner, "state", number, "step"), self.step)}
                 for kind in KINDS[1:]:
                     place = (*inner, "state", number, kind)
-                    state[number][kind] = file.empty(place, shape, torch.float32, [run._replace(kind=kind)])
+                    state[number][kind] = file.planned(place, shape, torch.float32, [run._replace(kind=kind)])
                 if half:
-                    masters[g].append(file.empty((*path, "fp32_groups", g, i), shape, torch.float32, [run]))
+                    masters[g].append(file.planned((*path, "fp32_groups", g, i), shape, torch.float32, [run]))
         adam = {"state": state, "param_groups": self._adam(numbers, self.groups)}
         if not half:
             return adam
@@ -360,7 +329,8 @@ class _TagWriter:
         return {**scale, "optimizer_state_dict": adam, "fp32_groups": masters}
 
     def _optimizer_file(self, rank: int) -> _File:
-        return _File(f"{'bf16_' if self.dtype is torch.bfloat16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        half = "bf16_" if self.dtype is torch.bfloat16 else ""
+        return _File(f"{half}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", self.reader)
 
     def _flat_state(self, file: _File, key: str, rows: list[tuple[int, list[_Run]]]) -> dict[str, Any]:
         """Adam's state over flat rows, each given by its length and what stands in it."""
@@ -370,7 +340,7 @@ class _TagWriter:
             state[g] = {"step": file.small((*place, "step"), self.step)}
             for kind in KINDS[1:]:
                 renamed = [run._replace(kind=kind) for run in runs]
-                state[g][kind] = file.empty((*place, kind), (length,), torch.float32, renamed)
+                state[g][kind] = file.planned((*place, kind), (length,), torch.float32, renamed)
         groups = [group for group in self.groups if group]
         return {"state": state, "param_groups": self._adam([[g] for g in range(len(rows))], groups)}
 
@@ -392,7 +362,7 @@ class _TagWriter:
             mappings.append(OrderedDict((run.name, fragment_address(run.length, run.begin)) for run in runs))
             paddings.append(padding)
             at = ("optimizer_state_dict", "single_partition_of_fp32_groups", g)
-            masters.append(file.empty(at, (max(0, length - padding),), torch.float32, runs))
+            masters.append(file.planned(at, (max(0, length - padding),), torch.float32, runs))
         groups = [group for group in self.groups if group]
         state = {
             **{"loss_scaler": LossScaler(scale=1.0), "dynamic_loss_scale": False, "overflow": False},
@@ -440,7 +410,7 @@ class _TagWriter:
                 )
             rows.append((begin, runs))
             records.append(self._partition_record(g, group, rank))
-            masters.append(file.empty(("optimizer_state_dict", "fp32_flat_groups", g), (begin,), torch.float32, runs))
+            masters.append(file.planned(("optimizer_state_dict", "fp32_flat_groups", g), (begin,), torch.float32, runs))
         state = {
             **{"zero_stage": ZeroStageEnum.weights, "loss_scaler": LossScaler(scale=1.0), "dynamic_loss_scale": False},
             **{"overflow": False, "partition_count": self.layout.world_size},
