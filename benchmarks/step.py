@@ -234,7 +234,8 @@ class Clock:
         self.watch(dispatch._Expand, both, "dispatch")
         self.watch(dispatch._AllToAll, both, "all-to-all")
         self.watch(dispatch, ["_exchange_counts"], "all-to-all")
-        self.watch(experts._CPUExperts, both, "experts")
+        for function in (experts._PlainExperts, experts.CompiledExperts):
+            self.watch(function, both, "experts")
 
     def watch_attention(self, model: MoETransformer) -> None:
         for block in model.blocks:

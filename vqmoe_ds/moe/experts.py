@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqmoe_ds.moe.kernels.experts import CompiledExperts, supports
 from vqmoe_ds.moe.products import Products, products_for
 from vqmoe_ds.moe.workers import run_experts
 
@@ -72,14 +73,15 @@ class StackedExperts(nn.Module):
         if torch.is_autocast_enabled("cpu"):  # autocast does not look into functions of our own
             dtype = torch.get_autocast_dtype("cpu")
             x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
-        return _CPUExperts.apply(x_PD, w1, w2, w3, counts_E)
+        experts = CompiledExperts if supports(x_PD.dtype, self.width, self.hidden) else _PlainExperts
+        return experts.apply(x_PD, w1, w2, w3, counts_E)
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:
     return (seed * 1_000_003 + layer) * 1_000_003 + expert + 17
 
 
-class _CPUExperts(torch.autograd.Function):
+class _PlainExperts(torch.autograd.Function):
     """SwiGLU of every expert's slice; weight gradients are written straight into one stacked tensor each.
 
     Elementwise work is done expert by expert while it is in cache. Saved for backward: the rows and the two projections

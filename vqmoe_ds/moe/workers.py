@@ -37,6 +37,17 @@ def run_experts(job: Callable[[int], None], rows_E: list[int]) -> None:
     _run_shared(job, order[heavy:], threads)
 
 
+def run_shared(job: Callable[[int], None], sizes: list[int]) -> None:
+    """Call ``job(index)`` once for every index of ``sizes``, largest first, each on one thread of PyTorch's."""
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    threads = torch.get_num_threads()
+    if threads == 1 or len(order) < 2:
+        for index in order:
+            job(index)
+    else:
+        _run_shared(job, order, threads)
+
+
 def _run_shared(job: Callable[[int], None], order: list[int], threads: int) -> None:
     left = iter(order)  # next() on a list iterator is atomic
 

@@ -43,16 +43,16 @@ def main(args: argparse.Namespace) -> int:
         if prepared is not None:
             index_folder(config, run_dir).mkdir(parents=True, exist_ok=True)
     except UserError as error:
-        return _leave_together(console.fail(error), place)
+        return leave_together(console.fail(error), place)
     except OSError as error:
-        return _leave_together(console.fail(ConfigError(f"a folder of the run cannot be made: {error}")), place)
+        return leave_together(console.fail(ConfigError(f"a folder of the run cannot be made: {error}")), place)
     console.capture(run_dir / "logs" / f"rank{place.rank}.log")
     _greet(console, config, data, run_dir)
     try:
         return _train(args, config, place, console, run_dir, data, started)
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
-        os._exit(_leave_together(console.fail(error), place))
+        os._exit(leave_together(console.fail(error), place))
 
 
 def _train(
@@ -70,6 +70,7 @@ def _train(
     # Heavy imports only now: bad input has been answered, and their chatter goes to the log.
     from vqmoe_ds.checkpoint.session import check_fits, choose, consumed_samples, load
     from vqmoe_ds.evaluation.routing import RoutingHealth
+    from vqmoe_ds.moe.kernels import build
     from vqmoe_ds.moe.routers import why_not_causal
     from vqmoe_ds.train import callbacks as cb
     from vqmoe_ds.train.engine import build_session, set_up_torch
@@ -90,6 +91,8 @@ def _train(
         check_fits(config, tag)
     batches, windows = data.open(config.run, index_folder(config, run_dir))
     session = build_session(config, place, args.ds_config)
+    if session.device.type == "cpu" and session.model.moe_layers():
+        console.say(build.describe())
     step = samples = 0
     if tag is not None:
         step, samples = load(session, tag), consumed_samples(tag)
@@ -216,13 +219,13 @@ def _greet(console: Console, config: EngineConfig, data: TrainingData, run_dir: 
 
 
 def _write_config(run_dir: Path, config: EngineConfig) -> None:
-    from vqmoe_ds.checkpoint.store import write_atomically
+    from vqmoe_ds.files import write_atomically
 
     write_atomically(run_dir / "config.yaml", to_yaml(config.run))
     write_atomically(run_dir / "ds_config.json", json.dumps(config.deepspeed, indent=2) + "\n")
 
 
-def _leave_together(code: int, place: Place) -> int:
+def leave_together(code: int, place: Place) -> int:
     """Give rank 0 time to print before the launcher, seeing one rank gone, ends the others."""
     if place.rank != 0:
         time.sleep(1.5)

@@ -1,0 +1,1 @@
+"""Compiled kernels for CPU: ``experts.cpp``, built once a machine and called through ctypes."""
