@@ -240,9 +240,9 @@ def _encode(line: str) -> tuple[list[int], list[int], int]:
 
 
 def figures(options: argparse.Namespace, seconds: float, cpu: float, text_bytes: int) -> dict[str, Any]:
-    from vqmoe_ds.data.index_files import file_sha256
+    from vqmoe_ds.files import sha256_of
 
-    digests = [file_sha256(f"{options.output}.{name}") for name in ("bin", "idx")]
+    digests = [sha256_of(f"{options.output}.{name}") for name in ("bin", "idx")]
     return {"seconds": seconds, "cpu_s": cpu, "text_MB": text_bytes / 1e6, "sha256": " ".join(digests)}
 
 

@@ -33,6 +33,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "every second, wide dense": ({}, {}, {"moe_every": 2, "dense_hidden": 40, "rope_theta": 500.0}),
     "top-1": ({"router": "topk", "top_k": 1}, {}, {}),
     "top-2": ({"router": "topk", "top_k": 2}, {}, {}),
+    "top-2, over all experts": ({"router": "topk", "top_k": 2}, {}, {"softmax_over": "all"}),
+    "top-1, weight 1": ({"top_k": 1}, {}, {"softmax_over": "chosen"}),
+    "norms of heads": ({}, {}, {"qk_norm": "heads"}),
+    "norms of wide heads": ({"router": "topk", "top_k": 2}, {}, {"qk_norm": "heads", "head_width": 16}),
+    "norms over narrow heads": ({}, {}, {"qk_norm": "full", "head_width": 8}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),
     "dense": ({"router": "dense"}, {}, {}),
 }
@@ -41,7 +46,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def config_of(case: str, vocab: int = VOCAB, length: int = LENGTH) -> RunConfig:
     moe, book, shape = CASES[case]
     model = {"vocab_size": vocab, "layers": 4, "width": 24, "heads": 2, "sequence_length": length, **shape}
-    return RunConfig(model=model, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book)
+    router = {"softmax_over": model.pop("softmax_over", "auto")}
+    return RunConfig(model=model, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book, router=router)
 
 
 def model_of(config: RunConfig) -> MoETransformer:

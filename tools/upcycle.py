@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Make a VQMoE of a dense Hugging Face model of the Llama family, its MLPs copied as experts (docs/huggingface.md).
+"""Make a VQMoE of a dense Hugging Face model of the Llama family, its MLPs copied as experts, or of a Mixtral, OLMoE or
+Qwen3-MoE, codes in its router's place (docs/huggingface.md).
 
     python tools/upcycle.py llama/ start/                                               # vq with top_k 2, 8 experts
     python tools/upcycle.py llama/ start/ --set moe.top_k=0 --set moe.num_experts=16    # discrete codes alone
     python tools/upcycle.py llama/ start/ --set moe.router=topk --granularity 4         # 32 quarters of MLPs, 8 a token
+    python tools/upcycle.py olmoe/ start/ --calibration text.txt                        # its experts, each with a code
 
-The new model computes the function of the old one until it is trained; --noise gives that up.
+Of a dense model the new one computes the function until it is trained; --noise gives that up.
 """
 
 import sys

@@ -89,6 +89,7 @@ class Training:
         assert apply_step(session.engine, True)
         if session.sync is not None:
             session.sync.step()
+        if session.model.source is not None:
             session.model.source.follow(full_embedding(session))
         self.step += 1
         if self.layout.world > 1:

@@ -19,13 +19,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
+from tests.checkpoint.layouts import Layout, Training
+from tests.distributed import run_ranks
 from tests.huggingface import CASES, ModelReader, config_of, load_back, model_of, tokens_of
+from vqmoe_ds.checkpoint.convert import build_parser, main
+from vqmoe_ds.checkpoint.hf_names import NEWER
 from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf, open_hf
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.models.transformer import MoETransformer
 
+QK_NORMS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "heads": {"model.qk_norm": "heads", "model.head_width": 12},
+    "full": {"model.qk_norm": "full"},
+}
 TEXTS = [
     "plain text, 1 + 1 = 2\r\n\ttab",
     "Käfer, деревня, 日本語, العربية, 🙂👩‍🚀, e\u0301, \u0000\u0001\u007f\u00ff\u0100\ufffd\U0010ffff",
@@ -54,6 +63,49 @@ def test_back_again_is_bit_exact(case: str, tmp_path: Path) -> None:
     _export(load_back(reader), tmp_path / "again", max_shard="20KB")
     for file in sorted((tmp_path / "hf").iterdir()):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def _logits(training: Training) -> torch.Tensor:
+    training.session.engine.eval()
+    with torch.no_grad():
+        return training.session.engine(tokens_of(2, 16, 61))[0].clone()
+
+
+def _trained(rank: int, world: int, folder: str) -> list[torch.Tensor]:
+    """Train a model with each norm of queries and keys and save it; its logits."""
+    answers = []
+    for name, changes in QK_NORMS.items():
+        training = Training(folder, Layout(2, 2, 2), rank, **changes)
+        training.train(3)
+        training.save(f"{folder}/{name}")
+        answers.append(_logits(training))
+        training.close()
+    return answers
+
+
+def _restored(rank: int, world: int, folder: str) -> list[torch.Tensor]:
+    answers = []
+    for name, changes in QK_NORMS.items():
+        training = Training(folder, Layout(3, 1, 2), rank, **changes)
+        training.restore(f"{folder}/{name}-back")
+        answers.append(_logits(training))
+        training.close()
+    return answers
+
+
+def test_deepspeed_to_hugging_face_to_deepspeed(tmp_path: Path) -> None:
+    trained = run_ranks(2, _trained, str(tmp_path))[0]
+    for (name, changes), logits in zip(QK_NORMS.items(), trained, strict=True):
+        there, back = [tmp_path / name, tmp_path / f"{name}-hf"], [tmp_path / f"{name}-hf", tmp_path / f"{name}-back"]
+        assert main(build_parser("").parse_args([*map(str, there), "--to", "hf", "--tokenizer", "none"])) == 0
+        layout = ["--to", "deepspeed", "--zero", "3", "--ep", "1", "--world", "2"]
+        assert main(build_parser("").parse_args([*map(str, back), *layout])) == 0
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf")
+        assert theirs.config.qk_norm == name and theirs.config.head_dim == changes.get("model.head_width", 8)
+        with torch.no_grad():
+            assert (theirs(tokens_of(2, 16, 61)).logits - logits).abs().max() < 1e-5
+    for logits, again in zip(trained, run_ranks(2, _restored, str(tmp_path))[0], strict=True):
+        assert (again - logits).abs().max() < 1e-5
 
 
 def test_shards_are_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
@@ -115,6 +167,22 @@ def test_what_training_left_out_is_made_anew_with_codes_that_stay(tmp_path: Path
     before = bank.codes_LKC.clone()
     bank.update(torch.zeros(*bank.codes_LKC.shape[:2], bank.codes_LKC.shape[2] + 1, dtype=torch.float64))
     assert torch.allclose(bank.codes_LKC, before, atol=1e-6), "the running sums fit the codes"
+
+
+def test_folders_of_earlier_versions_come_back_as_they_were(tmp_path: Path) -> None:
+    model = model_of(config_of("context"))
+    _export(model, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in options.items() if name not in NEWER}))
+    assert open_hf(tmp_path / "hf").config == model.config.model_dump(mode="json")
+    (tmp_path / "hf" / "vqmoe_training.json").unlink()
+    back = load_back(open_hf(tmp_path / "hf"))
+    assert back.config.model == model.config.model.model_copy(update={"dense_hidden": 24})
+    assert back.config.router == model.config.router
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert (theirs(tokens_of()).logits - model(tokens_of())[0]).abs().max() < 1e-5
 
 
 def test_options_changed_there_count_here(tmp_path: Path) -> None:
@@ -264,13 +332,14 @@ def test_a_tokenizer_that_cannot_be_found_is_said(tmp_path: Path) -> None:
 def _topk(top_k: int, experts: int = 4, **model: Any) -> MoETransformer:
     base = config_of("top-2").model_dump()
     base["moe"].update(top_k=top_k, num_experts=experts)
+    base["router"].update(softmax_over="chosen" if top_k == 1 < experts else "auto")
     base["model"].update(model)
     return model_of(RunConfig(**base))
 
 
-@pytest.mark.parametrize(("top_k", "experts"), [(2, 4), (3, 4), (4, 4), (1, 1)])
-def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, tmp_path: Path) -> None:
-    model = _topk(top_k, experts, rope_theta=777.0)
+@pytest.mark.parametrize(("top_k", "experts", "head_width"), [(2, 4, 0), (3, 4, 8), (4, 4, 0), (1, 1, 0), (1, 4, 0)])
+def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, head_width: int, tmp_path: Path) -> None:
+    model = _topk(top_k, experts, rope_theta=777.0, head_width=head_width)
     _export(model, tmp_path / "hf", arch="mixtral", max_shard="30KB")
     theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(theirs) is MixtralForCausalLM
@@ -278,15 +347,21 @@ def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, tmp_path: Path
     with torch.no_grad():
         assert (theirs(tokens_of()).logits - model(tokens_of())[0]).abs().max() < 1e-5
     assert not list((tmp_path / "hf").glob("*.py"))
-    if top_k > 1:
-        back = load_back(open_hf(tmp_path / "hf")).state_dict()
-        assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items())
+    for name in ("vqmoe_training.json", "none"):  # with our own configuration, and from Mixtral's alone
+        back = load_back(open_hf(tmp_path / "hf"))
+        assert back.config.model == model.config.model and back.config.moe == model.config.moe
+        assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(back(tokens_of())[0], model(tokens_of())[0])
+        (tmp_path / "hf" / name).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("top-1", "weighted by its probability here and by 1 there"),
+        ("top-1", "with moe.top_k=1 experts are weighted by their probabilities among all here"),
+        ("top-2, over all experts", "with router.softmax_over=all experts are weighted"),
+        ("norms of wide heads", "model.qk_norm=heads norms queries and keys"),
         ("context", "moe.router=vq"),
         ("hash of tokens", "moe.router=hash_token"),
         ("dense", "moe.router=dense"),
@@ -344,7 +419,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"max_shard": "many"}, "'many' is no size"),
+        ({"max_shard": "many"}, "--max_shard many is no size"),
         ({"dtype": "int4"}, "'int4' is none of float32, bfloat16"),
         ({"arch": "gpt"}, "'gpt' is none of vqmoe, mixtral"),
     ],

@@ -16,6 +16,8 @@ from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.checkpoint.inspect import build_parser, inspect, main
 from vqmoe_ds.checkpoint.reader import open_checkpoint
 from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.models.transformer import MoETransformer
 
 ONE, OTHER = Layout(2, 2, 2), Layout(3, 1, 2, "bf16")
 
@@ -85,3 +87,15 @@ def test_flops_of_a_dense_model_by_hand():
     shapes = {"embed.weight": (10, 8), "blocks.0.attention.qkv.weight": (24, 8), "norm.weight": (8,)}
     found = sizes(shapes, config)
     assert found == {"stored": 280, "active": 280, "forward_flops_per_token": 2 * 24 * 8 + 2 * 8 * 16}
+
+
+def test_wide_heads_and_their_norms_are_counted() -> None:
+    figures = []
+    for changes in ({}, {"head_width": 8, "qk_norm": "full"}):
+        config = RunConfig(model={"width": 8, "heads": 2, "layers": 3, "sequence_length": 10, **changes})
+        shapes = {name: tuple(p.shape) for name, p in MoETransformer(config).named_parameters()}
+        figures.append(sizes(shapes, config.model_dump(mode="json")))
+    narrow, wide = figures
+    weights, norms = 3 * 4 * 8 * (16 - 8), 3 * 2 * 16
+    assert wide["active"] - narrow["active"] == weights + norms
+    assert wide["forward_flops_per_token"] - narrow["forward_flops_per_token"] == 2 * weights + 3 * 2 * 10 * (16 - 8)

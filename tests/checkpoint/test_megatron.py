@@ -30,13 +30,18 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "top-2": {"moe": {"router": "topk", "top_k": 2}},
     "top-1": {"moe": {"router": "topk", "top_k": 1}},
     "top-2, every second": {"moe": {"router": "topk", "top_k": 2}, "model": {"moe_every": 2, "dense_hidden": 40}},
+    "top-2, over all": {"moe": {"router": "topk", "top_k": 2}, "router": {"softmax_over": "all"}},
+    "top-2, norms of wide heads": {
+        **{"moe": {"router": "topk", "top_k": 2}, "model": {"qk_norm": "heads", "head_width": 16}},
+    },
     "dense": {"moe": {"router": "dense"}},
+    "dense, norms of heads": {"moe": {"router": "dense"}, "model": {"qk_norm": "heads"}},
     "codes": {"codebook": {"num_codes": 9}},
     "codes alone": {"moe": {"top_k": 0}, "codebook": {"source_momentum": 0.9}},
     "codes, every second": {"codebook": {"source": "layer_state"}, "model": {"moe_every": 2}},
     "hash of tokens": {"moe": {"router": "hash_token"}},
 }
-EXACT = ("top-2", "top-1", "top-2, every second", "dense")
+EXACT = tuple(case for case in CASES if case.startswith(("top-", "dense")))
 """Those that Megatron computes as we do."""
 
 
@@ -53,6 +58,7 @@ def config_of(case: str) -> RunConfig:
         model={**model, **sections.get("model", {})},
         moe={"num_experts": 4, "expert_hidden": 12, **sections.get("moe", {})},
         codebook=sections.get("codebook", {}),
+        router=sections.get("router", {}),
     )
 
 
@@ -91,7 +97,15 @@ def megatron_model(args: Namespace, ranks: dict[str, int]) -> Any:
     parallel_state.initialize_model_parallel(**ranks)
     names = (
         *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
-        *("normalization", "add_bias_linear", "add_qkv_bias", "attention_dropout", "hidden_dropout", "params_dtype"),
+        *(
+            "normalization",
+            "qk_layernorm",
+            "add_bias_linear",
+            "add_qkv_bias",
+            "attention_dropout",
+            "hidden_dropout",
+            "params_dtype",
+        ),
         *(
             "moe_router_topk",
             "moe_ffn_hidden_size",
@@ -112,7 +126,7 @@ def megatron_model(args: Namespace, ranks: dict[str, int]) -> Any:
     if args.num_experts:
         spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=args.qk_layernorm)
     return GPTModel(
         config,
         spec,
@@ -173,7 +187,9 @@ def test_megatron_core_loads_every_router_strictly_and_computes_the_same(tmp_pat
 
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2)])
 def test_ranks_of_megatron_core_compute_the_same(tmp_path, tp, ep):
-    cases = ["top-2", "top-2, every second", "codes"] if ep > 1 else ["top-2", "top-1", "dense", "codes alone"]
+    cases = ["top-2, norms of wide heads", "top-2, every second", "codes"]
+    if tp > 1:
+        cases = ["top-2, norms of wide heads", "top-1", "dense", "codes alone"]
     _check_logits(tmp_path, tp * ep, [(case, tp, ep) for case in cases])
 
 
@@ -209,7 +225,7 @@ def test_grouped_experts(tmp_path):
 def test_back_again_is_bit_exact(tmp_path, options):
     for case in CASES:
         source = reader_of(case)
-        options = {**options, "ep": 1} if case == "dense" else options
+        options = {**options, "ep": 1} if case.startswith("dense") else options
         back = open_megatron(export(case, tmp_path / case, **options))
         assert back.layout == {"tp_size": options.get("tp", 1), "ep_size": options.get("ep", 1)}
         assert back.step == source.step and back.config["train"]["seed"] == 77
@@ -263,7 +279,7 @@ def test_a_checkpoint_of_megatron_itself_is_understood_by_its_arguments(case, tm
         (iteration / name).unlink(missing_ok=True)
     back, source = open_megatron(tmp_path / "m"), reader_of(case)
     for section, skipped in (("model", {"dense_hidden"}), ("moe", {"num_experts", "expert_hidden", "top_k"})):
-        for name in source.config[section].keys() - (skipped if case == "dense" else {"dense_hidden"}):
+        for name in source.config[section].keys() - (skipped if case.startswith("dense") else {"dense_hidden"}):
             assert back.config[section][name] == source.config[section][name], name
     assert all(torch.equal(back.tensor(name), source.tensor(name)) for name in source.names())
     assert torch.equal(load_back(back)(tokens_of())[0], load_back(open_megatron(tmp_path / "m"))(tokens_of())[0])
@@ -290,6 +306,23 @@ def _refused(path: Path) -> str:
 def test_sizes_that_cannot_be(case, options, sentence, tmp_path):
     with pytest.raises(CheckpointError, match=sentence):
         export(case, tmp_path / "m", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"model": {"qk_norm": "full"}}, r"over all heads together \(model.qk_norm=full\), Megatron each"),
+        (
+            {"moe": {"router": "topk", "top_k": 1}, "router": {"softmax_over": "chosen"}},
+            "by 1 .*, Megatron by its probability",
+        ),
+    ],
+)
+def test_what_megatron_cannot_compute_is_refused(sections, sentence, tmp_path):
+    reader = ModelReader(model_of(RunConfig(**sections)))
+    with pytest.raises(CheckpointError, match=sentence):
+        export_megatron(reader, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 

@@ -39,6 +39,7 @@ def test_every_field_has_a_meaning_and_every_size_a_unit():
         ("moe: {num_experts: many}", "moe.num_experts='many'"),
         ("train: {learning_rate: -1}", "train.learning_rate=-1"),
         ("model: {heads: 3}", "model.heads=3 must divide model.width=128"),
+        ("model: {head_width: 7}", "model.head_width=7 must be even"),
         ("moe: {top_k: 17}", "moe.top_k=17 exceeds moe.num_experts=16"),
         ("moe: {code_blend: 1.0}", "codebook.source=layer_state"),
         ("codebook: {source: layer_states}", "layer_state"),

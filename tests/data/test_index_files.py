@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqmoe_ds.data.index_files import DTYPES, HashedFile, check_prefix, chunks, file_sha256, smallest_dtype, write_index
+from vqmoe_ds.data.index_files import DTYPES, HashedFile, check_prefix, chunks, smallest_dtype, write_index
 from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import sha256_of
 
 LENGTHS, ENDS = np.array([3, 2, 4, 1], np.int32), np.array([1, 3, 4])
 
@@ -21,7 +22,7 @@ def make(prefix: Path, dtype: type = np.uint16) -> Path:
         data.write(np.arange(10, dtype=dtype))
     with HashedFile(f"{prefix}.idx") as index:
         write_index(index, np.dtype(dtype), 4, 3, lambda: np.array_split(LENGTHS, 2), lambda: [ENDS[:1], ENDS[1:]])
-    assert index.sha256 == file_sha256(f"{prefix}.idx")
+    assert index.sha256 == sha256_of(f"{prefix}.idx")
     return prefix
 
 
@@ -44,7 +45,7 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path):
     builder.finalize(str(tmp_path / "m.idx"))
     make(tmp_path / "d")
     for name in ("bin", "idx"):
-        assert file_sha256(tmp_path / f"d.{name}") == file_sha256(tmp_path / f"m.{name}")
+        assert sha256_of(tmp_path / f"d.{name}") == sha256_of(tmp_path / f"m.{name}")
     assert check_prefix(str(tmp_path / "m")).documents == 3
     data = IndexedDataset(str(tmp_path / "d"))  # named, as its arrays are views that end with it
     assert [sequence.tolist() for sequence in data[1:3]] == [[3, 4], [5, 6, 7, 8]]

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from vqmoe_ds.data.documents import SourceOptions, plan_units
-from vqmoe_ds.data.index_files import check_prefix, file_sha256
+from vqmoe_ds.data.index_files import check_prefix
 from vqmoe_ds.data.prepare import build_parser, main
 from vqmoe_ds.data.spread import deal
+from vqmoe_ds.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = [sys.executable, str(ROOT / "tools/prepare_data.py")]
@@ -38,7 +39,7 @@ def run(*arguments: object, ranks: int = 0, **kwargs) -> subprocess.CompletedPro
 
 
 def digests(prefix: Path) -> list[str]:
-    return [file_sha256(f"{prefix}.{name}") for name in ("bin", "idx", "json")]
+    return [sha256_of(f"{prefix}.{name}") for name in ("bin", "idx", "json")]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,8 @@ def test_megatron_reads_it_and_its_builder_makes_the_same_bytes(sources, alone, 
                 builder.add_document(np.array(ids), lengths)
                 ids, lengths = [], []
     builder.finalize(str(tmp_path / "m.idx"))
-    assert [file_sha256(f"{alone}.{n}") for n in ("bin", "idx")] == [
-        file_sha256(tmp_path / f"m.{n}") for n in ("bin", "idx")
+    assert [sha256_of(f"{alone}.{n}") for n in ("bin", "idx")] == [
+        sha256_of(tmp_path / f"m.{n}") for n in ("bin", "idx")
     ]
     data = IndexedDataset(str(alone))
     first = np.concatenate(data[: int(data.document_indices[1])])
@@ -92,7 +93,7 @@ def test_description_counts_what_is_there(sources, alone):
     about, header = json.loads(Path(f"{alone}.json").read_text()), check_prefix(str(alone))
     assert (about["documents"], about["sequences"]) == (header.documents, header.sequences)
     assert about["tokens"] == header.tokens == about["bytes"] + 6002
-    assert about["sha256"] == {name: file_sha256(f"{alone}.{name}") for name in ("bin", "idx")}
+    assert about["sha256"] == {name: sha256_of(f"{alone}.{name}") for name in ("bin", "idx")}
     assert about["skipped"] == {"empty document": 1} and about["on_error"] == "fail"
     assert about["tokenizer"]["kind"] == "bytes" and about["sources"] == [str(sources)]
     assert sorted(p.name for p in alone.parent.iterdir()) == ["data.bin", "data.idx", "data.json", "data.tokenizer"]
@@ -263,3 +264,12 @@ def test_shares_are_even_and_complete(sources):
         assert sorted((u for share in shares for u in share), key=units.index) == units
         loads = [sum(u.size for u in share) for share in shares]
         assert max(loads) - min(loads) <= max(u.size for u in units)
+
+
+def test_a_reader_of_the_recipes_may_leave_early() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does when it has seen enough
+    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "--list_recipes"]
+    left = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=ENVIRONMENT)
+    os.close(writing)
+    assert left.returncode == 0 and left.stderr == ""

@@ -97,8 +97,9 @@ def convert(options: argparse.Namespace) -> list[str]:
 
 def _to_portable(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
     from vqmoe_ds.checkpoint.portable import SHARD_BYTES, new_folder, total_bytes, write_portable
+    from vqmoe_ds.checkpoint.shards import parse_size
 
-    limit = parse_bytes(options.max_shard) if options.max_shard else SHARD_BYTES
+    limit = parse_size(options.max_shard) if options.max_shard else SHARD_BYTES
     check_complete(reader)
     with new_folder(dst, options.force) as folder, _bar(total_bytes(reader), dst) as tell:
         write_portable(reader, folder, tell, limit)
@@ -186,19 +187,6 @@ def check_complete(reader: CheckpointReader) -> None:
     for kind in KINDS if reader.has_optimizer else KINDS[:1]:
         for name in reader.names():
             reader.pieces(name, kind)
-
-
-def parse_bytes(text: str) -> int:
-    """``500MB`` or ``2GB`` as bytes."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
-    number = text.upper().rstrip("KMGB")
-    try:
-        size = int(float(number) * units[text.upper()[len(number) :]])
-    except (ValueError, KeyError):
-        size = 0
-    if size < 1:
-        raise CheckpointError(f"--max_shard {text} is not a size; write it like 500MB or 2GB")
-    return size
 
 
 @contextmanager

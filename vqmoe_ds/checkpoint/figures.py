@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CheckpointReader
-from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig
+from vqmoe_ds.config.schema import ModelConfig, MoEConfig, Router, RouterConfig
 from vqmoe_ds.moe.routers.abilities import rows_per_token
 
 
@@ -36,7 +36,7 @@ def sizes(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[st
         if len(shape) >= 2 and not name.startswith("embed."):
             products += used
     model = config["model"]
-    attention = model["layers"] * 2 * model["width"] * model["sequence_length"]
+    attention = model["layers"] * 2 * ModelConfig(**model).attention_width * model["sequence_length"]
     return {"stored": stored, "active": active, "forward_flops_per_token": 2 * products + attention + _lookups(config)}
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.config.schema import CodeSource, Router, RunConfig
+from vqmoe_ds.config.schema import CodeSource, QKNorm, Router, RunConfig
+from vqmoe_ds.moe.routers.base import softmax_over_all
 
 SOURCES = {
     CodeSource.CONTEXT: "a mix of the embeddings of the token and of those before it (window {window}, decay {decay})",
@@ -28,11 +29,12 @@ def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] 
         logits_note: number type of the weights and what it means for the logits.
     """
     model, moe = config.model, config.moe
+    heads = f"{model.heads} attention heads{_norms(config)}"
     sections = [
         _header(arch),
         f"# A Mixture-of-Experts language model ({moe.router.value} routing)\n",
-        f"{model.layers} blocks of width {model.width}, {model.heads} attention heads, {_experts(config)}, vocabulary "
-        f"{model.vocab_size}, trained with a context of {model.sequence_length} tokens for {step} steps.\n",
+        f"{model.layers} blocks of width {model.width}, {heads}, {_experts(config)}, "
+        f"vocabulary {model.vocab_size}, trained with a context of {model.sequence_length} tokens for {step} steps.\n",
         "## Use\n",
         _usage(arch),
         "## How tokens find their experts\n",
@@ -65,6 +67,11 @@ def _header(arch: str) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- vqmoe\n{code}---\n"
 
 
+def _norms(config: RunConfig) -> str:
+    scope = {QKNorm.HEADS: " for each head alone", QKNorm.FULL: " over all heads"}.get(config.model.qk_norm)
+    return f" (queries and keys normed{scope})" if scope else ""
+
+
 def _experts(config: RunConfig) -> str:
     every = config.model.moe_every
     where = "every block" if every == 1 else f"every {every}. block"
@@ -92,7 +99,8 @@ def _routing(config: RunConfig) -> str:
         return "There are no experts: this is the dense yardstick of its family.\n"
     if moe.router is Router.HASH_TOKEN:
         return "A fixed random table gives every token id one expert in every layer (Hash Layers, Roller 2021).\n"
-    weights = "its softmax probability" if moe.top_k == 1 else "the softmax over the chosen"
+    over_all = softmax_over_all(config.router.softmax_over, moe.top_k)
+    weights = "the softmax over all experts" if over_all else "the softmax over the chosen"
     chosen = "the best expert" if moe.top_k == 1 else f"the {moe.top_k} best experts"
     linear = f"A linear router picks {chosen} for the layer's input, weighted by {weights}."
     if moe.router is Router.TOPK:

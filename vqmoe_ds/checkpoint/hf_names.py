@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import QKNorm, Router, RunConfig, SoftmaxOver
 from vqmoe_ds.errors import CheckpointError
-from vqmoe_ds.moe.routers.abilities import why_not_exported
+from vqmoe_ds.moe.routers.abilities import rows_per_token, why_not_exported
+from vqmoe_ds.moe.routers.base import softmax_over_all
 
 ARCHITECTURES = ("vqmoe", "mixtral")
 CODE_FILES = ("configuration_vqmoe.py", "modeling_vqmoe.py")
@@ -61,12 +62,15 @@ def parts_of(config: RunConfig, arch: str) -> list[Part]:
 
 
 def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
-    ours, theirs, width = f"blocks.{block}.", f"model.layers.{block}.", config.model.width
+    ours, theirs, inner = f"blocks.{block}.", f"model.layers.{block}.", config.model.attention_width
     yield Part(theirs + "input_layernorm.weight", ours + "attention_norm.weight")
     for place, letter in enumerate("qkv"):
-        rows = (place * width, (place + 1) * width)
+        rows = (place * inner, (place + 1) * inner)
         yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", rows)
     yield Part(theirs + "self_attn.o_proj.weight", ours + "attention.out.weight")
+    if config.model.qk_norm is not QKNorm.NONE:
+        for letter in "qk":
+            yield Part(f"{theirs}self_attn.{letter}_norm.weight", f"{ours}attention.{letter}_norm.weight")
     yield Part(theirs + "post_attention_layernorm.weight", ours + "mlp_norm.weight")
     if not is_sparse(config, block):
         for name in ("gate", "up", "down"):
@@ -98,16 +102,25 @@ def is_sparse(config: RunConfig, block: int) -> bool:
     return config.moe.router is not Router.DENSE and block % every == every - 1
 
 
+def moe_every_of(sparse: list[int], layers: int) -> int | None:
+    """``model.moe_every`` of a model whose blocks ``sparse`` have experts; None where ours cannot have them there."""
+    every = sparse[0] + 1 if sparse else 0
+    return every if every and sparse == list(range(every - 1, layers, every)) else None
+
+
 def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of our model, by its name at expert-parallel size 1."""
     model, moe = config.model, config.moe
-    width, hidden, experts = model.width, moe.expert_hidden, moe.num_experts
+    width, hidden, experts, inner = model.width, moe.expert_hidden, moe.num_experts, model.attention_width
+    normed = inner if model.qk_norm is QKNorm.FULL else inner // model.heads
     endings = {
+        "attention.q_norm.weight": (normed,),
+        "attention.k_norm.weight": (normed,),
         "embed.weight": (model.vocab_size, width),
         "head.weight": (model.vocab_size, width),
         "norm.weight": (width,),
-        "attention.qkv.weight": (3 * width, width),
-        "attention.out.weight": (width, width),
+        "attention.qkv.weight": (3 * inner, width),
+        "attention.out.weight": (width, inner),
         "mlp.gate.weight": (dense_hidden(config), width),
         "mlp.up.weight": (dense_hidden(config), width),
         "mlp.down.weight": (width, dense_hidden(config)),
@@ -125,10 +138,7 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 def dense_hidden(config: RunConfig) -> int:
     """Hidden width of the dense MLPs, as the model computes it."""
-    moe = config.moe
-    rows = moe.top_k + 1 if moe.router is Router.VQ else max(1, moe.top_k)
-    rows = 1 if moe.router is Router.HASH_TOKEN else rows
-    return config.model.dense_hidden or moe.expert_hidden * rows
+    return config.model.dense_hidden or config.moe.expert_hidden * rows_per_token(config.moe, config.router)
 
 
 # ---------------------------------------------------------------- options
@@ -138,6 +148,7 @@ _SAME = {
     "hidden_size": "model.width",
     "num_hidden_layers": "model.layers",
     "num_attention_heads": "model.heads",
+    "qk_norm": "model.qk_norm",
     "max_position_embeddings": "model.sequence_length",
     "rope_theta": "model.rope_theta",
     "moe_every": "model.moe_every",
@@ -159,6 +170,8 @@ _SAME = {
     "soft_output": "codebook.soft_output",
     "commitment_coef": "codebook.commitment_weight",
 }
+NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None}
+"""Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
 
 
@@ -187,6 +200,8 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
             "AutoModelForCausalLM": "modeling_vqmoe.VQMoEForCausalLM",
         },
         **options,
+        "head_dim": config.model.attention_width // config.model.heads,
+        "norm_topk_prob": not softmax_over_all(config.router.softmax_over, config.moe.top_k),
         "intermediate_size": dense_hidden(config),
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
         "source_table": source_table,
@@ -197,7 +212,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
 
 
 def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections model, moe and codebook of a run configuration from a ``config.json`` of the ``vqmoe`` kind.
+    """The sections of a run configuration that describe the model, from a ``config.json`` of the ``vqmoe`` kind.
 
     Raises:
         CheckpointError: an option is missing, or has a value that the trainer cannot compute.
@@ -205,17 +220,35 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for name, only in (("rms_norm_eps", NORM_EPS), ("tie_word_embeddings", False)):
         if options.get(name, only) != only:
             raise CheckpointError(f"config.json has {name}={options[name]}, but this trainer knows only {only}")
-    sections: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "codebook": {}}
+    options = {**NEWER, **options}
+    sections: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "codebook": {}, "router": {}}
     try:
         for name, path in _SAME.items():
             section, field = path.split(".")
             sections[section][field] = options[name]
+        sections["model"]["head_width"] = head_width_of(options)
         sections["model"]["dense_hidden"] = options["intermediate_size"]
+        sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
         sections["codebook"]["num_codes"] = options["num_codes"]
         sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None
     return sections
+
+
+def head_width_of(options: dict[str, Any]) -> int:
+    """``model.head_width``: 0 where the heads share the width evenly."""
+    head_dim, heads = options.get("head_dim"), options.get("num_attention_heads")
+    if isinstance(head_dim, int) and isinstance(heads, int) and head_dim * heads == options.get("hidden_size"):
+        return 0
+    return head_dim or 0
+
+
+def softmax_over_of(norm_topk_prob: bool | None, top_k: int) -> SoftmaxOver:
+    """``router.softmax_over`` of experts whose weights sum to 1, or not, or (None) as with us."""
+    if norm_topk_prob is None or norm_topk_prob != softmax_over_all(SoftmaxOver.AUTO, top_k):
+        return SoftmaxOver.AUTO
+    return SoftmaxOver.CHOSEN if norm_topk_prob else SoftmaxOver.ALL
 
 
 def _mixtral_options(config: RunConfig) -> dict[str, Any]:
@@ -232,7 +265,7 @@ def _mixtral_options(config: RunConfig) -> dict[str, Any]:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.heads,
-        "head_dim": model.width // model.heads,
+        "head_dim": model.attention_width // model.heads,
         "hidden_act": "silu",
         "max_position_embeddings": model.sequence_length,
         "rms_norm_eps": NORM_EPS,
@@ -254,13 +287,16 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
         return f"moe.router={moe.router.value} is not its linear router (topk)"
     if config.model.moe_every != 1:
         return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
-    if moe.top_k == 1 and moe.num_experts > 1:
-        return "with moe.top_k=1 the expert's output is weighted by its probability here and by 1 there"
+    if config.model.qk_norm is not QKNorm.NONE:
+        return f"model.qk_norm={config.model.qk_norm.value} norms queries and keys, and it does not"
+    if softmax_over_all(config.router.softmax_over, moe.top_k) and moe.num_experts > 1:
+        over = "moe.top_k=1" if moe.top_k == 1 else "router.softmax_over=all"
+        return f"with {over} experts are weighted by their probabilities among all here, among the chosen there"
     return None
 
 
 def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections model and moe of a run configuration from a Mixtral ``config.json``.
+    """The sections of a run configuration that describe the model, from a Mixtral ``config.json``.
 
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
@@ -269,7 +305,6 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
     needed = {
         "num_key_value_heads": heads,
-        "head_dim": width // heads if heads else None,
         "rms_norm_eps": NORM_EPS,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
@@ -283,8 +318,6 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             )
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError("this Mixtral scales its rotary positions, which this trainer does not")
-    if int(options.get("num_experts_per_tok", 2)) == 1:
-        raise CheckpointError("this Mixtral has num_experts_per_tok=1, weighted by 1 there and by its probability here")
     try:
         return {
             "model": {
@@ -292,6 +325,7 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "layers": options["num_hidden_layers"],
                 "width": width,
                 "heads": heads,
+                "head_width": head_width_of(options),
                 "sequence_length": options["max_position_embeddings"],
                 "rope_theta": rope.get("rope_theta", options.get("rope_theta", 1e6)),
             },
@@ -303,6 +337,7 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "balance_weight": options.get("router_aux_loss_coef", 0.01),
             },
             "codebook": {},
+            "router": {"softmax_over": softmax_over_of(True, options["num_experts_per_tok"])},
         }
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None

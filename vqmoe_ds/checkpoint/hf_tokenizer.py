@@ -60,14 +60,20 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_len
     return {name + "_id": fast.token_to_id(token) for name, token in names.items()}
 
 
-def _byte_level(with_end: bool) -> Any:
-    """Ids 0 to 255 are bytes: the pre-tokenizer writes each as a printable symbol, and there is nothing to merge."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def byte_symbols() -> dict[int, str]:
+    """The printable symbol that a byte-level tokenizer.json writes for each byte."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     printable = [b for b in range(256) if chr(b) in ByteLevel.alphabet()]
     others = [b for b in range(256) if b not in printable]
-    symbols = {b: chr(b) for b in printable} | {b: chr(256 + place) for place, b in enumerate(others)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + place) for place, b in enumerate(others)}
+
+
+def _byte_level(with_end: bool) -> Any:
+    """Ids 0 to 255 are bytes: the pre-tokenizer writes each as a printable symbol, and there is nothing to merge."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    symbols = byte_symbols()
     vocabulary = {symbols[b]: b for b in range(UNUSED_BYTE)} | {PAD: UNUSED_BYTE}
     if with_end:
         vocabulary[END] = 256

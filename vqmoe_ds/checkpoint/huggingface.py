@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.hf_card import find_summary, model_card
-from vqmoe_ds.checkpoint.hf_files import entry_of, parse_size, read_json, read_weights, write_json, write_weights
 from vqmoe_ds.checkpoint.hf_names import (
     ARCHITECTURES,
     CODE_FILES,
     INFERENCE_BUFFERS,
+    NEWER,
     Part,
     hf_options,
     mixtral_sections,
@@ -39,6 +39,7 @@ from vqmoe_ds.checkpoint.hf_names import (
 from vqmoe_ds.checkpoint.portable import new_folder
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.checkpoint.safetensors_io import Entry, read_header, write_safetensors
+from vqmoe_ds.checkpoint.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError, DataError
 
@@ -216,7 +217,7 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
         elif checksum in (None, ByteTokenizer.checksum):
             tokenizer = ByteTokenizer()
         else:
-            tokenizer = _tokenizer_of_data(reader.config.get("data", {}), checksum)
+            tokenizer = tokenizer_of_data(reader.config.get("data", {}), checksum)
     except DataError as error:
         raise CheckpointError(f"{error}; or export without it (--tokenizer none)") from None
     if tokenizer is None or (checksum is None and choice == "auto" and config.model.vocab_size not in (256, 257)):
@@ -239,7 +240,7 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
     return tokenizer, []
 
 
-def _tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
+def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
     """The tokenizer with this checksum that the run's data names or that lies beside it, or None."""
     from vqmoe_ds.data.tokenizers import load_tokenizer
 
@@ -341,7 +342,8 @@ def _merged_config(options: dict[str, Any], training: dict[str, Any], arch: str,
         config = run_config(kept, path / TRAINING)
         told = hf_options(config, arch, bool(options.get("source_table")))
         free = _NOT_STRUCTURE[arch]
-        if all(options.get(name) == value for name, value in told.items() if name not in free):
+        known = {name: value for name, value in told.items() if name in options or name not in NEWER}
+        if all(options.get(name) == value for name, value in known.items() if name not in free):
             return config
     return run_config(sections, path / "config.json")
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.archive import Record, Stored, load_archive
-from vqmoe_ds.checkpoint.hf_files import entry_of, read_json, write_json
 from vqmoe_ds.checkpoint.hf_names import dense_hidden, shapes_of
 from vqmoe_ds.checkpoint.huggingface import run_config
 from vqmoe_ds.checkpoint.megatron_names import (
@@ -36,10 +35,12 @@ from vqmoe_ds.checkpoint.megatron_names import (
     share,
     share_shape,
     sparse_blocks,
+    why_not_megatron,
 )
 from vqmoe_ds.checkpoint.portable import new_folder
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.checkpoint.safetensors_io import read_header, write_safetensors
+from vqmoe_ds.checkpoint.shards import entry_of, read_json, write_json
 from vqmoe_ds.checkpoint.skeleton import Skeleton
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError
@@ -128,6 +129,8 @@ class _Writer:
 
     def _check(self) -> None:
         config, options, path = self.config, self.options, self.reader.path
+        if reason := why_not_megatron(config):
+            raise CheckpointError(f"--to megatron cannot write {path}: {reason}")
         have = {name: tuple(self.reader.shape(name)) for name in self.reader.names()}
         for name, want in shapes_of(config).items():  # routers may have more, for the side file
             if want != have.get(name):

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.hf_names import NORM_EPS, dense_hidden, is_sparse
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.checkpoint.hf_names import NORM_EPS, dense_hidden, head_width_of, is_sparse, moe_every_of, softmax_over_of
+from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.moe.routers.base import softmax_over_all
 
 VOCAB_MULTIPLE = 128
 """Megatron-LM's default ``--make-vocab-size-divisible-by``."""
@@ -36,6 +37,10 @@ def dense_names(config: RunConfig) -> dict[str, tuple[str, ...]]:
         names[theirs + "input_layernorm.weight"] = (ours + "attention_norm.weight",)
         names[theirs + "self_attention.linear_proj.weight"] = (ours + "attention.out.weight",)
         names[theirs + "self_attention.linear_qkv.weight"] = (ours + "attention.qkv.weight",)
+        if config.model.qk_norm is not QKNorm.NONE:
+            for letter in "qk":
+                name = f"{theirs}self_attention.{letter}_layernorm.weight"
+                names[name] = (f"{ours}attention.{letter}_norm.weight",)
         names[theirs + "pre_mlp_layernorm.weight"] = (ours + "mlp_norm.weight",)
         if is_sparse(config, block):
             router = _router_name(config)
@@ -91,12 +96,15 @@ def join(name: str, shares: list[Tensor], heads: int) -> list[Tensor]:
 
 def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
     """Shape of ``share``."""
-    width, vocab = config.model.width, padded_vocab(config.model.vocab_size, tp)
+    width, inner, vocab = config.model.width, config.model.attention_width, padded_vocab(config.model.vocab_size, tp)
+    head = (inner // config.model.heads,)
     shapes = {
+        "q_layernorm.weight": head,
+        "k_layernorm.weight": head,
         "word_embeddings.weight": (vocab // tp, width),
         "output_layer.weight": (vocab // tp, width),
-        "linear_qkv.weight": (3 * width // tp, width),
-        "linear_proj.weight": (width, width // tp),
+        "linear_qkv.weight": (3 * inner // tp, width),
+        "linear_proj.weight": (width, inner // tp),
         "router.weight": (config.moe.num_experts, width),
         "mlp.linear_fc1.weight": (2 * dense_hidden(config) // tp, width),
         "mlp.linear_fc2.weight": (width, dense_hidden(config) // tp),
@@ -107,13 +115,25 @@ def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
 # ---------------------------------------------------------------- options
 
 
+def why_not_megatron(config: RunConfig) -> str | None:
+    """Why a ``GPTModel`` has no place for this model or computes another one; None where it does not."""
+    moe = config.moe
+    if config.model.qk_norm is QKNorm.FULL:
+        return "it norms queries and keys over all heads together (model.qk_norm=full), Megatron each head alone"
+    single = moe.router is Router.TOPK and moe.top_k == 1 < moe.num_experts
+    if single and not softmax_over_all(config.router.softmax_over, 1):
+        return "it weights a single expert by 1 (router.softmax_over=chosen), Megatron by its probability"
+    return None
+
+
 def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: torch.dtype) -> Namespace:
     """The arguments of Megatron-LM that build this model, by its names (``--use-checkpoint-args`` reads them)."""
     model, moe = config.model, config.moe
     sparse = sparse_blocks(config)
     options: dict[str, Any] = {
         **{"num_layers": model.layers, "hidden_size": model.width, "num_attention_heads": model.heads},
-        **{"group_query_attention": False, "num_query_groups": model.heads, "kv_channels": model.width // model.heads},
+        **{"group_query_attention": False, "num_query_groups": model.heads},
+        **{"kv_channels": model.attention_width // model.heads, "qk_layernorm": model.qk_norm is QKNorm.HEADS},
         **{"ffn_hidden_size": dense_hidden(config), "seq_length": model.sequence_length},
         **{"max_position_embeddings": model.sequence_length, "position_embedding_type": "rope"},
         **{"rotary_base": model.rope_theta, "rotary_percent": 1.0, "rotary_interleaved": False},
@@ -130,31 +150,28 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
             **{"moe_grouped_gemm": grouped, "moe_use_legacy_grouped_gemm": grouped},
             **{"moe_layer_freq": [int(block in sparse) for block in range(model.layers)]},
             # The weight of a single expert is its probability among all, that of several among the chosen.
-            **{"moe_router_pre_softmax": _softmax_over_all(config), "moe_router_score_function": "softmax"},
+            **{"moe_router_pre_softmax": moe.top_k <= 1 or softmax_over_all(config.router.softmax_over, moe.top_k)},
+            **{"moe_router_score_function": "softmax"},
             **{"moe_aux_loss_coeff": moe.balance_weight, "moe_router_load_balancing_type": "aux_loss"},
             **{"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"},
         }
     return Namespace(**options)
 
 
-def _softmax_over_all(config: RunConfig) -> bool:
-    chosen = config.model_dump(mode="json").get("router", {}).get("softmax_over", "auto")
-    return config.moe.top_k <= 1 if chosen == "auto" else chosen == "all"
-
-
 def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """The sections model and moe of a run configuration from the arguments in a Megatron-LM checkpoint.
+    """The sections of a run configuration that describe the model, from the arguments in a Megatron-LM checkpoint.
 
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
     """
     heads, experts, top_k = args.get("num_attention_heads"), args.get("num_experts"), args.get("moe_router_topk", 2)
+    shape = {"head_dim": args.get("kv_channels"), "num_attention_heads": heads, "hidden_size": args.get("hidden_size")}
     needed = {
         **{"num_query_groups": heads if args.get("group_query_attention") else args.get("num_query_groups")},
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
         **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
-        **{"rotary_percent": 1.0, "rotary_interleaved": False, "qk_layernorm": False},
-        **({"moe_router_pre_softmax": top_k == 1, "moe_router_score_function": "softmax"} if experts else {}),
+        **{"rotary_percent": 1.0, "rotary_interleaved": False},
+        **({"moe_router_score_function": "softmax"} if experts else {}),
         **({"moe_shared_expert_intermediate_size": None} if experts else {}),
     }
     for name, value in needed.items():
@@ -169,12 +186,14 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         model = {
             **{"vocab_size": args.get("vocab_size") or args["padded_vocab_size"], "layers": args["num_layers"]},
             **{"width": args["hidden_size"], "heads": args["num_attention_heads"]},
+            **{"head_width": head_width_of(shape), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
             **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
             **{"moe_every": _every(args, where) if experts else 1, "dense_hidden": args["ffn_hidden_size"]},
         }
     except KeyError as error:
         raise CheckpointError(f"{where} records no {error.args[0]}, so its model is not known") from None
-    return {"model": model, "moe": moe, "codebook": {}}
+    normalised = not args.get("moe_router_pre_softmax", False) if experts else None
+    return {"model": model, "moe": moe, "router": {"softmax_over": softmax_over_of(normalised, top_k)}}
 
 
 def _every(args: dict[str, Any], where: str) -> int:
@@ -182,8 +201,8 @@ def _every(args: dict[str, Any], where: str) -> int:
     frequency, layers = args.get("moe_layer_freq", 1), args["num_layers"]
     if not isinstance(frequency, list):
         frequency = [int(block % frequency == 0) for block in range(layers)]
-    every = frequency.index(1) + 1 if 1 in frequency else 0
-    if not every or frequency != [int(block % every == every - 1) for block in range(layers)]:
+    every = moe_every_of([block for block, sparse in enumerate(frequency) if sparse], layers)
+    if every is None:
         raise CheckpointError(
             f"{where} has experts in blocks {frequency}; this trainer has them in the last of every n blocks"
         )

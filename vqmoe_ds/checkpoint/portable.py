@@ -11,7 +11,6 @@ manifest.json                         size and SHA-256 of all of them, written l
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -24,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.archive import Stored
-from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece, check_inside
+from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece
 from vqmoe_ds.checkpoint.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
-from vqmoe_ds.checkpoint.store import FORMAT, MANIFEST, sha256_of, write_atomically
+from vqmoe_ds.checkpoint.shards import entry_of, index_of, read_json, read_shards, write_json, write_shards
+from vqmoe_ds.checkpoint.store import FORMAT, MANIFEST
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import sha256_of
 
 STATE = "state.json"
 STATE_FORMAT = 1
@@ -43,7 +43,7 @@ class PortableReader(CheckpointReader):
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
-        state = _read_json(path / STATE)
+        state = read_json(path / STATE)
         if state.get("format", 0) > STATE_FORMAT:
             raise CheckpointError(
                 f"{path} is of format {state['format']}; this version reads up to {STATE_FORMAT}: update vqmoe_ds"
@@ -52,24 +52,12 @@ class PortableReader(CheckpointReader):
         self.layout = state.get("layout", manifest.get("layout", {}))
         self.client_state, self.counters = state.get("client_state", {}), state.get("counters", {})
         self._optimizer_step = int(state.get("optimizer_step", 0))
-        self._places = {"fp32": self._index("model")}
-        if (path / "optimizer.safetensors.index.json").exists():
-            moments = self._index("optimizer")
+        self._places = {"fp32": read_shards(path, "model")}
+        if index_of(path, "optimizer").exists():
+            moments = read_shards(path, "optimizer")
             for kind in KINDS[1:]:
                 prefix = f"{kind}."
                 self._places[kind] = {n.removeprefix(prefix): s for n, s in moments.items() if n.startswith(prefix)}
-
-    def _index(self, part: str) -> dict[str, Stored]:
-        weight_map = _read_json(self.path / f"{part}.safetensors.index.json").get("weight_map", {})
-        found: dict[str, Stored] = {}
-        for file in dict.fromkeys(weight_map.values()):
-            check_inside(self.path, file)
-            tensors = read_header(self.path / file)
-            found.update({name: stored for name, stored in tensors.items() if weight_map.get(name) == file})
-        for name, file in weight_map.items():
-            if name not in found:
-                raise CheckpointError(f"{self.path}: {file} does not hold {name}, which the index puts there")
-        return {name: found[name] for name in weight_map}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -97,18 +85,19 @@ def write_portable(
     reader: CheckpointReader, folder: Path, tell: Tell | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a reader's checkpoint into an empty folder (see ``new_folder``), a few megabytes at a time."""
-    files = _write_shards(folder, "model", [_entry(reader, n, "fp32", n) for n in reader.names()], shard_bytes, tell)
+    weights = [_entry(reader, n, "fp32", n) for n in reader.names()]
+    files = write_shards(folder, "model", split_shards(weights, shard_bytes), tell)
     if reader.has_optimizer:
         moments = [_entry(reader, n, kind, f"{kind}.{n}") for n in reader.names() for kind in KINDS[1:]]
-        files |= _write_shards(folder, "optimizer", moments, shard_bytes, tell)
-    buffers = [Entry(n, b.dtype, tuple(b.shape), partial(_whole, b)) for n, b in reader.buffers().items()]
+        files |= write_shards(folder, "optimizer", split_shards(moments, shard_bytes), tell)
+    buffers = [entry_of(name, buffer) for name, buffer in reader.buffers().items()]
     files["buffers.safetensors"] = write_safetensors(folder / "buffers.safetensors", buffers)
     state = {
         **{"format": STATE_FORMAT, "step": reader.step, "optimizer_step": reader.optimizer_step()},
         **{"layout": reader.layout, "config": reader.config, "counters": reader.counters},
         "client_state": reader.client_state,
     }
-    _write_json(folder / STATE, state)
+    write_json(folder / STATE, state)
     seal(folder, reader, files)
 
 
@@ -125,7 +114,7 @@ def seal(
         **{"layout": layout or reader.layout, "config": reader.config},
         "files": {name: {"bytes": sealed.size, "sha256": sealed.sha256} for name, sealed in sorted(files.items())},
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_json(folder / MANIFEST, manifest)
 
 
 def total_bytes(reader: CheckpointReader) -> int:
@@ -162,37 +151,3 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
 
 def _entry(reader: CheckpointReader, name: str, kind: str, key: str) -> Entry:
     return Entry(key, torch.float32, reader.shape(name), partial(reader.stream, name, kind))
-
-
-def _whole(tensor: Tensor) -> list[Tensor]:
-    return [tensor]
-
-
-def _write_shards(
-    folder: Path, part: str, entries: list[Entry], shard_bytes: int, tell: Tell | None
-) -> dict[str, Sealed]:
-    shards = split_shards(entries, shard_bytes)
-    files, weight_map = {}, {}
-    for number, shard in enumerate(shards, 1):
-        name = f"{part}-{number:05d}-of-{len(shards):05d}.safetensors"
-        files[name] = write_safetensors(folder / name, shard, tell=tell)
-        weight_map.update({entry.name: name for entry in shard})
-    index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
-    _write_json(folder / f"{part}.safetensors.index.json", index)
-    return files
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=1))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value

@@ -49,10 +49,10 @@ def restore_any_layout(session: Session, reader: CheckpointReader) -> int:
     if hasattr(optimizer, "checkpoint_event_prologue"):  # ZeRO-3: all parameters in parts
         optimizer.checkpoint_event_prologue()
     try:
-        _check_same_model(session, reader)
+        check_same_model(session.model, session.config.ep_size, reader)
         _fill_masters(session, reader)
         _fill_weights(session, reader)
-        _fill_buffers(session.model, reader)
+        fill_buffers(session.model, reader)
         _set_counters(session.engine, reader)
     except CheckpointError as caught:
         error = caught
@@ -73,11 +73,16 @@ def _fail_together(error: CheckpointError | None) -> None:
         raise error
 
 
-def _check_same_model(session: Session, reader: CheckpointReader) -> None:
+def check_same_model(model: nn.Module, ep_size: int, reader: CheckpointReader) -> None:
+    """Refuse a checkpoint whose parameters are not those of a model that holds one of ``ep_size`` shares of experts.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
     ours: dict[str, tuple[int, ...]] = {}
-    for name, param in session.model.named_parameters():
+    for name, param in model.named_parameters():
         first, *rest = getattr(param, "ds_shape", param.shape)
-        ours[name] = (first * session.config.ep_size if ".experts." in name else first, *rest)
+        ours[name] = (first * ep_size if ".experts." in name else first, *rest)
     theirs = reader.shapes
     for name in sorted(ours.keys() ^ theirs.keys()):
         where = ("this run", "the checkpoint") if name in ours else ("the checkpoint", "this run")
@@ -142,8 +147,10 @@ def _slots(session: Session) -> Iterator[_Slot]:
     optimizer = session.engine.optimizer
     names = {id(param): name for name, param in session.model.named_parameters()}
 
+    ep_rank = session.config.ep_rank(session.place.rank)
+
     def place(param: Tensor) -> tuple[str, int]:
-        return names[id(param)], _first(session, names[id(param)], param)
+        return names[id(param)], first_value(names[id(param)], param, ep_rank)
 
     if session.config.zero_stage == 3:
         yield from _stage3_slots(optimizer, place)
@@ -189,11 +196,9 @@ def _stage3_slots(optimizer: Any, place: Any) -> Iterator[_Slot]:
             begin += part
 
 
-def _first(session: Session, name: str, param: Tensor) -> int:
+def first_value(name: str, param: Tensor, ep_rank: int) -> int:
     """Where this rank's share of a parameter begins in the whole: nowhere but at 0, except for experts."""
-    if ".experts." not in name:
-        return 0
-    return session.config.ep_rank(session.place.rank) * int(getattr(param, "ds_numel", param.numel()))
+    return ep_rank * int(getattr(param, "ds_numel", param.numel())) if ".experts." in name else 0
 
 
 # ---------------------------------------------------------------------- the weights the model runs on
@@ -206,8 +211,9 @@ def _fill_weights(session: Session, reader: CheckpointReader) -> None:
         return
     if type(session.engine.optimizer).__module__.startswith("torch."):
         return  # the weights were the masters
+    ep_rank = session.config.ep_rank(session.place.rank)
     for name, param in session.model.named_parameters():
-        slot = _Slot(name, _first(session, name, param), param.numel(), param, 0)
+        slot = _Slot(name, first_value(name, param, ep_rank), param.numel(), param, 0)
         _copy(reader, slot, "fp32", param.data.view(-1))
 
 
@@ -228,7 +234,12 @@ def _refresh_stage3(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
 
 
-def _fill_buffers(model: nn.Module, reader: CheckpointReader) -> None:
+def fill_buffers(model: nn.Module, reader: CheckpointReader) -> None:
+    """Copy the persistent buffers of a checkpoint into a model.
+
+    Raises:
+        CheckpointError: one is missing or of another shape.
+    """
     saved = reader.buffers()
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -16,13 +16,13 @@ from vqmoe_ds.checkpoint.store import (
     retire,
     tag_name,
     verify,
-    write_atomically,
     write_manifest,
 )
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.errors import CheckpointError, TrainingHalted
+from vqmoe_ds.files import write_atomically
 from vqmoe_ds.train.engine import Session
 
 STRUCTURE = {

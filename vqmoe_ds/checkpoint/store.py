@@ -7,15 +7,14 @@ resume; the pointer ``latest`` moves, and old tags go, only after the new manife
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -102,18 +101,3 @@ def retire(folder: Path, keep_last: int) -> None:
     for tag in sealed[:-keep_last]:
         (tag / MANIFEST).unlink()  # first: a half-removed tag must not look whole
         shutil.rmtree(tag, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to disk and rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

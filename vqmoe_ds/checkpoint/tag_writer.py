@@ -24,8 +24,8 @@ from vqmoe_ds.checkpoint.portable import Tell, seal
 from vqmoe_ds.checkpoint.reader import CHUNK, KINDS, CheckpointReader
 from vqmoe_ds.checkpoint.safetensors_io import Sealed
 from vqmoe_ds.checkpoint.skeleton import Skeleton
-from vqmoe_ds.checkpoint.store import sha256_of
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import sha256_of
 
 ALIGNMENT = 2
 """ZeRO 1 and 2 pad a group to a multiple of this times its ranks."""

@@ -4,6 +4,8 @@ Every expert starts as a copy of the block's MLP, so whatever the router picks, 
 training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (grouped
 queries, tied embeddings, another epsilon of the norms) or refused by name.
 
+Sources with experts of their own (``ROUTED``) are in ``upcycle_moe.py``.
+
 Legend: D width, H expert hidden width, N experts, G slices an MLP is cut into.
 """
 
@@ -21,14 +23,15 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.archive import Stored
-from vqmoe_ds.checkpoint.hf_files import read_json, read_weights
-from vqmoe_ds.checkpoint.hf_names import NORM_EPS, is_sparse, shapes_of
+from vqmoe_ds.checkpoint.hf_names import NORM_EPS, head_width_of, is_sparse, shapes_of
 from vqmoe_ds.checkpoint.reader import Piece, WeightsReader
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.checkpoint.shards import read_json, read_weights
+from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.moe.routers.abilities import why_not_exported
 
-LACKING = dict.fromkeys(("olmoe", "qwen3", "qwen3_moe", "olmo2"), "norms its queries and keys")
+DENSE, ROUTED = ("llama", "mistral", "qwen3"), ("mixtral", "olmoe", "qwen3_moe")
+QK_NORMS = {"qwen3": QKNorm.HEADS, "qwen3_moe": QKNorm.HEADS, "olmoe": QKNorm.FULL}
 IGNORED = "rotary_emb.inv_freq"
 MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -56,19 +59,19 @@ class DenseSource:
         CheckpointError: not of that family, damaged, or with a part that our transformer cannot represent.
     """
 
-    model_types: tuple[str, ...] = ("llama", "mistral")
+    model_types: tuple[str, ...] = DENSE
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.options = read_json(self.path / "config.json")
         self.weights: dict[str, Stored] = read_weights(self.path)
-        kind = str(self.options.get("model_type"))
-        if kind not in self.model_types:
-            reason = f", which {LACKING[kind]}, as our transformer cannot" if kind in LACKING else ""
+        self.kind = str(self.options.get("model_type"))
+        if self.kind not in self.model_types:
             raise CheckpointError(
-                f"{self.path} holds a model of type {kind}{reason}; models of type llama, mistral and mixtral can be "
-                "upcycled"
+                f"{self.path} holds a model of type {self.kind}; those that can be upcycled are "
+                + ", ".join(DENSE + ROUTED)
             )
+        self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
         self.width, self.layers = self._number("hidden_size"), self._number("num_hidden_layers")
         self.heads = self._number("num_attention_heads")
         self.kv_heads = int(self.options.get("num_key_value_heads") or self.heads)
@@ -93,6 +96,8 @@ class DenseSource:
             "model.layers": self.layers,
             "model.width": self.width,
             "model.heads": self.heads,
+            "model.head_width": head_width_of(self.options),
+            "model.qk_norm": self.qk_norm.value,
             "model.rope_theta": float(self.rope.get("rope_theta", self.options.get("rope_theta", 10000.0))),
         }
 
@@ -113,12 +118,11 @@ class DenseSource:
             raise CheckpointError(f"{self.path / 'config.json'} has no number {name}") from None
 
     def _refuse_what_is_lacking(self) -> None:
-        options = self.options
-        head_width = options.get("head_dim") or self.width // self.heads
+        options, clip = self.options, self.options.get("clip_qkv")
         scaling = self.rope.get("rope_type", self.rope.get("type", "default"))
         partial = self.rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
         problems = {
-            f"head_dim={head_width} is not hidden_size / num_attention_heads": head_width * self.heads != self.width,
+            f"queries, keys and values are clipped (clip_qkv={clip})": clip is not None,
             f"rotary positions are scaled ({scaling})": scaling != "default",
             f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
             f"hidden_act={options.get('hidden_act')} is not silu": options.get("hidden_act", "silu") != "silu",
@@ -142,10 +146,12 @@ class DenseSource:
             start = f"model.layers.{layer}."
             names += [f"{start}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
             names += [f"{start}self_attn.{letter}_proj.weight" for letter in "qkvo"]
-            names += [start + name for name in self.mlp_names()]
+            if self.qk_norm is not QKNorm.NONE:
+                names += [f"{start}self_attn.{letter}_norm.weight" for letter in "qk"]
+            names += [start + name for name in self.mlp_names(layer)]
         return names
 
-    def mlp_names(self) -> list[str]:
+    def mlp_names(self, layer: int) -> list[str]:
         """Weights of one block's MLP."""
         return [f"mlp.{name}.weight" for name in MATRICES.values()]
 
@@ -282,6 +288,9 @@ class UpcycledReader(WeightsReader):
             return source.tensor(start + "self_attn.o_proj.weight") * source.stream_scale
         if part == "attention.qkv.weight":
             return torch.cat([self._heads(f"{start}self_attn.{letter}_proj.weight", letter) for letter in "qkv"])
+        if part in ("attention.q_norm.weight", "attention.k_norm.weight"):
+            name = part.removeprefix("attention.")
+            return self._heads(f"{start}self_attn.{name}", name[0] if source.qk_norm is QKNorm.FULL else "q")
         if not is_sparse(self._run, block):
             matrix = source.tensor(f"{start}mlp.{part.split('.')[1]}_proj.weight")
             return matrix * source.stream_scale if part == "mlp.down.weight" else matrix
@@ -290,11 +299,17 @@ class UpcycledReader(WeightsReader):
         return self._router(part, block)
 
     def _heads(self, name: str, letter: str) -> Tensor:
-        """Query, key or value weights with one key-value head for every query head."""
+        """Query, key or value weights with one key-value head for every query head.
+
+        Copies leave the mean square over all heads as it is. Queries and keys that are normed are scaled, which turns
+        the epsilon of their norm into ours; see ``DenseSource.stream_scale``.
+        """
         source, weight = self._source, self._source.tensor(name)
+        if source.qk_norm is not QKNorm.NONE and letter != "v" and weight.dim() > 1:
+            weight = weight * source.stream_scale
         if letter == "q" or source.kv_heads == source.heads:
             return weight
-        heads = weight.view(source.kv_heads, -1, source.width)
+        heads = weight.view(source.kv_heads, -1, *weight.shape[1:])
         return heads.repeat_interleave(source.heads // source.kv_heads, dim=0).flatten(0, 1)
 
     def _expert(self, start: str, matrix: str, block: int, expert: int) -> Tensor:
@@ -360,14 +375,14 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", metavar="SRC", help="folder of a dense Hugging Face model of the Llama family (safetensors)")
+    add("source", metavar="SRC", help="folder of a Hugging Face model (safetensors): " + ", ".join(DENSE + ROUTED))
     add("target", metavar="DST", help="portable checkpoint to write")
     add("--config", metavar="YAML", help="run configuration of the new model; its shape comes from SRC")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
     add("--granularity", type=int, default=1, metavar="G", help="cut every copy of the MLP into G experts (topk only)")
     add("--noise", type=float, default=0.0, metavar="S", help="noise on the experts, relative to each matrix")
     add("--force", action="store_true", help="replace DST if it exists")
-    experts = parser.add_argument_group("SRC has experts (Mixtral): codes are the means of the tokens each receives")
+    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen3-MoE): each gets a code")
     experts.add_argument("--calibration", metavar="FILE", help="UTF-8 text like that of training (needed)")
     experts.add_argument(
         "--calibration_tokens", type=int, default=100_000, metavar="N", help="tokens of it that are read"
@@ -382,7 +397,7 @@ def main(args: argparse.Namespace) -> int:
 
     try:
         overrides = dict(parse_override(text) for text in args.set)
-        if read_json(Path(args.source) / "config.json").get("model_type") == "mixtral":
+        if read_json(Path(args.source) / "config.json").get("model_type") in ROUTED:
             from vqmoe_ds.checkpoint.upcycle_moe import from_command_line
 
             return from_command_line(args, overrides)

@@ -1,4 +1,7 @@
-"""A Hugging Face Mixture-of-Experts model (Mixtral) becomes a VQMoE whose codes take its router's place.
+"""A Hugging Face Mixture-of-Experts model becomes a VQMoE whose codes take its router's place.
+
+Mixtral, OLMoE and Qwen3-MoE differ in what their weights and options are called, in the norms of queries and keys, and
+in whether the weights of a token's experts sum to 1.
 
 Attention, experts and, beside the codes, the router are those of the source. Each expert has one code: the mean of what
 the code source shows of the tokens that the old router sends to it, measured on a calibration text. How often the new
@@ -18,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqmoe_ds.checkpoint.hf_names import moe_every_of, softmax_over_of
 from vqmoe_ds.checkpoint.huggingface import settled_codebook
-from vqmoe_ds.checkpoint.upcycle import DenseSource, UpcycledReader, UpcycleOptions
-from vqmoe_ds.config.schema import CodeSource, Router, RunConfig
+from vqmoe_ds.checkpoint.load_model import build_model
+from vqmoe_ds.checkpoint.upcycle import MATRICES, ROUTED, DenseSource, UpcycledReader, UpcycleOptions
+from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, SoftmaxOver
 from vqmoe_ds.errors import CheckpointError, ConfigError, DataError
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.routers import Routing
 
 GATE_BIAS = 2.0
 """Path gate at the start: the linear router's path weighs 98 %, so that little is lost before training."""
@@ -29,50 +36,99 @@ HELD_OUT = 10
 """One in this many calibration windows measures."""
 
 
-class MixtralSource(DenseSource):
-    """A Mixtral in a Hugging Face folder; see ``DenseSource``."""
+class RoutedSource(DenseSource):
+    """A Mixtral, OLMoE or Qwen3-MoE in a Hugging Face folder; see ``DenseSource``."""
 
-    model_types = ("mixtral",)
+    model_types = ROUTED
 
     @property
     def experts(self) -> int:
-        return self._number("num_local_experts")
+        return self._number("num_experts" if "num_experts" in self.options else "num_local_experts")
 
     @property
     def top_k(self) -> int:
         return self._number("num_experts_per_tok")
 
-    def mlp_names(self) -> list[str]:
-        experts = [f"block_sparse_moe.experts.{e}.{w}.weight" for e in range(self.experts) for w in ("w1", "w2", "w3")]
-        return ["block_sparse_moe.gate.weight", *experts]
+    @property
+    def expert_hidden(self) -> int:
+        return self._number("moe_intermediate_size") if self.kind == "qwen3_moe" else self.hidden
+
+    @property
+    def softmax_over(self) -> SoftmaxOver:
+        """Over which experts the weights of the chosen sum to 1."""
+        return softmax_over_of(self.kind == "mixtral" or bool(self.options.get("norm_topk_prob", False)), self.top_k)
+
+    @property
+    def sparse_blocks(self) -> list[int]:
+        """Blocks with experts."""
+        step, dense = int(self.options.get("decoder_sparse_step", 1)), self.options.get("mlp_only_layers") or []
+        return [block for block in range(self.layers) if block not in dense and (block + 1) % step == 0]
+
+    def model_section(self) -> dict[str, Any]:
+        every = moe_every_of(self.sparse_blocks, self.layers)
+        if every is None:
+            raise CheckpointError(
+                f"{self.path} has experts in blocks {self.sparse_blocks} alone (mlp_only_layers, decoder_sparse_step); "
+                "this trainer has them in the last of every n blocks"
+            )
+        return super().model_section() | {
+            "model.moe_every": every,
+            "model.dense_hidden": 0 if every == 1 else self.hidden,
+            "moe.num_experts": self.experts,
+            "moe.expert_hidden": self.expert_hidden,
+        }
+
+    def mlp_names(self, layer: int) -> list[str]:
+        if layer not in self.sparse_blocks:
+            return super().mlp_names(layer)
+        return [self.router_name(), *(self.expert_name(e, w) for e in range(self.experts) for w in MATRICES)]
+
+    def router_name(self) -> str:
+        """The linear router of a block."""
+        return "block_sparse_moe.gate.weight" if self.kind == "mixtral" else "mlp.gate.weight"
+
+    def expert_name(self, expert: int, matrix: str) -> str:
+        """One matrix (``w1``, ``w2``, ``w3``) of one expert of a block."""
+        if self.kind == "mixtral":
+            return f"block_sparse_moe.experts.{expert}.{matrix}.weight"
+        return f"mlp.experts.{expert}.{MATRICES[matrix]}.weight"
 
 
 class RoutedReader(UpcycledReader):
     """The source's own experts and router under any router of ours.
 
     Args:
-        source: the Mixtral.
+        source: a model with experts.
         config: of ``routed_config``.
         buffers: codebook to start with; None: fresh.
+        scales: factor on the outputs of the experts, by block; 1 where none is given.
     """
 
-    def __init__(self, source: MixtralSource, config: RunConfig, buffers: dict[str, Tensor] | None = None) -> None:
+    _source: RoutedSource
+
+    def __init__(
+        self,
+        source: RoutedSource,
+        config: RunConfig,
+        buffers: dict[str, Tensor] | None = None,
+        scales: dict[int, float] | None = None,
+    ) -> None:
         super().__init__(source, config, UpcycleOptions())
-        self._given = buffers
+        self._given, self._scales = buffers, scales or {}
 
     def buffers(self) -> dict[str, Tensor]:
         return super().buffers() if self._given is None else self._given
 
     def _expert(self, start: str, matrix: str, block: int, expert: int) -> Tensor:
-        weight = self._source.tensor(f"{start}block_sparse_moe.experts.{expert}.{matrix}.weight")
-        return weight * self._source.stream_scale if matrix == "w2" else weight
+        weight = self._source.tensor(start + self._source.expert_name(expert, matrix))
+        return weight * (self._source.stream_scale * self._scales.get(block, 1.0)) if matrix == "w2" else weight
 
     def _router(self, part: str, block: int) -> Tensor:
         if part.endswith("path_gate.weight"):
             return torch.zeros(2, self._source.width)
         if part.endswith("path_gate.bias"):
             return torch.tensor([GATE_BIAS, -GATE_BIAS])
-        return self._source.tensor(f"model.layers.{block}.block_sparse_moe.gate.weight")
+        return self._source.tensor(f"model.layers.{block}.{self._source.router_name()}")
 
 
 @dataclass
@@ -109,20 +165,18 @@ def _percent(shares: list[float]) -> str:
 
 
 def routed_config(
-    source: MixtralSource, overrides: dict[str, Any], file: str | None = None, router: Router = Router.VQ
+    source: RoutedSource, overrides: dict[str, Any], file: str | None = None, router: Router = Router.VQ
 ) -> RunConfig:
     """The run configuration: the source's shape and experts; unless set, its top_k and codes in the layer's state.
 
     Raises:
         ConfigError: a field contradicts the source, or the code source has no meaning before training.
+        CheckpointError: blocks with and without experts follow each other as they cannot with us.
     """
     from vqmoe_ds.config.load import load_config
 
     forced = source.model_section() | {
-        "model.moe_every": 1,
         "moe.router": router.value,
-        "moe.num_experts": source.experts,
-        "moe.expert_hidden": source.hidden,
         "codebook.num_codes": source.experts,
         "codebook.code_map": "mod",
     }
@@ -131,11 +185,11 @@ def routed_config(
             raise ConfigError(f"{name}={overrides[name]} contradicts what SRC becomes ({value}); leave it out")
     asked = load_config("tiny", file, {**overrides, **forced})
     length = int(source.options.get("max_position_embeddings", 2048))
-    defaults = {"moe.top_k": source.top_k, "codebook.source": "layer_state", "model.sequence_length": min(length, 4096)}
+    routing = {"moe.top_k": source.top_k, "router.softmax_over": source.softmax_over.value}
+    defaults = routing | {"codebook.source": "layer_state", "model.sequence_length": min(length, 4096)}
     free = {name: value for name, value in defaults.items() if name not in asked.explicit}
     if router is Router.TOPK:
-        free["moe.top_k"] = source.top_k
-        forced["moe.top_k"] = source.top_k
+        forced |= routing
     config = load_config("tiny", file, {**overrides, **free, **forced}).config
     source.check_length(config.model.sequence_length)
     if config.codebook.source is CodeSource.EARLY_BLOCK or config.codebook.source_momentum:
@@ -143,16 +197,14 @@ def routed_config(
             "codes cannot be calibrated with codebook.source=early_block or codebook.source_momentum; use "
             "codebook.source=layer_state or context"
         )
-    if source.top_k == 1 and source.experts > 1:
-        raise CheckpointError(f"{source.path} has num_experts_per_tok=1, weighted by 1 there and otherwise here")
     return config
 
 
-def with_codes(source: MixtralSource, config: RunConfig, ids: Tensor) -> tuple[RoutedReader, Report]:
+def with_codes(source: RoutedSource, config: RunConfig, ids: Tensor) -> tuple[RoutedReader, Report]:
     """The new model, its codes made of calibration tokens.
 
     Args:
-        source: the Mixtral; it is held in memory while it is measured.
+        source: the old model; it is held in memory while it is measured.
         config: of ``routed_config``.
         ids: tokens in order, int64 ``[T]``.
 
@@ -166,11 +218,14 @@ def with_codes(source: MixtralSource, config: RunConfig, ids: Tensor) -> tuple[R
     held = torch.arange(len(windows)) % min(HELD_OUT, len(windows)) == 1
     report = Report(int((~held).sum()) * length)
     old = _load(RoutedReader(source, routed_config(source, _same_shape(config), router=Router.TOPK)))
-    codes_LKC, report.unused = _means(old, config, windows[~held])
+    means = _means(old, config, windows[~held])
+    codes_LKC, report.unused = means.codes_LKC, means.unused
     buffers = settled_codebook(config, codes_LKC, torch.arange(source.experts).repeat(len(codes_LKC), 1))
     _compare(old, config, codes_LKC, windows[held], report)
     del old
-    reader = RoutedReader(source, config, buffers)
+    # Where the old weights do not sum to 1, an expert that stands alone gives what they gave together on average.
+    scales = {} if config.moe.top_k else dict(zip(source.sparse_blocks, means.weight_L, strict=True))
+    reader = RoutedReader(source, config, buffers, scales)
     report.loss_after = _loss(_load(reader), windows[held])
     return reader, report
 
@@ -179,21 +234,14 @@ def _same_shape(config: RunConfig) -> dict[str, Any]:
     return {"model.sequence_length": config.model.sequence_length}
 
 
-def _load(reader: RoutedReader) -> Any:
-    from vqmoe_ds.models.transformer import MoETransformer
-
-    model = MoETransformer(RunConfig(**reader.config)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.tensor(name))
-    model.load_state_dict(reader.buffers(), strict=False)
-    return model
+def _load(reader: RoutedReader) -> MoETransformer:
+    return build_model(reader, RunConfig(**reader.config))
 
 
 class _Watcher:
     """Runs the old model and tells, layer by layer, what codes would look at and where the router sends it."""
 
-    def __init__(self, model: Any, config: RunConfig) -> None:
+    def __init__(self, model: MoETransformer, config: RunConfig) -> None:
         from vqmoe_ds.moe.codebook import CodebookBank
         from vqmoe_ds.moe.sources import EmbeddingSource
 
@@ -201,32 +249,45 @@ class _Watcher:
         self.model, self.book, self.layers = model, book, model.moe_layers()
         self.bank = CodebookBank(book, len(self.layers), config.moe.num_experts, shape.width, config.train.seed)
         self.source = EmbeddingSource(book, shape.vocab_size, shape.width, shape.sequence_length)
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[int, tuple[Tensor, Routing]] = {}
         for index, layer in enumerate(self.layers):
-            layer.watch = True
-            layer.register_forward_pre_hook(lambda _, inputs, index=index: self._seen.update({index: inputs[0]}))
+            assert layer.router is not None
+            layer.router.register_forward_hook(
+                lambda _, inputs, routing, index=index: self._seen.update({index: (inputs[0], routing)})
+            )
 
     @torch.no_grad()
-    def run(self, tokens_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For every layer what is compared with codes, ``[T, C]``, and the router's choices, best first, ``[T, k]``."""
+    def run(self, tokens_BS: Tensor) -> list[tuple[Tensor, Routing]]:
+        """For every layer what is compared with codes, ``[T, C]``, and the router's choices, best first."""
         self.model(tokens_BS)
-        sources = [self._seen[index] for index in range(len(self.layers))]
+        seen = [self._seen[index] for index in range(len(self.layers))]
+        sources = [x_TD for x_TD, _ in seen]
         if self.book.source is not CodeSource.LAYER_STATE:
-            sources = [self.source(tokens_BS, self.model.embed(tokens_BS))] * len(self.layers)
-        compared = [self.bank.prepare(source.flatten(0, 1)) for source in sources]
-        return [(z_TC, layer.watched) for z_TC, layer in zip(compared, self.layers, strict=True)]
+            sources = [self.source(tokens_BS, self.model.embed(tokens_BS)).flatten(0, 1)] * len(self.layers)
+        return [(self.bank.prepare(source), routing) for source, (_, routing) in zip(sources, seen, strict=True)]
 
 
-def _means(model: Any, config: RunConfig, windows: Tensor) -> tuple[Tensor, list[int]]:
-    """Mean of the tokens of each expert, ``[L, N, C]``, and how many experts of each layer had none."""
+@dataclass
+class _Means:
+    """Mean of the tokens of each expert, experts of each layer that had none, mean weight of a token's k experts."""
+
+    codes_LKC: Tensor
+    unused: list[int]
+    weight_L: list[float]
+
+
+def _means(model: MoETransformer, config: RunConfig, windows: Tensor) -> _Means:
     watcher = _Watcher(model, config)
     sums = torch.zeros(watcher.bank.codes_LKC.shape, dtype=torch.float64)
     counts = torch.zeros(sums.shape[:2], dtype=torch.float64)
+    weight_L = torch.zeros(len(sums), dtype=torch.float64)
     spare: list[Tensor] = []
     for batch in windows.split(4):
         spare = []
-        for layer, (z_TC, ids_Tk) in enumerate(watcher.run(batch[:, :-1])):
-            for ids_T in ids_Tk.unbind(dim=1):
+        for layer, (z_TC, routing) in enumerate(watcher.run(batch[:, :-1])):
+            assert routing.weights_TR is not None
+            weight_L[layer] += routing.weights_TR.sum(dtype=torch.float64)
+            for ids_T in routing.expert_ids_TR.unbind(dim=1):
                 sums[layer].index_add_(0, ids_T, z_TC.double())
                 counts[layer] += torch.bincount(ids_T, minlength=counts.shape[1])
             spare.append(z_TC)
@@ -234,16 +295,16 @@ def _means(model: Any, config: RunConfig, windows: Tensor) -> tuple[Tensor, list
     for layer, expert in (counts == 0).nonzero().tolist():
         codes[layer, expert] = spare[layer][(expert * 7919) % len(spare[layer])].double()
     codes = F.normalize(codes, dim=-1) if config.codebook.distance == "cosine" else codes
-    return codes.float(), (counts == 0).sum(dim=1).tolist()
+    return _Means(codes.float(), (counts == 0).sum(dim=1).tolist(), (weight_L / windows[:, :-1].numel()).tolist())
 
 
-def _compare(model: Any, config: RunConfig, codes_LKC: Tensor, windows: Tensor, report: Report) -> None:
+def _compare(model: MoETransformer, config: RunConfig, codes_LKC: Tensor, windows: Tensor, report: Report) -> None:
     watcher = _Watcher(model, config)
     watcher.bank.codes_LKC.copy_(codes_LKC)
     first, any_one = torch.zeros(len(codes_LKC)), torch.zeros(len(codes_LKC))
     for batch in windows.split(4):
-        for layer, (z_TC, ids_Tk) in enumerate(watcher.run(batch[:, :-1])):
-            agrees_Tk = watcher.bank.lookup(layer, z_TC).unsqueeze(1) == ids_Tk
+        for layer, (z_TC, routing) in enumerate(watcher.run(batch[:, :-1])):
+            agrees_Tk = watcher.bank.lookup(layer, z_TC).unsqueeze(1) == routing.expert_ids_TR
             first[layer] += agrees_Tk[:, 0].sum()
             any_one[layer] += agrees_Tk.any(dim=1).sum()
     tokens = windows[:, :-1].numel()
@@ -252,7 +313,7 @@ def _compare(model: Any, config: RunConfig, codes_LKC: Tensor, windows: Tensor, 
 
 
 @torch.no_grad()
-def _loss(model: Any, windows: Tensor) -> float:
+def _loss(model: MoETransformer, windows: Tensor) -> float:
     losses = [float(model(batch[:, :-1], batch[:, 1:])[0]) * len(batch) for batch in windows.split(4)]
     return sum(losses) / len(windows)
 
@@ -268,7 +329,7 @@ def from_command_line(args: argparse.Namespace, overrides: dict[str, Any]) -> in
         raise ConfigError("--granularity and --noise are for dense sources; SRC has experts of its own")
     if not args.calibration:
         raise ConfigError("SRC has experts, so its codes need --calibration FILE, a text like that of training")
-    source = MixtralSource(args.source)
+    source = RoutedSource(args.source)
     config = routed_config(source, overrides, args.config)
     ids = calibration_ids(args.calibration, args.tokenizer or args.source, args.calibration_tokens, config)
     with new_folder(Path(args.target), args.force) as folder:

@@ -61,6 +61,12 @@ class CodeSource(StrEnum):
     EARLY_BLOCK = "early_block"
 
 
+class QKNorm(StrEnum):
+    NONE = "none"
+    HEADS = "heads"
+    FULL = "full"
+
+
 class CodeMap(StrEnum):
     MOD = "mod"
     BALANCED = "balanced"
@@ -72,7 +78,11 @@ class ModelConfig(_Section):
     vocab_size: int = _f(256, "size of the vocabulary; unless set, that of the data's tokenizer", "tokens", ge=2)
     layers: int = _f(4, "transformer blocks", ge=1)
     width: int = _f(128, "model width d", "features", ge=2)
-    heads: int = _f(4, "attention heads; must divide the width", ge=1)
+    heads: int = _f(4, "attention heads; must divide the width unless head_width is set", ge=1)
+    head_width: int = _f(0, "width of an attention head; 0: width / heads", "features", ge=0)
+    qk_norm: QKNorm = _f(
+        QKNorm.NONE, "RMSNorm of queries and keys: none, heads (each head alone, Qwen 3) or full (all together, OLMoE)"
+    )
     sequence_length: int = _f(256, "training context", "tokens", ge=2)
     moe_every: int = _f(1, "an MoE layer in every n-th block (1: all, 2: every second)", "blocks", ge=1)
     dense_hidden: int = _f(0, "hidden width of the dense MLPs; 0: that of the experts a token uses", "features", ge=0)
@@ -80,13 +90,20 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.head_width % 2:
+            raise ValueError(f"model.head_width={self.head_width} must be even, for rotary positions turn pairs")
+        if not self.head_width and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(
                 f"model.heads={self.heads} must divide model.width={self.width} into an even width per head"
             )
         if self.moe_every > self.layers:
             raise ValueError(f"model.moe_every={self.moe_every} leaves no MoE layer in model.layers={self.layers}")
         return self
+
+    @property
+    def attention_width(self) -> int:
+        """Features of all attention heads together."""
+        return self.heads * (self.head_width or self.width // self.heads)
 
 
 class MoEConfig(_Section):

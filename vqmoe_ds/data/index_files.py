@@ -209,9 +209,3 @@ def chunks(array: np.ndarray, size: int = _CHUNK) -> Iterator[np.ndarray]:
     """Stretches of a mapped array that fit in memory."""
     for start in range(0, len(array), size):
         yield np.asarray(array[start : start + size])
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

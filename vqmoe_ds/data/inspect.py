@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.index_files import IndexHeader, check_prefix, chunks, file_sha256
+from vqmoe_ds.data.index_files import IndexHeader, check_prefix, chunks
 from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
 from vqmoe_ds.errors import DataError, UserError
+from vqmoe_ds.files import sha256_of
 
 _SHOWN = 300  # characters of a document
 _READ = 2000  # tokens decoded for them
@@ -179,7 +180,7 @@ def _compare_digests(prefix: str, about: dict[str, Any]) -> str:
     if not about:
         raise DataError(f"{prefix}.json is missing, so there is no checksum to --verify; leave --verify out")
     for name, digest in about["sha256"].items():
-        if file_sha256(f"{prefix}.{name}") != digest:
+        if sha256_of(f"{prefix}.{name}") != digest:
             raise DataError(f"{prefix}.{name} has changed since it was made (SHA-256 differs); {_AGAIN}")
     return "verified"
 

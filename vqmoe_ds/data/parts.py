@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.data.documents import EMPTY, Piece, Place, Skips, Unit, read_unit
-from vqmoe_ds.data.index_files import HashedFile, file_sha256, smallest_dtype, write_index
+from vqmoe_ds.data.index_files import HashedFile, smallest_dtype, write_index
 from vqmoe_ds.data.tokenizers import Tokenizer
 from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import sha256_of
 
 FORMAT = 1
 """Of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
@@ -79,7 +80,7 @@ class Parts:
             digests, counts = kept.pop("sha256"), Counts(**kept)
             counts.first = {reason: Place(*place) for reason, place in counts.first.items()}
             sizes = [os.path.getsize(path / name) for name in _FILES]
-            if verify and digests != [file_sha256(path / name) for name in _FILES]:
+            if verify and digests != [sha256_of(path / name) for name in _FILES]:
                 return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None

@@ -60,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
     comm = None
     try:
         if options.list_recipes:
-            print(recipes_table())
+            show(recipes_table())
             return 0
         ranks = spread.launched_ranks()
         comm = spread.world(ranks) if ranks > 1 else None
@@ -77,6 +77,14 @@ def main(options: argparse.Namespace) -> int:
     if comm is not None:
         comm.Abort(code)
     return code
+
+
+def show(text: str) -> None:
+    """Print; a reader that has seen enough (``| head``) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nor is it one when Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def recipes_table() -> str:

@@ -31,8 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqmoe_ds.data.index_files import file_sha256
 from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import sha256_of
 
 
 class RecipeRow(NamedTuple):
@@ -111,7 +111,7 @@ def _kept(recipe: Recipe, cache: Path) -> Path | None:
         digest = json.loads(about.read_bytes())["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = path.exists() and file_sha256(path) == digest and digest == (recipe.sha256 or digest)
+    whole = path.exists() and sha256_of(path) == digest and digest == (recipe.sha256 or digest)
     return path if whole else None
 
 
@@ -122,7 +122,7 @@ def _make(recipe: Recipe, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{recipe.name.replace('/', '-')}.") as scratch:
         made = Path(scratch) / path.name
         count, size = _write(recipe.documents(Path(scratch)), made)
-        digest = file_sha256(made)
+        digest = sha256_of(made)
         _verify(recipe, size, digest)
         facts = {"documents": count, "bytes": size, "sha256": digest}
         described = {"recipe": recipe.name, "source": recipe.source, "licence": recipe.licence, **facts}

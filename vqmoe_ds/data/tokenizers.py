@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
@@ -53,12 +54,35 @@ class Tokenizer(ABC):
         """Text of ids; the end of a document and other control symbols show as nothing."""
 
     @abstractmethod
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 ``[vocab_size]``; 0 for control symbols."""
+    def pieces(self) -> list[bytes]:
+        """The UTF-8 text, or part of a character, that each id stands for; empty for control symbols."""
 
     @abstractmethod
     def _payload(self) -> tuple[str, bytes] | None:
         """File name and content of the definition."""
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, int32 ``[vocab_size]``; 0 for control symbols."""
+        return np.array([len(piece) for piece in self.pieces()], dtype=np.int32)
+
+    def starts(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Where each of ``ids``, the encoding of ``text``, begins in its UTF-8, int64 ``[n]``; in order.
+
+        White space belongs to the token after it, as far as the tokenizer leaves that open.
+        """
+        pieces = self._all_pieces
+        sizes = np.array([len(pieces[i]) for i in ids], dtype=np.int64)
+        if b"".join(pieces[i] for i in ids) == text.encode():
+            return np.cumsum(sizes) - sizes
+        return np.array(self._told_starts(text), dtype=np.int64)
+
+    @cached_property
+    def _all_pieces(self) -> list[bytes]:
+        return self.pieces()
+
+    def _told_starts(self, text: str) -> Sequence[int]:
+        """As ``starts``, for text that the ids do not give back exactly."""
+        raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, as ``encode`` gives them."""
@@ -102,8 +126,8 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(_checked(ids, self)).decode(errors="replace")
 
-    def token_bytes(self) -> np.ndarray:
-        return np.append(np.ones(256, dtype=np.int32), np.int32(0))
+    def pieces(self) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)] + [b""]
 
     def _payload(self) -> None:
         return None
@@ -163,13 +187,17 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._pieces.decode(_checked(ids, self))
 
-    def token_bytes(self) -> np.ndarray:
-        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+    def pieces(self) -> list[bytes]:
+        texts = [b""] * self.vocab_size
         for i in range(self._pieces.get_piece_size()):
             if not (self._pieces.is_control(i) or self._pieces.is_unknown(i) or self._pieces.is_unused(i)):
-                sizes[i] = len(self._pieces.id_to_piece(i).replace(SPACE_MARK, " ").encode())
-        sizes[self._bytes] = 1
-        return sizes
+                texts[i] = self._pieces.id_to_piece(i).replace(SPACE_MARK, " ").encode()
+        for i in self._bytes:
+            texts[i] = bytes([int(self._pieces.id_to_piece(i)[1:-1], 16)])
+        return texts
+
+    def _told_starts(self, text: str) -> list[int]:
+        return [piece.begin for piece in self._pieces.encode(text, return_type="proto").pieces]
 
     def _payload(self) -> tuple[str, bytes]:
         return "spm.model", self._model
@@ -259,10 +287,13 @@ class WordTokenizer(Tokenizer):
         newline = int(self._newline[0])
         return "".join(" \n" if i == newline else f" {self.words[i]}" for i in _checked(ids, self))
 
-    def token_bytes(self) -> np.ndarray:
-        sizes = np.array([1 + len(word.encode()) for word in self.words], dtype=np.int32)
-        sizes[self._newline], sizes[self.eod] = 2, 0
-        return sizes
+    def pieces(self) -> list[bytes]:
+        texts = [f" {word}".encode() for word in self.words]
+        texts[int(self._newline[0])], texts[self.eod] = b" \n", b""
+        return texts
+
+    def _told_starts(self, text: str) -> list[int]:
+        return characters_to_bytes(text, [token.start() for token in re.finditer(r"[^\S\n]*(?:\n|\S+)", text)])
 
     def _payload(self) -> tuple[str, bytes]:
         return "vocab.txt", "".join(f"{word}\n" for word in self.words).encode()
@@ -338,6 +369,12 @@ def _write(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def characters_to_bytes(text: str, places: Sequence[int]) -> list[int]:
+    """Places in a text, counted in characters, counted in bytes of UTF-8."""
+    ends = np.cumsum([0, *(len(character.encode()) for character in text)])
+    return ends[np.asarray(places, dtype=np.int64)].tolist()
 
 
 def _utf8(text: str) -> bytes:

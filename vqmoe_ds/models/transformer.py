@@ -1,6 +1,6 @@
 """The language model: a pre-norm decoder with sparse experts. Plain PyTorch, no engine calls.
 
-Legend: B batch, S sequence, T = B * S tokens, D width, A heads, L MoE layers, V vocabulary.
+Legend: B batch, S sequence, T = B * S tokens, D width, A heads, H width of a head, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_ds.config.schema import CodeSource, ModelConfig, Router, RunConfig
+from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, Router, RunConfig
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import make_plans
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import KnownRoute, hash_of_tokens, routes_ahead, rows_per_token
+from vqmoe_ds.moe.routers.base import draw_linear_maps, drawn
 from vqmoe_ds.moe.sources import EmbeddingSource
 
 
@@ -32,27 +33,42 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions (Su 2021) through PyTorch's fused kernel."""
+    """Causal self-attention with rotary positions (Su 2021) through PyTorch's fused kernel.
+
+    Queries and keys may be normalised before they are turned (``model.qk_norm``): each head alone with one scale for
+    all heads, or all heads together.
+    """
 
     cos_SH: Tensor
     sin_SH: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.head_width = config.heads, config.width // config.heads
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.out = Linear(config.width, config.width)
+        inner = config.attention_width
+        self.heads, self.head_width = config.heads, inner // config.heads
+        self.qkv = Linear(config.width, 3 * inner)
+        self.out = Linear(inner, config.width)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm is not QKNorm.NONE:
+            normed = inner if self.qk_norm is QKNorm.FULL else self.head_width
+            self.q_norm, self.k_norm = RMSNorm(normed), RMSNorm(normed)
         rates = config.rope_theta ** (-torch.arange(0, self.head_width, 2) / self.head_width)
         angles = torch.arange(config.sequence_length).unsqueeze(1) * rates
         self.register_buffer("cos_SH", angles.cos(), persistent=False)
         self.register_buffer("sin_SH", angles.sin(), persistent=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        batch, length, width = x_BSD.shape
+        batch, length, _ = x_BSD.shape
         qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q_BSAH, k_BSAH, v_BSAH = qkv.unbind(2)
+        if self.qk_norm is QKNorm.HEADS:
+            q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
+        elif self.qk_norm is QKNorm.FULL:
+            q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
+            k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSAH, k_BSAH, v_BSAH))
         y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return self.out(y.transpose(1, 2).flatten(2))
 
     def _rotate(self, x: Tensor) -> Tensor:
         cos, sin = self.cos_SH[: x.shape[-2]].to(x.dtype), self.sin_SH[: x.shape[-2]].to(x.dtype)
@@ -137,17 +153,19 @@ class MoETransformer(nn.Module):
         self._initialise(config.train.seed, out_scale)
 
     def _initialise(self, seed: int, out_scale: float) -> None:
-        """Normal weights of 1/sqrt(fan in), smaller where they write to the stream; embeddings of unit size."""
-        generator = torch.Generator().manual_seed(seed)
+        """Normal weights of 1/sqrt(fan in), smaller where they write to the stream; embeddings of unit size.
+
+        Each follows from the seed and its name: models that differ in their router are equal in everything else.
+        """
+        scales = {"head": 0.5, "out": out_scale, "down": out_scale}
         with torch.no_grad():
             for name, module in self.named_modules():
-                if isinstance(module, nn.Linear):
-                    scale = out_scale if name.endswith((".out", ".down")) else 1.0
-                    module.weight.normal_(0, module.in_features**-0.5 * scale, generator=generator)
-                    if module.bias is not None:
-                        module.bias.zero_()
-            self.embed.weight.normal_(0, 1, generator=generator)
-            self.head.weight.mul_(0.5)
+                if isinstance(module, nn.Linear) and ".router." not in name:
+                    scale = module.in_features**-0.5 * scales.get(name.rsplit(".", 1)[-1], 1.0)
+                    module.weight.copy_(drawn(tuple(module.weight.shape), scale, seed, name))
+            self.embed.weight.copy_(drawn(tuple(self.embed.weight.shape), 1.0, seed, "embed"))
+        for layer in self.moe_layers():
+            draw_linear_maps(layer.router, seed, layer.layer)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (language-model loss, auxiliary loss) with targets, or (logits ``[B, S, V]``, auxiliary loss).

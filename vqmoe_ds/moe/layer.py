@@ -73,7 +73,7 @@ class MoELayer(ExpertParallelLayer):
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         known = replace(known or KnownRoute(), sequence=x_BSD.shape[1])
-        routing = self._route(x_TD, known, bank)
+        routing = self.route(x_TD, known, bank)
         plan = known.plan
         if plan is None:
             plan = make_plans(routing.expert_ids_TR.unsqueeze(0), self.num_experts, self.exchange_group)[0]
@@ -93,7 +93,8 @@ class MoELayer(ExpertParallelLayer):
             y_TD = torch.zeros_like(x_TD).index_add(0, chosen, y_TD)
         return y_TD.view_as(x_BSD), routing.aux_loss
 
-    def _route(self, x_TD: Tensor, known: KnownRoute, bank: CodebookBank | None) -> Routing:
+    def route(self, x_TD: Tensor, known: KnownRoute, bank: CodebookBank | None) -> Routing:
+        """The router's answer alone; arguments as of ``forward``, with ``known.sequence`` filled in."""
         if isinstance(self.router, VQRouter):
             if bank is None:
                 raise ValueError("the vq router needs the CodebookBank of its model")

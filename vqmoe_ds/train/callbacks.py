@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from vqmoe_ds.checkpoint.session import save
-from vqmoe_ds.checkpoint.store import write_atomically
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import TrainingHalted
@@ -20,6 +19,7 @@ from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
+from vqmoe_ds.files import write_atomically
 from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 ROUTERS = ("vq", "topk", "hash_token", "dense")
+QK_NORMS = ("none", "heads", "full")
 CODE_SOURCES = ("layer_state", "token_embedding", "position_embedding", "context", "early_block")
 
 
@@ -16,6 +17,8 @@ class VQMoEConfig(PretrainedConfig):
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, rope_theta, rms_norm_eps: as in Llama, without
             grouped queries and without tied embeddings.
+        head_dim: width of an attention head; None: ``hidden_size / num_attention_heads``.
+        qk_norm: RMSNorm of queries and keys: ``none``, ``heads`` (each head alone) or ``full`` (all heads together).
         max_position_embeddings: length of the training context.
         intermediate_size: hidden width of the dense MLPs.
         moe_intermediate_size: hidden width of one expert.
@@ -24,6 +27,8 @@ class VQMoEConfig(PretrainedConfig):
             (experts from a table of token ids) or ``dense`` (no experts).
         num_experts: experts of a layer.
         num_experts_per_tok: experts of the linear router for each token; 0 with ``vq``: the code alone decides.
+        norm_topk_prob: whether the weights of the linear router's experts sum to 1, or are their probabilities among
+            all experts; None: the latter for a single expert alone.
         code_blend: c in ``q = x + c (v - x)``, what the expert of the code sees.
         num_codes: codes of a layer.
         code_source: the vector that is compared with the codes.
@@ -47,6 +52,8 @@ class VQMoEConfig(PretrainedConfig):
         hidden_size: int = 128,
         num_hidden_layers: int = 4,
         num_attention_heads: int = 4,
+        head_dim: int | None = None,
+        qk_norm: str = "none",
         max_position_embeddings: int = 256,
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-6,
@@ -56,6 +63,7 @@ class VQMoEConfig(PretrainedConfig):
         router: str = "vq",
         num_experts: int = 16,
         num_experts_per_tok: int = 1,
+        norm_topk_prob: bool | None = None,
         code_blend: float = 0.0,
         num_codes: int = 16,
         code_source: str = "context",
@@ -77,6 +85,7 @@ class VQMoEConfig(PretrainedConfig):
     ) -> None:
         for name, value, known in (
             ("router", router, ROUTERS),
+            ("qk_norm", qk_norm, QK_NORMS),
             ("code_source", code_source, CODE_SOURCES),
             ("code_distance", code_distance, ("euclidean", "cosine")),
         ):
@@ -86,6 +95,8 @@ class VQMoEConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.qk_norm = qk_norm
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
@@ -95,6 +106,7 @@ class VQMoEConfig(PretrainedConfig):
         self.router = router
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
         self.code_blend = code_blend
         self.num_codes = num_codes
         self.code_source = code_source

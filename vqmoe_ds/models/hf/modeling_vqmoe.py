@@ -2,8 +2,9 @@
 
 Self-contained on purpose: exported folders carry this file, and it needs nothing but torch and transformers.
 
-Legend: B batch, S new tokens, P past tokens in the cache, T = B * S tokens, D width, A heads, H width of a head, L MoE
-layers, K codes, C code width, N experts, R routed rows a token, M = T * R rows, V vocabulary, W context window.
+Legend: B batch, S new tokens, P past tokens in the cache, T = B * S tokens, D width, A heads, H width of a head,
+I = A * H, L MoE layers, K codes, C code width, N experts, R routed rows a token, M = T * R rows, V vocabulary,
+W context window.
 """
 
 from __future__ import annotations
@@ -45,27 +46,36 @@ class VQMoEAttention(nn.Module):
 
     def __init__(self, config: VQMoEConfig, block: int) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.block, self.heads, self.head_width = block, config.num_attention_heads, width // config.num_attention_heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.block, self.heads, self.head_width = block, config.num_attention_heads, config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm != "none":
+            normed = inner if self.qk_norm == "full" else config.head_dim
+            self.q_norm = VQMoERMSNorm(normed, config.rms_norm_eps)
+            self.k_norm = VQMoERMSNorm(normed, config.rms_norm_eps)
 
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past_key_values: Cache | None
     ) -> Tensor:
         heads = (*x_BSD.shape[:2], self.heads, self.head_width)
-        q = _rotate(self.q_proj(x_BSD).view(heads).transpose(1, 2), rotary)
-        k = _rotate(self.k_proj(x_BSD).view(heads).transpose(1, 2), rotary)
-        v = self.v_proj(x_BSD).view(heads).transpose(1, 2)
+        q_BSI, k_BSI, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD).view(heads).transpose(1, 2)
+        if self.qk_norm == "full":
+            q_BSI, k_BSI = self.q_norm(q_BSI), self.k_norm(k_BSI)
+        q_BSAH, k_BSAH = q_BSI.view(heads), k_BSI.view(heads)
+        if self.qk_norm == "heads":
+            q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
+        q, k = _rotate(q_BSAH.transpose(1, 2), rotary), _rotate(k_BSAH.transpose(1, 2), rotary)
         if past_key_values is not None:
             past = past_key_values.get_seq_length(self.block)
             k, v = past_key_values.update(k, v, self.block)
             if k.shape[2] != past + q.shape[2]:  # the mask reckons with no unused places
                 raise ValueError("this model needs a cache that grows (DynamicCache), not a static one")
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(x_BSD.shape))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def _rotate(x_BASH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -76,9 +86,8 @@ def _rotate(x_BASH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def _rotary(positions_BS: Tensor, config: VQMoEConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, ``[B, 1, S, H / 2]``; angles in float32 whatever the model's type."""
-    head_width = config.hidden_size // config.num_attention_heads
-    halves = torch.arange(0, head_width, 2, device=positions_BS.device, dtype=torch.float32)
-    angles = positions_BS[:, None, :, None] * config.rope_theta ** (-halves / head_width)
+    halves = torch.arange(0, config.head_dim, 2, device=positions_BS.device, dtype=torch.float32)
+    angles = positions_BS[:, None, :, None] * config.rope_theta ** (-halves / config.head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -231,7 +240,7 @@ class VQMoESparseMLP(nn.Module):
         probs_TN = logits_TN.softmax(dim=-1)
         top_probs_TR, ids_TR = probs_TN.topk(config.num_experts_per_tok, dim=-1)
         weights_TR = top_probs_TR
-        if config.num_experts_per_tok > 1:
+        if config.norm_topk_prob:
             weights_TR = top_probs_TR / top_probs_TR.sum(-1, keepdim=True)
         aux_loss = logits_TN.new_zeros(())
         if self.training:

@@ -10,7 +10,6 @@ from vqmoe_ds.config.schema import (
     Router,
     RouterConfig,
     RunConfig,
-    SoftmaxOver,
 )
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.moe.routers.frozen import final_top_k
@@ -56,9 +55,6 @@ def why_not_exported(run: RunConfig) -> str | None:
     if run.moe.router not in known:
         names = ", ".join(router.value for router in known)
         return f"moe.router={run.moe.router.value} is not among the routers of the exported model ({names})"
-    linear = run.moe.router is Router.TOPK or (run.moe.router is Router.VQ and run.moe.top_k > 0)
-    if linear and run.router.softmax_over is not SoftmaxOver.AUTO:
-        return f"the exported model knows only router.softmax_over=auto, not {run.router.softmax_over.value}"
     return None
 
 

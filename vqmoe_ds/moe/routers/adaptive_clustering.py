@@ -31,7 +31,7 @@ class DirectionScores(nn.Module):
 
     def __init__(self, width: int, num_experts: int, seed: int, layer: int) -> None:
         super().__init__()
-        self.experts_ND = nn.Parameter(drawn((num_experts, width), width**-0.5, seed, layer))
+        self.experts_ND = nn.Parameter(drawn((num_experts, width), width**-0.5, seed, layer, "experts"))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return x_TD.float() @ F.normalize(self.experts_ND.float(), dim=-1).t()

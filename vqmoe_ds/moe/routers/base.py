@@ -5,6 +5,7 @@ Legend: T tokens, D width, N experts, R routed rows a token, k experts chosen, M
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -159,7 +160,22 @@ def sum_by_expert(x_MD: Tensor, ids_M: Tensor, num_experts: int) -> Tensor:
     return F.one_hot(ids_M, num_experts).to(x_MD.dtype).t() @ x_MD
 
 
-def drawn(shape: tuple[int, ...], scale: float, seed: int, layer: int) -> Tensor:
-    """Normal numbers that follow from (seed, layer), so that every rank and layout has the same."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer + 1) % 2**62)
+def drawn(shape: tuple[int, ...], scale: float, seed: int, *name: int | str) -> Tensor:
+    """Normal numbers that follow from the seed and a name, whatever else is drawn.
+
+    So every rank and layout has the same, and models that differ in one part are equal in all others.
+    """
+    digest = hashlib.sha256("/".join(map(str, (seed, *name))).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(shape, generator=generator) * scale
+
+
+@torch.no_grad()
+def draw_linear_maps(router: nn.Module | None, seed: int, layer: int) -> None:
+    """Initial weights of a router's linear maps, from (seed, layer, name): all that have a gate have the same."""
+    for name, module in [] if router is None else router.named_modules():
+        if isinstance(module, nn.Linear):
+            shape, role = tuple(module.weight.shape), name.rsplit(".", 1)[-1]
+            module.weight.copy_(drawn(shape, module.in_features**-0.5, seed, layer, role))
+            if module.bias is not None:
+                module.bias.zero_()

@@ -23,7 +23,7 @@ class RandomFrozenRouter(StatefulRouter):
     def __init__(self, width: int, config: MoEConfig, options: RouterConfig, seed: int, layer: int) -> None:
         super().__init__(0)
         self.config, self.options = config, options
-        self.register_buffer("gate_ND", drawn((config.num_experts, width), width**-0.5, seed, layer))
+        self.register_buffer("gate_ND", drawn((config.num_experts, width), width**-0.5, seed, layer, "gate"))
 
     @property
     def top_k(self) -> int:

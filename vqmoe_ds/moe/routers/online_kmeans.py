@@ -36,7 +36,7 @@ class OnlineKMeansRouter(StatefulRouter):
         super().__init__(config.num_experts, width)
         self.config, self.options = config, options
         self.over_all = softmax_over_all(options.softmax_over, config.top_k, learned=False)
-        self.register_buffer("means_ND", drawn((config.num_experts, width), width**-0.5, seed, layer))
+        self.register_buffer("means_ND", drawn((config.num_experts, width), width**-0.5, seed, layer, "means"))
 
     def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
         # Weights carry a gradient to x; the choice and the means have none.

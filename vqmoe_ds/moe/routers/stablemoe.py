@@ -30,7 +30,7 @@ class LightRouter(nn.Module):
 
     def __init__(self, vocab_size: int, low_dim: int, num_experts: int, seed: int, layer: int) -> None:
         super().__init__()
-        numbers = drawn((vocab_size + num_experts, low_dim), low_dim**-0.5, seed, layer)
+        numbers = drawn((vocab_size + num_experts, low_dim), low_dim**-0.5, seed, layer, "light")
         self.words_VP = nn.Parameter(numbers[:vocab_size].clone())
         self.experts_NP = nn.Parameter(numbers[vocab_size:].clone())
 

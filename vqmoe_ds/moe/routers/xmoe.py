@@ -20,7 +20,7 @@ class CosineScores(nn.Module):
 
     def __init__(self, width: int, low_dim: int, num_experts: int, temperature: float, seed: int, layer: int) -> None:
         super().__init__()
-        numbers = drawn((low_dim, width + num_experts), 1.0, seed, layer)
+        numbers = drawn((low_dim, width + num_experts), 1.0, seed, layer, "scores")
         self.projection_PD = nn.Parameter((numbers[:, :width] * width**-0.5).contiguous())
         self.experts_NP = nn.Parameter((numbers[:, width:].t() * low_dim**-0.5).contiguous())
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(temperature)))

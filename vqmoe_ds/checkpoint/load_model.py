@@ -1,0 +1,151 @@
+"""A checkpoint of any kind as a plain model with its tokenizer, for everything that reads but does not train.
+
+There is no engine and no optimizer: weights are streamed from the files into the model. Experts may be spread over
+ranks; every other weight is whole on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqmoe_ds.checkpoint.huggingface import run_config, tokenizer_of_data
+from vqmoe_ds.checkpoint.json_tokenizer import FILE, JsonTokenizer
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_value
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.indexed import UNKNOWN
+from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.models.transformer import MoETransformer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and what belongs to it.
+
+    Attributes:
+        config: run configuration of the checkpoint.
+        model: float32, in evaluation mode, its parameters without gradients.
+        tokenizer: that of the training data; None where it cannot be found.
+        step: optimizer steps of the run that wrote the checkpoint.
+        path: the checkpoint's folder (of a run, that of the tag taken).
+        kind: as ``CheckpointReader.kind``.
+    """
+
+    config: RunConfig
+    model: MoETransformer
+    tokenizer: Tokenizer | None
+    step: int
+    path: Path
+    kind: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without the end of a document.
+
+        Raises:
+            CheckpointError: the tokenizer is not known.
+        """
+        return self.need_tokenizer().encode(text).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; raises as ``encode``."""
+        return self.need_tokenizer().decode(ids)
+
+    def need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"the tokenizer of {self.path} was not found (vocabulary {self.config.model.vocab_size}); name it "
+                "with --tokenizer"
+            )
+        return self.tokenizer
+
+
+def load_model(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Load a run folder, a DeepSpeed tag of any layout, a portable, Hugging Face, Megatron or native folder.
+
+    Args:
+        path: anything ``open_checkpoint`` takes; of a run folder it is the newest tag that verifies.
+        tokenizer: what ``load_tokenizer`` takes, or a Hugging Face folder; None: that of the checkpoint or of
+            the run's data, if it is still there.
+        ep_size: ranks over which the experts are spread; above 1 the default process group must be up, all its ranks
+            call this together, and forward passes are collective.
+        ep_rank: this rank's place among those, ``rank % ep_size``.
+        device: where the model lives.
+
+    Raises:
+        CheckpointError: nothing there, damaged, another model than its configuration says, or another tokenizer.
+        ConfigError: ``ep_size`` does not divide the experts.
+        DataError: the tokenizer named cannot be read.
+    """
+    reader = open_checkpoint(path)
+    config = run_config(reader.config, reader.path)
+    if config.moe.num_experts % ep_size:
+        raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
+    found = find_tokenizer(reader, config, tokenizer)
+    model = build_model(reader, config, ep_size, ep_rank).to(device)
+    if ep_size > 1:
+        for layer in model.moe_layers():
+            layer.set_deepspeed_parallelism()
+    return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind)
+
+
+@torch.no_grad()
+def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+    """The model of a checkpoint in evaluation mode, with this rank's share of the experts, read in small stretches.
+
+    Raises:
+        CheckpointError: tensors are missing or of other shapes.
+    """
+    model = MoETransformer(config, ep_size, ep_rank).eval().requires_grad_(False)
+    check_same_model(model, ep_size, reader)
+    for name, param in model.named_parameters():
+        flat, first = param.data.view(-1), first_value(name, param, ep_rank)
+        for done in range(0, len(flat), CHUNK):
+            count = min(CHUNK, len(flat) - done)
+            flat[done : done + count].copy_(reader.read(name, "fp32", first + done, count))
+    fill_buffers(model, reader)
+    return model
+
+
+def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Path | None = None) -> Tokenizer | None:
+    """The tokenizer named, or else the one the checkpoint was trained with; None where that is not to be found.
+
+    Raises:
+        CheckpointError: it gives other ids than the model was trained on.
+        DataError: it cannot be read.
+    """
+    checksum, vocab_size = config.data.tokenizer_sha256, config.model.vocab_size
+    tokenizer: Any = None
+    if given is not None:
+        exported = (Path(given) / "config.json").exists()
+        tokenizer = JsonTokenizer(given, checksum) if exported else load_tokenizer(given)
+    elif checksum == ByteTokenizer.checksum or (checksum is None and vocab_size in (256, 257)):
+        tokenizer = ByteTokenizer()
+    elif (Path(reader.path) / FILE).exists():
+        tokenizer = JsonTokenizer(reader.path, checksum)
+    elif checksum not in (None, UNKNOWN):
+        tokenizer = tokenizer_of_data(reader.config.get("data", {}), str(checksum))
+    if tokenizer is None:
+        return None
+    needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size
+    if needed > vocab_size or (checksum not in (None, UNKNOWN) and tokenizer.checksum != checksum):
+        raise CheckpointError(
+            f"the tokenizer {given or 'beside it'} ({tokenizer.kind}, {tokenizer.vocab_size} ids) is not the one that "
+            f"{reader.path} (vocabulary {vocab_size}) was trained with; name that one with --tokenizer"
+        )
+    return tokenizer
