@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.data.batches import Windows
+from vqmoe_ds.evaluation.balance import busiest, gini, perplexity, variation
 from vqmoe_ds.train.engine import Session
-
-
-def perplexity(counts: Tensor) -> list[float]:
-    """``exp`` of the entropy of each row of counts: how many entries are in effective use."""
-    shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp_min(1)
-    return [float(v) for v in torch.special.entr(shares).sum(dim=-1).exp()]
 
 
 class RoutingHealth:
@@ -46,9 +41,10 @@ class RoutingHealth:
     def measure(self) -> dict[str, Any]:
         """Per-layer lists since the last call; counts are of all ranks.
 
-        ``busiest_expert``: load of the busiest expert over the mean. ``code_perplexity`` and
-        ``dead_codes``: use of codes. ``fluctuation``: share of probe tokens that changed an expert since the last call;
-        ``code_fluctuation``: that changed the expert of their code.
+        ``busiest_expert``: load of the busiest expert over the mean. ``load_variation``, ``load_gini``: coefficient of
+        variation and Gini coefficient of all loads. ``code_perplexity`` and ``dead_codes``: use of codes.
+        ``fluctuation``: share of probe tokens that changed an expert since the last call; ``code_fluctuation``: that
+        changed the expert of their code.
         """
         model = self.session.model
         report: dict[str, Any] = {}
@@ -58,7 +54,8 @@ class RoutingHealth:
         counts_LN = self.session.sum_over_ranks(torch.stack([layer.tokens_per_expert for layer in layers]))
         for layer in layers:
             layer.tokens_per_expert.zero_()
-        report["busiest_expert"] = _rounded(counts_LN.amax(dim=1) / counts_LN.mean(dim=1).clamp_min(1e-9))
+        for name, measure in (("busiest_expert", busiest), ("load_variation", variation), ("load_gini", gini)):
+            report[name] = _rounded(measure(counts_LN))
         if model.bank is not None:
             usage_LK = model.bank.usage_LK  # already summed over ranks by CodebookSync
             report["code_perplexity"] = [round(v, 3) for v in perplexity(usage_LK)]

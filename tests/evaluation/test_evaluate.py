@@ -1,0 +1,153 @@
+"""Figures of clean and damaged text against slow references, and the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.huggingface import LENGTH, ModelReader, config_of, model_of
+from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
+from vqmoe_ds.checkpoint.portable import new_folder, write_portable
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
+from vqmoe_ds.errors import ConfigError, DataError
+from vqmoe_ds.evaluation.command import table
+from vqmoe_ds.evaluation.corruption import Corruption, all_corruptions
+from vqmoe_ds.evaluation.evaluate import Options, evaluate, standard_error
+from vqmoe_ds.evaluation.texts import Text, encode, open_texts
+
+STORY = b"The old captain of the harbour had never seen a ship like that.\nMany ships came, and he knew each of them.\n"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    config = config_of("context", vocab=257)
+    return LoadedModel(config, model_of(config), ByteTokenizer(), 7, Path("memory"), "portable")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    return [encode(ByteTokenizer(), raw, 256) for raw in (STORY, STORY[:9], STORY[5:40])]
+
+
+def test_the_clean_figures_are_sums_over_all_tokens_but_the_first_of_each_document(loaded, texts):
+    clean = evaluate(loaded, texts, Options(stride=LENGTH)).clean
+    assert clean["tokens"] == sum(len(text.ids_N) - 1 for text in texts)
+    assert clean["bytes"] == sum(len(text.raw) - 1 for text in texts), "the end of a document is no byte"
+    assert clean["words"] == sum(len(text.raw.split()) + text.raw.count(b"\n") for text in texts)
+    nats = clean["nats_per_token"] * clean["tokens"]
+    assert clean["bits_per_byte"] == pytest.approx(nats / clean["bytes"] / math.log(2))
+    assert clean["perplexity"] == pytest.approx(math.exp(clean["nats_per_token"]))
+    assert clean["word_perplexity"] == pytest.approx(math.exp(nats / clean["words"]))
+
+
+@pytest.mark.parametrize("kind", ["word_swap", "char_noise", "word_drop"])
+def test_damage_of_rate_zero_is_no_damage(loaded, texts, kind):
+    result = evaluate(loaded, texts, Options(corruptions=(Corruption(kind, 0.0),), seeds=2))
+    for row in result.corrupted:
+        assert (
+            row["mean"]["changed"] == row["mean"]["bits_per_byte_rise"] == row["standard_error"]["bits_per_byte"] == 0
+        )
+        assert {name: row["mean"][name] for name in result.clean} == result.clean
+
+
+def test_damaged_inputs_are_asked_for_the_clean_tokens_and_compared_with_the_same_in_clean_text(loaded):
+    raw = b"a fine ship!"  # within one context, so one forward pass is a reference
+    text, swap = encode(ByteTokenizer(), raw), Corruption("word_swap", 1 / 3)
+    (edit,) = swap.damage(raw, 0).edits
+    damaged = raw[: edit.start] + b"AAA" + raw[edit.end :]
+    asked = [*range(1, edit.start + 1), *range(edit.end, len(raw))]  # all but the first byte and the rest of the word
+    places = [place if place <= edit.start else place + 3 - (edit.end - edit.start) for place in asked]
+
+    @torch.no_grad()
+    def nats(inputs: bytes, where: list[int], wanted: list[int]) -> float:
+        logits = loaded.model(torch.tensor([list(inputs)]))[0][0].double().log_softmax(-1)
+        return -sum(float(logits[place - 1, byte]) for place, byte in zip(where, wanted, strict=True))
+
+    rows = evaluate(loaded, [text], Options(corruptions=(swap,), seeds=1)).corrupted
+    only, both = (row["mean"] for row in rows)
+    here, clean = nats(damaged, places, [raw[i] for i in asked]), nats(raw, asked, [raw[i] for i in asked])
+    assert only["tokens"] == only["bytes"] == len(asked) and only["words"] is None
+    assert only["nats_per_token"] == pytest.approx(here / len(asked), abs=1e-5)
+    assert only["nats_per_token_rise"] == pytest.approx((here - clean) / len(asked), abs=1e-5)
+    everything = list(range(1, len(damaged)))
+    assert both["nats_per_token"] == pytest.approx(
+        nats(damaged, everything, list(damaged[1:])) / len(everything), abs=1e-5
+    )
+    assert both["tokens"] == len(damaged) - 1
+
+
+def test_of_whole_words_inputs_only_keeps_all_targets_and_their_perplexity():
+    words = WordTokenizer(sorted(set(STORY.decode().split())))
+    config = config_of("context", vocab=words.vocab_size)
+    loaded = LoadedModel(config, model_of(config), words, 7, Path("memory"), "portable")
+    result = evaluate(loaded, [encode(words, STORY * 3)], Options(corruptions=(Corruption("word_swap", 0.2),)))
+    only = result.corrupted[0]["mean"]
+    assert {name: only[name] for name in ("tokens", "bytes", "words")} == {
+        name: result.clean[name] for name in ("tokens", "bytes", "words")
+    }
+    assert only["word_perplexity"] is not None
+    assert only["bits_per_byte_rise"] == pytest.approx(only["bits_per_byte"] - result.clean["bits_per_byte"])
+
+
+def test_seeds_differ_runs_do_not_and_the_spread_is_their_standard_error(loaded, texts):
+    options = Options(corruptions=tuple(all_corruptions()), seeds=3)
+    result = evaluate(loaded, texts, options)
+    assert evaluate(loaded, texts, options) == result
+    row = next(row for row in result.corrupted if row["kind"] == "char_noise")
+    values = [seed["bits_per_byte"] for seed in row["seeds"]]
+    assert len(set(values)) == 3 and [seed["seed"] for seed in row["seeds"]] == [0, 1, 2]
+    assert row["mean"]["bits_per_byte"] == pytest.approx(sum(values) / 3)
+    assert row["standard_error"]["bits_per_byte"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
+    assert standard_error([1.0]) is None
+    lines = table(json.loads(json.dumps(result.as_dict())))
+    assert len(lines) == 3 + 1 + 8 and "±" in lines[-1] and lines[4].startswith("word_swap 0.025, inputs ")
+    assert len({len(line) for line in lines[2:]}) == 1
+
+
+def test_what_cannot_be_scored_is_refused(loaded, texts):
+    with pytest.raises(ConfigError, match=f"--stride 17 must lie between 1 and the model's context of {LENGTH} tokens"):
+        evaluate(loaded, texts, Options(stride=17))
+    with pytest.raises(DataError, match="the tokenizer of the data is unknown, so its text cannot be damaged"):
+        evaluate(loaded, [Text(np.arange(20))], Options(corruptions=(Corruption("word_drop", 0.1),)))
+    unknown = evaluate(loaded, [Text(np.arange(20))]).clean
+    assert unknown["tokens"] == 19 and unknown["bits_per_byte"] is unknown["word_perplexity"] is None
+    config = RunConfig(
+        **{**loaded.config.model_dump(mode="json"), "moe": {"router": "expert_choice", "num_experts": 4}}
+    )
+    with pytest.raises(ConfigError, match="scoring text needs a router that sees no later token"):
+        evaluate(LoadedModel(config, loaded.model, ByteTokenizer(), 7, Path("m"), "portable"), texts)
+
+
+def _on_ranks(rank, world, folder, ep_size):
+    loaded = load_model(Path(folder) / "model", ep_size=ep_size, ep_rank=rank % ep_size)
+    texts = open_texts(loaded, [f"{folder}/text"])
+    options = Options(corruptions=tuple(all_corruptions()), seeds=2, batch_size=3)
+    told: list[int] = []
+    result = evaluate(loaded, texts, options, rank, world, lambda name, windows: told.append)
+    return result.as_dict(), sum(told)
+
+
+@pytest.mark.parametrize(("router", "ep_size"), [("vq", 1), ("vq", 2), ("stablemoe", 2)])
+def test_two_ranks_give_the_figures_of_one_also_with_the_experts_between_them(router, ep_size, tmp_path):
+    case = config_of("context", vocab=257).model_dump(mode="json")
+    config = RunConfig(**{**case, "moe": {**case["moe"], "router": router}})
+    with new_folder(tmp_path / "model", False) as folder:
+        write_portable(ModelReader(model_of(config)), folder)
+    (tmp_path / "text").write_bytes(STORY)
+    alone, windows = _on_ranks(0, 1, str(tmp_path), 1)
+    for result, told in run_ranks(2, _on_ranks, str(tmp_path), ep_size, timeout=100):
+        assert told == windows
+        assert _numbers(result) == pytest.approx(_numbers(alone), rel=1e-6, abs=1e-6)
+
+
+def _numbers(value) -> list[float]:
+    if isinstance(value, dict | list):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in _numbers(part)]
+    return [value] if isinstance(value, int | float) else []

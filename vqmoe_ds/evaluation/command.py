@@ -1,0 +1,179 @@
+"""The command line of ``launchers/evaluate.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
+from vqmoe_ds.train.console import Console
+from vqmoe_ds.train.pretrain import leave_together
+from vqmoe_ds.train.ranks import Place, find_place
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint of any layout, or Hugging Face folder")
+    add("--data", nargs="+", metavar="PATH", help="text, folders or prepared prefixes (default: the run's own data)")
+    add(
+        "--split",
+        default="auto",
+        choices=("auto", "valid", "all"),
+        help="what of it: the held-out share, all, or (auto) all of raw text that is named and else the held-out share",
+    )
+    add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
+    add("--stride", type=int, metavar="N", help="tokens a window scores, at most the context (default: half of it)")
+    add("--batch_size", type=int, metavar="N", help="windows a forward pass (default: as memory allows, at most 32)")
+    add("--max_tokens", type=int, metavar="N", help="read no more tokens than these")
+    add(
+        "--corrupt",
+        action="append",
+        default=[],
+        metavar="KIND[:RATE]",
+        help=f"damage the text as well; repeatable; kinds: {', '.join(KINDS)}",
+    )
+    add("--corruptions", choices=("all",), help="every kind at its own rate")
+    add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
+    add("--json", metavar="FILE", help="write every figure there")
+    add("--ep_size", type=int, default=1, metavar="N", help="ranks over which the experts are spread (default 1)")
+    add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluate, print a table and write JSON; the exit code."""
+    place = find_place(args.local_rank)
+    console = Console(place.rank)
+    try:
+        corruptions = _check(args, place)
+    except UserError as error:
+        return leave_together(console.fail(error), place)
+    handle, log = tempfile.mkstemp(prefix="vqmoe_evaluate_", suffix=".log")
+    os.close(handle)
+    console.capture(Path(log))
+    try:
+        result, seconds = _evaluate(args, corruptions, place, console)
+        _report(args, result, seconds, console)
+    except BaseException as error:
+        if isinstance(error, UserError):
+            os.unlink(log)
+        # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
+        os._exit(leave_together(console.fail(error), place))
+    os.unlink(log)
+    return 0
+
+
+def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
+    """Everything that can be refused before anything heavy is loaded."""
+    for name, least in (("stride", 1), ("batch_size", 1), ("max_tokens", 2), ("seeds", 1), ("ep_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value} is too small; the least is {least}")
+    if place.world_size % args.ep_size:
+        raise ConfigError(
+            f"--ep_size {args.ep_size} does not divide the {place.world_size} rank(s); start them with "
+            f"deepspeed --num_gpus {args.ep_size} launchers/evaluate.py ..."
+        )
+    if not Path(args.checkpoint).exists():
+        raise CheckpointError(f"checkpoint {args.checkpoint} does not exist; give a run folder or a checkpoint")
+    if args.json is not None:
+        target = Path(args.json)
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise ConfigError(f"--json {args.json} cannot be written there; name a file in a folder that exists")
+    asked = [parse_corruption(spec) for spec in args.corrupt] + (all_corruptions() if args.corruptions else [])
+    return tuple(dict.fromkeys(asked))
+
+
+def _evaluate(
+    args: argparse.Namespace, corruptions: tuple[Corruption, ...], place: Place, console: Console
+) -> tuple[Any, float]:
+    from vqmoe_ds.train.allocator import tune_allocator
+
+    tune_allocator()
+    # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
+    import torch
+
+    from vqmoe_ds.checkpoint.load_model import load_model
+    from vqmoe_ds.evaluation.evaluate import Options, checked_stride, evaluate
+    from vqmoe_ds.evaluation.texts import open_texts
+    from vqmoe_ds.train.engine import set_up_torch
+
+    set_up_torch(place)
+    device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, place.rank % args.ep_size, device)
+    checked_stride(args.stride, loaded.config.model.sequence_length)
+    texts = open_texts(loaded, args.data, args.split, args.max_tokens)
+    options = Options(args.stride, args.batch_size, corruptions, args.seeds)
+    started = time.monotonic()
+    progress = partial(_bar, console)
+    result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
+    result.setting["data"] = args.data or "the run's own"
+    result.setting["split"] = args.split
+    return result, time.monotonic() - started
+
+
+def _bar(console: Console, name: str, windows: int) -> Any:
+    from tqdm import tqdm
+
+    hidden = console.rank != 0 or not console.err.isatty()
+    return tqdm(total=windows, desc=name, unit="window", file=console.err, disable=hidden, leave=False).update
+
+
+def _report(args: argparse.Namespace, result: Any, seconds: float, console: Console) -> None:
+    if console.rank != 0:
+        return
+    if args.json is not None:
+        from vqmoe_ds.files import write_atomically
+
+        try:
+            write_atomically(Path(args.json), json.dumps(result.as_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json {args.json} could not be written ({error.strerror})") from None
+    for line in table(result.as_dict()):
+        console.say(line)
+    console.say(f"scored in {seconds:.0f} s" + (f"; every figure is in {args.json}" if args.json else ""))
+
+
+# ---------------------------------------------------------------- the table
+
+COLUMNS = {
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "perplexity": ("perplexity", ".3f"),
+    "word_perplexity": ("per word", ".2f"),
+    "bits_per_byte_rise": ("rise, bits/byte", "+.4f"),
+    "changed": ("changed", ".2%"),
+}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """What was measured as lines of a table, means with their standard errors."""
+    model, setting, clean = result["model"], result["setting"], result["clean"]
+    amount = f"{clean['tokens']:,} tokens" + (f", {clean['bytes']:,} bytes" if clean["bytes"] is not None else "")
+    lines = [
+        f"{model['checkpoint']}, step {model['step']}: {model['router']}, {model['experts']} experts",
+        f"{amount} of {setting['documents']} document(s); context {setting['context']}, stride {setting['stride']}",
+    ]
+    rows = [["", *(head for head, _ in COLUMNS.values())], ["clean", *_cells(clean, {})]]
+    for row in result["corrupted"]:
+        name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
+        rows.append([name, *_cells(row["mean"], row["standard_error"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    layout = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return lines + [layout.format(*row) for row in rows]
+
+
+def _cells(mean: dict[str, Any], error: dict[str, Any]) -> list[str]:
+    cells = []
+    for name, (_, layout) in COLUMNS.items():
+        value, spread = mean.get(name), error.get(name)
+        cell = "-" if value is None else format(value, layout)
+        cells.append(cell if spread is None or name == "changed" else f"{cell} ± {format(spread, layout.strip('+'))}")
+    return cells

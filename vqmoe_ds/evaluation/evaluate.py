@@ -1,0 +1,260 @@
+"""How well a model predicts text, clean and damaged, over several seeds of the damage.
+
+Damaged text is scored twice from one pass. *Inputs only*: the model reads the damaged text, and is asked for the clean
+tokens; compared with the same tokens in the clean text. *Inputs and targets*: it is asked for the damaged text itself,
+as published for WikiText-103, so that a part of the rise is that the damage cannot be foretold.
+
+Legend: N tokens, K targets a position (1 clean; 2 damaged).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vqmoe_ds.checkpoint.load_model import LoadedModel
+from vqmoe_ds.data.batches import MASKED
+from vqmoe_ds.errors import ConfigError, DataError
+from vqmoe_ds.evaluation.corruption import Corruption, Damage
+from vqmoe_ds.evaluation.perplexity import bits_per_byte
+from vqmoe_ds.evaluation.texts import Text, still_there
+from vqmoe_ds.evaluation.window import fitting_batch, score, windows_of
+from vqmoe_ds.moe.routers import require_causal
+
+MODES = ("inputs", "inputs_and_targets")
+Tell = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured and how.
+
+    Attributes:
+        stride: targets a window scores, at most the context; None: half of it.
+        batch_size: windows a forward pass; None: as many as 128 MiB of logits hold, at most 32.
+        corruptions: kinds of damage.
+        seeds: how many times each is drawn (seeds 0, 1, …).
+    """
+
+    stride: int | None = None
+    batch_size: int | None = None
+    corruptions: tuple[Corruption, ...] = ()
+    seeds: int = 3
+
+
+class Score(NamedTuple):
+    """Sums over scored tokens; ``None`` where bytes or words are not known."""
+
+    nats: float
+    tokens: int
+    bytes: int | None
+    words: int | None
+
+    def figures(self) -> dict[str, float | None]:
+        """``nats_per_token``, ``perplexity`` (a token), ``word_perplexity`` and ``bits_per_byte``."""
+        nats = self.nats / self.tokens if self.tokens else None
+        return {
+            "bits_per_byte": bits_per_byte(nats, self.bytes / self.tokens if self.bytes and self.tokens else None),
+            "nats_per_token": nats,
+            "perplexity": _perplexity(nats),
+            "word_perplexity": _perplexity(self.nats / self.words if self.words else None),
+        }
+
+
+@dataclass
+class Evaluation:
+    """Everything measured, ready for JSON.
+
+    Attributes:
+        model: checkpoint, step, router and sizes.
+        setting: context, stride and data.
+        clean: figures and counts of the clean text.
+        corrupted: for each kind, rate and mode the figures of every seed, and their mean and standard error.
+    """
+
+    model: dict[str, Any]
+    setting: dict[str, Any]
+    clean: dict[str, Any]
+    corrupted: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    options: Options | None = None,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[str, int], Tell] | None = None,
+) -> Evaluation:
+    """Score documents, clean and under every corruption; deterministic, and the same on all ranks.
+
+    Args:
+        loaded: of ``load_model``; with experts on several ranks all of them call this together.
+        texts: of ``open_texts``.
+        options: see there.
+        rank, world: this process among those that share the windows.
+        progress: given a name and the number of windows, returns what is told about windows done.
+
+    Raises:
+        ConfigError: a router that sees later tokens, or a stride that is longer than the context.
+        DataError: damage was asked for, and no text is known to damage.
+    """
+    options = options or Options()
+    require_causal(loaded.config, "scoring text")
+    if options.corruptions and any(text.tokenizer is None for text in texts):
+        raise DataError("the tokenizer of the data is unknown, so its text cannot be damaged; name it with --tokenizer")
+    passes = _Passes(loaded, texts, options, rank, world, progress)
+    clean = passes.clean
+    result = Evaluation(_about(loaded), passes.setting, {**clean.figures(), **_counts(clean)})
+    for corruption in options.corruptions:
+        seeds = [passes.damaged(corruption, seed) for seed in range(options.seeds)]
+        for mode, rows in zip(MODES, zip(*seeds, strict=True), strict=True):
+            result.corrupted.append(_summary(corruption, mode, list(rows)))
+    return result
+
+
+class _Passes:
+    """Passes of one model over the same documents; the clean one is made at once."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        texts: Sequence[Text],
+        options: Options,
+        rank: int,
+        world: int,
+        progress: Callable[[str, int], Tell] | None,
+    ) -> None:
+        model = loaded.config.model
+        self.model, self.texts, self.context = loaded.model, texts, model.sequence_length
+        self.stride = checked_stride(options.stride, self.context)
+        self.batch_size = options.batch_size or fitting_batch(self.context, model.vocab_size)
+        self.rank, self.world, self.progress = rank, world, progress
+        self.setting = {"context": self.context, "stride": self.stride, "documents": len(texts)}
+        self.clean_N = self._nats("clean", texts, [text.ids_N[None] for text in texts])[0]
+        self.clean = _score_of(texts, self.clean_N)
+
+    def _nats(self, name: str, texts: Sequence[Text], targets: list[np.ndarray]) -> np.ndarray:
+        """Nats of every target, ``[K, N]`` over all documents."""
+        windows = windows_of([len(text.ids_N) for text in texts], self.context, self.stride)
+        tell = self.progress(name, len(windows)) if self.progress is not None else None
+        joined = np.concatenate([text.ids_N for text in texts]), np.concatenate(targets, axis=1)
+        return score(self.model, *joined, windows, self.batch_size, self.rank, self.world, tell).nats_KN
+
+    def damaged(self, corruption: Corruption, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Figures of one draw of the damage, for each of ``MODES``."""
+        damages = [text.damage(corruption, seed, number) for number, text in enumerate(self.texts)]
+        damaged = [text.damaged(damage.edits) for text, damage in zip(self.texts, damages, strict=True)]
+        sources = [_sources(*each) for each in zip(self.texts, damaged, damages, strict=True)]
+        targets = [_targets(*each) for each in zip(self.texts, damaged, sources, strict=True)]
+        nats_KN = self._nats(f"{corruption}, seed {seed}", damaged, targets)
+        changed = sum(len(damage.edits) for damage in damages) / max(1, sum(damage.units for damage in damages))
+        pairs = (self._inputs_only(sources, nats_KN[0]), (_score_of(damaged, nats_KN[1]), self.clean))
+        only, both = (
+            {"seed": seed, "changed": changed, **here.figures(), **_counts(here), **_rise(here, clean)}
+            for here, clean in pairs
+        )
+        return only, both
+
+    def _inputs_only(self, sources: list[np.ndarray], nats_N: np.ndarray) -> tuple[Score, Score]:
+        """Of the clean tokens that can be asked for: in the damaged text, and the same ones in the clean text."""
+        begins = np.cumsum([0, *(len(text.ids_N) for text in self.texts)])
+        asked = [source[source >= 0] for source in sources]
+        tokens = sum(map(len, asked))
+        size = sum(int(sizes[part].sum()) for sizes, part in zip(map(_sizes, self.texts), asked, strict=True))
+        words = self.clean.words if tokens == self.clean.tokens else None
+        nats = sum(float(self.clean_N[begin + part].sum()) for begin, part in zip(begins, asked, strict=False))
+        return Score(float(nats_N.sum()), tokens, size, words), Score(nats, tokens, size, words)
+
+
+def checked_stride(stride: int | None, context: int) -> int:
+    """The stride asked for, or half the context.
+
+    Raises:
+        ConfigError: it would leave tokens out.
+    """
+    if stride is None:
+        return max(1, context // 2)
+    if not 1 <= stride <= context:
+        raise ConfigError(f"--stride {stride} must lie between 1 and the model's context of {context} tokens")
+    return stride
+
+
+# ---------------------------------------------------------------- sums and rows
+
+
+def _score_of(texts: Sequence[Text], nats_N: np.ndarray) -> Score:
+    """Of texts that are asked for themselves: all tokens but the first of each."""
+    words = [text.words() for text in texts]
+    told = all(text.starts_N is not None for text in texts)
+    return Score(
+        nats=float(nats_N.sum()),
+        tokens=sum(max(0, len(text.ids_N) - 1) for text in texts),
+        bytes=sum(int(_sizes(text)[1:].sum()) for text in texts) if told else None,
+        words=None if None in words else sum(w or 0 for w in words),
+    )
+
+
+def _sizes(text: Text) -> np.ndarray:
+    sizes = text.bytes_of_tokens()
+    assert sizes is not None
+    return sizes
+
+
+def _sources(text: Text, damaged: Text, damage: Damage) -> np.ndarray:
+    """Clean token asked for at each place of the damaged text; -1 also where either text begins."""
+    source_N = still_there(text, damaged, damage.edits)
+    source_N[source_N == 0] = -1
+    source_N[:1] = -1
+    return source_N
+
+
+def _targets(text: Text, damaged: Text, source_N: np.ndarray) -> np.ndarray:
+    clean_N = np.where(source_N >= 0, text.ids_N[source_N], MASKED)
+    return np.stack([clean_N, damaged.ids_N])
+
+
+def _rise(here: Score, clean: Score) -> dict[str, float | None]:
+    """What the damage adds."""
+    pairs = ((name, here.figures()[name], clean.figures()[name]) for name in ("bits_per_byte", "nats_per_token"))
+    return {f"{name}_rise": None if a is None or b is None else a - b for name, a, b in pairs}
+
+
+def _counts(score_: Score) -> dict[str, int | None]:
+    return {"tokens": score_.tokens, "bytes": score_.bytes, "words": score_.words}
+
+
+def _summary(corruption: Corruption, mode: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row for each kind and mode: means over seeds, their standard errors, and every seed."""
+    head = {"kind": corruption.kind, "rate": corruption.rate, "mode": mode}
+    columns = [name for name in rows[0] if name != "seed"]
+    values = {name: [row[name] for row in rows] for name in columns}
+    known = {name: column for name, column in values.items() if None not in column}
+    mean = {name: float(np.mean(known[name])) if name in known else None for name in columns}
+    error = {name: standard_error(known[name]) if name in known else None for name in columns}
+    return {**head, "mean": mean, "standard_error": error, "seeds": rows}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of a mean; None for a single value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _perplexity(nats: float | None) -> float | None:
+    return None if nats is None or nats > 700 else math.exp(nats)
+
+
+def _about(loaded: LoadedModel) -> dict[str, Any]:
+    moe = loaded.config.moe
+    return {
+        **{"checkpoint": str(loaded.path), "kind": loaded.kind, "step": loaded.step},
+        **{"router": moe.router.value, "experts": moe.num_experts, "top_k": moe.top_k},
+        **{"tokenizer": loaded.tokenizer.kind if loaded.tokenizer else None},
+    }

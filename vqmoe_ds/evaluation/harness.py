@@ -1,0 +1,188 @@
+"""The lm-evaluation-harness (EleutherAI, ``pip install 'vqmoe_ds[eval]'``) on checkpoints of this trainer.
+
+    python -m vqmoe_ds.evaluation.harness --model vqmoe --model_args checkpoint=runs/pretrain --tasks TASK
+
+is its own command ``lm_eval`` with one model more. The harness knows no plugins, so the model is registered before it
+starts; whoever calls the harness from Python imports this module first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
+from vqmoe_ds.moe.routers import require_causal
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError:
+    sentence = "the lm-evaluation-harness is not installed; pip install 'vqmoe_ds[eval]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {sentence}")
+    raise ModuleNotFoundError(sentence, name="lm_eval") from None
+
+
+@register_model("vqmoe")
+class HarnessModel(TemplateLM):
+    """A checkpoint behind the harness's interface; one process, no key-value cache.
+
+    Args:
+        checkpoint: anything ``load_model`` takes.
+        tokenizer: of the model, where it is not found.
+        batch_size: sequences a forward pass; ``auto``: as many as 128 MiB of logits hold.
+        device: of the GPU; without one, the CPU.
+        seed: of sampling, where a task asks for it.
+
+    Raises:
+        CheckpointError: as ``load_model``, or the tokenizer is unknown.
+        ConfigError: a router that sees later tokens.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "",
+        tokenizer: str | None = None,
+        batch_size: int | str | None = "auto",
+        device: str | None = None,
+        seed: int = 0,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not checkpoint:
+            raise ConfigError("--model_args names no checkpoint; give checkpoint=PATH")
+        # The harness names a GPU by default, whether or not there is one.
+        self._device = torch.device(device or "cuda" if torch.cuda.is_available() else "cpu")
+        self.loaded = load_model(checkpoint, tokenizer, device=self._device)
+        self._tokenizer = self.loaded.need_tokenizer()
+        require_causal(self.loaded.config, "the harness")
+        self.context = self.loaded.config.model.sequence_length
+        self.vocab_size = min(self._tokenizer.vocab_size, self.loaded.config.model.vocab_size)
+        number = str(batch_size or "auto").partition(":")[0]
+        fitting = fitting_batch(self.context, self.loaded.config.model.vocab_size)
+        self.batch_size = fitting if number == "auto" else int(number)
+        self._generator = torch.Generator().manual_seed(int(seed))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a document; a model of raw bytes has none, so -1, which no id is."""
+        return self._tokenizer.eod if self._tokenizer.eod < self.loaded.config.model.vocab_size else -1
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that nothing precedes: a line break, for what follows the end of a document is
+        never learned in training."""
+        ids = self.tok_encode("\n")
+        return ids[-1] if ids else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.loaded.encode(string)
+
+    # ---------------------------------------------------------------- scoring
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        texts = [context + continuation for _, context, continuation in requests]
+        windows = [self._windows(len(request[1]), len(text)) for request, text in zip(requests, texts, strict=True)]
+        scored, begins = self._score(texts, windows, disable_tqdm)
+        answers = []
+        for (pair, context, _), text, begin in zip(requests, texts, begins, strict=True):
+            asked = slice(begin + len(context), begin + len(text))
+            answers.append((-float(scored.nats_KN[0, asked].sum()), bool(scored.first_choice_KN[0, asked].all())))
+            self.cache_hook.add_partial("loglikelihood", pair, answers[-1])
+        return answers
+
+    def _windows(self, first: int, length: int) -> list[Window]:
+        """Windows that score the tokens from ``first`` on, with as much as the context holds before them."""
+        begin = max(0, length - 1 - self.context)
+        if begin < first:
+            return [Window(begin, first, length - 1)]
+        rolling = windows_of([length], self.context, max(1, self.context // 2))
+        return [window._replace(first=max(window.first, first)) for window in rolling if window.end >= first]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Nats, negative, of whole texts, each token once, in windows that do not overlap but for a full last one."""
+        texts = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
+        windows = [windows_of([len(text)], self.context, self.context) for text in texts]
+        scored, begins = self._score(texts, windows, disable_tqdm)
+        ends = [*begins[1:], scored.nats_KN.shape[1]]
+        answers = [-float(scored.nats_KN[0, begin:end].sum()) for begin, end in zip(begins, ends, strict=True)]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return answers
+
+    def _score(self, texts: list[list[int]], windows: list[list[Window]], hidden: bool) -> tuple[Scored, list[int]]:
+        """Texts end to end, and where each begins."""
+        begins = np.cumsum([0, *map(len, texts)]).tolist()
+        placed = [
+            Window(*(begin + place for place in window))
+            for begin, part in zip(begins[:-1], windows, strict=True)
+            for window in part
+        ]
+        ids_N = np.concatenate([np.zeros(0, dtype=np.int64), *(np.array(text, dtype=np.int64) for text in texts)])
+        with tqdm(total=len(placed), desc="scoring", unit="window", disable=hidden) as bar:
+            return score(self.loaded.model, ids_N, ids_N[None], placed, self.batch_size, tell=bar.update), begins[:-1]
+
+    # ---------------------------------------------------------------- generating
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, greedy unless a task asks for sampling, up to a stop string or ``max_gen_toks``."""
+        answers = []
+        for request in tqdm(requests, desc="generating", disable=disable_tqdm):
+            prompt, options = request.args
+            answers.append(self._continue(prompt, dict(options)))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    @torch.no_grad()
+    def _continue(self, prompt: str, options: dict[str, Any]) -> str:
+        stops = options.get("until") or []
+        stops = [stops] if isinstance(stops, str) else list(stops)
+        limit = next((int(options[n]) for n in ("max_gen_toks", "max_new_tokens", "max_tokens") if n in options), 256)
+        temperature = float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0
+        tokens, text = self.tok_encode(prompt) or [self.prefix_token_id], ""
+        given = len(tokens)
+        while len(tokens) - given < limit:
+            window = torch.tensor([tokens[-self.context :]], device=self._device)
+            token = self._next(self.loaded.model(window)[0][0, -1].float().cpu(), temperature)
+            if token == self.eot_token_id:
+                break
+            tokens.append(token)
+            text = self.loaded.decode(tokens[given:])
+            if any(stop in text for stop in stops):
+                return text[: min(text.find(stop) for stop in stops if stop in text)]
+        return text
+
+    def _next(self, logits_V: Tensor, temperature: float) -> int:
+        logits_V = logits_V[: self.vocab_size]
+        if not temperature:
+            return int(logits_V.argmax())
+        return int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=self._generator))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The harness's own command line; the exit code."""
+    from lm_eval.__main__ import cli_evaluate
+
+    if arguments is not None:
+        sys.argv[1:] = arguments
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The averaged Jacobian of an MoE layer: how many directions its output moves in when its input moves.
+
+Legend: T tokens, D width, H expert hidden width, E experts, R choices (slots) of a token, P rows of one expert.
+
+With ``y = sum_r w_r(x) E_{i_r}(q_r)`` the Jacobian of one token is
+
+    dy/dx = sum_r w_r J_E(q_r)  +  sum_r E_{i_r}(q_r) (dw_r/dx)^T
+
+*Experts held as they are chosen*: the choice is piecewise constant, so this is the derivative wherever there is one.
+The first sum, the **expert term**, is the ``J_1`` of the paper; the second, the **router term**, holds its
+``c_j e_j^T`` and, of a dual path, the gate's ``g_m e_m^T``. The paper writes K further directions ``d_l e_l^T`` for
+the codes. A nearest code is piecewise constant too, so they are not in the derivative of a layer.
+
+With ``moe.code_blend = c > 0`` the discrete expert sees ``q = x + c (v - x)``. Straight-through, as gradients flow in
+training, ``dq/dx = 1``; exactly, ``dq/dx = 1 - c``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqmoe_ds.evaluation.collapse import effective_rank, numerical_rank, run_expert
+from vqmoe_ds.evaluation.probe import Rows, Visit, rows_of
+from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.routers import VQRouter
+
+RANK_THRESHOLDS = (1e-2, 1e-5)
+"""Shares of the largest singular value above which one counts: what matters, and what is there at all in float32."""
+
+
+class MeanJacobian:
+    """Mean over tokens of one layer's Jacobian, added up visit by visit.
+
+    Expert by expert the mean over tokens is ``W2 (diag(a) W3 + diag(b) W1)`` with the means ``a`` of ``w silu(W1 q)``
+    and ``b`` of ``w (W3 q) silu'(W1 q)``: the average costs no more than a forward pass.
+
+    Args:
+        layer: whose visits will be added.
+        straight_through: how the input of discrete experts is differentiated (module docstring).
+    """
+
+    def __init__(self, layer: MoELayer, straight_through: bool = True) -> None:
+        self.straight_through, self._experts = straight_through, layer.experts
+        experts, hidden, width = layer.experts.w1.shape
+        self._tokens = 0
+        self._slopes_2EH = torch.zeros(2, experts, hidden, dtype=torch.float64)
+        self._router_DD = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, visit: Visit) -> None:
+        """Take the tokens of one forward pass of the layer into the mean."""
+        self._tokens += len(visit.x_TD)
+        rows, inputs_MD, factors_M = _rows_and_inputs(visit, self.straight_through)
+        gradients_MD = _weight_gradients(visit, rows)
+        for expert in rows.experts_M.unique().tolist():
+            mine_P = (rows.experts_M == expert).nonzero().flatten()
+            q_PD = inputs_MD[mine_P]
+            for kind, slope_PH in enumerate(_slopes(self._experts, expert, q_PD)):
+                self._slopes_2EH[kind, expert] += (factors_M[mine_P] @ slope_PH).double()
+            y_PD = run_expert(self._experts, expert, q_PD)
+            self._router_DD += y_PD.double().t() @ gradients_MD[mine_P].double()
+
+    def terms(self) -> dict[str, Tensor]:
+        """``experts``, ``router`` and their sum ``total``, float64 ``[D, D]``."""
+        experts_DD = torch.zeros_like(self._router_DD)
+        for expert in range(len(self._experts.w1)):
+            experts_DD += _expert_jacobian(self._experts, expert, *self._slopes_2EH[:, expert] / self._tokens)
+        router_DD = self._router_DD / self._tokens
+        return {"total": experts_DD + router_DD, "experts": experts_DD, "router": router_DD}
+
+
+def token_jacobians(visit: Visit, tokens: list[int], straight_through: bool = True) -> Tensor:
+    """The Jacobians of single tokens, float64 ``[len(tokens), D, D]``."""
+    rows, inputs_MD, factors_M = _rows_and_inputs(visit, straight_through)
+    gradients_MD = _weight_gradients(visit, rows)
+    experts, width = visit.layer.experts, visit.x_TD.shape[1]
+    answer = torch.zeros(len(tokens), width, width, dtype=torch.float64)
+    for place, token in enumerate(tokens):
+        for row in (rows.tokens_M == token).nonzero().flatten().tolist():
+            expert, q_1D = int(rows.experts_M[row]), inputs_MD[row : row + 1]
+            slopes = (float(factors_M[row]) * slope_1H[0].double() for slope_1H in _slopes(experts, expert, q_1D))
+            answer[place] += _expert_jacobian(experts, expert, *slopes)
+            answer[place] += torch.outer(run_expert(experts, expert, q_1D)[0].double(), gradients_MD[row].double())
+    return answer
+
+
+@torch.no_grad()
+def _rows_and_inputs(visit: Visit, straight_through: bool) -> tuple[Rows, Tensor, Tensor]:
+    """Routed rows, what their experts see ``[M, D]``, and weight times ``dq/dx`` of each ``[M]``."""
+    rows, offset_TD = rows_of(visit.routing), visit.routing.discrete_offset_TD
+    inputs_MD, factors_M = visit.x_TD[rows.tokens_M], rows.weights_M
+    if offset_TD is not None:
+        discrete_M = rows.slots_M == rows.slots_M.max()
+        inputs_MD = inputs_MD + torch.where(discrete_M.unsqueeze(1), offset_TD[rows.tokens_M], 0.0)
+        if not straight_through:
+            router = visit.layer.router
+            assert isinstance(router, VQRouter), "only codes have an offset"
+            factors_M = torch.where(discrete_M, (1 - router.config.code_blend) * factors_M, factors_M)
+    return rows, inputs_MD, factors_M
+
+
+def _weight_gradients(visit: Visit, rows: Rows) -> Tensor:
+    """``dw/dx`` of every row ``[M, D]``: one backward pass through the router a slot, as tokens are independent."""
+    gradients_MD = torch.zeros(len(rows.tokens_M), visit.x_TD.shape[1])
+    with torch.enable_grad():
+        x_TD = visit.x_TD.detach().clone().requires_grad_()
+        weights_M = rows_of(visit.route(x_TD)).weights_M
+        if not weights_M.requires_grad:
+            return gradients_MD
+        for slot in rows.slots_M.unique().tolist():
+            mine_P = (rows.slots_M == slot).nonzero().flatten()
+            (slope_TD,) = torch.autograd.grad(weights_M[mine_P].sum(), x_TD, retain_graph=True)
+            gradients_MD[mine_P] = slope_TD[rows.tokens_M[mine_P]]
+    return gradients_MD
+
+
+def _slopes(experts: StackedExperts, expert: int, q_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """What a SwiGLU expert's Jacobian is made of: ``silu(W1 q)`` and ``(W3 q) silu'(W1 q)``, each ``[P, H]``."""
+    gate_PH, up_PH = q_PD @ experts.w1[expert].t(), q_PD @ experts.w3[expert].t()
+    sigmoid_PH = gate_PH.sigmoid()
+    return F.silu(gate_PH), up_PH * (sigmoid_PH * (1 + gate_PH * (1 - sigmoid_PH)))
+
+
+def _expert_jacobian(experts: StackedExperts, expert: int, gate_H: Tensor, up_H: Tensor) -> Tensor:
+    """``W2 (diag(gate) W3 + diag(up) W1)``, float64 ``[D, D]``."""
+    w1, w2, w3 = (w[expert].double() for w in (experts.w1, experts.w2, experts.w3))
+    return w2 @ (gate_H.unsqueeze(1) * w3 + up_H.unsqueeze(1) * w1)
+
+
+def gate_share(layer: MoELayer, router_DD: Tensor) -> float | None:
+    """Share of a router term's squared norm along the one direction of the dual path's gate; None without a gate.
+
+    Of ``g = softmax(W_g x)`` with two entries, both gradients are multiples of ``W_g[0] - W_g[1]``.
+    """
+    gate = layer.router.path_gate if isinstance(layer.router, VQRouter) else None
+    if gate is None or not router_DD.any():
+        return None
+    direction_D = F.normalize((gate.weight[0] - gate.weight[1]).double(), dim=0)
+    return float((router_DD @ direction_D).square().sum() / router_DD.square().sum())
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a matrix, largest first, and what they come to."""
+
+    values: list[float]
+
+    @classmethod
+    def of(cls, matrix_DD: Tensor) -> Spectrum:
+        return cls(torch.linalg.svdvals(matrix_DD.double()).tolist())
+
+    def row(self) -> dict[str, Any]:
+        """For JSON: norm, effective rank, numerical ranks by threshold, and the values."""
+        values = torch.tensor(self.values, dtype=torch.float64)
+        return {
+            "frobenius_norm": float(values.norm()),
+            "effective_rank": effective_rank(values),
+            "numerical_rank": {f"{threshold:g}": numerical_rank(values, threshold) for threshold in RANK_THRESHOLDS},
+            "singular_values": self.values,
+        }

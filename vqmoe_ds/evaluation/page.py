@@ -1,0 +1,152 @@
+"""Reports for a person: one HTML file with its figures inside, and the same numbers as JSON beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.evaluation.plots import draw_usage, pyplot
+from vqmoe_ds.files import write_atomically
+
+
+def make_report(
+    name: str, out: str, measure: Callable[[], dict[str, Any]], summary: Callable[[dict[str, Any]], str]
+) -> int:
+    """Measure, write ``NAME.json`` and ``NAME.html`` and print a summary, or what is wrong; the exit code of a tool.
+
+    Args:
+        name: of the files and of the template, "routing" or "jacobian".
+        out: folder of the files, made where it is not there.
+        measure: gives the numbers; its ``UserError`` is printed as one sentence.
+        summary: of the numbers, for the console.
+    """
+    folder = Path(out)
+    try:
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        report = measure()
+        figures = {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
+        with _writable(folder):
+            write_atomically(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+            write_atomically(folder / f"{name}.html", render(name, report, figures))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{summary(report)}\n{folder / name}.html")
+    return 0
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def render(name: str, report: dict[str, Any], figures: dict[str, str]) -> str:
+    """The page of a report; everything in it is escaped, token texts above all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("vqmoe_ds.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.globals["number"] = _number
+    return environment.get_template(f"{name}.html").render(report=report, figures=figures)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:z.{digits}f}"
+
+
+def data_uri(figure: Any) -> str:
+    """A figure as a PNG inside a URI; the figure is closed."""
+    stream = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(stream, format="png", dpi=100)
+    pyplot().close(figure)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+# ---------------------------------------------------------------- figures of a routing report
+
+
+def _routing_figures(report: dict[str, Any]) -> dict[str, Any]:
+    layers = report["layers"]
+    counts_LN = torch.tensor([row["experts"]["counts"] for row in layers])
+    usage_LK = torch.tensor([row["codes"]["counts"] for row in layers]) if "codes" in layers[0] else None
+    return {
+        "load": draw_usage(counts_LN, usage_LK),
+        "information": _draw_information(layers),
+        "collapse": _draw_collapse(layers),
+    }
+
+
+def _draw_information(layers: list[dict[str, Any]]) -> Any:
+    """Bars by layer: how much of the expert, and of the code, each label explains."""
+    choices = list(layers[0]["information"])
+    figure, all_axes = pyplot().subplots(1, len(choices), figsize=(4.5 * len(choices), 3), squeeze=False, sharey=True)
+    for axes, choice in zip(all_axes[0], choices, strict=True):
+        labels = list(layers[0]["information"][choice])
+        for place, label in enumerate(labels):
+            values = [row["information"][choice][label]["explained"] or 0.0 for row in layers]
+            left = [layer + (place - len(labels) / 2 + 0.5) * 0.8 / len(labels) for layer in range(len(layers))]
+            axes.bar(left, values, 0.8 / len(labels), label=label)
+        axes.set(xlabel="MoE layer", title=f"share of the {choice} explained", xticks=range(len(layers)))
+        axes.grid(alpha=0.3, axis="y")
+    all_axes[0][0].legend(fontsize=7)
+    return figure
+
+
+def _draw_collapse(layers: list[dict[str, Any]]) -> Any:
+    """Effective ranks by layer, and between-class shares of the stream before and after the layer."""
+    figure, (ranks, shares) = pyplot().subplots(1, 2, figsize=(9, 3))
+    for name in ("before", "after", "output"):
+        ranks.plot([row["collapse"][name]["effective_rank"] for row in layers], "o-", label=name)
+    for name in ("before", "after"):
+        shares.plot([row["collapse"][name]["expert"]["between_share"] for row in layers], "o-", label=name)
+    ranks.set(title="effective rank", ylim=(0, None))
+    shares.set(title="variance between experts' tokens", ylim=(0, None))
+    for axes in (ranks, shares):
+        axes.set(xlabel="MoE layer", xticks=range(len(layers)))
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+# ---------------------------------------------------------------- figures of a Jacobian report
+
+
+def _jacobian_figures(report: dict[str, Any]) -> dict[str, Any]:
+    """Singular values of each term, one column a layer, one line a checkpoint."""
+    models = report["models"]
+    terms, layers = ("total", "experts", "router"), max(len(model["layers"]) for model in models)
+    figure, all_axes = pyplot().subplots(
+        len(terms), layers, figsize=(3 * layers + 1, 2.5 * len(terms)), squeeze=False, sharex=True
+    )
+    for row, term in enumerate(terms):
+        for number, model in enumerate(models):
+            for layer, found in enumerate(model["layers"]):
+                values = [value for value in found[term]["singular_values"] if value > 0]
+                axes = all_axes[row][layer]
+                if values:  # fixed routes have no router term
+                    axes.semilogy(range(1, len(values) + 1), values, f"C{number}", linewidth=1, label=model["name"])
+                axes.set(title=f"layer {layer}, {term}")
+                axes.grid(alpha=0.3)
+    all_axes[0][0].legend(fontsize=6)
+    return {"spectra": figure}
+
+
+_FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "routing": _routing_figures,
+    "jacobian": _jacobian_figures,
+}

@@ -1,0 +1,223 @@
+"""Looking into a model's MoE layers while it reads a probe: states, routes and codes of every token.
+
+Legend: B windows, S positions, T = B * S tokens, D width, N experts, R routed rows a token, M rows of all tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
+from vqmoe_ds.data.batches import Windows
+from vqmoe_ds.data.corpus import open_corpus, open_raw_text
+from vqmoe_ds.data.indexed import IndexedText, IndexedWindows, Reader, open_indexed_text
+from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
+from vqmoe_ds.errors import CheckpointError, ConfigError, DataError
+from vqmoe_ds.models.transformer import Block, MoETransformer
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.routers import KnownRoute, Routing
+
+BATCH = 8
+"""Windows read at a time."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The routed rows of one layer, one entry a row; a token may have any number."""
+
+    tokens_M: Tensor
+    slots_M: Tensor
+    """Choice of the token the row is: 0 the first; of a dual path the last is the discrete one. Where experts choose,
+    the expert."""
+    experts_M: Tensor
+    weights_M: Tensor
+
+    def counts_TN(self, tokens: int, num_experts: int) -> Tensor:
+        """How often each token was sent to each expert, int64."""
+        flat = torch.bincount(self.tokens_M * num_experts + self.experts_M, minlength=tokens * num_experts)
+        return flat.view(tokens, num_experts)
+
+    def main_expert_T(self, tokens: int, num_experts: int) -> Tensor:
+        """The expert with the largest weight of each token, the lowest of equals; -1 of tokens without any."""
+        total_TN = self.weights_M.new_full((tokens * num_experts,), 0.0)
+        total_TN.index_add_(0, self.tokens_M * num_experts + self.experts_M, self.weights_M)
+        best_T = total_TN.view(tokens, num_experts).argmax(dim=1)
+        none_T = torch.bincount(self.tokens_M, minlength=tokens) == 0
+        return torch.where(none_T, -1, best_T)
+
+
+def rows_of(routing: Routing) -> Rows:
+    """The rows of a router's answer."""
+    ids_TR = routing.expert_ids_TR
+    weights_TR = torch.ones_like(ids_TR, dtype=torch.float32) if routing.weights_TR is None else routing.weights_TR
+    if routing.tokens_M is not None:
+        experts_M = ids_TR[:, 0]
+        return Rows(routing.tokens_M, experts_M, experts_M, weights_TR[:, 0].float())
+    tokens, routes = ids_TR.shape
+    tokens_M = torch.arange(tokens, device=ids_TR.device).repeat_interleave(routes)
+    slots_M = torch.arange(routes, device=ids_TR.device).repeat(tokens)
+    return Rows(tokens_M, slots_M, ids_TR.flatten(), weights_TR.float().flatten())
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One MoE layer during one forward pass."""
+
+    index: int
+    """Among the MoE layers."""
+    layer: MoELayer
+    known: KnownRoute
+    bank: CodebookBank | None
+    stream_TD: Tensor
+    """Residual stream before the layer's norm."""
+    x_TD: Tensor
+    """The layer's input: the normalised stream."""
+    y_TD: Tensor
+    """The layer's output, which is added to the stream."""
+    routing: Routing
+    codes_T: Tensor | None
+    """None without a codebook."""
+
+    def route(self, x_TD: Tensor) -> Routing:
+        """The router's answer to other states of the same tokens."""
+        return self.layer.route(x_TD, self.known, self.bank)
+
+
+@torch.no_grad()
+def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
+    """Run the model, in evaluation mode, and look into each of its MoE layers, in order.
+
+    Args:
+        model: with all its experts (expert-parallel size 1).
+        tokens_BS: token ids.
+    """
+    visits: list[Visit] = []
+    streams: list[Tensor] = []
+
+    def keep_stream(module: Any, args: Any) -> None:
+        streams.append(args[0].flatten(0, 1))
+
+    def keep_visit(module: Any, args: Any, output: Any) -> None:
+        x_BSD, known, bank = args
+        known = replace(known or KnownRoute(), sequence=x_BSD.shape[1])
+        x_TD, index = x_BSD.flatten(0, 1), len(visits)
+        routing = module.route(x_TD, known, bank)
+        y_TD = output[0].flatten(0, 1)
+        visits.append(Visit(index, module, known, bank, streams[-1], x_TD, y_TD, routing, codes.get(index)))
+
+    blocks = [block for block in model.blocks if isinstance(block, Block) and isinstance(block.mlp, MoELayer)]
+    handles = [block.mlp_norm.register_forward_pre_hook(keep_stream) for block in blocks]
+    handles += [block.mlp.register_forward_hook(keep_visit) for block in blocks]
+    try:
+        with _overheard_codes(model.bank) as codes:
+            model(tokens_BS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return visits
+
+
+@contextmanager
+def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, Tensor]]:
+    """Codes by layer while the model runs: whatever they are looked up in, the bank is told them to observe them."""
+    codes: dict[int, Tensor] = {}
+    if bank is None:
+        yield codes
+        return
+
+    def observe(layer: int, z_TC: Tensor, codes_T: Tensor) -> None:
+        codes[layer] = codes_T
+
+    vars(bank)["observe"] = observe  # hides the method of the class
+    try:
+        yield codes
+    finally:
+        del vars(bank)["observe"]
+
+
+def load_routed(path: str, tokenizer: str | None = None) -> LoadedModel:
+    """Load a checkpoint that has something to look into.
+
+    Raises:
+        CheckpointError: as ``load_model``, or the model is dense.
+    """
+    loaded = load_model(path, tokenizer)
+    if not loaded.model.moe_layers():
+        raise CheckpointError(f"{path} is a dense model (moe.router=dense): it has no routing to look into")
+    return loaded
+
+
+# ---------------------------------------------------------------- what the model reads
+
+
+def check_tokens(tokens: int) -> None:
+    """Refuse to read nothing.
+
+    Raises:
+        ConfigError: ``tokens`` is under 1.
+    """
+    if tokens < 1:
+        raise ConfigError(f"--tokens {tokens} leaves nothing to read; give 1 or more")
+
+
+def read_probe(loaded: LoadedModel, path: str | None, tokens: int) -> Tensor:
+    """Windows of the training length spread evenly over a text, int64 ``[B, S]``.
+
+    Args:
+        loaded: the model that is to read them.
+        path: raw text (a file or a folder, cut by the model's tokenizer) or the prefix of prepared data, all of which
+            is used; None: the held-out part of the run's own data.
+        tokens: how many at least, if the text has so many.
+
+    Raises:
+        CheckpointError: raw text for a model whose tokenizer is unknown.
+        DataError: nothing there, too short for one window, or of another tokenizer.
+    """
+    config, tokenizer = loaded.config, loaded.tokenizer
+    if path is not None:
+        data = config.data.model_copy(update={"path": path, "valid_path": path})
+        config = config.model_copy(update={"data": data})
+    prepared = open_indexed_text(config)
+    rows = -(-tokens // config.model.sequence_length)
+    with tempfile.TemporaryDirectory() as cache:
+        if prepared is not None:
+            _check_tokenizer(loaded, prepared)
+            reader = Reader(prepared.tokenizer, config.model.vocab_size)
+            windows: Windows = IndexedWindows(prepared.valid, Path(cache), reader)
+        elif path is None or isinstance(tokenizer, ByteTokenizer):
+            windows = open_raw_text(config).valid
+        else:
+            return _cut_text(path, config.model.sequence_length, rows, loaded.need_tokenizer())
+        places = np.unique(np.linspace(0, len(windows) - 1, rows).astype(int))
+        return torch.from_numpy(windows.read(places).inputs_BS.astype(np.int64))
+
+
+def _check_tokenizer(loaded: LoadedModel, prepared: IndexedText) -> None:
+    ours, theirs = loaded.tokenizer, prepared.tokenizer
+    if ours is not None and theirs is not None and ours.checksum != theirs.checksum:
+        raise DataError(
+            f"the prepared data was made with another tokenizer ({theirs.kind}, {theirs.checksum:.12}) than that of "
+            f"{loaded.path} ({ours.kind}, {ours.checksum:.12}); prepare the text with that one"
+        )
+
+
+def _cut_text(path: str, length: int, rows: int, tokenizer: Tokenizer) -> Tensor:
+    """Stretches of raw text, each cut by the tokenizer to ``length`` tokens; those with fewer are left out."""
+    corpus, stretch = open_corpus(path), 8 * length  # bytes; no tokenizer of ours has longer tokens on average
+    count = corpus.num_windows(stretch)
+    places = np.unique(np.linspace(0, count - 1, rows).astype(int)) if count else np.zeros(0, dtype=int)
+    texts = [corpus.window(int(place), stretch).tobytes().decode(errors="ignore") for place in places]
+    windows = [ids[:length] for ids in map(tokenizer.encode, texts) if len(ids) >= length]
+    if not windows:
+        raise DataError(f"{path} ({corpus.num_bytes} bytes) has no stretch of {length} tokens; give more text")
+    return torch.from_numpy(np.stack(windows).astype(np.int64))

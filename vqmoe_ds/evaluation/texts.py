@@ -1,0 +1,254 @@
+"""Documents to be scored: their tokens, the bytes each stands for, and which tokens of a damaged text are still there.
+
+Legend: N tokens of a document, clean or damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.checkpoint.load_model import LoadedModel
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.corpus import Split, open_corpus, split_corpus
+from vqmoe_ds.data.index_files import check_prefix
+from vqmoe_ds.data.indexed import UNKNOWN, IndexedText, members, open_indexed_text
+from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
+from vqmoe_ds.errors import DataError
+from vqmoe_ds.evaluation.corruption import Corruption, Damage, Edit, apply
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document.
+
+    Attributes:
+        ids_N: tokens, int64.
+        raw: the text they stand for; None where the tokenizer is unknown.
+        starts_N: byte of ``raw`` where each token begins, in order; the end of a document begins at its end.
+        tokenizer: what makes tokens of text.
+        end: id that closes the document, if any.
+    """
+
+    ids_N: np.ndarray
+    raw: bytes | None = None
+    starts_N: np.ndarray | None = None
+    tokenizer: Tokenizer | None = None
+    end: int | None = None
+
+    def bytes_of_tokens(self) -> np.ndarray | None:
+        """UTF-8 bytes of the text that each token stands for, int64 ``[N]``; None where they are not known."""
+        if self.raw is None or self.starts_N is None:
+            return None
+        return np.diff(self.starts_N, append=len(self.raw))
+
+    def words(self) -> int | None:
+        """Words between white space, and line breaks as one word each, as WikiText's perplexity counts them."""
+        return None if self.raw is None else len(self.raw.split()) + self.raw.count(b"\n")
+
+    def first(self, tokens: int) -> Text:
+        """Its first tokens alone."""
+        if len(self.ids_N) <= tokens or self.raw is None or self.starts_N is None:
+            return replace(self, ids_N=self.ids_N[:tokens])
+        raw, starts_N = self.raw[: self.starts_N[tokens]], self.starts_N[:tokens]
+        return replace(self, ids_N=self.ids_N[:tokens], raw=raw, starts_N=starts_N, end=None)
+
+    def damage(self, corruption: Corruption, seed: int, number: int) -> Damage:
+        """What a corruption does to its text, being document ``number``."""
+        assert self.raw is not None
+        return corruption.damage(self.raw, seed, number)
+
+    def damaged(self, edits: list[Edit]) -> Text:
+        """The tokens of its text after the edits."""
+        assert self.raw is not None and self.tokenizer is not None
+        return encode(self.tokenizer, apply(self.raw, edits), self.end)
+
+
+def encode(tokenizer: Tokenizer, raw: bytes, end: int | None = None) -> Text:
+    """The tokens of a text.
+
+    Args:
+        end: id that closes the document, if any.
+
+    Raises:
+        DataError: not UTF-8, which only bytes need not be.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        ids, starts = np.frombuffer(raw, dtype=np.uint8).astype(np.int64), np.arange(len(raw))
+    else:
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the text is not UTF-8 (byte {error.start}), as a {tokenizer.kind} tokenizer needs; convert it"
+            ) from None
+        ids = tokenizer.encode(text).astype(np.int64)
+        starts = tokenizer.starts(text, ids)
+    if end is not None:
+        ids, starts = np.append(ids, end), np.append(starts, len(raw))
+    return Text(ids, raw, starts, tokenizer, end)
+
+
+def still_there(clean: Text, damaged: Text, edits: Sequence[Edit]) -> np.ndarray:
+    """Which clean token each token of the damaged text stands in for, int64 ``[N]`` of the damaged one; -1 for none.
+
+    A clean token is asked for wherever a damaged one begins at its place: every token of what was left alone, and the
+    first one of what was changed, for what stands before it can be read. The rest of a changed word, or a word that is
+    gone, cannot be asked for.
+    """
+    assert clean.starts_N is not None and damaged.starts_N is not None
+    starts_N, order_N = clean.starts_N, _place_among_equals(clean.starts_N)
+    firsts, ends = (np.array([edit[side] for edit in edits], dtype=np.int64) for side in (0, 1))
+    growth = np.array([len(edit.replacement) for edit in edits], dtype=np.int64) - (ends - firsts)
+    shift = np.concatenate([[0], np.cumsum(growth)])
+    key_N = _key(starts_N + shift[np.searchsorted(ends, starts_N, side="right")], order_N)
+    kept_N = np.ones(len(starts_N), dtype=bool)
+    if len(edits):
+        edit_N = np.searchsorted(firsts, starts_N, side="right") - 1
+        within_N = (edit_N >= 0) & (starts_N < ends[edit_N])
+        kept_N = ~within_N | ((starts_N == firsts[edit_N]) & (order_N == 0))
+    wanted = _key(damaged.starts_N, _place_among_equals(damaged.starts_N))
+    source = np.full(len(wanted), -1, dtype=np.int64)
+    if not len(wanted):
+        return source
+    token = np.flatnonzero(kept_N)
+    place = np.minimum(np.searchsorted(wanted, key_N[token]), len(wanted) - 1)
+    met = wanted[place] == key_N[token]
+    source[place[met]] = token[met]  # of two, the later: before a word that is gone stands the one after it
+    return source
+
+
+def _place_among_equals(starts_N: np.ndarray) -> np.ndarray:
+    return np.arange(len(starts_N)) - np.searchsorted(starts_N, starts_N, side="left")
+
+
+def _key(starts_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
+    return starts_N * 4096 + np.minimum(order_N, 4095)
+
+
+# ---------------------------------------------------------------- where they come from
+
+
+def open_texts(
+    loaded: LoadedModel, paths: Sequence[str] | None, split: str = "auto", max_tokens: int | None = None
+) -> list[Text]:
+    """The documents that ``--data`` and ``--split`` mean.
+
+    A raw file is one document, a stored sequence of a prepared corpus is one; a held-out stretch of raw text is one.
+
+    Args:
+        paths: raw files or folders, or prepared prefixes; None for the data of the run itself.
+        split: ``all``, ``valid`` (the held-out share that training with this configuration leaves), or ``auto``: all
+            of raw text that is named, the held-out share of anything else.
+        max_tokens: read no more than these, from the first document on.
+
+    Raises:
+        DataError: nothing there, empty, of another tokenizer, or with ids beyond the model's vocabulary.
+        CheckpointError: raw text, and the model's tokenizer is unknown.
+    """
+    if paths is None and loaded.kind not in ("deepspeed", "portable"):
+        raise DataError(f"{loaded.path} does not say what it was trained on; name a text with --data")
+    wanted: Sequence[str | None] = paths or [None]
+    texts = [text for path in wanted for text in _texts_of(loaded, path, split) if len(text.ids_N) > 1]
+    if max_tokens is not None:
+        before = np.cumsum([0, *(len(text.ids_N) for text in texts)])
+        texts = [text.first(max_tokens - int(n)) for text, n in zip(texts, before, strict=False) if max_tokens - n > 1]
+    if not texts:
+        raise DataError("the data has no document of two or more tokens to score; give more text")
+    return texts
+
+
+def _texts_of(loaded: LoadedModel, path: str | None, split: str) -> Iterator[Text]:
+    """As ``open_texts``, of one path; None for the run's own data."""
+    data = loaded.config.data
+    if path is not None:
+        data = data.model_copy(update={"path": path, "valid_path": None})
+    if split == "all":
+        data = data.model_copy(update={"valid_path": data.path})
+    config = loaded.config.model_copy(update={"data": data})
+    prepared = open_indexed_text(config)
+    if prepared is not None:
+        return _prepared(loaded, prepared)
+    return _raw(loaded, config, whole=split == "all" or (split == "auto" and path is not None))
+
+
+def _raw(loaded: LoadedModel, config: RunConfig, whole: bool) -> Iterator[Text]:
+    tokenizer, path = loaded.need_tokenizer(), config.data.path
+    held_out = config.data.valid_path
+    assert not isinstance(path, list) and not isinstance(held_out, list)
+    corpus = open_corpus(path if held_out is None else held_out)
+    if whole or held_out is not None:
+        pieces = [piece.tobytes() for piece in corpus.pieces]
+    else:
+        split = split_corpus(corpus, config.model.sequence_length, config.data.holdout_every)[1]
+        pieces = list(_stretches(split))
+    for piece in pieces:
+        yield encode(tokenizer, piece)
+
+
+def _stretches(split: Split) -> Iterator[bytes]:
+    """The held-out stretches of raw text; their targets are those of the trainer's windows."""
+    runs = np.split(split.indices, np.flatnonzero(np.diff(split.indices) > 1) + 1)
+    for run in runs:
+        windows = [split.corpus.window(int(index), split.sequence_length) for index in run]
+        yield b"".join([*(window[:-1].tobytes() for window in windows), windows[-1][-1:].tobytes()])
+
+
+def _prepared(loaded: LoadedModel, data: IndexedText) -> Iterator[Text]:
+    check_same_tokenizer(loaded, data)
+    pieces = data.tokenizer.pieces() if data.tokenizer is not None else []
+    for prefix in data.valid.prefixes:
+        header = check_prefix(prefix.path)
+        ids, firsts = header.ids, header.offsets // header.dtype.itemsize
+        for sequence in members(len(header.lengths), data.valid.share):
+            first = int(firsts[sequence])
+            stored = np.asarray(ids[first : first + int(header.lengths[sequence])]).astype(np.int64)
+            stored = _within_vocabulary(stored, data.tokenizer, loaded.config.model.vocab_size, prefix.path)
+            yield from _documents(stored, data.tokenizer, pieces)
+
+
+def _within_vocabulary(ids_N: np.ndarray, tokenizer: Tokenizer | None, vocab_size: int, path: str) -> np.ndarray:
+    """The ids, without the ends of documents where the model has none (one of raw bytes)."""
+    known = vocab_size
+    if tokenizer is not None:
+        known = min(vocab_size, tokenizer.vocab_size)
+        ids_N = ids_N[ids_N != tokenizer.eod] if tokenizer.eod >= vocab_size else ids_N
+    if len(ids_N) and ids_N.max() >= known:
+        raise DataError(
+            f"prepared data {path} has the id {ids_N.max()}, past the vocabulary of {known}; it was made by another "
+            "tokenizer than the model's, or is damaged"
+        )
+    return ids_N
+
+
+def _documents(stored: np.ndarray, tokenizer: Tokenizer | None, pieces: list[bytes]) -> Iterator[Text]:
+    """A stored sequence, cut where a document ends within it."""
+    if tokenizer is None:
+        yield Text(stored)
+        return
+    for ids_N in np.split(stored, np.flatnonzero(stored == tokenizer.eod) + 1):
+        sizes = np.array([len(pieces[i]) for i in ids_N], dtype=np.int64)
+        end = tokenizer.eod if len(ids_N) and ids_N[-1] == tokenizer.eod else None
+        yield Text(ids_N, b"".join(pieces[i] for i in ids_N), np.cumsum(sizes) - sizes, tokenizer, end)
+
+
+def check_same_tokenizer(loaded: LoadedModel, data: IndexedText) -> None:
+    """Refuse prepared data whose ids mean something else than those the model was trained on, as far as is known.
+
+    Raises:
+        DataError: they do.
+    """
+    ours: Any = loaded.config.data.tokenizer_sha256
+    if ours is None and isinstance(loaded.tokenizer, ByteTokenizer):
+        ours = ByteTokenizer.checksum
+    theirs = data.tokenizer_sha256
+    if UNKNOWN not in (ours, theirs) and ours is not None and ours != theirs:
+        names = [Path(prefix.path).name for prefix in data.valid.prefixes]
+        raise DataError(
+            f"prepared data {', '.join(names)} was made by the tokenizer {theirs[:12]}, the model of {loaded.path} was "
+            f"trained with {ours[:12]}; prepare it with the model's tokenizer"
+        )

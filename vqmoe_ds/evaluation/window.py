@@ -1,0 +1,129 @@
+"""Scores every token of a text exactly once, through windows that slide over it.
+
+Windows are as long as the model's context. The first starts with the document and scores all its targets; each later
+one ends ``stride`` tokens further and scores these alone, so that every one of them has at least ``context - stride``
+tokens before it. No window reaches from one document into another, and the first token of a document is not scored:
+nothing stands before it.
+
+Legend: N tokens of all documents, K targets a position, B windows of a batch, S positions, M scored ones, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vqmoe_ds.data.batches import MASKED
+
+LOGITS = 1 << 25
+"""Logits of a batch at most (128 MiB)."""
+
+
+class Scored(NamedTuple):
+    """Of every target, ``[K, N]``: its nats (float64; 0 where nothing is scored), and whether no id was likelier."""
+
+    nats_KN: np.ndarray
+    first_choice_KN: np.ndarray
+
+
+class Window(NamedTuple):
+    """Inputs ``begin`` to ``end - 1`` predict targets ``begin + 1`` to ``end``; those from ``first`` on are scored."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def windows_of(lengths: Sequence[int], context: int, stride: int) -> list[Window]:
+    """Windows over documents that stand end to end.
+
+    Args:
+        lengths: tokens of each document.
+        context: S, inputs of a window at most.
+        stride: targets that each window but the first scores, 1 to ``context``.
+    """
+    windows, start = [], 0
+    for length in lengths:
+        last = start + length - 1
+        end = min(start + context, last)
+        if end > start:
+            windows.append(Window(start, start + 1, end))
+        while end < last:
+            first, end = end + 1, min(end + stride, last)
+            windows.append(Window(end - context, first, end))
+        start += length
+    return windows
+
+
+@torch.no_grad()
+def score(
+    model: torch.nn.Module,
+    ids_N: np.ndarray,
+    targets_KN: np.ndarray,
+    windows: Sequence[Window],
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    tell: Callable[[int], Any] | None = None,
+) -> Scored:
+    """Score every target in its window. The answer is the same on all ranks.
+
+    Args:
+        model: gives logits for ``[B, S]``; in evaluation mode. With experts on other ranks all ranks take part.
+        ids_N: inputs, documents end to end.
+        targets_KN: what is asked for at each place, ``MASKED`` for nothing; ``ids_N`` itself for the usual loss.
+        windows: of ``windows_of``.
+        batch_size: windows a forward pass.
+        rank, world: this process among those that share the windows.
+        tell: called with the windows done (of all ranks) after each pass.
+    """
+    device = next(model.parameters()).device
+    nats_KN = torch.zeros(targets_KN.shape, dtype=torch.float64, device=device)
+    first_KN = torch.zeros(targets_KN.shape, dtype=torch.uint8, device=device)
+    # Windows of one length stand together, so that little is filled up; every rank makes the same batches.
+    order = sorted(windows, key=lambda window: window.begin - window.end)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for start in range(0, len(batches), world):
+        mine = start + rank
+        batch = batches[min(mine, len(batches) - 1)]  # all take part in every pass
+        places_M, nats_KM, first_KM = _score_batch(model, ids_N, targets_KN, batch, device)
+        if mine < len(batches):
+            nats_KN[:, places_M], first_KN[:, places_M] = nats_KM, first_KM
+        if tell is not None:
+            tell(sum(map(len, batches[start : start + world])))
+    if world > 1:
+        dist.all_reduce(nats_KN)
+        dist.all_reduce(first_KN)
+    return Scored(nats_KN.cpu().numpy(), first_KN.cpu().numpy().astype(bool))
+
+
+def _score_batch(
+    model: torch.nn.Module, ids_N: np.ndarray, targets_KN: np.ndarray, batch: Sequence[Window], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the scored targets of a batch, ``[M]``, their nats and whether they are first choice, ``[K, M]``."""
+    longest = max(window.end - window.begin for window in batch)
+    inputs_BS = np.zeros((len(batch), longest), dtype=np.int64)
+    rows, columns, places = [], [], []
+    for row, (begin, first, end) in enumerate(batch):
+        inputs_BS[row, : end - begin] = ids_N[begin:end]
+        rows.append(np.full(end + 1 - first, row))
+        columns.append(np.arange(first - 1 - begin, end - begin))
+        places.append(np.arange(first, end + 1))
+    logits_BSV, _ = model(torch.from_numpy(inputs_BS).to(device))
+    where = (torch.from_numpy(np.concatenate(part)).to(device) for part in (rows, columns))
+    logits_MV = logits_BSV[tuple(where)].float()
+    places_M = np.concatenate(places)
+    targets_KM = torch.from_numpy(targets_KN[:, places_M].astype(np.int64)).to(device)
+    chosen_KM = logits_MV.gather(1, targets_KM.clamp_min(0).t()).t()
+    nats_KM = (logits_MV.logsumexp(dim=-1) - chosen_KM).double().masked_fill_(targets_KM == MASKED, 0.0)
+    return torch.from_numpy(places_M).to(device), nats_KM, (chosen_KM == logits_MV.amax(dim=-1)).byte()
+
+
+def fitting_batch(context: int, vocab_size: int) -> int:
+    """Windows a pass whose logits stay within ``LOGITS``, at most 32."""
+    return max(1, min(32, LOGITS // (context * vocab_size)))
