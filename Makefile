@@ -2,6 +2,7 @@
 # make test       the default test suite, ruff and mypy
 # make test-all   everything, the slow tests included
 # make test-layouts   a checkpoint of every layout goes on in every other one
+# make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
 # make bench      the benchmarks behind docs/performance.md
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup setup-dev pretrain test test-all test-layouts lint bench clean
+.PHONY: setup setup-dev pretrain test test-all test-layouts compare-smoke lint bench clean
 
 pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
@@ -22,6 +23,10 @@ test-all: setup-dev lint
 
 test-layouts: setup-dev
 	@$(BIN)/python -m pytest tests/checkpoint/test_restore.py -m slow --timeout 3600
+
+compare-smoke: setup
+	@rm -rf runs/compare-smoke
+	@$(BIN)/python tools/compare_routers.py benchmarks/grids/smoke.yaml --out runs/compare-smoke --jobs 2 $(ARGS)
 
 lint: setup-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from vqmoe_ds.config.load import field_table, load_config
+from vqmoe_ds.config.load import field_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,9 +30,3 @@ def test_options_that_are_named_exist(page):
     for section, field in re.findall(r"`(\w+)\.(\w+)[=`]", page.read_text()):
         if section in sections:
             assert f"{section}.{field}" in known, f"{page.name}: {section}.{field}"
-
-
-def test_every_entry_of_the_study_is_a_valid_configuration():
-    grid = yaml.safe_load((ROOT / "benchmarks/codebook_study.yaml").read_text())
-    for entry in grid["entries"]:
-        load_config(entry.get("preset", "tiny"), None, entry["set"])

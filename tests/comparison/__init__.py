@@ -1,0 +1,1 @@
+"""Grids, budgets, statistics and reports."""

@@ -1,0 +1,288 @@
+"""Running the runs of a grid: what is finished is kept, what was killed goes on, what changed is not mixed in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vqmoe_ds.comparison.grid import Evaluation, Grid, Run, overrides_of
+from vqmoe_ds.comparison.measures import EVALUATION
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.corpus import RawText, open_raw_text
+from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.evaluation.corruption import parse_corruption
+from vqmoe_ds.evaluation.evaluate import checked_stride
+from vqmoe_ds.train.pretrain import fit_to_tokenizer
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that would make a run part of another one."""
+INTERRUPTED = 75
+"""Exit code of a run that was stopped by a signal after saving."""
+
+
+class State(StrEnum):
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    TRAINED = "trained"
+    """Finished, but not evaluated as the grid asks."""
+    FINISHED = "finished"
+    CHANGED = "changed"
+    """Made with another configuration than the grid has now."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and the configuration it resolves to."""
+
+    run: Run
+    config: EngineConfig
+    arguments: list[str]
+    """Of ``launchers/pretrain.py``."""
+    wanted: Evaluation | None
+    """How it is to be scored once it is trained."""
+
+    @property
+    def summary(self) -> Path:
+        return self.run.folder / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.run.folder / EVALUATION
+
+    @property
+    def finished(self) -> bool:
+        """Trained to the end with this configuration."""
+        return self.state() in (State.TRAINED, State.FINISHED)
+
+    def state(self) -> State:
+        """What is in the run folder."""
+        recorded = self.run.folder / "config.yaml"
+        if not recorded.exists():
+            return State.NEW
+        if self.difference() is not None:
+            return State.CHANGED
+        if not self.summary.exists():
+            return State.UNFINISHED
+        return State.FINISHED if self.wanted is None or self.evaluated(self.wanted) else State.TRAINED
+
+    def evaluated(self, wanted: Evaluation) -> bool:
+        """Whether the run has been scored in just this way."""
+        if not self.evaluation.exists():
+            return False
+        recorded = json.loads(self.evaluation.read_text())
+        damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in recorded["corrupted"]}
+        stride = checked_stride(wanted.stride, self.config.run.model.sequence_length)
+        asked = {(*parse_corruption(spec), wanted.seeds) for spec in wanted.corrupt}
+        return damage == asked and recorded["setting"]["stride"] == stride
+
+    def difference(self) -> str | None:
+        """The first field in which the recorded run differs from the grid, as a clause; None where none does."""
+        try:
+            recorded = RunConfig.model_validate(yaml.safe_load((self.run.folder / "config.yaml").read_text()))
+            engine = json.loads((self.run.folder / "ds_config.json").read_text())
+        except (OSError, ValueError) as error:
+            return f"a configuration that cannot be read ({str(error).splitlines()[0]})"
+        there, here = _fields(recorded), _fields(self.config.run)
+        for name, value in here.items():
+            if there.get(name) != value:
+                return f"{name}={there.get(name)}, the grid says {value}"
+        return None if engine == self.config.deepspeed else "another DeepSpeed configuration"
+
+
+def jobs_of(grid: Grid, runs: list[Run]) -> list[Job]:
+    """The runs with their configurations.
+
+    Raises:
+        UserError: of the first configuration or data that cannot work; its entry is named.
+    """
+    return [_job(grid, run) for run in runs]
+
+
+def _job(grid: Grid, run: Run) -> Job:
+    overrides, preset = overrides_of(grid, run), run.entry.preset or grid.preset
+    try:
+        loaded = load_config(preset, None, overrides)
+        config = resolve(grid.ds_config, loaded, world_size=1)
+        prepared = open_indexed_text(config.run)
+        data = prepared or open_raw_text(config.run)
+        size, checksum = (RawText if prepared is None else data).vocab_size, data.tokenizer_sha256
+        config = fit_to_tokenizer(config, size, checksum, loaded.explicit)
+    except UserError as error:
+        raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
+    sets = [f"--set={name}={json.dumps(value)}" for name, value in overrides.items()]
+    arguments = ["--ds_config", grid.ds_config, "--preset", preset, *sets, "--resume", "auto"]
+    return Job(run, config, arguments, grid.evaluate)
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    """Dotted name -> value of all that decides a result."""
+    sections = config.model_dump(mode="json")
+    fields = {f"{section}.{name}": value for section, part in sections.items() for name, value in part.items()}
+    return {name: value for name, value in fields.items() if name not in ("run.run_dir", "data.cache_dir")}
+
+
+def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
+    """Refuse what cannot be continued; folders of another configuration are removed where that was asked for.
+
+    Raises:
+        ConfigError: a run was made with another configuration.
+        CheckpointError: a finished run is to be evaluated, and its checkpoint is gone.
+    """
+    for job in jobs:
+        state = job.state()
+        if state is State.CHANGED and not rerun_changed:
+            raise ConfigError(
+                f"run {job.run} in {job.run.folder} was made with {job.difference()}; --changed rerun trains it anew, "
+                "another --out keeps both"
+            )
+        checkpoints = job.run.folder / "checkpoints"
+        if state is State.TRAINED and not list(checkpoints.glob("*/manifest.json")):
+            raise CheckpointError(
+                f"run {job.run} is to be evaluated on corrupted text, but {checkpoints} holds no checkpoint any more; "
+                f"remove {job.run.folder} to train it again, or evaluate: from the grid"
+            )
+
+
+class Runner:
+    """Runs jobs as processes, ``workers`` at a time.
+
+    Args:
+        prefix: words before every command, such as ``nice -n 10`` or ``srun -n 1``.
+        say: prints a line.
+    """
+
+    def __init__(self, jobs: list[Job], workers: int, prefix: str, say: Any) -> None:
+        self.jobs, self.workers, self.prefix, self.say = jobs, workers, shlex.split(prefix), say
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self) -> list[str]:
+        """Run what is not finished; returns a sentence for each run that failed."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                return [answer for answer in pool.map(self._run_one, self.jobs) if answer]
+            except KeyboardInterrupt:
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """Runs save and leave; the same command goes on."""
+        self._stopped = True
+        for process in list(self._running):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    def _run_one(self, job: Job) -> str | None:
+        if self._stopped or job.state() is State.FINISHED:
+            return None
+        job.run.folder.mkdir(parents=True, exist_ok=True)
+        with _lock(job.run.folder) as lock:
+            if lock is None:
+                self.say(f"{job.run}: another process is at it")
+                return None
+            if job.state() is State.CHANGED:
+                _empty(job.run.folder)
+            started = time.time()
+            failure = self._train_and_evaluate(job, lock)
+        if failure is None:
+            self.say(f"{job.run}: {_result(job)} in {time.time() - started:.0f} s")
+        return failure
+
+    def _train_and_evaluate(self, job: Job, lock: int) -> str | None:
+        log = job.run.folder / "run.log"
+        if not job.summary.exists():
+            failure = self._execute(job, [str(LAUNCHERS / "pretrain.py"), *job.arguments], log, lock)
+            if failure is not None:
+                return failure
+        if job.wanted is not None and not job.evaluated(job.wanted):
+            return self._execute(job, _evaluation_command(job, job.wanted), log, lock)
+        return None
+
+    def _execute(self, job: Job, command: list[str], log: Path, lock: int) -> str | None:
+        """Run a launcher to its end; returns a sentence if it failed."""
+        environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+        if self.workers > 1:  # else the launcher takes all cores
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
+        with log.open("ab") as output:
+            # The child holds the lock too: a killed tool leaves no second process in the same folder.
+            process = subprocess.Popen(
+                [*self.prefix, sys.executable, *command],
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=(lock,),
+                start_new_session=True,  # Ctrl-C reaches it through _stop alone
+            )
+            os.truncate(lock, 0)
+            os.pwrite(lock, f"{process.pid}\n".encode(), 0)
+            self._running.add(process)
+            if self._stopped:  # while it was being started
+                self._stop()
+            code = process.wait()
+            self._running.discard(process)
+        if code == 0:
+            return None
+        if code == INTERRUPTED or self._stopped:
+            return f"{job.run}: stopped; the same command goes on"
+        return f"{job.run}: exit code {code}, {_last_words(log)} ({log})"
+
+
+def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
+    corrupt = [part for spec in wanted.corrupt for part in ("--corrupt", spec)]
+    stride = [] if wanted.stride is None else ["--stride", str(wanted.stride)]
+    options = [*corrupt, *stride, "--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
+    return [str(LAUNCHERS / "evaluate.py"), str(job.run.folder), *options]
+
+
+def _last_words(log: Path) -> str:
+    """The last line that names an error, else the last line."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+    errors = [line for line in lines if re.match(r"error:|\w*(Error|Halted)\b", line)]
+    return (errors or lines)[-1]
+
+
+def _result(job: Job) -> str:
+    summary = json.loads(job.summary.read_text())
+    value, unit = summary["validation_bits_per_byte"], "bits/byte"
+    if value is None:
+        value, unit = summary["validation_loss"], "nats/token"
+    return f"{value:.4f} {unit}"
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[int | None]:
+    """A lock on a run folder, as a file descriptor; None where another process holds it."""
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "w") as file:  # whose pid it holds, stays
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield file.fileno()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name == ".lock":
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

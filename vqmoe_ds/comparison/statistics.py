@@ -1,0 +1,59 @@
+"""Means over seeds, and differences of pairs of runs that share a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds and its standard error (None with one seed)."""
+
+    mean: float
+    error: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of the paired differences, and the confidence interval of that mean (None with one pair)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """Of a measure of which less is better; nobody wins where the interval contains zero or there is none."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "cannot be told"
+        return "better" if self.high < 0 else "worse"
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean and standard error, ``s / sqrt(n)`` with n - 1 degrees of freedom."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Mean(float(np.mean(values)), error, len(values))
+
+
+def paired_difference(
+    ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float = 0.95
+) -> Difference | None:
+    """``ours - theirs`` over the seeds that both have, with Student's t interval; None without a common seed.
+
+    At one seed both started from the same weights and saw the same data, so what they share cancels.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    mean = mean_of([ours[seed] - theirs[seed] for seed in seeds])
+    if mean.error is None:
+        return Difference(mean.mean, None, None, 1)
+    reach = float(stats.t.ppf((1 + confidence) / 2, mean.seeds - 1)) * mean.error
+    return Difference(mean.mean, mean.mean - reach, mean.mean + reach, mean.seeds)
