@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vqmoe_ds.config.load import nearest_key
+from vqmoe_ds.config.load import nearest_key, read_yaml
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.evaluation.corruption import parse_corruption
 
@@ -94,13 +93,7 @@ def read_grid(path: str) -> Grid:
         ConfigError: unreadable, an unknown key (the nearest is named), nothing to run, a name twice or unknown.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"grid {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"grid {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        grid = Grid.model_validate(values)
+        grid = Grid.model_validate(read_yaml(path, "grid"))
     except ValidationError as error:
         raise ConfigError(f"grid {path}: {_sentence(error)}") from None
     for check in (_check_seeds, _check_names, _check_groups):

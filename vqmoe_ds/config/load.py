@@ -41,7 +41,7 @@ def load_config(preset: str = "tiny", file: str | None = None, overrides: dict[s
     values: dict[str, Any] = yaml.safe_load(text) or {}
     explicit: set[str] = set()
     if file is not None:
-        values = _merge(values, _read_yaml(file), explicit)
+        values = _merge(values, _read_sections(file), explicit)
     for name, value in (overrides or {}).items():
         _check_key(name)
         nested: Any = value
@@ -88,13 +88,22 @@ def nearest_key(name: str, known: list[str]) -> str:
     return _nearest(name, known)
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def read_yaml(path: str, what: str) -> Any:
+    """What a YAML file holds; ``what`` it is called in error sentences.
+
+    Raises:
+        ConfigError: it cannot be read or is not YAML.
+    """
     try:
-        values = yaml.safe_load(Path(file).read_text())
+        return yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config file {file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_sections(file: str) -> dict[str, Any]:
+    values = read_yaml(file, "config file")
     if values is None:
         return {}
     if not isinstance(values, dict):
