@@ -46,6 +46,14 @@ def test_compiled_once_and_kept(tmp_path: Path) -> None:
     assert kept[0].stat().st_mtime_ns == before
 
 
+@pytest.mark.skipif(why_no_kernel() is not None, reason=str(why_no_kernel()))
+def test_a_cache_that_cannot_be_made_costs_a_compilation_only(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    assert "compiled kernel" in _python(_SHOW, **environment)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+
+
 def test_switched_off() -> None:
     assert "PyTorch's own products: VQMOE_CPU_KERNEL=0" in _python(_SHOW, VQMOE_CPU_KERNEL="0")
 

@@ -6,6 +6,7 @@ goes on with PyTorch's own products (moe/products.py), and one sentence says why
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -70,15 +71,17 @@ def _library() -> Path:
 
 
 def _cache_folder() -> Path:
-    """The user's cache, or a private folder of this process where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+    """The user's cache, or a folder that lives as long as this process where that cannot be written."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
-    return Path(tempfile.mkdtemp(prefix="vqmoe_ds-"))
+    private = tempfile.TemporaryDirectory(prefix="vqmoe_ds-", ignore_cleanup_errors=True)
+    atexit.register(private.cleanup)
+    return Path(private.name)
 
 
 def _compile(compiler: str, library: Path) -> None:
