@@ -4,6 +4,7 @@
     deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json
     deepspeed --num_gpus 2 launchers/pretrain.py --ds_config ds_configs/zero2.json --ep_size 2
     deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json --data my_text/ --preset base --run_dir runs/mine
+    python launchers/pretrain.py --ds_config ds_configs/zero3-ep8.json --preset 256e --dry_run --world_size 512
 
 With nothing but --ds_config it trains the preset `tiny` on the documentation that every Python carries.
 """
@@ -13,8 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vqmoe_ds.planning import dry_run
 from vqmoe_ds.train.cli import build_parser
 from vqmoe_ds.train.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(main(build_parser(__doc__ or "").parse_args()))
+    arguments = build_parser(__doc__ or "").parse_args()
+    sys.exit(dry_run.main(arguments) if arguments.dry_run else main(arguments))

@@ -1,6 +1,7 @@
 """The DeepSpeed JSON and the run configuration: "auto" is filled, contradictions are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,20 @@ def write(tmp_path, **values):
 def test_every_shipped_file_loads_into_deepspeeds_own_config(path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    world = 64 if "ep64" in path.name else 1
-    preset = "base-64e" if world == 64 else "tiny"
+    ep = re.search(r"ep(\d+)", path.stem)
+    world = int(ep[1]) if ep else 1
+    preset = "base-64e" if ep else "tiny"
     config = resolve(str(path), load_config(preset, None, {"train.batch_size": 512}), world)
     values = {**config.deepspeed, "train_batch_size": 512 // world, "gradient_accumulation_steps": 1}
     values["train_micro_batch_size_per_gpu"] = 512 // world
     parsed = DeepSpeedConfig(values)  # of one rank: no process group here
     assert parsed.zero_optimization_stage == config.zero_stage
-    assert config.ep_size == (64 if world == 64 else 1)
+    assert config.ep_size == world
 
 
 def test_shipped_files_cover_the_stages():
-    assert {f"zero{s}.json" for s in range(4)} | {"zero2-offload.json"} <= {p.name for p in SHIPPED}
+    cluster = {f"zero{stage}-ep{size}.json" for stage in (2, 3) for size in (8, 64)}
+    assert {f"zero{s}.json" for s in range(4)} | {"zero2-offload.json"} | cluster <= {p.name for p in SHIPPED}
 
 
 def test_auto_means_as_in_the_run_configuration(tmp_path):

@@ -40,6 +40,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--ep_size", type=int, metavar="N", help="expert-parallel ranks (or autoep_size in the JSON; give it once)")
     add("--resume", default="auto", metavar="auto|never|PATH", help="auto: newest whole checkpoint of the run folder")
     add("--print_config", action="store_true", help="show what would run, and stop")
+    add(
+        "--dry_run", action="store_true", help="build one rank of a large job without memory or peers, and report on it"
+    )
+    add("--world_size", type=int, metavar="N", help="--dry_run: ranks of the job")
+    add("--rank", type=int, default=0, metavar="N", help="--dry_run: the one to build (default 0)")
+    add("--gpus_per_node", type=int, default=8, metavar="N", help="--dry_run: ranks a node (default 8)")
+    add("--json", action="store_true", help="--dry_run: print JSON")
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -62,5 +69,6 @@ def _field_help() -> str:
         head = f"  {name} = {default}" + (f" [{unit}]" if unit else "")
         lines.append(head)
         lines += textwrap.wrap(meaning, 96, initial_indent="      ", subsequent_indent="      ")
-    codes = "0 finished, 1 defect, 2 bad input, 3 training cannot go on, 75 stopped by a signal after saving"
+    codes = "0 finished, 1 defect, 2 bad input, 3 training cannot go on, 75 stopped by a signal after saving, "
+    codes += "76 a rank went missing"
     return "\n".join([*lines, "", f"exit codes: {codes}"])

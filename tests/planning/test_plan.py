@@ -1,0 +1,143 @@
+"""The planning command: figures that can be checked by hand, rankings that must come out, and its sentences."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.planning import memory, speed, traffic
+from vqmoe_ds.planning.command import build_parser, main
+from vqmoe_ds.planning.hardware import PROCESSORS, Cluster
+from vqmoe_ds.planning.layouts import Choices, explore
+from vqmoe_ds.planning.parameters import count
+from vqmoe_ds.planning.traffic import Over, Transfer
+
+H100 = PROCESSORS["h100"]
+
+
+def plan(capsys, *options: str) -> tuple[int, str, str]:
+    code = main(build_parser("").parse_args(list(options)))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def engine(world: int = 16, ep: int = 4, stage: int = 2, micro: int = 1, **changes) -> EngineConfig:
+    run = load_config("base", None, {"train.batch_size": world * micro, **changes}).config
+    return EngineConfig({"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}, run, ep, world, micro, 1)
+
+
+def test_parameters_are_those_of_the_real_model():
+    run = load_config("tiny").config
+    counted, real = count(run), MoETransformer(run)
+    assert {w.name: w.shape for w in counted.weights} == {n: tuple(p.shape) for n, p in real.named_parameters()}
+    assert counted.stored == sum(p.numel() for p in real.parameters())
+    assert counted.buffer_bytes == sum(b.nbytes for b in real.buffers())
+
+
+def test_activations_grow_with_the_batch_and_shrink_when_recomputed():
+    one, two = (memory.activations(engine(micro=micro), 1.0) for micro in (1, 2))
+    assert two == 2 * one
+    recomputed = memory.activations(engine(**{"train.activation_checkpointing": True}), 1.0)
+    assert recomputed < 0.6 * one
+    assert memory.activations(engine(), 1.5) > one
+
+
+def test_higher_stages_hold_less():
+    parameters = count(engine().run)
+    held = [sum(memory.states(parameters, engine(stage=stage), 0)) for stage in (1, 2, 3)]
+    assert held[0] >= held[1] > held[2]
+
+
+def test_offload_moves_the_optimizer_to_the_host():
+    config = engine()
+    config = replace(config, deepspeed={**config.deepspeed, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})  # fmt: skip  # noqa: E501
+    need = memory.estimate(count(config.run), config)
+    assert need.optimizer == need.gradients == 0
+    assert need.host > 0
+
+
+def test_bytes_on_links_by_hand():
+    config = engine(world=16, ep=8)
+    rows = Transfer("expert rows", "all_to_all", Over.EP, 800, 1)
+    assert speed.sent(rows, config, per_node=8) == speed.LinkBytes(700, 0)
+    assert speed.sent(rows, config, per_node=4) == speed.LinkBytes(300, 400)
+    reduced = Transfer("gradients", "all_reduce", Over.EDP, 800, 1)
+    assert speed.sent(reduced, config, per_node=8) == speed.LinkBytes(0, 800)
+    assert speed.sent(reduced, config, per_node=16) == speed.LinkBytes(800, 0)
+
+
+def test_a_slow_network_keeps_experts_on_the_node():
+    """What the all-to-all needs grows with EP, what gradients need falls: the best EP size follows from the links."""
+    run = load_config("64e").config
+    slow = explore(run, Cluster(8, 8, H100, network_gbps=3), Choices(stages=[2]), {})
+    assert slow[0].config.ep_size == 8
+    flat = explore(run, Cluster(8, 8, replace(H100, link_gbps=1), network_gbps=400), Choices(stages=[2]), {})
+    assert flat[0].config.ep_size == 1
+
+
+def test_ranking_is_by_time_among_those_that_fit():
+    plans = explore(load_config("128e").config, Cluster(8, 8, PROCESSORS["a100-40"], 25), Choices(), {})
+    fits = [p.fits for p in plans]
+    assert any(fits) and not all(fits), "this cluster is just large enough"
+    assert fits == sorted(fits, reverse=True)
+    times = [p.speed.step_seconds for p in plans if p.fits]
+    assert times == sorted(times)
+
+
+def test_recomputation_repeats_the_all_to_all():
+    rows = [
+        next(t for t in traffic.transfers(count(c.run), c) if t.purpose == "expert rows").payload
+        for c in (engine(), engine(**{"train.activation_checkpointing": True}))
+    ]
+    assert rows[1] == 1.5 * rows[0]
+
+
+def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys):
+    files = ["--json", str(tmp_path / "plan.json"), "--figure", str(tmp_path / "plan.png")]
+    code, out, _ = plan(capsys, "--preset", "64e", "--nodes", "2", "--ds_config", "ds_configs/zero2-ep8.json", *files)
+    assert code == 0
+    assert "984,060,696 parameters stored, 106,402,584 used by a token" in out
+    assert "What the times assume" in out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["layouts"][0]["fits"]
+    assert (
+        sum(v for k, v in written["layouts"][0]["bytes"].items() if k not in ("host", "device"))
+        == (written["layouts"][0]["bytes"]["device"])
+    )
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_remedy_does_it(capsys):
+    """The sentence names what was tried and fits: following any part of it succeeds."""
+    options = ["--preset", "256e", "--gpu", "l40s", "--network_gbps", "25"]
+    _, _, error = plan(capsys, *options)
+    memory_gb, offload, nodes = error.split("what would do: ")[1].strip().split(", or ")
+    assert plan(capsys, *options, "--gpu_memory", memory_gb.split()[2])[0] == 0
+    assert plan(capsys, *options, offload)[0] == 0
+    assert plan(capsys, *options, *nodes.split())[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--gpu", "h10"], "--gpu h10 is not in the catalogue; did you mean h100?"),
+        (["--preset", "64e", "--ep_size", "5"], "--ep_size 5 does not divide the 8 ranks"),
+        (["--preset", "base", "--nodes", "3"], "train.batch_size=44 is not a multiple of the 24 ranks"),
+        (["--preset", "64e", "--nodes", "16", "--ep_size", "128"], "--ep_size 128 does not divide moe.num_experts=64"),
+        (["--preset", "64e", "--micro_batch", "3"], "--micro_batch 3 does not divide the 128 sequences"),
+        (["--preset", "64e", "--gpu_memory", "-1"], "--gpu_memory -1 must be more than 0"),
+        (["--preset", "64e", "--imbalance", "0.5"], "--imbalance 0.5 must be at least 1"),
+        (["--preset", "256e", "--gpu", "l40s"], "no layout fits 48 GB a processor; the least is ZeRO-2, EP 8"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(capsys, options, sentence):
+    code, _, error = plan(capsys, *options)
+    assert code == 2
+    assert sentence in error
+    assert error.count("\n") == 1

@@ -1,0 +1,123 @@
+"""``tools/plan.py``: which layouts of a model fit a cluster, and which is likely fastest."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
+from vqmoe_ds.config.load import load_config, parse_override, preset_names
+from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.planning.hardware import PROCESSORS, Cluster, find_processor
+
+if TYPE_CHECKING:
+    from vqmoe_ds.planning.layouts import Plan
+
+OVERRIDES = {
+    "gpu_memory": ("memory_gb", "GB of one processor"),
+    "gpu_tflops": ("tflops", "its bf16 TFLOP/s"),
+    "gpu_fp32_tflops": ("fp32_tflops", "its float32 TFLOP/s"),
+    "memory_gbps": ("memory_gbps", "bandwidth of its memory, GB/s"),
+    "link_gbps": ("link_gbps", "within a node, GB/s a processor and direction"),
+    "host_gbps": ("host_gbps", "to the host's memory, GB/s a processor and direction"),
+}
+"""Options that replace a figure of the catalogue."""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"model: {', '.join(preset_names())} (default tiny)")
+    add("--config", metavar="YAML", help="run configuration; overrides the preset")
+    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
+    add("--ds_config", metavar="JSON", help="take bucket sizes and the like from this file, not DeepSpeed's defaults")
+    add("--nodes", type=int, default=1)
+    add("--gpus_per_node", type=int, default=8)
+    add("--gpu", default="h100", help=f"{', '.join(PROCESSORS)} (default h100)")
+    for option, (_, meaning) in OVERRIDES.items():
+        add(f"--{option}", type=float, metavar="X", help=meaning)
+    add("--network_gbps", type=float, default=50.0, help="between nodes, GB/s a processor and direction (default 50)")
+    add("--latency_us", type=float, default=Cluster.latency_us, help="of one message (default 15)")
+    add("--efficiency", type=float, default=Cluster.efficiency, help="share of the peak products reach (default 0.4)")
+    add("--zero", type=int, nargs="+", default=[1, 2, 3], choices=range(4), metavar="STAGE", help="default 1 2 3")
+    add("--ep_size", type=int, nargs="+", default=[], metavar="N", help="default: all that divide ranks and experts")
+    add("--micro_batch", type=int, nargs="+", default=[], metavar="N", help="default: powers of two")
+    add("--precision", default="bf16", choices=["bf16", "fp32"])
+    add("--offload", action="store_true", help="try layouts with the optimizer in the host's memory, too")
+    add("--imbalance", type=float, default=1.2, help="rows of the busiest rank, relative to the mean (default 1.2)")
+    add("--top", type=int, default=12, help="layouts shown (default 12)")
+    add("--json", metavar="FILE", nargs="?", const="-", help="write everything as JSON, to the terminal without a name")
+    add("--figure", metavar="PNG", help="draw memory by part and tokens a second of the layouts shown")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the plan, or in one sentence why there is none; the exit code."""
+    try:
+        return _plan(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _plan(options: argparse.Namespace) -> int:
+    cluster = cluster_of(options)
+    loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
+    base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
+    _check_positive(options)
+    # DeepSpeed and the model only now: bad options have been answered.
+    from vqmoe_ds.files import write_atomically
+    from vqmoe_ds.planning import report
+    from vqmoe_ds.planning.layouts import Choices, explore, remedies
+    from vqmoe_ds.planning.parameters import count
+
+    offload = (False, True) if options.offload else (False,)
+    choices = Choices(
+        *(options.zero, options.ep_size, options.micro_batch, options.precision), offload, options.imbalance
+    )
+    plans, parameters = explore(loaded.config, cluster, choices, base), count(loaded.config)
+    name = options.config or options.preset
+    if options.json:
+        text = json.dumps(report.as_json(name, parameters, cluster, plans), indent=2) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            write_atomically(Path(options.json), text)
+    if options.json != "-":
+        print(report.text(name, parameters, cluster, plans, options.top))
+    if options.figure:
+        report.draw(Path(options.figure), name, cluster, plans[: options.top])
+    if not plans[0].fits:
+        raise ConfigError(_too_small(plans[0], cluster, remedies(loaded.config, cluster, choices, base)))
+    return 0
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """The catalogue's processor with the figures given on the command line."""
+    given = {field: getattr(options, option) for option, (field, _) in OVERRIDES.items()}
+    processor = dataclasses.replace(find_processor(options.gpu), **{k: v for k, v in given.items() if v is not None})
+    return Cluster(
+        *(options.nodes, options.gpus_per_node, processor),
+        *(options.network_gbps, options.latency_us, options.efficiency),
+    )
+
+
+def _check_positive(options: argparse.Namespace) -> None:
+    names = ["nodes", "gpus_per_node", "network_gbps", "efficiency", "top", *OVERRIDES]
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} {value:g} must be more than 0")
+    if options.imbalance < 1:
+        raise ConfigError(f"--imbalance {options.imbalance:g} must be at least 1, the even share")
+
+
+def _too_small(least: Plan, cluster: Cluster, would_do: list[str]) -> str:
+    return (
+        f"no layout fits {cluster.processor.memory_gb:g} GB a processor; the least is {least.name} with micro-batch "
+        f"{least.config.micro_batch}, {least.memory.device / 1e9:.1f} GB; what would do: {', or '.join(would_do)}"
+    )

@@ -1,0 +1,212 @@
+"""``launchers/pretrain.py --dry_run``: build one rank of a large job on one small machine, and say what it would hold.
+
+Real: the configuration's and DeepSpeed's own checks, process groups made by DeepSpeed over PyTorch's fake backend, the
+model class on the meta device with this rank's experts, the optimizer groups, and one forward pass in which shapes run
+through attention, routers, the (fake) all-to-all and the grouped products of GPUs. ``NOT_BUILT`` is the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.train.cli import config_from_args
+
+NOT_BUILT = [
+    "data (model.vocab_size is that of the configuration)",
+    "the DeepSpeed engine and its buffers (their sizes are counted, docs/planning.md)",
+    "values: weights, codes and routes (experts get even shares of the rows)",
+]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank of a job would hold."""
+
+    rank: int
+    node: int
+    layout: dict[str, Any]
+    expert_parallel_group: list[int]
+    expert_data_parallel_group: list[int]
+    all_to_all_within_node: bool
+    expert_ids: list[int]
+    """Of every MoE layer."""
+    parameters: dict[str, int]
+    """Values this rank uses: dense, experts; and stored and active of the whole model."""
+    bytes: dict[str, int]
+    micro_batch: int
+    accumulation_steps: int
+    loss_shape: list[int]
+    not_built: list[str]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Dry-run the rank that the command line names; returns the exit code."""
+    try:
+        if args.world_size is None:
+            raise ConfigError("--dry_run needs --world_size, the ranks of the job that is meant")
+        config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size)
+        report = dry_run(config, args.rank, args.gpus_per_node, args.ds_config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(asdict(report), indent=1) if args.json else text(report))
+    return 0
+
+
+def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> RankReport:
+    """Build one rank.
+
+    Args:
+        config: of the whole job.
+        rank: which of its ranks.
+        per_node: ranks a node, numbered node by node.
+        json_path: of the DeepSpeed JSON, for the sentences.
+
+    Raises:
+        ConfigError: a rank that is none, or a JSON that DeepSpeed refuses.
+    """
+    world = config.world_size
+    if not 0 <= rank < world:
+        raise ConfigError(f"--rank {rank} is not one of the {world} ranks 0 to {world - 1}")
+    if per_node < 1:
+        raise ConfigError(f"--gpus_per_node {per_node} must be at least 1")
+    # Heavy imports only now: bad input has been answered.
+    import torch
+
+    from vqmoe_ds.planning import memory, meta_forward
+    from vqmoe_ds.planning.parameters import count, meta_model
+
+    with fake_ranks(rank, world):
+        _check_by_deepspeed(config, json_path)
+        model = meta_model(config.run, config.ep_size, config.ep_rank(rank))
+        ep_group, edp_group = _bind_groups(model, config, rank)
+        _optimizer_groups(model, config)
+        loss = meta_forward.run(model, meta_forward.cast_weights(model, torch.bfloat16), config.micro_batch)
+    parameters = count(config.run)
+    dense = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
+    need = memory.estimate(parameters, config, rank)
+    return RankReport(
+        rank,
+        rank // per_node,
+        config.layout(),
+        ep_group,
+        edp_group,
+        len({member // per_node for member in ep_group}) == 1,
+        _expert_ids(model),
+        {
+            **{"dense": dense, "experts": sum(p.numel() for p in model.parameters()) - dense},
+            **{"stored": parameters.stored, "active": parameters.active},
+        },
+        {**asdict(need), "device": need.device},
+        *(config.micro_batch, config.accumulation_steps, list(loss.shape), NOT_BUILT),
+    )
+
+
+@contextmanager
+def fake_ranks(rank: int, world: int) -> Iterator[None]:
+    """A default process group of ``world`` ranks of which only this one exists; its collectives do nothing."""
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+        yield
+    finally:
+        for made in (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict()):
+            made.clear()
+        for made in (groups._EXPERT_PARALLEL_GROUP_RANKS, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):
+            made.clear()
+        comm.cdb = None
+        dist.destroy_process_group()
+
+
+def _check_by_deepspeed(config: EngineConfig, json_path: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(config.deepspeed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"DeepSpeed config {json_path}: {where}: {first['msg']}") from None
+
+
+def _bind_groups(model: Any, config: EngineConfig, rank: int) -> tuple[list[int], list[int]]:
+    """Have every layer bind its groups as the engine does; members of this rank's two groups."""
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    for layer in model.moe_layers():
+        layer.set_deepspeed_parallelism(bool(config.deepspeed.get("use_data_before_expert_parallelism")))
+    name = f"ep_size_{config.ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():  # a dense model
+        return [rank], list(range(config.world_size))
+    return (
+        dist.get_process_group_ranks(groups._get_expert_parallel_group(name)),
+        dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name)),
+    )
+
+
+def _optimizer_groups(model: Any, config: EngineConfig) -> list[int]:
+    """Values of each of the optimizer's groups, split by DeepSpeed as the engine does."""
+    from deepspeed.moe.utils import configure_moe_param_groups
+
+    from vqmoe_ds.train.engine import parameter_groups
+
+    named = parameter_groups(model, config.run.train.weight_decay)
+    split = configure_moe_param_groups(named) if model.moe_layers() else named
+    return [size for size in (sum(p.numel() for p in group["params"]) for group in split) if size]
+
+
+def _expert_ids(model: Any) -> list[int]:
+    """Global ids, as the layer itself tells DeepSpeed's checkpoints."""
+    from deepspeed.checkpoint.constants import AUTOEP_PARAM_LOCAL_EXPERTS, DS_AUTOEP_UC_META
+
+    layers = model.moe_layers()
+    return list(getattr(layers[0].experts.w1, DS_AUTOEP_UC_META)[AUTOEP_PARAM_LOCAL_EXPERTS]) if layers else []
+
+
+def text(report: RankReport) -> str:
+    """The report for people."""
+    from vqmoe_ds.planning.hardware import GB
+
+    layout, ids = report.layout, report.expert_ids
+    place = "stays on the node" if report.all_to_all_within_node else "crosses nodes"
+    head = (
+        f"rank {report.rank} of {layout['world_size']} (node {report.node}): ZeRO-{layout['zero_stage']}, "
+        f"EP {layout['ep_size']}, {layout['precision']}, micro-batch {report.micro_batch} x {report.accumulation_steps}"
+    )
+    lines = [
+        head,
+        f"experts of each layer: {_range(ids)}; expert-parallel group: ranks {_range(report.expert_parallel_group)}, "
+        f"its all-to-all {place}",
+        f"replicas of these experts: ranks {_range(report.expert_data_parallel_group)}",
+        "parameters: " + ", ".join(f"{name} {number:,}" for name, number in report.parameters.items()),
+        "GB: " + ", ".join(f"{part} {size / GB:.2f}" for part, size in report.bytes.items()),
+        f"one forward pass on meta tensors ran through; loss of shape {report.loss_shape}",
+        "not built: " + "; ".join(report.not_built),
+    ]
+    return "\n".join(lines)
+
+
+def _range(numbers: list[int]) -> str:
+    """Equally spaced numbers as ``a..b`` or ``a, b, ..., z``."""
+    if len(numbers) < 4:
+        return ", ".join(map(str, numbers)) or "none"
+    if numbers[1] - numbers[0] == 1:
+        return f"{numbers[0]}..{numbers[-1]}"
+    return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]} ({len(numbers)})"

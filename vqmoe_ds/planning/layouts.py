@@ -1,0 +1,160 @@
+"""Every way to spread a model over a cluster, what each needs, and which are best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.planning import memory, speed, traffic
+from vqmoe_ds.planning.hardware import GB, Cluster
+from vqmoe_ds.planning.memory import Memory
+from vqmoe_ds.planning.parameters import Parameters, count
+from vqmoe_ds.planning.speed import Speed
+from vqmoe_ds.planning.traffic import Transfer
+
+USABLE = 0.92
+"""Share of a device's memory that a run may fill; the rest is the driver's, NCCL's and fragmentation's."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Layouts to try; empty means every one that is possible."""
+
+    stages: Sequence[int] = (1, 2, 3)
+    ep_sizes: Sequence[int] = ()
+    micro_batches: Sequence[int] = ()
+    precision: str = "bf16"
+    offload: Sequence[bool] = (False,)
+    imbalance: float = 1.2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with its needs."""
+
+    config: EngineConfig
+    memory: Memory
+    transfers: list[Transfer]
+    speed: Speed
+    fits: bool
+
+    @property
+    def name(self) -> str:
+        offload = ", optimizer on the host" if memory.offloads(self.config) else ""
+        return f"ZeRO-{self.config.zero_stage}, EP {self.config.ep_size}{offload}"
+
+
+def explore(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, Any]) -> list[Plan]:
+    """For every stage, EP size and offload the micro-batch that is fastest among those that fit; fastest layout first.
+
+    Where none fits, the smallest micro-batch stands for its layout, behind those that fit and by memory.
+
+    Args:
+        base: DeepSpeed JSON that bucket sizes, accumulation type and the like are taken from.
+
+    Raises:
+        ConfigError: a size that divides nothing.
+    """
+    parameters = count(run)
+    plans = []
+    for ep_size in _ep_sizes(run, cluster, choices):
+        for stage in choices.stages:
+            for offload in choices.offload:
+                same = [
+                    measure(
+                        parameters,
+                        engine_config(run, cluster, choices, base, stage, ep_size, micro, offload),
+                        cluster,
+                        choices.imbalance,
+                    )
+                    for micro in _micro_batches(run, cluster, choices)
+                ]
+                fitting = [plan for plan in same if plan.fits]
+                plans.append(
+                    min(fitting, key=lambda p: p.speed.step_seconds)
+                    if fitting
+                    else min(same, key=lambda p: p.memory.device)
+                )
+    return sorted(plans, key=lambda p: (not p.fits, p.speed.step_seconds if p.fits else p.memory.device))
+
+
+def remedies(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, Any]) -> list[str]:
+    """What would make some layout fit, each tried: larger processors, more nodes, offload, recomputation."""
+
+    def best(run: RunConfig = run, cluster: Cluster = cluster, choices: Choices = choices) -> Plan:
+        return explore(run, cluster, choices, base)[0]
+
+    found = [f"processors of {math.ceil(best().memory.device / USABLE / GB)} GB"]
+    if not any(choices.offload) and best(choices=replace(choices, offload=[True])).fits:
+        found.append("--offload")
+    train = run.train.model_copy(update={"activation_checkpointing": True})
+    if not run.train.activation_checkpointing and best(run.model_copy(update={"train": train})).fits:
+        found.append("--set train.activation_checkpointing=true")
+    nodes = cluster.nodes
+    while run.train.batch_size % (2 * nodes * cluster.per_node) == 0:
+        nodes *= 2
+        if best(cluster=replace(cluster, nodes=nodes)).fits:
+            found.append(f"--nodes {nodes}")
+            break
+    return found
+
+
+def measure(parameters: Parameters, config: EngineConfig, cluster: Cluster, imbalance: float) -> Plan:
+    """What one layout needs."""
+    need = memory.estimate(parameters, config, 0, imbalance)
+    fast = speed.estimate(parameters, config, cluster, need, imbalance)
+    fits = need.device <= USABLE * cluster.processor.memory_gb * GB
+    return Plan(config, need, traffic.transfers(parameters, config), fast, fits)
+
+
+def engine_config(
+    run: RunConfig,
+    cluster: Cluster,
+    choices: Choices,
+    base: dict[str, Any],
+    stage: int,
+    ep_size: int,
+    micro: int,
+    offload: bool,
+) -> EngineConfig:
+    """What ``resolve`` would give for a JSON like ``base`` with another stage, precision, offload and micro-batch."""
+    zero = {**base.get("zero_optimization", {}), "stage": stage}
+    zero.pop("offload_optimizer", None)
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    deepspeed = {**base, "zero_optimization": zero, "bf16": {"enabled": choices.precision == "bf16"}}
+    if stage != 2 or choices.precision == "fp32":  # float32 sums: at stage 1 another, larger optimizer
+        deepspeed.pop("data_types", None)
+    rounds = run.train.batch_size // (cluster.ranks * micro)
+    return EngineConfig(deepspeed, run, ep_size, cluster.ranks, micro, rounds)
+
+
+def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> Iterator[int]:
+    experts, ranks = run.moe.num_experts, cluster.ranks
+    if run.moe.router is Router.DENSE:
+        experts = 1
+    for size in choices.ep_sizes:
+        if size < 1 or ranks % size:
+            raise ConfigError(f"--ep_size {size} does not divide the {ranks} ranks of this cluster")
+        if experts % size:
+            raise ConfigError(f"--ep_size {size} does not divide moe.num_experts={experts}")
+    yield from choices.ep_sizes or [n for n in range(1, ranks + 1) if ranks % n == 0 and experts % n == 0]
+
+
+def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
+    total, ranks = run.train.batch_size, cluster.ranks
+    if total % ranks:
+        raise ConfigError(
+            f"train.batch_size={total} is not a multiple of the {ranks} ranks of this cluster; set it with "
+            "--set train.batch_size=..."
+        )
+    for micro in choices.micro_batches:
+        if micro < 1 or total // ranks % micro:
+            raise ConfigError(f"--micro_batch {micro} does not divide the {total // ranks} sequences a rank has a step")
+    share = total // ranks
+    return list(choices.micro_batches) or [2**n for n in range(7) if share % 2**n == 0]

@@ -1,0 +1,255 @@
+"""What one rank holds, by part, under DeepSpeed 0.19.8's ZeRO stages.
+
+Weights, gradients and optimizer state follow DeepSpeed's own groups, partitions and paddings, and are compared with the
+tensors of real engines in tests/planning. Activations are what autograd keeps in a forward pass of the real model on
+meta tensors. The rest (buckets, gathered weights) is what DeepSpeed may allocate at most.
+
+Legend: L MoE layers, K codes, C code width, N experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.schema import CodeSource, Router, RunConfig
+from vqmoe_ds.moe.routers.abilities import rows_per_token
+from vqmoe_ds.planning import meta_forward
+from vqmoe_ds.planning.parameters import Parameters, Weight, thin_model
+
+MOE_GROUP_LIMIT = 178_956_971
+"""Values of an optimizer group of experts (``split_params_into_different_moe_groups_for_optimizer``)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device, by part, and in the host's memory."""
+
+    weights: int
+    gradients: int
+    """Held when the optimizer steps."""
+    optimizer: int
+    """Moments, and the float32 copy of low-precision or partitioned weights."""
+    buckets: int
+    """Most that reductions, gathers and gradients on their way need at once."""
+    activations: int
+    dispatch: int
+    """Sorted and received rows of one layer, in and out."""
+    codebook: int
+    host: int = 0
+    """Offloaded parts, per rank."""
+
+    @property
+    def device(self) -> int:
+        return sum(value for name, value in asdict(self).items() if name != "host")
+
+
+@dataclass(frozen=True)
+class Group:
+    """An optimizer group as DeepSpeed builds it: weights laid end to end, split evenly over ``ranks`` ranks."""
+
+    weights: tuple[Weight, ...]
+    sizes: tuple[int, ...]
+    ranks: int
+    is_expert: bool
+
+    @property
+    def padded(self) -> int:
+        """Values with ZeRO-1 and 2's alignment to two values a rank."""
+        step = 2 * self.ranks
+        return -(-sum(self.sizes) // step) * step
+
+    def touched(self, rank: int) -> int:
+        """Values of the weights of which any part lies in the partition of ``rank`` (its number in the group)."""
+        part = self.padded // self.ranks
+        first, end, total = part * rank, part * (rank + 1), 0
+        start = 0
+        for size in self.sizes:
+            total += size if start < end and start + size > first else 0
+            start += size
+        return total
+
+
+def optimizer_groups(parameters: Parameters, config: EngineConfig) -> list[Group]:
+    """Matrices, vectors and groups of experts; the engine's, in its order."""
+    groups = []
+    for name in ("matrices", "vectors", "experts"):
+        members = [w for w in parameters.weights if w.group == name]
+        is_expert = name == "experts"
+        ranks = config.world_size // config.ep_size if is_expert else config.world_size
+        limit = MOE_GROUP_LIMIT if is_expert else math.inf
+        current: list[Weight] = []
+        for weight in members:
+            if current and sum(w.numel(config.ep_size) for w in [*current, weight]) > limit:
+                groups.append((current, ranks, is_expert))
+                current = []
+            current.append(weight)
+        if current:
+            groups.append((current, ranks, is_expert))
+    return [Group(tuple(g), tuple(w.numel(config.ep_size) for w in g), ranks, e) for g, ranks, e in groups]
+
+
+def place_in_group(config: EngineConfig, rank: int, group: Group) -> int:
+    """Number of ``rank`` in the data-parallel or expert-data-parallel group that shares ``group``."""
+    if not group.is_expert:
+        return rank
+    if config.deepspeed.get("use_data_before_expert_parallelism"):
+        return rank % (config.world_size // config.ep_size)
+    return rank // config.ep_size
+
+
+def estimate(parameters: Parameters, config: EngineConfig, rank: int = 0, imbalance: float = 1.0) -> Memory:
+    """Bytes that ``rank`` holds at the peak of a step.
+
+    Args:
+        parameters: of the model of ``config.run``.
+        config: layout, precision, batch sizes and the DeepSpeed JSON.
+        rank: global rank.
+        imbalance: rows its experts receive, relative to the mean.
+    """
+    weights, gradients, optimizer, host = states(parameters, config, rank)
+    return Memory(
+        weights,
+        gradients,
+        optimizer,
+        _buckets(parameters, config),
+        activations(config, imbalance),
+        dispatch_rows(config, imbalance),
+        codebook(config, parameters),
+        host,
+    )
+
+
+def width_of(config: EngineConfig) -> int:
+    """Bytes of a weight in forward and backward."""
+    return 4 if config.precision == "fp32" else 2
+
+
+def accumulates_in_fp32(config: EngineConfig) -> bool:
+    """Whether ``data_types.grad_accum_dtype`` asks for float32 sums of low-precision gradients."""
+    wanted = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    return config.precision != "fp32" and wanted in ("fp32", "float32")
+
+
+def offloads(config: EngineConfig, what: str = "optimizer") -> bool:
+    """Whether the optimizer (or, ``what="param"``, the weights) live in the host's memory."""
+    section = config.deepspeed.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return section.get("device", "none") != "none"
+
+
+def states(parameters: Parameters, config: EngineConfig, rank: int) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients and optimizer state on the device, and of what lies in the host's memory."""
+    groups, low = optimizer_groups(parameters, config), width_of(config)
+    if config.zero_stage == 0:
+        values = sum(sum(g.sizes) for g in groups)
+        return low * values, low * values, (8 if low == 4 else 12) * values, 0
+    if config.zero_stage == 3:
+        return _states_of_zero3(groups, config)
+    parts = sum(g.padded // g.ranks for g in groups)
+    whole = sum(g.padded for g in groups)
+    gradients = low * sum(g.touched(place_in_group(config, rank, g)) for g in groups)
+    if accumulates_in_fp32(config):  # stage 1 becomes DeepSpeed's BF16_Optimizer, which partitions moments alone
+        gradients = 4 * parts if config.zero_stage == 2 else 4 * whole + low * sum(sum(g.sizes) for g in groups)
+    if offloads(config):  # float32 copy, moments and gradients; new weights on their way back; sums of micro-batches
+        return low * whole, 0, 0, (12 + 4 + low + (low if config.accumulation_steps > 1 else 0)) * parts
+    return low * whole, gradients, 12 * parts, 0
+
+
+def _states_of_zero3(groups: list[Group], config: EngineConfig) -> tuple[int, int, int, int]:
+    low = width_of(config)
+    zero = config.deepspeed.get("zero_optimization", {})
+    threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
+    parts = sum(-(-size // g.ranks) for g in groups for size in g.sizes)
+    # What is small stays whole beside its part; a part that is the whole is not copied.
+    kept = sum(size for g in groups for size in g.sizes if size <= threshold and g.ranks > 1)
+    gradients = (4 if accumulates_in_fp32(config) else low) * parts
+    host, optimizer, weights = 0, 12 * parts, low * (parts + kept)
+    if offloads(config):  # gradients go there too: as they come, and in float32
+        host, optimizer, gradients = optimizer + 4 * parts + gradients, 0, 0
+    if offloads(config, "param"):
+        host, weights = host + low * parts, low * kept
+    return weights, gradients, optimizer, host
+
+
+def _buckets(parameters: Parameters, config: EngineConfig) -> int:
+    """Gradients on their way: ZeRO-1's sums over micro-batches, reduction buckets, ZeRO-3's gathered weights."""
+    low, zero = width_of(config), config.deepspeed.get("zero_optimization", {})
+    values = parameters.of_rank(config.ep_size)
+    largest = max(weight.numel(config.ep_size) for weight in parameters.weights)
+    if config.world_size == 1 and config.zero_stage == 0:
+        return 0
+    if config.zero_stage == 0:  # one flat copy; in low precision also float32 gradients for the step
+        return min(values, 500_000_000) * low + (4 * values if low == 2 else 0)
+    bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
+    if config.zero_stage == 1:
+        return low * (values if config.accumulation_steps > 1 else 0) + low * min(bucket, values)
+    if config.zero_stage == 2:
+        return low * (bucket + largest)
+    live = min(values, int(zero.get("stage3_max_live_parameters", 1e9)))
+    prefetch = min(values, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
+    return low * (live + prefetch + 2 * min(values, max(bucket, largest)))
+
+
+def rows_of(config: EngineConfig) -> int:
+    """Routed rows of one MoE layer, rank and micro-batch."""
+    run = config.run
+    return config.micro_batch * run.model.sequence_length * rows_per_token(run.moe, run.router)
+
+
+def moe_layers(run: RunConfig) -> int:
+    """MoE layers L of the model."""
+    return 0 if run.moe.router is Router.DENSE else run.model.layers // run.model.moe_every
+
+
+def dispatch_rows(config: EngineConfig, imbalance: float) -> int:
+    """Rows sent and received, sorted and unsorted, that one layer holds while it exchanges them."""
+    if not moe_layers(config.run):
+        return 0
+    return round(2 * rows_of(config) * (1 + imbalance) * config.run.model.width * width_of(config))
+
+
+def activations(config: EngineConfig, imbalance: float) -> int:
+    """What is kept until backward, and the logits' gradients. With activation checkpointing: block inputs, one block.
+
+    Measured in bf16 (the grouped product's shape rule knows no other type); float32 counts twice that.
+    """
+    run, low = config.run, width_of(config)
+    blocks, outside = _kept(run.model_dump_json(), imbalance)
+    tokens, scale = run.model.sequence_length, low // 2
+    if run.train.activation_checkpointing:
+        kept = len(blocks) * tokens * run.model.width * low + max(blocks) * scale
+    else:
+        kept = sum(blocks) * scale
+    logits = tokens * run.model.vocab_size * (4 + low)
+    return config.micro_batch * (kept + outside * scale + logits)
+
+
+@functools.cache
+def _kept(run_json: str, imbalance: float) -> tuple[list[int], int]:
+    return meta_forward.kept_for_backward(thin_model(RunConfig.model_validate_json(run_json)), imbalance)
+
+
+def codebook(config: EngineConfig, parameters: Parameters) -> int:
+    """Buffers, float64 statistics of a step with room for their update, and samples kept for birth or re-seeding."""
+    run = config.run
+    if run.moe.router is not Router.VQ:
+        return parameters.buffer_bytes
+    layers, codes, width = code_shape(run)
+    tokens = config.micro_batch * run.model.sequence_length
+    samples = min(tokens, max(run.codebook.kmeans_samples, 4 * codes)) * config.accumulation_steps
+    shared = run.codebook.source not in (CodeSource.LAYER_STATE,) and samples >= tokens * config.accumulation_steps
+    return parameters.buffer_bytes + 2 * code_statistics(run) + samples * width * 4 * (1 if shared else layers)
+
+
+def code_shape(run: RunConfig) -> tuple[int, int, int]:
+    """(L, K, C) of the codebooks."""
+    book = run.codebook
+    return moe_layers(run), book.num_codes or run.moe.num_experts, book.code_dim or run.model.width
+
+
+def code_statistics(run: RunConfig) -> int:
+    """Bytes of one step's float64 statistics ``[L, K, C + 1]``, all-reduced over all ranks."""
+    layers, codes, width = code_shape(run)
+    return 8 * layers * codes * (width + 1)

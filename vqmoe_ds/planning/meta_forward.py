@@ -1,0 +1,157 @@
+"""One forward pass of the real model on meta tensors: shapes run through the real code, and what autograd would keep.
+
+Routes decide how many rows each expert gets, and meta tensors have no values: ``even_plans`` stands in for the counts,
+every rank sends and receives its even share. Experts take the grouped path of GPUs.
+
+Legend: L layers, T tokens, R routed rows a token, M = T * R rows here, P rows received, N experts, E local experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.dispatch import DispatchPlan
+
+OUTSIDE = "outside"
+"""Section of what no block keeps: embedding, head and loss."""
+
+
+def even_plans(
+    imbalance: float, local: int, expert_ids_LTR: Tensor, num_experts: int, group: Any = None
+) -> list[DispatchPlan]:
+    """What ``make_plans`` would give to ``local`` experts that receive ``imbalance`` times their even share of rows."""
+    layers, tokens, routes = expert_ids_LTR.shape
+    rows, ranks = tokens * routes, dist.get_world_size(group=group) if group is not None else 1
+    received = round(rows * imbalance)
+    order_M = torch.empty(rows, dtype=torch.int64, device="meta")
+    order_P = torch.empty(received, dtype=torch.int64, device="meta")
+    moves = (order_P, order_P.clone()) if ranks > 1 or received != rows else (None, None)
+    sends, receives, counts = _split(rows, ranks), _split(received, ranks), _split(received, local)
+    return [DispatchPlan(routes, order_M, order_M.clone(), counts, sends, receives, *moves) for _ in range(layers)]
+
+
+def _split(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    """Shape of what an all-to-all brings."""
+    return rows.new_empty(sum(receive), rows.shape[1])
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    """The kernel that PyTorch takes on real devices; on meta it would take the one that keeps S x S scores."""
+    y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    return y
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What the kernel of GPUs keeps; on meta PyTorch takes the formula, which keeps float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+def fused_norm(x: Tensor, shape: torch.Size, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Stands in for ``F.rms_norm``; codebooks norm without gradient and without weight."""
+    if weight is None:
+        return torch.empty_like(x)
+    y: Tensor = _FusedNorm.apply(x, weight)
+    return y
+
+
+@functools.cache
+def _meta_bincount() -> torch.library.Library:
+    """PyTorch has no shape rule for ``bincount`` (its length depends on values); ours is always ``minlength``."""
+    library = torch.library.Library("aten", "IMPL", "Meta")
+    library.impl("bincount", lambda ids, weights=None, minlength=0: ids.new_empty(minlength))
+    return library
+
+
+def cast_weights(model: MoETransformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights by name, in the type the engine casts them to."""
+    return {name: param.detach().to(dtype).requires_grad_() for name, param in model.named_parameters()}
+
+
+def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance: float = 1.0) -> Tensor:
+    """The training loss (a meta scalar) of ``batch`` sequences of ``model.sequence_length`` tokens.
+
+    Args:
+        model: on the meta device; left in evaluation mode, in which codebooks gather no statistics.
+        weights: ``cast_weights`` of it; bfloat16, the only type for which the grouped product has a shape rule.
+        batch: sequences B.
+        imbalance: rows a rank's experts receive, relative to the mean.
+    """
+    _meta_bincount()
+    model.eval()
+    layers = model.moe_layers()
+    plans = functools.partial(even_plans, imbalance, layers[0].num_local_experts if layers else 0)
+    stand_ins: dict[str, Any] = {
+        "vqmoe_ds.models.transformer.make_plans": plans,
+        "vqmoe_ds.moe.layer.make_plans": plans,
+        "torch.nn.functional.rms_norm": fused_norm,
+        "torch.nn.functional.scaled_dot_product_attention": fused_attention,
+    }
+    if layers and layers[0].exchange_group is None:  # no peers to ask
+        stand_ins["vqmoe_ds.moe.dispatch._all_to_all"] = received_rows
+    with ExitStack() as stack, torch.device("meta"):
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch(name, stand_in))
+        tokens_BS = torch.zeros(batch, model.config.model.sequence_length, dtype=torch.int64)
+        loss, aux_loss = functional_call(model, weights, (tokens_BS, tokens_BS))
+        total: Tensor = loss + aux_loss
+        return total
+
+
+def kept_for_backward(model: MoETransformer, imbalance: float = 1.0) -> tuple[list[int], int]:
+    """Bytes that autograd keeps of one sequence in bfloat16: for every block, and outside of them; no weights."""
+    weights = cast_weights(model, torch.bfloat16)
+    seen = {tensor.untyped_storage()._cdata: tensor for tensor in (*weights.values(), *model.buffers())}
+    kept: Counter[str] = Counter()
+    with _sections(model) as section:
+
+        def pack(tensor: Tensor) -> Tensor:
+            key = tensor.untyped_storage()._cdata
+            if key not in seen:
+                kept[section[0]] += tensor.untyped_storage().nbytes()
+                seen[key] = tensor  # alive, so that no other storage takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run(model, weights, 1, imbalance)
+    return [kept[str(index)] for index in range(len(model.blocks))], kept[OUTSIDE]
+
+
+@contextmanager
+def _sections(model: nn.Module) -> Iterator[list[str]]:
+    """A one-element list with the block that is running."""
+    section = [OUTSIDE]
+
+    def entering(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            section[0] = name
+
+        return hook
+
+    handles = []
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        handles.append(block.register_forward_pre_hook(entering(str(index))))
+        handles.append(block.register_forward_hook(entering(OUTSIDE)))
+    try:
+        yield section
+    finally:
+        for handle in handles:
+            handle.remove()

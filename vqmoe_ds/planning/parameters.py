@@ -1,0 +1,89 @@
+"""The parameters of a model, read off the real model class on the meta device: nothing is counted a second way.
+
+Legend: N experts, E local experts of a rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vqmoe_ds.checkpoint.figures import sizes
+from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.models.transformer import MoETransformer
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the whole model; experts are stacked, ``shape[0] = N``."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_expert(self) -> bool:
+        return ".experts." in self.name
+
+    @property
+    def group(self) -> str:
+        """The optimizer group that DeepSpeed partitions it in."""
+        return "experts" if self.is_expert else "matrices" if len(self.shape) >= 2 else "vectors"
+
+    def numel(self, ep_size: int = 1) -> int:
+        """Values one rank uses of it: its own experts, all of anything else."""
+        return math.prod(self.shape) // (ep_size if self.is_expert else 1)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Every weight of a model and the bytes of its buffers."""
+
+    weights: tuple[Weight, ...]
+    buffer_bytes: int
+    """Codebooks, tables and rotary angles, the same on every rank whatever the layout."""
+    stored: int
+    active: int
+    """Used by one token."""
+    forward_flops_per_token: int
+
+    def of_rank(self, ep_size: int, group: str | None = None) -> int:
+        """Values that a rank uses, of one group or all."""
+        return sum(w.numel(ep_size) for w in self.weights if group in (None, w.group))
+
+    @property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(w.group for w in self.weights))
+
+
+def meta_model(run: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+    """The real model class without memory: shapes and types, no values."""
+    with torch.device("meta"):
+        return MoETransformer(run, ep_size, ep_rank)
+
+
+@functools.cache
+def _thin(run_json: str) -> MoETransformer:
+    run = RunConfig.model_validate_json(run_json)
+    return meta_model(run, 1 if run.moe.router is Router.DENSE else run.moe.num_experts)
+
+
+def thin_model(run: RunConfig) -> MoETransformer:
+    """A meta model with one expert a layer (all drawn expert by expert would take long); made once a configuration."""
+    return _thin(run.model_dump_json())
+
+
+def count(run: RunConfig) -> Parameters:
+    """All parameters of the model of ``run``."""
+    model, experts = thin_model(run), run.moe.num_experts
+    shapes = {
+        name: (experts, *param.shape[1:]) if ".experts." in name else tuple(param.shape)
+        for name, param in model.named_parameters()
+    }
+    return Parameters(
+        tuple(Weight(name, shape) for name, shape in shapes.items()),
+        sum(buffer.nbytes for buffer in model.buffers()),
+        **sizes(shapes, run.model_dump(mode="json")),
+    )
