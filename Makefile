@@ -3,6 +3,7 @@
 # make test-all   everything, the slow tests included
 # make test-layouts   a checkpoint of every layout goes on in every other one
 # make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
+# make test-cluster   the launchers on a real SLURM cluster of virtual nodes (root; installs Debian's SLURM if missing)
 # make bench      the benchmarks behind docs/performance.md
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup setup-dev pretrain test test-all test-layouts compare-smoke lint bench clean
+.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster compare-smoke lint bench clean
 
 pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
@@ -23,6 +24,9 @@ test-all: setup-dev lint
 
 test-layouts: setup-dev
 	@$(BIN)/python -m pytest tests/checkpoint/test_restore.py -m slow --timeout 3600
+
+test-cluster: setup-dev
+	@VQMOE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster --durations=0 -v $(ARGS)
 
 compare-smoke: setup
 	@rm -rf runs/compare-smoke

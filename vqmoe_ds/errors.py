@@ -6,6 +6,9 @@ escapes is a defect of this package and keeps its traceback.
 
 from __future__ import annotations
 
+TRY_AGAIN = 75
+"""Exit code after a signal: saved, and the same command goes on."""
+
 
 class UserError(Exception):
     """Bad input: what is wrong, where, and the mend, in one sentence."""

@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from vqmoe_ds.checkpoint.store import MANIFEST, find_newest, retire, tag_name, verify, write_manifest
+from vqmoe_ds.checkpoint.store import (
+    MANIFEST,
+    find_newest,
+    read_best,
+    remove,
+    retired,
+    tag_name,
+    verify,
+    write_best,
+    write_manifest,
+)
 from vqmoe_ds.errors import CheckpointError
 
 
@@ -43,14 +53,23 @@ def test_an_empty_folder_has_nothing(tmp_path):
     assert find_newest(tmp_path / "none").path is None
 
 
-def test_retire_keeps_the_newest_sealed_tags_and_touches_nothing_unsealed(tmp_path):
+def test_the_newest_sealed_tags_stay_and_nothing_unsealed_is_touched(tmp_path):
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
     (tmp_path / tag_name(4) / MANIFEST).unlink()
-    retire(tmp_path, 2)
+    remove(retired(tmp_path, 2))
     assert sorted(p.name for p in tmp_path.iterdir()) == [tag_name(2), tag_name(3), tag_name(4)]
-    retire(tmp_path, 0)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert retired(tmp_path, 0) == []
+
+
+def test_every_mth_and_the_best_stay_for_good(tmp_path):
+    for step in range(1, 9):
+        make(tmp_path, step)
+    assert read_best(tmp_path) == (None, float("inf"))
+    write_best(tmp_path, tag_name(2), 1.5)
+    assert read_best(tmp_path) == (tag_name(2), 1.5)
+    remove(retired(tmp_path, 1, keep_every=3))
+    assert sorted(p.name for p in tmp_path.glob("global*")) == [tag_name(step) for step in (2, 3, 6, 8)]
 
 
 def test_a_manifest_is_replaced_whole(tmp_path):

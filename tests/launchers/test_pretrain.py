@@ -161,10 +161,17 @@ def test_two_ranks_through_the_deepspeed_launcher_with_expert_parallelism(small,
     run_dir = tmp_path / "run"
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
     arguments = [*small, "--run_dir", str(run_dir), "--ep_size", "2", "--train_steps", "6"]
+    arguments += ["--set", "run.keep_best=true", "--set", "run.eval_every=3", "--set", "run.save_every=2"]
+    arguments += ["--set", "run.keep_last=1"]
     result = run(arguments, [*launcher, str(ROOT / "launchers/pretrain.py")])
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads((run_dir / "summary.json").read_text())["layout"]["ep_size"] == 2
     assert (run_dir / "logs/rank1.log").exists()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["slowest_rank"] in (0, 1) and row["all_to_all_bytes"] > 0 for row in rows if "loss" in row)
+    assert result.stdout.count("health: slowest rank") == 6
+    tags = sorted(path.name for path in (run_dir / "checkpoints").glob("global*"))
+    assert tags == ["global_step0000003", "global_step0000006"], "the best validation so far, and the newest"
     bad = run([*small, "--ep_size", "3"], [*launcher, str(ROOT / "launchers/pretrain.py")])
     assert bad.returncode == 2
     assert bad.stderr.count("error:") == 1, "one sentence, on rank 0 only"

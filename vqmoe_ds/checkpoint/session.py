@@ -11,9 +11,11 @@ import torch.distributed as dist
 from vqmoe_ds.checkpoint.reader import open_checkpoint
 from vqmoe_ds.checkpoint.restore import restore_any_layout
 from vqmoe_ds.checkpoint.store import (
+    checksums,
     find_newest,
     read_manifest,
-    retire,
+    remove,
+    retired,
     tag_name,
     verify,
     write_manifest,
@@ -34,13 +36,18 @@ STRUCTURE = {
 """Fields that decide whether a checkpoint fits a model (None: the whole section)."""
 
 
-def save(session: Session, folder: Path, step: int, keep_last: int, samples: int | None = None) -> Path:
-    """Write, seal and only then make current a checkpoint of all ranks.
+def save(
+    session: Session, folder: Path, step: int, keep_last: int, samples: int | None = None, keep_every: int = 0
+) -> Path:
+    """Write, seal and only then make current a checkpoint of all ranks; old ones go when it reads back whole.
+
+    All ranks share the reading: every one takes some of the files.
 
     Args:
         step: optimizer steps finished.
         keep_last: as ``run.keep_last``.
         samples: training samples consumed; None: ``step`` batches.
+        keep_every: as ``run.keep_every``.
 
     Raises:
         TrainingHalted: the files could not be written; what was saved before is untouched.
@@ -57,10 +64,16 @@ def save(session: Session, folder: Path, step: int, keep_last: int, samples: int
     try:
         session.engine.save_checkpoint(str(folder), tag=tag.name, client_state={"vqmoe_ds": state}, save_latest=False)
         _barrier()
+        files = _shared_checksums(tag, session.place.rank)
         if first:
-            write_manifest(tag, state)
+            write_manifest(tag, state, files)
             write_atomically(folder / "latest", tag.name)
-            retire(folder, keep_last)
+        old = _from_first(retired(folder, keep_last, keep_every) if first else [])
+        # Now by another rank: what counts is what the next job will read.
+        if old and _shared_checksums(tag, session.place.rank + 1) != files:
+            raise OSError("it reads back otherwise than it was written")
+        if first:
+            remove(old)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         halted = TrainingHalted(
@@ -71,6 +84,24 @@ def save(session: Session, folder: Path, step: int, keep_last: int, samples: int
         raise halted from error
     _barrier()
     return tag
+
+
+def _shared_checksums(tag: Path, rank: int) -> dict[str, Any]:
+    """``checksums`` of all files, on all ranks."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return checksums(tag)
+    world = dist.get_world_size()
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, checksums(tag, rank % world, world))
+    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
+
+
+def _from_first(paths: list[Path]) -> list[Path]:
+    """Rank 0's answer on all ranks: others may see an older state of the file system."""
+    answer: list[Any] = [paths]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return list(answer[0])
 
 
 def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]]:

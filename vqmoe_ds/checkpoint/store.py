@@ -32,13 +32,19 @@ def tag_name(step: int) -> str:
     return f"global_step{step:07d}"
 
 
-def write_manifest(tag: Path, state: dict[str, Any]) -> None:
-    """Seal a finished checkpoint: ``state`` (step, layout, configuration) and a checksum of every file."""
-    files = {
+def checksums(tag: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Size and SHA-256, by name, of every ``parts``-th file of a tag from number ``part`` on, the largest first."""
+    paths = [path for path in tag.rglob("*") if path.is_file() and path.name != MANIFEST]
+    paths.sort(key=lambda path: (-path.stat().st_size, path))
+    return {
         path.relative_to(tag).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(tag.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        for path in sorted(paths[part::parts])
     }
+
+
+def write_manifest(tag: Path, state: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Seal a finished checkpoint: ``state`` (step, layout, configuration) and the ``checksums`` of all files."""
+    files = checksums(tag) if files is None else files
     write_atomically(tag / MANIFEST, json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
 
 
@@ -93,11 +99,39 @@ def find_newest(folder: Path) -> Found:
     return Found(None, passed_over)
 
 
-def retire(folder: Path, keep_last: int) -> None:
-    """Remove all but the ``keep_last`` newest sealed tags (0 keeps all); unsealed ones are left alone."""
+def retired(folder: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Sealed tags that may go: not the ``keep_last`` newest (0 keeps all), nor the best, nor every m-th step.
+
+    Args:
+        keep_every: tags of steps divisible by it stay; 0: none does for that.
+    """
     if keep_last == 0:
-        return
+        return []
+    best = read_best(folder)[0]
     sealed = sorted(tag for tag in folder.glob("global_step*") if (tag / MANIFEST).exists())
-    for tag in sealed[:-keep_last]:
+    return [
+        tag for tag in sealed[:-keep_last] if tag.name != best and not (keep_every and _step(tag) % keep_every == 0)
+    ]
+
+
+def remove(tags: list[Path]) -> None:
+    for tag in tags:
         (tag / MANIFEST).unlink()  # first: a half-removed tag must not look whole
         shutil.rmtree(tag, ignore_errors=True)
+
+
+def read_best(folder: Path) -> tuple[str | None, float]:
+    """Name and validation loss of the best checkpoint so far; (None, infinity) before the first."""
+    try:
+        best = json.loads((folder / "best").read_text())
+        return str(best["tag"]), float(best["validation_loss"])
+    except (OSError, ValueError, KeyError):
+        return None, float("inf")
+
+
+def write_best(folder: Path, tag: str, validation_loss: float) -> None:
+    write_atomically(folder / "best", json.dumps({"tag": tag, "validation_loss": validation_loss}) + "\n")
+
+
+def _step(tag: Path) -> int:
+    return int(tag.name.removeprefix("global_step"))

@@ -253,6 +253,12 @@ class OutputConfig(_Section):
     eval_batches: int = _f(8, "batches of an interim validation (the last one reads all)", "batches", ge=1)
     save_every: int = _f(200, "interval of checkpoints; 0: only at the end", "steps", ge=0)
     keep_last: int = _f(3, "newest checkpoints kept; 0: all", "checkpoints", ge=0)
+    keep_every: int = _f(0, "checkpoints of steps divisible by this stay for good; 0: none do", "steps", ge=0)
+    keep_best: bool = _f(False, "save when an interim validation is the best so far, and keep that checkpoint")
+    start_timeout: float = _f(300.0, "how long ranks wait for each other at the start", "seconds", gt=0)
+    peer_timeout: float = _f(
+        120.0, "a rank that shows no life for so long is missing: the others leave", "seconds", gt=0
+    )
     probe_tokens: int = _f(2048, "held-out tokens on which routing fluctuation is measured; 0: off", "tokens", ge=0)
     sample_tokens: int = _f(200, "tokens of the text sample at the end; 0: none", "tokens", ge=0)
 

@@ -15,7 +15,7 @@ from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.pretrain import leave_together
-from vqmoe_ds.train.ranks import Place, find_place
+from vqmoe_ds.train.ranks import Place, find_place, likely_rank
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -50,7 +50,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate, print a table and write JSON; the exit code."""
-    place = find_place(args.local_rank)
+    try:
+        place = find_place(args.local_rank)
+    except UserError as error:
+        return Console(likely_rank()).fail(error)
     console = Console(place.rank)
     try:
         corruptions = _check(args, place)

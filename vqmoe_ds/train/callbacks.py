@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.checkpoint.session import save
+from vqmoe_ds.checkpoint.store import read_best, write_best
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import TrainingHalted
@@ -22,6 +24,7 @@ from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.files import write_atomically
 from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.train.console import Console
+from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
 
@@ -65,12 +68,17 @@ class Metrics(Callback):
 
     def __init__(self, console: Console, file: MetricsFile, health: RoutingHealth) -> None:
         self.console, self.file, self.health = console, file, health
+        self.meter = CommunicationMeter(health.session.place, health.session.device)
         self._results: list[StepResult] = []
 
     def on_start(self, trainer: Trainer) -> None:
         self.health.measure()
 
+    def before_step(self, trainer: Trainer) -> None:
+        self.meter.counting = True
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self.meter.counting = False
         config = trainer.session.config.run
         if not result.taken:
             self.console.say(f"step {result.step}: loss or gradient is NaN or infinite; the step was skipped")
@@ -82,6 +90,8 @@ class Metrics(Callback):
         trainer.last_metrics = row
         self._results = []
         self.console.progress(result.step, trainer.total_steps, _line(row, trainer))
+        if "slowest_rank" in row:
+            self.console.say(health_line(row))
         sync = trainer.session.sync
         if sync is not None and not sync.in_step():
             raise TrainingHalted(
@@ -107,8 +117,9 @@ class Metrics(Callback):
             "data_share": round(sum(r.data_seconds for r in self._results) / seconds, 5),
             "epoch": trainer.batches.epoch(trainer.samples),
             "bad_steps": trainer.bad_steps,
+            "save_seconds": trainer.save_seconds,
         }
-        return {**row, **self.health.measure()}
+        return {**row, **self.meter.measure(seconds, len(self._results)), **self.health.measure()}
 
 
 class Validation(Callback):
@@ -122,12 +133,13 @@ class Validation(Callback):
         if not output.eval_every or result.step % output.eval_every or result.step == trainer.total_steps:
             return
         score = validate(trainer.session, self.windows, output.eval_batches)
+        trainer.last_validation = (result.step, score.loss)
         self.file.write({"step": result.step, **score.row()})
         self.console.say(f"step {result.step}: validation {score}")
 
 
 class Checkpoints(Callback):
-    """Saves every ``save_every`` steps, at the end, and when training stops early."""
+    """Saves every ``save_every`` steps, at the best validation, at the end, and when training stops early."""
 
     def __init__(self, console: Console, folder: Path) -> None:
         self.console, self.folder = console, folder
@@ -137,9 +149,12 @@ class Checkpoints(Callback):
         self._saved_step = trainer.step
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        every = trainer.session.config.run.run.save_every
-        if every and result.step % every == 0 and trainer.bad_in_a_row == 0:
-            self._save(trainer)
+        output = trainer.session.config.run.run
+        if trainer.bad_in_a_row:
+            return
+        best = output.keep_best and self._is_best(trainer)
+        if best or (output.save_every and result.step % output.save_every == 0):
+            self._save(trainer, best)
 
     def on_end(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.step:
@@ -149,16 +164,25 @@ class Checkpoints(Callback):
                 f"stopped by {trainer.stop_reason} after step {trainer.step}; saved {trainer.last_checkpoint}"
             )
 
-    def _save(self, trainer: Trainer) -> None:
-        keep = trainer.session.config.run.run.keep_last
-        trainer.last_checkpoint = str(save(trainer.session, self.folder, trainer.step, keep, trainer.samples))
-        self._saved_step = trainer.step
+    def _is_best(self, trainer: Trainer) -> bool:
+        """Whether this step's validation beats all before; as rank 0, who keeps the mark, sees it."""
+        step, loss = trainer.last_validation or (-1, math.inf)
+        if step != trainer.step:
+            return False
+        better = trainer.session.place.rank == 0 and loss < read_best(self.folder)[1]
+        return float(trainer.session.sum_over_ranks(torch.tensor([float(better)], device=trainer.session.device))) > 0
+
+    def _save(self, trainer: Trainer, best: bool = False) -> None:
+        started, output = time.perf_counter(), trainer.session.config.run.run
+        tag = save(trainer.session, self.folder, trainer.step, output.keep_last, trainer.samples, output.keep_every)
+        if best and trainer.session.place.rank == 0 and trainer.last_validation is not None:
+            write_best(self.folder, tag.name, trainer.last_validation[1])
+        trainer.last_checkpoint, self._saved_step = str(tag), trainer.step
+        trainer.save_seconds = round(time.perf_counter() - started, 3)
 
 
 class Signals(Callback):
-    """SIGTERM and SIGUSR1 on any rank: finish the step, save, and stop (exit code 75, "try again later")."""
-
-    exit_code = 75
+    """SIGTERM and SIGUSR1 on any rank: finish the step, save, and stop (exit code ``TRY_AGAIN``)."""
 
     def __init__(self) -> None:
         self._received: str | None = None
@@ -238,19 +262,12 @@ class FinalReport(Callback):
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
     """Stored and active (used by one token) parameters of the whole model, experts of other ranks included."""
-    from vqmoe_ds.moe.routers import rows_per_token
-
-    config = trainer.session.config.run
-    stored = active = 0
+    config, shapes = trainer.session.config, {}
     for name, param in trainer.session.model.named_parameters():
-        count = int(getattr(param, "ds_numel", param.numel()))
-        if ".experts." in name:
-            stored += count * trainer.session.config.ep_size
-            per_expert = count * trainer.session.config.ep_size // config.moe.num_experts
-            active += per_expert * rows_per_token(config.moe, config.router)
-        else:
-            stored, active = stored + count, active + count
-    return {"stored": stored, "active": active}
+        first, *rest = getattr(param, "ds_shape", param.shape)
+        shapes[name] = (first * config.ep_size if ".experts." in name else first, *rest)
+    counts = sizes(shapes, config.run.model_dump(mode="json"))
+    return {"stored": counts["stored"], "active": counts["active"]}
 
 
 def _line(row: dict[str, Any], trainer: Trainer) -> str:

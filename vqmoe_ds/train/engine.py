@@ -22,6 +22,7 @@ from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.train.watchdog import meet
 
 
 @dataclass
@@ -43,18 +44,25 @@ class Session:
         """Average of host numbers over all ranks, in float64; NaN on one rank is NaN on all."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.place.world_size > 1:
-            dist.all_reduce(tensor)
+            deepspeed.comm.all_reduce(tensor)
         return [float(v) for v in tensor / self.place.world_size]
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
         if self.place.world_size > 1:
-            dist.all_reduce(total)
+            deepspeed.comm.all_reduce(total)
         return total
 
 
-def set_up_torch(place: Place) -> None:
-    """Threads, quiet libraries and process group. Call before building anything."""
+def set_up_torch(place: Place, start_timeout: float = 300.0) -> None:
+    """Threads, quiet libraries and process group. Call before building anything.
+
+    Args:
+        start_timeout: as ``run.start_timeout``.
+
+    Raises:
+        PeerLost: the ranks do not find each other in that time.
+    """
     warnings.filterwarnings("ignore")
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -65,7 +73,9 @@ def set_up_torch(place: Place) -> None:
     # DeepSpeed would compile its shared-memory all-reduce now (about a minute of g++ at the first launch). Gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+        backend = get_accelerator().communication_backend_name()
+        meet(place, backend, start_timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def build_session(config: EngineConfig, place: Place, json_path: str) -> Session:

@@ -41,6 +41,8 @@ class Callback:
 
     def on_start(self, trainer: Trainer) -> None: ...
 
+    def before_step(self, trainer: Trainer) -> None: ...
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None: ...
 
     def on_end(self, trainer: Trainer) -> None: ...
@@ -67,6 +69,10 @@ class Trainer:
     bad_in_a_row: int = 0
     stop_reason: str | None = None
     last_checkpoint: str | None = None
+    last_validation: tuple[int, float] | None = None
+    """Step and loss of the last interim validation."""
+    save_seconds: float | None = None
+    """How long the last checkpoint kept training waiting."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +91,8 @@ class Trainer:
             callback.on_start(self)
         self.session.engine.train()
         while self.step < self.total_steps and self.stop_reason is None:
+            for callback in self.callbacks:
+                callback.before_step(self)
             result = self.train_step()
             for callback in self.callbacks:
                 callback.after_step(self, result)

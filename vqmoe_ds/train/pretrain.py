@@ -5,26 +5,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.training_data import TrainingData
-from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.errors import TRY_AGAIN, ConfigError, UserError
 from vqmoe_ds.train.cli import config_from_args
 from vqmoe_ds.train.console import Console
-from vqmoe_ds.train.ranks import Place, find_place
+from vqmoe_ds.train.lock import RunLock
+from vqmoe_ds.train.ranks import Place, find_place, likely_rank
 
 
 def main(args: argparse.Namespace) -> int:
     """Run one pretraining; returns the exit code of the process."""
     started = time.time()
-    place = find_place(args.local_rank)
+    try:
+        place = find_place(args.local_rank)
+    except UserError as error:
+        return Console(likely_rank()).fail(error)
     console = Console(place.rank)
+    leave_at_signals()
     try:
         loaded = config_from_args(args)
         config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
@@ -40,6 +48,7 @@ def main(args: argparse.Namespace) -> int:
         run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
         data: TrainingData = prepared or open_raw_text(config.run)
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run_dir) if place.rank == 0 else None
         if prepared is not None:
             index_folder(config, run_dir).mkdir(parents=True, exist_ok=True)
     except UserError as error:
@@ -49,10 +58,13 @@ def main(args: argparse.Namespace) -> int:
     console.capture(run_dir / "logs" / f"rank{place.rank}.log")
     _greet(console, config, data, run_dir)
     try:
-        return _train(args, config, place, console, run_dir, data, started)
+        code = _train(args, config, place, console, run_dir, data, started)
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))
+    if lock is not None:
+        lock.release()
+    return code
 
 
 def _train(
@@ -68,21 +80,35 @@ def _train(
 
     tuned = tune_allocator()
     # Heavy imports only now: bad input has been answered, and their chatter goes to the log.
-    from vqmoe_ds.checkpoint.session import check_fits, choose, consumed_samples, load
-    from vqmoe_ds.evaluation.routing import RoutingHealth
-    from vqmoe_ds.moe.kernels import build
     from vqmoe_ds.moe.routers import why_not_causal
-    from vqmoe_ds.train import callbacks as cb
-    from vqmoe_ds.train.engine import build_session, set_up_torch
-    from vqmoe_ds.train.loop import Trainer
+    from vqmoe_ds.train.engine import set_up_torch
 
     if tuned:
         console.say(tuned)
     reason = why_not_causal(config.run)
     if reason is not None:
         console.say(f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample")
-    set_up_torch(place)
-    run_dir = agree_on(run_dir, place)
+    set_up_torch(place, config.run.run.start_timeout)
+    with watch_peers(config, place, console):
+        return _run(args, config, place, console, agree_on(run_dir, place), data, started)
+
+
+def _run(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    place: Place,
+    console: Console,
+    run_dir: Path,
+    data: TrainingData,
+    started: float,
+) -> int:
+    from vqmoe_ds.checkpoint.session import check_fits, choose, consumed_samples, load
+    from vqmoe_ds.evaluation.routing import RoutingHealth
+    from vqmoe_ds.moe.kernels import build
+    from vqmoe_ds.train import callbacks as cb
+    from vqmoe_ds.train.engine import build_session
+    from vqmoe_ds.train.loop import Trainer
+
     checkpoints = run_dir / "checkpoints"
     tag, passed_over = choose(checkpoints, args.resume, place.rank)
     for reason in passed_over:
@@ -116,7 +142,7 @@ def _train(
     trainer.run()
     console.close_progress()
     file.close()
-    return cb.Signals.exit_code if trainer.stop_reason else 0
+    return TRY_AGAIN if trainer.stop_reason else 0
 
 
 def fit_to_tokenizer(
@@ -223,6 +249,24 @@ def _write_config(run_dir: Path, config: EngineConfig) -> None:
 
     write_atomically(run_dir / "config.yaml", to_yaml(config.run))
     write_atomically(run_dir / "ds_config.json", json.dumps(config.deepspeed, indent=2) + "\n")
+
+
+def watch_peers(config: EngineConfig, place: Place, console: Console) -> AbstractContextManager[Any]:
+    """In this context a missing rank ends the others within ``run.peer_timeout``, with a sentence that names it."""
+    if place.world_size == 1:
+        return nullcontext()
+    from vqmoe_ds.train.watchdog import PeerLost, Watchdog
+
+    def leave(lost: PeerLost) -> None:
+        os._exit(leave_together(console.fail(lost), place))
+
+    return Watchdog(place, config.run.run.peer_timeout, leave)
+
+
+def leave_at_signals() -> None:
+    """Until training starts there is nothing to save: SIGTERM and SIGUSR1 end the process with "try again later"."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(TRY_AGAIN))
 
 
 def leave_together(code: int, place: Place) -> int:

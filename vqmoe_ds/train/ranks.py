@@ -1,10 +1,19 @@
-"""This process's place in the run, from whichever launcher started it."""
+"""This process's place in the run, from whichever launcher started it.
+
+More than one launcher may have left its variables: mpirun inside sbatch gives every rank ``SLURM_PROCID=0``, and
+torchrun started by srun on every node gives the ranks of a node the same ``SLURM_PROCID``. The inner launcher is right,
+so the order is: ``RANK`` (deepspeed, torchrun), Open MPI, other MPIs (MPICH, Intel MPI), SLURM, a single process.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
 from dataclasses import dataclass
+
+from vqmoe_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -17,24 +26,216 @@ class Place:
     local_world_size: int
 
 
-def find_place(local_rank: int | None = None) -> Place:
-    """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as the deepspeed launcher and torchrun set them.
+@dataclass(frozen=True)
+class _Launcher:
+    """Names of the variables a launcher sets; of several, the first that is there counts."""
 
-    A process started by plain ``python`` is a run of one rank; the variables are then set for it.
+    name: str
+    rank: str
+    world_size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+    local_world_size: tuple[str, ...]
+
+
+_TORCH = _Launcher(
+    "deepspeed or torchrun", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+)
+_OPEN_MPI = _Launcher(
+    "mpirun",
+    "OMPI_COMM_WORLD_RANK",
+    ("OMPI_COMM_WORLD_SIZE",),
+    ("OMPI_COMM_WORLD_LOCAL_RANK",),
+    ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+)
+_PMI = _Launcher(
+    "mpiexec", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
+)
+_SLURM = _Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",), ())
+
+FIRST_PORT, PORTS = 10_000, 20_000
+"""Rendezvous ports that follow from a SLURM job: below the range from which systems give away ports."""
+
+
+def find_place(local_rank: int | None = None) -> Place:
+    """The place of this process; ``RANK``, ``MASTER_ADDR`` and so on are then set for torch and DeepSpeed.
+
+    A process that no launcher started is a run of one rank.
+
+    Args:
+        local_rank: as old launchers hand it over on the command line.
+
+    Raises:
+        ConfigError: variables are missing or contradict each other, or the rendezvous cannot be found.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    launcher = _launcher()
+    place = Place(0, 1, 0, 1) if launcher is None else _read(launcher, local_rank)
+    _check(place, launcher)
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(_device(place)))
+    # Without LOCAL_SIZE DeepSpeed starts a process at every ZeRO-3 gather.
+    os.environ.setdefault("LOCAL_SIZE", str(place.local_world_size))
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        address, port = _rendezvous(place, launcher)
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", str(port))
+    return place
+
+
+def likely_rank() -> int:
+    """The rank as far as it can be told when ``find_place`` cannot: so that one process speaks for all."""
+    for name in (_TORCH.rank, _OPEN_MPI.rank, _PMI.rank, _SLURM.rank):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _launcher() -> _Launcher | None:
     environ = os.environ
-    local = int(environ.get("LOCAL_RANK", local_rank or 0))
-    world = int(environ["WORLD_SIZE"])
-    local_world = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world)
-    environ.setdefault("LOCAL_SIZE", str(local_world))  # without it DeepSpeed starts a process at every ZeRO-3 gather
-    return Place(int(environ["RANK"]), world, local, local_world)
+    for launcher in (_TORCH, _OPEN_MPI):
+        if launcher.rank in environ:
+            return launcher
+    # srun --mpi=pmi2 sets PMI_RANK as well, but not the local rank.
+    if _PMI.rank in environ and any(name in environ for name in _PMI.local_rank):
+        return _PMI
+    if _SLURM.rank in environ and _in_srun():
+        return _SLURM
+    return None
+
+
+def _in_srun() -> bool:
+    """Whether srun started this process, rather than the batch script of the job.
+
+    Raises:
+        ConfigError: the batch script of a job of several tasks, where one rank would wait for the others for ever.
+    """
+    if "SLURM_STEP_ID" in os.environ:  # a batch script has SLURM_PROCID=0 too, but is no step
+        return True
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1":
+        raise ConfigError(
+            f"SLURM job {os.environ.get('SLURM_JOB_ID')} has {tasks} tasks, and this process is its batch script: "
+            "put srun (or a launcher such as torchrun) before the command"
+        )
+    return False
+
+
+def _read(launcher: _Launcher, given_local_rank: int | None) -> Place:
+    rank = _number(launcher.rank)
+    world = _first(launcher.world_size)
+    if world is None:
+        raise ConfigError(
+            f"{launcher.rank}={rank} is set, but not {launcher.world_size[-1]}: start all ranks with one launcher, or "
+            f"unset {launcher.rank} for a run of one rank"
+        )
+    if launcher is not _TORCH and os.environ.get("WORLD_SIZE", str(world)) != str(world):
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} contradicts the {world} ranks that {launcher.name} started; "
+            "unset WORLD_SIZE"
+        )
+    local = _first(launcher.local_rank)
+    if local is None:
+        local = given_local_rank or 0
+    local_world = _tasks_here(world) if launcher is _SLURM else _first(launcher.local_world_size)
+    return Place(rank, world, local, world if local_world is None else local_world)
+
+
+def _check(place: Place, launcher: _Launcher | None) -> None:
+    for kind, one, all_ in (
+        ("rank", place.rank, place.world_size),
+        ("local rank", place.local_rank, place.local_world_size),
+    ):
+        if not 0 <= one < all_:
+            raise ConfigError(
+                f"{launcher.name if launcher else 'nobody'} says that this is {kind} {one} of {all_}, which cannot be; "
+                "look for variables of another launcher in the environment (env | grep -E 'RANK|SIZE|SLURM')"
+            )
+
+
+def _device(place: Place) -> int:
+    """The local rank for choosing a GPU: where the launcher shows every rank its own GPU only, that is number 0."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = len(visible.split(",")) if visible else place.local_world_size
+    return place.local_rank % devices
+
+
+def _tasks_here(world: int) -> int:
+    """Tasks on this node from ``SLURM_STEP_TASKS_PER_NODE``, such as ``2(x3),1``."""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or str(world)
+    tasks: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        tasks += [int(count)] * int(repeat or 1)
+    return tasks[min(int(os.environ.get("SLURM_NODEID", "0")), len(tasks) - 1)]
+
+
+def _first(names: tuple[str, ...]) -> int | None:
+    return next((_number(name) for name in names if os.environ.get(name)), None)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ConfigError(f"{name}={os.environ[name]} in the environment is not a number") from None
+
+
+# ---------------------------------------------------------------- where the ranks meet
+
+
+def _rendezvous(place: Place, launcher: _Launcher | None) -> tuple[str, int]:
+    """Address and port of rank 0, the same on all ranks."""
+    if launcher is None:
+        return "127.0.0.1", _free_port()
+    if launcher is _SLURM:
+        return _first_host(), _port_of_job()
+    if launcher is _TORCH:
+        raise ConfigError("RANK is set, but not MASTER_ADDR and MASTER_PORT: set the address of rank 0 and a free port")
+    return _ask_mpi(place)
+
+
+def _first_host() -> str:
+    """The host of task 0, which is the first of the step's nodes."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not re.search(r"[\[,]", nodes):
+        return nodes or "127.0.0.1"
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise ConfigError(
+            f"the first host of {nodes} is unknown, because scontrol does not run here (in a container?); "
+            "set MASTER_ADDR before srun"
+        ) from None
+
+
+def _port_of_job() -> int:
+    """A port all ranks agree on without talking: of job, step and restart, whose processes may meet on one host."""
+    job, step, restart = (
+        int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
+    return FIRST_PORT + (job * 101 + step * 11 + restart * 1009) % PORTS
+
+
+def _ask_mpi(place: Place) -> tuple[str, int]:
+    """Rank 0 takes a free port and tells the others through MPI, which then has done its duty."""
+    mend = "set MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"mpirun started the ranks, and mpi4py cannot be used ({error}): {mend}") from None
+    MPI.Init()
+    world = MPI.COMM_WORLD
+    if world.size != place.world_size:
+        raise ConfigError(f"the MPI of mpi4py is another than that of mpirun, for it sees {world.size} rank(s): {mend}")
+    one_host = place.local_world_size == place.world_size
+    mine = ("127.0.0.1" if one_host else socket.gethostname(), _free_port()) if place.rank == 0 else None
+    address, port = world.bcast(mine)
+    MPI.Finalize()
+    return address, port
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])

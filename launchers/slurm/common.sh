@@ -1,0 +1,79 @@
+# What the scripts beside this file share; they read it inside a job, after finding VQMOE_ROOT.
+#
+# Environment of the ranks, whichever variables are set:
+#   VQMOE_MODULES     modules to load, separated by spaces
+#   VQMOE_VENV        virtual environment to activate
+#   VQMOE_CONTAINER   words to put before python, such as "apptainer exec --nv image.sif"
+# Behaviour:
+#   VQMOE_REQUEUE     1 (default): the job requeues itself after a signal or a lost rank; 0: it ends with 0 instead, so
+#                     that the next job of a chain goes on
+#   VQMOE_WAIT        seconds after the end of the first rank in which the others may end by themselves (default 30)
+#   VQMOE_STUCK       requeues without a new checkpoint in between after which the job gives up (default 3)
+
+if [ -n "${VQMOE_MODULES:-}" ]; then
+    # shellcheck disable=SC2086
+    module load $VQMOE_MODULES
+fi
+if [ -n "${VQMOE_VENV:-}" ]; then
+    . "$VQMOE_VENV/bin/activate" || exit 2
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# Start the ranks: ranks SCRIPT ARGUMENT... . A signal to the batch script goes on to every rank.
+# Ranks that are left behind by the first are not ended at once, so that they may say who is missing.
+ranks() {
+    # srun does not take --cpus-per-task over from sbatch.
+    # shellcheck disable=SC2086
+    srun --kill-on-bad-exit=0 --wait="${VQMOE_WAIT:-30}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        ${VQMOE_CONTAINER:-} python "$@" &
+    follow $! USR1
+}
+
+# follow PID SIGNAL: wait for a child and return its code; USR1 and TERM to this script reach it as SIGNAL.
+follow() {
+    local interrupted code
+    trap "interrupted=1; kill -$2 $1 2>/dev/null" USR1 TERM
+    while :; do # wait returns at a signal as well
+        interrupted=0
+        wait "$1"
+        code=$?
+        [ $interrupted = 1 ] || return $code
+    done
+}
+
+# The value of an option among the arguments: option NAME DEFAULT ARGUMENT...
+option() {
+    local name=$1 value=$2
+    shift 2
+    while [ $# -gt 0 ]; do
+        case $1 in
+        "$name") value=${2:-} ;;
+        "$name"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$value"
+}
+
+# finish CODE RUN_DIR: end the job, or requeue it where going on makes sense. 75 is a signal after saving, 76 a missing
+# rank, and over 128 a signal killed a rank.
+finish() {
+    local code=$1 folder=$2/checkpoints state=$2/requeue.state newest stuck=0 last=
+    if [ "$code" -ne 75 ] && [ "$code" -ne 76 ] && [ "$code" -le 128 ]; then exit "$code"; fi
+    # Whoever cancels a job means it: only one that SLURM takes for running may come back.
+    scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING' || exit "$code"
+    newest=$(cat "$folder/latest" 2>/dev/null)
+    [ ! -e "$state" ] || read -r stuck last <"$state"
+    if [ "$newest" = "$last" ]; then stuck=$((stuck + 1)); else stuck=0; fi
+    echo "$stuck $newest" >"$state"
+    if [ "$stuck" -gt "${VQMOE_STUCK:-3}" ]; then
+        echo "error: stopped with code $code after $stuck starts without a new checkpoint in $folder; not requeued" >&2
+        exit "$code"
+    fi
+    if [ "${VQMOE_REQUEUE:-1}" = 0 ]; then exit 0; fi
+    echo "exit code $code: requeued, to go on from ${newest:-the start}"
+    trap '' TERM USR1
+    scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+    sleep 120 # the requeue ends this script
+    exit "$code"
+}

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Check a SLURM job of this repository and submit it, with the mistakes found before it waits for hours.
+
+    python launchers/slurm/submit.py --nodes 4 --tasks_per_node 8 --gpus_per_node 8 --partition gpu --time 04:00:00 \\
+        pretrain --ds_config ds_configs/zero2.json --preset base --ep_size 8 --run_dir runs/base
+    python launchers/slurm/submit.py --dry_run evaluate runs/base --json base.json        # shows it, submits nothing
+    python launchers/slurm/submit.py --chain 5 --time 01:00:00 pretrain ...               # five jobs, one after another
+
+Everything after the name of the job goes to its launcher. The environment of the ranks is set by the variables
+VQMOE_VENV, VQMOE_MODULES and VQMOE_CONTAINER (launchers/slurm/common.sh).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vqmoe_ds.config.deepspeed_json import resolve
+from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.train import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = {"pretrain": "pretrain.sbatch", "evaluate": "evaluate.sbatch", "compare": "compare_array.sbatch"}
+
+
+def main(arguments: list[str]) -> int:
+    """Check, show or submit; the exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        check(args)
+        script = render(args)
+        if args.dry_run:
+            print(script, end="")
+            return 0
+        return submit(args, script)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, metavar="N")
+    add("--tasks_per_node", type=int, default=1, metavar="N", help="ranks on a node: one per GPU")
+    add("--gpus_per_node", type=int, default=0, metavar="N")
+    add("--cpus_per_task", type=int, default=1, metavar="N")
+    add("--partition", metavar="NAME")
+    add("--account", metavar="NAME")
+    add("--time", default="04:00:00", metavar="LIMIT", help="time limit, as sbatch reads it (default 04:00:00)")
+    add("--save_before", type=int, default=300, metavar="SECONDS", help="save so long before the time limit")
+    add("--array", metavar="RANGE", help="runs of a comparison, such as 0-35%%8")
+    add("--chain", type=int, default=1, metavar="N", help="N jobs, each of which goes on where the one before stopped")
+    add("--sbatch", default="", metavar="WORDS", help="further options of sbatch, in one string")
+    add("--dry_run", action="store_true", help="print the script that would be submitted, and stop")
+    add("job", choices=JOBS)
+    add("rest", nargs=argparse.REMAINDER, metavar="...", help="for the launcher")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ConfigError: naming the first thing that cannot.
+    """
+    for name in ("nodes", "tasks_per_node", "cpus_per_task", "chain"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)} is too small; the least is 1")
+    if args.gpus_per_node and args.tasks_per_node != args.gpus_per_node:
+        raise ConfigError(
+            f"--tasks_per_node {args.tasks_per_node} and --gpus_per_node {args.gpus_per_node} differ: a rank uses "
+            "one GPU, so make them equal"
+        )
+    if args.job == "pretrain":
+        _check_pretraining(args)
+    if args.job == "compare" and (args.array is None or args.nodes * args.tasks_per_node > 1):
+        raise ConfigError("a comparison runs one run of its grid a task: give --array 0-N, one node and one task")
+    if args.chain > 1 and args.job != "pretrain":
+        raise ConfigError(f"--chain is for pretraining, not for {args.job}")
+    if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0:
+        _check_cluster(args)
+
+
+def _check_pretraining(args: argparse.Namespace) -> None:
+    """The launcher's own checks of its arguments, for the ranks this job would have."""
+    options = cli.build_parser("").parse_args(args.rest)
+    if options.run_dir is None:
+        raise ConfigError("give pretrain a --run_dir, so that a requeued job finds its run again")
+    resolve(options.ds_config, cli.config_from_args(options), args.nodes * args.tasks_per_node, options.ep_size)
+
+
+def _check_cluster(args: argparse.Namespace) -> None:
+    lines = _ask(["sinfo", "-h", "-e", "-o", "%R|%D|%c|%G"])
+    shapes = [line.split("|") for line in lines]
+    names = sorted({shape[0] for shape in shapes})
+    if args.partition is not None and args.partition not in names:
+        raise ConfigError(f"--partition {args.partition} is not on this cluster; it has {', '.join(names)}")
+    default = [line.rstrip("*") for line in _ask(["sinfo", "-h", "-o", "%P"]) if line.endswith("*")]
+    partition = args.partition or (default[0] if default else None)
+    here = [shape for shape in shapes if partition in (None, shape[0])]
+    nodes, cpus = sum(int(shape[1]) for shape in here), max(int(shape[2].rstrip("+")) for shape in here)
+    gpus = max(_gpus(shape[3]) for shape in here)
+    if args.nodes > nodes:
+        raise ConfigError(f"--nodes {args.nodes} is more than the {nodes} node(s) of partition {partition}")
+    if args.tasks_per_node * args.cpus_per_task > cpus:
+        raise ConfigError(
+            f"--tasks_per_node {args.tasks_per_node} with --cpus_per_task {args.cpus_per_task} needs more than the "
+            f"{cpus} CPUs of a node of partition {partition}"
+        )
+    if args.gpus_per_node > gpus:
+        raise ConfigError(f"--gpus_per_node {args.gpus_per_node}: a node of partition {partition} has {gpus}")
+
+
+def _gpus(resources: str) -> int:
+    """GPUs in a list of generic resources such as ``gpu:h100:8(S:0-1)``."""
+    return sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", resources))
+
+
+def render(args: argparse.Namespace) -> str:
+    """The script with the options of this job in place of its own."""
+    lines = (ROOT / "launchers/slurm" / JOBS[args.job]).read_text().splitlines()
+    ours = [f"#SBATCH {option}" for option in _options(args)]
+    names = {line.split("=")[0] for line in ours}
+    kept = [line for line in lines[1:] if line.split("=")[0] not in names or not line.startswith("#SBATCH")]
+    setting = [f"export VQMOE_ROOT={shlex.quote(str(ROOT))}"]
+    if args.chain > 1:
+        setting.append("export VQMOE_REQUEUE=0")
+    if args.rest:
+        setting.append(f"set -- {shlex.join(args.rest)}")
+    body = kept.index("set -uo pipefail")
+    return "\n".join([lines[0], *ours, *kept[:body], *setting, *kept[body:]]) + "\n"
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    options = [f"--nodes={args.nodes}", f"--ntasks-per-node={args.tasks_per_node}", f"--time={args.time}"]
+    if args.job == "compare":
+        options = [f"--array={args.array}", f"--time={args.time}"]
+    options.append(f"--cpus-per-task={args.cpus_per_task}")
+    options += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
+    options += [f"--{name}={getattr(args, name)}" for name in ("partition", "account") if getattr(args, name)]
+    if args.job != "evaluate":
+        options.append(f"--signal=B:USR1@{args.save_before}")
+    return options + shlex.split(args.sbatch)
+
+
+def submit(args: argparse.Namespace, script: str) -> int:
+    """Hand the script to sbatch, once or as a chain.
+
+    Raises:
+        ConfigError: there is no sbatch, or it refuses.
+    """
+    before: str | None = None
+    for _ in range(args.chain):
+        command = ["sbatch", "--parsable"]
+        if before is not None:
+            command += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+        before = _ask(command, script)[0].split(";")[0]
+        print(f"submitted job {before} from {os.getcwd()}")
+    return 0
+
+
+def _ask(command: list[str], text: str | None = None) -> list[str]:
+    try:
+        answer = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{command[0]} is not on this machine; submit from a login node, or look with --dry_run"
+        ) from None
+    if answer.returncode:
+        raise ConfigError(f"{command[0]} refused: {' '.join(answer.stderr.split())}")
+    return answer.stdout.split("\n")[:-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Tests on a real SLURM cluster of virtual nodes (make test-cluster)."""
