@@ -1,6 +1,7 @@
 """The VQMoE language model for Hugging Face ``transformers``: experts chosen by discrete codes.
 
-Self-contained on purpose: exported folders carry this file, and it needs nothing but torch and transformers.
+Self-contained on purpose: exported folders carry this file, and it needs nothing but torch and transformers. Where the
+trainer is installed its experts' kernel is used on CPU.
 
 Legend: B batch, S new tokens, P past tokens in the cache, T = B * S tokens, D width, A heads, H width of a head,
 I = A * H, L MoE layers, K codes, C code width, N experts, R routed rows a token, M = T * R rows, V vocabulary,
@@ -24,6 +25,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOu
 from transformers.utils import can_return_tuple
 
 from .configuration_vqmoe import VQMoEConfig
+
+try:  # where the trainer is installed, its kernel on CPU: the same sums in the same order
+    from vqmoe_ds.moe.kernels import experts as compiled
+except ImportError:
+    compiled = None  # type: ignore[assignment]
 
 NO_TOKEN = -1
 """Stands in the history of token ids where there was padding or nothing."""
@@ -125,6 +131,14 @@ class VQMoEExperts(nn.Module):
             last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
             rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
         counts_N = torch.bincount(ids_M, minlength=len(self.gate_proj)).tolist()
+        return self._run(rows_MD, counts_N).index_select(0, inverse_M).view(-1, routes, x_TD.shape[1])
+
+    def _run(self, rows_MD: Tensor, counts_N: list[int]) -> Tensor:
+        """Every row through its expert; rows are sorted by expert."""
+        plain = rows_MD.dtype == self.gate_proj.dtype and rows_MD.device.type == "cpu"
+        plain = plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        if plain and compiled is not None and compiled.supports(rows_MD.dtype, *self.gate_proj.shape[:0:-1]):
+            return compiled.CompiledExperts.apply(rows_MD, self.gate_proj, self.down_proj, self.up_proj, counts_N)
         # unbind, because indexing under autograd would build a full-size gradient for every expert.
         weights_N = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
         outputs = [
@@ -132,7 +146,7 @@ class VQMoEExperts(nn.Module):
             for rows, (gate, up, down) in zip(rows_MD.split(counts_N), weights_N, strict=True)
             if len(rows)
         ]
-        return torch.cat(outputs).index_select(0, inverse_M).view(-1, routes, x_TD.shape[1])
+        return torch.cat(outputs)
 
 
 class VQMoECodebook(nn.Module):
