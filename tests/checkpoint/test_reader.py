@@ -166,6 +166,29 @@ def test_no_other_name_is_looked_up(name, tmp_path):
         load_archive(file)
 
 
+class _ByName:
+    """How Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.pair = owner, name
+
+    def __reduce__(self):
+        return getattr, self.pair
+
+
+def test_stages_that_were_pickled_by_name(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for stage in ZeroStageEnum:
+        torch.save({"zero_stage": _ByName(ZeroStageEnum, stage.name)}, tmp_path / "x.pt")
+        assert load_archive(tmp_path / "x.pt")["zero_stage"].args[0] == stage.value
+    for owner, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (LossScaler, "__init__"), ([], "append")):
+        torch.save({"zero_stage": _ByName(owner, name)}, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=f"an attribute '{name}'.*nothing of it was executed"):
+            load_archive(tmp_path / "x.pt")
+
+
 def test_a_bare_pickle_is_not_a_checkpoint(tmp_path):
     trap = tmp_path / "executed"
     (tmp_path / "x.pt").write_bytes(pickle.dumps(_Evil(trap)))

@@ -40,6 +40,9 @@ DEEPSPEED_RECORDS = {
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
 }
 
+ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+"""Members of ``ZeroStageEnum`` of DeepSpeed 0.19.8."""
+
 
 class Stored(NamedTuple):
     """A tensor that lies in a file; immutable, so that no pickle can bend it.
@@ -178,6 +181,8 @@ class _Unpickler(pickle.Unpickler):
         }
         if (module, name) in known:
             return known[module, name]
+        if name == "getattr" and module in ("__builtin__", "builtins"):
+            return self._enum_member
         if (module, name) in DEEPSPEED_RECORDS or self.inert(module, name):
             return Record
         if module == "torch" and name in STORAGES:
@@ -188,6 +193,15 @@ class _Unpickler(pickle.Unpickler):
             f"{self.path} is refused: its pickle asks for {module}.{name}, which no checkpoint needs; "
             "nothing of it was executed"
         )
+
+    def _enum_member(self, owner: Any, name: Any) -> Record:
+        """What Python 3.11.0 to 3.11.3 write for ``ZeroStageEnum(2)``: the member's name. Nothing else is looked up."""
+        if owner is not Record or name not in ZERO_STAGES:
+            raise CheckpointError(
+                f"{self.path} is refused: its pickle asks for an attribute {name!r}, which no checkpoint needs; "
+                "nothing of it was executed"
+            )
+        return Record(ZERO_STAGES[name])
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
         kind, dtype, key, _, numel = pid
