@@ -167,7 +167,7 @@ def test_no_other_name_is_looked_up(name, tmp_path):
 
 
 class _ByName:
-    """How Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    """How early releases of Python 3.11 (3.11.2 for one) pickle a member of an enumeration."""
 
     def __init__(self, owner, name):
         self.pair = owner, name
