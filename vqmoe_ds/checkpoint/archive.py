@@ -195,7 +195,10 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def _enum_member(self, owner: Any, name: Any) -> Record:
-        """What early releases of Python 3.11 (3.11.2 for one) write for ``ZeroStageEnum(2)``: the member's name. Nothing else is looked up."""
+        """What early releases of Python 3.11 (3.11.2 for one) write for ``ZeroStageEnum(2)``: the member's name.
+
+        Nothing else is looked up.
+        """
         if owner is not Record or name not in ZERO_STAGES:
             raise CheckpointError(
                 f"{self.path} is refused: its pickle asks for an attribute {name!r}, which no checkpoint needs; "
