@@ -11,7 +11,7 @@ from typing import Any
 from vqmoe_ds.comparison.grid import Grid, group_of, read_grid, runs_of
 from vqmoe_ds.comparison.runs import Job, Runner, check_folders, jobs_of
 from vqmoe_ds.config.load import nearest_key
-from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.errors import TRY_AGAIN, ConfigError, UserError
 from vqmoe_ds.moe.routers import require_causal
 
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        return 75
+        return TRY_AGAIN
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if args.index is None:

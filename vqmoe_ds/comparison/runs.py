@@ -29,7 +29,7 @@ from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
-from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import parse_corruption
 from vqmoe_ds.evaluation.evaluate import checked_stride
 from vqmoe_ds.train.pretrain import fit_to_tokenizer
@@ -37,8 +37,6 @@ from vqmoe_ds.train.pretrain import fit_to_tokenizer
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make a run part of another one."""
-INTERRUPTED = 75
-"""Exit code of a run that was stopped by a signal after saving."""
 
 
 class State(StrEnum):
@@ -242,7 +240,7 @@ class Runner:
             self._running.discard(process)
         if code == 0:
             return None
-        if code == INTERRUPTED or self._stopped:
+        if code == TRY_AGAIN or self._stopped:
             return f"{job.run}: stopped; the same command goes on"
         return f"{job.run}: exit code {code}, {_last_words(log)} ({log})"
 

@@ -32,7 +32,7 @@ class PeerLost(UserError):
 
     exit_code = 76
 
-    def __init__(self, message: str, exit_code: int = 76) -> None:
+    def __init__(self, message: str, exit_code: int = exit_code) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 

@@ -6,6 +6,7 @@ Legend: P rows sorted by expert, E local experts, D model width, H expert hidden
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +153,7 @@ def _pieces(counts_E: list[int]) -> list[Piece]:
     return pieces
 
 
+@functools.cache
 def _function(name: str, dtype: torch.dtype) -> Any:
     kernel = load_kernel()
     assert kernel is not None  # supports() was asked
