@@ -173,6 +173,17 @@ class MoETransformer(nn.Module):
         The loss to train on is the sum of the two; the first alone is what is reported. It is the mean over the
         targets that are not ``MASKED``, and 0 where all are.
         """
+        x_BSD, aux_loss = self.states(tokens_BS)
+        logits_BSV = self.head(x_BSD)
+        if targets_BS is None:
+            return logits_BSV, aux_loss
+        total = F.cross_entropy(
+            logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=MASKED, reduction="sum"
+        )
+        return total / targets_BS.ne(MASKED).sum().clamp_min(1), aux_loss
+
+    def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised states ``[B, S, D]`` after the last block, and the auxiliary loss of all routers."""
         x_BSD = self.embed(tokens_BS)
         known = self._routes_ahead(tokens_BS, x_BSD)
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
@@ -193,13 +204,7 @@ class MoETransformer(nn.Module):
                 previous_T = block.mlp.first_choice_T
             if early and index == self.config.codebook.source_block:
                 known = self._plan_from_source(x_BSD, first_block=index + 1)
-        logits_BSV = self.head(self.norm(x_BSD))
-        if targets_BS is None:
-            return logits_BSV, aux_loss
-        total = F.cross_entropy(
-            logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=MASKED, reduction="sum"
-        )
-        return total / targets_BS.ne(MASKED).sum().clamp_min(1), aux_loss
+        return self.norm(x_BSD), aux_loss
 
     # ------------------------------------------------------------ routes known ahead
 
