@@ -85,6 +85,21 @@ def test_an_entry_of_another_budget_is_named_as_one(jobs, tmp_path):
     assert text.count("| codes |") == 3, "in tables of its own group alone"
 
 
+def test_pairs_of_all_corpora_are_also_held_together(grid_file, tmp_path, capsys):  # noqa: F811
+    path = grid_file(lambda g: g["corpora"].update(again={**g["corpora"]["words"], "data.holdout_every": 5}))
+    grid = read_grid(path)
+    better = {("words", 1): 0.1, ("words", 2): 0.3, ("again", 1): 0.1, ("again", 2): 0.3}
+    for job in jobs_of(grid, runs_of(grid, tmp_path / "out")):
+        gain = better[job.run.corpus, job.run.seed] if job.run.entry.name == "codes" else 0.0
+        _finish(job, (2.0 if job.run.corpus == "words" else 3.0) - gain, 0.1)
+    assert compare(path, tmp_path / "out", "--report_only") == 0
+    text = (tmp_path / "out/report.md").read_text()
+    alone, together = text.split("## again and words together")
+    assert "-0.2000 [-1.4706, +1.0706]" in alone and "Against top-2, clean: cannot be told: codes." in alone
+    # 0.2 +- 3.1824 * 0.1155 / sqrt(4), t of 3 degrees of freedom
+    assert "-0.2000 [-0.3837, -0.0163]" in together and "Against top-2, clean: better: codes." in together
+
+
 def test_missing_seeds_leave_no_verdict_and_missing_entries_no_row(jobs, tmp_path):
     path, all_jobs = jobs
     for job in all_jobs:

@@ -23,6 +23,10 @@ METHOD = (
     "One in twenty intervals misses the truth by chance: a single narrow verdict among many is weak. Rise: over the "
     "same tokens in clean text."
 )
+POOLED = (
+    "Over all pairs of one corpus and one seed. Runs of one seed on two corpora start from the same weights, so pairs "
+    "are not quite independent; the interval takes them to be."
+)
 HEALTH_NOTE = (
     "Tokens a second are the median of the run's intervals, whatever else the machine did. The rest is of the layer "
     "where it is worst, over the second half of training: load of the busiest expert over the mean, coefficient of "
@@ -74,6 +78,31 @@ def _section(grid: Grid, jobs: list[Job], beside: list[Job], budgets: dict[str, 
     }
 
 
+def pool(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each group that ran on several corpora, the differences over all pairs of one corpus and one seed."""
+    values: dict[str, dict[str, dict[tuple[str, int], float]]] = {}
+    for section in sections:
+        for name, entry in section["entries"].items():
+            for kind, by_seed in entry["by_seed"].items():
+                found = {(section["corpus"], seed): value for seed, value in by_seed.items()}
+                values.setdefault(name, {}).setdefault(kind, {}).update(found)
+    pooled = []
+    for group in dict.fromkeys(section["group"] for section in sections):
+        parts = [section for section in sections if section["group"] == group]
+        bases = [base for base in parts[0]["baselines"] if base in values]
+        if len(parts) > 1 and len({part["unit"] for part in parts}) == 1:
+            entries = {
+                name: {
+                    "losses": {kind: asdict(mean_of(list(pairs.values()))) for kind, pairs in values[name].items()},
+                    "differences": {base: _differences(values[name], values[base]) for base in bases if base != name},
+                }
+                for name in dict.fromkeys(name for part in parts for name in part["entries"])
+            }
+            about = {"group": group, "corpora": [part["corpus"] for part in parts], "baselines": bases}
+            pooled.append({**about, "other_budgets": parts[0]["other_budgets"], "entries": entries})
+    return pooled
+
+
 def _folders(jobs: list[Job]) -> dict[str, dict[int, Path]]:
     """Entry -> seed -> run folder."""
     folders: dict[str, dict[int, Path]] = {}
@@ -95,7 +124,7 @@ def _losses(by_entry: dict[str, dict[int, Path]]) -> tuple[dict[str, dict[str, d
     return table, unit
 
 
-def _differences(ours: dict[str, dict[int, float]], theirs: dict[str, dict[int, float]]) -> dict[str, Any]:
+def _differences(ours: dict[str, dict[Any, float]], theirs: dict[str, dict[Any, float]]) -> dict[str, Any]:
     found = {kind: paired_difference(ours[kind], theirs[kind]) for kind in ours if kind in theirs}
     return {kind: {**asdict(d), "verdict": d.verdict} for kind, d in found.items() if d is not None}
 
@@ -123,9 +152,20 @@ def write_report(folder: Path, title: str, sections: list[dict[str, Any]]) -> No
     page.add(METHOD)
     for number, section in enumerate(sections):
         _show(page, section, folder, number)
+    for section in pool(sections):
+        _show_pooled(page, section)
     write_atomically(folder / "report.json", json.dumps(sections, indent=1) + "\n")
     write_atomically(folder / "report.md", page.markdown())
     write_atomically(folder / "report.html", page.html(folder))
+
+
+def _show_pooled(page: Page, section: dict[str, Any]) -> None:
+    page.add(Heading(f"{' and '.join(section['corpora'])} together: {section['group']}"))
+    page.add(POOLED)
+    for baseline in section["baselines"]:
+        page.add(_difference_table(section, baseline))
+        for sentence in _verdicts(section, baseline):
+            page.add(sentence)
 
 
 def _show(page: Page, section: dict[str, Any], folder: Path, number: int) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
+
+Pair = TypeVar("Pair", int, tuple[str, int])
+"""What two runs have in common: a seed, or a corpus and a seed."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def paired_difference(
-    ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float = 0.95
+    ours: Mapping[Pair, float], theirs: Mapping[Pair, float], confidence: float = 0.95
 ) -> Difference | None:
-    """``ours - theirs`` over the seeds that both have, with Student's t interval; None without a common seed.
+    """``ours - theirs`` over the seeds (or other keys) that both have, with Student's t interval; None without any.
 
     At one seed both started from the same weights and saw the same data, so what they share cancels.
     """
