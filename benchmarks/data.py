@@ -30,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from measuring import table, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -47,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         part = first_megabytes(text, options.mb)
         runs = [measure(options, part, name, tokenizers[name], n) for name in tokenizers for n in options.workers]
         peaks = [peak(options, text, size, *item) for item in tokenizers.items() for size in options.memory]
-    from peers import table, write_json  # last: it brings torch, whose size every process begun here would inherit
 
     columns = ["tokenizer", "workers", "ours MB/s", "peer MB/s", "ratio", "ours CPU s", "peer CPU s", "ratio"]
     print(table(columns, [row(run) for run in runs]))

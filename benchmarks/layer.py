@@ -37,7 +37,8 @@ import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP thread
 # isort: split
 
 import torch
-from peers import PEERS, build_layer, copy_bandwidth, join_group, peak_bytes, seconds, table, write_json
+from measuring import peak_bytes, seconds, table, write_json
+from peers import PEERS, build_layer, copy_bandwidth, join_group
 from torch import Tensor, nn
 
 from vqmoe_ds.moe.experts import StackedExperts

@@ -29,7 +29,8 @@ import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP thread
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peers import free_port, join_group, table, write_json
+from measuring import table, write_json
+from peers import free_port, join_group
 from scipy.stats import spearmanr
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve

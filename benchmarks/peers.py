@@ -5,15 +5,11 @@ Every layer maps hidden states ``[B, S, D]`` to ``[B, S, D]`` with one expert of
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -22,6 +18,7 @@ import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
+from measuring import seconds
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -142,35 +139,3 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     target = torch.empty_like(source)
     best = min(seconds(lambda: target.copy_(source)) for _ in range(6))
     return 2 * source.nbytes / best
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would start at the parent's size
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def write_json(target: str | None, runs: list[dict[str, Any]]) -> None:
-    """Write the measurements as ``--json`` asks: to a file, to standard output for ``-``, or not at all."""
-    if not target:
-        return
-    text = json.dumps(runs, indent=1)
-    if target == "-":
-        print(text)
-    else:
-        Path(target).write_text(text)

@@ -33,7 +33,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peers import PEERS, NativeMoE, auto_ep, free_port, join_group, table, write_json
+from measuring import table, write_json
+from peers import PEERS, NativeMoE, auto_ep, free_port, join_group
 from torch import Tensor, nn
 
 import vqmoe_ds.models.transformer as transformer

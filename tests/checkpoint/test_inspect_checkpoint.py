@@ -82,11 +82,15 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys):
 
 
 def test_flops_of_a_dense_model_by_hand():
-    config = load_config("tiny", None, {"moe.router": "dense"}).config.model_dump(mode="json")
-    config["model"].update(layers=1, width=8, sequence_length=16)
-    shapes = {"embed.weight": (10, 8), "blocks.0.attention.qkv.weight": (24, 8), "norm.weight": (8,)}
-    found = sizes(shapes, config)
-    assert found == {"stored": 280, "active": 280, "forward_flops_per_token": 2 * 24 * 8 + 2 * 8 * 16}
+    changes = {"model.layers": 1, "model.width": 8, "model.sequence_length": 16, "moe.expert_hidden": 12}
+    config = load_config("tiny", None, {"moe.router": "dense", **changes}).config
+    shapes = {name: tuple(p.shape) for name, p in MoETransformer(config).named_parameters()}
+    attention, mlp, head = 4 * 8 * 8, 3 * 8 * 12, 8 * 256
+    products, context = attention + mlp + head, 2 * 2 * 8 * 17 // 2
+    norms, embedding = 3 * 8, 8 * 256
+    counted = sizes(shapes, config.model_dump(mode="json"))
+    stored = products + norms + embedding
+    assert counted == {"stored": stored, "active": stored, "forward_flops_per_token": 2 * products + context}
 
 
 def test_wide_heads_and_their_norms_are_counted() -> None:
@@ -98,4 +102,4 @@ def test_wide_heads_and_their_norms_are_counted() -> None:
     narrow, wide = figures
     weights, norms = 3 * 4 * 8 * (16 - 8), 3 * 2 * 16
     assert wide["active"] - narrow["active"] == weights + norms
-    assert wide["forward_flops_per_token"] - narrow["forward_flops_per_token"] == 2 * weights + 3 * 2 * 10 * (16 - 8)
+    assert wide["forward_flops_per_token"] - narrow["forward_flops_per_token"] == 2 * weights + 3 * 2 * 11 * (16 - 8)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqmoe_ds.comparison.budget import budget_of, check_group, router_flops
+from vqmoe_ds.comparison.budget import budget_of, check_group
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.models.flops import router_flops
 from vqmoe_ds.models.transformer import MoETransformer
 
 LENGTH = 16

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CheckpointReader
-from vqmoe_ds.config.schema import ModelConfig, MoEConfig, Router, RouterConfig
+from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig, RunConfig
+from vqmoe_ds.models.flops import forward_flops
 from vqmoe_ds.moe.routers.abilities import rows_per_token
 
 
@@ -25,27 +26,15 @@ def expert_calls(config: dict[str, Any]) -> int:
 def sizes(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, int]:
     """Parameters stored, parameters that one token uses, and floating-point operations of one token's forward pass.
 
-    A product by a matrix of n values counts 2 n operations. Attention is counted over the mean causal context, half
-    the sequence; the code lookup over all codes. The embedding is a lookup and counts as stored and active alone.
+    The embedding counts as stored and as active; operations are those of ``forward_flops``.
     """
-    stored = active = products = 0
+    stored = active = 0
     for name, shape in shapes.items():
         count = math.prod(shape)
-        used = count // shape[0] * expert_calls(config) if ".experts." in name else count
-        stored, active = stored + count, active + used
-        if len(shape) >= 2 and not name.startswith("embed."):
-            products += used
-    model = config["model"]
-    attention = model["layers"] * 2 * ModelConfig(**model).attention_width * model["sequence_length"]
-    return {"stored": stored, "active": active, "forward_flops_per_token": 2 * products + attention + _lookups(config)}
-
-
-def _lookups(config: dict[str, Any]) -> int:
-    model, moe, book = config["model"], config["moe"], config["codebook"]
-    if moe["router"] != "vq":
-        return 0
-    layers, codes = model["layers"] // model["moe_every"], book["num_codes"] or moe["num_experts"]
-    return int(2 * layers * codes * (book["code_dim"] or model["width"]))
+        stored += count
+        active += count // shape[0] * expert_calls(config) if ".experts." in name else count
+    flops = forward_flops(RunConfig.model_validate(config)).total
+    return {"stored": stored, "active": active, "forward_flops_per_token": flops}
 
 
 def health(reader: CheckpointReader) -> list[dict[str, Any]]:
