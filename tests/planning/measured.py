@@ -46,7 +46,7 @@ def _observe(rank: int, world: int, folder: str, layout: Layout, changes: dict[s
     trainer = build(rank, world, folder, layout, changes)
     for _ in range(SKIPPED):
         trainer.train_step()
-    engine, held = trainer.session.engine, {}  # at the moment of the step
+    held: dict[str, int] = {}  # at the moment of the step
     apply_step = loop.apply_step
 
     def watching(engine: Any, finite: bool) -> bool:
@@ -61,10 +61,15 @@ def _observe(rank: int, world: int, folder: str, layout: Layout, changes: dict[s
             trainer.train_step()
     finally:
         loop.apply_step = apply_step
-    engine.destroy()
+    close(trainer)
+    return {"held": held, "sent": dict(sent)}
+
+
+def close(trainer: Any) -> None:
+    """Make room for the next trainer on these ranks, whose expert-parallel groups may be others."""
+    trainer.session.engine.destroy()
     groups._EXPERT_PARALLEL_GROUP.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP.clear()
-    return {"held": held, "sent": dict(sent)}
 
 
 def weights(engine: Any) -> list[Tensor]:

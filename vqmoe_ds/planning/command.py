@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.errors import ConfigError, UserError
-from vqmoe_ds.planning.hardware import PROCESSORS, Cluster, find_processor
+from vqmoe_ds.planning.hardware import NETWORK_GBPS, PROCESSORS, Cluster, find_processor
 
 if TYPE_CHECKING:
     from vqmoe_ds.planning.layouts import Plan
@@ -40,7 +40,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--gpu", default="h100", help=f"{', '.join(PROCESSORS)} (default h100)")
     for option, (_, meaning) in OVERRIDES.items():
         add(f"--{option}", type=float, metavar="X", help=meaning)
-    add("--network_gbps", type=float, default=50.0, help="between nodes, GB/s a processor and direction (default 50)")
+    network = f"between nodes, GB/s a processor and direction (default {NETWORK_GBPS:g}: 400 Gb/s InfiniBand)"
+    add("--network_gbps", type=float, default=NETWORK_GBPS, help=network)
     add("--latency_us", type=float, default=Cluster.latency_us, help="of one message (default 15)")
     add("--efficiency", type=float, default=Cluster.efficiency, help="share of the peak products reach (default 0.4)")
     add("--zero", type=int, nargs="+", default=[1, 2, 3], choices=range(4), metavar="STAGE", help="default 1 2 3")

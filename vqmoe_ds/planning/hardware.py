@@ -26,24 +26,41 @@ class Processor:
     """To the other processors of the node, GB/s a processor."""
     host_gbps: float
     """To the host's memory, GB/s a processor (offload)."""
+    source: str
+    """Title and address of the vendor's page."""
 
 
-# Sources: the vendor's public data sheets. link: NVLink's total bidirectional figure halved; host: PCIe x16 likewise.
+_NVIDIA = "https://www.nvidia.com/en-us/data-center"
+
+# Rates without sparsity. Vendors give links as the sum of both directions, the H100's bf16 with sparsity: halved here.
+# Compared (November 2026) not with the pages themselves but with public tables that cite them:
+# github.com/stas00/ml-engineering (compute/accelerator, network) and glennklockwood.com/garden/processors.
 PROCESSORS = {
-    # NVIDIA A100 data sheet (SXM): 312 TFLOPS bf16, 19.5 fp32, 1,555 and 2,039 GB/s, NVLink 600 GB/s, PCIe 4.
-    "a100-40": Processor(40, 312, 19.5, 1555, 300, 32),
-    "a100-80": Processor(80, 312, 19.5, 2039, 300, 32),
-    # NVIDIA H100 data sheet (SXM): 1,979 TFLOPS bf16 with sparsity, 67 fp32, 3.35 TB/s, NVLink 900 GB/s, PCIe 5.
-    "h100": Processor(80, 989, 67, 3350, 450, 64),
-    # NVIDIA H200 data sheet: compute of the H100, 141 GB at 4.8 TB/s.
-    "h200": Processor(141, 989, 67, 4800, 450, 64),
-    # NVIDIA DGX B200 data sheet (8 GPUs): 1,440 GB, 64 TB/s, 72 PFLOPS sparse fp8, four times dense bf16; NVLink 1,800.
-    "b200": Processor(180, 2250, 75, 8000, 900, 64),
-    # NVIDIA L40S data sheet: 48 GB, 864 GB/s, 362 TFLOPS bf16, 91.6 fp32, PCIe 4 and no NVLink.
-    "l40s": Processor(48, 362, 91.6, 864, 32, 32),
-    # Not a data sheet: one core of the machine behind docs/performance.md, two ranks on one memory.
-    "cpu": Processor(8, 0.25, 0.07, 10, 1, 10),
+    # 312 TFLOPS bf16, 19.5 fp32; HBM2 1,555 GB/s and HBM2e 2,039; NVLink 3: 600; PCIe 4: 64.
+    "a100-40": Processor(40, 312, 19.5, 1555, 300, 32, f"NVIDIA A100 data sheet (SXM), {_NVIDIA}/a100/"),
+    "a100-80": Processor(80, 312, 19.5, 2039, 300, 32, f"NVIDIA A100 data sheet (SXM), {_NVIDIA}/a100/"),
+    # 1,979 TFLOPS bf16 with sparsity, 67 fp32; HBM3 3.35 TB/s; NVLink 4: 900; PCIe 5: 128.
+    "h100": Processor(80, 989, 67, 3350, 450, 64, f"NVIDIA H100, specifications (SXM), {_NVIDIA}/h100/"),
+    # 1,513 TFLOPS bf16 with sparsity, 51 fp32; 2 TB/s; the NVLink bridge joins pairs only: a node's link is PCIe 5.
+    "h100-pcie": Processor(80, 756, 51, 2000, 64, 64, f"NVIDIA H100, specifications (PCIe), {_NVIDIA}/h100/"),
+    # Compute of the H100; 141 GB of HBM3e at 4.8 TB/s.
+    "h200": Processor(141, 989, 67, 4800, 450, 64, f"NVIDIA H200, specifications (SXM), {_NVIDIA}/h200/"),
+    # 8 GPUs: 1,440 GB, 64 TB/s, 72 PFLOPS fp8 with sparsity (four times dense bf16); fp32 80; NVLink 5: 1,800; PCIe 5.
+    "b200": Processor(180, 2250, 80, 8000, 900, 64, f"NVIDIA DGX B200 data sheet, {_NVIDIA}/dgx-b200/"),
+    # 362 TFLOPS bf16, 91.6 fp32; GDDR6 864 GB/s; no NVLink; PCIe 4: 64.
+    "l40s": Processor(48, 362, 91.6, 864, 32, 32, f"NVIDIA L40S, specifications, {_NVIDIA}/l40s/"),
+    # 1,307.4 TFLOPS bf16, 163.4 fp32; HBM3 5.3 TB/s; seven Infinity Fabric links of 128; PCIe 5.
+    "mi300x": Processor(
+        *(192, 1307.4, 163.4, 5300, 448, 64),
+        "AMD Instinct MI300X, specifications, https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
+    ),
+    # One core, two ranks on one memory.
+    "cpu": Processor(8, 0.25, 0.07, 10, 1, 10, "no data sheet: the machine behind docs/performance.md"),
 }
+
+NETWORK_GBPS = 50.0
+"""One 400 Gb/s port (InfiniBand NDR) a GPU, as in NVIDIA's DGX H100 and H200 (user guide,
+https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html); HDR is 25, XDR 100 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ class Cluster:
     nodes: int
     per_node: int
     processor: Processor
-    network_gbps: float
+    network_gbps: float = NETWORK_GBPS
     """Between nodes, GB/s a processor in one direction."""
     latency_us: float = 15.0
     """Of one message to one peer, start-up included."""

@@ -13,6 +13,8 @@ import functools
 import math
 from dataclasses import asdict, dataclass
 
+import torch
+
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig
 from vqmoe_ds.moe.routers.abilities import rows_per_token
@@ -110,16 +112,9 @@ def estimate(parameters: Parameters, config: EngineConfig, rank: int = 0, imbala
         imbalance: rows its experts receive, relative to the mean.
     """
     weights, gradients, optimizer, host = states(parameters, config, rank)
-    return Memory(
-        weights,
-        gradients,
-        optimizer,
-        _buckets(parameters, config),
-        activations(config, imbalance),
-        dispatch_rows(config, imbalance),
-        codebook(config, parameters),
-        host,
-    )
+    held, rows = activations(config, imbalance), dispatch_rows(config, imbalance)
+    buckets = _buckets(parameters, config, gradients, held + rows)
+    return Memory(weights, gradients, optimizer, buckets, held, rows, codebook(config, parameters), host)
 
 
 def width_of(config: EngineConfig) -> int:
@@ -173,23 +168,29 @@ def _states_of_zero3(groups: list[Group], config: EngineConfig) -> tuple[int, in
     return weights, gradients, optimizer, host
 
 
-def _buckets(parameters: Parameters, config: EngineConfig) -> int:
-    """Gradients on their way: ZeRO-1's sums over micro-batches, reduction buckets, ZeRO-3's gathered weights."""
+def _buckets(parameters: Parameters, config: EngineConfig, gradients: int, freed: int) -> int:
+    """Gradients on their way: ZeRO-1's sums over micro-batches, reduction buckets, ZeRO-3's gathered weights.
+
+    Args:
+        gradients: bytes counted already.
+        freed: of activations and rows; what ZeRO-0 and 1 copy after the backward pass takes their place.
+    """
     low, zero = width_of(config), config.deepspeed.get("zero_optimization", {})
     values = parameters.of_rank(config.ep_size)
     largest = max(weight.numel(config.ep_size) for weight in parameters.weights)
     if config.world_size == 1 and config.zero_stage == 0:
         return 0
     if config.zero_stage == 0:  # one flat copy; in low precision also float32 gradients for the step
-        return min(values, 500_000_000) * low + (4 * values if low == 2 else 0)
+        return max(0, min(values, 500_000_000) * low + (4 * values if low == 2 else 0) - freed)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     if config.zero_stage == 1:
-        return low * (values if config.accumulation_steps > 1 else 0) + low * min(bucket, values)
+        summed = low * (values if config.accumulation_steps > 1 else 0)
+        at_the_step = summed + low * min(bucket, values)
+        return max(0, summed - gradients, at_the_step - (0 if zero.get("overlap_comm") else freed))
     if config.zero_stage == 2:
         return low * (bucket + largest)
-    live = min(values, int(zero.get("stage3_max_live_parameters", 1e9)))
-    prefetch = min(values, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
-    return low * (live + prefetch + 2 * min(values, max(bucket, largest)))
+    live = int(zero.get("stage3_max_live_parameters", 1e9)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+    return low * (min(values, live) + bucket + min(values, max(bucket, largest)))
 
 
 def rows_of(config: EngineConfig) -> int:
@@ -211,24 +212,29 @@ def dispatch_rows(config: EngineConfig, imbalance: float) -> int:
 
 
 def activations(config: EngineConfig, imbalance: float) -> int:
-    """What is kept until backward, and the logits' gradients. With activation checkpointing: block inputs, one block.
-
-    Measured in bf16 (the grouped product's shape rule knows no other type); float32 counts twice that.
-    """
+    """Most that is held for backward: what the forward pass keeps, and logits' gradients or one recomputed block."""
     run, low = config.run, width_of(config)
-    blocks, outside = _kept(run.model_dump_json(), imbalance)
-    tokens, scale = run.model.sequence_length, low // 2
+    logits = run.model.sequence_length * run.model.vocab_size * (4 + low)
+    again = max(_kept_by_block(config, imbalance)[0]) if run.train.activation_checkpointing else 0
+    return kept(config, imbalance) + config.micro_batch * max(logits, again)
+
+
+def kept(config: EngineConfig, imbalance: float = 1.0) -> int:
+    """Bytes that a forward pass keeps for backward. With recomputation: the blocks' inputs and what no block keeps."""
+    run = config.run
+    blocks, outside = _kept_by_block(config, imbalance)
     if run.train.activation_checkpointing:
-        kept = len(blocks) * tokens * run.model.width * low + max(blocks) * scale
-    else:
-        kept = sum(blocks) * scale
-    logits = tokens * run.model.vocab_size * (4 + low)
-    return config.micro_batch * (kept + outside * scale + logits)
+        blocks = [run.model.sequence_length * run.model.width * width_of(config)] * len(blocks)
+    return config.micro_batch * (sum(blocks) + outside)
+
+
+def _kept_by_block(config: EngineConfig, imbalance: float) -> tuple[list[int], int]:
+    return _kept(config.run.model_dump_json(), torch.float32 if width_of(config) == 4 else torch.bfloat16, imbalance)
 
 
 @functools.cache
-def _kept(run_json: str, imbalance: float) -> tuple[list[int], int]:
-    return meta_forward.kept_for_backward(thin_model(RunConfig.model_validate_json(run_json)), imbalance)
+def _kept(run_json: str, dtype: torch.dtype, imbalance: float) -> tuple[list[int], int]:
+    return meta_forward.kept_for_backward(thin_model(RunConfig.model_validate_json(run_json)), dtype, imbalance)
 
 
 def codebook(config: EngineConfig, parameters: Parameters) -> int:

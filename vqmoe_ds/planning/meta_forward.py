@@ -1,7 +1,8 @@
 """One forward pass of the real model on meta tensors: shapes run through the real code, and what autograd would keep.
 
 Routes decide how many rows each expert gets, and meta tensors have no values: ``even_plans`` stands in for the counts,
-every rank sends and receives its even share. Experts take the grouped path of GPUs.
+every rank sends and receives its even share. Experts take the grouped path of GPUs; ``GPU_KERNELS`` stands in for what
+PyTorch would compute otherwise there.
 
 Legend: L layers, T tokens, R routed rows a token, M = T * R rows here, P rows received, N experts, E local experts.
 """
@@ -50,7 +51,7 @@ def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any)
     return rows.new_empty(sum(receive), rows.shape[1])
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = True) -> Tensor:
     """The kernel that PyTorch takes on real devices; on meta it would take the one that keeps S x S scores."""
     y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     return y
@@ -73,6 +74,27 @@ def fused_norm(x: Tensor, shape: torch.Size, weight: Tensor | None = None, eps: 
     return y
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """Shape of ``torch._grouped_mm``, which has a rule for bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(x.shape[0], weight.shape[-1])
+
+
+def grouped_product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Stands in for ``torch._grouped_mm``, rows ``[P, D]`` and stacked weights ``[E, D, H]`` -> ``[P, H]``."""
+    y: Tensor = _GroupedProduct.apply(x, weight)
+    return y
+
+
+GPU_KERNELS: dict[str, Any] = {
+    "torch.nn.functional.rms_norm": fused_norm,
+    "torch.nn.functional.scaled_dot_product_attention": fused_attention,
+}
+
+
 @functools.cache
 def _meta_bincount() -> torch.library.Library:
     """PyTorch has no shape rule for ``bincount`` (its length depends on values); ours is always ``minlength``."""
@@ -91,7 +113,7 @@ def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance
 
     Args:
         model: on the meta device; left in evaluation mode, in which codebooks gather no statistics.
-        weights: ``cast_weights`` of it; bfloat16, the only type for which the grouped product has a shape rule.
+        weights: ``cast_weights`` of it.
         batch: sequences B.
         imbalance: rows a rank's experts receive, relative to the mean.
     """
@@ -102,23 +124,25 @@ def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance
     stand_ins: dict[str, Any] = {
         "vqmoe_ds.models.transformer.make_plans": plans,
         "vqmoe_ds.moe.layer.make_plans": plans,
-        "torch.nn.functional.rms_norm": fused_norm,
-        "torch.nn.functional.scaled_dot_product_attention": fused_attention,
+        **GPU_KERNELS,
     }
+    if next(iter(weights.values())).dtype is not torch.bfloat16:
+        stand_ins["torch._grouped_mm"] = grouped_product
     if layers and layers[0].exchange_group is None:  # no peers to ask
         stand_ins["vqmoe_ds.moe.dispatch._all_to_all"] = received_rows
+    known = {"source.table_ready": torch.ones((), dtype=torch.bool)} if model.source is not None else {}  # read on host
     with ExitStack() as stack, torch.device("meta"):
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch(name, stand_in))
         tokens_BS = torch.zeros(batch, model.config.model.sequence_length, dtype=torch.int64)
-        loss, aux_loss = functional_call(model, weights, (tokens_BS, tokens_BS))
+        loss, aux_loss = functional_call(model, {**weights, **known}, (tokens_BS, tokens_BS))
         total: Tensor = loss + aux_loss
         return total
 
 
-def kept_for_backward(model: MoETransformer, imbalance: float = 1.0) -> tuple[list[int], int]:
-    """Bytes that autograd keeps of one sequence in bfloat16: for every block, and outside of them; no weights."""
-    weights = cast_weights(model, torch.bfloat16)
+def kept_for_backward(model: MoETransformer, dtype: torch.dtype, imbalance: float = 1.0) -> tuple[list[int], int]:
+    """Bytes that autograd keeps of one sequence: for every block, and outside of them; no weights."""
+    weights = cast_weights(model, dtype)
     seen = {tensor.untyped_storage()._cdata: tensor for tensor in (*weights.values(), *model.buffers())}
     kept: Counter[str] = Counter()
     with _sections(model) as section:

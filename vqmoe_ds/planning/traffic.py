@@ -124,10 +124,10 @@ def _gathered(groups: list[Group], config: EngineConfig) -> tuple[int, int]:
 
 
 def _bookkeeping(groups: list[Group], config: EngineConfig) -> list[Transfer]:
-    """Losses (two float64), gradient norms and overflow flags: a few bytes, each a wait for all ranks."""
+    """Losses and tokens (three float64), gradient norms and overflow flags: a few bytes, each a wait for all ranks."""
     low = config.precision != "fp32"
     experts = sum(g.is_expert for g in groups)
-    all_ranks, ep, edp = 16, 0, 0
+    all_ranks, ep, edp = 24, 0, 0
     if config.zero_stage == 0:
         all_ranks, ep = all_ranks + 4, 1 if low else 4
     elif config.zero_stage == 1 and accumulates_in_fp32(config):
