@@ -84,6 +84,7 @@ def _with_batch_16(loaded):
     [
         ({"zer_optimization": {}}, {}, 1, None, "did you mean zero_optimization?"),
         ({"pipeline": {}}, {}, 1, None, "pipeline parallelism"),
+        ({"checkpoint": {"writer": {"decoupled": True}}}, {}, 1, None, "checkpoint.writer"),
         ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, {}, 1, None, "batch sizes contradict"),
         ({"train_batch_size": 3}, {}, 2, None, "batch sizes contradict"),
         ({"train_batch_size": 8}, {"train.batch_size": 16}, 1, None, "contradicts train_batch_size=8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -89,6 +90,34 @@ def test_a_killed_evaluation_leaves_no_half_file(finished, tmp_path):
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
+def test_without_a_killed_rank_the_others_leave_and_name_it(finished):
+    arguments = [*LAUNCHER, str(finished / "run"), "--corruptions", "all", "--seeds", "300", "--peer_timeout", "2"]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[0].stdout.readline().startswith("2 ranks score "), ranks[0].communicate()
+        ranks[1].kill()
+        started = time.monotonic()
+        _, said = ranks[0].communicate(timeout=30)
+        assert time.monotonic() - started < 10
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 76
+    assert said.startswith(f"error: rank 1 on {os.uname().nodename} is missing (no sign of life for ")
+    assert said.endswith("; the others leave; start it again\n") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -96,6 +125,7 @@ def test_a_killed_evaluation_leaves_no_half_file(finished, tmp_path):
         (["run", "--corrupt", "typos"], "the kind 'typos' is unknown; known are word_swap,"),
         (["run", "--corrupt", "word_drop:2"], "the rate '2' is not a number from 0 to 1"),
         (["run", "--stride", "0"], "--stride 0 is too small; the least is 1"),
+        (["run", "--peer_timeout", "0"], "--peer_timeout 0 is too small; give seconds, such as 120"),
         (["run", "--ep_size", "2"], "--ep_size 2 does not divide the 1 rank(s)"),
         (["run", "--json", "no/such/folder.json"], "--json no/such/folder.json cannot be written there"),
         (["run", "--stride", "33"], "--stride 33 must lie between 1 and the model's context of 32 tokens"),

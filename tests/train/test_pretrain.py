@@ -11,7 +11,8 @@ from tests.distributed import run_ranks
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.errors import ConfigError
-from vqmoe_ds.train.pretrain import agree_on, fit_to_tokenizer
+from vqmoe_ds.train.job import agree_on
+from vqmoe_ds.train.pretrain import fit_to_tokenizer
 from vqmoe_ds.train.ranks import Place
 
 CHECKSUM = "0123456789abcdef" * 4

@@ -66,7 +66,8 @@ def convert(options: argparse.Namespace) -> list[str]:
         CheckpointError: SRC is damaged or of another kind, DST exists, options contradict each other, the disk is full.
             Nothing is left at DST then.
     """
-    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.adapters import merged
+    from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
     from vqmoe_ds.checkpoint.store import MANIFEST, verify
 
     dst = Path(options.dst)
@@ -90,6 +91,9 @@ def convert(options: argparse.Namespace) -> list[str]:
             f"{reader.path} is of a model with deepspeed.moe.layer.MoE layers, not of this trainer's; "
             "--to native and --to portable take it"
         )
+    if options.to not in ("portable", "deepspeed"):
+        require_language_model(reader, f"--to {options.to}")
+        reader = merged(reader)
     lost = getattr(reader, "dropped", [])
     left = [f"left behind, as they are no plain values: client state {', '.join(lost)}"] if lost else []
     return [*writers[options.to](reader, dst, options), *left]
@@ -185,7 +189,7 @@ def check_complete(reader: CheckpointReader) -> None:
 
     reader.buffers()
     for kind in KINDS if reader.has_optimizer else KINDS[:1]:
-        for name in reader.names():
+        for name in reader.names_of(kind):
             reader.pieces(name, kind)
 
 

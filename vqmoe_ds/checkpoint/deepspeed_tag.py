@@ -57,6 +57,7 @@ class TagReader(CheckpointReader):
         self._model = self._load(first)
         self.client_state = {key: value for key, value in self._model.items() if key not in DEEPSPEED_KEYS}
         self.counters = {key: self._model.get(key) for key in COUNTERS}
+        self.frozen = frozenset(self.client_state.get("vqmoe_ds", {}).get("frozen", ()))
         self._experts = _expert_shapes(self._model.get("ds_autoep_layers") or [])
         self._check_same_run()
         self._shapes = self._find_shapes()
@@ -87,13 +88,16 @@ class TagReader(CheckpointReader):
                 self._pieces[kind] = self._flat_pieces(kind) if self._flat else self._stage0_pieces(kind)
             except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
                 raise CheckpointError(f"{self.path} is not laid out as DeepSpeed 0.19 does it ({error!r})") from None
-            for each in self.names():
+            for each in self.names_of(kind):
                 self._check_covered(each, kind)
+        if kind != "fp32" and name in self.frozen:
+            raise CheckpointError(f"{self.path} holds no {kind} of {name}, which was frozen")
         return self._pieces[kind][name]
 
     def _find_shapes(self) -> dict[str, tuple[int, ...]]:
         module, buffers = self._model["module"], set(self._model["buffer_names"])
-        recorded = {n: tuple(s) for group in self._model.get("param_shapes") or [] for n, s in group.items()}
+        groups = [*(self._model.get("param_shapes") or []), self._model.get("frozen_param_shapes") or {}]
+        recorded = {n: tuple(s) for group in groups for n, s in group.items()}
         dense = {name: recorded.get(name, stored.shape) for name, stored in module.items() if name not in buffers}
         dense = {name: shape for name, shape in dense.items() if name not in self._experts}
         return _in_model_order(dense, self._experts)
@@ -178,11 +182,10 @@ class TagReader(CheckpointReader):
     def _stage0_pieces(self, kind: str) -> dict[str, list[Piece]]:
         plain = self.layout["precision"] == "fp32"
         found: dict[str, list[Piece]] = {name: [] for name in self.names()}
+        if kind == "fp32":
+            for name in self.names() if plain else self.frozen:
+                found[name] = self._weights(name)
         if kind == "fp32" and plain:
-            for name in self.names():
-                found[name] = (
-                    self._expert_files(name) if name in self._experts else [_all_of(self._model["module"][name])]
-                )
             return found
         for rank in range(self._ep if self._experts else 1):
             optimizer = self._optimizer(rank)
@@ -193,6 +196,21 @@ class TagReader(CheckpointReader):
                 if name in self._experts or rank == 0:
                     found[name].append(Piece(rank * count if name in self._experts else 0, count, stored, begin))
         return found
+
+    def _weights(self, name: str) -> list[Piece]:
+        """The weights that the model ran on, which at stage 3 only frozen parameters have beside their masters."""
+        if name in self._experts:
+            return self._expert_files(name)
+        if self._stage < 3:
+            return [_all_of(self._model["module"][name])]
+        pieces, total = [], math.prod(self.shape(name))
+        part = -(-total // self._world)
+        for rank in range(self._world):
+            file = self._load(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            mine = max(0, min(part, total - rank * part))
+            if mine:
+                pieces.append(Piece(rank * part, mine, file["frozen_param_fragments"][name], 0))
+        return pieces
 
     def _expert_files(self, name: str) -> list[Piece]:
         prefix, total = name.rsplit(".", 1)[0], math.prod(self._experts[name])
@@ -207,10 +225,11 @@ class TagReader(CheckpointReader):
 
     def _optimizer_order(self) -> list[str]:
         """Names as the optimizer numbers them, see ``vqmoe_ds.train.engine.parameter_groups``."""
-        dense = [name for name in self.names() if name not in self._experts]
+        learned = self.names_of("exp_avg")
+        dense = [name for name in learned if name not in self._experts]
         matrices = [name for name in dense if len(self.shape(name)) >= 2]
         vectors = [name for name in dense if len(self.shape(name)) < 2]
-        return [*matrices, *vectors, *self._experts]
+        return [*matrices, *vectors, *(name for name in learned if name in self._experts)]
 
     def _by_number(
         self, optimizer: dict[str, Any], adam: dict[str, Any], kind: str
@@ -249,6 +268,8 @@ class TagReader(CheckpointReader):
             else:
                 stored = self._adam(optimizer)["state"][f.group][kind]
             found[f.name].append(Piece(f.start, f.length, stored, f.begin))
+        for name in self.frozen if kind == "fp32" else ():
+            found[name] = self._weights(name)
         for rank in range(self._world):
             self._check_adam(rank, self._adam(self._optimizer(rank)))
         return {name: sorted(pieces, key=lambda piece: piece.start) for name, pieces in found.items()}

@@ -31,6 +31,7 @@ class DiscreteOnly(WeightsReader):
             )
         self.source, self.path, self.kind, self.step = source, source.path, source.kind, source.step
         self.layout, self.counters, self.client_state = source.layout, source.counters, source.client_state
+        self.frozen = source.frozen
         self.config = discrete_config(source.config)
         self._shapes = {n: s for n, s in source.shapes.items() if not any(part in n for part in DROPPED)}
 

@@ -42,7 +42,7 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
         CheckpointError: it cannot be opened, or a file is not what the manifest says.
     """
     from vqmoe_ds.checkpoint.figures import health, sizes
-    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.reader import classes_of, describe_classes, open_checkpoint
     from vqmoe_ds.checkpoint.store import verify as verify_files
 
     reader = open_checkpoint(path)
@@ -53,6 +53,8 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
     found: dict[str, Any] = {
         **{"path": str(reader.path), "kind": reader.kind, "step": reader.step, "layout": reader.layout},
         **{"files": len(files), "bytes": sum(files), "manifest": checked},
+        "model": describe_classes(reader) if classes_of(reader) else "a language model",
+        "frozen": len(reader.frozen),
         "parameters": sizes(reader.shapes, reader.config),
         "optimizer": {"step": reader.optimizer_step()} if reader.has_optimizer else None,
         **{"skipped_steps": reader.counters.get("skipped_steps"), "layers": health(reader)},
@@ -84,6 +86,7 @@ def _text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['path']}: {found['kind']}, step {found['step']}, {adam}",
         f"  {found['files']} files, {found['bytes']:,} bytes; manifest: {found['manifest']}",
+        f"  {found['model']}" + (f", {found['frozen']} tensors frozen" if found["frozen"] else ""),
         "  written with " + (", ".join(f"{name} {value}" for name, value in layout.items()) or "no layout"),
         f"  {sizes['stored']:,} parameters, {sizes['active']:,} used by a token, "
         f"{sizes['forward_flops_per_token']:,} FLOPs a token forward",

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from vqmoe_ds.checkpoint.adapters import merged
 from vqmoe_ds.checkpoint.huggingface import run_config, tokenizer_of_data
 from vqmoe_ds.checkpoint.json_tokenizer import FILE, JsonTokenizer
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint, require_language_model
 from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_value
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
@@ -88,11 +89,13 @@ def load_model(
         device: where the model lives.
 
     Raises:
-        CheckpointError: nothing there, damaged, another model than its configuration says, or another tokenizer.
+        CheckpointError: nothing there, damaged, a classifier, another model than its configuration says, or another
+            tokenizer.
         ConfigError: ``ep_size`` does not divide the experts.
         DataError: the tokenizer named cannot be read.
     """
-    reader = open_checkpoint(path)
+    reader = merged(open_checkpoint(path))
+    require_language_model(reader, "this")
     config = run_config(reader.config, reader.path)
     if config.moe.num_experts % ep_size:
         raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")

@@ -51,6 +51,7 @@ class PortableReader(CheckpointReader):
         self.step, self.config = int(state["step"]), state["config"]
         self.layout = state.get("layout", manifest.get("layout", {}))
         self.client_state, self.counters = state.get("client_state", {}), state.get("counters", {})
+        self.frozen = frozenset(self.client_state.get("vqmoe_ds", {}).get("frozen", ()))
         self._optimizer_step = int(state.get("optimizer_step", 0))
         self._places = {"fp32": read_shards(path, "model")}
         if index_of(path, "optimizer").exists():
@@ -88,7 +89,7 @@ def write_portable(
     weights = [_entry(reader, n, "fp32", n) for n in reader.names()]
     files = write_shards(folder, "model", split_shards(weights, shard_bytes), tell)
     if reader.has_optimizer:
-        moments = [_entry(reader, n, kind, f"{kind}.{n}") for n in reader.names() for kind in KINDS[1:]]
+        moments = [_entry(reader, n, kind, f"{kind}.{n}") for n in reader.names_of(KINDS[1]) for kind in KINDS[1:]]
         files |= write_shards(folder, "optimizer", split_shards(moments, shard_bytes), tell)
     buffers = [entry_of(name, buffer) for name, buffer in reader.buffers().items()]
     files["buffers.safetensors"] = write_safetensors(folder / "buffers.safetensors", buffers)

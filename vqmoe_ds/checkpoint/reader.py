@@ -61,6 +61,9 @@ class CheckpointReader(ABC):
         saved = self.client_state.get("vqmoe_ds", {})
         return int(saved.get("samples", self.step * self.config.get("train", {}).get("batch_size", 0)))
 
+    frozen: frozenset[str] = frozenset()
+    """Parameters that did not learn, which have no moments."""
+
     _shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -88,6 +91,10 @@ class CheckpointReader(ABC):
         Raises:
             CheckpointError: a shard is missing, or there is no such tensor.
         """
+
+    def names_of(self, kind: str) -> list[str]:
+        """Parameters of which there are values of a kind (``KINDS``)."""
+        return [name for name in self.names() if kind == "fp32" or name not in self.frozen]
 
     def names(self) -> list[str]:
         """Parameters in the order of ``MoETransformer.named_parameters()``."""
@@ -179,6 +186,33 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         return TagReader(path, manifest)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} is not laid out as DeepSpeed 0.19 does it ({error!r})") from None
+
+
+def require_language_model(reader: CheckpointReader, purpose: str) -> None:
+    """Refuse a classifier.
+
+    Args:
+        purpose: what needs a language model, as the subject of a sentence.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if classes_of(reader):
+        raise CheckpointError(
+            f"{purpose} needs a language model, and {reader.path} is {describe_classes(reader)}; "
+            "give the checkpoint it was made from"
+        )
+
+
+def classes_of(reader: CheckpointReader) -> list[str]:
+    """The classes of a classifier; none of a language model."""
+    return list(reader.config.get("finetune", {}).get("classes", ()))
+
+
+def describe_classes(reader: CheckpointReader) -> str:
+    """Number and first names of a classifier's classes."""
+    classes = classes_of(reader)
+    return f"a classifier of {len(classes)} classes ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})"
 
 
 def _open_foreign(path: Path) -> CheckpointReader | None:

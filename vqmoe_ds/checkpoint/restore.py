@@ -79,11 +79,7 @@ def check_same_model(model: nn.Module, ep_size: int, reader: CheckpointReader) -
     Raises:
         CheckpointError: naming the first difference.
     """
-    ours: dict[str, tuple[int, ...]] = {}
-    for name, param in model.named_parameters():
-        first, *rest = getattr(param, "ds_shape", param.shape)
-        ours[name] = (first * ep_size if ".experts." in name else first, *rest)
-    theirs = reader.shapes
+    ours, theirs = whole_shapes(model, ep_size), reader.shapes
     for name in sorted(ours.keys() ^ theirs.keys()):
         where = ("this run", "the checkpoint") if name in ours else ("the checkpoint", "this run")
         raise CheckpointError(
@@ -94,6 +90,15 @@ def check_same_model(model: nn.Module, ep_size: int, reader: CheckpointReader) -
             raise CheckpointError(
                 f"{reader.path} holds another model: {name} is {list(theirs[name])} there, {list(shape)} here"
             )
+
+
+def whole_shapes(model: nn.Module, ep_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, experts stacked over all ranks, of a model that holds one of ``ep_size`` shares."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, param in model.named_parameters():
+        first, *rest = getattr(param, "ds_shape", param.shape)
+        shapes[name] = (first * ep_size if ".experts." in name else first, *rest)
+    return shapes
 
 
 # ---------------------------------------------------------------------- master weights and moments
@@ -170,7 +175,8 @@ def _slots(session: Session) -> Iterator[_Slot]:
                 yield _Slot(*place(param), param.numel(), master, 0)
     else:  # stage 0, float32: the weights are their own masters
         for param in session.model.parameters():
-            yield _Slot(*place(param), param.numel(), param, 0)
+            if param.requires_grad:
+                yield _Slot(*place(param), param.numel(), param, 0)
 
 
 def _partitioned_slots(groups: Any, rows: Any, place: Any) -> Iterator[_Slot]:
@@ -206,15 +212,26 @@ def first_value(name: str, param: Tensor, ep_rank: int) -> int:
 
 @torch.no_grad()
 def _fill_weights(session: Session, reader: CheckpointReader) -> None:
+    optimizer, ep_rank = session.engine.optimizer, session.config.ep_rank(session.place.rank)
     if session.config.zero_stage == 3:
-        _refresh_stage3(session.engine.optimizer)
-        return
-    if type(session.engine.optimizer).__module__.startswith("torch."):
-        return  # the weights were the masters
-    ep_rank = session.config.ep_rank(session.place.rank)
+        _refresh_stage3(optimizer)
+    # At stage 3 weights follow from the masters; at stage 0 in float32 they are the masters.
+    done = session.config.zero_stage == 3 or type(optimizer).__module__.startswith("torch.")
     for name, param in session.model.named_parameters():
+        if param.requires_grad and done:
+            continue
         slot = _Slot(name, first_value(name, param, ep_rank), param.numel(), param, 0)
-        _copy(reader, slot, "fp32", param.data.view(-1))
+        if hasattr(param, "ds_id"):
+            slot = _frozen_part(slot, param)
+        _copy(reader, slot, "fp32", slot.flat.data.view(-1))
+
+
+def _frozen_part(whole: _Slot, param: Any) -> _Slot:
+    """This rank's part of a parameter that ZeRO-3 holds in parts and no optimizer owns."""
+    part = param.partition_numel()
+    start = dist.get_rank(group=param.ds_process_group) * part
+    count = max(0, min(part, param.ds_numel - start))
+    return whole._replace(start=whole.start + start, length=count, flat=param.ds_tensor)
 
 
 def _refresh_stage3(optimizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,12 @@ import torch.distributed as dist
 
 from vqmoe_ds.checkpoint.reader import open_checkpoint
 from vqmoe_ds.checkpoint.restore import restore_any_layout
-from vqmoe_ds.checkpoint.store import (
-    checksums,
-    find_newest,
-    read_manifest,
-    remove,
-    retired,
-    tag_name,
-    verify,
-    write_manifest,
-)
+from vqmoe_ds.checkpoint.sealing import Sealing, as_halted
+from vqmoe_ds.checkpoint.store import find_newest, read_manifest, tag_name, verify
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
-from vqmoe_ds.errors import CheckpointError, TrainingHalted
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.train.engine import Session
 
 STRUCTURE = {
@@ -39,69 +31,55 @@ STRUCTURE = {
 def save(
     session: Session, folder: Path, step: int, keep_last: int, samples: int | None = None, keep_every: int = 0
 ) -> Path:
-    """Write, seal and only then make current a checkpoint of all ranks; old ones go when it reads back whole.
+    """``begin_save``, and wait until the checkpoint is sealed; returns its path."""
+    sealing = begin_save(session, folder, step, keep_last, samples, keep_every)
+    sealing.finish()
+    return sealing.tag
 
-    All ranks share the reading: every one takes some of the files.
+
+def begin_save(
+    session: Session,
+    folder: Path,
+    step: int,
+    keep_last: int,
+    samples: int | None = None,
+    keep_every: int = 0,
+    on_sealed: Callable[[], None] | None = None,
+) -> Sealing:
+    """Write a checkpoint of all ranks; it is sealed and made current while training goes on.
+
+    The last one's sealing must have ended. Old checkpoints go when this one reads back whole.
 
     Args:
         step: optimizer steps finished.
         keep_last: as ``run.keep_last``.
         samples: training samples consumed; None: ``step`` batches.
         keep_every: as ``run.keep_every``.
+        on_sealed: called on rank 0, in a thread, when the checkpoint exists.
 
     Raises:
         TrainingHalted: the files could not be written; what was saved before is untouched.
     """
     tag = folder / tag_name(step)
-    first = session.place.rank == 0
-    if first and tag.exists():
+    if session.place.rank == 0 and tag.exists():
         shutil.rmtree(tag)
     _barrier()
     config = session.config
     consumed = step * config.run.train.batch_size if samples is None else samples
     run = config.run.model_dump(mode="json")
     state = {"step": step, "samples": consumed, "layout": config.layout(), "config": run}
+    frozen = [name for name, param in session.model.named_parameters() if not param.requires_grad]
+    if frozen:
+        state["frozen"] = frozen
+    engine = session.engine
     try:
-        session.engine.save_checkpoint(str(folder), tag=tag.name, client_state={"vqmoe_ds": state}, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=tag.name, client_state={"vqmoe_ds": state}, save_latest=False)
+        if engine.checkpoint_engine.is_decoupled():  # its files are whole once they are committed
+            engine._commit_decoupled_checkpoint()
         _barrier()
-        files = _shared_checksums(tag, session.place.rank)
-        if first:
-            write_manifest(tag, state, files)
-            write_atomically(folder / "latest", tag.name)
-        old = _from_first(retired(folder, keep_last, keep_every) if first else [])
-        # Now by another rank: what counts is what the next job will read.
-        if old and _shared_checksums(tag, session.place.rank + 1) != files:
-            raise OSError("it reads back otherwise than it was written")
-        if first:
-            remove(old)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        halted = TrainingHalted(
-            f"checkpoint {tag} could not be written ({reason}); earlier checkpoints in {folder} are untouched; "
-            "free some space and start again to resume from the newest"
-        )
-        halted.local = True
-        raise halted from error
-    _barrier()
-    return tag
-
-
-def _shared_checksums(tag: Path, rank: int) -> dict[str, Any]:
-    """``checksums`` of all files, on all ranks."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return checksums(tag)
-    world = dist.get_world_size()
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, checksums(tag, rank % world, world))
-    return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
-
-
-def _from_first(paths: list[Path]) -> list[Path]:
-    """Rank 0's answer on all ranks: others may see an older state of the file system."""
-    answer: list[Any] = [paths]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return list(answer[0])
+        raise as_halted(error, tag) from error
+    return Sealing(tag, state, session.place.rank, keep_last, keep_every, on_sealed)
 
 
 def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]]:

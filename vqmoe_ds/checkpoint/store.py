@@ -110,7 +110,9 @@ def retired(folder: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
     best = read_best(folder)[0]
     sealed = sorted(tag for tag in folder.glob("global_step*") if (tag / MANIFEST).exists())
     return [
-        tag for tag in sealed[:-keep_last] if tag.name != best and not (keep_every and _step(tag) % keep_every == 0)
+        tag
+        for tag in sealed[:-keep_last]
+        if tag.name != best and not (keep_every and _step(tag.name) % keep_every == 0)
     ]
 
 
@@ -129,9 +131,16 @@ def read_best(folder: Path) -> tuple[str | None, float]:
         return None, float("inf")
 
 
+def forget_best_after(folder: Path, step: int) -> None:
+    """Drop the mark of a best checkpoint that the run, resumed at ``step``, has not reached: it is found again."""
+    best = read_best(folder)[0]
+    if best is not None and _step(best) > step:
+        (folder / "best").unlink()
+
+
 def write_best(folder: Path, tag: str, validation_loss: float) -> None:
     write_atomically(folder / "best", json.dumps({"tag": tag, "validation_loss": validation_loss}) + "\n")
 
 
-def _step(tag: Path) -> int:
-    return int(tag.name.removeprefix("global_step"))
+def _step(name: str) -> int:
+    return int(name.removeprefix("global_step"))

@@ -43,7 +43,12 @@ class TagLayout:
     precision: str = "fp32"
 
     def check(self, reader: CheckpointReader) -> None:
-        """Raises: CheckpointError: sizes that divide nothing."""
+        """Raises: CheckpointError: sizes that divide nothing, or frozen weights."""
+        if reader.frozen:
+            raise CheckpointError(
+                f"{reader.path} is of a fine-tuning that froze {len(reader.frozen)} parameters, which tags written "
+                "without an engine cannot hold; it resumes on any layout as it is, or take --to portable"
+            )
         experts = reader.config["moe"]["num_experts"]
         if self.world_size % self.ep_size:
             raise CheckpointError(f"--ep {self.ep_size} does not divide --world {self.world_size}")

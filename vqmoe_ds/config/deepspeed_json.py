@@ -131,6 +131,12 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
             raise ConfigError(f"DeepSpeed config {path}: {key} ({UNSUPPORTED[key]}) is not supported here; remove it")
         if key not in TOP_LEVEL_KEYS:
             raise ConfigError(f"DeepSpeed config {path}: top-level key {key!r} is unknown; {_near(key)}")
+    checkpoint = values.get("checkpoint")
+    if isinstance(checkpoint, dict) and checkpoint.get("writer"):
+        raise ConfigError(
+            f"DeepSpeed config {path}: checkpoint.writer (DeepSpeed's own checkpoint writers) is not supported here; "
+            "remove it: checkpoints are sealed while training goes on"
+        )
     return values
 
 

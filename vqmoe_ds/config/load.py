@@ -29,16 +29,21 @@ def preset_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_config(preset: str = "tiny", file: str | None = None, overrides: dict[str, Any] | None = None) -> LoadedConfig:
+def load_config(
+    preset: str = "tiny",
+    file: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    base: dict[str, Any] | None = None,
+) -> LoadedConfig:
     """Fill a ``RunConfig``: preset first, then the YAML file, then overrides (dotted name -> value).
+
+    Args:
+        base: sections to start from instead of a preset.
 
     Raises:
         ConfigError: unknown preset or key (the nearest known one is named), wrong type, contradiction.
     """
-    if preset not in preset_names():
-        raise ConfigError(f"preset {preset!r} is unknown; {_nearest(preset, preset_names())}")
-    text = resources.files("vqmoe_ds.config").joinpath("presets", f"{preset}.yaml").read_text()
-    values: dict[str, Any] = yaml.safe_load(text) or {}
+    values = _read_preset(preset) if base is None else base
     explicit: set[str] = set()
     if file is not None:
         values = _merge(values, _read_sections(file), explicit)
@@ -52,6 +57,13 @@ def load_config(preset: str = "tiny", file: str | None = None, overrides: dict[s
         return LoadedConfig(RunConfig.model_validate(values), frozenset(explicit))
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    if preset not in preset_names():
+        raise ConfigError(f"preset {preset!r} is unknown; {_nearest(preset, preset_names())}")
+    text = resources.files("vqmoe_ds.config").joinpath("presets", f"{preset}.yaml").read_text()
+    return yaml.safe_load(text) or {}
 
 
 def parse_override(text: str) -> tuple[str, Any]:

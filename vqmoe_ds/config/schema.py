@@ -72,6 +72,17 @@ class CodeMap(StrEnum):
     BALANCED = "balanced"
 
 
+class Trainable(StrEnum):
+    EXPERTS = "experts"
+    HEAD = "head"
+    ALL = "all"
+
+
+class Pool(StrEnum):
+    MEAN = "mean"
+    LAST = "last"
+
+
 class ModelConfig(_Section):
     """The transformer around the experts: pre-norm decoder, RMSNorm, rotary positions, causal SDPA attention."""
 
@@ -176,9 +187,10 @@ class CodebookConfig(_Section):
     source_block: int = _f(0, "source=early_block: index of the block whose output is looked at", ge=0)
     source_momentum: float = _f(
         0.0,
-        "look at a moving average of the embedding table with this momentum a step; 0: at the live table",
+        "look at a moving average of the embedding table with this momentum a step; 0: at the live table; 1: at a copy "
+        "that never moves",
         ge=0,
-        lt=1,
+        le=1,
     )
     normalize_source: bool = _f(True, "scale source vectors to unit root mean square before the lookup")
     code_dim: int = _f(0, "look codes up in a fixed random projection to this width; 0: full width", "features", ge=0)
@@ -244,6 +256,28 @@ class DataConfig(_Section):
     cache_dir: str | None = _f(None, "prepared data: folder of shuffled indices; none: data_index in the run folder")
 
 
+class FinetuneConfig(_Section):
+    """What is fine-tuned on what; read by ``launchers/finetune.py`` alone, which fills in the first three."""
+
+    checkpoint: str | None = _f(None, "where the run started from; none: it is no fine-tuning")
+    task: str | None = _f(
+        None, "sst2, sst5, imdb, banking77, a CSV, TSV, JSONL or folder, NAME=PATH, or lm (language modelling)"
+    )
+    classes: tuple[str, ...] = _f((), "names of the classes, found in the training set; none: a language model")
+    text_key: str = _f("text", "column or key of the text")
+    label_key: str | None = _f(None, "column or key of the label; none: label, in banking77 category")
+    skip_bad_rows: bool = _f(False, "leave rows out, and count them, that have no text or no known label")
+    discrete: bool = _f(True, "of a vq checkpoint keep the discrete path alone, with codebook and quantizer frozen")
+    trainable: Trainable = _f(Trainable.EXPERTS, "what learns: experts (with the head), head, or all but the quantizer")
+    lora_rank: int = _f(0, "rank of LoRA adapters on the attention's matrices, which learn too; 0: none", ge=0)
+    lora_alpha: float = _f(16.0, "LoRA: adapters count by this over their rank", gt=0)
+    pool: Pool = _f(Pool.MEAN, "what a text is classified by: the mean of its tokens' states, or the last one")
+    epochs: float = _f(5.0, "passes over the training texts, unless train.steps is set", "epochs", gt=0)
+    patience: int = _f(5, "validations in a row without a new best loss after which training ends; 0: never", ge=0)
+    holdout: float = _f(0.1, "share of the training texts held out for each split the task does not have", gt=0, lt=0.5)
+    shots: int = _f(0, "training texts of each class, drawn by the seed; 0: all", "texts", ge=0)
+
+
 class OutputConfig(_Section):
     """The run folder and what is written to it, and when."""
 
@@ -273,6 +307,7 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     run: OutputConfig = OutputConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

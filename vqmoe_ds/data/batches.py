@@ -16,15 +16,24 @@ MASKED = -100
 """A target that is not to be learned; what ``torch.nn.functional.cross_entropy`` ignores."""
 
 
+PADDING = -1
+"""Stands after the end of a text that is shorter than the longest of its batch; no token has this id."""
+
+
 class Batch(NamedTuple):
-    """Windows of text and what follows each of their tokens."""
+    """Windows of text and what follows each of their tokens; of labelled texts, the texts and their labels ``[B]``."""
 
     inputs_BS: np.ndarray
     """int64"""
     targets_BS: np.ndarray
     """int64; ``MASKED`` where a document starts"""
     bytes_B: np.ndarray | None
-    """UTF-8 bytes that the targets of each window stand for; None where the tokenizer is unknown"""
+    """UTF-8 bytes that the targets of each window stand for; None where that is unknown, or targets are labels"""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, padding not counted."""
+        return int((self.inputs_BS != PADDING).sum())
 
 
 class Windows(Protocol):

@@ -61,14 +61,15 @@ class KnownSet:
     """What the labels 0, 1, … mean; empty where the labels are names themselves."""
     label_key: str = "label"
     hub_label_key: str = "label"
+    splits: tuple[Split, ...] = ("train", "validation", "test")
 
 
 KNOWN_SETS = {
     # Copies of SST with the labels of the test split, which the GLUE form of SST-2 keeps secret.
     "sst2": KnownSet("SetFit/sst2", ("negative", "positive")),
     "sst5": KnownSet("SetFit/sst5", ("very negative", "negative", "neutral", "positive", "very positive")),
-    "imdb": KnownSet("stanfordnlp/imdb", ("negative", "positive")),
-    "banking77": KnownSet("mteb/banking77", label_key="category", hub_label_key="label_text"),
+    "imdb": KnownSet("stanfordnlp/imdb", ("negative", "positive"), splits=("train", "test")),
+    "banking77": KnownSet("mteb/banking77", label_key="category", hub_label_key="label_text", splits=("train", "test")),
 }
 
 
@@ -123,6 +124,23 @@ def open_labelled(
             raise DataError(f"{place} is one file: pass the classes of its training set to read its {split} split")
         classes = _collect(name, rows("train"), None, "skip").classes
     return _collect(name, rows(split), classes, on_error)
+
+
+def has_split(spec: str, split: Split) -> bool:
+    """Whether a set has files of a split; one that is a single file has the training split alone.
+
+    Raises:
+        DataError: nothing there.
+    """
+    _, equals, place = spec.partition("=")
+    if not equals and spec in KNOWN_SETS:
+        return split in KNOWN_SETS[spec].splits
+    path = Path(place if equals else spec)
+    if path.is_file():
+        return split == "train"
+    if not path.is_dir():
+        raise DataError(f"labelled set {path} does not exist; known names are {', '.join(KNOWN_SETS)}")
+    return any(re.match(rf"({'|'.join(SPLIT_NAMES[split])})[-.]", file.name) for file in path.iterdir())
 
 
 def _collect(name: str, rows: Iterator[_Row], classes: Sequence[str] | None, on_error: OnError) -> LabelledSet:

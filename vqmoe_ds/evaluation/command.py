@@ -14,7 +14,7 @@ from typing import Any
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.train.console import Console
-from vqmoe_ds.train.pretrain import leave_together
+from vqmoe_ds.train.job import leave_together, watch_peers
 from vqmoe_ds.train.ranks import Place, find_place, likely_rank
 
 
@@ -44,6 +44,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
     add("--json", metavar="FILE", help="write every figure there")
     add("--ep_size", type=int, default=1, metavar="N", help="ranks over which the experts are spread (default 1)")
+    add(
+        "--peer_timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="a rank that shows no life for so long is missing: the others leave (default 120)",
+    )
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -80,6 +87,8 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value} is too small; the least is {least}")
+    if args.peer_timeout <= 0:
+        raise ConfigError(f"--peer_timeout {args.peer_timeout:g} is too small; give seconds, such as 120")
     if place.world_size % args.ep_size:
         raise ConfigError(
             f"--ep_size {args.ep_size} does not divide the {place.world_size} rank(s); start them with "
@@ -102,19 +111,29 @@ def _evaluate(
 
     tune_allocator()
     # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
+    from vqmoe_ds.train.engine import set_up_torch
+
+    set_up_torch(place)
+    with watch_peers(place, console, args.peer_timeout, "start it again"):
+        return _score(args, corruptions, place, console)
+
+
+def _score(
+    args: argparse.Namespace, corruptions: tuple[Corruption, ...], place: Place, console: Console
+) -> tuple[Any, float]:
     import torch
 
     from vqmoe_ds.checkpoint.load_model import load_model
     from vqmoe_ds.evaluation.evaluate import Options, checked_stride, evaluate
     from vqmoe_ds.evaluation.texts import open_texts
-    from vqmoe_ds.train.engine import set_up_torch
 
-    set_up_torch(place)
     device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
     loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, place.rank % args.ep_size, device)
     checked_stride(args.stride, loaded.config.model.sequence_length)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)
+    if place.world_size > 1:
+        console.say(f"{place.world_size} ranks score {args.checkpoint}")
     started = time.monotonic()
     progress = partial(_bar, console)
     result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)

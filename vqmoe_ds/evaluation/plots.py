@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 
 
-def plot_loss(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Training and validation bits per byte (nats a token where bytes are unknown) against steps, as PNG."""
+def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token") -> None:
+    """Training and validation bits per byte (nats a ``target`` where bytes are unknown) against steps, as PNG."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     unit, name, valid_name = "bits per byte", "bits_per_byte", "validation_bits_per_byte"
     if all(r.get(name) is None for r in rows):
-        unit, name, valid_name = "nats per token", "loss", "validation_loss"
+        unit, name, valid_name = f"nats per {target}", "loss", "validation_loss"
     train = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
     valid = [(r["step"], r[valid_name]) for r in rows if r.get(valid_name) is not None]
     if train:

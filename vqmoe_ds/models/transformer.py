@@ -1,6 +1,7 @@
 """The language model: a pre-norm decoder with sparse experts. Plain PyTorch, no engine calls.
 
-Legend: B batch, S sequence, T = B * S tokens, D width, A heads, H width of a head, L MoE layers, V vocabulary.
+Legend: B batch, S sequence, T = B * S tokens, M of them real (not padding), D width, A heads, H width of a head,
+L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, Router, RunConfig
 from vqmoe_ds.data.batches import MASKED
+from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import make_plans
@@ -57,8 +59,9 @@ class Attention(nn.Module):
         self.register_buffer("cos_SH", angles.cos(), persistent=False)
         self.register_buffer("sin_SH", angles.sin(), persistent=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, past: BlockCache | None = None) -> Tensor:
         batch, length, _ = x_BSD.shape
+        start = 0 if past is None else past.position_of(length)
         qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
         q_BSAH, k_BSAH, v_BSAH = qkv.unbind(2)
         if self.qk_norm is QKNorm.HEADS:
@@ -67,11 +70,15 @@ class Attention(nn.Module):
             q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
             k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
         q, k, v = (x.transpose(1, 2) for x in (q_BSAH, k_BSAH, v_BSAH))
-        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        q, k = self._rotate(q, start), self._rotate(k, start)
+        if past is not None:
+            k, v = past.append(k, v)
+        mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if start else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        cos, sin = self.cos_SH[: x.shape[-2]].to(x.dtype), self.sin_SH[: x.shape[-2]].to(x.dtype)
+    def _rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        cos, sin = (table[start : start + x.shape[-2]].to(x.dtype) for table in (self.cos_SH, self.sin_SH))
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -98,14 +105,21 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config.width), feed_forward
 
     def forward(
-        self, x_BSD: Tensor, known: KnownRoute | None, bank: CodebookBank | None
+        self,
+        x_BSD: Tensor,
+        known: KnownRoute | None,
+        bank: CodebookBank | None,
+        past: BlockCache | None = None,
+        real_M: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        normed_BSD = self.mlp_norm(x_BSD)
-        if isinstance(self.mlp, MoELayer):
-            y_BSD, aux_loss = self.mlp(normed_BSD, known, bank)
-            return x_BSD + y_BSD, aux_loss
-        return x_BSD + self.mlp(normed_BSD), None
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past)
+        rows = self.mlp_norm(x_BSD)
+        if real_M is not None:  # padding reaches no expert: to those the real tokens are one sequence
+            rows = real_tokens(rows, real_M).unsqueeze(0)
+        y, aux_loss = self.mlp(rows, known, bank) if isinstance(self.mlp, MoELayer) else (self.mlp(rows), None)
+        if real_M is not None:
+            y = torch.zeros_like(x_BSD).flatten(0, 1).index_copy(0, real_M, y.squeeze(0)).view_as(x_BSD)
+        return x_BSD + y, aux_loss
 
 
 class MoETransformer(nn.Module):
@@ -167,13 +181,16 @@ class MoETransformer(nn.Module):
         for layer in self.moe_layers():
             draw_linear_maps(layer.router, seed, layer.layer)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (language-model loss, auxiliary loss) with targets, or (logits ``[B, S, V]``, auxiliary loss).
 
         The loss to train on is the sum of the two; the first alone is what is reported. It is the mean over the
-        targets that are not ``MASKED``, and 0 where all are.
+        targets that are not ``MASKED``, and 0 where all are. With a ``cache`` the tokens follow those read before, in
+        evaluation mode and by a causal router.
         """
-        x_BSD, aux_loss = self.states(tokens_BS)
+        x_BSD, aux_loss = self.states(tokens_BS, cache)
         logits_BSV = self.head(x_BSD)
         if targets_BS is None:
             return logits_BSV, aux_loss
@@ -182,10 +199,20 @@ class MoETransformer(nn.Module):
         )
         return total / targets_BS.ne(MASKED).sum().clamp_min(1), aux_loss
 
-    def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised states ``[B, S, D]`` after the last block, and the auxiliary loss of all routers."""
+    def states(
+        self, tokens_BS: Tensor, cache: Cache | None = None, real_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised states ``[B, S, D]`` after the last block, and the auxiliary loss of all routers.
+
+        Args:
+            real_BS: False where a token is padding, which must follow the real ones: MLPs, experts, routers, codebook
+                and all statistics never see it. None: all are real.
+        """
+        real_M = None if real_BS is None else real_BS.flatten().nonzero().squeeze(1)
         x_BSD = self.embed(tokens_BS)
-        known = self._routes_ahead(tokens_BS, x_BSD)
+        known = self._routes_ahead(tokens_BS, x_BSD, cache, real_M)
+        if real_BS is not None and self.config.moe.router is Router.EXPERT_CHOICE:
+            known = dict.fromkeys(self.moe_blocks, KnownRoute(lengths=tuple(real_BS.sum(dim=1).tolist())))
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
         recompute = self.config.train.activation_checkpointing and self.training
         early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
@@ -195,40 +222,53 @@ class MoETransformer(nn.Module):
             if previous_T is not None:
                 route = KnownRoute(previous_T=previous_T)
             if recompute:
-                x_BSD, aux = checkpoint(block, x_BSD, route, self.bank, use_reentrant=False)
+                x_BSD, aux = checkpoint(block, x_BSD, route, self.bank, None, real_M, use_reentrant=False)
             else:
-                x_BSD, aux = block(x_BSD, route, self.bank)
+                x_BSD, aux = block(x_BSD, route, self.bank, None if cache is None else cache.blocks[index], real_M)
             if aux is not None:
                 aux_loss = aux_loss + aux
             if isinstance(block.mlp, MoELayer):
                 previous_T = block.mlp.first_choice_T
             if early and index == self.config.codebook.source_block:
-                known = self._plan_from_source(x_BSD, first_block=index + 1)
+                known = self._plan_from_source(real_tokens(x_BSD, real_M), first_block=index + 1)
+        if cache is not None:
+            cache.advance(tokens_BS)
         return self.norm(x_BSD), aux_loss
+
+    def new_cache(self) -> Cache:
+        """An empty cache for texts as long as the context."""
+        return Cache(len(self.blocks), self.config.model.sequence_length)
 
     # ------------------------------------------------------------ routes known ahead
 
-    def _routes_ahead(self, tokens_BS: Tensor, embedded_BSD: Tensor) -> dict[int, KnownRoute]:
+    def _routes_ahead(
+        self, tokens_BS: Tensor, embedded_BSD: Tensor, cache: Cache | None, real_M: Tensor | None
+    ) -> dict[int, KnownRoute]:
         """Routes of the blocks whose experts follow from the tokens, by block index."""
         moe, book = self.config.moe, self.config.codebook
         if self.token_table_LV is not None:
-            return self._plans(self.token_table_LV[:, tokens_BS.flatten()], list(self.moe_blocks))
+            return self._plans(self.token_table_LV[:, real_tokens(tokens_BS, real_M)], list(self.moe_blocks))
         if moe.router is Router.STABLEMOE:
-            return dict.fromkeys(self.moe_blocks, KnownRoute(token_ids_T=tokens_BS.flatten()))
+            return dict.fromkeys(self.moe_blocks, KnownRoute(token_ids_T=real_tokens(tokens_BS, real_M)))
         if self.bank is None or self.source is None:
             return {}
         if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
-            return self._plan_from_source(embedded_BSD, 0, book.source_block + 1)
+            return self._plan_from_source(real_tokens(embedded_BSD, real_M), 0, book.source_block + 1)
         if not routes_ahead(moe, book):
             return {}
-        return self._plan_from_source(self.source(tokens_BS, embedded_BSD))
+        if cache is None:
+            return self._plan_from_source(real_tokens(self.source(tokens_BS, embedded_BSD), real_M))
+        ids = cache.with_earlier(tokens_BS, self.source.looks_back)
+        start = cache.length + tokens_BS.shape[1] - ids.shape[1]
+        source_BSD = self.source(ids, self.embed(ids), start)[:, -tokens_BS.shape[1] :]
+        return self._plan_from_source(real_tokens(source_BSD, real_M))
 
     def _plan_from_source(
-        self, source_BSD: Tensor, first_block: int = 0, end_block: int | None = None
+        self, source_MD: Tensor, first_block: int = 0, end_block: int | None = None
     ) -> dict[int, KnownRoute]:
         assert self.bank is not None
         bank, end = self.bank, len(self.blocks) if end_block is None else end_block
-        z_TC = bank.prepare(source_BSD.flatten(0, 1))
+        z_TC = bank.prepare(source_MD)
         codes_LT = bank.lookup_all(z_TC)
         blocks, experts = [], []
         for layer, block in enumerate(self.moe_blocks):
@@ -250,6 +290,12 @@ class MoETransformer(nn.Module):
         """The MoE layers in order."""
         layers = [self.blocks[index].mlp for index in self.moe_blocks]
         return [layer for layer in layers if isinstance(layer, MoELayer)]
+
+
+def real_tokens(x_BS: Tensor, real_M: Tensor | None) -> Tensor:
+    """``[B, S, ...]`` -> the rows ``[M, ...]`` of the real tokens; of all T where none is padding."""
+    rows = x_BS.flatten(0, 1)
+    return rows if real_M is None else rows.index_select(0, real_M)
 
 
 def moe_block_indices(model: ModelConfig) -> list[int]:

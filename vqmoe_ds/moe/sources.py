@@ -25,7 +25,7 @@ class EmbeddingSource(nn.Module):
     * ``context``: ``sum_j decay^j roll(e(x_{t-j}), j)`` over the last ``context_window`` tokens. Rolling the features
       by one place per step back keeps word order (permutation binding, Kanerva 2009). It looks back only.
 
-    With ``source_momentum`` the embeddings come from a moving average of the table.
+    With ``source_momentum`` the embeddings come from a moving average of the table; at 1, from a copy of it.
     """
 
     table_VD: Tensor | None
@@ -41,14 +41,21 @@ class EmbeddingSource(nn.Module):
         positions = _sinusoids(sequence_length, width) if config.source is CodeSource.POSITION_EMBEDDING else None
         self.register_buffer("positions_SD", positions, persistent=False)
 
+    @property
+    def looks_back(self) -> int:
+        """Tokens before a token that its vector is made of."""
+        return self.config.context_window - 1 if self.config.source is CodeSource.CONTEXT else 0
+
     @torch.no_grad()
-    def forward(self, tokens_BS: Tensor, embedded_BSD: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, embedded_BSD: Tensor, start: int = 0) -> Tensor:
+        """Vectors of tokens whose first stands at position ``start``."""
         source_BSD = embedded_BSD.detach().float()
         if self.table_VD is not None and bool(self.table_ready):
             source_BSD = F.embedding(tokens_BS, self.table_VD)
         if self.positions_SD is not None:
             unit_BSD = F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6)
-            return unit_BSD + self.config.position_weight * self.positions_SD[: tokens_BS.shape[1]]
+            positions_SD = self.positions_SD[start : start + tokens_BS.shape[1]]
+            return unit_BSD + self.config.position_weight * positions_SD
         if self.config.source is CodeSource.CONTEXT:
             return self._mix(F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6))
         return source_BSD
@@ -60,10 +67,15 @@ class EmbeddingSource(nn.Module):
             mixed_BSD[:, back:] += self.config.context_decay**back * earlier
         return mixed_BSD
 
+    @property
+    def follows(self) -> bool:
+        """Whether the table still moves; at a momentum of 1 it does not, once it is there."""
+        return self.table_VD is not None and not (self.config.source_momentum == 1 and bool(self.table_ready))
+
     @torch.no_grad()
     def follow(self, embedding_VD: Tensor) -> None:
         """Move the averaged table toward the live one; once per optimizer step, the same on all ranks."""
-        if self.table_VD is None:
+        if self.table_VD is None or not self.follows:
             return
         momentum = self.config.source_momentum if bool(self.table_ready) else 0.0
         self.table_VD.mul_(momentum).add_(embedding_VD.float(), alpha=1 - momentum)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from vqmoe_ds.checkpoint.figures import sizes
-from vqmoe_ds.checkpoint.session import save
-from vqmoe_ds.checkpoint.store import read_best, write_best
+from vqmoe_ds.checkpoint.restore import whole_shapes
+from vqmoe_ds.checkpoint.sealing import Sealing
+from vqmoe_ds.checkpoint.session import begin_save
+from vqmoe_ds.checkpoint.store import forget_best_after, read_best, tag_name, write_best
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import TrainingHalted
@@ -24,6 +28,7 @@ from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.files import write_atomically
 from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.train.console import Console
+from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
@@ -88,8 +93,9 @@ class Metrics(Callback):
         row = self._row(trainer, result)
         self.file.write(row)
         trainer.last_metrics = row
+        left = (trainer.total_steps - result.step) * sum(r.seconds for r in self._results) / len(self._results)
         self._results = []
-        self.console.progress(result.step, trainer.total_steps, _line(row, trainer))
+        self.console.progress(result.step, trainer.total_steps, _line(row, trainer.total_steps, left))
         if "slowest_rank" in row:
             self.console.say(health_line(row))
         sync = trainer.session.sync
@@ -99,12 +105,11 @@ class Metrics(Callback):
             )
 
     def _row(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
-        train, model = trainer.session.config.run.train, trainer.session.config.run.model
         finite = [r for r in self._results if math.isfinite(r.loss)]
         loss = sum(r.loss for r in finite) / len(finite) if finite else None
         sizes = [r.bytes_per_token for r in finite if r.bytes_per_token is not None]
         norm = trainer.session.engine.get_global_grad_norm()
-        tokens = len(self._results) * train.batch_size * model.sequence_length
+        tokens = sum(r.tokens for r in self._results)
         seconds = max(sum(r.seconds for r in self._results), 1e-9)
         row: dict[str, Any] = {
             "step": result.step,
@@ -122,35 +127,68 @@ class Metrics(Callback):
         return {**row, **self.meter.measure(seconds, len(self._results)), **self.health.measure()}
 
 
-class Validation(Callback):
-    """Validation on part of the held-out text every ``eval_every`` steps."""
+class Scored(Protocol):
+    """What a validation found."""
 
-    def __init__(self, console: Console, file: MetricsFile, windows: Windows) -> None:
-        self.console, self.file, self.windows = console, file, windows
+    @property
+    def loss(self) -> float: ...
+
+    def row(self) -> dict[str, Any]:
+        """As metrics name it."""
+
+
+class Validation(Callback):
+    """Validation on part of what is held out every ``eval_every`` steps.
+
+    Args:
+        measure: of a session and the number of batches it may take.
+        at_ends: also before the first step and after the last.
+    """
+
+    def __init__(
+        self, console: Console, file: MetricsFile, measure: Callable[[Session, int], Scored], at_ends: bool = False
+    ) -> None:
+        self.console, self.file, self.measure, self.at_ends = console, file, measure, at_ends
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self.at_ends and trainer.step == 0:
+            self._validate(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        output = trainer.session.config.run.run
-        if not output.eval_every or result.step % output.eval_every or result.step == trainer.total_steps:
-            return
-        score = validate(trainer.session, self.windows, output.eval_batches)
-        trainer.last_validation = (result.step, score.loss)
-        self.file.write({"step": result.step, **score.row()})
-        self.console.say(f"step {result.step}: validation {score}")
+        every = trainer.session.config.run.run.eval_every
+        last = result.step == trainer.total_steps
+        if self.at_ends if last else every and result.step % every == 0:
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        score = self.measure(trainer.session, trainer.session.config.run.run.eval_batches)
+        trainer.last_validation = (trainer.step, score.loss)
+        self.file.write({"step": trainer.step, **score.row()})
+        self.console.say(f"step {trainer.step}: validation {score}")
 
 
 class Checkpoints(Callback):
-    """Saves every ``save_every`` steps, at the best validation, at the end, and when training stops early."""
+    """Saves every ``save_every`` steps, at the best validation, at the end, and when training stops early.
+
+    Training waits until the files are written, not until they are sealed.
+    """
 
     def __init__(self, console: Console, folder: Path) -> None:
         self.console, self.folder = console, folder
         self._saved_step = -1
+        self._sealing: Sealing | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         self._saved_step = trainer.step
+        if trainer.session.place.rank == 0:
+            forget_best_after(self.folder, trainer.step)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         output = trainer.session.config.run.run
+        if self._sealing is not None:
+            self._sealing.check()
         if trainer.bad_in_a_row:
+            self._finish()  # this may be the end
             return
         best = output.keep_best and self._is_best(trainer)
         if best or (output.save_every and result.step % output.save_every == 0):
@@ -159,6 +197,7 @@ class Checkpoints(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.step:
             self._save(trainer)
+        self._finish()
         if trainer.stop_reason is not None:
             self.console.say(
                 f"stopped by {trainer.stop_reason} after step {trainer.step}; saved {trainer.last_checkpoint}"
@@ -169,16 +208,25 @@ class Checkpoints(Callback):
         step, loss = trainer.last_validation or (-1, math.inf)
         if step != trainer.step:
             return False
+        self._finish()  # which may write the mark
         better = trainer.session.place.rank == 0 and loss < read_best(self.folder)[1]
         return float(trainer.session.sum_over_ranks(torch.tensor([float(better)], device=trainer.session.device))) > 0
 
     def _save(self, trainer: Trainer, best: bool = False) -> None:
         started, output = time.perf_counter(), trainer.session.config.run.run
-        tag = save(trainer.session, self.folder, trainer.step, output.keep_last, trainer.samples, output.keep_every)
-        if best and trainer.session.place.rank == 0 and trainer.last_validation is not None:
-            write_best(self.folder, tag.name, trainer.last_validation[1])
-        trainer.last_checkpoint, self._saved_step = str(tag), trainer.step
+        self._finish()
+        tag, loss = tag_name(trainer.step), trainer.last_validation[1] if trainer.last_validation else math.inf
+        self._sealing = begin_save(
+            *(trainer.session, self.folder, trainer.step, output.keep_last, trainer.samples, output.keep_every),
+            on_sealed=functools.partial(write_best, self.folder, tag, loss) if best else None,
+        )
+        trainer.last_checkpoint, self._saved_step = str(self.folder / tag), trainer.step
         trainer.save_seconds = round(time.perf_counter() - started, 3)
+
+    def _finish(self) -> None:
+        if self._sealing is not None:
+            self._sealing.finish()
+            self._sealing = None
 
 
 class Signals(Callback):
@@ -262,23 +310,18 @@ class FinalReport(Callback):
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
     """Stored and active (used by one token) parameters of the whole model, experts of other ranks included."""
-    config, shapes = trainer.session.config, {}
-    for name, param in trainer.session.model.named_parameters():
-        first, *rest = getattr(param, "ds_shape", param.shape)
-        shapes[name] = (first * config.ep_size if ".experts." in name else first, *rest)
-    counts = sizes(shapes, config.run.model_dump(mode="json"))
+    config = trainer.session.config
+    counts = sizes(whole_shapes(trainer.session.model, config.ep_size), config.run.model_dump(mode="json"))
     return {"stored": counts["stored"], "active": counts["active"]}
 
 
-def _line(row: dict[str, Any], trainer: Trainer) -> str:
-    left = (trainer.total_steps - row["step"]) * trainer.session.config.run.train.batch_size
-    left *= trainer.session.config.run.model.sequence_length
-    minutes, seconds = divmod(int(left / row["tokens_per_second"]), 60)
+def _line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
+    minutes, seconds = divmod(int(seconds_left), 60)
     loss = "loss   nan" if row["loss"] is None else f"loss {row['loss']:.4f}"
     if row["bits_per_byte"] is not None:
         loss += f" ({row['bits_per_byte']:.4f} bits/byte)"
     return (
-        f"step {row['step']}/{trainer.total_steps} | {loss} | lr {row['learning_rate']:.2e} | "
+        f"step {row['step']}/{total_steps} | {loss} | lr {row['learning_rate']:.2e} | "
         f"{row['tokens_per_second']:.0f} tokens/s | {minutes}:{seconds:02d} left"
     )
 

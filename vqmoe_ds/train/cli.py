@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.config.load import LoadedConfig, field_table, load_config, parse_override, preset_names
@@ -18,14 +19,39 @@ SHORT_NAMES = {
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of a training launcher; ``--help`` ends with every field, its default and unit."""
+    """The parser of pretraining."""
+    parser = common_parser(description)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"starting point: {', '.join(preset_names())} (default tiny)")
+    add(
+        "--dry_run", action="store_true", help="build one rank of a large job without memory or peers, and report on it"
+    )
+    add("--world_size", type=int, metavar="N", help="--dry_run: ranks of the job")
+    add("--rank", type=int, default=0, metavar="N", help="--dry_run: the one to build (default 0)")
+    add("--gpus_per_node", type=int, default=8, metavar="N", help="--dry_run: ranks a node (default 8)")
+    add("--json", action="store_true", help="--dry_run: print JSON")
+    return parser
+
+
+def common_parser(description: str, ds_config: str | None = None) -> argparse.ArgumentParser:
+    """What all training launchers take; ``--help`` ends with every field, its default and unit.
+
+    Args:
+        ds_config: the default of ``--ds_config``; None: it has to be given.
+    """
     parser = argparse.ArgumentParser(
         description=description, epilog=_field_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--ds_config", required=True, metavar="JSON", help="DeepSpeed configuration, e.g. ds_configs/zero2.json")
-    add("--preset", default="tiny", help=f"starting point: {', '.join(preset_names())} (default tiny)")
-    add("--config", metavar="YAML", help="run configuration; overrides the preset")
+    default = f" (default {Path(ds_config).name})" if ds_config else ""
+    add(
+        "--ds_config",
+        required=ds_config is None,
+        default=ds_config,
+        metavar="JSON",
+        help=f"DeepSpeed configuration, e.g. ds_configs/zero2.json{default}",
+    )
+    add("--config", metavar="YAML", help="run configuration; overrides what the run starts from")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
     add(
         "--data",
@@ -40,19 +66,17 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--ep_size", type=int, metavar="N", help="expert-parallel ranks (or autoep_size in the JSON; give it once)")
     add("--resume", default="auto", metavar="auto|never|PATH", help="auto: newest whole checkpoint of the run folder")
     add("--print_config", action="store_true", help="show what would run, and stop")
-    add(
-        "--dry_run", action="store_true", help="build one rank of a large job without memory or peers, and report on it"
-    )
-    add("--world_size", type=int, metavar="N", help="--dry_run: ranks of the job")
-    add("--rank", type=int, default=0, metavar="N", help="--dry_run: the one to build (default 0)")
-    add("--gpus_per_node", type=int, default=8, metavar="N", help="--dry_run: ranks a node (default 8)")
-    add("--json", action="store_true", help="--dry_run: print JSON")
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
 
 def config_from_args(args: argparse.Namespace) -> LoadedConfig:
     """Preset, file, ``--set`` and short names, in that order."""
+    return load_config(args.preset, args.config, overrides_from_args(args))
+
+
+def overrides_from_args(args: argparse.Namespace) -> dict[str, Any]:
+    """``--set`` and short names as dotted name -> value."""
     overrides: dict[str, Any] = dict(parse_override(text) for text in args.set)
     for option, (name, _) in SHORT_NAMES.items():
         value = getattr(args, option)
@@ -60,7 +84,7 @@ def config_from_args(args: argparse.Namespace) -> LoadedConfig:
             value = value[0]
         if value is not None:
             overrides[name] = value
-    return load_config(args.preset, args.config, overrides)
+    return overrides
 
 
 def _field_help() -> str:

@@ -33,13 +33,17 @@ class Console:
         self._bar: tqdm[Any] | None = None
 
     def capture(self, log_path: Path) -> None:
-        """From now on file descriptors 1 and 2 write to ``log_path``; only ``say`` and ``fail`` reach the terminal."""
+        """From now on file descriptors 1 and 2 write to ``log_path``; only ``say`` and ``fail`` reach the terminal.
+
+        May be called again with another file.
+        """
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        self.log_path = log_path
         sys.stdout.flush()
         sys.stderr.flush()
-        self.out = os.fdopen(os.dup(1), "w", buffering=1)
-        self.err = os.fdopen(os.dup(2), "w", buffering=1)
+        if self.log_path is None:
+            self.out = os.fdopen(os.dup(1), "w", buffering=1)
+            self.err = os.fdopen(os.dup(2), "w", buffering=1)
+        self.log_path = log_path
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -49,7 +53,10 @@ class Console:
     @property
     def live(self) -> bool:
         """Whether rank 0 writes to a terminal, where a progress line can move."""
-        return self.rank == 0 and self.out.isatty()
+        by_mpirun = (
+            "OMPI_COMM_WORLD_RANK" in os.environ
+        )  # which gives ranks a terminal though it writes to a file itself
+        return self.rank == 0 and self.out.isatty() and not by_mpirun
 
     def say(self, line: str) -> None:
         """One line for the user, on rank 0."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
@@ -87,7 +88,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
     torch.manual_seed(config.run.train.seed)
-    model = MoETransformer(config.run, config.ep_size, config.ep_rank(place.rank))
+    model = build_model(config.run, config.ep_size, config.ep_rank(place.rank))
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -110,13 +111,14 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two named groups: matrices decay, vectors do not. DeepSpeed splits experts off each by itself."""
+    """Two named groups of what learns: matrices decay, vectors do not. DeepSpeed splits experts off each by itself."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [
+    groups = [
         {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
         {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

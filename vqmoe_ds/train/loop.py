@@ -24,7 +24,7 @@ class StepResult:
     step: int
     """Steps finished, this one included."""
     loss: float
-    """Language-model loss in nats a token."""
+    """Language-model loss in nats a token, or of a classifier in nats a text."""
     aux_loss: float
     learning_rate: float
     taken: bool
@@ -33,7 +33,9 @@ class StepResult:
     data_seconds: float
     """Part of ``seconds`` in which this rank read its batches."""
     bytes_per_token: float | None
-    """UTF-8 bytes a target stands for, on average; None where the tokenizer is unknown."""
+    """UTF-8 bytes a target stands for, on average; None where the tokenizer is unknown, or targets are labels."""
+    tokens: int
+    """Tokens read on all ranks, padding not counted."""
 
 
 class Callback:
@@ -68,6 +70,9 @@ class Trainer:
     bad_steps: int = 0
     bad_in_a_row: int = 0
     stop_reason: str | None = None
+    """What cut the run short, to be resumed."""
+    done: bool = False
+    """Set by a callback: the run ends here as if it had taken all its steps."""
     last_checkpoint: str | None = None
     last_validation: tuple[int, float] | None = None
     """Step and loss of the last interim validation."""
@@ -86,11 +91,11 @@ class Trainer:
         return samples + (self.step - step) * self.session.config.run.train.batch_size
 
     def run(self) -> None:
-        """Train to the end, or until a callback sets ``stop_reason``."""
+        """Train to the end, or until a callback sets ``done`` or ``stop_reason``."""
         for callback in self.callbacks:
             callback.on_start(self)
         self.session.engine.train()
-        while self.step < self.total_steps and self.stop_reason is None:
+        while self.step < self.total_steps and not self.done and self.stop_reason is None:
             for callback in self.callbacks:
                 callback.before_step(self)
             result = self.train_step()
@@ -119,18 +124,19 @@ class Trainer:
             if weight is not None:
                 lm_loss = lm_loss * weight
             engine.backward(lm_loss + aux_loss)
-            losses.append([float(lm_loss.detach()), float(aux_loss.detach())])
+            losses.append([float(lm_loss.detach()), float(aux_loss.detach()), batch.tokens])
             if micro < rounds - 1:
                 engine.step()
         mean = [sum(column) / rounds for column in zip(*losses, strict=True)]
-        loss, aux = session.mean_over_ranks(mean)
+        loss, aux, tokens = session.mean_over_ranks(mean)
+        tokens *= rounds * session.place.world_size
         taken = apply_step(engine, math.isfinite(loss + aux)) and math.isfinite(loss + aux)
         self._step_routers(taken)
         self.step += 1
         self.bad_steps += not taken
         self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
         seconds = time.perf_counter() - started
-        return StepResult(self.step, loss, aux, rate, taken, seconds, data_seconds, bytes_per_token)
+        return StepResult(self.step, loss, aux, rate, taken, seconds, data_seconds, bytes_per_token, round(tokens))
 
     def _weigh(self, batches: list[Batch]) -> tuple[list[float | None], float | None]:
         """Weight of each micro-batch's mean loss in the mean over all targets of the step; bytes a target.
@@ -139,7 +145,7 @@ class Trainer:
         all targets, and there is nothing to do; else micro-batches count by their unmasked targets.
         """
         if not self.batches.masked:
-            return [None] * len(batches), 1.0
+            return [None] * len(batches), None if batches[0].bytes_B is None else 1.0
         counts = [int((batch.targets_BS != MASKED).sum()) for batch in batches]
         known = all(batch.bytes_B is not None for batch in batches)
         bytes_here = sum(int(batch.bytes_B.sum()) for batch in batches if batch.bytes_B is not None)
@@ -158,7 +164,7 @@ class Trainer:
             return
         session.sync.step()
         source = session.model.source
-        if source is not None and source.table_VD is not None:
+        if source is not None and source.follows:
             source.follow(full_embedding(session))
 
     def _tensor(self, ids: np.ndarray) -> Tensor:

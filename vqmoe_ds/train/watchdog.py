@@ -24,11 +24,9 @@ from deepspeed.constants import default_pg_timeout
 from vqmoe_ds.errors import UserError
 from vqmoe_ds.train.ranks import Place
 
-MEND = "the same command goes on from the last checkpoint"
-
 
 class PeerLost(UserError):
-    """A rank went missing, or the ranks never found each other; the same command resumes from the last checkpoint."""
+    """A rank went missing, or the ranks never found each other."""
 
     exit_code = 76
 
@@ -69,10 +67,11 @@ class Watchdog:
         place: this rank.
         timeout: seconds without a sign of life after which a rank is missing.
         leave: called from a thread with the verdict; must end the process.
+        mend: what the user may do then.
     """
 
-    def __init__(self, place: Place, timeout: float, leave: Callable[[PeerLost], None]) -> None:
-        self.place, self.timeout, self._leave = place, timeout, leave
+    def __init__(self, place: Place, timeout: float, leave: Callable[[PeerLost], None], mend: str) -> None:
+        self.place, self.timeout, self._leave, self.mend = place, timeout, leave, mend
         self.interval = min(2.0, timeout / 6)
         self.grace = min(timeout, 3 * self.interval + 1)
         """Patience with a silent rank once a collective has failed."""
@@ -99,7 +98,7 @@ class Watchdog:
         if error is None:
             dist.barrier()
             self._stopped.set()
-        elif _of_communication(error):
+        elif of_communication(error):
             raise self._explain(error) from error
         else:
             self._stopped.set()
@@ -123,7 +122,7 @@ class Watchdog:
             time.sleep(30)
             return self.verdict
         reason = str(error).splitlines()[0]
-        return PeerLost(f"the connection between ranks broke although all live ({reason}); {MEND}")
+        return PeerLost(f"the connection between ranks broke although all live ({reason}); {self.mend}")
 
     # ------------------------------------------------------------ the talking thread
 
@@ -137,7 +136,7 @@ class Watchdog:
                 lost = watch.look() if watch else self._read_verdict()
                 self._answered = time.monotonic()
             except RuntimeError:  # the store is gone, and with it rank 0
-                lost = self._without_first("its connection closed")
+                lost = self.missing(0, "its connection closed")
             if lost is not None and not self._stopped.is_set():
                 return self._conclude(lost)
 
@@ -150,10 +149,10 @@ class Watchdog:
     def _watch_first(self) -> None:
         while not self._stopped.wait(self.interval):
             if time.monotonic() - self._answered > self.timeout:
-                return self._conclude(self._without_first(f"no sign of life for {self.timeout:g} s"))
+                return self._conclude(self.missing(0, f"no sign of life for {self.timeout:g} s"))
 
-    def _without_first(self, how: str) -> PeerLost:
-        return missing(0, self._hosts[0], how)
+    def missing(self, rank: int, how: str) -> PeerLost:
+        return PeerLost(f"rank {rank} on {self._hosts[rank]} is missing ({how}); the others leave; {self.mend}")
 
     def _conclude(self, lost: PeerLost) -> None:
         # Who speaks: rank 0, or if that is the missing one, somebody on every host.
@@ -197,12 +196,8 @@ class _Watch:
             if value != self.seen[rank][0]:
                 self.seen[rank] = (value, now)
             elif now - self.seen[rank][1] > patience:
-                return missing(rank, dog._hosts[rank], f"no sign of life for {now - self.seen[rank][1]:.0f} s")
+                return dog.missing(rank, f"no sign of life for {now - self.seen[rank][1]:.0f} s")
         return None
-
-
-def missing(rank: int, host: str, how: str) -> PeerLost:
-    return PeerLost(f"rank {rank} on {host} is missing ({how}); the others leave; {MEND}")
 
 
 def _open_store(place: Place, timeout: float) -> tuple[Any, list[str]]:
@@ -226,6 +221,7 @@ def _beat(rank: int) -> str:
     return f"beat{rank}"
 
 
-def _of_communication(error: BaseException) -> bool:
+def of_communication(error: BaseException) -> bool:
+    """Whether a collective failed, as it does when a peer is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))

@@ -32,6 +32,8 @@ class KnownRoute:
     """First choice of the MoE layer before, read by adaptive_clustering."""
     sequence: int | None = None
     """Tokens of one sequence; filled in by the layer, read by expert_choice. None: all tokens are one sequence."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each sequence where they differ, read by expert_choice."""
 
 
 @dataclass(frozen=True)

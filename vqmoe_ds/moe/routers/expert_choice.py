@@ -31,18 +31,25 @@ class ExpertChoiceRouter(nn.Module):
     def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
         config, tokens = self.config, len(x_TD)
         length = known.sequence if known is not None and known.sequence else tokens
+        lengths = known.lengths if known is not None else None
         logits_TN = self.gate(x_TD)
-        probs_BSN = logits_TN.softmax(dim=-1).view(-1, length, config.num_experts)
-        capacity = -(-length * config.top_k // config.num_experts)
-        weights_BCN, places_BCN = probs_BSN.topk(capacity, dim=1)
-        starts_B11 = torch.arange(0, tokens, length, device=x_TD.device).view(-1, 1, 1)
-        experts_BCN = torch.arange(config.num_experts, device=x_TD.device).expand_as(places_BCN)
+        probs_TN = logits_TN.softmax(dim=-1)
+        if lengths is None:
+            parts = [self._choose(probs_TN.view(-1, length, config.num_experts), 0)]
+        else:
+            starts = [sum(lengths[:row]) for row in range(len(lengths))]
+            parts = [self._choose(p.unsqueeze(0), s) for p, s in zip(probs_TN.split(lengths), starts, strict=True)]
+        experts_M, weights_M, tokens_M = (torch.cat(column) for column in zip(*parts, strict=True))
         aux = logits_TN.new_zeros(())
         if config.z_loss_weight:
             aux = config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
-        return Routing(
-            experts_BCN.reshape(-1, 1),
-            weights_BCN.reshape(-1, 1),
-            aux,
-            tokens_M=(places_BCN + starts_B11).flatten(),
-        )
+        return Routing(experts_M.unsqueeze(1), weights_M.unsqueeze(1), aux, tokens_M=tokens_M)
+
+    def _choose(self, probs_BSN: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Experts, weights and tokens of the rows of some sequences of one length, whose first token is ``first``."""
+        rows, length, experts = probs_BSN.shape
+        capacity = -(-length * self.config.top_k // experts)
+        weights_BCN, places_BCN = probs_BSN.topk(capacity, dim=1)
+        starts_B11 = first + length * torch.arange(rows, device=probs_BSN.device).view(-1, 1, 1)
+        experts_BCN = torch.arange(experts, device=probs_BSN.device).expand_as(places_BCN)
+        return experts_BCN.flatten(), weights_BCN.flatten(), (places_BCN + starts_B11).flatten()

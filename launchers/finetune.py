@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""Fine-tune a pretrained model on labelled texts or on plain text of another domain (docs/finetuning.md).
+
+    deepspeed launchers/finetune.py --checkpoint runs/pretrain --task sst2
+    deepspeed launchers/finetune.py --checkpoint runs/pretrain --task sst2=data/sst2 --seeds 3 --shots 1,4,16,64
+    deepspeed launchers/finetune.py --checkpoint runs/pretrain --task reviews.csv --set finetune.trainable=all
+    deepspeed launchers/finetune.py --checkpoint runs/pretrain --task lm --data other_text/ --train_steps 500
+
+A VQMoE model keeps its discrete path alone: continuous router and gate go, codebook and quantizer are frozen.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vqmoe_ds.finetune.cli import build_parser
+from vqmoe_ds.finetune.run import main
+
+DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
+
+if __name__ == "__main__":
+    sys.exit(main(build_parser(__doc__ or "", str(DS_CONFIG)).parse_args()))

@@ -1,0 +1,156 @@
+"""Labelled texts as ids: held out, drawn, cut to the context, and dealt out in batches that need little padding.
+
+Legend: B texts, S positions of the longest of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vqmoe_ds.data.batches import PADDING, Batch
+from vqmoe_ds.data.labelled import LabelledSet
+from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.errors import ConfigError, DataError
+
+POOL = 32
+"""Batches whose texts are sorted by length together."""
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Encoded texts of one split, readable by row (a ``Windows`` of texts)."""
+
+    texts: list[str]
+    ids: list[np.ndarray]
+    labels: np.ndarray
+    """int64 ``[len(texts)]``"""
+    classes: tuple[str, ...]
+    cut: np.ndarray
+    """bool ``[len(texts)]``: the text was longer than the context."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.ids], dtype=np.int64)
+
+    @property
+    def sequence_length(self) -> int:
+        return int(self.lengths.max())
+
+    def read(self, positions: np.ndarray) -> Batch:
+        """The texts at ``positions``, padded on the right to the longest of them, and their labels."""
+        rows = [self.ids[p] for p in positions]
+        inputs_BS = np.full((len(rows), max(map(len, rows))), PADDING, dtype=np.int64)
+        for row, ids in zip(inputs_BS, rows, strict=True):
+            row[: len(ids)] = ids
+        return Batch(inputs_BS, self.labels[positions], None)
+
+    def take(self, rows: np.ndarray) -> LabelledTexts:
+        """Only some rows, in their order."""
+        texts, ids = [self.texts[r] for r in rows], [self.ids[r] for r in rows]
+        return replace(self, texts=texts, ids=ids, labels=self.labels[rows], cut=self.cut[rows])
+
+
+def encode_texts(labelled: LabelledSet, tokenizer: Tokenizer, sequence_length: int) -> LabelledTexts:
+    """Ids of every text; of one longer than ``sequence_length`` the first tokens.
+
+    Raises:
+        DataError: the tokenizer finds nothing in a text.
+    """
+    whole = tokenizer.encode_batch(labelled.texts)
+    for text, ids in zip(labelled.texts, whole, strict=True):
+        if not len(ids):
+            raise DataError(f"labelled set {labelled.name} has a text without any token: {text[:40]!r}; leave it out")
+    kept = [np.asarray(row[:sequence_length], dtype=np.int64) for row in whole]
+    cut = np.array([len(row) > sequence_length for row in whole])
+    return LabelledTexts(labelled.texts, kept, labelled.labels, tuple(labelled.classes), cut)
+
+
+def hold_out(texts: LabelledTexts, share: float, seed: int, split: int) -> tuple[LabelledTexts, LabelledTexts]:
+    """(the rest, ``share`` of every class, at least one text), drawn by (seed, split).
+
+    Raises:
+        ConfigError: a class has one text alone.
+    """
+    chosen = []
+    for label, name in enumerate(texts.classes):
+        rows = np.flatnonzero(texts.labels == label)
+        if len(rows) < 2:
+            raise ConfigError(f"class {name!r} has {len(rows)} training text(s), too few to hold any out; add some")
+        draw = np.random.default_rng([seed, split, label]).permutation(rows)
+        chosen.append(draw[: min(len(rows) - 1, max(1, round(share * len(rows))))])
+    held = np.sort(np.concatenate(chosen))
+    return texts.take(np.setdiff1d(np.arange(len(texts)), held)), texts.take(held)
+
+
+def draw_shots(texts: LabelledTexts, shots: int, seed: int) -> LabelledTexts:
+    """``shots`` texts of each class, drawn by the seed; of one class and seed, few shots are among more shots.
+
+    Raises:
+        ConfigError: a class has fewer.
+    """
+    chosen = []
+    for label, name in enumerate(texts.classes):
+        rows = np.flatnonzero(texts.labels == label)
+        if len(rows) < shots:
+            raise ConfigError(
+                f"{shots} shots are more than the {len(rows)} training texts of class {name!r}; ask fewer"
+            )
+        chosen.append(np.random.default_rng([seed, label]).permutation(rows)[:shots])
+    return texts.take(np.sort(np.concatenate(chosen)))
+
+
+class LabelledBatches:
+    """Shuffled training texts, dealt out by global sample number as ``TrainingBatches`` does.
+
+    Sample ``i`` is entry ``i mod n`` of the order of epoch ``i div n``, which follows from (seed, epoch), batch size
+    and lengths: a permutation in which, pool by pool, batches are made of texts of like lengths and then shuffled.
+    """
+
+    masked = False
+
+    def __init__(self, texts: LabelledTexts, batch_size: int, seed: int) -> None:
+        self.texts, self.batch_size, self.seed = texts, batch_size, seed
+        self._lengths = texts.lengths
+        self._orders: dict[int, np.ndarray] = {}
+
+    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
+        """All micro-batches of one rank, of the global batch from sample ``first`` on."""
+        starts = range(first + rank * size, first + self.batch_size, world * size)
+        return [self.texts.read(self.rows(start, size)) for start in starts]
+
+    def epoch(self, samples: int) -> float:
+        """Epochs that ``samples`` are."""
+        return samples / len(self.texts)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows of the samples from ``first`` on."""
+        places = [divmod(sample, len(self.texts)) for sample in range(first, first + count)]
+        return np.array([self._order(epoch)[place] for epoch, place in places], dtype=np.int64)
+
+    def padding(self, size: int) -> float:
+        """Share of the positions of one epoch's micro-batches of ``size`` texts that are padding."""
+        starts = range(0, len(self.texts) - size + 1, size)
+        lengths = [self._lengths[self.rows(start, size)] for start in starts]
+        return 1 - sum(int(row.sum()) for row in lengths) / max(1, sum(size * int(row.max()) for row in lengths))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
+            self._orders[epoch] = self._draw(epoch)
+        return self._orders[epoch]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        rng, total, size = np.random.default_rng([self.seed, epoch]), len(self.texts), self.batch_size
+        order = rng.permutation(total)
+        begun = min(-epoch * total % size, total)  # these complete the batch that the epoch before began
+        end = begun + (total - begun) // size * size
+        for start in range(begun, end, POOL * size):
+            pool = order[start : min(start + POOL * size, end)]
+            by_length = pool[np.argsort(self._lengths[pool], kind="stable")].reshape(-1, size)
+            order[start : start + len(pool)] = rng.permutation(by_length).flatten()
+        return order

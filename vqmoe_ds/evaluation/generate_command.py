@@ -1,0 +1,133 @@
+"""The command line of ``tools/generate.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING
+
+from vqmoe_ds.errors import ConfigError, DataError, UserError
+
+if TYPE_CHECKING:
+    from vqmoe_ds.checkpoint.load_model import LoadedModel
+    from vqmoe_ds.evaluation.generate import Sampling
+
+INTERRUPTED = 130
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint of any layout, or Hugging Face folder")
+    add("--prompt", metavar="TEXT", help="text to go on from (default: standard input, or asked for on a terminal)")
+    add("--tokens", type=int, default=200, metavar="N", help="tokens at most; an end of document comes first (200)")
+    add("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default 0.8)")
+    add("--top_p", type=float, default=1.0, metavar="P", help="draw among the likeliest that sum to P (default 1: all)")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default 0)")
+    add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
+    add("--no_cache", action="store_true", help="read the whole context anew for every token")
+    add("--timing", action="store_true", help="tokens a second of every text, on standard error")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write text; the exit code."""
+    try:
+        _Writer(options).run()
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # a reader that has seen enough (| head); Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Writer:
+    """One model that answers prompts."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        if options.tokens < 1:
+            raise ConfigError(f"--tokens {options.tokens} must be 1 or more")
+        # Heavy imports only now: bad options have been answered.
+        from vqmoe_ds.evaluation.generate import Sampling
+
+        self.options = options
+        self.sampling: Sampling = Sampling(options.temperature, options.top_p, options.seed)
+        self.loaded = self._load()
+
+    def _load(self) -> LoadedModel:
+        import torch
+
+        from vqmoe_ds.checkpoint.load_model import load_model
+        from vqmoe_ds.moe.routers import require_causal
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = load_model(self.options.checkpoint, self.options.tokenizer, device=device)
+        require_causal(loaded.config, "generating text")
+        loaded.need_tokenizer()
+        return loaded
+
+    def run(self) -> None:
+        if self.options.prompt is not None:
+            self.answer(self.options.prompt)
+        elif sys.stdin.isatty():
+            self._converse()
+        else:
+            self.answer(sys.stdin.read().removesuffix("\n"))
+
+    def _converse(self) -> None:
+        """Prompts of a terminal, each on its own, until Ctrl-D."""
+        import readline  # noqa: F401 (lines can be edited and recalled)
+
+        print("a prompt a line; Ctrl-D or Ctrl-C leaves", file=sys.stderr)
+        while True:
+            try:
+                self.answer(input("> "))
+            except EOFError:
+                print(file=sys.stderr)
+                return
+            except DataError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def answer(self, prompt: str) -> None:
+        """Write what follows a prompt, as it comes."""
+        from vqmoe_ds.evaluation.generate import pieces_of_text
+
+        started, count = time.perf_counter(), 0
+        for text in pieces_of_text(self._ids(prompt), self.loaded.need_tokenizer()):
+            count += 1
+            sys.stdout.write(_printable(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+        print(flush=True)
+        if self.options.timing:
+            spent = time.perf_counter() - started
+            print(f"{count} tokens in {spent:.2f} s: {count / spent:.1f} tokens/s", file=sys.stderr)
+
+    def _ids(self, prompt: str) -> Iterator[int]:
+        from vqmoe_ds.evaluation.generate import generate
+
+        loaded, tokenizer, model = self.loaded, self.loaded.need_tokenizer(), self.loaded.config.model
+        ids = tokenizer.encode(prompt).tolist()
+        if not ids:
+            raise DataError(f"the prompt {prompt!r} encodes to no token; give some text")
+        unknown = tokenizer.count_unknown(prompt, tokenizer.encode(prompt))
+        if unknown:
+            print(f"{unknown} symbol(s) of the prompt are outside the vocabulary", file=sys.stderr)
+        size, cache = min(tokenizer.vocab_size, model.vocab_size), None
+        if not self.options.no_cache:
+            cache = loaded.model.new_cache
+        new = generate(loaded.model, ids, self.sampling, model.sequence_length, size, cache, loaded.device)
+        return takewhile(lambda i: i != tokenizer.eod, islice(new, self.options.tokens))
+
+
+def _printable(text: str) -> str:
+    """Control characters could upset a terminal, and models of bytes do write them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

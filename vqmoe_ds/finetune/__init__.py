@@ -1,0 +1,1 @@
+"""Fine-tuning of pretrained models: labelled texts, and plain text of another domain."""

@@ -1,0 +1,125 @@
+"""Around the loop of a fine-tuning: early stop, and the report of a finished run on its best weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vqmoe_ds.checkpoint.restore import whole_shapes
+from vqmoe_ds.checkpoint.session import load
+from vqmoe_ds.checkpoint.store import read_best
+from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
+from vqmoe_ds.evaluation.routing import RoutingHealth
+from vqmoe_ds.files import write_atomically
+from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
+from vqmoe_ds.train.console import Console
+from vqmoe_ds.train.engine import Session
+from vqmoe_ds.train.job import Job
+from vqmoe_ds.train.loop import Callback, StepResult, Trainer
+
+
+class EarlyStop(Callback):
+    """Ends a run after ``patience`` validations in a row without a new best loss; 0: never.
+
+    What was found before is read from the metrics, so that a resumed run stops where it would have stopped.
+    """
+
+    def __init__(self, console: Console, file: MetricsFile, patience: int) -> None:
+        self.console, self.file, self.patience = console, file, patience
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._judge(trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.last_validation is not None and trainer.last_validation[0] == result.step:
+            self._judge(trainer)
+
+    def _judge(self, trainer: Trainer) -> None:
+        losses = [row["validation_loss"] for row in self.file.rows if "validation_loss" in row]  # rank 0 alone has them
+        numbers = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        since = len(numbers) - 1 - numbers.index(min(numbers)) if numbers else 0
+        over = torch.tensor([float(bool(self.patience) and since >= self.patience)], device=trainer.session.device)
+        if float(trainer.session.sum_over_ranks(over)) > 0:
+            trainer.done = True
+            self.console.say(f"step {trainer.step}: no better validation in {self.patience}; training ends")
+
+
+Finish = Callable[[Session], tuple[dict[str, Any], str]]
+"""Of the session with its best weights: part of the summary, and a line for the user."""
+
+
+class BestReport(Callback):
+    """At the end of a finished run: ``summary.json`` and figures, of the checkpoint that validated best.
+
+    Args:
+        finish: what the task has to say; all ranks call it.
+        facts: of the data, for the summary.
+        target: what a loss is counted by.
+    """
+
+    def __init__(
+        self, job: Job, file: MetricsFile, health: RoutingHealth, finish: Finish, facts: dict[str, Any], target: str
+    ) -> None:
+        self.job, self.file, self.health, self.finish = job, file, health, finish
+        self.facts, self.target = facts, target
+        self._started = time.time()
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.stop_reason is not None:
+            return
+        console, session = self.job.console, trainer.session
+        console.close_progress()
+        best = _from_first(read_best(self.job.checkpoints)[0], session)
+        best_step = trainer.step if best is None else load(session, self.job.checkpoints / best)
+        found, line = self.finish(session)
+        if session.place.rank == 0:
+            tag = trainer.last_checkpoint if best is None else str(self.job.checkpoints / best)
+            self._write(trainer, {"best_step": best_step, "checkpoint": tag, **found})
+        console.say(f"best at step {best_step}: {line}")
+        console.say(f"everything is in {self.job.run_dir} (start with summary.json)")
+
+    def _write(self, trainer: Trainer, found: dict[str, Any]) -> None:
+        run, folder = trainer.session.config.run, self.job.run_dir
+        rates = [row["tokens_per_second"] for row in self.file.rows if "tokens_per_second" in row]
+        validations = [row for row in self.file.rows if "validation_loss" in row]
+        summary = {
+            **found,
+            **self.facts,
+            "router": run.moe.router.value,
+            "seed": run.train.seed,
+            "steps": trainer.step,
+            "bad_steps": trainer.bad_steps,
+            "validations": [{k: v for k, v in row.items() if v is not None} for row in validations],
+            "tokens_per_second": round(statistics.median(rates)) if rates else None,
+            "seconds": round(time.time() - self._started, 1),
+            "parameters": {**parameter_counts(trainer), "learning": _learning(trainer)},
+            "layout": trainer.session.config.layout(),
+            "finetune": run.finetune.model_dump(mode="json"),
+        }
+        plot_loss(folder / "loss.png", self.file.rows, self.target)
+        if trainer.session.model.moe_layers() and self.health.last_counts_LN.numel():
+            plot_usage(folder / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
+        # Last, for it marks the run as finished.
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _from_first(value: Any, session: Session) -> Any:
+    """Rank 0's value on all ranks."""
+    answer = [value]
+    if session.place.world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _learning(trainer: Trainer) -> int:
+    """Parameters that learn, experts of all ranks included."""
+    model = trainer.session.model
+    shapes = whole_shapes(model, trainer.session.config.ep_size)
+    return sum(math.prod(shapes[name]) for name, param in model.named_parameters() if param.requires_grad)

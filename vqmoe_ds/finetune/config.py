@@ -1,0 +1,130 @@
+"""The configuration of a fine-tuning: the model of the checkpoint, defaults of its own, and what the user set."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from typing import Any
+
+from vqmoe_ds.checkpoint.discrete import discrete_config
+from vqmoe_ds.checkpoint.huggingface import run_config
+from vqmoe_ds.checkpoint.reader import CheckpointReader
+from vqmoe_ds.config.load import LoadedConfig, load_config
+from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, Trainable
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
+from vqmoe_ds.models.build import require_peft
+from vqmoe_ds.train.cli import overrides_from_args
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "train": {"learning_rate": 5e-4, "batch_size": 32, "warmup_steps": 20, "weight_decay": 0.01, "seed": 1},
+    "run": {"run_dir": "runs/finetune", "eval_batches": 64, "keep_last": 1, "keep_best": True},
+}
+"""What differs from the schema's own defaults."""
+LANGUAGE_MODEL_STEPS = 500
+FEWEST_STEPS = 100
+"""Of a classifier, however few its texts are."""
+SELDOM, OFTEN = 200, 10
+"""Validation once an epoch, but at most and at least so many steps apart."""
+
+
+def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> LoadedConfig:
+    """The configuration of the run before its data are known.
+
+    model, moe, router and codebook are those of the checkpoint, of a vq model on its discrete path unless
+    ``finetune.discrete`` says no; data, through which its tokenizer is found, too, unless there are other data.
+    ``--config`` and ``--set`` come over them and over ``DEFAULTS``.
+
+    Raises:
+        ConfigError: unknown or contradicting options.
+    """
+    overrides = overrides_from_args(args)
+    overrides.update({"finetune.checkpoint": str(args.checkpoint), "finetune.task": args.task})
+    if args.tokenizer is not None:
+        overrides["data.tokenizer"] = args.tokenizer
+    source = run_config(reader.config, reader.path)
+    kept = ("model", "moe", "router", "codebook") + (() if args.task == LANGUAGE_MODEL else ("data",))
+    base = {**source.model_dump(mode="json", include=set(kept)), **DEFAULTS}
+    loaded = load_config(file=args.config, overrides=overrides, base=base)
+    if loaded.config.moe.router is Router.VQ and loaded.config.finetune.discrete:
+        base = {**base, **_discrete_sections(base, loaded)}
+    base["router"] = _schedules_of(source)
+    loaded = load_config(file=args.config, overrides=overrides, base=base)
+    if loaded.config.finetune.lora_rank:
+        require_peft()
+    return loaded
+
+
+def _discrete_sections(base: dict[str, Any], loaded: LoadedConfig) -> dict[str, Any]:
+    """moe, model and codebook of the discrete path; no token may change its code for a step of training.
+
+    Codes that look at embeddings look at a copy of them that stays, if the embeddings learn or had such a copy.
+    """
+    discrete = discrete_config({name: base[name] for name in ("model", "moe", "router", "codebook")})
+    book, learning = discrete["codebook"], loaded.config.finetune.trainable is Trainable.ALL
+    of_states = book["source"] in (CodeSource.LAYER_STATE.value, CodeSource.EARLY_BLOCK.value)
+    frozen = "codebook.learning" not in loaded.explicit or loaded.config.codebook.learning == "frozen"
+    if frozen and not of_states and (learning or book["source_momentum"]):
+        book["source_momentum"] = 1.0
+    return discrete
+
+
+def _schedules_of(source: RunConfig) -> dict[str, Any]:
+    """Options of routers whose schedules go by the steps of a run: those of the pretraining stay."""
+    router = source.router.model_dump(mode="json")
+    router["growth_steps"] = router["growth_steps"] or source.train.steps
+    router["distil_steps"] = router["distil_steps"] or max(1, source.train.steps // 10)
+    return router
+
+
+def classifier_config(loaded: LoadedConfig, classes: tuple[str, ...], rows: int) -> LoadedConfig:
+    """The configuration of a classifier trained on ``rows`` texts: steps, batch and intervals that the user left open.
+
+    Raises:
+        ConfigError: fewer texts than a batch takes.
+    """
+    run, explicit = loaded.config, loaded.explicit
+    train, output = run.train, run.run
+    if rows < train.batch_size and (run.finetune.shots == 0 or "train.batch_size" in explicit):
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is more than the {rows} training texts; lower it, or give more texts"
+        )
+    if rows < train.batch_size:
+        train = train.model_copy(update={"batch_size": 1 << (rows.bit_length() - 1)})
+    an_epoch = math.ceil(rows / train.batch_size)
+    if "train.steps" not in explicit:
+        steps = max(FEWEST_STEPS, math.ceil(run.finetune.epochs * rows / train.batch_size))
+        train = train.model_copy(update={"steps": steps})
+    output = _intervals(loaded, max(OFTEN, min(SELDOM, an_epoch)))
+    finetune = run.finetune.model_copy(update={"classes": classes})
+    config = run.model_copy(update={"train": train, "run": output, "finetune": finetune})
+    return replace(loaded, config=config)
+
+
+def language_model_config(loaded: LoadedConfig, tokenizer_sha256: str | None) -> LoadedConfig:
+    """The configuration of a language model: the data's tokenizer, and what the user left open."""
+    run, train = loaded.config, loaded.config.train
+    if "train.steps" not in loaded.explicit:
+        train = train.model_copy(update={"steps": LANGUAGE_MODEL_STEPS})
+    every = max(1, min(SELDOM, train.steps // OFTEN))
+    data = run.data.model_copy(update={"tokenizer_sha256": tokenizer_sha256})
+    config = run.model_copy(update={"train": train, "run": _intervals(loaded, every), "data": data})
+    return replace(loaded, config=config)
+
+
+def _intervals(loaded: LoadedConfig, every: int) -> Any:
+    output = loaded.config.run
+    evals = output.eval_every if "run.eval_every" in loaded.explicit else every
+    saves = output.save_every if "run.save_every" in loaded.explicit else evals
+    return output.model_copy(update={"eval_every": evals, "save_every": saves})
+
+
+def for_run(loaded: LoadedConfig, seed: int, shots: int) -> LoadedConfig:
+    """The configuration of one of several runs."""
+    run = loaded.config
+    sections = {
+        "train": run.train.model_copy(update={"seed": seed}),
+        "finetune": run.finetune.model_copy(update={"shots": shots}),
+    }
+    return replace(loaded, config=run.model_copy(update=sections))

@@ -1,0 +1,88 @@
+"""What several runs of one command came to: means over seeds, a table, and a curve over shots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.comparison.statistics import Mean, mean_of
+from vqmoe_ds.evaluation.plots import pyplot, save
+from vqmoe_ds.files import write_atomically
+
+MEASURES = {
+    "test_accuracy": ("test accuracy", ".2%"),
+    "test_macro_f1": ("test macro-F1", ".4f"),
+    "test_loss": ("test loss", ".4f"),
+    "validation_accuracy": ("validation accuracy", ".2%"),
+    "validation_loss": ("validation loss", ".4f"),
+    "validation_bits_per_byte": ("validation bits/byte", ".4f"),
+    "best_step": ("best step", ".0f"),
+    "tokens_per_second": ("tokens/s", ".0f"),
+}
+"""Numbers of a run's summary that are averaged: title and layout."""
+
+
+def write_report(folder: Path, names: list[str]) -> list[str]:
+    """``summary.json``, ``table.md`` and, for several numbers of shots, ``shots.png``; returns the table's lines.
+
+    Args:
+        folder: of all runs.
+        names: of their folders inside it, all finished.
+    """
+    summaries = [json.loads((folder / name / "summary.json").read_text()) for name in names]
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        groups.setdefault(summary["finetune"]["shots"], []).append(summary)
+    means = {shots: average(group) for shots, group in sorted(groups.items())}
+    rows = [
+        {"shots": shots, "seeds": [s["seed"] for s in groups[shots]], **{k: vars(m) for k, m in found.items()}}
+        for shots, found in means.items()
+    ]
+    first = summaries[0]
+    facts = {name: first[name] for name in ("task", "router", "parameters", "layout", "finetune")}
+    write_atomically(folder / "summary.json", json.dumps({**facts, "runs": names, "rows": rows}, indent=1) + "\n")
+    lines = table(means)
+    write_atomically(folder / "table.md", "\n".join(lines) + "\n")
+    if len(means) > 1:
+        plot_shots(folder / "shots.png", means)
+    return lines
+
+
+def average(summaries: list[dict[str, Any]]) -> dict[str, Mean]:
+    """Mean and standard error over seeds of every measure that all runs have."""
+    found = {}
+    for name in MEASURES:
+        values = [float(summary[name]) for summary in summaries if summary.get(name) is not None]
+        if len(values) == len(summaries):
+            found[name] = mean_of(values)
+    return found
+
+
+def table(means: dict[int, dict[str, Mean]]) -> list[str]:
+    """Markdown: a row for each number of shots."""
+    names = [name for name in MEASURES if all(name in found for found in means.values())]
+    head = ["texts a class", "seeds", *(MEASURES[name][0] for name in names)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for shots, found in means.items():
+        seeds = next(iter(found.values())).seeds
+        cells = [str(shots or "all"), str(seeds), *(_cell(found[name], MEASURES[name][1]) for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(mean: Mean, layout: str) -> str:
+    value = format(mean.mean, layout)
+    return value if mean.error is None else f"{value} ± {format(mean.error, layout)}"
+
+
+def plot_shots(path: Path, means: dict[int, dict[str, Mean]]) -> None:
+    """Test accuracy, with its standard error, over the number of training texts of each class, as PNG."""
+    figure, axes = pyplot().subplots(figsize=(7, 4))
+    found = [means[shots]["test_accuracy"] for shots in means]
+    axes.errorbar(list(means), [m.mean for m in found], yerr=[m.error or 0.0 for m in found], marker="o", capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(means), [str(shots) for shots in means])
+    axes.set(xlabel="training texts of each class", ylabel="test accuracy")
+    axes.grid(alpha=0.3)
+    save(figure, path)

@@ -1,0 +1,247 @@
+"""Fine-tuning from a parsed command line: one run, or one for each seed and number of shots, and what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.load import LoadedConfig
+from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.finetune.cli import LANGUAGE_MODEL, check_options, shots_of
+from vqmoe_ds.train.console import Console
+from vqmoe_ds.train.job import (
+    Job,
+    Start,
+    find_tag,
+    first_free,
+    has_run,
+    launch,
+    leave_at_signals,
+    open_session,
+    run_to_the_end,
+    show,
+)
+from vqmoe_ds.train.ranks import Place
+
+if TYPE_CHECKING:
+    from vqmoe_ds.checkpoint.reader import CheckpointReader
+    from vqmoe_ds.data.batches import Batches, Windows
+    from vqmoe_ds.train.callbacks import Callback, MetricsFile
+    from vqmoe_ds.train.engine import Session
+
+SAME = ("checkpoint", "task", "classes", "discrete", "trainable", "lora_rank", "pool", "holdout", "shots")
+"""Fields of ``finetune`` that a run keeps for as long as its folder lives."""
+
+
+class Task(Protocol):
+    """What is learned: labelled texts or plain text."""
+
+    def configure(self, loaded: LoadedConfig) -> LoadedConfig:
+        """The configuration of one run with what follows from its data."""
+
+    def describe(self, run: Any) -> list[str]:
+        """Lines for the user."""
+
+    def open(self, job: Job) -> tuple[Batches, Windows]:
+        """Training batches of one run, and texts for the routing probe; all ranks call it together."""
+
+    def callbacks(self, job: Job, file: MetricsFile, health: Any) -> tuple[Callback, Callback]:
+        """(interim validation, final report) of the run opened last."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run one fine-tuning command; returns the exit code of the process."""
+    return launch(args, partial(_prepare, args))
+
+
+def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start | None:
+    check_options(args)
+    shots = shots_of(args)
+    console.capture(Path(os.devnull))  # what comes now imports torch and DeepSpeed, which have much to say
+    from vqmoe_ds.checkpoint.adapters import merged
+    from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
+    from vqmoe_ds.finetune.config import for_run, starting_config
+
+    reader = merged(open_checkpoint(args.checkpoint))
+    require_language_model(reader, "fine-tuning")
+    loaded = starting_config(args, reader)
+    run_dir = _choose_run_dir(loaded, args.resume)
+    task = _open_task(args, reader, loaded)
+    seeds = range(1, args.seeds + 1) if args.seeds else [loaded.config.train.seed]
+    configs: dict[str, EngineConfig] = {}
+    for number in shots or [loaded.config.finetune.shots]:
+        for seed in seeds:
+            parts = [f"shots-{number}"] * bool(shots) + [f"seed-{seed}"] * bool(shots or args.seeds)
+            one = task.configure(for_run(loaded, seed, number))
+            configs["/".join(parts)] = resolve(args.ds_config, one, place.world_size, args.ep_size)
+    first = next(iter(configs.values()))
+    if args.print_config:
+        show(first, place, console)
+        return None
+    for name, config in configs.items():
+        _check_can_run(config, place)
+        _check_finished(run_dir / name, config)
+    work = partial(_work, configs=configs, task=task, reader=reader)
+    return Start(first, run_dir, work, _greeting(first, task, reader, run_dir))
+
+
+def _open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: LoadedConfig) -> Task:
+    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.load_model import find_tokenizer
+
+    run, source = loaded.config, run_config(reader.config, reader.path)
+    if args.task == LANGUAGE_MODEL:
+        from vqmoe_ds.finetune.language import open_text
+
+        return open_text(loaded, source, reader)
+    from vqmoe_ds.finetune.classification import ClassificationTask, open_texts
+
+    tokenizer = find_tokenizer(reader, source, args.tokenizer)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"the tokenizer of {reader.path} was not found (vocabulary {source.model.vocab_size}); name it with "
+            "--tokenizer"
+        )
+    return ClassificationTask(open_texts(run.finetune, tokenizer, run.model.sequence_length))
+
+
+def _choose_run_dir(loaded: LoadedConfig, resume: str) -> Path:
+    """As given; or for the default name the first of ``NAME``, ``NAME-2`` … without a finished run."""
+    wanted, afresh = Path(loaded.config.run.run_dir), resume == "never"
+    if "run.run_dir" not in loaded.explicit:
+        return first_free(wanted, lambda f: (f / "summary.json").exists() or (afresh and _used(f)))
+    if afresh and _used(wanted):
+        raise ConfigError(f"run folder {wanted} already holds a run; choose another --run_dir, or --resume auto")
+    return wanted
+
+
+def _used(folder: Path) -> bool:
+    return has_run(folder) or any(folder.glob("seed-*")) or any(folder.glob("shots-*"))
+
+
+def _check_can_run(config: EngineConfig, place: Place) -> None:
+    """Refuse what DeepSpeed would fail at hours later.
+
+    Raises:
+        ConfigError: frozen experts at ZeRO-3, which it cannot save.
+    """
+    from vqmoe_ds.config.schema import Router, Trainable
+
+    frozen = config.run.finetune.trainable is Trainable.HEAD and config.run.moe.router is not Router.DENSE
+    if frozen and config.zero_stage == 3:
+        raise ConfigError(
+            "finetune.trainable=head freezes the experts, and DeepSpeed cannot save frozen experts at ZeRO-3; "
+            "take a DeepSpeed config of ZeRO 0 to 2"
+        )
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def _check_finished(folder: Path, config: EngineConfig) -> None:
+    """Raises: ConfigError: the folder holds a finished run of another fine-tuning."""
+    summary = _summary(folder)
+    if summary is not None:
+        _check_same(folder, summary.get("finetune", {}), config)
+
+
+def _check_same(folder: Path, saved: dict[str, Any], config: EngineConfig) -> None:
+    ours = config.run.finetune.model_dump(mode="json")
+    for name in SAME:
+        if saved.get(name) != ours[name]:
+            raise ConfigError(
+                f"{folder} holds another fine-tuning: finetune.{name}={saved.get(name)} there, {ours[name]} here; "
+                "choose another --run_dir"
+            )
+
+
+def _greeting(config: EngineConfig, task: Task, reader: CheckpointReader, run_dir: Path) -> list[str]:
+    run, moe = config.run, config.run.moe
+    route = f"{moe.router.value}, {moe.num_experts} experts" + (", discrete path alone" if _discrete(run) else "")
+    lora = f" and LoRA of rank {run.finetune.lora_rank}" if run.finetune.lora_rank else ""
+    return [
+        f"VQMoE fine-tuning of {reader.path} (step {reader.step}): {route}; {config.world_size} rank(s), "
+        f"EP {config.ep_size}, ZeRO-{config.zero_stage}, {config.precision}",
+        *task.describe(run),
+        f"learning: {run.finetune.trainable.value}{lora}; run folder: {run_dir}",
+    ]
+
+
+def _discrete(run: Any) -> bool:
+    from vqmoe_ds.config.schema import Router
+
+    return run.moe.router is Router.VQ and run.finetune.discrete
+
+
+# ---------------------------------------------------------------- the work
+
+
+def _work(job: Job, configs: dict[str, EngineConfig], task: Task, reader: CheckpointReader) -> int:
+    from vqmoe_ds.finetune.report import write_report
+
+    several = len(configs) > 1 or "" not in configs
+    for name, config in configs.items():
+        one = replace(job, config=config, run_dir=job.run_dir / name)
+        if _summary(one.run_dir) is not None:
+            job.console.say(f"{one.run_dir} is finished already")
+            continue
+        if several:
+            job.console.say(f"--- {name}")
+        one.run_dir.mkdir(parents=True, exist_ok=True)
+        code = _run(one, task, reader)
+        if code:
+            return code
+    if several and job.place.rank == 0:
+        for line in write_report(job.run_dir, list(configs)):
+            job.console.say(line)
+    return 0
+
+
+def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
+    from vqmoe_ds.checkpoint.store import read_manifest
+    from vqmoe_ds.evaluation.routing import RoutingHealth
+    from vqmoe_ds.finetune.callbacks import EarlyStop
+    from vqmoe_ds.train import callbacks as cb
+
+    leave_at_signals()  # those of the run before were to save, and here is nothing to save yet
+    tag = find_tag(job)
+    if tag is not None:
+        _check_same(tag, read_manifest(tag)["config"].get("finetune", {}), job.config)
+    batches, probe = task.open(job)
+    opened = open_session(job, tag, partial(begin, reader=reader))
+    file = opened.metrics_file(job)
+    health = RoutingHealth(opened.session, probe, job.config.run.run.probe_tokens)
+    validation, report = task.callbacks(job, file, health)
+    callbacks = [
+        cb.Metrics(job.console, file, health),
+        validation,
+        EarlyStop(job.console, file, job.config.run.finetune.patience),
+        cb.Signals(),
+        cb.Checkpoints(job.console, job.checkpoints),
+        report,
+    ]
+    code = run_to_the_end(job, opened.trainer(batches), callbacks, file)
+    opened.session.engine.destroy()
+    return code
+
+
+def begin(session: Session, reader: CheckpointReader) -> None:
+    """Fill a new session with the weights of the pretrained model, whatever layout either has."""
+    from vqmoe_ds.checkpoint.discrete import DiscreteOnly
+    from vqmoe_ds.checkpoint.restore import restore_any_layout, whole_shapes
+    from vqmoe_ds.checkpoint.starting import StartingWeights
+
+    run = session.config.run
+    source = DiscreteOnly(reader) if _discrete(run) else reader
+    restore_any_layout(session, StartingWeights(source, run, whole_shapes(session.model, session.config.ep_size)))

@@ -1,0 +1,91 @@
+"""The model that a run configuration asks for: language model or classifier, whole or partly frozen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from vqmoe_ds.config.schema import FinetuneConfig, Router, RunConfig, Trainable
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.models.classifier import Classifier
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.routers.base import drawn
+
+ADAPTED = r".*\.attention\.(qkv|out)"
+"""The attention's matrices, which get LoRA adapters."""
+HEAD_SCALE = 0.02
+"""Standard deviation of a new head's weights."""
+
+
+def build_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+    """The model of a run, its frozen parameters without gradient; arguments as of ``MoETransformer``.
+
+    Raises:
+        ConfigError: ``finetune.lora_rank`` without the package peft.
+    """
+    model = (Classifier if config.finetune.classes else MoETransformer)(config, ep_size, ep_rank)
+    if config.finetune.checkpoint is None:
+        return model
+    if config.finetune.lora_rank:
+        _add_adapters(model, config.finetune)
+    for name, param in model.named_parameters():
+        values = fresh(name, tuple(param.shape), config)
+        if values is not None:
+            param.data.copy_(values)
+        param.requires_grad_(learns(name, config))
+    return model
+
+
+def fresh(name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor | None:
+    """First values of a parameter that fine-tuning adds, from (seed, name) alone; None of a pretrained one.
+
+    The head of a classifier starts small, so that all classes are alike; of a LoRA product ``B A``, B starts at zero.
+    """
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    if ".lora_A." in name:
+        return drawn(shape, shape[1] ** -0.5, config.train.seed, name)
+    if name == "head.weight" and config.finetune.classes:
+        return drawn(shape, HEAD_SCALE, config.train.seed, "classifier")
+    return None
+
+
+def pretrained_name(name: str) -> str:
+    """The name that a parameter has in a model without LoRA adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def learns(name: str, config: RunConfig) -> bool:
+    """Whether a fine-tuned run trains the parameter of this name.
+
+    ``experts`` are those of all MoE layers; in a dense model, which has none, the MLPs. Continuous routers and gates
+    learn with ``trainable=all`` alone; codebooks are buffers and no parameters.
+    """
+    if ".lora_" in name or name.startswith("head."):
+        return True
+    if config.finetune.trainable is Trainable.ALL:
+        return True
+    if config.finetune.trainable is Trainable.HEAD:
+        return False
+    return (".mlp." if config.moe.router is Router.DENSE else ".experts.") in name
+
+
+def require_peft() -> None:
+    """Raises: ConfigError: the package peft is missing."""
+    try:
+        import_module("peft")
+    except ImportError:
+        raise ConfigError(
+            "finetune.lora_rank needs the Python package peft; pip install 'vqmoe_ds[lora]', or set it to 0"
+        ) from None
+
+
+def _add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
+    """LoRA (Hu 2021) on every attention: ``W x + alpha / r B A x``."""
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    options = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=ADAPTED)
+    inject_adapter_in_model(options, model)

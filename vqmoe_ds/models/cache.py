@@ -1,0 +1,67 @@
+"""What a model keeps of the tokens it has read, so that the next one costs the work of one token.
+
+Legend: B batch, P past tokens, S new tokens, A heads, H width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BlockCache:
+    """Rotated keys and values of one block, in memory that is taken once.
+
+    Args:
+        capacity: tokens at most.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def position_of(self, new: int) -> int:
+        """Where the first of so many new tokens will stand.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        if self.length + new > self.capacity:
+            raise ValueError(f"{self.length + new} tokens are more than the cache's {self.capacity}")
+        return self.length
+
+    def append(self, k_BASH: Tensor, v_BASH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of new tokens; returns those of all, ``[B, A, P + S, H]``."""
+        batch, heads, new, width = k_BASH.shape
+        start, self.length = self.length, self.length + new
+        if self._kept is None:
+            room = (batch, heads, self.capacity, width)
+            self._kept = k_BASH.new_empty(room), v_BASH.new_empty(room)
+        for kept, fresh in zip(self._kept, (k_BASH, v_BASH), strict=True):
+            kept[:, :, start : self.length] = fresh
+        return self._kept[0][:, :, : self.length], self._kept[1][:, :, : self.length]
+
+
+class Cache:
+    """Of a whole model: keys and values of every block, and the ids, which some codes look back at.
+
+    Args:
+        blocks: transformer blocks.
+        capacity: tokens at most; the model's context is as far as its rotary positions reach.
+    """
+
+    def __init__(self, blocks: int, capacity: int) -> None:
+        self.blocks = [BlockCache(capacity) for _ in range(blocks)]
+        self._ids: list[Tensor] = []
+        self.length = 0
+        """Tokens read by the passes that are over."""
+
+    def advance(self, tokens_BS: Tensor) -> None:
+        """A pass over these tokens is over."""
+        self._ids.append(tokens_BS)
+        self.length += tokens_BS.shape[1]
+
+    def with_earlier(self, tokens_BS: Tensor, count: int) -> Tensor:
+        """New ids after the last ``count`` ones before them, or as many as there are."""
+        earlier = torch.cat([*self._ids[-count:], tokens_BS], dim=1) if count else tokens_BS
+        return earlier[:, -(count + tokens_BS.shape[1]) :]
