@@ -5,6 +5,7 @@
 #   VQMOE_VENV        virtual environment to activate
 #   VQMOE_CONTAINER   words to put before python, such as "apptainer exec --nv image.sif"
 # Behaviour:
+#   VQMOE_LAUNCH      srun (default): SLURM starts every rank; torchrun: it starts one torchrun a node (node.py)
 #   VQMOE_REQUEUE     1 (default): the job requeues itself after a signal or a lost rank; 0: it ends with 0 instead, so
 #                     that the next job of a chain goes on
 #   VQMOE_WAIT        seconds after the end of the first rank in which the others may end by themselves (default 30)
@@ -22,10 +23,20 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Start the ranks: ranks SCRIPT ARGUMENT... . A signal to the batch script goes on to every rank.
 # Ranks that are left behind by the first are not ended at once, so that they may say who is missing.
 ranks() {
+    local nodes=$SLURM_JOB_NUM_NODES cpus=${SLURM_CPUS_PER_TASK:-1} shape=() launch=() ranks
+    if [ "${VQMOE_LAUNCH:-srun}" = torchrun ]; then
+        ranks=$((SLURM_NTASKS / nodes))
+        cpus=$((cpus * ranks))
+        shape=(--ntasks="$nodes" --ntasks-per-node=1)
+        launch=("$VQMOE_ROOT/launchers/slurm/node.py" --nproc_per_node "$ranks")
+    elif [ "${VQMOE_LAUNCH:-srun}" != srun ]; then
+        echo "error: VQMOE_LAUNCH=$VQMOE_LAUNCH is unknown; it is srun or torchrun" >&2
+        exit 2
+    fi
     # srun does not take --cpus-per-task over from sbatch.
     # shellcheck disable=SC2086
-    srun --kill-on-bad-exit=0 --wait="${VQMOE_WAIT:-30}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-        ${VQMOE_CONTAINER:-} python "$@" &
+    srun "${shape[@]}" --kill-on-bad-exit=0 --wait="${VQMOE_WAIT:-30}" --cpus-per-task="$cpus" \
+        ${VQMOE_CONTAINER:-} python "${launch[@]}" "$@" &
     follow $! USR1
 }
 
@@ -55,25 +66,45 @@ option() {
     printf '%s\n' "$value"
 }
 
+# train SCRIPT ARGUMENT...: start the ranks of a training, and end or requeue the job as their exit code wants it.
+train() {
+    local run_dir
+    run_dir=$(option --run_dir '' "$@")
+    if [ -z "$run_dir" ]; then
+        echo "error: give --run_dir, so that a requeued job finds its run again" >&2
+        exit 2
+    fi
+    # A later job of a chain (submit.py --chain) has nothing left to do.
+    if [ -n "${SLURM_JOB_DEPENDENCY:-}" ] && [ -e "$run_dir/summary.json" ]; then
+        echo "$run_dir is finished: nothing is left for this job of the chain"
+        exit 0
+    fi
+    ranks "$@"
+    finish $? "$run_dir"
+}
+
 # finish CODE RUN_DIR: end the job, or requeue it where going on makes sense. 75 is a signal after saving, 76 a missing
 # rank, and over 128 a signal killed a rank.
 finish() {
-    local code=$1 folder=$2/checkpoints state=$2/requeue.state newest stuck=0 last=
+    local code=$1 state=$2/requeue.state newest stuck=0 last=
     if [ "$code" -ne 75 ] && [ "$code" -ne 76 ] && [ "$code" -le 128 ]; then exit "$code"; fi
     # Whoever cancels a job means it: only one that SLURM takes for running may come back.
     scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING' || exit "$code"
-    newest=$(cat "$folder/latest" 2>/dev/null)
+    # A fine-tuning has a folder of checkpoints for every one of its runs.
+    newest=$(find "$2" -path '*/checkpoints/latest' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -1 | cut -d ' ' -f 2-)
+    newest=${newest:+${newest%latest}$(cat "$newest")}
     [ ! -e "$state" ] || read -r stuck last <"$state"
     if [ "$newest" = "$last" ]; then stuck=$((stuck + 1)); else stuck=0; fi
-    echo "$stuck $newest" >"$state"
+    mkdir -p "$2" && echo "$stuck $newest" >"$state"
     if [ "$stuck" -gt "${VQMOE_STUCK:-3}" ]; then
-        echo "error: stopped with code $code after $stuck starts without a new checkpoint in $folder; not requeued" >&2
+        echo "error: stopped with code $code after $stuck starts without a new checkpoint in $2; not requeued" >&2
         exit "$code"
     fi
     if [ "${VQMOE_REQUEUE:-1}" = 0 ]; then exit 0; fi
     echo "exit code $code: requeued, to go on from ${newest:-the start}"
-    trap '' TERM USR1
+    trap '' USR1
+    trap - TERM # which the requeue sends: a script that ignored it would be waited for
     scontrol requeue "$SLURM_JOB_ID" || exit "$code"
-    sleep 120 # the requeue ends this script
+    sleep 120
     exit "$code"
 }

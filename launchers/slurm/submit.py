@@ -7,7 +7,7 @@
     python launchers/slurm/submit.py --chain 5 --time 01:00:00 pretrain ...               # five jobs, one after another
 
 Everything after the name of the job goes to its launcher. The environment of the ranks is set by the variables
-VQMOE_VENV, VQMOE_MODULES and VQMOE_CONTAINER (launchers/slurm/common.sh).
+VQMOE_VENV, VQMOE_MODULES and VQMOE_CONTAINER, how they are started by VQMOE_LAUNCH (launchers/slurm/common.sh).
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.finetune import cli as finetune_cli
 from vqmoe_ds.train import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-JOBS = {"pretrain": "pretrain.sbatch", "evaluate": "evaluate.sbatch", "compare": "compare_array.sbatch"}
+JOBS = {
+    "pretrain": "pretrain.sbatch",
+    "finetune": "finetune.sbatch",
+    "evaluate": "evaluate.sbatch",
+    "compare": "compare_array.sbatch",
+}
+TRAININGS = ("pretrain", "finetune")
 
 
 def main(arguments: list[str]) -> int:
@@ -81,12 +88,16 @@ def check(args: argparse.Namespace) -> None:
             f"--tasks_per_node {args.tasks_per_node} and --gpus_per_node {args.gpus_per_node} differ: a rank uses "
             "one GPU, so make them equal"
         )
+    if args.job in TRAININGS and not any(word.split("=")[0] == "--run_dir" for word in args.rest):
+        raise ConfigError(f"give {args.job} a --run_dir, so that a requeued job finds its run again")
     if args.job == "pretrain":
         _check_pretraining(args)
+    if args.job == "finetune":
+        _check_finetuning(args)
     if args.job == "compare" and (args.array is None or args.nodes * args.tasks_per_node > 1):
         raise ConfigError("a comparison runs one run of its grid a task: give --array 0-N, one node and one task")
-    if args.chain > 1 and args.job != "pretrain":
-        raise ConfigError(f"--chain is for pretraining, not for {args.job}")
+    if args.chain > 1 and args.job not in TRAININGS:
+        raise ConfigError(f"--chain is for {' and '.join(TRAININGS)}, not for {args.job}")
     if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0:
         _check_cluster(args)
 
@@ -94,9 +105,16 @@ def check(args: argparse.Namespace) -> None:
 def _check_pretraining(args: argparse.Namespace) -> None:
     """The launcher's own checks of its arguments, for the ranks this job would have."""
     options = cli.build_parser("").parse_args(args.rest)
-    if options.run_dir is None:
-        raise ConfigError("give pretrain a --run_dir, so that a requeued job finds its run again")
     resolve(options.ds_config, cli.config_from_args(options), args.nodes * args.tasks_per_node, options.ep_size)
+
+
+def _check_finetuning(args: argparse.Namespace) -> None:
+    """As above, as far as it goes without reading the checkpoint."""
+    options = finetune_cli.build_parser("", str(ROOT / "ds_configs/zero2.json")).parse_args(args.rest)
+    finetune_cli.check_options(options)
+    ranks = args.nodes * args.tasks_per_node
+    if options.ep_size is not None and ranks % options.ep_size:
+        raise ConfigError(f"--ep_size {options.ep_size} does not divide the {ranks} ranks of this job")
 
 
 def _check_cluster(args: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # A real SLURM cluster of virtual nodes on this one machine, for tests (root, Debian or Ubuntu, no systemd needed).
-#   cluster.sh up          start it: nodes node1 .. nodeN, each a network namespace of its own with its own host name
+#   cluster.sh up [PID]    start it: nodes node1 .. nodeN, each a network namespace of its own with its own host name and
+#                          sshd; with PID it goes down by itself when that process ends in whatever way
+#   cluster.sh can         exit code 2: this machine cannot have one (not root, no namespaces, no packages); so has up
 #   cluster.sh down        stop it and remove its state
 #   cluster.sh on NODE CMD run CMD on a node, or on 'head', where sbatch, srun, squeue ... have to run
 #   cluster.sh cut NODE    pull the network cable of a node; join NODE puts it back
@@ -13,32 +15,40 @@ case $D in /*/*) ;; *) echo "cluster.sh: refusing the directory $D" >&2; exit 2 
 export SLURM_CONF=$D/slurm.conf VQMOE_CLUSTER=$D # the latter marks the daemons as ours
 say() { echo "cluster.sh: $*" >&2; }
 
+alive() { [ -n "$(tr -d '\0' 2>/dev/null </proc/"${1:-none}"/cmdline)" ]; } 2>/dev/null # a zombie has no command line
+
 need_packages() {
     local missing=0 program
-    for program in munged slurmctld slurmd sbatch ip; do command -v "$program" >/dev/null || missing=1; done
+    for program in munged slurmctld slurmd sbatch ip sshd ssh pdsh; do command -v "$program" >/dev/null || missing=1; done
     [ "$missing" = 1 ] || return 0
-    command -v apt-get >/dev/null || { say "install SLURM (slurmctld, slurmd, its client), munge and iproute2 first"; exit 2; }
-    say "installing SLURM and munge"
-    local policy=/usr/sbin/policy-rc.d made=
+    command -v apt-get >/dev/null || {
+        say "install SLURM (slurmctld, slurmd, its client), munge, iproute2, sshd and pdsh first"
+        exit 2
+    }
+    say "installing SLURM, munge, sshd and pdsh"
+    local policy=/usr/sbin/policy-rc.d made= code=0
     if [ ! -e $policy ]; then # packages shall not start daemons of their own
         printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && made=1
     fi
     mkdir -p "$D"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        munge slurmctld slurmd slurm-client iproute2; } >"$D/apt.log" 2>&1 ||
-        { tail -n 5 "$D/apt.log" >&2; say "apt-get could not install SLURM"; exit 2; }
+    { timeout 60 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 150 apt-get install -y -qq \
+        --no-install-recommends munge slurmctld slurmd slurm-client iproute2 openssh-server openssh-client pdsh; } \
+        >"$D/apt.log" 2>&1 || code=2
     [ -z "$made" ] || rm -f $policy
+    [ $code = 0 ] || { tail -n 5 "$D/apt.log" >&2; say "apt-get could not install SLURM"; exit 2; }
 }
 
-as() { # as NODE COMMAND...: a process with that node's network, host name and /etc/hosts
-    local name=$1
-    shift
-    nsenter --net="/run/netns/vqmoe-$name" -- unshare --uts --mount sh -c \
-        'mount --bind "$1/hosts" /etc/hosts && hostname "$2" && shift 2 && exec "$@"' sh "$D" "$name" "$@"
+as() { # as NODE COMMAND: a shell command with that node's network, host name, /etc/hosts and ssh
+    nsenter --net="/run/netns/vqmoe-$1" -- unshare --uts --mount sh -ec '
+        mount --bind "$1/hosts" /etc/hosts
+        mount --bind "$1/ssh/config" /etc/ssh/ssh_config
+        hostname "$2"
+        readlink /proc/self/ns/mnt >"$1/run/$2.ns"
+        eval "$3"' sh "$D" "$1" "$2"
 }
 
 start_node() {
-    as "$1" sh -c "readlink /proc/self/ns/mnt >$D/run/$1.ns && exec slurmd -f $D/slurm.conf -N $1"
+    as "$1" "$(command -v sshd) -f $D/ssh/sshd -E $D/log/sshd-$1.log && exec slurmd -f $D/slurm.conf -N $1"
 }
 
 on() { # on NODE COMMAND...
@@ -66,6 +76,16 @@ network() {
         ip -n "vqmoe-node$i" link set eth0 up
         echo "$NET.$((10 + i)) node$i" >>"$D/hosts"
     done
+}
+
+configure_ssh() { # between the nodes without a password, by keys of this cluster alone
+    local key
+    mkdir -m 700 "$D/ssh"
+    mkdir -p /run/sshd # it insists
+    for key in host id; do ssh-keygen -q -t ed25519 -N '' -f "$D/ssh/$key"; done
+    printf '%s\n' "HostKey $D/ssh/host" "AuthorizedKeysFile $D/ssh/id.pub" 'StrictModes no' 'PidFile none' >"$D/ssh/sshd"
+    printf '%s\n' "IdentityFile $D/ssh/id" 'StrictHostKeyChecking no' 'UserKnownHostsFile /dev/null' 'LogLevel ERROR' \
+        >"$D/ssh/config"
 }
 
 configure() {
@@ -130,11 +150,23 @@ ready() {
     [ "${idle:-0}" -ge "$N" ]
 }
 
-up() {
-    [ "$(id -u)" = 0 ] || { say "only root can make network namespaces; run the tests without this one"; exit 2; }
+can() {
+    [ "$(id -u)" = 0 ] || { say "only root can make network namespaces"; exit 2; }
+    unshare --net --uts --mount true 2>/dev/null || { say "this machine lets root make no namespaces"; exit 2; }
     need_packages
+}
+
+up() {
+    can
+    local owner
+    owner=$(cat "$D/owner" 2>/dev/null) || true
+    ! alive "$owner" || { say "process $owner is using the cluster"; exit 1; }
     down
     mkdir -p "$D"/{munge,ctld,spool,log,run}
+    if [ -n "${1:-}" ]; then
+        echo "$1" >"$D/owner"
+        setsid "$0" guard "$1" </dev/null >/dev/null 2>&1 &
+    fi
     chmod 755 "$D" "$D/munge" # munge insists
     trap 'say "failed; the end of the logs:"; tail -n 8 "$D"/log/*.log >&2' ERR
     (umask 077 && head -c 128 /dev/urandom >"$D/munge/key")
@@ -142,7 +174,8 @@ up() {
         --log-file="$D/log/munged.log" --seed-file="$D/munge/seed" --num-threads=2
     network
     configure
-    as head slurmctld -f "$D/slurm.conf"
+    configure_ssh
+    as head "exec slurmctld -f $D/slurm.conf"
     local i
     for i in $(seq "$N"); do
         mkdir -p "$D/spool/node$i" "$D/tmp/node$i"
@@ -172,7 +205,7 @@ stop() { # stop PIDFILE: a daemon of this cluster, known by the mark in its envi
     { tr '\0' '\n' <"/proc/$pid/environ"; } 2>/dev/null | grep -qxF "VQMOE_CLUSTER=$D" || return 0
     kill "$pid" 2>/dev/null || true
     for _ in $(seq 30); do
-        kill -0 "$pid" 2>/dev/null || return 0
+        alive "$pid" || return 0
         sleep 0.1
     done
     kill -9 "$pid" 2>/dev/null || true
@@ -191,8 +224,15 @@ down() {
     rm -rf "$D"
 }
 
+guard() { # guard PID: take the cluster down when that process ends
+    while alive "$1"; do sleep 1; done
+    [ "$(cat "$D/owner" 2>/dev/null)" != "$1" ] || down
+}
+
 case ${1:-} in
-up) up ;;
+can) can ;;
+up) up "${2:-}" ;;
+guard) guard "$2" ;;
 down) down ;;
 on) shift && on "$@" ;;
 cut) ip -n vqmoe-head link set "v${2#node}" down ;;

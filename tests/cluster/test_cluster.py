@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_ds.checkpoint.store import tag_name
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = str(Path(__file__).with_name("cluster.sh"))
 SCRIPTS = ROOT / "launchers/slurm"
@@ -29,10 +31,11 @@ train: {steps: 12, batch_size: 4, warmup_steps: 2}
 run: {log_every: 1, eval_every: 0, eval_batches: 2, save_every: 50, probe_tokens: 64, sample_tokens: 0, peer_timeout: 5,
   start_timeout: 60}
 """
+TRAINING = ["--ds_config", str(ROOT / "ds_configs/zero2.json"), "--config", "small.yaml", "--data", "text.txt"]
 LONG = ["--train_steps", "3000", "--set", "run.save_every=25", "--set", "run.log_every=25"]
 """A run that does not end while something happens to it."""
-STEPS = "100"
-"""Of a run that ends, but not before something happened to it."""
+STEPS, MIDDLE = 60, 45
+"""Of a run that ends, but not before something happened to it; and where it saves on its way."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -46,22 +49,22 @@ class Cluster:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(names)}
         root = {f"{name}_ALLOW_RUN_AS_ROOT{end}": "1" for name in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
         venv = Path(sys.executable).parent.parent
-        self.environ = {**clean, **root, "VQMOE_VENV": str(venv), "VQMOE_WAIT": "12", "OMP_NUM_THREADS": "1"}
+        self.environ = {**clean, **root, "VQMOE_VENV": str(venv), "VQMOE_WAIT": "8", "OMP_NUM_THREADS": "1"}
         self.environ["PATH"] = f"{venv / 'bin'}:{clean['PATH']}"
 
-    def run(self, *command: str | Path, node: str = "head") -> subprocess.CompletedProcess[str]:
-        words = [CLUSTER, "on", node, *map(str, command)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=self.home, env=self.environ)
+    def run(self, *command: str | Path, node: str = "head", **environ: str) -> subprocess.CompletedProcess[str]:
+        words, environ = [CLUSTER, "on", node, *map(str, command)], self.environ | environ
+        return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=self.home, env=environ)
 
-    def sbatch(self, *command: str | Path) -> str:
-        result = self.run("sbatch", "--parsable", "--output=%x-%j.out", *command)
+    def sbatch(self, *command: str | Path, **environ: str) -> str:
+        result = self.run("sbatch", "--parsable", "--output=%x-%j.out", *command, **environ)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
-    def pretrain(self, run_dir: str, *more: str, options: tuple[str, ...] = ("--nodes=2",)) -> str:
+    def pretrain(self, run_dir: str, *more: str, options: tuple[str, ...] = ("--nodes=2",), **environ: str) -> str:
         """Submit a small run; relative paths refer to the user's folder."""
-        arguments = ["--ds_config", str(ROOT / "ds_configs/zero2.json"), "--config", "small.yaml", "--data", "text.txt"]
-        return self.sbatch(*options, SCRIPTS / "pretrain.sbatch", *arguments, "--run_dir", run_dir, *more)
+        command = [*options, SCRIPTS / "pretrain.sbatch", *TRAINING, "--run_dir", run_dir, *more]
+        return self.sbatch(*command, **environ)
 
     def state(self, job: str, field: str = "JobState") -> str:
         found = re.search(rf"{field}=(\S+)", self.run("scontrol", "show", "job", job).stdout)
@@ -108,37 +111,74 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if "VQMOE_TEST_CLUSTER" not in os.environ:
         pytest.skip("make test-cluster runs it, and may install SLURM")
-    up = subprocess.run([CLUSTER, "up"], capture_output=True, text=True, timeout=200)
-    if up.returncode == 2:
-        pytest.skip(up.stderr.strip().splitlines()[-1])
-    assert up.returncode == 0, up.stderr
-    home = tmp_path_factory.mktemp("home")
-    (home / "small.yaml").write_text(SMALL)
-    (home / "text.txt").write_text("".join(f"{i} little words make {i * i % 97} long stories. " for i in range(900)))
-    yield Cluster(home)
-    subprocess.run([CLUSTER, "down"], timeout=60)
+    try:
+        # It goes down with this process as well, should that be killed.
+        up = subprocess.run([CLUSTER, "up", str(os.getpid())], capture_output=True, text=True, timeout=250)
+        if up.returncode == 2:
+            pytest.skip(up.stderr.strip().splitlines()[-1])
+        assert up.returncode == 0, up.stderr
+        yield Cluster(_home(tmp_path_factory.mktemp("home") / "my home"))
+    finally:
+        subprocess.run([CLUSTER, "down"], timeout=60)
+
+
+def _home(folder: Path) -> Path:
+    """The folder of a user with data, and with spaces in paths."""
+    folder.mkdir()
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "text.txt").write_text("".join(f"{i} little words make {i * i % 97} long stories. " for i in range(900)))
+    (folder / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    (folder / "my code").symlink_to(ROOT)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster) -> tuple[str, str]:
     """A run over two nodes that nothing disturbed, and its job."""
-    job = cluster.pretrain("finished", "--train_steps", STEPS)
+    job = cluster.pretrain("finished", "--train_steps", str(STEPS), "--set", f"run.save_every={MIDDLE}")
     assert cluster.ended(job) == "COMPLETED", cluster.output(job)
     return "finished", job
 
 
 def test_a_job_over_two_nodes_trains_from_the_folder_it_was_submitted_in(cluster, finished):
     run_dir, job = finished
-    assert list(cluster.steps(run_dir)) == list(range(1, int(STEPS) + 1))
+    assert list(cluster.steps(run_dir)) == list(range(1, STEPS + 1))
     assert (cluster.home / run_dir / "logs/rank1.log").exists()
     assert "2 rank(s)" in cluster.output(job)
     assert "health: slowest rank" in cluster.output(job)
 
 
-def test_the_evaluation_script_scores_it(cluster, finished):
-    job = cluster.sbatch(SCRIPTS / "evaluate.sbatch", finished[0], "--json", "score.json", "--max_tokens", "300")
+def test_the_evaluation_script_scores_it_from_a_repository_with_a_space_in_its_path(cluster, finished):
+    script = cluster.home / "my code/launchers/slurm/evaluate.sbatch"
+    job = cluster.sbatch("--nodes=2", script, finished[0], "--json", "score.json", "--max_tokens", "300")
     assert cluster.ended(job) == "COMPLETED", cluster.output(job)
-    assert json.loads((cluster.home / "score.json").read_text())["model"]["step"] == int(STEPS)
+    assert json.loads((cluster.home / "score.json").read_text())["model"]["step"] == STEPS
+    assert cluster.output(job).startswith(f"2 ranks score {finished[0]}\n")
+
+
+def test_the_finetuning_script_makes_a_classifier_of_it(cluster, finished):
+    for split, rows in (("train", 64), ("validation", 16), ("test", 16)):
+        lines = [f"{i} little words,{'odd' if i % 2 else 'even'}" for i in range(rows)]
+        (cluster.home / "labelled").mkdir(exist_ok=True)
+        (cluster.home / f"labelled/{split}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    arguments = ["--checkpoint", finished[0], "--task", "labelled", "--run_dir", "tuned", "--train_steps", "10"]
+    job = cluster.sbatch("--nodes=2", SCRIPTS / "finetune.sbatch", *arguments)
+    assert cluster.ended(job) == "COMPLETED", cluster.output(job)
+    assert "2 rank(s)" in cluster.output(job) and (cluster.home / "tuned/summary.json").exists()
+
+
+@pytest.mark.parametrize("shape", [("--nodes=2", "--ntasks-per-node=2"), ("--nodes=1",)], ids=["4 ranks", "1 rank"])
+def test_a_run_submitted_again_on_other_ranks_goes_on_with_the_same_losses(cluster, finished, shape):
+    """From what the undisturbed run on two ranks would have left, had it ended after its first checkpoint."""
+    run_dir, source = f"on {shape[-1][-1]}", cluster.home / finished[0]
+    shutil.copytree(source, cluster.home / run_dir, ignore=shutil.ignore_patterns("summary.json", tag_name(STEPS)))
+    (cluster.home / run_dir / "checkpoints/latest").write_text(tag_name(MIDDLE))
+    job = cluster.pretrain(run_dir, "--train_steps", str(STEPS), options=shape)
+    assert cluster.ended(job) == "COMPLETED", cluster.output(job)
+    assert f"at step {MIDDLE}" in cluster.output(job)
+    before, after = cluster.steps(finished[0]), cluster.steps(run_dir)
+    assert after == pytest.approx(before, rel=1e-3), "data order and model are those of two ranks"
+    assert any(after[step] != before[step] for step in range(MIDDLE + 1, STEPS + 1)), "these steps were trained again"
 
 
 def test_an_array_runs_a_grid_one_run_a_task(cluster):
@@ -152,6 +192,14 @@ def test_an_array_runs_a_grid_one_run_a_task(cluster):
     cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job).stdout.strip(), job)
 
 
+def _check_places(output: str) -> None:
+    """Four ranks on two nodes that would meet."""
+    found = re.findall(r"rank=(\d), world_size=(\d), local_rank=(\d), local_world_size=(\d)\) at (\S+)", output)
+    assert sorted(row[:4] for row in found) == [(str(r), "4", str(r % 2), "2") for r in range(4)], output
+    assert len({row[4] for row in found}) == 1, "one rendezvous"
+    assert not found[0][4].startswith(("127.", "localhost")), "that both nodes can reach"
+
+
 def test_every_launcher_gives_the_ranks_their_places_inside_a_job(cluster):
     show = ROOT / "tests/train/show_place.py"
     script = cluster.home / "places.sh"
@@ -159,9 +207,8 @@ def test_every_launcher_gives_the_ranks_their_places_inside_a_job(cluster):
         f"""#!/bin/bash
         export PYTHONPATH={ROOT}
         echo srun; srun -n 4 python {show}
-        echo mpirun; mpirun --oversubscribe -n 2 --host localhost:2 python {show}
-        echo torchrun; srun -n 2 --ntasks-per-node=1 bash -c 'torchrun --nnodes 2 --node_rank $SLURM_NODEID \\
-            --nproc_per_node 2 --master_addr node1 --master_port 29401 {show}' 2>/dev/null
+        echo mpirun; mpirun -n 4 python {show}
+        echo torchrun; srun -n 2 --ntasks-per-node=1 python {SCRIPTS / "node.py"} --nproc_per_node 2 {show}
         echo none; python {show} 2>&1 | tail -n 1
         """
     )
@@ -169,17 +216,29 @@ def test_every_launcher_gives_the_ranks_their_places_inside_a_job(cluster):
     assert cluster.ended(job) == "COMPLETED", cluster.output(job)
     output = cluster.output(job)
     parts = {part.split("\n")[0]: part for part in re.split(r"^(?=srun$|mpirun$|torchrun$|none$)", output, flags=re.M)}
-    for launcher, world in (("srun", 4), ("mpirun", 2), ("torchrun", 4)):
-        found = re.findall(
-            r"rank=(\d), world_size=(\d), local_rank=(\d), local_world_size=(\d)\) at (\S+)", parts[launcher]
-        )
-        assert sorted(row[:4] for row in found) == [(str(r), str(world), str(r % 2), "2") for r in range(world)], output
-        assert len({row[4] for row in found}) == 1, "one rendezvous"
+    for launcher in ("srun", "mpirun", "torchrun"):
+        _check_places(parts[launcher])
     assert "this process is its batch script: put srun" in parts["none"]
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "deepspeed --hostfile hosts --launcher pdsh",
+        "deepspeed --hostfile hosts --launcher openmpi",
+        "mpirun --hostfile hosts -n 4 -x PATH -x PYTHONPATH python",
+    ],
+)
+def test_launchers_that_go_by_ssh_from_host_to_host_give_the_ranks_their_places(cluster, launcher):
+    result = cluster.run(*launcher.split(), ROOT / "tests/train/show_place.py", node="node1", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    _check_places(result.stdout)
+
+
 def test_a_signal_before_the_time_limit_saves_and_the_job_requeues_itself_and_goes_on(cluster, finished):
-    job = cluster.pretrain("signalled", "--train_steps", STEPS, "--set", "run.save_every=0")
+    """With a torchrun on each node, through which signal and exit code have to pass as well."""
+    more = ["--train_steps", str(STEPS), "--set", "run.save_every=0"]
+    job = cluster.pretrain("signalled", *more, VQMOE_LAUNCH="torchrun")
     cluster.wait(lambda: cluster.steps("signalled"), job)
     assert cluster.run("scancel", "--signal=USR1", "--batch", job).returncode == 0
     cluster.wait(lambda: cluster.state(job, "Restarts") == "1", job)
@@ -191,13 +250,11 @@ def test_a_signal_before_the_time_limit_saves_and_the_job_requeues_itself_and_go
 
 def test_an_unreachable_master_is_one_sentence_after_a_bounded_wait(cluster):
     script = cluster.home / "unreachable.sh"
-    arguments = (
-        f"--ds_config {ROOT / 'ds_configs/zero2.json'} --config small.yaml --data text.txt --run_dir unreachable"
-    )
     script.write_text(
         f"""#!/bin/bash
         export MASTER_ADDR=10.78.0.99 MASTER_PORT=29400
-        srun python {ROOT / "launchers/pretrain.py"} {arguments} --set run.start_timeout=3
+        run="{ROOT / "launchers/pretrain.py"} {" ".join(TRAINING)} --run_dir unreachable"
+        srun python $run --set run.start_timeout=3
         """
     )
     job = cluster.sbatch("--nodes=2", "--ntasks-per-node=1", "--job-name=unreachable", script)
@@ -207,9 +264,8 @@ def test_an_unreachable_master_is_one_sentence_after_a_bounded_wait(cluster):
 
 
 def test_submit_chains_short_jobs_to_a_long_training(cluster, finished):
-    arguments = ["--ds_config", str(ROOT / "ds_configs/zero2.json"), "--config", "small.yaml", "--data", "text.txt"]
     command = [sys.executable, SCRIPTS / "submit.py", "--nodes", "2", "--chain", "2", "--sbatch=--output=%x-%j.out"]
-    result = cluster.run(*command, "pretrain", *arguments, "--run_dir", "chained", "--train_steps", STEPS)
+    result = cluster.run(*command, "pretrain", *TRAINING, "--run_dir", "chained", "--train_steps", str(STEPS))
     assert result.returncode == 0, result.stderr
     first, second = re.findall(r"submitted job (\d+)", result.stdout)
     cluster.wait(lambda: cluster.steps("chained"), first)
@@ -278,15 +334,19 @@ def test_a_job_of_a_higher_partition_takes_the_nodes_and_the_run_comes_back(clus
     _goes_on(cluster, long_job, tag, restarts)
 
 
-@pytest.mark.parametrize("fault", ["killed", "stopped", "cut off"])
+@pytest.mark.parametrize("fault", ["killed", "stopped", "cut off", "crashed with its node"])
 def test_without_a_rank_the_others_name_it_and_the_job_goes_on_from_its_checkpoint(cluster, long_job, fault):
     tag, restarts = _newest(cluster, long_job), int(cluster.state(long_job, "Restarts"))
     said = cluster.output(long_job).count("rank 1 on node2 is missing")
     if fault == "cut off":
         subprocess.run([CLUSTER, "cut", "node2"], check=True)
+    elif fault == "crashed with its node":
+        subprocess.run([CLUSTER, "crash", "node2"], check=True)
     else:
         os.kill(cluster.process("long", rank=1), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     cluster.wait(lambda: cluster.output(long_job).count("rank 1 on node2 is missing") > said, long_job, 30)
     if fault == "cut off":
         subprocess.run([CLUSTER, "join", "node2"], check=True)
+    elif fault == "crashed with its node":
+        subprocess.run([CLUSTER, "boot", "node2"], check=True)
     _goes_on(cluster, long_job, tag, restarts)

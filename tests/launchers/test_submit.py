@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ["pretrain", "--ds_config", str(ROOT / "ds_configs/zero2.json"), "--run_dir", "runs/a b"]
 
+FINETUNE = ["finetune", "--checkpoint", str(ROOT), "--task", "sst2", "--run_dir", "x"]
+
 
 def submit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launchers/slurm/submit.py"), *arguments]
@@ -38,7 +40,7 @@ def test_the_dry_run_is_a_whole_script_with_the_options_in_front(tmp_path):
     subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=True)
 
 
-@pytest.mark.parametrize("script", ["common.sh", "pretrain.sbatch", "evaluate.sbatch", "compare_array.sbatch"])
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launchers/slurm").glob("*.s*")))
 def test_scripts_parse(script):
     subprocess.run(["bash", "-n", str(ROOT / "launchers/slurm" / script)], check=True)
 
@@ -51,8 +53,14 @@ def test_scripts_parse(script):
         (["--gpus_per_node", "8", *PRETRAIN], "--tasks_per_node 1 and --gpus_per_node 8 differ"),
         (["--nodes", "0", *PRETRAIN], "--nodes 0 is too small"),
         (PRETRAIN[:3], "give pretrain a --run_dir"),
+        (["finetune", "--checkpoint", "runs/x", "--task", "sst2"], "give finetune a --run_dir"),
+        (
+            ["finetune", "--checkpoint", "no/run", "--task", "sst2", "--run_dir", "x"],
+            "checkpoint no/run does not exist",
+        ),
+        ([*FINETUNE, "--ep_size", "2"], "--ep_size 2 does not divide the 1 ranks of this job"),
         (["--dry_run", "compare", "grid.yaml", "--out", "x"], "give --array 0-N"),
-        (["--chain", "2", "evaluate", "runs/x"], "--chain is for pretraining, not for evaluate"),
+        (["--chain", "2", "evaluate", "runs/x"], "--chain is for pretrain and finetune, not for evaluate"),
         (["evaluate", "runs/x"], "sbatch is not on this machine"),
     ],
 )

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Start the ranks of one node with torchrun, as the one task that SLURM starts there (``VQMOE_LAUNCH=torchrun``).
+
+    srun --ntasks-per-node=1 python launchers/slurm/node.py --nproc_per_node 8 launchers/pretrain.py ...
+
+torchrun by itself dies of the signal before the time limit, and ends with 1 whatever its ranks ended with; here signals
+go on to the ranks, and the exit code is that of the rank that failed first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vqmoe_ds.errors import TRY_AGAIN, UserError
+from vqmoe_ds.train.ranks import find_place
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun with this node's place among the nodes; the exit code."""
+    try:
+        node = find_place()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    del os.environ["LOCAL_SIZE"]  # that of the nodes' tasks, which the ranks would inherit
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _pass_on)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    place = ["--nnodes", str(node.world_size), "--node_rank", str(node.rank), "--signals_to_handle", "SIGINT"]
+    meeting = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
+    try:
+        run(parse_args([*place, *meeting, *arguments]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    return 0
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """The ranks are this process's only children; each leads a session of its own, where SLURM's signal did not go."""
+    me = os.getpid()
+    ranks = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+    if not ranks:  # that have anything to save
+        os._exit(TRY_AGAIN)
+    for rank in ranks:
+        os.kill(int(rank), number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
