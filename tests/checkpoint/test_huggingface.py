@@ -214,11 +214,8 @@ def test_bfloat16_rounds_weights_and_leaves_codes(tmp_path: Path) -> None:
 
 STRANGER = """
 import sys, torch
-class Wall:
-    def find_spec(self, name, *rest):
-        if name.split(".")[0] in ("vqmoe_ds", "deepspeed", "pydantic_settings"):
-            raise ImportError("not installed: " + name)
-sys.meta_path.insert(0, Wall())
+for name in ("vqmoe_ds", "deepspeed", "pydantic_settings"):
+    sys.modules[name] = None  # as if it were not installed, also to those who only ask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

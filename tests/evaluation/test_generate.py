@@ -166,6 +166,8 @@ def _at_a_terminal(checkpoint: str) -> tuple[subprocess.Popen, int]:
     process = subprocess.Popen(
         [sys.executable, str(TOOL), checkpoint, "--tokens", "5"],
         **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True},
+        # Tests that a shell started in the background ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     return process, ours
