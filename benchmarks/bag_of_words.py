@@ -6,8 +6,9 @@
 
 Words and pairs of words, weighed by TF-IDF (1 + log counts), under a logistic regression (scikit-learn). Its C is the
 best of 1, 10 and 100 by 5-fold cross-validation on the training texts, or 10 where a class has fewer than 5 of them.
-Test texts are seen once, at the end. With --shots N the training set is N texts of every class (all of a class that has
-fewer), drawn anew for each seed; the whole training set gives one figure, as nothing is drawn.
+Test texts are seen once, at the end. With --shots N and the seeds 1 to --seeds the training texts are those that
+launchers/finetune.py draws: N of every class, none of them held out; a class with fewer is refused. The whole training
+set gives one figure, as nothing is drawn, and none of it is held out for validation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,23 +29,38 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from vqmoe_ds.data.labelled import LabelledSet, open_labelled
+from vqmoe_ds.config.schema import FinetuneConfig, RunConfig, TrainConfig
+from vqmoe_ds.data.labelled_batches import LabelledTexts
+from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.evaluate import standard_error
+from vqmoe_ds.finetune.classification import TaskTexts, open_texts
 
 FOLDS, CHOICES, FIXED = 5, (1.0, 10.0, 100.0), 10.0
 ALL = "all"
+
+
+class Draw(NamedTuple):
+    """What is learned from, and what is asked."""
+
+    task: str
+    shots: int | None
+    """Texts a class; None for all."""
+    seed: int
+    train: LabelledTexts
+    test: LabelledTexts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
         shots = _shots(options.shots, options.seeds)
-        pairs = [(open_labelled(task), open_labelled(task, "test")) for task in options.task]
-        rows = [row for pair in pairs for count in shots for row in measure(*pair, count, options.seeds)]
+        tasks = [open_texts(FinetuneConfig(task=spec), ByteTokenizer(), sequence_length=1) for spec in options.task]
+        drawn = [draw(task, n, s + 1) for task in tasks for n in shots for s in range(options.seeds if n else 1)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    rows = [measure(one) for one in drawn]
     print(report(rows))
     write_json(options.json, rows)
     return 0
@@ -67,30 +83,29 @@ def _shots(text: str, seeds: int) -> list[int | None]:
     return counts
 
 
-def measure(train: LabelledSet, test: LabelledSet, shots: int | None, seeds: int) -> list[dict[str, Any]]:
-    """A row for every draw."""
-    rows = []
-    for seed in range(seeds if shots is not None else 1):
-        started = time.perf_counter()
-        chosen = np.arange(len(train)) if shots is None else draw(train.labels, shots, seed)
-        texts, labels = [train.texts[i] for i in chosen], train.labels[chosen]
-        predicted, c = classify(texts, labels, test.texts)
-        rows.append(
-            {
-                **{"task": train.name, "shots": shots or ALL, "seed": seed, "texts": len(texts), "C": c},
-                "accuracy": float(accuracy_score(test.labels, predicted)),
-                "macro_f1": float(f1_score(test.labels, predicted, average="macro", zero_division=0)),
-                "seconds": round(time.perf_counter() - started, 1),
-            }
-        )
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+def draw(task: TaskTexts, shots: int | None, seed: int) -> Draw:
+    """The texts of one figure.
+
+    Raises:
+        ConfigError: a class has fewer texts than that.
+    """
+    splits = task.splits(RunConfig(train=TrainConfig(seed=seed), finetune=FinetuneConfig(shots=shots or 0)))
+    train = splits.train if shots or task.test is None else task.train
+    return Draw(task.name, shots, seed, train, splits.test)
 
 
-def draw(labels_N: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Indices of ``shots`` texts of every class, or of all that a class has."""
-    order = np.random.default_rng(seed).permutation(len(labels_N))
-    return np.concatenate([order[labels_N[order] == label][:shots] for label in np.unique(labels_N)])
+def measure(drawn: Draw) -> dict[str, Any]:
+    """One row of figures."""
+    started, (task, shots, seed, train, test) = time.perf_counter(), drawn
+    predicted, c = classify(train.texts, train.labels, test.texts)
+    row = {
+        **{"task": task, "shots": shots or ALL, "seed": seed, "texts": len(train), "C": c},
+        "accuracy": float(accuracy_score(test.labels, predicted)),
+        "macro_f1": float(f1_score(test.labels, predicted, average="macro", zero_division=0)),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def classify(texts: Sequence[str], labels: np.ndarray, asked: Sequence[str]) -> tuple[np.ndarray, float]:

@@ -25,18 +25,14 @@ import vqmoe_ds  # noqa: F401  before torch: it sets how long idle OpenMP thread
 
 # isort: split
 
-import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from measuring import table, write_json
-from peers import free_port, join_group
+from peers import free_port
+from small_training import RANKS, add_sizes, build_trainer, configure, set_up
 
-from vqmoe_ds.config.deepspeed_json import resolve
-from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
-from vqmoe_ds.train.allocator import tune_allocator
-
-RANKS = 2
+from vqmoe_ds.checkpoint import sealing
+from vqmoe_ds.checkpoint.session import begin_save
 
 
 def main() -> None:
@@ -53,10 +49,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=512, help="hidden width of an expert")
-    parser.add_argument("--layers", type=int, default=1)
+    add_sizes(parser, layers=1)
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--writer", metavar="JSON", help="DeepSpeed's checkpoint.writer to try")
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
@@ -66,29 +59,12 @@ def parse() -> argparse.Namespace:
 
 def run_rank(rank: int, port: int, folder: str, options: argparse.Namespace, answers: Any) -> None:
     """Body of one process: train, save, train while it is sealed; rank 0 answers with bytes and seconds by part."""
-    from vqmoe_ds.checkpoint import sealing
-    from vqmoe_ds.checkpoint.session import begin_save
-    from vqmoe_ds.train.engine import build_session
-    from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
-
-    torch.set_num_threads(1)
-    tune_allocator()
-    join_group(rank, RANKS, port)
-    path = Path(folder) / f"deepspeed-{rank}.json"
-    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
-    path.write_text(json.dumps({"optimizer": optimizer, "zero_optimization": {"stage": 2}}))
-    fields = {
-        **{"model.layers": options.layers, "model.width": options.width, "model.sequence_length": 64},
-        **{"moe.num_experts": options.experts, "moe.expert_hidden": options.hidden, "train.batch_size": 4},
-        **{"codebook.code_map": "mod"},
-    }
-    config = resolve(str(path), load_config("tiny", None, fields), RANKS, RANKS)
+    set_up(rank, port)
+    config, path = configure(folder, options, stage=2, ep=RANKS, sequence_length=64, batch=4)
     if options.writer:  # refused in a training's JSON
         config.deepspeed["checkpoint"] = {"writer": json.loads(options.writer)}
-    session = build_session(config, Place(rank, RANKS, rank, RANKS), str(path))
-    split, _ = split_corpus(open_corpus(None), 64, 10)
-    trainer = Trainer(session, TrainingBatches(split, 4, 0), [])
+    trainer = build_trainer(config, path, rank)
+    session = trainer.session
     times: dict[str, list[float]] = defaultdict(list)
     step, save = timed(times, "a step", trainer.train_step), timed(times, "training waits", begin_save)
     while_sealing = timed(times, "a step while it is sealed", trainer.train_step)
@@ -104,7 +80,7 @@ def run_rank(rank: int, port: int, folder: str, options: argparse.Namespace, ans
     if rank == 0:
         size = sum(file.stat().st_size for file in pending.tag.rglob("*") if file.is_file())
         answers.put((size, {part: seconds[1:] for part, seconds in times.items()}))
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 def timed(times: dict[str, list[float]], part: str, function: Callable[..., Any]) -> Callable[..., Any]:

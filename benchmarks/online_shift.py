@@ -252,7 +252,7 @@ def main() -> int:
                 )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     write_json(str(args.out / "report.json"), results)
     text = report(results, args)
     (args.out / "report.md").write_text(text)

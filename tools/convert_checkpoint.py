@@ -9,10 +9,12 @@
 Resuming on another layout needs no conversion: pretrain.py --resume takes a checkpoint of any.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
 
 from vqmoe_ds.checkpoint.convert import build_parser, main
 

@@ -88,7 +88,7 @@ def test_flops_of_a_dense_model_by_hand():
     attention, mlp, head = 4 * 8 * 8, 3 * 8 * 12, 8 * 256
     products, context = attention + mlp + head, 2 * 2 * 8 * 17 // 2
     norms, embedding = 3 * 8, 8 * 256
-    counted = sizes(shapes, config.model_dump(mode="json"))
+    counted = sizes(shapes, config)
     stored = products + norms + embedding
     assert counted == {"stored": stored, "active": stored, "forward_flops_per_token": 2 * products + context}
 
@@ -98,7 +98,7 @@ def test_wide_heads_and_their_norms_are_counted() -> None:
     for changes in ({}, {"head_width": 8, "qk_norm": "full"}):
         config = RunConfig(model={"width": 8, "heads": 2, "layers": 3, "sequence_length": 10, **changes})
         shapes = {name: tuple(p.shape) for name, p in MoETransformer(config).named_parameters()}
-        figures.append(sizes(shapes, config.model_dump(mode="json")))
+        figures.append(sizes(shapes, config))
     narrow, wide = figures
     weights, norms = 3 * 4 * 8 * (16 - 8), 3 * 2 * 16
     assert wide["active"] - narrow["active"] == weights + norms

@@ -20,6 +20,8 @@ from tests.checkpoint.layouts import Layout, move, write_sources
 from tests.distributed import run_ranks
 from tests.huggingface import LENGTH, ModelReader, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.convert import build_parser, main
+from vqmoe_ds.checkpoint.figures import sizes
+from vqmoe_ds.checkpoint.inspect import inspect
 from vqmoe_ds.checkpoint.megatron import EXTRA, EXTRA_TENSORS, MegatronOptions, export_megatron, open_megatron
 from vqmoe_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from vqmoe_ds.config.schema import RunConfig
@@ -283,6 +285,13 @@ def test_a_checkpoint_of_megatron_itself_is_understood_by_its_arguments(case, tm
             assert back.config[section][name] == source.config[section][name], name
     assert all(torch.equal(back.tensor(name), source.tensor(name)) for name in source.names())
     assert torch.equal(load_back(back)(tokens_of())[0], load_back(open_megatron(tmp_path / "m"))(tokens_of())[0])
+
+
+@pytest.mark.parametrize(("case", "layers"), [("top-2, every second", 2), ("dense", 0), ("codes", 4)])
+def test_inspection(case, layers, tmp_path):
+    found = inspect(str(export(case, tmp_path / "m")))
+    assert found["kind"] == "megatron" and found["parameters"] == sizes(reader_of(case).shapes, config_of(case))
+    assert len(found["layers"]) == layers
 
 
 # ------------------------------------------------------------------ refusals

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser, main
+from vqmoe_ds.checkpoint.inspect import build_parser as inspect_parser
+from vqmoe_ds.checkpoint.inspect import inspect
+from vqmoe_ds.checkpoint.inspect import main as inspect_main
 from vqmoe_ds.checkpoint.native_moe import NativeReader, open_native
 from vqmoe_ds.checkpoint.native_names import LARGEST_GROUP, expand, match_names, merge_split, numbered
 from vqmoe_ds.checkpoint.native_writer import native_layout, write_native
@@ -298,6 +301,29 @@ def test_weights_are_there_without_optimizer_files(saved, tmp_path):
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in masters.items())
     with pytest.raises(CheckpointError, match="weights alone"):
         native_layout(reader, ep_size=4, world_size=4)
+
+
+@pytest.mark.parametrize("layout", [Native(2, 2, 2), Native(0, 2, 2, "bf16")], ids=str)
+def test_inspection(layout, saved, tmp_path):
+    reader = open_native(saved[0] / str(layout))
+    with new_folder(tmp_path / "plain", False) as made:
+        write_portable(reader, made)
+    found, plain = inspect(str(saved[0] / str(layout))), inspect(str(tmp_path / "plain"), verify=True)
+    assert found["model"] == plain["model"] == "a model with deepspeed.moe.layer.MoE layers"
+    assert found["parameters"] == {"stored": sum(math.prod(shape) for shape in reader.shapes.values())}
+    assert [row["layer"] for row in found["layers"]] == ["layers.0.deepspeed_moe", "layers.1.deepspeed_moe"]
+    experts = [f"layers.1.deepspeed_moe.experts.deepspeed_experts.{e}.up.weight" for e in range(EXPERTS)]
+    rms = torch.stack([reader.tensor(name).square().mean().sqrt() for name in experts])
+    norms = found["layers"][1]["weight_norms"]["up.weight"]
+    assert list(norms.values()) == pytest.approx([rms.min().item(), rms.mean().item(), rms.max().item()], abs=1e-5)
+    assert found["layers"] == plain["layers"] and found["parameters"] == plain["parameters"]
+
+
+def test_inspection_cannot_verify(saved, capsys):
+    assert inspect_main(inspect_parser("").parse_args([str(saved[0] / str(Native(2, 2, 2))), "--verify"])) == 2
+    assert "has no checksums, being a native checkpoint" in capsys.readouterr().err
+    assert inspect_main(inspect_parser("").parse_args([str(saved[0] / str(Native(2, 2, 2)))])) == 0
+    assert " parameters\n" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ moving

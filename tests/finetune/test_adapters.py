@@ -11,6 +11,7 @@ from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.finetune.small import FIXED_BS, Finetuning
 from vqmoe_ds.checkpoint.adapters import merged
+from vqmoe_ds.checkpoint.discrete import DiscreteOnly
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.reader import open_checkpoint
 
@@ -42,3 +43,4 @@ def test_merged_weights_give_the_logits_of_weights_and_adapters(tmp_path):
     assert not torch.equal(view.tensor(name), open_checkpoint(tmp_path / "source").tensor(name))
     whole = view.tensor(name).flatten()
     assert torch.equal(view.read(name, "fp32", 21, 100), whole[21:121])
+    assert torch.equal(DiscreteOnly(view).tensor(name), view.tensor(name))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.finetune.small import finetune_config
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from tests.prepared import write_texts
+from vqmoe_ds.checkpoint.discrete import DiscreteOnly
+from vqmoe_ds.checkpoint.huggingface import run_config
+from vqmoe_ds.checkpoint.megatron import MegatronOptions, export_megatron
+from vqmoe_ds.checkpoint.reader import CheckpointReader, open_checkpoint
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.schema import CodeSource
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.finetune import run
 from vqmoe_ds.finetune.config import classifier_config
+from vqmoe_ds.finetune.language import open_text
 
 ONE = Layout(0, 1, 1)
 SOURCES: dict[str, dict[str, Any]] = {
@@ -81,3 +90,70 @@ def test_what_cannot_be_is_refused(sources, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs the Python package peft; pip install 'vqmoe_ds\[lora\]'"):
         finetune_config(reader, **{"finetune.lora_rank": 2})
+
+
+def test_the_discrete_path_of_a_megatron_folder_has_its_values(sources, tmp_path):
+    reader = open_checkpoint(sources / "vq")
+    export_megatron(reader, tmp_path / "megatron", MegatronOptions(ep=2, progress=False))
+    ours, theirs = DiscreteOnly(reader), DiscreteOnly(open_checkpoint(tmp_path / "megatron"))
+    assert set(ours.names()) == set(theirs.names())
+    for name in ours.names():
+        assert torch.equal(theirs.tensor(name), ours.tensor(name)), name
+
+
+def _resolve(folder: Path, reader: CheckpointReader, deepspeed: dict[str, Any], **changes: Any) -> EngineConfig:
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
+    return resolve(str(folder / "deepspeed.json"), finetune_config(reader, **changes), 1)
+
+
+def test_experts_that_zero3_cannot_save_are_not_frozen(sources, tmp_path):
+    reader, stage3 = open_checkpoint(sources / "vq"), {"zero_optimization": {"stage": 3}}
+    head = {"finetune.trainable": "head"}
+    with pytest.raises(ConfigError, match="cannot save frozen experts at ZeRO-3; take a DeepSpeed config of ZeRO 0 to"):
+        run.check_can_run(_resolve(tmp_path, reader, stage3, **head))
+    run.check_can_run(_resolve(tmp_path, reader, stage3))
+    run.check_can_run(_resolve(tmp_path, reader, stage3, **head, **{"moe.router": "dense"}))
+    run.check_can_run(_resolve(tmp_path, reader, {}, **head))
+
+
+@pytest.mark.parametrize("spec", ["raw.txt", "bytes"])
+def test_text_of_another_tokenizer_is_refused(sources, tmp_path, spec):
+    (tmp_path / "raw.txt").write_text("many words " * 200)
+    write_texts(tmp_path / "bytes", ["many words " * 20] * 20)
+    reader = open_checkpoint(sources / "vq")
+    loaded = finetune_config(reader, task="lm", **{"data.path": str(tmp_path / spec)})
+    with pytest.raises(
+        CheckpointError, match=r"vocabulary 61\), the text of --data is .* \(vocabulary 25[67]\); prepare"
+    ):
+        open_text(loaded, run_config(reader.config, reader.path), reader)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "theirs"),
+    [("train", "seed", 2), ("finetune", "text_key", "review"), ("data", "path", "other.txt")],
+)
+def test_a_run_folder_keeps_its_texts_and_its_splits(sources, tmp_path, section, name, theirs):
+    config = _resolve(tmp_path, open_checkpoint(sources / "vq"), {})
+    saved = config.run.model_dump(mode="json")
+    run.check_same(tmp_path, saved, config)
+    saved[section][name] = theirs
+    with pytest.raises(ConfigError, match=f"holds another fine-tuning: {section}.{name}={theirs} there, .* here"):
+        run.check_same(tmp_path, saved, config)
+
+
+def test_a_single_run_and_several_do_not_share_a_folder(tmp_path):
+    run.check_kind(tmp_path, several=True)
+    (tmp_path / "seed-1").mkdir()
+    with pytest.raises(ConfigError, match=r"holds several runs \(--seeds or --shots\)"):
+        run.check_kind(tmp_path, several=False)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="holds a single run"):
+        run.check_kind(tmp_path, several=True)
+
+
+def test_a_batch_of_the_json_is_not_made_smaller_for_few_shots(sources, tmp_path):
+    reader = open_checkpoint(sources / "vq")
+    config = _resolve(tmp_path, reader, {"train_batch_size": 8})
+    with pytest.raises(ConfigError, match='gives train_batch_size=8; write "auto" there'):
+        run.check_batch(config, 2, "zero2.json")
+    run.check_batch(config, 8, "zero2.json")

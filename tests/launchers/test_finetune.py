@@ -19,6 +19,7 @@ from tests.launchers.test_pretrain import ROOT, _free_port, _wait_for, environme
 from vqmoe_ds.checkpoint import convert, inspect
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.finetune import predict
 
 LAUNCHER = [sys.executable, str(ROOT / "launchers/finetune.py")]
 FAST = ["--set", "run.log_every=2", "--set", "run.probe_tokens=64", "--set", "train.learning_rate=0.01"]
@@ -112,8 +113,34 @@ def test_a_classifier_opens_in_the_inspector_and_is_refused_as_a_language_model(
     sentence = capsys.readouterr().err
     assert "--to hf needs a language model" in sentence
     assert "is a classifier of 2 classes (bad, good)" in sentence
+    assert convert.main(convert.build_parser("").parse_args([path, str(tmp_path / "out"), "--to", "deepspeed"])) == 2
+    assert "is of a fine-tuning that froze" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="is a classifier of 2 classes"):
         load_model(path)
+
+
+def test_new_texts_get_the_predictions_of_the_best_checkpoint(place, finished, tmp_path, capsys):
+    run_dir, file = finished[0], tmp_path / "texts.jsonl"
+    with (run_dir / "predictions.csv").open(newline="") as stream:
+        tested = list(csv.DictReader(stream))
+    file.write_text("".join(json.dumps({"review": row["text"]}) + "\n\n" for row in tested))
+
+    def classify(*options: str) -> int:
+        return predict.main(predict.build_parser("").parse_args(list(options)))
+
+    assert classify(str(run_dir), "--file", str(file), "--text_key", "review") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["label"]) for row in found] == [(row["text"], row["prediction"]) for row in tested]
+    sure = [float(row["probability"]) for row in tested]
+    assert [row["probability"] for row in found] == pytest.approx(sure, abs=2e-4)
+    for options, sentence in (
+        ([str(run_dir), "--file", str(file)], "line 1: no JSON object with the key 'text'"),
+        ([str(run_dir), "--text", "fine", " "], "--text 2 holds no text"),
+        ([str(place / "pre"), "--text", "fine"], "is a language model"),
+    ):
+        assert classify(*options) == 2
+        assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.slow

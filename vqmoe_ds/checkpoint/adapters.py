@@ -8,7 +8,6 @@ import math
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
-from vqmoe_ds.models.build import pretrained_name
 
 
 def merged(reader: CheckpointReader) -> CheckpointReader:
@@ -24,6 +23,8 @@ class MergedAdapters(WeightsReader):
     """
 
     def __init__(self, source: CheckpointReader) -> None:
+        from vqmoe_ds.models.build import pretrained_name  # imports DeepSpeed, which takes seconds
+
         super().__init__()
         self.source, self.path, self.kind, self.step, self.layout = source, source.path, source.kind, source.step, {}
         self.config = copy.deepcopy(source.config)

@@ -113,10 +113,11 @@ def _to_portable(reader: CheckpointReader, dst: Path, options: argparse.Namespac
 def _to_discrete_only(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
     from vqmoe_ds.checkpoint.discrete import DiscreteOnly
     from vqmoe_ds.checkpoint.figures import sizes
+    from vqmoe_ds.checkpoint.huggingface import run_config
 
     discrete = DiscreteOnly(reader)
     lines = _to_portable(discrete, dst, options)
-    before, after = sizes(reader.shapes, reader.config), sizes(discrete.shapes, discrete.config)
+    before, after = (sizes(r.shapes, run_config(r.config, r.path)) for r in (reader, discrete))
     titles = ("parameters stored", "parameters used by a token", "FLOPs a token, forward")
     for title, key in zip(titles, before, strict=True):
         saved = 100 * (1 - after[key] / before[key])

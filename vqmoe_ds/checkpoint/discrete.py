@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
+from vqmoe_ds.config.schema import MoEConfig
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.moe.routers.abilities import rows_per_token
 
 DROPPED = (".router.continuous.", ".router.path_gate.")
 
@@ -43,16 +45,19 @@ class DiscreteOnly(WeightsReader):
             raise CheckpointError(f"{self.path}: a discrete-only checkpoint has no {kind}")
         return self.source.pieces(name)
 
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        """As the source puts values together, which of Megatron's or of adapted weights are more than pieces."""
+        self.pieces(name, kind)
+        return self.source.read(name, kind, start, count)
+
 
 def discrete_config(config: dict[str, Any]) -> dict[str, Any]:
     """The run configuration of the discrete path: ``moe.top_k=0``, ``codebook.learning=frozen``."""
-    from vqmoe_ds.checkpoint.figures import expert_calls
-
     config = copy.deepcopy(config)
     model, moe = config["model"], config["moe"]
     # The width of dense blocks follows the number of expert calls, which falls now, unless it is written out.
     if model["moe_every"] > 1:
-        model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * expert_calls(config)
+        model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * rows_per_token(MoEConfig(**moe))
     moe["top_k"] = 0
     config["codebook"].update(learning="frozen", commitment_weight=0.0)
     return config

@@ -11,46 +11,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqmoe_ds.checkpoint.native_names import expert_name
 from vqmoe_ds.checkpoint.reader import CheckpointReader
-from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.flops import forward_flops
 from vqmoe_ds.moe.routers.abilities import rows_per_token
 
 
-def expert_calls(config: dict[str, Any]) -> int:
-    """Experts that a token visits in one MoE layer."""
-    moe = MoEConfig(**config["moe"])
-    return 1 if moe.router is Router.DENSE else rows_per_token(moe, RouterConfig(**config.get("router", {})))
-
-
-def sizes(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, int]:
+def sizes(shapes: dict[str, tuple[int, ...]], run: RunConfig) -> dict[str, int]:
     """Parameters stored, parameters that one token uses, and floating-point operations of one token's forward pass.
 
     The embedding counts as stored and as active; operations are those of ``forward_flops``.
     """
-    stored = active = 0
+    active, calls = 0, rows_per_token(run.moe, run.router)
     for name, shape in shapes.items():
-        count = math.prod(shape)
-        stored += count
-        active += count // shape[0] * expert_calls(config) if ".experts." in name else count
-    flops = forward_flops(RunConfig.model_validate(config)).total
-    return {"stored": stored, "active": active, "forward_flops_per_token": flops}
+        active += math.prod(shape[1:]) * calls if ".experts." in name else math.prod(shape)
+    flops = forward_flops(run).total
+    return {"stored": stored_numbers(shapes), "active": active, "forward_flops_per_token": flops}
+
+
+def stored_numbers(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Values of all parameters together."""
+    return sum(map(math.prod, shapes.values()))
 
 
 def health(reader: CheckpointReader) -> list[dict[str, Any]]:
     """Per MoE layer: use of codes and experts by the codebook's running counts, and norms of expert weights."""
     buffers = reader.buffers()
-    prefixes = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in reader.names() if ".experts." in name))
     rows = []
-    for layer, prefix in enumerate(prefixes):
-        row: dict[str, Any] = {"layer": prefix.removesuffix(".experts")}
+    for layer, (name, weights) in enumerate(_expert_weights(reader).items()):
+        row: dict[str, Any] = {"layer": name}
         if "bank.ema_count_LK" in buffers:
             row.update(_usage(buffers, layer, reader.config))
-        row["weight_norms"] = {
-            name[-2:]: _norms(reader, name) for name in reader.names() if name.startswith(prefix + ".")
-        }
+        row["weight_norms"] = {weight: _norms(reader, experts) for weight, experts in weights.items()}
         rows.append(row)
     return rows
+
+
+def _expert_weights(reader: CheckpointReader) -> dict[str, dict[str, list[tuple[str, int, int]]]]:
+    """Layer -> weight -> (tensor, start, count) of every expert: one tensor for all of them, or in native one each."""
+    found: dict[str, dict[str, list[tuple[str, int, int]]]] = {}
+    for name, shape in reader.shapes.items():
+        if native := expert_name(name):
+            layer, weight, experts = native.prefix.removesuffix(".experts.deepspeed_experts."), native.rest, 1
+        elif ".experts." in name and "native" not in reader.config:
+            (layer, weight), experts = name.split(".experts."), shape[0]
+        else:
+            continue
+        each = math.prod(shape) // experts
+        stretches = found.setdefault(layer, {}).setdefault(weight, [])
+        stretches += [(name, e * each, each) for e in range(experts)]
+    return found
 
 
 def _usage(buffers: dict[str, Tensor], layer: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -72,9 +83,7 @@ def _perplexity(counts: Tensor) -> float:
     return float(torch.special.entr(counts / counts.sum().clamp_min(1e-12)).sum().exp())
 
 
-def _norms(reader: CheckpointReader, name: str) -> dict[str, float]:
+def _norms(reader: CheckpointReader, experts: list[tuple[str, int, int]]) -> dict[str, float]:
     """Root mean square of each expert's weights: the least, the mean and the largest over experts."""
-    experts, *rest = reader.shape(name)
-    each = math.prod(rest)
-    squares = [float(reader.read(name, "fp32", e * each, each).double().square().mean()) ** 0.5 for e in range(experts)]
-    return {"min": round(min(squares), 6), "mean": round(sum(squares) / experts, 6), "max": round(max(squares), 6)}
+    norms = [float(reader.read(name, "fp32", start, n).double().square().mean()) ** 0.5 for name, start, n in experts]
+    return {"min": round(min(norms), 6), "mean": round(sum(norms) / len(norms), 6), "max": round(max(norms), 6)}

@@ -7,12 +7,14 @@ import json
 import sys
 from typing import Any
 
-from vqmoe_ds.errors import UserError
+from vqmoe_ds.errors import CheckpointError, UserError
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", metavar="PATH", help="tag folder, run folder, portable folder or Hugging Face folder")
+    parser.add_argument(
+        "path", metavar="PATH", help="tag, run, portable, Hugging Face, Megatron or native DeepSpeed-MoE folder"
+    )
     parser.add_argument("other", metavar="OTHER", nargs="?", help="a second checkpoint to compare the first with")
     parser.add_argument("--verify", action="store_true", help="compare every file with the checksum of the manifest")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -39,29 +41,50 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
         verify: read every file and compare its checksum.
 
     Raises:
-        CheckpointError: it cannot be opened, or a file is not what the manifest says.
+        CheckpointError: it cannot be opened, a file is not what the manifest says, or there is none to verify by.
     """
-    from vqmoe_ds.checkpoint.figures import health, sizes
-    from vqmoe_ds.checkpoint.reader import classes_of, describe_classes, open_checkpoint
+    from vqmoe_ds.checkpoint.figures import health
+    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.store import MANIFEST
     from vqmoe_ds.checkpoint.store import verify as verify_files
 
     reader = open_checkpoint(path)
     checked = "not compared (--verify)"
+    if verify and not (reader.path / MANIFEST).exists():
+        raise CheckpointError(f"{reader.path} has no checksums, being a {reader.kind} checkpoint; leave out --verify")
     if verify:
         checked = f"{len(verify_files(reader.path)['files'])} files match their checksums"
     files = [file.stat().st_size for file in reader.path.rglob("*") if file.is_file()]
     found: dict[str, Any] = {
         **{"path": str(reader.path), "kind": reader.kind, "step": reader.step, "layout": reader.layout},
         **{"files": len(files), "bytes": sum(files), "manifest": checked},
-        "model": describe_classes(reader) if classes_of(reader) else "a language model",
+        "model": _describe(reader),
         "frozen": len(reader.frozen),
-        "parameters": sizes(reader.shapes, reader.config),
+        "parameters": _parameters(reader),
         "optimizer": {"step": reader.optimizer_step()} if reader.has_optimizer else None,
         **{"skipped_steps": reader.counters.get("skipped_steps"), "layers": health(reader)},
     }
     if other is not None:
         found["differences"] = compare(reader, open_checkpoint(other))
     return found
+
+
+def _describe(reader: Any) -> str:
+    from vqmoe_ds.checkpoint.reader import classes_of, describe_classes
+
+    if "native" in reader.config:
+        return "a model with deepspeed.moe.layer.MoE layers"
+    return describe_classes(reader) if classes_of(reader) else "a language model"
+
+
+def _parameters(reader: Any) -> dict[str, int]:
+    """``sizes``; of a native model, which does not say how many experts a token visits, what is stored alone."""
+    from vqmoe_ds.checkpoint.figures import sizes, stored_numbers
+    from vqmoe_ds.checkpoint.huggingface import run_config
+
+    if "native" in reader.config:
+        return {"stored": stored_numbers(reader.shapes)}
+    return sizes(reader.shapes, run_config(reader.config, reader.path))
 
 
 def compare(first: Any, second: Any) -> dict[str, list[Any]]:
@@ -82,14 +105,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _text(found: dict[str, Any]) -> str:
     sizes, layout = found["parameters"], found["layout"] or {}
+    used = ", {active:,} used by a token, {forward_flops_per_token:,} FLOPs a token forward"
     adam = f"Adam at step {found['optimizer']['step']}" if found["optimizer"] else "no optimizer"
     lines = [
         f"{found['path']}: {found['kind']}, step {found['step']}, {adam}",
         f"  {found['files']} files, {found['bytes']:,} bytes; manifest: {found['manifest']}",
         f"  {found['model']}" + (f", {found['frozen']} tensors frozen" if found["frozen"] else ""),
         "  written with " + (", ".join(f"{name} {value}" for name, value in layout.items()) or "no layout"),
-        f"  {sizes['stored']:,} parameters, {sizes['active']:,} used by a token, "
-        f"{sizes['forward_flops_per_token']:,} FLOPs a token forward",
+        f"  {sizes['stored']:,} parameters" + (used.format(**sizes) if "active" in sizes else ""),
     ]
     for row in found["layers"]:
         norms = ", ".join(f"{k} {v['min']:.4f}/{v['mean']:.4f}/{v['max']:.4f}" for k, v in row["weight_norms"].items())

@@ -22,6 +22,7 @@ from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
 
 
@@ -114,7 +115,7 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
     Raises:
         CheckpointError: tensors are missing or of other shapes.
     """
-    model = MoETransformer(config, ep_size, ep_rank).eval().requires_grad_(False)
+    model = bare_model(config, ep_size, ep_rank).eval().requires_grad_(False)
     check_same_model(model, ep_size, reader)
     for name, param in model.named_parameters():
         flat, first = param.data.view(-1), first_value(name, param, ep_rank)
@@ -128,19 +129,22 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
 def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Path | None = None) -> Tokenizer | None:
     """The tokenizer named, or else the one the checkpoint was trained with; None where that is not to be found.
 
+    It is looked for beside the checkpoint, beside the one it was fine-tuned from, and in the run's data.
+
     Raises:
         CheckpointError: it gives other ids than the model was trained on.
         DataError: it cannot be read.
     """
     checksum, vocab_size = config.data.tokenizer_sha256, config.model.vocab_size
     tokenizer: Any = None
+    beside = [path for path in (reader.path, config.finetune.checkpoint) if path and (Path(path) / FILE).exists()]
     if given is not None:
         exported = (Path(given) / "config.json").exists()
         tokenizer = JsonTokenizer(given, checksum) if exported else load_tokenizer(given)
     elif checksum == ByteTokenizer.checksum or (checksum is None and vocab_size in (256, 257)):
         tokenizer = ByteTokenizer()
-    elif (Path(reader.path) / FILE).exists():
-        tokenizer = JsonTokenizer(reader.path, checksum)
+    elif beside:
+        tokenizer = JsonTokenizer(beside[0], checksum)
     elif checksum not in (None, UNKNOWN):
         tokenizer = tokenizer_of_data(reader.config.get("data", {}), str(checksum))
     if tokenizer is None:

@@ -162,6 +162,10 @@ def write_report(folder: Path, title: str, sections: list[dict[str, Any]]) -> No
 def _show_pooled(page: Page, section: dict[str, Any]) -> None:
     page.add(Heading(f"{' and '.join(section['corpora'])} together: {section['group']}"))
     page.add(POOLED)
+    _show_differences(page, section)
+
+
+def _show_differences(page: Page, section: dict[str, Any]) -> None:
     for baseline in section["baselines"]:
         page.add(_difference_table(section, baseline))
         for sentence in _verdicts(section, baseline):
@@ -175,10 +179,7 @@ def _show(page: Page, section: dict[str, Any], folder: Path, number: int) -> Non
         f"{section['tokens']:,} tokens each."
     )
     page.add(_loss_table(section))
-    for baseline in section["baselines"]:
-        page.add(_difference_table(section, baseline))
-        for sentence in _verdicts(section, baseline):
-            page.add(sentence)
+    _show_differences(page, section)
     page.add(HEALTH_NOTE)
     page.add(_health_table(section))
     curves, forest = f"curves-{number}.png", f"differences-{number}.png"

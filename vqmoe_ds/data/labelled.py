@@ -157,7 +157,10 @@ def _collect(name: str, rows: Iterator[_Row], classes: Sequence[str] | None, on_
             reason = problem.partition(":")[0]
             skipped[reason] = skipped.get(reason, 0) + 1
         else:
-            raise DataError(f'{row.place}: {problem}; mend it, or leave such rows out with on_error="skip"')
+            raise DataError(
+                f"{row.place}: {problem}; mend it, or leave such rows out (finetune.skip_bad_rows=true, in Python "
+                'on_error="skip")'
+            )
     if not texts:
         more = "".join(f", {count} rows left out ({reason})" for reason, count in skipped.items())
         raise DataError(f"labelled set {name} has no rows{more}; give a file with texts and labels")
@@ -267,7 +270,10 @@ def _csv_rows(path: Path, lines: Iterator[str], delimiter: str, text_key: str, l
     header = [column.strip() for column in next(reader, [])]
     for key in (text_key, label_key):
         if key not in header:
-            raise DataError(f"{path} has no column {key!r}, only {', '.join(header) or 'nothing'}; name another column")
+            raise DataError(
+                f"{path} has no column {key!r}, only {', '.join(header) or 'nothing'}; "
+                "name another with finetune.text_key or finetune.label_key"
+            )
     text_column, label_column = header.index(text_key), header.index(label_key)
     while True:
         first = reader.line_num + 1

@@ -78,6 +78,7 @@ class BestReport(Callback):
         console.close_progress()
         best = _from_first(read_best(self.job.checkpoints)[0], session)
         best_step = trainer.step if best is None else load(session, self.job.checkpoints / best)
+        console.say(f"the weights of step {best_step} validated best; scoring them on all that is held out")
         found, line = self.finish(session)
         if session.place.rank == 0:
             tag = trainer.last_checkpoint if best is None else str(self.job.checkpoints / best)

@@ -271,6 +271,8 @@ def plot_confusion(path: Path, score: ClassScore, classes: Sequence[str]) -> Non
         ax=axes, include_values=few, values_format=".2f", xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1}
     )
     axes.set_title(f"{len(score.labels_T)} test texts, shares of each true class; accuracy {score.accuracy:.2%}")
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)  # names may have dollar signs
     if not few:
         axes.tick_params(labelsize=6)
     save(figure, path)

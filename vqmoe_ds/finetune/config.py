@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.checkpoint.discrete import discrete_config
@@ -40,7 +41,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
         ConfigError: unknown or contradicting options.
     """
     overrides = overrides_from_args(args)
-    overrides.update({"finetune.checkpoint": str(args.checkpoint), "finetune.task": args.task})
+    overrides.update({"finetune.checkpoint": str(Path(args.checkpoint)), "finetune.task": args.task})
     if args.tokenizer is not None:
         overrides["data.tokenizer"] = args.tokenizer
     source = run_config(reader.config, reader.path)
@@ -108,8 +109,13 @@ def language_model_config(loaded: LoadedConfig, tokenizer_sha256: str | None) ->
     if "train.steps" not in loaded.explicit:
         train = train.model_copy(update={"steps": LANGUAGE_MODEL_STEPS})
     every = max(1, min(SELDOM, train.steps // OFTEN))
-    data = run.data.model_copy(update={"tokenizer_sha256": tokenizer_sha256})
-    config = run.model_copy(update={"train": train, "run": _intervals(loaded, every), "data": data})
+    sections = {
+        "train": train,
+        "run": _intervals(loaded, every),
+        "data": run.data.model_copy(update={"tokenizer_sha256": tokenizer_sha256}),
+        "finetune": run.finetune.model_copy(update={"classes": ()}),  # --config may be of a classifier
+    }
+    config = run.model_copy(update=sections)
     return replace(loaded, config=config)
 
 

@@ -9,7 +9,7 @@ from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batches, Windows
 from vqmoe_ds.data.corpus import RawText, open_raw_text
-from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import CheckpointError
@@ -83,5 +83,8 @@ def _check_tokenizer(data: TrainingData, source: RunConfig, reader: CheckpointRe
 
 
 def _ids(checksum: str | None, vocab_size: int | None) -> str:
-    what = "raw bytes" if checksum is None else f"ids of the tokenizer {checksum[:12]}"
+    if checksum in (None, UNKNOWN):
+        what = "raw bytes" if checksum is None and vocab_size in (256, 257) else "ids of an unknown tokenizer"
+    else:
+        what = f"ids of the tokenizer {str(checksum)[:12]}"
     return f"{what} (vocabulary {vocab_size or 'unknown'})"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
-from vqmoe_ds.config.load import LoadedConfig
+from vqmoe_ds.config.load import LoadedConfig, read_yaml
 from vqmoe_ds.errors import CheckpointError, ConfigError
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL, check_options, shots_of
 from vqmoe_ds.train.console import Console
@@ -35,8 +36,15 @@ if TYPE_CHECKING:
     from vqmoe_ds.train.callbacks import Callback, MetricsFile
     from vqmoe_ds.train.engine import Session
 
-SAME = ("checkpoint", "task", "classes", "discrete", "trainable", "lora_rank", "pool", "holdout", "shots")
-"""Fields of ``finetune`` that a run keeps for as long as its folder lives."""
+SAME = {
+    "finetune": (
+        *("checkpoint", "task", "text_key", "label_key", "classes", "holdout", "shots"),
+        *("discrete", "trainable", "lora_rank", "pool"),
+    ),
+    "train": ("seed",),
+    "data": ("path",),
+}
+"""Fields that a run keeps for as long as its folder lives: others would mix its splits, or are of another model."""
 
 
 class Task(Protocol):
@@ -71,7 +79,9 @@ def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start 
     reader = merged(open_checkpoint(args.checkpoint))
     require_language_model(reader, "fine-tuning")
     loaded = starting_config(args, reader)
+    loaded = _with_numbers_of_json(loaded, args, place)
     run_dir = _choose_run_dir(loaded, args.resume)
+    check_kind(run_dir, several=bool(shots or args.seeds))
     task = _open_task(args, reader, loaded)
     seeds = range(1, args.seeds + 1) if args.seeds else [loaded.config.train.seed]
     configs: dict[str, EngineConfig] = {}
@@ -79,16 +89,33 @@ def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start 
         for seed in seeds:
             parts = [f"shots-{number}"] * bool(shots) + [f"seed-{seed}"] * bool(shots or args.seeds)
             one = task.configure(for_run(loaded, seed, number))
-            configs["/".join(parts)] = resolve(args.ds_config, one, place.world_size, args.ep_size)
+            config = configs["/".join(parts)] = resolve(args.ds_config, one, place.world_size, args.ep_size)
+            check_batch(config, one.config.train.batch_size, args.ds_config)
     first = next(iter(configs.values()))
     if args.print_config:
         show(first, place, console)
         return None
     for name, config in configs.items():
-        _check_can_run(config, place)
         _check_finished(run_dir / name, config)
     work = partial(_work, configs=configs, task=task, reader=reader)
     return Start(first, run_dir, work, _greeting(first, task, reader, run_dir))
+
+
+def _with_numbers_of_json(loaded: LoadedConfig, args: argparse.Namespace, place: Place) -> LoadedConfig:
+    """Before the data are read: what cannot run is refused now, and steps follow from the batch that the JSON gives."""
+    config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
+    check_can_run(config)
+    return replace(loaded, config=config.run)
+
+
+def check_batch(config: EngineConfig, wanted: int, path: str) -> None:
+    """Raises: ConfigError: the JSON gives another batch than one that was made smaller for few shots."""
+    size = config.run.train.batch_size
+    if size != wanted:
+        raise ConfigError(
+            f"so few texts are trained on in batches of {wanted}, and DeepSpeed config {path} gives "
+            f'train_batch_size={size}; write "auto" there'
+        )
 
 
 def _open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: LoadedConfig) -> Task:
@@ -122,10 +149,21 @@ def _choose_run_dir(loaded: LoadedConfig, resume: str) -> Path:
 
 
 def _used(folder: Path) -> bool:
-    return has_run(folder) or any(folder.glob("seed-*")) or any(folder.glob("shots-*"))
+    return has_run(folder) or _has_several(folder)
 
 
-def _check_can_run(config: EngineConfig, place: Place) -> None:
+def _has_several(folder: Path) -> bool:
+    return any(folder.glob("seed-*")) or any(folder.glob("shots-*"))
+
+
+def check_kind(folder: Path, several: bool) -> None:
+    """Raises: ConfigError: a single run in the folder of several, or several in that of a single one."""
+    if has_run(folder) if several else _has_several(folder):
+        there = "a single run" if several else "several runs (--seeds or --shots)"
+        raise ConfigError(f"{folder} holds {there}, which this command is not; choose another --run_dir")
+
+
+def check_can_run(config: EngineConfig) -> None:
     """Refuse what DeepSpeed would fail at hours later.
 
     Raises:
@@ -151,19 +189,20 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 def _check_finished(folder: Path, config: EngineConfig) -> None:
     """Raises: ConfigError: the folder holds a finished run of another fine-tuning."""
-    summary = _summary(folder)
-    if summary is not None:
-        _check_same(folder, summary.get("finetune", {}), config)
+    if _summary(folder) is not None:
+        check_same(folder, read_yaml(str(folder / "config.yaml"), "configuration of a finished run"), config)
 
 
-def _check_same(folder: Path, saved: dict[str, Any], config: EngineConfig) -> None:
-    ours = config.run.finetune.model_dump(mode="json")
-    for name in SAME:
-        if saved.get(name) != ours[name]:
-            raise ConfigError(
-                f"{folder} holds another fine-tuning: finetune.{name}={saved.get(name)} there, {ours[name]} here; "
-                "choose another --run_dir"
-            )
+def check_same(folder: Path, saved: dict[str, Any], config: EngineConfig) -> None:
+    run = config.run.model_dump(mode="json")
+    for section, names in SAME.items():
+        for name in names:
+            theirs, ours = saved.get(section, {}).get(name), run[section][name]
+            if theirs != ours:
+                raise ConfigError(
+                    f"{folder} holds another fine-tuning: {section}.{name}={theirs} there, {ours} here; "
+                    "choose another --run_dir"
+                )
 
 
 def _greeting(config: EngineConfig, task: Task, reader: CheckpointReader, run_dir: Path) -> list[str]:
@@ -202,6 +241,7 @@ def _work(job: Job, configs: dict[str, EngineConfig], task: Task, reader: Checkp
         code = _run(one, task, reader)
         if code:
             return code
+        job = replace(job, started=time.time())
     if several and job.place.rank == 0:
         for line in write_report(job.run_dir, list(configs)):
             job.console.say(line)
@@ -217,7 +257,7 @@ def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
     leave_at_signals()  # those of the run before were to save, and here is nothing to save yet
     tag = find_tag(job)
     if tag is not None:
-        _check_same(tag, read_manifest(tag)["config"].get("finetune", {}), job.config)
+        check_same(tag, read_manifest(tag)["config"], job.config)
     batches, probe = task.open(job)
     opened = open_session(job, tag, partial(begin, reader=reader))
     file = opened.metrics_file(job)

@@ -25,7 +25,7 @@ def build_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETra
     Raises:
         ConfigError: ``finetune.lora_rank`` without the package peft.
     """
-    model = (Classifier if config.finetune.classes else MoETransformer)(config, ep_size, ep_rank)
+    model = bare_model(config, ep_size, ep_rank)
     if config.finetune.checkpoint is None:
         return model
     if config.finetune.lora_rank:
@@ -36,6 +36,11 @@ def build_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETra
             param.data.copy_(values)
         param.requires_grad_(learns(name, config))
     return model
+
+
+def bare_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+    """Language model or classifier, without adapters and with nothing frozen; arguments as of ``MoETransformer``."""
+    return (Classifier if config.finetune.classes else MoETransformer)(config, ep_size, ep_rank)
 
 
 def fresh(name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor | None:

@@ -85,5 +85,5 @@ def count(run: RunConfig) -> Parameters:
     return Parameters(
         tuple(Weight(name, shape) for name, shape in shapes.items()),
         sum(buffer.nbytes for buffer in model.buffers()),
-        **sizes(shapes, run.model_dump(mode="json")),
+        **sizes(shapes, run),
     )

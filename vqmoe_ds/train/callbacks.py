@@ -311,7 +311,7 @@ class FinalReport(Callback):
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
     """Stored and active (used by one token) parameters of the whole model, experts of other ranks included."""
     config = trainer.session.config
-    counts = sizes(whole_shapes(trainer.session.model, config.ep_size), config.run.model_dump(mode="json"))
+    counts = sizes(whole_shapes(trainer.session.model, config.ep_size), config.run)
     return {"stored": counts["stored"], "active": counts["active"]}
 
 

@@ -1,0 +1,59 @@
+"""Trainings of a small vq model that benchmarks put through the real loop, on two ranks of one thread each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from peers import join_group
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.data.batches import TrainingBatches
+from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.train.allocator import tune_allocator
+from vqmoe_ds.train.engine import build_session
+from vqmoe_ds.train.loop import Trainer
+from vqmoe_ds.train.ranks import Place
+
+RANKS = 2
+
+
+def add_sizes(parser: argparse.ArgumentParser, layers: int) -> None:
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=512, help="hidden width of an expert")
+    parser.add_argument("--layers", type=int, default=layers)
+
+
+def configure(
+    folder: str, options: argparse.Namespace, stage: int, ep: int, sequence_length: int, batch: int
+) -> tuple[EngineConfig, str]:
+    """The configuration of one layout, through the same checks as a training, and its DeepSpeed JSON."""
+    path = Path(folder) / f"zero{stage}-{time.time_ns()}.json"
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
+    path.write_text(json.dumps({"optimizer": optimizer, "zero_optimization": {"stage": stage, "overlap_comm": False}}))
+    fields = {
+        **{"model.layers": options.layers, "model.width": options.width, "model.sequence_length": sequence_length},
+        **{"moe.num_experts": options.experts, "moe.expert_hidden": options.hidden, "codebook.num_codes": 0},
+        **{"train.batch_size": batch, "codebook.code_map": "mod"},
+    }
+    return resolve(str(path), load_config("tiny", None, fields), RANKS, ep), str(path)
+
+
+def set_up(rank: int, port: int) -> None:
+    """One of the ranks' processes, before its first trainer."""
+    torch.set_num_threads(1)
+    tune_allocator()
+    join_group(rank, RANKS, port)
+
+
+def build_trainer(config: EngineConfig, path: str, rank: int) -> Trainer:
+    """An engine of ``configure``'s, and the loop over the text that comes with the package."""
+    run = config.run
+    session = build_session(config, Place(rank, RANKS, rank, RANKS), path)
+    split, _ = split_corpus(open_corpus(None), run.model.sequence_length, 10)
+    return Trainer(session, TrainingBatches(split, run.train.batch_size, 0), [])

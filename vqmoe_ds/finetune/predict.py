@@ -1,0 +1,129 @@
+"""``tools/classify.py``: the classes of new texts, by a fine-tuned classifier.
+
+Legend: B texts, C classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqmoe_ds.errors import CheckpointError, DataError, UserError
+
+if TYPE_CHECKING:
+    from vqmoe_ds.data.tokenizers import Tokenizer
+    from vqmoe_ds.models.classifier import Classifier
+
+TEXTS_AT_ONCE = 32
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="run folder of a fine-tuning (its best validation), or a checkpoint")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", nargs="+", metavar="TEXT", help="texts to classify")
+    texts.add_argument("--file", metavar="FILE", help="JSONL, a text in each row; -: standard input")
+    add("--text_key", default="text", metavar="KEY", help="key of the text in --file (default text)")
+    add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print a JSON line for each text, as they come; the exit code."""
+    try:
+        for found in predict(*load_classifier(options.checkpoint, options.tokenizer), _texts(options)):
+            print(json.dumps(found, ensure_ascii=False), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # a reader that has seen enough (| head); Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Classifier, Tokenizer]:
+    """A classifier in evaluation mode, adapters merged in, and its tokenizer.
+
+    Args:
+        path: anything ``open_checkpoint`` takes; of a run folder it is the checkpoint that validated best.
+        tokenizer: as of ``load_model``.
+
+    Raises:
+        CheckpointError: nothing there, damaged, a language model, or no tokenizer.
+        DataError: the tokenizer named cannot be read.
+    """
+    from vqmoe_ds.checkpoint.adapters import merged
+    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.load_model import build_model, find_tokenizer
+    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.store import read_best
+    from vqmoe_ds.models.classifier import Classifier
+
+    best = read_best(Path(path) / "checkpoints")[0]
+    reader = merged(open_checkpoint(path if best is None else Path(path) / "checkpoints" / best))
+    config = run_config(reader.config, reader.path)
+    found = find_tokenizer(reader, config, tokenizer)
+    if found is None:
+        raise CheckpointError(f"the tokenizer of {reader.path} was not found; name it with --tokenizer")
+    if not config.finetune.classes:
+        raise CheckpointError(f"{reader.path} is a language model; fine-tune it with launchers/finetune.py first")
+    model = build_model(reader, config)
+    assert isinstance(model, Classifier)
+    return model, found
+
+
+def predict(model: Classifier, tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Of each text, as they come: its likeliest class, the probability of that, and the text.
+
+    Raises:
+        DataError: the tokenizer finds nothing in a text.
+    """
+    import numpy as np
+    import torch
+
+    from vqmoe_ds.data.labelled import LabelledSet
+    from vqmoe_ds.data.labelled_batches import encode_texts
+
+    classes, stream = list(model.config.finetune.classes), iter(texts)
+    while chunk := list(islice(stream, TEXTS_AT_ONCE)):
+        unlabelled = LabelledSet("to classify", chunk, np.zeros(len(chunk), np.int64), classes)
+        encoded = encode_texts(unlabelled, tokenizer, model.config.model.sequence_length)
+        with torch.no_grad():
+            logits_BC, _ = model(torch.from_numpy(encoded.read(np.arange(len(chunk))).inputs_BS))
+        best = logits_BC.double().softmax(dim=-1).max(dim=-1)
+        for text, number, sure in zip(chunk, best.indices.tolist(), best.values.tolist(), strict=True):
+            yield {"label": classes[number], "probability": round(sure, 4), "text": text}
+
+
+def _texts(options: argparse.Namespace) -> Iterator[str]:
+    named = options.text and ((f"--text {number}", text) for number, text in enumerate(options.text, 1))
+    for place, text in named or _rows(options.file, options.text_key):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{place} holds no text; leave it out")
+        yield text
+
+
+def _rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
+    """Place and value of every row of a JSONL file."""
+    try:
+        with sys.stdin if path == "-" else open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield place, _value(line, key, place)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _value(line: str, key: str, place: str) -> Any:
+    try:
+        return json.loads(line)[key]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{place}: no JSON object with the key {key!r}; name another with --text_key") from None
