@@ -1,0 +1,186 @@
+"""``tools/compare_finetuned.py``: fine-tunings of several models side by side, seed by seed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.comparison.page import Page, Table
+from vqmoe_ds.comparison.statistics import Mean, mean_of, paired_difference
+from vqmoe_ds.errors import DataError, UserError
+from vqmoe_ds.evaluation.plots import pyplot, save
+from vqmoe_ds.files import write_atomically
+
+ACCURACY, MACRO_F1, BITS, LOSS = "test_accuracy", "test_macro_f1", "validation_bits_per_byte", "validation_loss"
+BAG_OF_WORDS = "bag of words"
+NOTE = (
+    "Mean ± standard error over seeds. The difference to the first model is taken seed by seed: mean and 95 % "
+    "confidence interval (Student's t); where it contains zero, nothing is said to be better."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished fine-tuning: of ``model``, on ``task`` with so many ``shots`` (0: all texts)."""
+
+    model: str
+    task: str
+    shots: int
+    seed: int
+    active: int | None
+    """Parameters that a token uses."""
+    values: dict[str, float]
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="NAME=FOLDER", help="run folders of fine-tunings; a name may come several times")
+    add("--bag_of_words", metavar="JSON", help="figures of benchmarks/bag_of_words.py --json, shown beside them")
+    add("--out", metavar="FOLDER", help="also write table.md, and shots.png where there are several numbers of shots")
+    return parser
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the table; the exit code."""
+    try:
+        runs = [run for spec in options.runs for run in read_runs(spec)]
+        runs += read_bag_of_words(options.bag_of_words, runs) if options.bag_of_words else []
+        page = report(runs)
+        print(page.markdown())
+        if options.out:
+            folder = Path(options.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "table.md", page.markdown())
+            if len({run.shots for run in runs if ACCURACY in run.values}) > 1:
+                plot_shots(folder / "shots.png", runs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def read_runs(spec: str) -> list[Run]:
+    """The finished runs of ``NAME=FOLDER``: one, or one for every seed and number of shots.
+
+    Raises:
+        DataError: not of that form, or nothing finished there.
+    """
+    name, equals, place = spec.partition("=")
+    if not (name and equals and place):
+        raise DataError(f"{spec} is not of the form NAME=FOLDER; say what the model is called in the table")
+    files = sorted(Path(place).glob("**/summary.json"))
+    found = [summary for summary in map(_read, files) if "seed" in summary and "finetune" in summary]
+    if not found:
+        raise DataError(
+            f"{place} has no finished fine-tuning (summary.json); give a run folder of launchers/finetune.py"
+        )
+    return [_run(name, summary) for summary in found]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _run(name: str, summary: dict[str, Any]) -> Run:
+    values = {key: float(summary[key]) for key in (ACCURACY, MACRO_F1, BITS, LOSS) if summary.get(key) is not None}
+    data = summary.get("data")
+    task = summary["task"] if data is None else f"{summary['task']} on {data}"
+    return Run(name, task, summary["finetune"]["shots"], summary["seed"], summary["parameters"]["active"], values)
+
+
+def read_bag_of_words(path: str, beside: Sequence[Run]) -> list[Run]:
+    """Figures of the benchmark for the tasks and shots of ``beside``.
+
+    Raises:
+        DataError: it is not a file of that benchmark.
+    """
+    wanted = {(run.task, run.shots) for run in beside}
+    try:
+        rows = json.loads(Path(path).read_text())
+        found = [
+            Run(
+                *(BAG_OF_WORDS, row["task"], 0 if row["shots"] == "all" else row["shots"], row["seed"], None),
+                {ACCURACY: row["accuracy"], MACRO_F1: row["macro_f1"]},
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no output of benchmarks/bag_of_words.py --json ({error})") from None
+    return [run for run in found if (run.task, run.shots) in wanted]
+
+
+def report(runs: Sequence[Run]) -> Page:
+    """A table for every task, a row for every model and number of shots."""
+    page = Page("Fine-tuned models")
+    page.add(NOTE)
+    for task in dict.fromkeys(run.task for run in runs):
+        page.add(_table(task, [run for run in runs if run.task == task]))
+    return page
+
+
+def _table(task: str, runs: Sequence[Run]) -> Table:
+    classified = ACCURACY in runs[0].values
+    measures = {ACCURACY: "test accuracy %", MACRO_F1: "macro-F1"} if classified else {BITS: "bits/byte", LOSS: "loss"}
+    judged = ACCURACY if classified else LOSS
+    first, rows = runs[0].model, []
+    for shots, model in dict.fromkeys((run.shots, run.model) for run in sorted(runs, key=lambda run: run.shots)):
+        ours, theirs = ([run for run in runs if (run.shots, run.model) == (shots, which)] for which in (model, first))
+        active = ours[0].active
+        row = [model, str(shots or "all"), f"{active:,}" if active else "–", str(len(ours))]
+        row += [_mean([run.values[m] for run in ours if m in run.values], m) for m in measures]
+        rows.append([*row, "" if model == first else _difference(ours, theirs, judged)])
+    titles = ["used by a token", "seeds", *measures.values(), f"{measures[judged]} − {first}"]
+    return Table([task, "texts a class", *titles], rows)
+
+
+def _mean(values: Sequence[float], measure: str) -> str:
+    if not values:
+        return "–"
+    found: Mean = mean_of([value * _scale(measure) for value in values])
+    digits = 2 if measure == ACCURACY else 4
+    return f"{found.mean:.{digits}f}" + ("" if found.error is None else f" ± {found.error:.{digits}f}")
+
+
+def _difference(ours: Sequence[Run], theirs: Sequence[Run], measure: str) -> str:
+    a, b = ({run.seed: run.values[measure] * _scale(measure) for run in runs} for runs in (ours, theirs))
+    found = paired_difference(a, b)
+    if found is None:
+        return "no common seed"
+    digits = 2 if measure == ACCURACY else 4
+    if found.low is None:
+        return f"{found.mean:+.{digits}f} (one seed)"
+    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def _scale(measure: str) -> float:
+    return 100.0 if measure == ACCURACY else 1.0
+
+
+def plot_shots(path: Path, runs: Sequence[Run]) -> None:
+    """Test accuracy over the texts of each class, a picture for every task and a line for every model, as PNG."""
+    few = [run for run in runs if run.shots and ACCURACY in run.values]
+    tasks = list(dict.fromkeys(run.task for run in few))
+    figure, grid = pyplot().subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    for axes, task in zip(grid[0], tasks, strict=True):
+        shots = sorted({run.shots for run in few if run.task == task})
+        for model in dict.fromkeys(run.model for run in few if run.task == task):
+            of = {n: [r.values[ACCURACY] for r in few if (r.task, r.model, r.shots) == (task, model, n)] for n in shots}
+            means = {n: mean_of(values) for n, values in of.items() if values}
+            errors = [mean.error or 0.0 for mean in means.values()]
+            axes.errorbar(
+                list(means), [m.mean for m in means.values()], yerr=errors, marker="o", capsize=3, label=model
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(shots, [str(n) for n in shots])
+        axes.set(title=task, xlabel="training texts of each class", ylabel="test accuracy")
+        axes.legend()
+    save(figure, path)
