@@ -29,11 +29,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
+from vqmoe_ds.comparison.statistics import mean_of
 from vqmoe_ds.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from vqmoe_ds.data.labelled_batches import LabelledTexts
 from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.errors import ConfigError, UserError
-from vqmoe_ds.evaluation.evaluate import standard_error
 from vqmoe_ds.finetune.classification import TaskTexts, open_texts
 
 FOLDS, CHOICES, FIXED = 5, (1.0, 10.0, 100.0), 10.0
@@ -129,14 +129,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         group = [row for row in rows if (row["task"], row["shots"]) == (task, shots)]
         counts = f"{group[0]['texts']:,}"
         cs = ", ".join(f"{c:g}" for c in sorted({row["C"] for row in group}))
-        figures = [_cell([row[key] for row in group]) for key in ("accuracy", "macro_f1")]
+        figures = [mean_of([100 * row[key] for row in group]).show(".2f") for key in ("accuracy", "macro_f1")]
         lines.append([task, str(shots), counts, *figures, cs])
     return table(["task", "shots", "texts", "accuracy %", "macro-F1 %", "C"], lines)
-
-
-def _cell(shares: Sequence[float]) -> str:
-    error = standard_error(shares)
-    return f"{100 * np.mean(shares):.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 if __name__ == "__main__":

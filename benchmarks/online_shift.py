@@ -202,14 +202,11 @@ def _cells(seeds: dict[int, dict[str, float]], base: dict[int, dict[str, float]]
     difference = paired_difference(ours, theirs)
     if seeds is base or difference is None or difference.low is None:
         return [*cells, ""]
-    return [*cells, f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"]
+    return [*cells, difference.show()]
 
 
 def _cell(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = mean_of(values)
-    return f"{mean.mean:.4g}" if mean.error is None else f"{mean.mean:.4g} ± {mean.error:.2g}"
+    return mean_of(values).show(".4g", ".2g") if values else "–"
 
 
 def draw(results: list[dict[str, Any]], args: argparse.Namespace) -> None:

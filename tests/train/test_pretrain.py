@@ -11,9 +11,8 @@ from tests.distributed import run_ranks
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.errors import ConfigError
-from vqmoe_ds.train.job import agree_on
 from vqmoe_ds.train.pretrain import fit_to_tokenizer
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.train.ranks import from_first
 
 CHECKSUM = "0123456789abcdef" * 4
 
@@ -51,7 +50,7 @@ def test_what_the_data_does_not_have_is_refused(tmp_path, vocab_size, checksum, 
 
 
 def _agree(rank: int, world: int) -> Path:
-    return agree_on(Path(f"runs/pretrain-{rank}"), Place(rank, world, rank, world))
+    return from_first(Path(f"runs/pretrain-{rank}"))
 
 
 def test_all_ranks_use_the_run_folder_of_rank_0():

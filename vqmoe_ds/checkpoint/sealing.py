@@ -17,6 +17,7 @@ import torch.distributed as dist
 from vqmoe_ds.checkpoint.store import checksums, remove, retired, write_manifest
 from vqmoe_ds.errors import TrainingHalted
 from vqmoe_ds.files import write_atomically
+from vqmoe_ds.train.ranks import from_first
 from vqmoe_ds.train.watchdog import of_communication
 
 
@@ -76,7 +77,7 @@ class Sealing:
             write_atomically(tag.parent / "latest", tag.name)
             if self._on_sealed is not None:
                 self._on_sealed()
-        old = self._from_first(retired(tag.parent, self._keep_last, self._keep_every) if first else [])
+        old = from_first(retired(tag.parent, self._keep_last, self._keep_every) if first else [], self._group)
         # Now by another rank: what counts is what the next job will read.
         if old and self._shared_checksums(self._rank + 1) != files:
             raise OSError("it reads back otherwise than it was written")
@@ -93,13 +94,6 @@ class Sealing:
         parts: list[Any] = [None] * world
         dist.all_gather_object(parts, checksums(self.tag, rank % world, world), group=self._group)
         return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
-
-    def _from_first(self, paths: list[Path]) -> list[Path]:
-        """Rank 0's answer on all ranks: others may see an older state of the file system."""
-        answer: list[Any] = [paths]
-        if self._group is not None:
-            dist.broadcast_object_list(answer, src=0, group=self._group)
-        return list(answer[0])
 
 
 def as_halted(error: Exception, tag: Path) -> Exception:

@@ -18,6 +18,7 @@ from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.train.engine import Session
+from vqmoe_ds.train.ranks import from_first
 
 STRUCTURE = {
     "model": None,
@@ -96,8 +97,7 @@ def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]
             answer = [*_choose_here(folder, resume), None]
         except CheckpointError as error:
             answer[2] = str(error)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
+    answer = from_first(answer)
     if answer[2] is not None:
         raise CheckpointError(answer[2])
     return answer[0], answer[1]

@@ -254,17 +254,8 @@ def _verdicts(section: dict[str, Any], baseline: str) -> list[str]:
 
 
 def _mean(value: dict[str, Any] | None, digits: int) -> str:
-    if value is None:
-        return "–"
-    mean = Mean(**value)
-    shown = f"{mean.mean:,.{digits}f}"
-    return shown if mean.error is None else f"{shown} ± {mean.error:,.{digits}f}"
+    return "–" if value is None else Mean(**value).show(f",.{digits}f")
 
 
 def _difference(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return "–"
-    found = Difference(**{key: value[key] for key in ("mean", "low", "high", "pairs")})
-    if found.low is None:
-        return f"{found.mean:+.4f} (one seed)"
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return "–" if value is None else Difference(**{key: value[key] for key in ("mean", "low", "high", "pairs")}).show()

@@ -22,6 +22,11 @@ class Mean:
     error: float | None
     seeds: int
 
+    def show(self, layout: str, error_layout: str | None = None) -> str:
+        """Mean ± error, each in a format such as ``.2f``; the error in that of the mean unless it has its own."""
+        value = format(self.mean, layout)
+        return value if self.error is None else f"{value} ± {format(self.error, error_layout or layout)}"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -38,6 +43,11 @@ class Difference:
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "cannot be told"
         return "better" if self.high < 0 else "worse"
+
+    def show(self, digits: int = 4) -> str:
+        """Mean and interval, with so many decimals."""
+        mean = f"{self.mean:+.{digits}f}"
+        return f"{mean} (one seed)" if self.low is None else f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 def mean_of(values: Sequence[float]) -> Mean:

@@ -20,6 +20,7 @@ from vqmoe_ds.data.documents import Document, OnError, SourceOptions, Unit, plan
 from vqmoe_ds.data.parts import Counts, Parts, disk_errors, merge
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.errors import DataError, UserError
+from vqmoe_ds.files import drop_output
 
 _ENOUGH = 1_000_000  # tokens after which the share of unknown symbols is known well enough to stop early
 
@@ -83,8 +84,8 @@ def show(text: str) -> None:
     """Print; a reader that has seen enough (``| head``) is no error."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # nor is it one when Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        drop_output()
 
 
 def recipes_table() -> str:

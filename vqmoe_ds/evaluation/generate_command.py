@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.errors import ConfigError, DataError, UserError
+from vqmoe_ds.files import drop_output
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.load_model import LoadedModel
@@ -45,8 +45,8 @@ def main(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # a reader that has seen enough (| head); Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        drop_output()
         return 0
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from vqmoe_ds.checkpoint.restore import whole_shapes
 from vqmoe_ds.checkpoint.session import load
@@ -23,6 +22,7 @@ from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
+from vqmoe_ds.train.ranks import from_first
 
 
 class EarlyStop(Callback):
@@ -76,7 +76,7 @@ class BestReport(Callback):
             return
         console, session = self.job.console, trainer.session
         console.close_progress()
-        best = _from_first(read_best(self.job.checkpoints)[0], session)
+        best = from_first(read_best(self.job.checkpoints)[0])
         best_step = trainer.step if best is None else load(session, self.job.checkpoints / best)
         console.say(f"the weights of step {best_step} validated best; scoring them on all that is held out")
         found, line = self.finish(session)
@@ -109,14 +109,6 @@ class BestReport(Callback):
             plot_usage(folder / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
         # Last, for it marks the run as finished.
         write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-
-
-def _from_first(value: Any, session: Session) -> Any:
-    """Rank 0's value on all ranks."""
-    answer = [value]
-    if session.place.world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 def _learning(trainer: Trainer) -> int:

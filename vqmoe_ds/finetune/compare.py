@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.comparison.page import Page, Table
-from vqmoe_ds.comparison.statistics import Mean, mean_of, paired_difference
+from vqmoe_ds.comparison.statistics import mean_of, paired_difference
 from vqmoe_ds.errors import DataError, UserError
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.files import write_atomically
@@ -143,26 +143,21 @@ def _table(task: str, runs: Sequence[Run]) -> Table:
 
 
 def _mean(values: Sequence[float], measure: str) -> str:
-    if not values:
-        return "–"
-    found: Mean = mean_of([value * _scale(measure) for value in values])
-    digits = 2 if measure == ACCURACY else 4
-    return f"{found.mean:.{digits}f}" + ("" if found.error is None else f" ± {found.error:.{digits}f}")
+    return mean_of([value * _scale(measure) for value in values]).show(f".{_digits(measure)}f") if values else "–"
 
 
 def _difference(ours: Sequence[Run], theirs: Sequence[Run], measure: str) -> str:
     a, b = ({run.seed: run.values[measure] * _scale(measure) for run in runs} for runs in (ours, theirs))
     found = paired_difference(a, b)
-    if found is None:
-        return "no common seed"
-    digits = 2 if measure == ACCURACY else 4
-    if found.low is None:
-        return f"{found.mean:+.{digits}f} (one seed)"
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return "no common seed" if found is None else found.show(_digits(measure))
 
 
 def _scale(measure: str) -> float:
     return 100.0 if measure == ACCURACY else 1.0
+
+
+def _digits(measure: str) -> int:
+    return 2 if measure == ACCURACY else 4
 
 
 def plot_shots(path: Path, runs: Sequence[Run]) -> None:

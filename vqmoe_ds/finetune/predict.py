@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.errors import CheckpointError, DataError, UserError
+from vqmoe_ds.files import drop_output
 
 if TYPE_CHECKING:
     from vqmoe_ds.data.tokenizers import Tokenizer
@@ -43,8 +43,8 @@ def main(options: argparse.Namespace) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # a reader that has seen enough (| head); Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        drop_output()
     return 0
 
 

@@ -66,14 +66,9 @@ def table(means: dict[int, dict[str, Mean]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for shots, found in means.items():
         seeds = next(iter(found.values())).seeds
-        cells = [str(shots or "all"), str(seeds), *(_cell(found[name], MEASURES[name][1]) for name in names)]
+        cells = [str(shots or "all"), str(seeds), *(found[name].show(MEASURES[name][1]) for name in names)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _cell(mean: Mean, layout: str) -> str:
-    value = format(mean.mean, layout)
-    return value if mean.error is None else f"{value} ± {format(mean.error, layout)}"
 
 
 def plot_shots(path: Path, means: dict[int, dict[str, Mean]]) -> None:

@@ -19,7 +19,7 @@ from vqmoe_ds.errors import TRY_AGAIN, ConfigError, UserError
 from vqmoe_ds.files import write_atomically
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.lock import RunLock
-from vqmoe_ds.train.ranks import Place, find_place, likely_rank
+from vqmoe_ds.train.ranks import Place, find_place, from_first, likely_rank
 
 if TYPE_CHECKING:
     from vqmoe_ds.data.batches import Batches
@@ -112,7 +112,7 @@ def _work(start: Start, job: Job) -> int:
     output = job.config.run.run
     set_up_torch(job.place, output.start_timeout)
     with watch_peers(job.place, job.console, output.peer_timeout):
-        return start.work(replace(job, run_dir=agree_on(job.run_dir, job.place)))
+        return start.work(replace(job, run_dir=from_first(job.run_dir)))
 
 
 # ---------------------------------------------------------------- the run itself
@@ -200,17 +200,6 @@ def first_free(wanted: Path, taken: Callable[[Path], bool]) -> Path:
 
 def has_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
-
-
-def agree_on(run_dir: Path, place: Place) -> Path:
-    """Rank 0's run folder, on every rank: a slow one may have found the first free name taken meanwhile."""
-    if place.world_size == 1:
-        return run_dir
-    import torch.distributed as dist
-
-    answer = [run_dir]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 def show(config: EngineConfig, place: Place, console: Console) -> None:

@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 from dataclasses import dataclass
+from typing import Any
 
 from vqmoe_ds.errors import ConfigError
 
@@ -239,3 +240,20 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------- one answer
+
+
+def from_first(value: Any, group: Any = None) -> Any:
+    """Rank 0's value on all ranks of a process group (the default one), which call this together.
+
+    Ranks may see other states of a file system, or other first free names in it.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    answer = [value]
+    dist.broadcast_object_list(answer, src=0, group=group)
+    return answer[0]
