@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.moe.clustering import balanced_map, kmeans
+from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_crowded
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -47,6 +48,15 @@ def test_a_crowd_of_equal_samples_cannot_be_split() -> None:
     codes_KC, sizes_K = kmeans(samples_SC, 12, 5, _generator())
     assert sizes_K.max() >= 500 and sizes_K.sum() == 600
     assert (codes_KC - 1).abs().amax(dim=1).min() < 1
+
+
+def test_copies_of_one_vector_take_no_code_from_others() -> None:
+    """Their mean differs from them by rounding, which must not pass for two halves; frequent tokens are such copies."""
+    generator = _generator()
+    words_KC = F.normalize(torch.randn(40, 128, generator=generator), dim=1)
+    counts_K = torch.tensor([351] + [5] * 39)
+    codes_KC, sizes_K = split_crowded(words_KC.repeat_interleave(counts_K, dim=0), words_KC, 4.0)
+    assert torch.equal(codes_KC, words_KC) and torch.equal(sizes_K, counts_K.float())
 
 
 def test_lloyd_steps_lower_the_loss_of_the_seeds() -> None:

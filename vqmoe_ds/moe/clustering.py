@@ -45,13 +45,16 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
 
 CROWDED = 1.5
 """Times the mean size from which a cluster is split at birth."""
+ALIKE = 1e-6
+"""Squared distance from their mean, by squared length, up to which members are one point: copies of a vector differ
+from their mean by rounding, and lookup cannot tell apart what is as near as that."""
 
 
 def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """Give the code of the smallest cluster to the largest, cut in halves, until none exceeds ``limit`` mean sizes.
 
-    Clusters of members all alike are left as they are. Stops after 2 K moves at the latest. Lookup stays that of the
-    nearest code.
+    Clusters of members all alike are left as they are. Stops after 2 K moves at the latest, as two clusters can take
+    one code from each other again and again. Lookup stays that of the nearest code.
 
     Returns:
         Codes ``[K, C]`` and the number of samples of each, float32 ``[K]``.
@@ -65,15 +68,26 @@ def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[T
         largest, smallest = int((sizes_K * splittable_K).argmax()), int(sizes_K.argmin())
         if sizes_K[largest] * num_codes <= limit * len(samples_SC):
             break
-        pair_2C = _halves(samples_SC[owner_S == largest])
+        pair_2C, both = _halves(samples_SC[owner_S == largest]), [largest, smallest]
         if pair_2C is None:
             splittable_K[largest] = False
             continue
-        codes_KC[[largest, smallest]] = pair_2C
+        codes_KC[both] = pair_2C
         splittable_K[smallest] = True
-        distances_SK[:, [largest, smallest]] = torch.cdist(samples_SC, pair_2C)
-        owner_S = distances_SK.argmin(dim=1)
+        distances_SK[:, both] = torch.cdist(samples_SC, pair_2C)
+        owner_S = _nearest_again(distances_SK, owner_S, both)
     return codes_KC, torch.bincount(owner_S, minlength=num_codes).float()
+
+
+def _nearest_again(distances_SK: Tensor, owner_S: Tensor, both: list[int]) -> Tensor:
+    """Nearest codes ``[S]`` after two codes moved: only samples that they had before look at all codes again."""
+    codes_2 = torch.tensor(both, device=owner_S.device)
+    left_S = torch.isin(owner_S, codes_2)
+    owner_S = owner_S.clone()
+    owner_S[left_S] = distances_SK[left_S].argmin(dim=1)
+    nearest_S = distances_SK.gather(1, owner_S.unsqueeze(1)).squeeze(1)
+    nearer_S, which_S = distances_SK[:, codes_2].min(dim=1)
+    return torch.where(nearer_S < nearest_S, codes_2[which_S], owner_S)
 
 
 def _halves(members_MC: Tensor) -> Tensor | None:
@@ -83,7 +97,10 @@ def _halves(members_MC: Tensor) -> Tensor | None:
     is found by power iteration from the farthest member.
     """
     centred_MC = members_MC - members_MC.mean(dim=0)
-    axis_C = centred_MC[centred_MC.square().sum(dim=1).argmax()]
+    spread_M = centred_MC.square().sum(dim=1)
+    if spread_M.max() <= ALIKE * members_MC[0].square().sum():
+        return None
+    axis_C = centred_MC[spread_M.argmax()]
     for _ in range(8):
         axis_C = F.normalize(centred_MC.t() @ (centred_MC @ axis_C), dim=0)
     place_M = centred_MC @ axis_C
