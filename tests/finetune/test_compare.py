@@ -54,6 +54,18 @@ def test_shots_are_rows_and_a_curve_and_the_bag_of_words_stands_beside(folders, 
     assert (tmp_path / "report/shots.png").stat().st_size > 1000
 
 
+def test_adaptation_to_a_text_has_where_it_began_and_a_curve(tmp_path, capsys):
+    for name, ends in {"vq": (3.0, 2.5), "top-2": (3.2, 2.1)}.items():
+        rows = [{"step": step, "validation_bits_per_byte": bits} for step, bits in zip((0, 20), ends, strict=True)]
+        facts = {"task": "lm", "data": "plays", "seed": 1, "finetune": {"shots": 0}, "parameters": {"active": 7}}
+        best = {"validation_loss": 1.0, "validation_bits_per_byte": ends[1], "validations": rows}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(facts | best))
+    assert _compare(f"vq={tmp_path / 'vq'}", f"top-2={tmp_path / 'top-2'}", "--out", tmp_path) == 0
+    assert "| top-2 | all | 7 | 1 | 3.2000 | 2.1000 | 1.0000 | -0.4000 (one seed) |" in capsys.readouterr().out
+    assert (tmp_path / "steps.png").stat().st_size > 1000 and not (tmp_path / "shots.png").exists()
+
+
 @pytest.mark.parametrize(("spec", "sentence"), [("runs/a", "NAME=FOLDER"), ("vq=nowhere", "no finished fine-tuning")])
 def test_what_is_no_run_is_refused_in_one_sentence(spec, sentence, capsys):
     assert _compare(spec) == 2

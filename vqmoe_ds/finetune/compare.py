@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.files import write_atomically
 
 ACCURACY, MACRO_F1, BITS, LOSS = "test_accuracy", "test_macro_f1", "validation_bits_per_byte", "validation_loss"
+BEFORE = "bits_per_byte_before"
 BAG_OF_WORDS = "bag of words"
 NOTE = (
     "Mean ± standard error over seeds. The difference to the first model is taken seed by seed: mean and 95 % "
@@ -35,6 +36,8 @@ class Run:
     active: int | None
     """Parameters that a token uses."""
     values: dict[str, float]
+    curve: dict[int, float] = field(default_factory=dict)
+    """Bits per byte at the validations of a language model, by step; 0 is before it learned anything."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -42,7 +45,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", metavar="NAME=FOLDER", help="run folders of fine-tunings; a name may come several times")
     add("--bag_of_words", metavar="JSON", help="figures of benchmarks/bag_of_words.py --json, shown beside them")
-    add("--out", metavar="FOLDER", help="also write table.md, and shots.png where there are several numbers of shots")
+    add(
+        "--out", metavar="FOLDER", help="also write table.md and the curves: shots.png over shots, steps.png over steps"
+    )
     return parser
 
 
@@ -59,6 +64,8 @@ def main(options: argparse.Namespace) -> int:
             write_atomically(folder / "table.md", page.markdown())
             if len({run.shots for run in runs if ACCURACY in run.values}) > 1:
                 plot_shots(folder / "shots.png", runs)
+            if any(run.curve for run in runs):
+                plot_steps(folder / "steps.png", runs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -94,7 +101,13 @@ def _run(name: str, summary: dict[str, Any]) -> Run:
     values = {key: float(summary[key]) for key in (ACCURACY, MACRO_F1, BITS, LOSS) if summary.get(key) is not None}
     data = summary.get("data")
     task = summary["task"] if data is None else f"{summary['task']} on {data}"
-    return Run(name, task, summary["finetune"]["shots"], summary["seed"], summary["parameters"]["active"], values)
+    rows = [row for row in summary.get("validations", ()) if row.get(BITS) is not None]
+    if BITS in values and rows:
+        values[BEFORE] = rows[0][BITS]
+    return Run(
+        *(name, task, summary["finetune"]["shots"], summary["seed"], summary["parameters"]["active"], values),
+        {row["step"]: row[BITS] for row in rows},
+    )
 
 
 def read_bag_of_words(path: str, beside: Sequence[Run]) -> list[Run]:
@@ -129,8 +142,10 @@ def report(runs: Sequence[Run]) -> Page:
 
 def _table(task: str, runs: Sequence[Run]) -> Table:
     classified = ACCURACY in runs[0].values
-    measures = {ACCURACY: "test accuracy %", MACRO_F1: "macro-F1"} if classified else {BITS: "bits/byte", LOSS: "loss"}
-    judged = ACCURACY if classified else LOSS
+    measures = {ACCURACY: "test accuracy %", MACRO_F1: "macro-F1"}
+    if not classified:
+        measures = {BEFORE: "bits/byte before", BITS: "bits/byte", LOSS: "loss"}
+    judged = ACCURACY if classified else BITS if BITS in runs[0].values else LOSS
     first, rows = runs[0].model, []
     for shots, model in dict.fromkeys((run.shots, run.model) for run in sorted(runs, key=lambda run: run.shots)):
         ours, theirs = ([run for run in runs if (run.shots, run.model) == (shots, which)] for which in (model, first))
@@ -167,15 +182,38 @@ def plot_shots(path: Path, runs: Sequence[Run]) -> None:
     figure, grid = pyplot().subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     for axes, task in zip(grid[0], tasks, strict=True):
         shots = sorted({run.shots for run in few if run.task == task})
-        for model in dict.fromkeys(run.model for run in few if run.task == task):
-            of = {n: [r.values[ACCURACY] for r in few if (r.task, r.model, r.shots) == (task, model, n)] for n in shots}
-            means = {n: mean_of(values) for n, values in of.items() if values}
-            errors = [mean.error or 0.0 for mean in means.values()]
-            axes.errorbar(
-                list(means), [m.mean for m in means.values()], yerr=errors, marker="o", capsize=3, label=model
-            )
+        for model, runs_of in _by_model(few, task).items():
+            _line(axes, model, {n: [r.values[ACCURACY] for r in runs_of if r.shots == n] for n in shots})
         axes.set_xscale("log", base=2)
         axes.set_xticks(shots, [str(n) for n in shots])
         axes.set(title=task, xlabel="training texts of each class", ylabel="test accuracy")
         axes.legend()
     save(figure, path)
+
+
+def plot_steps(path: Path, runs: Sequence[Run]) -> None:
+    """Bits per byte over the steps of adaptation, a picture for every text and a line for every model, as PNG."""
+    texts = list(dict.fromkeys(run.task for run in runs if run.curve))
+    figure, grid = pyplot().subplots(1, len(texts), figsize=(5 * len(texts), 4), squeeze=False)
+    for axes, task in zip(grid[0], texts, strict=True):
+        for model, runs_of in _by_model(runs, task).items():
+            steps = sorted({step for run in runs_of for step in run.curve})
+            _line(axes, model, {n: [run.curve[n] for run in runs_of if n in run.curve] for n in steps})
+        axes.set(title=task, xlabel="step", ylabel="bits/byte on held-out text")
+        axes.legend()
+    save(figure, path)
+
+
+def _by_model(runs: Sequence[Run], task: str) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.task == task:
+            found.setdefault(run.model, []).append(run)
+    return found
+
+
+def _line(axes: Any, label: str, values: dict[int, list[float]]) -> None:
+    """Means over seeds, with their standard errors."""
+    means = {place: mean_of(some) for place, some in values.items() if some}
+    errors = [mean.error or 0.0 for mean in means.values()]
+    axes.errorbar(list(means), [m.mean for m in means.values()], yerr=errors, marker="o", capsize=3, label=label)
