@@ -66,6 +66,12 @@ class Cluster:
         command = [*options, SCRIPTS / "pretrain.sbatch", *TRAINING, "--run_dir", run_dir, *more]
         return self.sbatch(*command, **environ)
 
+    def finetune(self, run_dir: str, checkpoint: str) -> str:
+        """Submit a small fine-tuning over two nodes."""
+        options = ("--train_steps", str(STEPS), "--set", "run.log_every=1", "--set", "finetune.patience=0")
+        command = ["--nodes=2", SCRIPTS / "finetune.sbatch", "--checkpoint", checkpoint, "--task", "labelled"]
+        return self.sbatch(*command, "--run_dir", run_dir, *options)
+
     def state(self, job: str, field: str = "JobState") -> str:
         found = re.search(rf"{field}=(\S+)", self.run("scontrol", "show", "job", job).stdout)
         return found.group(1) if found else ""
@@ -156,15 +162,34 @@ def test_the_evaluation_script_scores_it_from_a_repository_with_a_space_in_its_p
     assert cluster.output(job).startswith(f"2 ranks score {finished[0]}\n")
 
 
-def test_the_finetuning_script_makes_a_classifier_of_it(cluster, finished):
+@pytest.fixture(scope="module")
+def tuned(cluster: Cluster, finished: tuple[str, str]) -> tuple[str, str]:
+    """A fine-tuning of it over two nodes that nothing disturbed, and its job."""
+    (cluster.home / "labelled").mkdir()
     for split, rows in (("train", 64), ("validation", 16), ("test", 16)):
         lines = [f"{i} little words,{'odd' if i % 2 else 'even'}" for i in range(rows)]
-        (cluster.home / "labelled").mkdir(exist_ok=True)
         (cluster.home / f"labelled/{split}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
-    arguments = ["--checkpoint", finished[0], "--task", "labelled", "--run_dir", "tuned", "--train_steps", "10"]
-    job = cluster.sbatch("--nodes=2", SCRIPTS / "finetune.sbatch", *arguments)
+    job = cluster.finetune("tuned", finished[0])
     assert cluster.ended(job) == "COMPLETED", cluster.output(job)
-    assert "2 rank(s)" in cluster.output(job) and (cluster.home / "tuned/summary.json").exists()
+    return "tuned", job
+
+
+def test_the_finetuning_script_makes_a_classifier_of_it(cluster, tuned):
+    run_dir, job = tuned
+    assert "2 rank(s)" in cluster.output(job)
+    assert json.loads((cluster.home / run_dir / "summary.json").read_text())["steps"] == STEPS
+
+
+def test_a_signalled_finetuning_requeues_itself_and_makes_the_same_classifier(cluster, finished, tuned):
+    job = cluster.finetune("tuned, signalled", finished[0])
+    cluster.wait(lambda: cluster.steps("tuned, signalled"), job)
+    assert cluster.run("scancel", "--signal=USR1", "--batch", job).returncode == 0
+    cluster.wait(lambda: cluster.state(job, "Restarts") == "1", job)
+    assert cluster.ended(job) == "COMPLETED", cluster.output(job)
+    assert "resumed from" in cluster.output(job)
+    assert cluster.steps("tuned, signalled") == cluster.steps(tuned[0])
+    ours, theirs = (cluster.home / folder / "predictions.csv" for folder in ("tuned, signalled", tuned[0]))
+    assert ours.read_text() == theirs.read_text()
 
 
 @pytest.mark.parametrize("shape", [("--nodes=2", "--ntasks-per-node=2"), ("--nodes=1",)], ids=["4 ranks", "1 rank"])
