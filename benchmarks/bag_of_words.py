@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks = [open_texts(FinetuneConfig(task=spec), ByteTokenizer(), sequence_length=1) for spec in options.task]
         drawn = [draw(task, n, s + 1) for task in tasks for n in shots for s in range(options.seeds if n else 1)]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     rows = [measure(one) for one in drawn]
     print(report(rows))
     write_json(options.json, rows)

@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows += compare(options, Path(folder)) if options.checkpoints else []
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     print(report(rows))
     write_json(options.json, rows)
     return 0

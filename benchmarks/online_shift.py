@@ -248,8 +248,7 @@ def main() -> int:
                     flush=True,
                 )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     write_json(str(args.out / "report.json"), results)
     text = report(results, args)
     (args.out / "report.md").write_text(text)

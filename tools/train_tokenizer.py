@@ -44,8 +44,7 @@ def main() -> int:
         trained = train_tokenizer(args.sources, args.kind, args.vocab_size, args.sample_mb, args.seed, options)
         trained.tokenizer.save(folder)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     print(f"{folder}: {trained.report()}")
     return 0
 

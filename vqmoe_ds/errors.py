@@ -6,6 +6,8 @@ escapes is a defect of this package and keeps its traceback.
 
 from __future__ import annotations
 
+import sys
+
 TRY_AGAIN = 75
 """Exit code after a signal: saved, and the same command goes on."""
 
@@ -16,6 +18,11 @@ class UserError(Exception):
     exit_code = 2
     local = False
     """True where one rank alone met the error, so that it has to speak for itself."""
+
+    def report(self) -> int:
+        """Say it on standard error; the exit code of a command of one process."""
+        print(f"error: {self}", file=sys.stderr)
+        return self.exit_code
 
 
 class ConfigError(UserError):

@@ -26,8 +26,7 @@ def main(arguments: list[str]) -> int:
     try:
         node = find_place()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     del os.environ["LOCAL_SIZE"]  # that of the nodes' tasks, which the ranks would inherit
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _pass_on)

@@ -49,8 +49,7 @@ def main(arguments: list[str]) -> int:
             return 0
         return submit(args, script)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
 
 
 def build_parser() -> argparse.ArgumentParser:

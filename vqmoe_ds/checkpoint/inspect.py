@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from vqmoe_ds.errors import CheckpointError, UserError
@@ -26,8 +25,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         found = inspect(options.path, options.other, options.verify)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     print(json.dumps(found, indent=2) if options.json else _text(found))
     return 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -406,8 +405,7 @@ def main(args: argparse.Namespace) -> int:
         options = UpcycleOptions(args.granularity, args.noise)
         reader = upcycle(args.source, args.target, options, overrides, args.config, args.force)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     moe = RunConfig(**reader.config).moe
     print(
         f"{args.target}: {moe.num_experts} experts of hidden width {moe.expert_hidden} a layer, router "

@@ -53,8 +53,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             failures = []
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return TRY_AGAIN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         found = inspect(options.prefix, options.tokenizer, options.documents, options.verify)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else _text(found))
     return 0
 

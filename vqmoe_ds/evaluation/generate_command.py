@@ -40,8 +40,7 @@ def main(options: argparse.Namespace) -> int:
         _Writer(options).run()
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED

@@ -179,8 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cli_evaluate()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +38,7 @@ def make_report(
             write_atomically(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
             write_atomically(folder / f"{name}.html", render(name, report, figures))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     print(f"{summary(report)}\n{folder / name}.html")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +66,7 @@ def main(options: argparse.Namespace) -> int:
             if any(run.curve for run in runs):
                 plot_steps(folder / "steps.png", runs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     return 0
 
 

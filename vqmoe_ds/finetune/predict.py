@@ -41,8 +41,7 @@ def main(options: argparse.Namespace) -> int:
         for found in predict(*load_classifier(options.checkpoint, options.tokenizer), _texts(options)):
             print(json.dumps(found, ensure_ascii=False), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     except BrokenPipeError:
         drop_output()
     return 0

@@ -61,8 +61,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         return _plan(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,8 +54,7 @@ def main(args: argparse.Namespace) -> int:
         config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size)
         report = dry_run(config, args.rank, args.gpus_per_node, args.ds_config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     print(json.dumps(asdict(report), indent=1) if args.json else text(report))
     return 0
 
