@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser, main
+from vqmoe_ds.checkpoint.huggingface import run_config
 from vqmoe_ds.checkpoint.inspect import build_parser as inspect_parser
 from vqmoe_ds.checkpoint.inspect import inspect
 from vqmoe_ds.checkpoint.inspect import main as inspect_main
@@ -260,6 +261,12 @@ def assert_equal(one: CheckpointReader, other: CheckpointReader) -> None:
 
 
 # ------------------------------------------------------------------ reading
+
+
+def test_whatever_needs_the_model_refuses_in_one_sentence(saved):
+    reader = open_native(saved[0] / str(ALL[0]))
+    with pytest.raises(CheckpointError, match="only its own code can build; tools/convert_checkpoint.py"):
+        run_config(reader.config, reader.path)
 
 
 @pytest.mark.parametrize("layout", ALL, ids=str)

@@ -126,8 +126,13 @@ def run_config(saved: dict[str, Any], path: Path) -> RunConfig:
     """The run configuration of a checkpoint.
 
     Raises:
-        CheckpointError: it is not one of this version.
+        CheckpointError: it is not one of this version, or of somebody's own model with native DeepSpeed-MoE layers.
     """
+    if "native" in saved:
+        raise CheckpointError(
+            f"{path} is of a model with deepspeed.moe.layer.MoE layers, which only its own code can build; "
+            "tools/convert_checkpoint.py moves it to other layouts"
+        )
     try:
         return RunConfig(**saved)
     except ValidationError as error:
