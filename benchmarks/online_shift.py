@@ -8,8 +8,9 @@
 Every model goes on from its checkpoint through a stream that takes its text from the domains in turn, --steps optimizer
 steps from each, --rounds times around; the domain of pretraining comes first. Each window is seen once and its loss is
 taken before it is learned from. After a change of domain the table has the loss of the first steps and of the last
-ones, the steps until nine tenths of the fall between them are made, and the share of fixed held-out tokens of that
-domain whose expert moved meanwhile. The domains are prepared with the tokenizer of the checkpoints.
+ones, the steps until nine tenths of the fall between them are made, the share of fixed held-out tokens of that
+domain whose expert moved meanwhile, and the perplexity of the codes of all tokens in between. The domains are prepared
+with the tokenizer of the checkpoints.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ COLUMNS = {
     "mean": "all steps",
     "recovery": "steps to recover",
     "moved": "routes moved",
+    "codes": "codes in use",
 }
 
 
@@ -87,6 +89,8 @@ class Watch(Callback):
     losses: list[float] = field(default_factory=list)
     moved: list[list[float]] = field(default_factory=list)
     """By stretch and domain, share of the domain's probe that changed an expert in that stretch, mean over layers."""
+    codes: list[float] = field(default_factory=list)
+    """By stretch, perplexity of the codes that its tokens had, mean over layers."""
     held_out: list[list[float | None]] = field(default_factory=list)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -102,6 +106,8 @@ class Watch(Callback):
         found = [probe.measure() for probe in self._probes]
         if all("fluctuation" in row for row in found):  # not at the start, nor in a dense model
             self.moved.append([float(np.mean(row["fluctuation"])) for row in found])
+            if "code_perplexity" in found[0]:  # the others come when the counts have been taken
+                self.codes.append(float(np.mean(found[0]["code_perplexity"])))
         self.held_out.append([validate(session, windows, HELD_OUT).bits_per_byte for windows in self.windows])
 
 
@@ -142,7 +148,8 @@ def run(name: str, spec: str, seed: int, args: argparse.Namespace) -> dict[str, 
     watch = Watch(stream, [windows for _, windows in opened])
     Trainer(session, stream, [watch]).run()
     session.engine.destroy()
-    return {"model": name, "seed": seed, "losses": watch.losses, "moved": watch.moved, "held_out": watch.held_out}
+    seen = {key: getattr(watch, key) for key in ("losses", "moved", "codes", "held_out")}
+    return {"model": name, "seed": seed, **seen}
 
 
 def _with_data(run_config: Any, domain: str) -> Any:
@@ -175,6 +182,8 @@ def stretches(found: dict[str, Any], steps: int, domains: int) -> dict[int, dict
         }
         if found["moved"]:
             row["moved"] = found["moved"][number][number % domains]
+        if found["codes"]:
+            row["codes"] = found["codes"][number]
         rows.setdefault(number % domains, []).append(row)
     return {d: {key: float(np.mean([row[key] for row in some])) for key in some[0]} for d, some in rows.items()}
 
