@@ -40,6 +40,14 @@ def test_lookup_is_the_nearest_code_in_float64(options: dict) -> None:
     assert torch.equal(bank.lookup_all(z_TC), torch.stack([bank.lookup(layer, z_TC) for layer in range(2)]))
 
 
+def test_a_token_is_looked_up_once_where_its_vector_follows_from_it() -> None:
+    bank, table_VD, tokens_T = _bank(), torch.randn(9, WIDTH), torch.tensor([8, 3, 3, 0, 8, 8, 5])
+    z_TC = bank.prepare(table_VD[tokens_T])
+    assert torch.equal(bank.lookup_all(z_TC, tokens_T), bank.lookup_all(z_TC))
+    looked_up = bank.lookup_all(bank.prepare(torch.randn(7, WIDTH)), tokens_T)  # vectors that do not follow: one counts
+    assert (looked_up[:, tokens_T == 8] == looked_up[:, :1]).all()
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     bank = _bank(num_codes=6)
     bank.codes_LKC[0, 4] = bank.codes_LKC[0, 1]

@@ -60,6 +60,9 @@ def router_flops(config: RunConfig, layer: int) -> int:
 
 
 def _lookup_flops(book: CodebookConfig, width: int, experts: int, layer: int) -> int:
-    """Distances to all codes; a projection, where there is one, is counted once, as for a source known ahead."""
+    """Distances to all codes; a projection, where there is one, is counted once, as for a source known ahead.
+
+    Where codes follow from tokens alone each token of a batch is looked up once, so there it is an upper bound.
+    """
     codes, code_width = book.num_codes or experts, book.code_dim or width
     return 2 * codes * code_width + (2 * width * book.code_dim if layer == 0 else 0)

@@ -246,30 +246,32 @@ class MoETransformer(nn.Module):
     ) -> dict[int, KnownRoute]:
         """Routes of the blocks whose experts follow from the tokens, by block index."""
         moe, book = self.config.moe, self.config.codebook
+        tokens_M = real_tokens(tokens_BS, real_M)
         if self.token_table_LV is not None:
-            return self._plans(self.token_table_LV[:, real_tokens(tokens_BS, real_M)], list(self.moe_blocks))
+            return self._plans(self.token_table_LV[:, tokens_M], list(self.moe_blocks))
         if moe.router is Router.STABLEMOE:
-            return dict.fromkeys(self.moe_blocks, KnownRoute(token_ids_T=real_tokens(tokens_BS, real_M)))
+            return dict.fromkeys(self.moe_blocks, KnownRoute(token_ids_T=tokens_M))
         if self.bank is None or self.source is None:
             return {}
         if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
-            return self._plan_from_source(real_tokens(embedded_BSD, real_M), 0, book.source_block + 1)
+            return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
         if not routes_ahead(moe, book):
             return {}
         if cache is None:
-            return self._plan_from_source(real_tokens(self.source(tokens_BS, embedded_BSD), real_M))
+            alone_M = tokens_M if book.source is CodeSource.TOKEN_EMBEDDING else None
+            return self._plan_from_source(real_tokens(self.source(tokens_BS, embedded_BSD), real_M), alone_M)
         ids = cache.with_earlier(tokens_BS, self.source.looks_back)
         start = cache.length + tokens_BS.shape[1] - ids.shape[1]
         source_BSD = self.source(ids, self.embed(ids), start)[:, -tokens_BS.shape[1] :]
         return self._plan_from_source(real_tokens(source_BSD, real_M))
 
     def _plan_from_source(
-        self, source_MD: Tensor, first_block: int = 0, end_block: int | None = None
+        self, source_MD: Tensor, tokens_M: Tensor | None = None, first_block: int = 0, end_block: int | None = None
     ) -> dict[int, KnownRoute]:
         assert self.bank is not None
         bank, end = self.bank, len(self.blocks) if end_block is None else end_block
         z_TC = bank.prepare(source_MD)
-        codes_LT = bank.lookup_all(z_TC)
+        codes_LT = bank.lookup_all(z_TC, tokens_M)
         blocks, experts = [], []
         for layer, block in enumerate(self.moe_blocks):
             if first_block <= block < end:

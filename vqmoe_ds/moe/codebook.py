@@ -89,8 +89,17 @@ class CodebookBank(nn.Module):
         return _half_distances(z_TC, self.codes_LKC[layer]).argmin(dim=-1)
 
     @torch.no_grad()
-    def lookup_all(self, z_TC: Tensor) -> Tensor:
-        """Codes of every layer for one shared source in a single product, int64 ``[L, T]``."""
+    def lookup_all(self, z_TC: Tensor, tokens_T: Tensor | None = None) -> Tensor:
+        """Codes of every layer for one shared source in a single product, int64 ``[L, T]``.
+
+        Args:
+            z_TC: the vectors.
+            tokens_T: their tokens, where a vector follows from its token alone: each is looked up once.
+        """
+        if tokens_T is not None:
+            distinct_U, which_T = tokens_T.unique(return_inverse=True)
+            place_U = torch.empty_like(distinct_U).scatter_(0, which_T, torch.arange(len(z_TC), device=z_TC.device))
+            return self.lookup_all(z_TC[place_U])[:, which_T]
         distances = _half_distances(z_TC, self.codes_LKC.flatten(0, 1))
         return distances.view(-1, self.num_layers, self.num_codes).argmin(dim=-1).t().contiguous()
 
