@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from vqmoe_ds.errors import DataError
 
@@ -64,13 +65,30 @@ def tokenizers() -> dict[str, Tokenizer]:
         "unigram": SentencePieceTokenizer(_train("unigram")),
         "bpe": SentencePieceTokenizer(_train("bpe")),
         "word": WordTokenizer(words),
+        "json": JsonTokenizer(train_json_tokenizer()),
     }
 
 
-KINDS = ("bytes", "unigram", "bpe", "word")
+def train_json_tokenizer() -> str:
+    """A byte-level BPE of the ``tokenizers`` library, as GPT-2 has, with settings that text must not feel."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(_sentences(), trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    made.add_special_tokens(["<|endoftext|>", "</s>"])
+    made.add_tokens([AddedToken("  ", normalized=False)])
+    made.post_processor = processors.TemplateProcessing("</s> $A </s>", special_tokens=[("</s>", 501)])
+    made.enable_truncation(5)
+    made.enable_padding()
+    return made.to_str()
 
 
-@pytest.mark.parametrize("kind", ("bytes", "unigram", "bpe"))
+KINDS = ("bytes", "unigram", "bpe", "word", "json")
+
+
+@pytest.mark.parametrize("kind", ("bytes", "unigram", "bpe", "json"))
 def test_any_text_comes_back(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     tokenizer, pieces = tokenizers[kind], tokenizers[kind].pieces()
     for text in [*ODD, *_sentences(20), "\n".join(_sentences(50))]:
@@ -170,8 +188,29 @@ def test_vocabulary_file(tmp_path: Path) -> None:
             load_tokenizer(path)
 
 
+@pytest.mark.parametrize(
+    ("beside", "end"),
+    [
+        ({}, 500),
+        ({"config.json": {"eos_token_id": [501, 7]}}, 501),
+        ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, 501),
+        ({"config.json": {"eos_token_id": 600}}, 600),
+    ],
+    ids=["a usual name", "model", "tokenizer", "past all"],
+)
+def test_the_tokenizer_of_a_hugging_face_folder(tmp_path: Path, beside: dict[str, Any], end: int) -> None:
+    for name, content in beside.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text(train_json_tokenizer())
+    tokenizer, file = load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.describe() == file.describe()
+    assert (tokenizer.eod, tokenizer.vocab_size) == (end, max(end + 1, 503))
+    text = "<|endoftext|>  a</s>"
+    assert tokenizer.decode([*tokenizer.encode(text), end]) == text
+
+
 def test_half_a_surrogate_pair_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
-    for kind in ("bytes", "unigram", "bpe"):
+    for kind in ("bytes", "unigram", "bpe", "json"):
         with pytest.raises(DataError, match="surrogate pair .* character 1"):
             tokenizers[kind].encode("a\ud800")
 

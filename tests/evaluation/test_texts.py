@@ -11,10 +11,10 @@ import sentencepiece
 from tests.huggingface import config_of, model_of
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.checkpoint.hf_tokenizer import write_tokenizer
-from vqmoe_ds.checkpoint.json_tokenizer import JsonTokenizer
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import open_raw_text
+from vqmoe_ds.data.json_tokenizer import read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from vqmoe_ds.errors import CheckpointError, DataError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, Edit
@@ -37,7 +37,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
         found[name] = SentencePieceTokenizer(Path(f"{prefix}.model").read_bytes())
     (folder / "json").mkdir()
     write_tokenizer(folder / "json", found["exact"], found["exact"].vocab_size, 64)
-    found["json"] = JsonTokenizer(folder / "json")
+    found["json"] = read_json_tokenizer(folder / "json")
     return found
 
 

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from vqmoe_ds.checkpoint.hf_tokenizer import write_tokenizer
-from vqmoe_ds.checkpoint.json_tokenizer import JsonTokenizer
+from vqmoe_ds.data.json_tokenizer import read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
 from vqmoe_ds.evaluation.token_labels import kinds, parts_of_speech, pieces_of, readable
 
@@ -36,7 +36,7 @@ def test_pieces_of_an_exported_tokenizer_are_those_of_its_source(tmp_path):
     write_tokenizer(tmp_path, ByteTokenizer(), 257, 16)
     (tmp_path / "config.json").write_text('{"eos_token_id": 256}')
     # Of all bytes one, which no text holds, stands for padding there.
-    assert JsonTokenizer(tmp_path).pieces() == [b"" if i == 255 else piece for i, piece in enumerate(BYTES)]
+    assert read_json_tokenizer(tmp_path).pieces() == [b"" if i == 255 else piece for i, piece in enumerate(BYTES)]
 
 
 def test_kinds_of_bytes_and_of_pieces():

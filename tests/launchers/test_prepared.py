@@ -12,9 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.data.test_tokenizers import train_json_tokenizer
 from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _free_port, _wait_for, environment, losses, run
 from tests.prepared import write_sequences, write_texts
+from vqmoe_ds.checkpoint.upcycle import build_parser as upcycle_parser
+from vqmoe_ds.checkpoint.upcycle import main as upcycle_main
+from vqmoe_ds.data.prepare import build_parser as prepare_parser
+from vqmoe_ds.data.prepare import main as prepare_main
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +117,22 @@ def test_data_that_cannot_work_is_answered_at_once_with_one_sentence(arguments, 
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - started < 15, "no heavy import before the check"
+
+
+def test_an_upcycled_model_trains_on_text_of_its_own_tokenizer(folder):
+    source, start = folder / "llama", folder / "start"
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dense = LlamaConfig(vocab_size=512, max_position_embeddings=32, rms_norm_eps=1e-6, eos_token_id=500, **shape)
+    LlamaForCausalLM(dense).save_pretrained(source)
+    (source / "tokenizer.json").write_text(train_json_tokenizer())
+    assert upcycle_main(upcycle_parser("").parse_args([str(source), str(start), "--set", "moe.num_experts=4"])) == 0
+    (folder / "lines.txt").write_text((folder / "text.txt").read_text().replace(". ", ".\n"))
+    prepared = ["--tokenizer", str(source), "--document", "line", "--output", str(folder / "own")]
+    assert prepare_main(prepare_parser("").parse_args([str(folder / "lines.txt"), *prepared])) == 0
+    command = ["--ds_config", str(folder / "ds.json"), "--config", str(start / "config.yaml"), "--resume", str(start)]
+    command += ["--train_steps", "4", "--set", "train.batch_size=4", "--set", "run.sample_tokens=0"]
+    result = run([*command, "--data", str(folder / "own"), "--run_dir", str(folder / "upcycled")])
+    assert result.returncode == 0, result.stderr
+    assert "json tokenizer" in result.stdout and "resumed from" in result.stdout
+    result = run([*command, "--data", str(folder / "stories"), "--run_dir", str(folder / "mistaken")])
+    assert result.returncode == 2 and "ids of the tokenizer" in result.stderr and result.stderr.count("\n") == 1

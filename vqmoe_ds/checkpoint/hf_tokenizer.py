@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.data.json_tokenizer import JsonTokenizer, byte_symbols
 from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from vqmoe_ds.errors import CheckpointError
 
@@ -41,6 +42,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_len
             names["eos_token"] = END
     elif isinstance(tokenizer, SentencePieceTokenizer):
         fast, names = _from_sentencepiece(tokenizer)
+    elif isinstance(tokenizer, JsonTokenizer):
+        fast, names = _as_it_is(tokenizer)
     else:
         raise CheckpointError(
             f"a tokenizer of kind {tokenizer.kind} has no equal among Hugging Face tokenizers; export without one "
@@ -60,13 +63,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_len
     return {name + "_id": fast.token_to_id(token) for name, token in names.items()}
 
 
-def byte_symbols() -> dict[int, str]:
-    """The printable symbol that a byte-level tokenizer.json writes for each byte."""
-    from tokenizers.pre_tokenizers import ByteLevel
+def _as_it_is(source: JsonTokenizer) -> tuple[Any, dict[str, str]]:
+    from tokenizers import AddedToken, Tokenizer
 
-    printable = [b for b in range(256) if chr(b) in ByteLevel.alphabet()]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + place) for place, b in enumerate(others)}
+    tokenizer = Tokenizer.from_str(source.content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end = tokenizer.id_to_token(source.eod)
+    if end is None:  # one id past all
+        end = END
+        tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return tokenizer, {"eos_token": end, "pad_token": end}
 
 
 def _byte_level(with_end: bool) -> Any:

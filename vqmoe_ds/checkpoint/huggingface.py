@@ -41,6 +41,8 @@ from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsRe
 from vqmoe_ds.checkpoint.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights
 from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.data.json_tokenizer import data_of_folder
+from vqmoe_ds.data.tokenizers import nothing_known
 from vqmoe_ds.errors import CheckpointError, DataError
 
 TRAINING, TRAINING_BUFFERS = "vqmoe_training.json", "vqmoe_training.safetensors"
@@ -208,7 +210,7 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
     """The tokenizer of the run's data, or None, and what the user should know about it.
 
     Raises:
-        CheckpointError: the tokenizers library is missing, or the tokenizer asked for is not that of the model.
+        CheckpointError: the tokenizer asked for is not that of the model.
     """
     from vqmoe_ds.data.indexed import UNKNOWN
     from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -236,12 +238,6 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
             f"tokenizer {choice} ({tokenizer.vocab_size} ids) is not the one that this model (vocabulary "
             f"{config.model.vocab_size}) was trained with; name that one, or export without (--tokenizer none)"
         )
-    try:
-        import tokenizers  # noqa: F401
-    except ModuleNotFoundError:
-        raise CheckpointError(
-            "the Python package tokenizers is missing; pip install 'vqmoe_ds[hf]', or give --tokenizer none"
-        ) from None
     return tokenizer, []
 
 
@@ -288,7 +284,7 @@ class HFReader(WeightsReader):
         training = read_json(self.path / TRAINING) if (self.path / TRAINING).exists() else {}
         if training.get("format", 0) > FORMAT:
             raise CheckpointError(f"{self.path / TRAINING} is of a newer format; update vqmoe_ds")
-        self._run = _merged_config(options, training, self.arch, self.path)
+        self._run = _with_tokenizer(_merged_config(options, training, self.arch, self.path), self.path)
         self.config = self._run.model_dump(mode="json")
         self.step = int(training.get("step", 0))
         self._weights = read_weights(self.path)
@@ -351,6 +347,13 @@ def _merged_config(options: dict[str, Any], training: dict[str, Any], arch: str,
         if all(options.get(name) == value for name, value in known.items() if name not in free):
             return config
     return run_config(sections, path / "config.json")
+
+
+def _with_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
+    """With the folder's own tokenizer, where nothing else is known of the ids."""
+    if not nothing_known(config.data.tokenizer_sha256, config.model.vocab_size):
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update=data_of_folder(folder))})
 
 
 _NOT_STRUCTURE = {

@@ -15,11 +15,11 @@ import torch
 
 from vqmoe_ds.checkpoint.adapters import merged
 from vqmoe_ds.checkpoint.huggingface import run_config, tokenizer_of_data
-from vqmoe_ds.checkpoint.json_tokenizer import FILE, JsonTokenizer
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint, require_language_model
 from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_value
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
+from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from vqmoe_ds.errors import CheckpointError, ConfigError
 from vqmoe_ds.models.build import bare_model
@@ -140,11 +140,11 @@ def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Pat
     beside = [path for path in (reader.path, config.finetune.checkpoint) if path and (Path(path) / FILE).exists()]
     if given is not None:
         exported = (Path(given) / "config.json").exists()
-        tokenizer = JsonTokenizer(given, checksum) if exported else load_tokenizer(given)
+        tokenizer = read_json_tokenizer(given, checksum) if exported else load_tokenizer(given)
     elif checksum == ByteTokenizer.checksum or (checksum is None and vocab_size in (256, 257)):
         tokenizer = ByteTokenizer()
     elif beside:
-        tokenizer = JsonTokenizer(beside[0], checksum)
+        tokenizer = read_json_tokenizer(beside[0], checksum)
     elif checksum not in (None, UNKNOWN):
         tokenizer = tokenizer_of_data(reader.config.get("data", {}), str(checksum))
     if tokenizer is None:

@@ -6,6 +6,7 @@ optimizer-00001-of-0000N.safetensors  exp_avg.NAME, exp_avg_sq.NAME (absent in a
 optimizer.safetensors.index.json
 buffers.safetensors                   codebooks, code map, averaged embeddings
 state.json                            format, step, optimizer step, configuration, counters, client state
+config.yaml                           model and training of that configuration, for --config
 manifest.json                         size and SHA-256 of all of them, written last
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece
@@ -99,6 +101,8 @@ def write_portable(
         "client_state": reader.client_state,
     }
     write_json(folder / STATE, state)
+    kept = {name: value for name, value in reader.config.items() if name not in ("data", "run", "finetune")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     seal(folder, reader, files)
 
 

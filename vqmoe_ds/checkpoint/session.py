@@ -16,6 +16,7 @@ from vqmoe_ds.checkpoint.store import find_newest, read_manifest, tag_name, veri
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
+from vqmoe_ds.data.tokenizers import nothing_known
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.ranks import from_first
@@ -160,7 +161,7 @@ def check_fits(config: EngineConfig, tag: Path) -> None:
 def check_tokenizer(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
     """Refuse a checkpoint whose ids mean something else than those of this run's data."""
     theirs, ours = saved.get("data", {}).get("tokenizer_sha256"), run.data.tokenizer_sha256
-    if theirs != ours:
+    if theirs != ours and not (ours and nothing_known(theirs, run.model.vocab_size)):
         raise CheckpointError(
             f"{tag} was trained on {_ids_of(theirs)}, this run's data is made of {_ids_of(ours)}; give data of the "
             "same tokenizer or start in another --run_dir"

@@ -26,6 +26,7 @@ from vqmoe_ds.checkpoint.hf_names import NORM_EPS, head_width_of, is_sparse, sha
 from vqmoe_ds.checkpoint.reader import Piece, WeightsReader
 from vqmoe_ds.checkpoint.shards import read_json, read_weights
 from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
+from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.moe.routers.abilities import why_not_exported
 
@@ -87,6 +88,10 @@ class DenseSource:
         """
         eps = float(self.options.get("rms_norm_eps", NORM_EPS))
         return math.sqrt(NORM_EPS / eps)
+
+    def data_section(self) -> dict[str, Any]:
+        """The tokenizer of the source, so that data of another one is refused."""
+        return {f"data.{name}": value for name, value in data_of_folder(self.path).items()}
 
     def model_section(self) -> dict[str, Any]:
         """What the source decides of the run configuration."""
@@ -188,6 +193,7 @@ def upcycled_config(
             raise ConfigError(f"{name}={overrides[name]} contradicts the source, whose model has {value}; leave it out")
     length = int(source.options.get("max_position_embeddings", 2048))
     defaults = {"moe.num_experts": 8 * slices, "moe.top_k": 2 * slices, "model.sequence_length": length}
+    defaults |= source.data_section()
     free = {name: value for name, value in defaults.items() if name not in asked.explicit}
     config = load_config("tiny", file, {**overrides, **free, **forced}).config
     source.check_length(config.model.sequence_length)

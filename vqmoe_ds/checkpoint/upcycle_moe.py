@@ -26,6 +26,7 @@ from vqmoe_ds.checkpoint.huggingface import settled_codebook
 from vqmoe_ds.checkpoint.load_model import build_model
 from vqmoe_ds.checkpoint.upcycle import MATRICES, ROUTED, DenseSource, UpcycledReader, UpcycleOptions
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, SoftmaxOver
+from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.errors import CheckpointError, ConfigError, DataError
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers import Routing
@@ -187,6 +188,7 @@ def routed_config(
     length = int(source.options.get("max_position_embeddings", 2048))
     routing = {"moe.top_k": source.top_k, "router.softmax_over": source.softmax_over.value}
     defaults = routing | {"codebook.source": "layer_state", "model.sequence_length": min(length, 4096)}
+    defaults |= source.data_section()
     free = {name: value for name, value in defaults.items() if name not in asked.explicit}
     if router is Router.TOPK:
         forced |= routing
@@ -354,19 +356,7 @@ def calibration_ids(file: str, tokenizer: str, count: int, config: RunConfig) ->
             text = stream.read(count * 8)  # characters; a token is rarely longer
     except OSError as error:
         raise DataError(f"calibration text {file} cannot be read: {error.strerror}") from None
-    ids = torch.as_tensor(_encode(text, tokenizer)[:count], dtype=torch.int64)
+    ids = torch.as_tensor(load_tokenizer(tokenizer).encode(text)[:count], dtype=torch.int64)
     if len(ids) and int(ids.max()) >= config.model.vocab_size:
         raise DataError(f"tokenizer {tokenizer} gives id {int(ids.max())}, the model knows {config.model.vocab_size}")
     return ids
-
-
-def _encode(text: str, tokenizer: str) -> Any:
-    if (Path(tokenizer) / "config.json").exists():
-        if not (Path(tokenizer) / "tokenizer.json").exists():
-            raise DataError(f"{tokenizer} has no tokenizer.json; name the model's tokenizer with --tokenizer")
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    from vqmoe_ds.data.tokenizers import load_tokenizer
-
-    return load_tokenizer(tokenizer).encode(text)

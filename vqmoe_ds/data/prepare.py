@@ -35,7 +35,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "hub:NAME[:CONFIG[:SPLIT]]",
     )
     parser.add_argument(
-        "--tokenizer", default="bytes", help="bytes, a *.tokenizer folder, a SentencePiece .model, a word list .txt"
+        "--tokenizer",
+        default="bytes",
+        help="bytes, a *.tokenizer or Hugging Face folder, .model, .json or word list .txt",
     )
     parser.add_argument("--output", metavar="PREFIX", help="makes PREFIX.bin, .idx, .json and .tokenizer/")
     parser.add_argument("--workers", type=int, default=1, help="processes of this machine (not under mpirun)")

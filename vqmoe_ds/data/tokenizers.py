@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, SentencePiece (unigram or BPE) and the whitespace words of WikiText.
+"""Tokenizers: bytes, SentencePiece (unigram or BPE) and the whitespace words of WikiText; others in json_tokenizer.py.
 
 A tokenizer is kept beside the data it made, as a folder with ``tokenizer.json`` (kind, vocab_size, eod, checksum) and
-its payload: ``spm.model``, ``vocab.txt``, or nothing for bytes.
+its payload: ``spm.model``, ``vocab.txt``, ``huggingface.json``, or nothing for bytes.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ class ByteTokenizer(Tokenizer):
     checksum = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
+        return np.frombuffer(require_utf8(text), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(_checked(ids, self)).decode(errors="replace")
+        return bytes(checked_ids(ids, self)).decode(errors="replace")
 
     def pieces(self) -> list[bytes]:
         return [bytes([byte]) for byte in range(256)] + [b""]
@@ -170,7 +170,7 @@ class SentencePieceTokenizer(Tokenizer):
                 return self._encode_around_marks(text)
             return self._encode(text)
         except RuntimeError:
-            _utf8(text)
+            require_utf8(text)
             raise
 
     def _encode(self, text: str) -> np.ndarray:
@@ -185,7 +185,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.concatenate([first, *(part for each in rest for part in (mark, each))])
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._pieces.decode(_checked(ids, self))
+        return self._pieces.decode(checked_ids(ids, self))
 
     def pieces(self) -> list[bytes]:
         texts = [b""] * self.vocab_size
@@ -285,7 +285,7 @@ class WordTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         newline = int(self._newline[0])
-        return "".join(" \n" if i == newline else f" {self.words[i]}" for i in _checked(ids, self))
+        return "".join(" \n" if i == newline else f" {self.words[i]}" for i in checked_ids(ids, self))
 
     def pieces(self) -> list[bytes]:
         texts = [f" {word}".encode() for word in self.words]
@@ -300,11 +300,15 @@ class WordTokenizer(Tokenizer):
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer called "bytes", in a ``*.tokenizer`` folder, a SentencePiece ``.model`` or a word list ``.txt``.
+    """The tokenizer that ``source`` names: "bytes", a ``*.tokenizer`` or Hugging Face folder, or a file.
+
+    Files are a SentencePiece ``.model``, a ``tokenizer.json`` of Hugging Face (any ``.json``) and a word list ``.txt``.
 
     Raises:
         DataError: nothing there, another kind of file, damaged, or changed since it was saved.
     """
+    from vqmoe_ds.data.json_tokenizer import read_json_tokenizer
+
     if str(source) == "bytes":
         return ByteTokenizer()
     path = Path(source)
@@ -312,24 +316,31 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return _load_folder(path)
     if not path.exists():
         raise DataError(
-            f"tokenizer {source} does not exist; give bytes, a folder of tools/train_tokenizer.py, a SentencePiece "
-            ".model or a vocabulary .txt"
+            f"tokenizer {source} does not exist; give bytes, a folder of tools/train_tokenizer.py or of a Hugging Face "
+            "model, a SentencePiece .model, a tokenizer.json or a vocabulary .txt"
         )
     if path.suffix == ".model":
         return SentencePieceTokenizer(_read(path), str(path))
+    if path.suffix == ".json":
+        return read_json_tokenizer(path)
     if path.suffix == ".txt":
         return WordTokenizer(_read_words(path), str(path))
     raise DataError(
-        f"tokenizer file {path} is neither a SentencePiece .model nor a vocabulary .txt; rename or convert it"
+        f"tokenizer file {path} is neither a SentencePiece .model, a tokenizer.json nor a vocabulary .txt; rename or "
+        "convert it"
     )
 
 
 def _load_folder(folder: Path) -> Tokenizer:
+    from vqmoe_ds.data.json_tokenizer import JsonTokenizer, read_json_tokenizer
+
     description = folder / DESCRIPTION
     if not description.exists():
         raise DataError(f"tokenizer folder {folder} has no {DESCRIPTION}; make one with tools/train_tokenizer.py")
     try:
         kept = json.loads(_read(description))
+        if "model" in kept and "kind" not in kept:
+            return read_json_tokenizer(folder)
         kind, checksum = kept["kind"], kept["checksum"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{description} is damaged; make the tokenizer again with tools/train_tokenizer.py") from error
@@ -340,11 +351,20 @@ def _load_folder(folder: Path) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(_read(folder / "spm.model"), str(folder / "spm.model"))
     elif kind == WordTokenizer.kind:
         tokenizer = WordTokenizer(_read_words(folder / "vocab.txt"), str(folder / "vocab.txt"))
+    elif kind == JsonTokenizer.kind:
+        tokenizer = JsonTokenizer(_read(folder / "huggingface.json").decode(errors="replace"), kept.get("eod"))
     else:
-        raise DataError(f"{description} names the tokenizer kind {kind!r}; known are bytes, sentencepiece and word")
+        raise DataError(
+            f"{description} names the tokenizer kind {kind!r}; known are bytes, sentencepiece, json and word"
+        )
     if tokenizer.checksum != checksum:
         raise DataError(f"tokenizer folder {folder} was changed after it was saved (checksum differs); restore it")
     return tokenizer
+
+
+def nothing_known(checksum: str | None, vocab_size: int) -> bool:
+    """Whether weights came without a tokenizer (``checksum``) and are not of bytes: any ids may be theirs."""
+    return checksum is None and vocab_size not in (256, 257)
 
 
 def _read(path: Path) -> bytes:
@@ -377,7 +397,8 @@ def characters_to_bytes(text: str, places: Sequence[int]) -> list[int]:
     return ends[np.asarray(places, dtype=np.int64)].tolist()
 
 
-def _utf8(text: str) -> bytes:
+def require_utf8(text: str) -> bytes:
+    """Raises: DataError: the text holds half a surrogate pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -387,7 +408,7 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
-def _checked(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
+def checked_ids(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
     """The ids as Python numbers without the ends of documents.
 
     Raises:

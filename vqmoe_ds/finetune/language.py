@@ -10,7 +10,7 @@ from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batches, Windows
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
-from vqmoe_ds.data.tokenizers import ByteTokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, nothing_known
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.evaluation.perplexity import validate
@@ -75,7 +75,8 @@ def _check_tokenizer(data: TrainingData, source: RunConfig, reader: CheckpointRe
     ours, theirs, size = data.tokenizer_sha256, source.data.tokenizer_sha256, source.model.vocab_size
     both_bytes = ours in bytes_ and (theirs == ByteTokenizer.checksum or (theirs is None and size in (256, 257)))
     fits = (data.vocab_size or size) <= size
-    if not fits or (ours != theirs and not both_bytes):
+    open_ = ours is not None and nothing_known(theirs, size)
+    if not fits or (ours != theirs and not both_bytes and not open_):
         raise CheckpointError(
             f"{reader.path} was trained on {_ids(theirs, size)}, the text of --data is {_ids(ours, data.vocab_size)}; "
             "prepare it with the model's tokenizer (tools/prepare_data.py), or take another checkpoint"
