@@ -5,7 +5,7 @@
 # make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
 # make test-cluster   the launchers on a real SLURM cluster of virtual nodes; installs Debian's SLURM if missing, and skips
 #                     with the reason where that cannot be (not root, no namespaces, no packages)
-# make bench      the benchmarks behind docs/performance.md
+# make bench      the first tables of docs/performance.md: a layer (benchmarks/layer.py), whole steps (benchmarks/step.py)
 
 PYTHON ?= python3
 VENV   ?= .venv

@@ -6,7 +6,7 @@
     python launchers/evaluate.py runs/pretrain --corruptions all --seeds 3 --json figures.json
     deepspeed --num_gpus 2 launchers/evaluate.py runs/pretrain --ep_size 2 --corrupt word_swap:0.05
 
-CHECKPOINT is a run folder, a DeepSpeed checkpoint of any layout, a portable one or a Hugging Face folder.
+CHECKPOINT is a run folder, a DeepSpeed checkpoint of any layout, a portable, Hugging Face or Megatron folder.
 """
 
 import sys

@@ -6,7 +6,7 @@
     python tools/generate.py runs/pretrain --top_p 0.9 --seed 7                         # asks for prompts
     python tools/generate.py runs/pretrain < beginning.txt > rest.txt
 
-CHECKPOINT is a run folder, a DeepSpeed checkpoint of any layout, a portable one or a Hugging Face folder. Standard
+CHECKPOINT is a run folder, a DeepSpeed checkpoint of any layout, a portable, Hugging Face or Megatron folder. Standard
 output holds what follows the prompt, not the prompt; of standard input the last line break is left off.
 
 Text longer than the context the model was trained with: where prompt and text outgrow it, the model goes on from the

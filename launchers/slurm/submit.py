@@ -2,7 +2,8 @@
 """Check a SLURM job of this repository and submit it, with the mistakes found before it waits for hours.
 
     python launchers/slurm/submit.py --nodes 4 --tasks_per_node 8 --gpus_per_node 8 --partition gpu --time 04:00:00 \\
-        pretrain --ds_config ds_configs/zero2.json --preset base --ep_size 8 --run_dir runs/base
+        pretrain --ds_config ds_configs/zero2.json --preset base --set train.batch_size=64 --ep_size 8 \\
+        --run_dir runs/base
     python launchers/slurm/submit.py --dry_run evaluate runs/base --json base.json        # shows it, submits nothing
     python launchers/slurm/submit.py --chain 5 --time 01:00:00 pretrain ...               # five jobs, one after another
 

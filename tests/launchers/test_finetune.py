@@ -20,6 +20,7 @@ from vqmoe_ds.checkpoint import convert, inspect
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.finetune import predict
+from vqmoe_ds.finetune.cli import build_parser
 
 LAUNCHER = [sys.executable, str(ROOT / "launchers/finetune.py")]
 FAST = ["--set", "run.log_every=2", "--set", "run.probe_tokens=64", "--set", "train.learning_rate=0.01"]
@@ -189,6 +190,13 @@ def test_a_language_model_is_adapted_and_stays_an_ordinary_checkpoint(place, tmp
     assert losses[-1] < losses[0]
     scored = run([str(run_dir), "--data", str(text)], [sys.executable, str(ROOT / "launchers/evaluate.py")])
     assert scored.returncode == 0, scored.stderr
+
+
+def test_help_prints_the_defaults_of_a_fine_tuning():
+    text = " ".join(build_parser("", "zero2.json").format_help().split())
+    for part in ("train.learning_rate = 0.0005", "run.keep_best = True", "model.width = as in the checkpoint"):
+        assert part in text
+    assert "text of --task lm: file or folder" in text and "default: the standard library" not in text
 
 
 @pytest.mark.parametrize(

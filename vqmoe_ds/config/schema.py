@@ -152,7 +152,9 @@ class RouterConfig(_Section):
     """Options of single routers beside vq; those that ``moe.router`` does not read do nothing."""
 
     softmax_over: SoftmaxOver = _f(
-        SoftmaxOver.AUTO, "weights of the chosen experts: softmax over chosen or all; auto: all at top_k 1, else chosen"
+        SoftmaxOver.AUTO,
+        "weights of the chosen experts: softmax over chosen or all; "
+        "auto: over all for learned routers at top_k 1, else over the chosen",
     )
     bias_rate: float = _f(0.001, "expert_bias: how far the bias of an expert moves a step", gt=0)
     low_dim: int = _f(0, "xmoe, stablemoe: width of the routing space; 0: half the experts, 50", "features", ge=0)

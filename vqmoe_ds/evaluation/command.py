@@ -21,7 +21,8 @@ from vqmoe_ds.train.ranks import Place, find_place, likely_rank
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint of any layout, or Hugging Face folder")
+    what = "run folder, checkpoint of any layout, portable, Hugging Face or Megatron folder"
+    add("checkpoint", metavar="CHECKPOINT", help=what)
     add("--data", nargs="+", metavar="PATH", help="text, folders or prepared prefixes (default: the run's own data)")
     add(
         "--split",

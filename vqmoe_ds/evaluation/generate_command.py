@@ -22,7 +22,8 @@ INTERRUPTED = 130
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint of any layout, or Hugging Face folder")
+    what = "run folder, checkpoint of any layout, portable, Hugging Face or Megatron folder"
+    add("checkpoint", metavar="CHECKPOINT", help=what)
     add("--prompt", metavar="TEXT", help="text to go on from (default: standard input, or asked for on a terminal)")
     add("--tokens", type=int, default=200, metavar="N", help="tokens at most; an end of document comes first (200)")
     add("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default 0.8)")

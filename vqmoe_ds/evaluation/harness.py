@@ -1,6 +1,6 @@
 """The lm-evaluation-harness (EleutherAI, ``pip install 'vqmoe_ds[eval]'``) on checkpoints of this trainer.
 
-    python -m vqmoe_ds.evaluation.harness --model vqmoe --model_args checkpoint=runs/pretrain --tasks TASK
+    python -m vqmoe_ds.evaluation.harness run --model vqmoe --model_args checkpoint=runs/pretrain --tasks TASK
 
 is its own command ``lm_eval`` with one model more. The harness knows no plugins, so the model is registered before it
 starts; whoever calls the harness from Python imports this module first.

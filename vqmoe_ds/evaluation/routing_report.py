@@ -40,7 +40,7 @@ TOP, RAREST = 12, 5
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="tag folder, run folder, portable folder or Hugging Face folder")
+    add("checkpoint", metavar="CHECKPOINT", help="run folder, tag, portable, Hugging Face or Megatron folder")
     add("--data", metavar="PATH", help="raw text or the prefix of prepared data (default: the run's held-out text)")
     add("--against", metavar="CHECKPOINT2", help="another checkpoint of the same run, to measure fluctuation")
     add("--tokens", type=int, default=16384, help="tokens of the text to read (default 16384)")

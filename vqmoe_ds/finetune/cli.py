@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from vqmoe_ds.errors import CheckpointError, ConfigError
-from vqmoe_ds.train.cli import common_parser
+from vqmoe_ds.finetune.defaults import shown
+from vqmoe_ds.train.cli import PREPARED, common_parser
 
 LANGUAGE_MODEL = "lm"
 """``--task``: not a labelled set but plain text."""
@@ -14,9 +15,10 @@ LANGUAGE_MODEL = "lm"
 
 def build_parser(description: str, ds_config: str) -> argparse.ArgumentParser:
     """The parser; ``ds_config`` is the default of that option."""
-    parser = common_parser(description, ds_config)
+    parser = common_parser(description, ds_config, f"text of --task lm: {PREPARED}", shown())
     add = parser.add_argument
-    add("--checkpoint", metavar="PATH", help="run folder, checkpoint of any layout, or Hugging Face folder")
+    what = "run folder, checkpoint of any layout, portable, Hugging Face or Megatron folder"
+    add("--checkpoint", metavar="PATH", help=what)
     add("--task", metavar="TASK", help="sst2, sst5, imdb, banking77, a CSV, TSV, JSONL or folder, NAME=PATH, or lm")
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
     add("--seeds", type=int, metavar="N", help="train N times, with the seeds 1 to N, and report mean and error")

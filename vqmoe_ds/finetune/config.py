@@ -15,19 +15,9 @@ from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, Trainable
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
+from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
 from vqmoe_ds.models.build import require_peft
 from vqmoe_ds.train.cli import overrides_from_args
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "train": {"learning_rate": 5e-4, "batch_size": 32, "warmup_steps": 20, "weight_decay": 0.01, "seed": 1},
-    "run": {"run_dir": "runs/finetune", "eval_batches": 64, "keep_last": 1, "keep_best": True},
-}
-"""What differs from the schema's own defaults."""
-LANGUAGE_MODEL_STEPS = 500
-FEWEST_STEPS = 100
-"""Of a classifier, however few its texts are."""
-SELDOM, OFTEN = 200, 10
-"""Validation once an epoch, but at most and at least so many steps apart."""
 
 
 def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> LoadedConfig:

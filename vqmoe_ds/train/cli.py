@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ SHORT_NAMES = {
     "data": ("data.path", str),
 }
 """Options that are another name for one field."""
+PREPARED = "file or folder of text, or prepared data as PREFIX ... or WEIGHT:PREFIX ..."
+"""What ``--data`` takes."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -33,14 +36,23 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def common_parser(description: str, ds_config: str | None = None) -> argparse.ArgumentParser:
+def common_parser(
+    description: str,
+    ds_config: str | None = None,
+    data: str = f"{PREPARED} (default: the standard library's documentation)",
+    defaults: Mapping[str, str] | None = None,
+) -> argparse.ArgumentParser:
     """What all training launchers take; ``--help`` ends with every field, its default and unit.
 
     Args:
         ds_config: the default of ``--ds_config``; None: it has to be given.
+        data: what ``--help`` says of ``--data``.
+        defaults: what it says of defaults that are not the schema's, by field or by section.
     """
     parser = argparse.ArgumentParser(
-        description=description, epilog=_field_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=_field_help(defaults or {}),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     default = f" (default {Path(ds_config).name})" if ds_config else ""
@@ -53,13 +65,7 @@ def common_parser(description: str, ds_config: str | None = None) -> argparse.Ar
     )
     add("--config", metavar="YAML", help="run configuration; overrides what the run starts from")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
-    add(
-        "--data",
-        nargs="+",
-        metavar="SPEC",
-        help="file or folder of text, or prepared data as PREFIX ... or WEIGHT:PREFIX ... "
-        "(default: the standard library's documentation)",
-    )
+    add("--data", nargs="+", metavar="SPEC", help=data)
     add("--run_dir", metavar="DIR", help="folder of everything the run writes")
     add("--train_steps", type=int, metavar="N", help="optimizer steps of the whole run")
     add("--seed", type=int, metavar="N", help="seed of weights, data order and codes")
@@ -87,10 +93,11 @@ def overrides_from_args(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def _field_help() -> str:
+def _field_help(defaults: Mapping[str, str]) -> str:
     lines = ["fields for --set and --config (default, unit):"]
     for name, default, unit, meaning in field_table():
-        head = f"  {name} = {default}" + (f" [{unit}]" if unit else "")
+        own = defaults.get(name) or defaults.get(name.split(".")[0])
+        head = f"  {name} = {own or default}" + (f" [{unit}]" if unit else "")
         lines.append(head)
         lines += textwrap.wrap(meaning, 96, initial_indent="      ", subsequent_indent="      ")
     codes = "0 finished, 1 defect, 2 bad input, 3 training cannot go on, 75 stopped by a signal after saving, "
