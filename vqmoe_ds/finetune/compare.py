@@ -197,7 +197,7 @@ def plot_steps(path: Path, runs: Sequence[Run]) -> None:
         for model, runs_of in _by_model(runs, task).items():
             steps = sorted({step for run in runs_of for step in run.curve})
             _line(axes, model, {n: [run.curve[n] for run in runs_of if n in run.curve] for n in steps})
-        axes.set(title=task, xlabel="step", ylabel="bits/byte on held-out text")
+        axes.set(title=Path(task).name, xlabel="step", ylabel="bits/byte on held-out text")
         axes.legend()
     save(figure, path)
 

@@ -9,7 +9,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {"run_dir": "runs/finetune", "eval_batches": 64, "keep_last": 1, "keep_best": True},
 }
 LANGUAGE_MODEL_STEPS = 500
-FEWEST_STEPS = 100
+FEWEST_STEPS = 1000
 """Of a classifier, however few its texts are."""
 SELDOM, OFTEN = 200, 10
 """Validation once an epoch, but at most and at least so many steps apart."""
