@@ -41,6 +41,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
     f"vq{AFTER}": {"moe.top_k": 0},
     "topk, two": {"moe.router": "topk", "moe.top_k": 2},
     "topk, one": {"moe.router": "topk", "moe.top_k": 1},
+    "hash_token": {"moe.router": "hash_token", "moe.top_k": 1},
+    "adaptive_clustering, two": {"moe.router": "adaptive_clustering", "moe.top_k": 2},
+    "dense, as wide as two": {"moe.router": "dense", "moe.top_k": 2},
 }
 
 
