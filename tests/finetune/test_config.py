@@ -81,6 +81,8 @@ def test_steps_follow_from_the_texts_and_few_shots_have_small_batches(sources):
     left_open = type(loaded)(left_open.config.model_copy(update={"finetune": few}), frozenset())
     shots = classifier_config(left_open, ("a", "b"), 6).config
     assert (shots.train.batch_size, shots.train.steps, shots.run.eval_every) == (4, 1000, 10)
+    asked = type(loaded)(left_open.config, frozenset({"finetune.epochs"}))
+    assert classifier_config(asked, ("a", "b"), 6).config.train.steps == 8, "five epochs are five epochs"
     with pytest.raises(ConfigError, match="train.batch_size=8 is more than the 6 training texts"):
         classifier_config(loaded, ("a", "b"), 6)
 

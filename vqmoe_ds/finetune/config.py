@@ -85,7 +85,8 @@ def classifier_config(loaded: LoadedConfig, classes: tuple[str, ...], rows: int)
         train = train.model_copy(update={"batch_size": 1 << (rows.bit_length() - 1)})
     an_epoch = math.ceil(rows / train.batch_size)
     if "train.steps" not in explicit:
-        steps = max(FEWEST_STEPS, math.ceil(run.finetune.epochs * rows / train.batch_size))
+        fewest = 1 if "finetune.epochs" in explicit else FEWEST_STEPS
+        steps = max(fewest, math.ceil(run.finetune.epochs * rows / train.batch_size))
         train = train.model_copy(update={"steps": steps})
     output = _intervals(loaded, max(OFTEN, min(SELDOM, an_epoch)))
     finetune = run.finetune.model_copy(update={"classes": classes})

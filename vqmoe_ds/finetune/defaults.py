@@ -10,7 +10,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LANGUAGE_MODEL_STEPS = 500
 FEWEST_STEPS = 1000
-"""Of a classifier, however few its texts are."""
+"""Of a classifier, however few its texts are, unless ``finetune.epochs`` is set."""
 SELDOM, OFTEN = 200, 10
 """Validation once an epoch, but at most and at least so many steps apart."""
 
@@ -24,7 +24,8 @@ def shown() -> dict[str, str]:
         **numbers,
         "moe.top_k": f"{same}; 0 {discrete}",
         "codebook.learning": f"{same}; frozen {discrete}",
-        "train.steps": f"finetune.epochs over the texts, at least {FEWEST_STEPS}; --task lm: {LANGUAGE_MODEL_STEPS}",
+        "train.steps": f"finetune.epochs over the texts, unless that is set at least {FEWEST_STEPS}; "
+        f"--task lm: {LANGUAGE_MODEL_STEPS}",
         "run.eval_every": f"an epoch, {OFTEN} to {SELDOM} steps; --task lm: a tenth of the steps, at most {SELDOM}",
         "run.save_every": "as run.eval_every",
     }
