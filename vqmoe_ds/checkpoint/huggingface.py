@@ -227,7 +227,7 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
             tokenizer = tokenizer_of_data(reader.config.get("data", {}), checksum)
     except DataError as error:
         raise CheckpointError(f"{error}; or export without it (--tokenizer none)") from None
-    if tokenizer is None or (checksum is None and choice == "auto" and config.model.vocab_size not in (256, 257)):
+    if tokenizer is None or (choice == "auto" and nothing_known(checksum, config.model.vocab_size)):
         return None, [
             f"no tokenizer was found that gives the ids of this model (vocabulary {config.model.vocab_size}); "
             "name it with --tokenizer"

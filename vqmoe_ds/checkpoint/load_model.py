@@ -20,7 +20,7 @@ from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_va
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
-from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, are_bytes, load_tokenizer
 from vqmoe_ds.errors import CheckpointError, ConfigError
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
@@ -64,10 +64,7 @@ class LoadedModel:
 
     def need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise CheckpointError(
-                f"the tokenizer of {self.path} was not found (vocabulary {self.config.model.vocab_size}); name it "
-                "with --tokenizer"
-            )
+            raise _not_found(self.path, self.config)
         return self.tokenizer
 
 
@@ -141,7 +138,7 @@ def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Pat
     if given is not None:
         exported = (Path(given) / "config.json").exists()
         tokenizer = read_json_tokenizer(given, checksum) if exported else load_tokenizer(given)
-    elif checksum == ByteTokenizer.checksum or (checksum is None and vocab_size in (256, 257)):
+    elif are_bytes(checksum, vocab_size):
         tokenizer = ByteTokenizer()
     elif beside:
         tokenizer = read_json_tokenizer(beside[0], checksum)
@@ -156,3 +153,16 @@ def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Pat
             f"{reader.path} (vocabulary {vocab_size}) was trained with; name that one with --tokenizer"
         )
     return tokenizer
+
+
+def require_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Path | None = None) -> Tokenizer:
+    """As ``find_tokenizer``; one that is not to be found is a ``CheckpointError`` as well."""
+    found = find_tokenizer(reader, config, given)
+    if found is None:
+        raise _not_found(reader.path, config)
+    return found
+
+
+def _not_found(path: Path, config: RunConfig) -> CheckpointError:
+    vocab_size = config.model.vocab_size
+    return CheckpointError(f"the tokenizer of {path} was not found (vocabulary {vocab_size}); name it with --tokenizer")

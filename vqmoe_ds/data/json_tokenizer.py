@@ -17,7 +17,7 @@ from vqmoe_ds.data.tokenizers import (
     Tokenizer,
     characters_to_bytes,
     checked_ids,
-    load_tokenizer,
+    read_file,
     require_utf8,
 )
 from vqmoe_ds.errors import DataError
@@ -62,17 +62,23 @@ class JsonTokenizer(Tokenizer):
         self._byte_level = "ByteLevel" in json.dumps(options.get("decoder"))
         self.content, self.checksum = content, checksum or hashlib.sha256(content.encode()).hexdigest()
         self._ids = self._fast.get_vocab()
-        size = max(self._ids.values(), default=-1) + 1
-        self.eod = size if eod is None else eod
-        self.vocab_size = max(size, self.eod + 1)
+        self._end_with(eod)
         self.unknown_id = self._ids.get(str((options.get("model") or {}).get("unk_token")))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JsonTokenizer, (self.content, self.eod, self.checksum)
 
+    def _end_with(self, eod: int | None) -> None:
+        size = max(self._ids.values(), default=-1) + 1
+        self.eod = size if eod is None else eod
+        self.vocab_size = max(size, self.eod + 1)
+
     def encode(self, text: str) -> np.ndarray:
-        require_utf8(text)
-        return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        try:
+            return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        except TypeError:
+            require_utf8(text)
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._fast.decode(checked_ids(ids, self), skip_special_tokens=True))
@@ -111,22 +117,23 @@ def read_json_tokenizer(path: str | Path, checksum: str | None = None) -> JsonTo
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_file(file).decode()
+    except UnicodeDecodeError as error:
         raise DataError(f"tokenizer file {file} cannot be read ({error})") from None
     found = JsonTokenizer(content, None, checksum, file)
-    end = _end_of_document(file.parent, found._ids)
-    return found if end is None else JsonTokenizer(content, end, checksum, file)
+    found._end_with(_end_of_document(file.parent, found._ids))
+    return found
 
 
 def data_of_folder(folder: Path) -> dict[str, str]:
     """``data.tokenizer`` and ``data.tokenizer_sha256`` for a Hugging Face model; empty where it has no tokenizer.
 
-    Raises:
-        DataError: its tokenizer.json, or else its SentencePiece tokenizer.model, is damaged.
+    That is its tokenizer.json, or else its SentencePiece tokenizer.model; the checksum of either is that of its file.
     """
     file = next((folder / name for name in (FILE, "tokenizer.model") if (folder / name).exists()), None)
-    return {} if file is None else {"tokenizer": str(file.resolve()), "tokenizer_sha256": load_tokenizer(file).checksum}
+    if file is None:
+        return {}
+    return {"tokenizer": str(file.resolve()), "tokenizer_sha256": hashlib.sha256(read_file(file)).hexdigest()}
 
 
 def _end_of_document(folder: Path, ids: dict[str, int]) -> int | None:

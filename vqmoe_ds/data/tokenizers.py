@@ -320,7 +320,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             "model, a SentencePiece .model, a tokenizer.json or a vocabulary .txt"
         )
     if path.suffix == ".model":
-        return SentencePieceTokenizer(_read(path), str(path))
+        return SentencePieceTokenizer(read_file(path), str(path))
     if path.suffix == ".json":
         return read_json_tokenizer(path)
     if path.suffix == ".txt":
@@ -338,7 +338,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     if not description.exists():
         raise DataError(f"tokenizer folder {folder} has no {DESCRIPTION}; make one with tools/train_tokenizer.py")
     try:
-        kept = json.loads(_read(description))
+        kept = json.loads(read_file(description))
         if "model" in kept and "kind" not in kept:
             return read_json_tokenizer(folder)
         kind, checksum = kept["kind"], kept["checksum"]
@@ -348,11 +348,11 @@ def _load_folder(folder: Path) -> Tokenizer:
     if kind == ByteTokenizer.kind:
         tokenizer = ByteTokenizer()
     elif kind == SentencePieceTokenizer.kind:
-        tokenizer = SentencePieceTokenizer(_read(folder / "spm.model"), str(folder / "spm.model"))
+        tokenizer = SentencePieceTokenizer(read_file(folder / "spm.model"), str(folder / "spm.model"))
     elif kind == WordTokenizer.kind:
         tokenizer = WordTokenizer(_read_words(folder / "vocab.txt"), str(folder / "vocab.txt"))
     elif kind == JsonTokenizer.kind:
-        tokenizer = JsonTokenizer(_read(folder / "huggingface.json").decode(errors="replace"), kept.get("eod"))
+        tokenizer = JsonTokenizer(read_file(folder / "huggingface.json").decode(errors="replace"), kept.get("eod"))
     else:
         raise DataError(
             f"{description} names the tokenizer kind {kind!r}; known are bytes, sentencepiece, json and word"
@@ -362,12 +362,18 @@ def _load_folder(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def are_bytes(checksum: str | None, vocab_size: int) -> bool:
+    """Whether a model's ids are bytes, by its tokenizer's checksum (None of raw text) and its vocabulary."""
+    return checksum == ByteTokenizer.checksum or (checksum is None and vocab_size in (256, 257))
+
+
 def nothing_known(checksum: str | None, vocab_size: int) -> bool:
     """Whether weights came without a tokenizer (``checksum``) and are not of bytes: any ids may be theirs."""
-    return checksum is None and vocab_size not in (256, 257)
+    return checksum is None and not are_bytes(checksum, vocab_size)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Raises: DataError: a tokenizer's file cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -376,7 +382,7 @@ def _read(path: Path) -> bytes:
 
 def _read_words(path: Path) -> list[str]:
     try:
-        words = _read(path).decode().removesuffix("\n").split("\n")
+        words = read_file(path).decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start}); convert it") from error
     return [word.removesuffix("\r") for word in words]

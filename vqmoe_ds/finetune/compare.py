@@ -14,6 +14,7 @@ from vqmoe_ds.comparison.statistics import mean_of, paired_difference
 from vqmoe_ds.errors import DataError, UserError
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.files import write_atomically
+from vqmoe_ds.finetune.report import draw_means, over_shots
 
 ACCURACY, MACRO_F1, BITS, LOSS = "test_accuracy", "test_macro_f1", "validation_bits_per_byte", "validation_loss"
 BEFORE = "bits_per_byte_before"
@@ -182,9 +183,8 @@ def plot_shots(path: Path, runs: Sequence[Run]) -> None:
         shots = sorted({run.shots for run in few if run.task == task})
         for model, runs_of in _by_model(few, task).items():
             _line(axes, model, {n: [r.values[ACCURACY] for r in runs_of if r.shots == n] for n in shots})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(shots, [str(n) for n in shots])
-        axes.set(title=task, xlabel="training texts of each class", ylabel="test accuracy")
+        over_shots(axes, shots)
+        axes.set_title(task)
         axes.legend()
     save(figure, path)
 
@@ -211,7 +211,4 @@ def _by_model(runs: Sequence[Run], task: str) -> dict[str, list[Run]]:
 
 
 def _line(axes: Any, label: str, values: dict[int, list[float]]) -> None:
-    """Means over seeds, with their standard errors."""
-    means = {place: mean_of(some) for place, some in values.items() if some}
-    errors = [mean.error or 0.0 for mean in means.values()]
-    axes.errorbar(list(means), [m.mean for m in means.values()], yerr=errors, marker="o", capsize=3, label=label)
+    draw_means(axes, {place: mean_of(some) for place, some in values.items() if some}, label)

@@ -10,7 +10,7 @@ from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batches, Windows
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
-from vqmoe_ds.data.tokenizers import ByteTokenizer, nothing_known
+from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, nothing_known
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.evaluation.perplexity import validate
@@ -73,7 +73,7 @@ def _check_tokenizer(data: TrainingData, source: RunConfig, reader: CheckpointRe
     """Raw text and prepared bytes have the same ids, but for the end of a document."""
     bytes_ = (None, ByteTokenizer.checksum)
     ours, theirs, size = data.tokenizer_sha256, source.data.tokenizer_sha256, source.model.vocab_size
-    both_bytes = ours in bytes_ and (theirs == ByteTokenizer.checksum or (theirs is None and size in (256, 257)))
+    both_bytes = ours in bytes_ and are_bytes(theirs, size)
     fits = (data.vocab_size or size) <= size
     open_ = ours is not None and nothing_known(theirs, size)
     if not fits or (ours != theirs and not both_bytes and not open_):
@@ -85,7 +85,7 @@ def _check_tokenizer(data: TrainingData, source: RunConfig, reader: CheckpointRe
 
 def _ids(checksum: str | None, vocab_size: int | None) -> str:
     if checksum in (None, UNKNOWN):
-        what = "raw bytes" if checksum is None and vocab_size in (256, 257) else "ids of an unknown tokenizer"
+        what = "raw bytes" if are_bytes(checksum, vocab_size or 0) else "ids of an unknown tokenizer"
     else:
         what = f"ids of the tokenizer {str(checksum)[:12]}"
     return f"{what} (vocabulary {vocab_size or 'unknown'})"

@@ -60,7 +60,7 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
     """
     from vqmoe_ds.checkpoint.adapters import merged
     from vqmoe_ds.checkpoint.huggingface import run_config
-    from vqmoe_ds.checkpoint.load_model import build_model, find_tokenizer
+    from vqmoe_ds.checkpoint.load_model import build_model, require_tokenizer
     from vqmoe_ds.checkpoint.reader import open_checkpoint
     from vqmoe_ds.checkpoint.store import read_best
     from vqmoe_ds.models.classifier import Classifier
@@ -68,9 +68,7 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
     best = read_best(Path(path) / "checkpoints")[0]
     reader = merged(open_checkpoint(path if best is None else Path(path) / "checkpoints" / best))
     config = run_config(reader.config, reader.path)
-    found = find_tokenizer(reader, config, tokenizer)
-    if found is None:
-        raise CheckpointError(f"the tokenizer of {reader.path} was not found; name it with --tokenizer")
+    found = require_tokenizer(reader, config, tokenizer)
     if not config.finetune.classes:
         raise CheckpointError(f"{reader.path} is a language model; fine-tune it with launchers/finetune.py first")
     model = build_model(reader, config)

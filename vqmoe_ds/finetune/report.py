@@ -74,10 +74,21 @@ def table(means: dict[int, dict[str, Mean]]) -> list[str]:
 def plot_shots(path: Path, means: dict[int, dict[str, Mean]]) -> None:
     """Test accuracy, with its standard error, over the number of training texts of each class, as PNG."""
     figure, axes = pyplot().subplots(figsize=(7, 4))
-    found = [means[shots]["test_accuracy"] for shots in means]
-    axes.errorbar(list(means), [m.mean for m in found], yerr=[m.error or 0.0 for m in found], marker="o", capsize=3)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(means), [str(shots) for shots in means])
-    axes.set(xlabel="training texts of each class", ylabel="test accuracy")
+    draw_means(axes, {shots: found["test_accuracy"] for shots, found in means.items()})
+    over_shots(axes, list(means))
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def draw_means(axes: Any, means: dict[int, Mean], label: str | None = None) -> None:
+    """A line through means over seeds, with their standard errors."""
+    found = means.values()
+    errors = [mean.error or 0.0 for mean in found]
+    axes.errorbar(list(means), [mean.mean for mean in found], yerr=errors, marker="o", capsize=3, label=label)
+
+
+def over_shots(axes: Any, shots: list[int]) -> None:
+    """Names and scales the axes of an accuracy over the training texts of each class."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shots, [str(number) for number in shots])
+    axes.set(xlabel="training texts of each class", ylabel="test accuracy")

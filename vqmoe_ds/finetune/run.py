@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import LoadedConfig, read_yaml
-from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL, check_options, shots_of
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.job import (
@@ -120,7 +120,7 @@ def check_batch(config: EngineConfig, wanted: int, path: str) -> None:
 
 def _open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: LoadedConfig) -> Task:
     from vqmoe_ds.checkpoint.huggingface import run_config
-    from vqmoe_ds.checkpoint.load_model import find_tokenizer
+    from vqmoe_ds.checkpoint.load_model import require_tokenizer
 
     run, source = loaded.config, run_config(reader.config, reader.path)
     if args.task == LANGUAGE_MODEL:
@@ -129,12 +129,7 @@ def _open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: Loade
         return open_text(loaded, source, reader)
     from vqmoe_ds.finetune.classification import ClassificationTask, open_texts
 
-    tokenizer = find_tokenizer(reader, source, args.tokenizer)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"the tokenizer of {reader.path} was not found (vocabulary {source.model.vocab_size}); name it with "
-            "--tokenizer"
-        )
+    tokenizer = require_tokenizer(reader, source, args.tokenizer)
     return ClassificationTask(open_texts(run.finetune, tokenizer, run.model.sequence_length))
 
 
