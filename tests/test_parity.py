@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.codebook import recomputing
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.layer import MoELayer
@@ -84,19 +85,18 @@ class Run:
 
 
 class _RouteRecorder:
-    """Notes the experts of every row when the layer counts them (a recomputation is not counted)."""
+    """Notes the experts of every row when the layer plans its dispatch (not again in a recomputation)."""
 
     def __init__(self, run: Run, model: MoETransformer) -> None:
         self.run, self.place = run, (0, 0)
         for layer in model.moe_layers():
-            original = layer._count
-            layer._count = lambda routing, layer=layer, original=original: self._note(layer, routing, original)
+            original = layer._plan
+            layer._plan = lambda *args, layer=layer, original=original: self._note(layer, original, *args)
 
-    def _note(self, layer: MoELayer, routing: Any, original: Any) -> None:
-        before = layer.tokens_per_expert.sum()
-        original(routing)
-        if layer.tokens_per_expert.sum() > before:
+    def _note(self, layer: MoELayer, original: Any, routing: Any, known: Any) -> Any:
+        if layer.training and not recomputing():
             self.run.routes[(*self.place, layer.layer)] = routing.expert_ids_TR.to(torch.uint8)
+        return original(routing, known)
 
 
 def _prepared(model: MoETransformer, one_expert: int | None) -> MoETransformer:

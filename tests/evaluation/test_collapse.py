@@ -95,4 +95,4 @@ def test_experts_that_are_one_function_are_alike_whatever_the_order_of_their_hid
 
 def test_an_expert_by_plain_pytorch_is_the_layers_own():
     experts, x_PD = StackedExperts(8, 12, 3, std=0.4), torch.randn(10, 8)
-    assert torch.allclose(experts(x_PD, [0, 10, 0]), run_expert(experts, 1, x_PD), atol=1e-6)
+    assert torch.allclose(experts(x_PD, torch.tensor([0, 10, 10])), run_expert(experts, 1, x_PD), atol=1e-6)

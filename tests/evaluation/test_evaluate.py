@@ -144,7 +144,8 @@ def test_two_ranks_give_the_figures_of_one_also_with_the_experts_between_them(ro
     alone, windows = _on_ranks(0, 1, str(tmp_path), 1)
     for result, told in run_ranks(2, _on_ranks, str(tmp_path), ep_size, timeout=100):
         assert told == windows
-        assert _numbers(result) == pytest.approx(_numbers(alone), rel=1e-6, abs=1e-6)
+        # 3e-5: a standard error is a difference of perplexities near 308, and those agree to 1e-7 of themselves.
+        assert _numbers(result) == pytest.approx(_numbers(alone), rel=1e-6, abs=3e-5)
 
 
 def _numbers(value) -> list[float]:

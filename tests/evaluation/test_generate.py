@@ -120,6 +120,16 @@ def test_one_prompt(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().out == found.out
 
 
+def test_weights_may_be_bf16(checkpoint, capsys):
+    assert _run(checkpoint, "--tokens", "30", "--temperature", "0", "--prompt", "The ", "--precision", "bf16") == 0
+    model = model_of("vq")
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    ids = _ids(model, 30, temperature=0)
+    ids = ids[: ids.index(256)] if 256 in ids else ids
+    assert capsys.readouterr().out == "".join(pieces_of_text(ids, ByteTokenizer())) + "\n"
+
+
 def test_an_end_of_document_ends_the_text(tmp_path, capsys):
     model = model_of("topk")
     model.head.weight.zero_()

@@ -35,5 +35,8 @@ def test_all_but_the_fused_attention_is_what_pytorch_counts(router: str, top_k: 
     model, tokens_BS = MoETransformer(config).eval(), torch.randint(0, 256, (2, 16))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens_BS)
-    fused = 3 * 2 * 32 * (16 + 1)  # queries by keys and weights by values, which PyTorch does not count on CPU
-    assert counter.get_total_flops() / 32 == forward_flops(config).total - fused
+    fused = 3 * 2 * 32 * (16 + 1)  # queries by keys and weights by values
+    # torch 2.15 counts them too, as if nothing were masked; 2.11 and 2.13 do not.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counted = counter.get_total_flops() - counter.get_flop_counts()["Global"].get(attention, 0)
+    assert counted / 32 == forward_flops(config).total - fused

@@ -12,7 +12,7 @@ from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models import transformer as transformer_module
 from vqmoe_ds.models.transformer import DenseMLP, MoETransformer, moe_block_indices, rows_per_token
 from vqmoe_ds.moe.codebook_sync import CodebookSync
-from vqmoe_ds.moe.dispatch import make_plans
+from vqmoe_ds.moe.dispatch import sort_rows
 from vqmoe_ds.moe.layer import MoELayer
 
 VOCAB, LENGTH = 50, 16
@@ -102,21 +102,23 @@ def test_planning_ahead_changes_nothing(case: str) -> None:
 
 
 def test_one_plan_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known ahead is sorted ahead, for all layers at once; routers add their rows to it layer by layer."""
     calls: list[tuple[int, ...]] = []
 
     def counted(expert_ids_LTR: Tensor, *args: Any) -> Any:
         calls.append(tuple(expert_ids_LTR.shape))
-        return make_plans(expert_ids_LTR, *args)
+        return sort_rows(expert_ids_LTR, *args)
 
-    monkeypatch.setattr(transformer_module, "make_plans", counted)
-    monkeypatch.setattr("vqmoe_ds.moe.layer.make_plans", counted)
+    for module in ("vqmoe_ds.moe.dispatch", "vqmoe_ds.moe.layer", "vqmoe_ds.models.transformer"):
+        monkeypatch.setattr(f"{module}.sort_rows", counted)
     tokens = 3 * LENGTH
     for case, want in {
         "context, discrete only": [(4, tokens, 1)],
         "hash of tokens": [(4, tokens, 1)],
         "early block": [(2, tokens, 1), (2, tokens, 1)],
         "layer state, discrete only": [(1, tokens, 1)] * 4,
-        "context": [(1, tokens, 2)] * 4,
+        "context": [(4, tokens, 1)] + [(1, tokens, 1)] * 4,
+        "layer state": [(1, tokens, 1)] * 8,
     }.items():
         calls.clear()
         MoETransformer(_config(case))(_tokens()[:, :LENGTH])
@@ -170,13 +172,13 @@ def test_early_block_codes_look_at_that_block() -> None:
     """Blocks after the source block route by its output, those up to it by the embedding."""
     model = MoETransformer(_config("early block"))
     seen = {}
-    original = model.bank.observe
+    original = model.bank.observe_all
 
-    def observe(layer: int, z_TC: Tensor, codes_T: Tensor) -> None:
-        seen[layer] = z_TC
-        original(layer, z_TC, codes_T)
+    def observe_all(layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
+        seen.update(dict.fromkeys(range(layers.start, layers.stop), z_TC))
+        original(layers, z_TC, codes_LT)
 
-    model.bank.observe = observe
+    model.bank.observe_all = observe_all
     outputs = []
     model.blocks[1].register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
     tokens_BS = _tokens()[:, :LENGTH]
@@ -259,9 +261,9 @@ def test_initial_scales() -> None:
 def test_rotary_positions_are_relative() -> None:
     attention = MoETransformer(_config("dense")).blocks[0].attention
     q, k = torch.randn(1, 1, 1, 12), torch.randn(1, 1, 1, 12)
-    turned_q = attention._rotate(q.expand(1, 1, LENGTH, 12))[0, 0]
-    turned_k = attention._rotate(k.expand(1, 1, LENGTH, 12))[0, 0]
-    scores = turned_q @ turned_k.t()
+    qkv = torch.stack([q, k, k], dim=2).view(1, 1, 3, 1, 12).expand(1, LENGTH, 3, 1, 12)
+    turned_q, turned_k, _ = attention._turned(qkv, attention.cos_SH[:LENGTH], attention.sin_SH[:LENGTH])
+    scores = turned_q[0, 0] @ turned_k[0, 0].t()
     for distance in range(4):
         diagonal = scores.diagonal(-distance)
         assert (diagonal - diagonal[0]).abs().max() < 1e-4

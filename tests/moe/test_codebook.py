@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodebookConfig
+from vqmoe_ds.moe import placement
+from vqmoe_ds.moe.clustering import kmeans, split_crowded
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 
@@ -102,6 +107,21 @@ def test_pending_holds_sums_and_counts() -> None:
     assert bank.pending.dtype == torch.float64
 
 
+@pytest.mark.parametrize("layers", [slice(0, 3), slice(1, 3), slice(2, 3)])
+def test_layers_of_one_source_are_observed_together(layers: slice) -> None:
+    together, one_by_one = (_bank(num_layers=3, kmeans_samples=16) for _ in range(2))
+    for _ in range(2):
+        z_TC = together.prepare(torch.randn(30, WIDTH))
+        codes_LT = together.lookup_all(z_TC)
+        together.observe_all(layers, z_TC, codes_LT[layers])
+        for layer in range(3)[layers]:
+            one_by_one.observe(layer, z_TC, codes_LT[layer])
+    assert torch.equal(together.pending, one_by_one.pending)
+    assert together.pending[..., -1].sum(dim=1).tolist() == [60 * (layer in range(3)[layers]) for layer in range(3)]
+    if layers.start == 0:
+        assert torch.equal(together.samples(1, 16), one_by_one.samples(1, 16))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_is_not_counted(reentrant: bool) -> None:
     bank = _bank()
@@ -127,6 +147,80 @@ def test_samples_are_spread_over_the_micro_batch() -> None:
     assert samples_LSC.shape == (2, 8, WIDTH)
     assert samples_LSC[0, :, 0].tolist() == [100, 109, 118, 127, 136, 145, 154, 163]
     assert bank.samples(0, 100).shape == (2, 100, WIDTH), "fewer tokens than asked for are repeated"
+
+
+def test_no_samples_are_kept_for_steps_that_need_none() -> None:
+    bank = _bank(dead_below=0.2, reseed_until=3, kmeans_samples=64, crowded_above=0.0)
+    sync, kept = CodebookSync(bank), []
+    for _ in range(5):
+        _observe(bank, torch.randn(40, WIDTH))
+        kept.append(len(bank._samples[0]))
+        sync.step()
+    assert kept == [1, 1, 1, 0, 0]
+
+
+# ---------------------------------------------------------------- what the host waits for
+
+
+def _without_memory(bank: CodebookBank, updates: int, born_at: int) -> CodebookBank:
+    """The bank on the meta device, where reading any number back is an error, at a step that the host knows of."""
+    bank = bank.to("meta")
+    bank._updates.write(bank.updates, updates)
+    bank._born_at.write(bank.born_at, born_at)
+    return bank
+
+
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"code_dim": 4}, {"learning": "frozen"}])
+@pytest.mark.parametrize(("updates", "born_at"), [(0, -1), (19, 0), (500, 0)])
+def test_a_forward_reads_nothing_back(options: dict, updates: int, born_at: int) -> None:
+    bank = _without_memory(_bank(kmeans_samples=16, **options), updates, born_at)
+    z_TC = bank.prepare(torch.randn(30, WIDTH, device="meta"))
+    bank.observe_all(slice(None), z_TC, bank.lookup_all(z_TC, torch.zeros(30, dtype=torch.int64, device="meta")))
+    bank.observe(1, z_TC, bank.lookup(1, z_TC))
+    assert bank.pending.shape == (2, 4, z_TC.shape[1] + 1)
+    with pytest.raises(RuntimeError):
+        int(bank.pending.sum())
+
+
+IDLE = [{"dead_below": 0.0}, {"reseed_until": 500}, {"freeze_step": 400}, {"freeze_step": 501}, {"learning": "frozen"}]
+
+
+@pytest.mark.parametrize("options", [*IDLE, {"learning": "gradient", "dead_below": 0.0}])
+def test_a_step_that_looks_for_no_codes_reads_nothing_back(options: dict) -> None:
+    bank = _without_memory(_bank(**options), 500, 0)
+    _observe(bank, torch.randn(30, WIDTH, device="meta"))
+    CodebookSync(bank).step()
+    assert bank.steps_taken == 501
+
+
+@pytest.mark.parametrize(("dead", "moved"), [(0, []), (3, [3])])
+def test_a_step_reads_one_small_tensor_back(dead: int, moved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where dead codes are moved. Step 19 looks for crowded codes too."""
+    bank = _without_memory(_bank(), 19, 0)
+    read: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: (read.append(tensor), [0, dead])[1])
+    reseeded, original = [], bank.reseed
+    bank.reseed = lambda dead_LK, new_LSC: (reseeded.append(new_LSC.shape[1]), original(dead_LK, new_LSC))
+    _observe(bank, torch.randn(30, WIDTH, device="meta"))
+    CodebookSync(bank).step()
+    assert [tensor.numel() for tensor in read] == [2]
+    assert reseeded == moved
+
+
+def test_numbers_on_the_host_follow_the_buffers() -> None:
+    bank, other = _bank(freeze_step=5), _bank(freeze_step=5)
+    assert (bank.steps_taken, bank.born, bank.moving) == (0, False, True)
+    bank.updates.fill_(7)
+    bank.born_at.zero_()
+    assert (bank.steps_taken, bank.born, bank.moving) == (7, True, False)
+    other.load_state_dict(bank.state_dict())
+    assert (other.steps_taken, other.born) == (7, True)
+    bank.count(torch.zeros(2, 4, dtype=torch.float64))
+    assert bank.steps_taken == int(bank.updates) == 8
+    bank.updates -= 4
+    assert bank.moving
+    moved = copy.deepcopy(bank).to(torch.device("cpu"))
+    assert moved.steps_taken == 4 and moved.born
 
 
 # ---------------------------------------------------------------------- learning
@@ -304,6 +398,56 @@ def test_dead_codes_are_moved_onto_tokens_and_stay_there(learning: str) -> None:
     assert not again, "without a running count of its own it is dead again at once"
 
 
+def test_dead_codes_take_the_candidates_in_turn() -> None:
+    bank = _bank(num_layers=3, num_codes=6)
+    bank.ema_count_LK.copy_(torch.rand(3, 6))
+    codes_LKC, counts_LK, sums_LKC = (t.clone() for t in (bank.codes_LKC, bank.ema_count_LK, bank.ema_sum_LKC))
+    dead = {(0, 1): 0, (0, 2): 1, (0, 5): None, (2, 4): 0}  # candidate; the third dead code of a layer finds none
+    dead_LK = torch.zeros(3, 6, dtype=torch.bool)
+    for place in dead:
+        dead_LK[place] = True
+    candidates_LSC, mean_L = torch.randn(3, 2, WIDTH), counts_LK.mean(dim=1)
+    bank.reseed(dead_LK, candidates_LSC)
+    for (layer, code), candidate in dead.items():
+        if candidate is not None:
+            fresh_C, mean = candidates_LSC[layer, candidate], mean_L[layer]
+            codes_LKC[layer, code], counts_LK[layer, code], sums_LKC[layer, code] = fresh_C, mean, fresh_C * mean
+    for got, wanted in ((bank.codes_LKC, codes_LKC), (bank.ema_count_LK, counts_LK), (bank.ema_sum_LKC, sums_LKC)):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("layers", [slice(None), slice(1, None, 2)])
+def test_birth_and_halving_by_copies_on_the_host(layers: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are one with the bank on the CPU: here they are apart, as on a GPU, and bits are those of each layer."""
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)
+    bank = _bank(num_layers=4, num_codes=8, distance="cosine", crowded_above=2.0)
+    before, samples_LSC = copy.deepcopy(bank), torch.randn(4, 60, WIDTH) ** 3
+    _observe(bank, torch.randn(40, WIDTH))
+    placement.give_birth(bank, samples_LSC, layers)
+    for layer in range(4):
+        assert torch.equal(bank.codes_LKC[layer], before.codes_LKC[layer]) != (layer in range(4)[layers])
+    for layer in range(4)[layers]:
+        generator = torch.Generator().manual_seed(1000003 * (layer + 1))
+        codes_KC, sizes_K = kmeans(samples_LSC[layer], 8, 10, generator)
+        assert torch.equal(bank.codes_LKC[layer], F.normalize(codes_KC, dim=-1))
+        assert torch.equal(bank.ema_count_LK[layer], sizes_K / sizes_K.sum() * 8 * 5.0)
+        assert torch.equal(bank.ema_sum_LKC[layer], bank.codes_LKC[layer] * bank.ema_count_LK[layer].unsqueeze(-1))
+    bank.ema_count_LK[:, 0] += 100
+    samples_LSC = torch.cat([samples_LSC, bank.codes_LKC[:, :1] + 0.1 * torch.randn(4, 60, WIDTH)], dim=1)
+    born = copy.deepcopy(bank)
+    placement.halve_crowded(bank, samples_LSC, layers)
+    for layer in range(4):
+        codes_KC, counts_K = born.codes_LKC[layer], born.ema_count_LK[layer]
+        if layer in range(4)[layers]:
+            codes_KC, sizes_K = split_crowded(samples_LSC[layer], codes_KC, 2.0)
+            moved_K = (codes_KC != born.codes_LKC[layer]).any(dim=1)
+            assert moved_K.any() and not moved_K.all()
+            counts_K = torch.where(moved_K, sizes_K * (counts_K.sum() / sizes_K.sum()), counts_K)
+            assert torch.equal(bank.ema_sum_LKC[layer, moved_K], (codes_KC * counts_K.unsqueeze(-1))[moved_K])
+        assert torch.equal(bank.codes_LKC[layer], codes_KC)
+        assert torch.equal(bank.ema_count_LK[layer], counts_K)
+
+
 def test_reseeding_stops_when_told() -> None:
     bank = _bank(normalize_source=False, kmeans_samples=80, dead_below=0.2, num_layers=1, reseed_until=2)
     sync = CodebookSync(bank)
@@ -315,20 +459,3 @@ def test_reseeding_stops_when_told() -> None:
             bank.ema_sum_LKC[0, 2] = 1000.0 * bank.ema_count_LK[0, 2]
     assert bool(bank.dead_codes()[0, 2])
     assert bank.codes_LKC[0, 2].min() > 900
-
-
-def test_fingerprint_sees_one_bit_and_any_exchange() -> None:
-    bank, marks = _bank(), []
-    marks.append(bank.fingerprint())
-    bits = bank.codes_LKC.view(torch.int32)
-    bits[1, 2, 3] ^= 1
-    marks.append(bank.fingerprint())
-    bits[1, 2, 3] ^= 1
-    bank.codes_LKC[0, [0, 1]] = bank.codes_LKC[0, [1, 0]]
-    marks.append(bank.fingerprint())
-    bank.codes_LKC[0, [0, 1]] = bank.codes_LKC[0, [1, 0]]
-    bank.code_map_LK[0, [0, 1]] = bank.code_map_LK[0, [1, 0]]
-    marks.append(bank.fingerprint())
-    bank.code_map_LK[0, [0, 1]] = bank.code_map_LK[0, [1, 0]]
-    assert len({tuple(mark.tolist()) for mark in marks}) == 4
-    assert torch.equal(bank.fingerprint(), marks[0])

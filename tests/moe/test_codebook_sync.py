@@ -11,8 +11,11 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import CodebookConfig
+from vqmoe_ds.moe import codebook_sync
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.codebook_sync import CodebookSync, fingerprint
+from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.moe.routers.base import StatefulRouter
 
 WIDTH, EXPERTS, TOKENS, STEPS = 12, 4, 48, 50
 
@@ -57,8 +60,8 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
     sync = CodebookSync(bank, accumulation)
     reseeded, original = [], bank.reseed
     bank.reseed = lambda dead_LK, candidates: (reseeded.append(int(dead_LK.sum())), original(dead_LK, candidates))
-    halved, halve = [], bank.halve_crowded
-    bank.halve_crowded = lambda samples: (halved.append(1), halve(samples))
+    halved, halve = [], codebook_sync.halve_crowded
+    codebook_sync.halve_crowded = lambda *args: (halved.append(1), halve(*args))
     started_equal = world == 1 or _identical(bank)
     sync.broadcast()
     identical = True
@@ -68,6 +71,7 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
         sync.step()
         if world > 1 and (step < 12 or step % 6 == 0 or step == STEPS - 1):
             identical &= _identical(bank) and sync.in_step()
+    codebook_sync.halve_crowded = halve
     state = {name: buffer.clone() for name, buffer in bank.named_buffers()}
     counts = {"reseeded": sum(reseeded), "halved": sum(halved)}
     return {"started_equal": started_equal, "identical": identical, **counts, "state": state}
@@ -180,21 +184,123 @@ def test_all_layers_share_one_all_reduce() -> None:
     assert run_ranks(2, _one_all_reduce) == [[1, 1, 1]] * 2
 
 
-def _unlike_processors(rank: int, world: int) -> bool:
-    bank = CodebookBank(_config("ema"), 1, EXPERTS, WIDTH, seed=5)
-    original = bank.give_birth
+def _unlike_processors(rank: int, world: int) -> tuple[bool, Tensor]:
+    original = codebook_sync.give_birth
 
-    def birth_with_rounding(samples_LSC: Tensor) -> None:
-        original(samples_LSC)
-        bank.codes_LKC.mul_(1 + 1e-6 * rank)
-        bank.ema_sum_LKC.mul_(1 + 1e-6 * rank)
+    def birth_with_rounding(bank: CodebookBank, *args: Any) -> None:
+        original(bank, *args)
+        bank.codes_LKC.mul_(1 + 1e-3 * rank)
+        bank.ema_sum_LKC.mul_(1 + 1e-3 * rank)
 
-    bank.give_birth = birth_with_rounding
-    sync = CodebookSync(bank)
+    codebook_sync.give_birth = birth_with_rounding
+    bank = CodebookBank(_config("ema"), 3, EXPERTS, WIDTH, seed=5)
     _observe(bank, _micro_batch(0, rank))
-    sync.step()
-    return bool(bank.born) and _identical(bank)
+    CodebookSync(bank).step()
+    return bank.born and _identical(bank), bank.codes_LKC
 
 
-def test_birth_survives_ranks_that_round_differently() -> None:
-    assert run_ranks(2, _unlike_processors) == [True, True]
+def test_ranks_share_out_the_layers_and_survive_unlike_rounding() -> None:
+    alone = CodebookBank(_config("ema"), 3, EXPERTS, WIDTH, seed=5)
+    for number in range(2):
+        _observe(alone, _micro_batch(0, number))
+    CodebookSync(alone, accumulation_steps=2).step()
+    alone.codes_LKC[1] *= 1.001  # the layer that rank 1 placed
+    for identical, codes_LKC in run_ranks(2, _unlike_processors):
+        assert identical
+        assert (codes_LKC - alone.codes_LKC).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------- begun early, waited for late
+
+
+class _Means(StatefulRouter):
+    """Remembers all that it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.register_buffer("sums", torch.zeros(5, dtype=torch.float64))
+
+    def learn(self, statistics: Tensor) -> None:
+        self.sums += statistics
+
+
+def _early_and_late(rank: int, world: int, rule: str) -> dict[str, bool]:
+    """Two banks and two routers with equal batches; the all-reduce of the second is on its way through backward."""
+    banks = [CodebookBank(_config(rule), 2, EXPERTS, WIDTH, seed=5) for _ in range(2)]
+    routers = [_Means() for _ in range(2)]
+    syncs = [CodebookSync(bank) for bank in banks]
+    router_syncs = [RouterSync([router]) for router in routers]
+    found = dict.fromkeys(("codes", "routers", "gradients", "skipped"), True)
+    for step in range(30):
+        source_TD = _micro_batch(step, rank)
+        for bank, router in zip(banks, routers, strict=True):
+            _observe(bank, source_TD)
+            router.observe(source_TD[:5, 0] / 3)
+        for early in (syncs[1], router_syncs[1], syncs[1]):  # twice is once
+            early.start()
+        gradient = torch.full((1000,), float(rank + step))
+        dist.all_reduce(gradient)  # backward's own, on the same group
+        found["gradients"] &= bool((gradient == world * step + sum(range(world))).all())
+        taken = step % 5 != 3
+        for sync in (*syncs, *router_syncs):
+            sync.step() if taken else sync.skip()
+        pending = [banks[1].pending, routers[1].pending]
+        if not taken:
+            found["skipped"] &= not any(bool(p.any()) for p in pending) and banks[1]._samples == [[], []]
+        equal = [torch.equal(*pair) for pair in zip(*(bank.buffers() for bank in banks), strict=True)]
+        found["codes"] &= all(equal) and _identical(banks[1])
+        found["routers"] &= torch.equal(routers[0].sums, routers[1].sums) and router_syncs[1].in_step()
+    found["moved"] = banks[1].steps_taken == 24 and bool(routers[1].sums.any())
+    return found
+
+
+@pytest.mark.parametrize("rule", ["ema", "frozen later", "crowded halved"])
+def test_an_early_start_changes_no_bit_and_a_skip_leaves_nothing(rule: str) -> None:
+    for found in run_ranks(2, _early_and_late, rule):
+        assert all(found.values()), found
+
+
+def _begins(rank: int, world: int) -> list[bool]:
+    """Whether the all-reduce has begun: before start, after it, after step; after another start, after skip."""
+    bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5)
+    sync, begun = CodebookSync(bank), []
+    _observe(bank, _micro_batch(0, rank))
+    for action in (lambda: None, sync.start, sync.step, sync.start, sync.skip):
+        action()
+        begun.append(sync._sum.begun)
+    return begun
+
+
+def test_start_begins_and_step_and_skip_end() -> None:
+    assert run_ranks(2, _begins) == [[False, True, False, True, False]] * 2
+
+
+def _numbers_after_broadcast(rank: int, world: int) -> tuple[int, bool, int]:
+    bank, router = CodebookBank(_config("ema"), 1, EXPERTS, WIDTH, seed=5), _Means()
+    assert bank.steps_taken == router.steps_taken == 0  # now known on the host
+    if rank == 0:
+        bank.updates.fill_(9)
+        bank.born_at.fill_(2)
+        router.updates.fill_(4)
+    CodebookSync(bank).broadcast()
+    RouterSync([router]).broadcast()
+    return bank.steps_taken, bank.born, router.steps_taken
+
+
+def test_numbers_on_the_host_follow_a_broadcast() -> None:
+    assert run_ranks(2, _numbers_after_broadcast) == [(9, True, 4)] * 2
+
+
+def test_fingerprint_sees_one_bit_and_any_exchange() -> None:
+    codes_LKC, marks = torch.randn(2, 4, WIDTH), []
+    marks.append(fingerprint(codes_LKC))
+    codes_LKC.view(torch.int32)[1, 2, 3] ^= 1
+    marks.append(fingerprint(codes_LKC))
+    codes_LKC.view(torch.int32)[1, 2, 3] ^= 1
+    codes_LKC[0, [0, 1]] = codes_LKC[0, [1, 0]]
+    marks.append(fingerprint(codes_LKC))
+    codes_LKC[0, [0, 1]] = codes_LKC[0, [1, 0]]
+    assert len({int(mark) for mark in marks}) == 3
+    assert torch.equal(fingerprint(codes_LKC), marks[0])
+    table_LK = torch.arange(8).view(2, 4)
+    assert int(fingerprint(table_LK)) != int(fingerprint(table_LK[:, [1, 0, 2, 3]]))

@@ -11,7 +11,7 @@ from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe import dispatch as dispatch_module
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.dispatch import DispatchPlan, collect, dispatch, expand_rows, make_plans
+from vqmoe_ds.moe.dispatch import DispatchPlan, collect, dispatch, expand_rows, make_plans, merge_rows, sort_rows
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import KnownRoute
 
@@ -22,6 +22,12 @@ def _ids(layers: int = 1, tokens: int = 20, routes: int = 1, experts: int = 5, s
     return torch.randint(0, experts, (layers, tokens, routes), generator=torch.Generator().manual_seed(seed))
 
 
+def _counts(plan: DispatchPlan) -> list[int]:
+    """Rows of each local expert."""
+    ends = plan.ends_E.tolist()
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @pytest.mark.parametrize("routes", [1, 2, 3])
 def test_plan_sorts_stably_and_its_inverse_undoes_it(routes: int) -> None:
     ids_LTR = _ids(3, 40, routes)
@@ -30,8 +36,8 @@ def test_plan_sorts_stably_and_its_inverse_undoes_it(routes: int) -> None:
         assert plan.order_M.tolist() == sorted(range(len(flat)), key=lambda row: flat[row])  # sorted() is stable
         assert torch.equal(plan.order_M[plan.inverse_M], torch.arange(len(flat)))
         assert torch.equal(plan.inverse_M[plan.order_M], torch.arange(len(flat)))
-        assert plan.local_counts_E == [flat.count(e) for e in range(5)]
-        assert plan.send_splits_G == plan.receive_splits_G == [len(flat)]
+        assert _counts(plan) == plan.sent_counts_N.tolist() == [flat.count(e) for e in range(5)]
+        assert plan.exchange is None
 
 
 def test_many_experts_take_wide_sort_keys() -> None:
@@ -39,13 +45,28 @@ def test_many_experts_take_wide_sort_keys() -> None:
     ids_LTR = torch.tensor([experts - 1, 2**15, 5, 2**15 - 1]).view(1, 4, 1)
     plan = make_plans(ids_LTR, experts)[0]
     assert plan.order_M.tolist() == [2, 3, 1, 0]
-    assert sum(plan.local_counts_E) == 4
+    assert sum(_counts(plan)) == 4
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_two_paths_merge_as_if_they_were_sorted_together(tokens: int) -> None:
+    """Within an expert first the rows of the first path, then those of the second, each in the order of tokens."""
+    first_LTR, second_LTR = _ids(3, tokens, 2), _ids(3, tokens, 1, seed=1)
+    merged = merge_rows(sort_rows(first_LTR, 5), sort_rows(second_LTR, 5))
+    assert merged.routes == 3
+    for layer, ids_TR in enumerate(torch.cat([first_LTR, second_LTR], dim=2)):
+        flat = ids_TR.flatten().tolist()
+        want = sorted(range(len(flat)), key=lambda row: (flat[row], row % 3 == 2, row))
+        assert merged.order_LM[layer].tolist() == want
+        assert merged.inverse_LM[layer][merged.order_LM[layer]].tolist() == list(range(len(flat)))
+        assert merged.ends_LN[layer].tolist() == [sum(e <= expert for e in flat) for expert in range(5)]
+        assert merged.experts_LM[layer].tolist() == flat
 
 
 def _there_and_back(x_TD: Tensor, ids_TR: Tensor, plan: DispatchPlan) -> Tensor:
     """Scale each row by 1 + its expert, so that a row at the wrong place shows."""
     rows_PD = dispatch(x_TD, plan)
-    factors_P = torch.repeat_interleave(torch.arange(1.0, 6.0), torch.tensor(plan.local_counts_E))
+    factors_P = torch.repeat_interleave(torch.arange(1.0, 6.0), torch.tensor(_counts(plan)))
     return collect(rows_PD * factors_P.unsqueeze(1).to(x_TD.dtype), plan)
 
 
@@ -74,7 +95,7 @@ def test_autograd_functions_pass_gradcheck() -> None:
 
 def test_no_tokens_at_all() -> None:
     plan = make_plans(torch.zeros(1, 0, 2, dtype=torch.int64), 5)[0]
-    assert plan.local_counts_E == [0] * 5
+    assert _counts(plan) == [0] * 5
     assert collect(dispatch(torch.zeros(0, WIDTH), plan), plan).shape == (0, 2, WIDTH)
 
 
@@ -115,9 +136,10 @@ def _check_exchange(rank: int, world: int) -> int:
                             expected.append(_rank_tokens(r, dtype)[rows])
                     assert torch.equal(rows_PD, torch.cat(expected)), (pattern, routes, layer)
                     held = [sum(int((ids[layer] == e).sum()) for ids in everyone) for e in range(EXPERTS)]
-                    assert plan.local_counts_E == held[rank * local : (rank + 1) * local]
-                    assert sum(plan.receive_splits_G) == sum(plan.local_counts_E)
-                    assert sum(plan.send_splits_G) == TOKENS * routes
+                    assert _counts(plan) == held[rank * local : (rank + 1) * local]
+                    send, receive = plan.exchange.sizes
+                    assert sum(receive) == sum(_counts(plan))
+                    assert sum(send) == TOKENS * routes
                     y_TRD = collect(rows_PD, plan, group)
                     assert torch.equal(y_TRD, x_TD.unsqueeze(1).expand(-1, routes, -1))
                     if dtype is torch.float64:

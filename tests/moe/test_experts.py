@@ -25,6 +25,10 @@ COUNTS = {
 }
 
 
+def _run(experts: StackedExperts, x_PD: Tensor, counts_E: list[int]) -> Tensor:
+    return experts(x_PD, torch.tensor(counts_E).cumsum(0).int())
+
+
 def _experts(dtype: torch.dtype = torch.float64) -> StackedExperts:
     return StackedExperts(WIDTH, HIDDEN, 4, std=0.3).to(dtype)
 
@@ -45,7 +49,7 @@ def test_output_and_gradients_equal_plain_autograd(case: str) -> None:
     experts, counts_E = _experts(), COUNTS[case]
     x_PD = torch.randn(sum(counts_E), WIDTH, dtype=torch.float64, requires_grad=True)
     direction_PD = torch.randn_like(x_PD)
-    y_PD, expected_PD = experts(x_PD, counts_E), _reference(experts, x_PD, counts_E)
+    y_PD, expected_PD = _run(experts, x_PD, counts_E), _reference(experts, x_PD, counts_E)
     assert torch.allclose(y_PD, expected_PD, rtol=1e-12, atol=1e-12)
     got, want = _gradients(experts, x_PD, y_PD, direction_PD), _gradients(experts, x_PD, expected_PD, direction_PD)
     for name, a, b in zip(("x", "w1", "w2", "w3"), got, want, strict=True):
@@ -62,7 +66,7 @@ def test_empty_experts_get_gradients_of_exact_zeros(case: str) -> None:
         del trash
         experts.zero_grad()
         x_PD = torch.randn(sum(counts_E), WIDTH, requires_grad=True)
-        experts(x_PD, counts_E).square().sum().backward()
+        _run(experts, x_PD, counts_E).square().sum().backward()
         for weight in (experts.w1, experts.w2, experts.w3):
             for e, count in enumerate(counts_E):
                 zero = bool((weight.grad[e] == 0).all())
@@ -73,7 +77,7 @@ def test_gradients_add_up_over_micro_batches() -> None:
     experts, counts_E = _experts(), COUNTS["mixed"]
     batches = [torch.randn(18, WIDTH, dtype=torch.float64) for _ in range(2)]
     for x_PD in batches:
-        experts(x_PD, counts_E).square().sum().backward()
+        _run(experts, x_PD, counts_E).square().sum().backward()
     got = experts.w2.grad.clone()
     experts.zero_grad()
     sum(_reference(experts, x_PD, counts_E).square().sum() for x_PD in batches).backward()
@@ -85,7 +89,7 @@ def test_rows_that_do_not_lie_in_one_piece() -> None:
     wide = torch.randn(WIDTH, 18, dtype=torch.float64)
     direction = torch.randn(WIDTH, 18, dtype=torch.float64)
     x_PD = wide.t().requires_grad_()
-    y_PD, expected_PD = experts(x_PD, counts_E), _reference(experts, x_PD, counts_E)
+    y_PD, expected_PD = _run(experts, x_PD, counts_E), _reference(experts, x_PD, counts_E)
     got, want = (_gradients(experts, x_PD, y, direction.t()) for y in (y_PD, expected_PD))
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -99,7 +103,7 @@ def test_bfloat16_is_as_good_as_bfloat16_allows(case: str) -> None:
     x_PD = torch.randn(sum(counts_E), WIDTH).bfloat16().requires_grad_()
     direction_PD = torch.randn(sum(counts_E), WIDTH).bfloat16()
     x_exact_PD = x_PD.detach().double().requires_grad_()
-    y_PD, y_exact_PD = experts(x_PD, counts_E), _reference(exact, x_exact_PD, counts_E)
+    y_PD, y_exact_PD = _run(experts, x_PD, counts_E), _reference(exact, x_exact_PD, counts_E)
     assert y_PD.dtype == torch.bfloat16
     got = [y_PD, *_gradients(experts, x_PD, y_PD, direction_PD)]
     want = [y_exact_PD, *_gradients(exact, x_exact_PD, y_exact_PD, direction_PD.double())]
@@ -113,11 +117,11 @@ def test_no_gradient_where_none_is_wanted() -> None:
     """Frozen experts, and a first layer whose input needs no gradient."""
     experts, counts_E = _experts(), COUNTS["mixed"]
     x_PD = torch.randn(18, WIDTH, dtype=torch.float64)
-    experts(x_PD, counts_E).sum().backward()
+    _run(experts, x_PD, counts_E).sum().backward()
     assert experts.w1.grad is not None
     frozen = _experts().requires_grad_(False)
     x_PD.requires_grad_()
-    frozen(x_PD, counts_E).sum().backward()
+    _run(frozen, x_PD, counts_E).sum().backward()
     assert x_PD.grad.abs().sum() > 0 and frozen.w1.grad is None
 
 
@@ -130,7 +134,7 @@ def _on_threads() -> dict[str, float]:
         answers = []
         for threads in (1, 3, 3):
             torch.set_num_threads(threads)
-            y_PD = experts(x_PD, counts_E)
+            y_PD = _run(experts, x_PD, counts_E)
             answers.append([y_PD, *_gradients(experts, x_PD, y_PD, direction_PD)])
             assert torch.get_num_threads() == threads
         alone, shared, again = answers

@@ -93,3 +93,29 @@ def test_no_gradient_and_float32(kind: CodeSource) -> None:
     tokens_BS, table_VD = torch.randint(0, VOCAB, (2, LENGTH)), _table().bfloat16().requires_grad_()
     vectors_BSD = _run(_source(kind), tokens_BS, table_VD)
     assert vectors_BSD.dtype == torch.float32 and not vectors_BSD.requires_grad
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+def test_whether_the_table_is_there_is_known_on_the_host(kind: CodeSource) -> None:
+    """On the meta device, where reading a number back is an error."""
+    source = _source(kind, source_momentum=0.75).to("meta")
+    source._ready.write(source.table_ready, False)
+    tokens_BS, table_VD = torch.zeros(2, LENGTH, dtype=torch.int64, device="meta"), _table().to("meta")
+    for _ in range(2):
+        assert _run(source, tokens_BS, table_VD).shape == (2, LENGTH, WIDTH)
+        assert source.follows
+        source.follow(table_VD)
+    with pytest.raises(RuntimeError):
+        bool(source.table_ready)
+
+
+def test_a_loaded_table_is_used_and_one_that_never_moves_stays() -> None:
+    source, loaded = (_source(CodeSource.TOKEN_EMBEDDING, source_momentum=1.0) for _ in range(2))
+    first_VD, tokens_BS = _table(), torch.tensor([[1, 2]])
+    assert source.follows and loaded.follows
+    source.follow(first_VD)
+    loaded.load_state_dict(source.state_dict())
+    for one in (source, loaded):
+        assert not one.follows
+        one.follow(_table())
+        assert torch.equal(_run(one, tokens_BS, _table())[0], first_VD[1:3])

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.checkpoint.layouts import Layout
 from tests.distributed import run_ranks
 from tests.planning.measured import SKIPPED, build, close, configure, storage_bytes
+from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.moe import experts
 from vqmoe_ds.planning import memory, meta_forward
 from vqmoe_ds.planning.parameters import count
@@ -104,11 +105,18 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_ca
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
 
 
+def cpu_loss(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """In float32 the CPU keeps log-probabilities, elsewhere logits are kept as they are."""
+    if logits_TV.element_size() < 4:
+        return cross_entropy(logits_TV, targets_T)
+    return torch.nn.functional.cross_entropy(logits_TV, targets_T)
+
+
 class CompiledExperts(torch.autograd.Function):
     """Shapes of the kernel for CPU: it keeps its rows and two projections."""
 
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
+    def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_PD, *(x_PD.new_empty(len(x_PD), w1.shape[1]) for _ in range(2)))
         return torch.empty_like(x_PD)
 
@@ -118,7 +126,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Stand-ins for this processor's kernels instead of a GPU's."""
     stand_ins: dict[str, Any] = {
         "torch.nn.functional.scaled_dot_product_attention": cpu_attention,
-        "vqmoe_ds.moe.experts._grouped_mm": CompiledExperts.apply,
+        "vqmoe_ds.moe.experts.grouped_experts": CompiledExperts.apply,
+        "vqmoe_ds.models.transformer.cross_entropy": cpu_loss,
     }
     monkeypatch.setattr(meta_forward, "GPU_KERNELS", stand_ins)
     memory._kept.cache_clear()
@@ -159,7 +168,7 @@ def test_every_router_and_stage(tmp_path, kernels, world, precision):
 @pytest.mark.slow
 def test_grouped_products_of_gpus(tmp_path, kernels):
     """PyTorch runs them on CPU in bfloat16."""
-    del kernels["vqmoe_ds.moe.experts._grouped_mm"]
+    del kernels["vqmoe_ds.moe.experts.grouped_experts"]
     cases = [(Layout(2, 2, 2, "bf16"), router) for router in (DUAL, DISCRETE, TOPK)]
     check(tmp_path, 2, cases, grouped=True)
 

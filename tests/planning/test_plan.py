@@ -82,7 +82,7 @@ def test_a_slow_network_keeps_experts_on_the_node():
 
 
 def test_ranking_is_by_time_among_those_that_fit():
-    plans = explore(load_config("128e").config, Cluster(8, 8, PROCESSORS["a100-40"], 25), Choices(), {})
+    plans = explore(load_config("128e").config, Cluster(4, 8, PROCESSORS["a100-40"], 25), Choices(), {})
     fits = [p.fits for p in plans]
     assert any(fits) and not all(fits), "this cluster is just large enough"
     assert fits == sorted(fits, reverse=True)
@@ -90,12 +90,12 @@ def test_ranking_is_by_time_among_those_that_fit():
     assert times == sorted(times)
 
 
-def test_recomputation_repeats_the_all_to_all():
+def test_recomputation_repeats_no_all_to_all():
     rows = [
         next(t for t in traffic.transfers(count(c.run), c) if t.purpose == "expert rows").payload
         for c in (engine(), engine(**{"train.activation_checkpointing": True}))
     ]
-    assert rows[1] == 1.5 * rows[0]
+    assert rows[1] == rows[0]
 
 
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys):

@@ -135,14 +135,14 @@ def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, Tensor]]:
         yield codes
         return
 
-    def observe(layer: int, z_TC: Tensor, codes_T: Tensor) -> None:
-        codes[layer] = codes_T
+    def observe_all(layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
+        codes.update(zip(range(bank.num_layers)[layers], codes_LT, strict=True))
 
-    vars(bank)["observe"] = observe  # hides the method of the class
+    vars(bank)["observe_all"] = observe_all  # hides the method of the class
     try:
         yield codes
     finally:
-        del vars(bank)["observe"]
+        del vars(bank)["observe_all"]
 
 
 def load_routed(path: str, tokenizer: str | None = None) -> LoadedModel:

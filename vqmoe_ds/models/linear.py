@@ -35,9 +35,13 @@ class _CPULinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         products, rows, g = products_for(x.dtype), x.flatten(0, -2), grads[0].flatten(0, -2)
-        g_weight = torch.empty_like(weight)
-        products.mm_into(g_weight, g.t(), rows)
-        return products.mm(g, weight).view_as(x), g_weight
+        g_x = g_weight = None
+        if ctx.needs_input_grad[1]:
+            g_weight = torch.empty_like(weight)
+            products.mm_into(g_weight, g.t(), rows)
+        if ctx.needs_input_grad[0]:
+            g_x = products.mm(g, weight).view_as(x)
+        return g_x, g_weight

@@ -6,17 +6,20 @@ L MoE layers, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, Router, RunConfig
-from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.linear import Linear
+from vqmoe_ds.models.loss import cross_entropy
+from vqmoe_ds.models.rotary import rotate, rotate_qkv
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.dispatch import make_plans
+from vqmoe_ds.moe.dispatch import Kept, make_plans, sort_rows
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import KnownRoute, hash_of_tokens, routes_ahead, rows_per_token
 from vqmoe_ds.moe.routers.base import draw_linear_maps, drawn
@@ -63,24 +66,24 @@ class Attention(nn.Module):
         batch, length, _ = x_BSD.shape
         start = 0 if past is None else past.position_of(length)
         qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
-        q_BSAH, k_BSAH, v_BSAH = qkv.unbind(2)
-        if self.qk_norm is QKNorm.HEADS:
-            q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
-        elif self.qk_norm is QKNorm.FULL:
-            q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
-            k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
-        q, k, v = (x.transpose(1, 2) for x in (q_BSAH, k_BSAH, v_BSAH))
-        q, k = self._rotate(q, start), self._rotate(k, start)
+        q, k, v = self._turned(qkv, self.cos_SH[start : start + length], self.sin_SH[start : start + length])
         if past is not None:
             k, v = past.append(k, v)
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if start else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _rotate(self, x: Tensor, start: int = 0) -> Tensor:
-        cos, sin = (table[start : start + x.shape[-2]].to(x.dtype) for table in (self.cos_SH, self.sin_SH))
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    def _turned(self, qkv_BS3AH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised as configured and turned to their positions, and values: ``[B, A, S, H]``."""
+        if self.qk_norm is QKNorm.NONE:
+            return rotate_qkv(qkv_BS3AH, cos_SH, sin_SH)
+        q_BSAH, k_BSAH, v_BSAH = qkv_BS3AH.unbind(2)
+        if self.qk_norm is QKNorm.HEADS:
+            q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
+        else:
+            q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
+            k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
+        return *rotate(q_BSAH, k_BSAH, cos_SH, sin_SH), v_BSAH.transpose(1, 2)
 
 
 class DenseMLP(nn.Module):
@@ -194,10 +197,7 @@ class MoETransformer(nn.Module):
         logits_BSV = self.head(x_BSD)
         if targets_BS is None:
             return logits_BSV, aux_loss
-        total = F.cross_entropy(
-            logits_BSV.float().flatten(0, 1), targets_BS.flatten(), ignore_index=MASKED, reduction="sum"
-        )
-        return total / targets_BS.ne(MASKED).sum().clamp_min(1), aux_loss
+        return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()), aux_loss
 
     def states(
         self, tokens_BS: Tensor, cache: Cache | None = None, real_BS: Tensor | None = None
@@ -222,6 +222,7 @@ class MoETransformer(nn.Module):
             if previous_T is not None:
                 route = KnownRoute(previous_T=previous_T)
             if recompute:
+                route = replace(route or KnownRoute(), kept=Kept())
                 x_BSD, aux = checkpoint(block, x_BSD, route, self.bank, None, real_M, use_reentrant=False)
             else:
                 x_BSD, aux = block(x_BSD, route, self.bank, None if cache is None else cache.blocks[index], real_M)
@@ -271,21 +272,24 @@ class MoETransformer(nn.Module):
         assert self.bank is not None
         bank, end = self.bank, len(self.blocks) if end_block is None else end_block
         z_TC = bank.prepare(source_MD)
-        codes_LT = bank.lookup_all(z_TC, tokens_M)
-        blocks, experts = [], []
-        for layer, block in enumerate(self.moe_blocks):
-            if first_block <= block < end:
-                bank.observe(layer, z_TC, codes_LT[layer])
-                blocks.append(block)
-                experts.append(bank.code_map_LK[layer][codes_LT[layer]])
-        return self._plans(torch.stack(experts), blocks) if blocks else {}
+        mine = [layer for layer, block in enumerate(self.moe_blocks) if first_block <= block < end]
+        if not mine:
+            return {}
+        layers = slice(mine[0], mine[-1] + 1)
+        codes_LT = bank.lookup_all(z_TC, tokens_M)[layers]
+        bank.observe_all(layers, z_TC, codes_LT)
+        return self._plans(bank.code_map_LK[layers].gather(1, codes_LT), self.moe_blocks[layers])
 
     def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, KnownRoute]:
-        """Whole dispatch plans where the discrete row is the only one, else just the experts."""
+        """Whole dispatch plans where the discrete row is the only one, else its experts and their sort."""
+        layer, experts_LT1 = self.moe_layers()[0], experts_LT.unsqueeze(-1)
         if self.config.moe.router is Router.VQ and self.config.moe.top_k > 0:
-            return {b: KnownRoute(ids_T) for b, ids_T in zip(blocks, experts_LT, strict=True)}
-        layer = self.moe_layers()[0]
-        plans = make_plans(experts_LT.unsqueeze(-1), layer.num_experts, layer.exchange_group)
+            rows = sort_rows(experts_LT1, layer.num_experts)
+            return {
+                block: KnownRoute(ids_T, rows=rows.layer(index))
+                for index, (block, ids_T) in enumerate(zip(blocks, experts_LT, strict=True))
+            }
+        plans = make_plans(experts_LT1, layer.num_experts, layer.exchange_group)
         return {b: KnownRoute(ids, plan) for b, ids, plan in zip(blocks, experts_LT, plans, strict=True)}
 
     def moe_layers(self) -> list[MoELayer]:

@@ -1,4 +1,4 @@
-"""k-means and the balanced code-to-expert table: pure functions, the same result on every rank."""
+"""k-means and the balanced code-to-expert table: pure functions of tensors on the host, which they often read."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[T
     num_codes, codes_KC = len(codes_KC), codes_KC.clone()
     distances_SK = torch.cdist(samples_SC, codes_KC)
     owner_S = distances_SK.argmin(dim=1)
-    splittable_K = torch.ones(num_codes, dtype=torch.bool, device=codes_KC.device)
+    splittable_K = torch.ones(num_codes, dtype=torch.bool)
     for _ in range(2 * num_codes):
         sizes_K = torch.bincount(owner_S, minlength=num_codes)
         largest, smallest = int((sizes_K * splittable_K).argmax()), int(sizes_K.argmin())
@@ -81,7 +81,7 @@ def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[T
 
 def _nearest_again(distances_SK: Tensor, owner_S: Tensor, both: list[int]) -> Tensor:
     """Nearest codes ``[S]`` after two codes moved: only samples that they had before look at all codes again."""
-    codes_2 = torch.tensor(both, device=owner_S.device)
+    codes_2 = torch.tensor(both)
     left_S = torch.isin(owner_S, codes_2)
     owner_S = owner_S.clone()
     owner_S[left_S] = distances_SK[left_S].argmin(dim=1)
@@ -118,11 +118,11 @@ def _plus_plus_seeds(samples_SC: Tensor, num_codes: int, generator: torch.Genera
     nearest_S = (samples_SC - samples_SC[picks[0]]).square().sum(dim=1)
     for _ in range(num_codes - 1):
         cumulative_S = nearest_S.double().clamp_min(1e-12).cumsum(0)
-        draw = torch.rand((), generator=generator, dtype=torch.float64).to(cumulative_S.device) * cumulative_S[-1]
+        draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative_S[-1]
         pick = min(int(torch.searchsorted(cumulative_S, draw)), len(samples_SC) - 1)
         picks.append(pick)
         nearest_S = torch.minimum(nearest_S, (samples_SC - samples_SC[pick]).square().sum(dim=1))
-    return samples_SC[torch.tensor(picks, device=samples_SC.device)].clone()
+    return samples_SC[torch.tensor(picks)].clone()
 
 
 def balanced_map(sizes_K: Tensor, num_experts: int) -> Tensor:
@@ -135,10 +135,10 @@ def balanced_map(sizes_K: Tensor, num_experts: int) -> Tensor:
     room = -(-num_codes // num_experts)
     load, held = [0.0] * num_experts, [0] * num_experts
     table = torch.zeros(num_codes, dtype=torch.int64)
-    for code in torch.argsort(sizes_K.cpu(), descending=True, stable=True).tolist():
+    for code in torch.argsort(sizes_K, descending=True, stable=True).tolist():
         open_experts = [e for e in range(num_experts) if held[e] < room]
         expert = min(open_experts, key=lambda e: (load[e], held[e], e))
         table[code] = expert
         load[expert] += float(sizes_K[code])
         held[expert] += 1
-    return table.to(sizes_K.device)
+    return table

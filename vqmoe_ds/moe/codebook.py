@@ -1,11 +1,12 @@
 """Codebooks of all MoE layers, stacked in one module: lookup, statistics and learning.
 
-Legend: L MoE layers, K codes, C code width, T tokens, N experts, S samples.
+Legend: L MoE layers, K codes, C code width, T tokens, N experts, S samples, U distinct tokens.
 
 Everything here is local to one rank and free of communication; ``CodebookSync`` brings the statistics
 of all ranks together once per optimizer step and then calls ``update``. All state is float32 (float64
 for running sums) in *buffers*: DeepSpeed casts parameters to bf16 but leaves buffers alone, and never
-broadcasts, shards or averages them behind our back.
+broadcasts, shards or averages them behind our back. On a GPU, no forward and no plain ``update`` waits for
+the device: what is due is decided by numbers that the host knows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig
-from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_crowded
+from vqmoe_ds.moe.kernels.codes import count_codes, nearest_codes, sum_by_code
+from vqmoe_ds.moe.mirror import HostMirror
 
 
 class CodebookBank(nn.Module):
@@ -64,6 +66,7 @@ class CodebookBank(nn.Module):
         if config.learning == "gradient":
             self.register_buffer("adam_mean_LKC", torch.zeros(shape))
             self.register_buffer("adam_square_LKC", torch.zeros(shape))
+        self._updates, self._born_at = HostMirror(), HostMirror()
         self.clear_statistics()
         self.register_buffer("usage_LK", torch.zeros(shape[:2], dtype=torch.float64), persistent=False)
 
@@ -86,7 +89,7 @@ class CodebookBank(nn.Module):
     @torch.no_grad()
     def lookup(self, layer: int, z_TC: Tensor) -> Tensor:
         """Index of the nearest code of one layer, int64 ``[T]``; ties go to the lowest index (paper Eq. 3)."""
-        return _half_distances(z_TC, self.codes_LKC[layer]).argmin(dim=-1)
+        return nearest_codes(z_TC, self.codes_LKC[layer : layer + 1])[0]
 
     @torch.no_grad()
     def lookup_all(self, z_TC: Tensor, tokens_T: Tensor | None = None) -> Tensor:
@@ -94,14 +97,14 @@ class CodebookBank(nn.Module):
 
         Args:
             z_TC: the vectors.
-            tokens_T: their tokens, where a vector follows from its token alone: each is looked up once.
+            tokens_T: their tokens, where a vector follows from its token alone: the CPU looks each up once. A GPU would
+                wait for the number of distinct ones.
         """
-        if tokens_T is not None:
+        if tokens_T is not None and z_TC.device.type == "cpu":
             distinct_U, which_T = tokens_T.unique(return_inverse=True)
             place_U = torch.empty_like(distinct_U).scatter_(0, which_T, torch.arange(len(z_TC), device=z_TC.device))
             return self.lookup_all(z_TC[place_U])[:, which_T]
-        distances = _half_distances(z_TC, self.codes_LKC.flatten(0, 1))
-        return distances.view(-1, self.num_layers, self.num_codes).argmin(dim=-1).t().contiguous()
+        return nearest_codes(z_TC, self.codes_LKC)
 
     # ------------------------------------------------------------ statistics
 
@@ -110,29 +113,35 @@ class CodebookBank(nn.Module):
         self._pending: Tensor | None = None
         self._samples: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
 
-    @property
-    def moving(self) -> bool:
-        """Whether the codes still learn: not frozen for good and not past ``freeze_step``."""
-        freeze = self.config.freeze_step
-        return self.config.learning != "frozen" and (freeze == 0 or int(self.updates) < freeze)
-
     @torch.no_grad()
-    def observe(self, layer: int, z_TC: Tensor, codes_T: Tensor) -> None:
-        """Add one micro-batch of one layer to the statistics of this optimizer step.
+    def observe_all(self, layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
+        """Add one micro-batch of the layers of one shared source to the statistics of this optimizer step.
 
         Called in forward. Does nothing in evaluation, nor while activation checkpointing runs the
         forward a second time inside backward: a token counts once.
+
+        Args:
+            layers: the layers that look at these vectors.
+            z_TC: the vectors.
+            codes_LT: what they looked up, for these layers alone.
         """
         if not self.training or recomputing():
             return
         if self._pending is None:
             self._pending = self._no_statistics()
-        count_K = torch.bincount(codes_T, minlength=self.num_codes)
-        self._pending[layer, :, -1] += count_K
+        pending_LKC1 = self._pending[layers]
+        pending_LKC1[..., -1] += count_codes(codes_LT, self.num_codes)
         if self.moving:
-            self._pending[layer, :, :-1] += _sum_by_code(z_TC, codes_T, self.num_codes)
+            pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
+        if self.birth_due or self.halving_due or self.reseeding_due:
             keep = 4 * self.num_codes if self.born and not self.halving_due else self.config.kmeans_samples
-            self._samples[layer].append(_evenly(z_TC, keep) if len(z_TC) > keep else z_TC)
+            sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
+            for samples in self._samples[layers]:
+                samples.append(sample_SC)
+
+    def observe(self, layer: int, z_TC: Tensor, codes_T: Tensor) -> None:
+        """``observe_all`` for one layer."""
+        self.observe_all(slice(layer, layer + 1), z_TC, codes_T.unsqueeze(0))
 
     @property
     def pending(self) -> Tensor:
@@ -147,21 +156,52 @@ class CodebookBank(nn.Module):
         """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``."""
         return torch.stack([_evenly(layer_samples[micro_batch], count) for layer_samples in self._samples])
 
-    # -------------------------------------------------------------- learning
+    # ------------------------------------------ due at the end of this step
+
+    @property
+    def steps_taken(self) -> int:
+        """``updates`` as a number: optimizer steps learned from."""
+        return self._updates.read(self.updates)
 
     @property
     def born(self) -> bool:
         """Whether the codes have been placed on data; random before."""
-        return int(self.born_at) >= 0
+        return self._born_at.read(self.born_at) >= 0
+
+    @property
+    def moving(self) -> bool:
+        """Whether the codes still learn: not frozen for good and not past ``freeze_step``."""
+        freeze = self.config.freeze_step
+        return self.config.learning != "frozen" and (freeze == 0 or self.steps_taken < freeze)
 
     @property
     def birth_due(self) -> bool:
-        return not self.born and self.moving and int(self.updates) + 1 >= self.config.birth_step
+        """Whether the codes are placed on data."""
+        return not self.born and self.moving and self.steps_taken + 1 >= self.config.birth_step
+
+    @property
+    def halving_due(self) -> bool:
+        """Whether crowded codes are looked for: every tenth step while codes are young and embeddings move most."""
+        age = self.steps_taken + 1 - self._born_at.read(self.born_at)
+        young = self.born and self.moving and age <= self.config.decay_steps
+        return young and age % 10 == 0 and self.config.crowded_above > 0
+
+    @property
+    def reseeding_due(self) -> bool:
+        """Whether dead codes are looked for."""
+        step, c = self.steps_taken + 1, self.config
+        moving = self.moving and step != c.freeze_step  # codes that freeze at the end of this step stay where they are
+        return c.dead_below > 0 and moving and (c.reseed_until == 0 or step <= c.reseed_until)
 
     def dead_codes(self) -> Tensor:
         """Codes whose running count fell under ``dead_below`` of the mean, bool ``[L, K]``."""
-        count_LK = self.ema_count_LK
-        return count_LK < self.config.dead_below * count_LK.mean(dim=1, keepdim=True)
+        return self.ema_count_LK < self.config.dead_below * self.ema_count_LK.mean(dim=1, keepdim=True)
+
+    def crowded_codes(self) -> Tensor:
+        """Codes whose running count exceeds ``crowded_above`` times the mean, bool ``[L, K]``."""
+        return self.ema_count_LK > self.config.crowded_above * self.ema_count_LK.mean(dim=1, keepdim=True)
+
+    # -------------------------------------------------------------- learning
 
     @torch.no_grad()
     def update(self, stats_LKC1: Tensor) -> None:
@@ -172,7 +212,6 @@ class CodebookBank(nn.Module):
         ``2 (n_k v_k - sum_k) / (T C)``, which needs only the sums and counts gathered here (paper 1.1).
         """
         sums_LKC, counts_LK = stats_LKC1[..., :-1], stats_LKC1[..., -1]
-        self.usage_LK += counts_LK
         if self.moving:
             if self.config.learning == "gradient":
                 self._adam_step(sums_LKC, counts_LK)
@@ -180,24 +219,18 @@ class CodebookBank(nn.Module):
                 self._ema_step(sums_LKC, counts_LK)
             if self.config.distance == "cosine":
                 self.codes_LKC.copy_(F.normalize(self.codes_LKC, dim=-1))
-        self.updates += 1
+        self.count(counts_LK)
 
-    @property
-    def halving_due(self) -> bool:
-        """Whether this step looks for crowded codes: every tenth while codes are young and embeddings move most."""
-        age = int(self.updates) + 1 - int(self.born_at)
-        young = self.born and self.moving and age <= self.config.decay_steps
-        return young and age % 10 == 0 and self.config.crowded_above > 0
-
-    def crowded_codes(self) -> Tensor:
-        """Codes whose running count exceeds ``crowded_above`` times the mean, bool ``[L, K]``."""
-        count_LK = self.ema_count_LK
-        return count_LK > self.config.crowded_above * count_LK.mean(dim=1, keepdim=True)
+    @torch.no_grad()
+    def count(self, counts_LK: Tensor) -> None:
+        """Note the use of codes in one optimizer step, float64, as all that is learned from it."""
+        self.usage_LK += counts_LK
+        self._updates.write(self.updates, self.steps_taken + 1)
 
     def decay(self) -> float:
         """EMA decay at this update: from ``decay`` at birth to ``decay_final``, linear over ``decay_steps``."""
         c = self.config
-        age = int(self.updates) - max(0, int(self.born_at))
+        age = self.steps_taken - max(0, self._born_at.read(self.born_at))
         done = min(1.0, age / c.decay_steps) if c.decay_steps else 1.0
         return c.decay + (c.decay_final - c.decay) * done
 
@@ -215,80 +248,35 @@ class CodebookBank(nn.Module):
         gradient = 2 * (counts_LK.unsqueeze(-1) * self.codes_LKC.double() - sums_LKC) / elements_L11
         self.adam_mean_LKC.copy_(betas[0] * self.adam_mean_LKC + (1 - betas[0]) * gradient)
         self.adam_square_LKC.copy_(betas[1] * self.adam_square_LKC + (1 - betas[1]) * gradient.square())
-        step = int(self.updates) + 1
+        step = self.steps_taken + 1
         mean = self.adam_mean_LKC / (1 - betas[0] ** step)
         square = self.adam_square_LKC / (1 - betas[1] ** step)
         self.codes_LKC -= self.config.learning_rate * mean / (square.sqrt() + 1e-8)
         self.ema_count_LK.copy_(0.9 * self.ema_count_LK + 0.1 * counts_LK)
 
-    @torch.no_grad()
-    def give_birth(self, samples_LSC: Tensor) -> None:
-        """Place all codes by k-means (or at random samples) and, for the balanced map, draw the table."""
-        for layer, samples_SC in enumerate(samples_LSC):
-            generator = torch.Generator().manual_seed(1000003 * (layer + 1))
-            iterations = self.config.kmeans_iterations if self.config.init == "kmeans" else 0
-            codes_KC, sizes_K = kmeans(samples_SC, self.num_codes, iterations, generator)
-            if self.config.distance == "cosine":
-                codes_KC = F.normalize(codes_KC, dim=-1)
-            self.codes_LKC[layer] = codes_KC
-            mean_count = self.pending[layer, :, -1].sum() / self.num_codes
-            self.ema_count_LK[layer] = sizes_K / sizes_K.sum() * self.num_codes * mean_count.clamp_min(1.0)
-            self.ema_sum_LKC[layer] = codes_KC * self.ema_count_LK[layer].unsqueeze(-1)
-            if self.config.code_map == "balanced":
-                self.code_map_LK[layer] = balanced_map(sizes_K, self.num_experts)
-        self.born_at.copy_(self.updates)
-
-    @torch.no_grad()
-    def halve_crowded(self, samples_LSC: Tensor) -> None:
-        """Cut crowded codes in halves as at birth; codes that moved start with the weight of their new clusters.
-
-        Rare tokens gather round codes near the middle of all, which no decay undoes.
-        """
-        for layer in self.crowded_codes().any(dim=1).nonzero().flatten().tolist():
-            codes_KC, sizes_K = split_crowded(samples_LSC[layer], self.codes_LKC[layer], self.config.crowded_above)
-            moved_K = (codes_KC != self.codes_LKC[layer]).any(dim=1)
-            weight = self.ema_count_LK[layer].sum() / sizes_K.sum()
-            self.codes_LKC[layer] = codes_KC
-            self.ema_count_LK[layer, moved_K] = sizes_K[moved_K] * weight
-            self.ema_sum_LKC[layer, moved_K] = codes_KC[moved_K] * self.ema_count_LK[layer, moved_K].unsqueeze(-1)
+    def mark_born(self) -> None:
+        """Note that the codes stand on data from this step on."""
+        self._born_at.write(self.born_at, self.steps_taken)
 
     @torch.no_grad()
     def reseed(self, dead_LK: Tensor, candidates_LSC: Tensor) -> None:
-        """Move dead codes onto fresh tokens, each with the running statistics of an average code.
+        """Move the i-th dead code of a layer onto its i-th fresh token, with the running statistics of an average code.
 
-        Resetting only the code would let the stale sums pull it back at the next update.
+        Resetting only the code would let the stale sums pull it back at the next update. Dead codes beyond the last
+        candidate stay.
         """
-        for layer in range(self.num_layers):
-            dead = dead_LK[layer].nonzero().flatten()[: candidates_LSC.shape[1]]
-            fresh = candidates_LSC[layer, : len(dead)]
-            mean_count = self.ema_count_LK[layer].mean()
-            self.codes_LKC[layer, dead] = fresh
-            self.ema_count_LK[layer, dead] = mean_count
-            self.ema_sum_LKC[layer, dead] = fresh * mean_count
-
-    def fingerprint(self) -> Tensor:
-        """Two int64 numbers that differ whenever codes or tables differ in one bit."""
-        bits = self.codes_LKC.view(torch.int32).long().flatten()
-        weights = torch.arange(1, bits.numel() + 1, device=bits.device)
-        table = self.code_map_LK.flatten()
-        return torch.stack([(bits * weights).sum(), (table * weights[: table.numel()]).sum()])
-
-
-def _half_distances(z_TC: Tensor, codes_KC: Tensor) -> Tensor:
-    """``(||v||^2 / 2 - z.v)``: orders codes as the squared distance does, one product, float32."""
-    half_norms_K = codes_KC.square().sum(dim=-1) / 2
-    return torch.addmm(half_norms_K, z_TC, codes_KC.t(), alpha=-1)
+        which_LK = dead_LK.cumsum(dim=1) - 1  # of whole numbers, so deterministic on a GPU too
+        moved_LK = dead_LK & (which_LK < candidates_LSC.shape[1])
+        which_LKC = which_LK.clamp(0, candidates_LSC.shape[1] - 1).unsqueeze(-1).expand_as(self.codes_LKC)
+        fresh_LKC, moved_LK1 = candidates_LSC.gather(1, which_LKC), moved_LK.unsqueeze(-1)
+        mean_L1 = self.ema_count_LK.mean(dim=1, keepdim=True)
+        self.codes_LKC.copy_(torch.where(moved_LK1, fresh_LKC, self.codes_LKC))
+        self.ema_count_LK.copy_(torch.where(moved_LK, mean_L1, self.ema_count_LK))
+        self.ema_sum_LKC.copy_(torch.where(moved_LK1, fresh_LKC * mean_L1.unsqueeze(-1), self.ema_sum_LKC))
 
 
 def _evenly(z_TC: Tensor, count: int) -> Tensor:
     return z_TC[torch.linspace(0, len(z_TC) - 1, count, device=z_TC.device).long()]
-
-
-def _sum_by_code(z_TC: Tensor, codes_T: Tensor, num_codes: int) -> Tensor:
-    """Sums of the vectors of each code, ``[K, C]``, in an order that never changes."""
-    if z_TC.device.type == "cpu":  # sequential, so deterministic
-        return z_TC.new_zeros(num_codes, z_TC.shape[1]).index_add_(0, codes_T, z_TC)
-    return F.one_hot(codes_T, num_codes).to(z_TC.dtype).t() @ z_TC
 
 
 def recomputing() -> bool:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.placement import give_birth, halve_crowded, placed
 
 
 class CodebookSync:
@@ -16,6 +18,9 @@ class CodebookSync:
 
     How a batch is split over ranks and accumulation steps does not change the codes: sums travel in float64 and
     samples are taken by global micro-batch number ``m * world + rank``.
+
+    The device is waited for once a step, to learn how many codes are dead or crowded, and not at all in steps that look
+    for neither.
 
     Args:
         bank: the codebooks.
@@ -27,52 +32,75 @@ class CodebookSync:
         self.bank, self.accumulation_steps, self.group = bank, accumulation_steps, group
         self.world = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._sum = SumOverRanks(group)
 
     def broadcast(self) -> None:
         """Give every rank the codes of rank 0; to be called once after ``deepspeed.initialize``."""
-        if self.world > 1:
-            for buffer in self.bank.buffers():
-                dist.broadcast(buffer, src=self._global_rank(0), group=self.group)
+        broadcast_all(list(self.bank.buffers()), self.group)
+
+    def start(self) -> None:
+        """Begin the all-reduce of the statistics while the host goes on to backward; ``step`` or ``skip`` ends it.
+
+        To be called after the last forward of an optimizer step, by all ranks or by none, at the same place among the
+        collectives of the group. It takes its turn on the group's own communicator, ahead of the gradients: same order,
+        same bits as ``step`` alone, and no memory for a second communicator.
+        """
+        if not self._sum.begun:
+            pending_LKC1 = self.bank.pending
+            self._sum.begin(pending_LKC1 if self.bank.moving else pending_LKC1[..., -1:].contiguous())
 
     def step(self) -> None:
         """All-reduce the statistics, learn, and where due give birth or re-seed dead codes."""
         bank = self.bank
-        stats_LKC1 = bank.pending if bank.moving else bank.pending[..., -1:].contiguous()
-        if self.world > 1:
-            dist.all_reduce(stats_LKC1, group=self.group)
-        if stats_LKC1.shape[-1] == 1:  # frozen: only the counts were needed
-            bank.usage_LK += stats_LKC1[..., 0]
-            bank.updates += 1
+        self.start()
+        stats_LKC1 = self._sum.finish()
+        if not bank.moving:
+            bank.count(stats_LKC1[..., -1])
         elif bank.birth_due:
-            self._give_birth(stats_LKC1)
+            give_birth(bank, self._all_samples(), self._my_layers())
+            self._send_layers_round()
+            bank.count(stats_LKC1[..., -1])
         else:
-            halving_due = bank.halving_due
+            halving_due, reseeding_due = bank.halving_due, bank.reseeding_due
             bank.update(stats_LKC1)
-            if halving_due and bool(bank.crowded_codes().any()):  # the same answer on every rank
-                bank.halve_crowded(self._all_samples())
-                self.broadcast()
-            self._reseed_dead()
+            self._rescue(halving_due, reseeding_due)
         bank.clear_statistics()
 
     def skip(self) -> None:
-        """Drop the statistics of a step that the optimizer did not take."""
+        """Drop the statistics of a step that the optimizer did not take, also where their all-reduce has begun."""
+        if self._sum.begun:
+            self._sum.finish()
         self.bank.clear_statistics()
 
     def in_step(self) -> bool:
         """Whether all ranks hold bit-identical codes and tables (one small all-reduce)."""
-        if self.world == 1:
-            return True
-        mark = self.bank.fingerprint()
-        both = torch.cat([mark, -mark])
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
-        return bool((both[: len(mark)] == -both[len(mark) :]).all())
+        return equal_on_all_ranks([self.bank.codes_LKC, self.bank.code_map_LK], self.group)
 
-    def _give_birth(self, stats_LKC1: Tensor) -> None:
+    def _rescue(self, halving_due: bool, reseeding_due: bool) -> None:
+        """Halve crowded codes and re-seed dead ones: the same on every rank, for all see the same counts."""
+        if not (halving_due or reseeding_due):
+            return
         bank = self.bank
-        bank.give_birth(self._all_samples())
-        bank.usage_LK += stats_LKC1[..., -1]
-        bank.updates += 1
-        self.broadcast()  # ranks on unlike processors may round k-means differently
+        seen = torch.stack([bank.crowded_codes().any().long(), bank.dead_codes().sum(dim=1).max()])
+        crowded, most_dead = seen.tolist()  # the one copy to the host
+        if halving_due and crowded:
+            halve_crowded(bank, self._all_samples(), self._my_layers())
+            self._send_layers_round()
+            most_dead = int(bank.dead_codes().sum(dim=1).max())
+        if reseeding_due and most_dead:
+            bank.reseed(bank.dead_codes(), self._candidates(most_dead))
+
+    def _candidates(self, count: int) -> Tensor:
+        """New places for dead codes, float32 ``[L, count, C]``: from one micro-batch, another at every step."""
+        bank = self.bank
+        micro_batch = bank.steps_taken % (self.world * self.accumulation_steps)
+        rank = micro_batch % self.world
+        if self.rank == rank:
+            candidates_LSC = bank.samples(micro_batch // self.world, count)
+        else:
+            candidates_LSC = bank.codes_LKC.new_empty(bank.num_layers, count, bank.codes_LKC.shape[2])
+        broadcast_all([candidates_LSC], self.group, rank)
+        return candidates_LSC
 
     def _all_samples(self) -> Tensor:
         """This step's samples of all ranks, float32 ``[L, S, C]``."""
@@ -87,26 +115,65 @@ class CodebookSync:
         # Global micro-batch order (m, rank), whatever the split.
         return torch.stack(gathered, dim=2).flatten(1, 3)
 
-    def _reseed_dead(self) -> None:
-        bank, step = self.bank, int(self.bank.updates)
-        limit = bank.config.reseed_until
-        if bank.config.dead_below == 0 or not bank.moving or (limit and step > limit):
-            return
-        dead_LK = bank.dead_codes()
-        if not bool(dead_LK.any()):  # the same answer on every rank
-            return
-        # One micro-batch, another at every step, offers the new places; its rank sends them round.
-        micro_batch = step % (self.world * self.accumulation_steps)
-        rank = micro_batch % self.world
-        most = int(dead_LK.sum(dim=1).max())
-        shape = (bank.num_layers, most, bank.codes_LKC.shape[2])
-        if self.rank == rank:
-            candidates_LSC = bank.samples(micro_batch // self.world, most).contiguous()
-        else:
-            candidates_LSC = torch.empty(shape, device=bank.codes_LKC.device)
-        if self.world > 1:
-            dist.broadcast(candidates_LSC, src=self._global_rank(rank), group=self.group)
-        bank.reseed(dead_LK, candidates_LSC)
+    def _my_layers(self) -> slice:
+        """The layers whose codes this rank clusters: ranks share them out, for clustering on the host takes long."""
+        return slice(self.rank, None, self.world)
 
-    def _global_rank(self, rank: int) -> int:
-        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+    def _send_layers_round(self) -> None:
+        """Every layer from the rank that clustered it: ranks on unlike processors may round k-means differently."""
+        for tensor in placed(self.bank):
+            for layer, part in enumerate(tensor):
+                broadcast_all([part], self.group, layer % self.world)
+
+
+class SumOverRanks:
+    """One all-reduce at a time, in the background from ``begin`` to ``finish``."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self._total: Tensor | None = None
+        self._work: Any = None
+
+    @property
+    def begun(self) -> bool:
+        return self._total is not None
+
+    def begin(self, tensor: Tensor) -> None:
+        """Start to sum a tensor over the ranks, in place."""
+        self._total = tensor
+        if tensor.numel() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            self._work = dist.all_reduce(tensor, group=self.group, async_op=True)
+
+    def finish(self) -> Tensor:
+        """The sum; on a GPU the stream waits for it and not the host."""
+        assert self._total is not None
+        if self._work is not None:
+            self._work.wait()
+        total, self._total, self._work = self._total, None, None
+        return total
+
+
+def broadcast_all(tensors: list[Tensor], group: Any, source: int = 0) -> None:
+    """Overwrite tensors by those of one rank of the group."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, src=source if group is None else dist.get_global_rank(group, source), group=group)
+        increment_version(tensor)  # collectives do not, and mirrors of numbers on the host go by it
+
+
+def equal_on_all_ranks(tensors: list[Tensor], group: Any) -> bool:
+    """Whether tensors hold the same bits on every rank (one small all-reduce, one copy to the host)."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return True
+    mark = torch.stack([fingerprint(tensor) for tensor in tensors])
+    both = torch.cat([mark, -mark])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    return bool((both[: len(mark)] == -both[len(mark) :]).all())
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """An int64 number that differs whenever one bit does."""
+    types = {4: torch.int32, 8: torch.int64}
+    bits = tensor.view(types[tensor.element_size()]).long().flatten()
+    return (bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()

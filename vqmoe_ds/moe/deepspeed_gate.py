@@ -104,8 +104,8 @@ class VQGate(nn.Module):
         if weights_TR is None:
             weights_TR = torch.ones(ids_TR.shape, device=x_TD.device)
         plan = make_plans(ids_TR.unsqueeze(0), self.num_experts)[0]
-        counts_N = torch.tensor(plan.local_counts_E, device=x_TD.device)
-        starts_N = counts_N.cumsum(0) - counts_N
+        counts_N = plan.sent_counts_N.long()
+        starts_N = plan.sent_ends_N - counts_N
         places_TR = (plan.inverse_M - starts_N[ids_TR.flatten()]).view_as(ids_TR)
         capacity = counts_N.max().clamp_min(1)
         if self.ep_group is not None and dist.get_world_size(group=self.ep_group) > 1:

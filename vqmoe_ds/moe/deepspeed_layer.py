@@ -120,8 +120,11 @@ def clip_over_all_experts(engine: Any) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Scale gradients to a norm of at most ``limit``, experts of all ranks included; returns the norm before."""
+def clip_gradients(module: nn.Module, limit: float) -> Tensor:
+    """Scale gradients to a norm of at most ``limit``, experts of all ranks included; returns the norm before, float32.
+
+    The norm stays on the device.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, ExpertParallelLayer)]
     gradients: dict[bool, list[Tensor]] = {False: [], True: []}
     for param in module.parameters():
@@ -135,4 +138,4 @@ def clip_gradients(module: nn.Module, limit: float) -> float:
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients[False] + gradients[True]:
         gradient.mul_(scale)
-    return float(norm)
+    return norm

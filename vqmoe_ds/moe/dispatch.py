@@ -1,108 +1,229 @@
 """Dispatch: move routed rows to their experts and back, deterministically, without drops or padding.
 
-Legend: T tokens, R routed rows a token, M = T * R rows here, P rows received, N experts, E local experts,
+Legend: T tokens, R routed rows per token, M = T * R rows here, P rows received, N experts, E local experts,
 G ranks of the expert-parallel group, L layers planned together, D width.
 
-A *plan* is everything that follows from the routes alone: the stable sort, its inverse, counts and split
-sizes. Where routes are known ahead, ``make_plans`` builds the plans of all layers at once with one counts
-exchange and one device-to-host copy. Rows are gathered by a permutation and gathered back by its inverse;
-there is no scatter-add, so results do not depend on thread timing.
+A *plan* is everything that follows from the routes alone: the stable sort, its inverse, where each expert's rows end,
+and what the ranks exchange. It is made on the device, and the host does not wait for it; only at G > 1 do row counts
+come to the host, by one pinned copy for all layers planned together, read when the first of them sends its rows. Rows
+are gathered by a permutation and gathered back by its inverse; there is no scatter-add, so results do not depend on
+thread timing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
+from vqmoe_ds.moe.codebook import recomputing
+from vqmoe_ds.moe.kernels.combine import PermuteRows, combine_rows
+from vqmoe_ds.moe.kernels.combine import expand_rows as spread_tokens
+
+
+class SortedRows(NamedTuple):
+    """The rows of L layers sorted by expert; rows of one expert keep the order of their tokens."""
+
+    routes: int
+    """Rows R per token."""
+    experts_LM: Tensor
+    """The expert of each row ``token * R + slot``, int64."""
+    inverse_LM: Tensor
+    """Row -> its place among the sorted rows, int64."""
+    ends_LN: Tensor
+    """Where the rows of each expert end among the sorted rows, int32."""
+    order_LM: Tensor
+    """Inverse of the inverse: place -> row, int64."""
+
+    def layer(self, index: int) -> SortedRows:
+        """One of the layers, with L = 1."""
+        return SortedRows(self.routes, *(tensor[index : index + 1] for tensor in self[1:]))
+
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where the rows of one layer go. Lists are host integers; tensors live with the tokens."""
+    """Where the rows of one layer go. All tensors live with the tokens."""
 
     routes: int
-    """Rows R a token."""
+    """Rows R per token."""
     order_M: Tensor
-    """Rows in the order of their experts: position in the sorted list -> row ``token * R + slot``."""
+    """Rows in the order of their experts: position in the sorted list -> row ``token * R + slot``, int64."""
     inverse_M: Tensor
-    """Row -> position in the sorted list."""
-    local_counts_E: list[int]
-    """Rows each local expert receives from all ranks."""
-    send_splits_G: list[int]
-    receive_splits_G: list[int]
-    receive_order_P: Tensor | None
-    """Received rows, grouped by source rank, in the order of local experts (None: already so)."""
-    receive_inverse_P: Tensor | None
+    """Row -> position in the sorted list, int64."""
+    sent_ends_N: Tensor
+    """Where the rows of each of the N experts end in the sorted list, int32."""
+    ends_E: Tensor
+    """Where the rows of each local expert end among the rows that this rank receives, int32."""
+    exchange: Exchange | None = None
+    """What the ranks send each other; None where all rows stay at home."""
+
+    @property
+    def sent_counts_N(self) -> Tensor:
+        """Rows that go from here to each of the N experts, int32."""
+        return torch.diff(self.sent_ends_N, prepend=self.sent_ends_N.new_zeros(1))
+
+
+class Exchange:
+    """The all-to-all of one layer's rows.
+
+    Args:
+        sizes: returns the rows sent to and received from each rank of the group; may wait for the device.
+        received_GE: rows that each rank sends to each local expert, on the device.
+    """
+
+    def __init__(self, sizes: Callable[[], tuple[list[int], list[int]]], received_GE: Tensor) -> None:
+        self._sizes, self._received_GE = sizes, received_GE
+
+    @cached_property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """Rows sent to, and received from, each rank."""
+        return self._sizes()
+
+    @cached_property
+    def regrouping(self) -> tuple[Tensor, Tensor]:
+        """Received rows, grouped by source rank, in the order of local experts: permutation and inverse, int64 ``[P]``.
+
+        Rows of one (rank, expert) pair stay together, so a row's new place is its old one and the shift of its pair.
+        """
+        counts_GE, rows = self._received_GE, sum(self.sizes[1])
+        starts_GE = _starts(counts_GE.flatten()).view_as(counts_GE)
+        by_expert_EG = counts_GE.t().contiguous()
+        goals_GE = _starts(by_expert_EG.flatten()).view_as(by_expert_EG).t()
+        shifts = (goals_GE - starts_GE).flatten()
+        shift_P = torch.repeat_interleave(shifts, counts_GE.flatten(), output_size=rows)
+        inverse_P = torch.arange(rows, device=counts_GE.device) + shift_P
+        return _invert(inverse_P.unsqueeze(0)).squeeze(0), inverse_P
+
+
+@dataclass
+class Kept:
+    """What a forward pass leaves for its recomputation in backward, which then asks the other ranks for nothing."""
+
+    plan: DispatchPlan | None = None
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Rows as they came out of an all-to-all."""
+
+
+# ---------------------------------------------------------------- plans
 
 
 @torch.no_grad()
 def make_plans(expert_ids_LTR: Tensor, num_experts: int, group: Any = None) -> list[DispatchPlan]:
-    """Plans of L layers from their routes, int64 ``[L, T, R]``.
+    """Plans of L layers from their routes.
 
     Args:
-        expert_ids_LTR: the expert of each row, in ``[0, num_experts)``.
+        expert_ids_LTR: the expert of each row, int64 in ``[0, num_experts)``.
         num_experts: experts N of a layer, split evenly over the group in rank order.
         group: expert-parallel process group; None or of size 1 keeps rows at home.
     """
+    return plans_of(sort_rows(expert_ids_LTR, num_experts), group)
+
+
+@torch.no_grad()
+def sort_rows(expert_ids_LTR: Tensor, num_experts: int) -> SortedRows:
+    """Sort the rows of L layers by expert, int64 ``[L, T, R]`` with values in ``[0, num_experts)``."""
     layers, tokens, routes = expert_ids_LTR.shape
     flat_LM = expert_ids_LTR.reshape(layers, tokens * routes)
-    # int16 keys sort several times faster than int64 on CPU; stable keeps rows of one expert in token order.
+    # int16 keys sort several times faster than int64; stable keeps rows of one expert in token order.
     keys_LM = flat_LM.to(torch.int16) if num_experts < 2**15 else flat_LM
-    order_LM = torch.argsort(keys_LM, dim=1, stable=True)
-    positions_M = torch.arange(tokens * routes, device=flat_LM.device).expand(layers, -1)
-    inverse_LM = torch.empty_like(order_LM).scatter_(1, order_LM, positions_M)
-    offsets_L1 = torch.arange(layers, device=flat_LM.device).unsqueeze(1) * num_experts
-    counts_LN = torch.bincount((flat_LM + offsets_L1).flatten(), minlength=layers * num_experts)
-    counts_LN = counts_LN.view(layers, num_experts)
+    sorted_LM, order_LM = torch.sort(keys_LM, dim=1, stable=True)
+    experts_LN = torch.arange(num_experts, device=flat_LM.device, dtype=keys_LM.dtype).repeat(layers, 1)
+    # Counting by the sorted keys needs neither atomics nor, as bincount does, the host.
+    ends_LN = torch.searchsorted(sorted_LM, experts_LN, right=True, out_int32=True)
+    return SortedRows(routes, flat_LM, _invert(order_LM), ends_LN, order_LM)
+
+
+@torch.no_grad()
+def merge_rows(first: SortedRows, second: SortedRows) -> SortedRows:
+    """Sort the rows of two paths together from the sort of each: within an expert, those of ``first`` come first.
+
+    So the rows of a path that is known ahead are sorted ahead. A token's slots are those of ``first``, then ``second``.
+    """
+    # A row moves behind the other path's rows of all experts before its own; second's also behind first's of its own.
+    before_LN = torch.cat([second.ends_LN.new_zeros(len(second.ends_LN), 1), second.ends_LN[:, :-1]], dim=1)
+    first_LM = first.inverse_LM + before_LN.long().gather(1, first.experts_LM)
+    second_LM = second.inverse_LM + first.ends_LN.long().gather(1, second.experts_LM)
+    inverse_LM = _side_by_side(first, first_LM, second, second_LM)
+    experts_LM = _side_by_side(first, first.experts_LM, second, second.experts_LM)
+    ends_LN = first.ends_LN + second.ends_LN
+    return SortedRows(first.routes + second.routes, experts_LM, inverse_LM, ends_LN, _invert(inverse_LM))
+
+
+def _side_by_side(first: SortedRows, a_LM: Tensor, second: SortedRows, b_LM: Tensor) -> Tensor:
+    """Entries of the rows of both paths, token by token."""
+    layers, tokens = len(a_LM), a_LM.shape[1] // first.routes
+    parts = [a_LM.reshape(layers, tokens, first.routes), b_LM.reshape(layers, tokens, second.routes)]
+    return torch.cat(parts, dim=2).flatten(1)
+
+
+@torch.no_grad()
+def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
+    """Plans from sorted rows, with one exchange of counts for all layers if ``group`` has several ranks."""
     ranks = dist.get_world_size(group=group) if group is not None else 1
+    layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
     if ranks == 1:
-        whole = [tokens * routes]
-        return [
-            DispatchPlan(routes, order_M, inverse_M, counts_N, whole, whole, None, None)
-            for order_M, inverse_M, counts_N in zip(order_LM, inverse_LM, counts_LN.tolist(), strict=True)
-        ]
-    return _exchange_counts(order_LM, inverse_LM, counts_LN.view(layers, ranks, -1), routes, group)
+        return [DispatchPlan(rows.routes, order, inverse, ends, ends) for order, inverse, ends in layers]
+    send_LGE = torch.diff(rows.ends_LN, prepend=rows.ends_LN.new_zeros(len(rows.ends_LN), 1)).unflatten(1, (ranks, -1))
+    received_GLE = _exchange_counts(send_LGE.transpose(0, 1).contiguous(), group)
+    received_LGE = received_GLE.transpose(0, 1)
+    ends_LE = received_LGE.sum(1).cumsum(1, dtype=torch.int32)
+    sizes = _HostCopy(torch.stack([send_LGE.sum(2), received_LGE.sum(2)], dim=1))
+    exchanges = [Exchange(sizes.of(layer), received_LGE[layer]) for layer in range(len(ends_LE))]
+    return [
+        DispatchPlan(rows.routes, order, inverse, sent_ends, ends, exchange)
+        for (order, inverse, sent_ends), ends, exchange in zip(layers, ends_LE, exchanges, strict=True)
+    ]
 
 
-def _exchange_counts(
-    order_LM: Tensor, inverse_LM: Tensor, send_LGE: Tensor, routes: int, group: Any
-) -> list[DispatchPlan]:
-    send_GLE = send_LGE.transpose(0, 1).contiguous()
+def _exchange_counts(send_GLE: Tensor, group: Any) -> Tensor:
     received_GLE = torch.empty_like(send_GLE)
     dist.all_to_all_single(received_GLE, send_GLE, group=group)
-    received_LGE = received_GLE.transpose(0, 1)
-    # One copy to the host for all layers.
-    host = torch.stack([send_LGE, received_LGE]).cpu()
-    send_host, received_host = host[0], host[1]
-    plans = []
-    for layer in range(len(order_LM)):
-        to_experts_P, back_P = _regroup(received_host[layer], order_LM.device)
-        plans.append(
-            DispatchPlan(
-                routes,
-                order_LM[layer],
-                inverse_LM[layer],
-                received_host[layer].sum(0).tolist(),
-                send_host[layer].sum(1).tolist(),
-                received_host[layer].sum(1).tolist(),
-                to_experts_P,
-                back_P,
-            )
-        )
-    return plans
+    return received_GLE
 
 
-def _regroup(counts_GE: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Permutation of received rows from (source rank, expert) to (expert, source rank) order, and its inverse."""
-    ranks, local = counts_GE.shape
-    blocks = torch.arange(local).repeat(ranks)  # expert of each (rank, expert) block as received
-    expert_of_row_P = torch.repeat_interleave(blocks, counts_GE.flatten())
-    order_P = torch.argsort(expert_of_row_P.to(torch.int16), stable=True)
-    inverse_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P)))
-    return order_P.to(device), inverse_P.to(device)
+class _HostCopy:
+    """Rows per rank ``[L, 2, G]`` on their way to the host; the first who reads them waits."""
+
+    def __init__(self, sizes_L2G: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._lists: list[tuple[list[int], list[int]]] | None = None
+        self._host = sizes_L2G
+        if sizes_L2G.is_cuda:
+            self._host = torch.empty(sizes_L2G.shape, dtype=sizes_L2G.dtype, pin_memory=True)
+            self._host.copy_(sizes_L2G, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def of(self, layer: int) -> Callable[[], tuple[list[int], list[int]]]:
+        """Reader of one layer's (sent, received)."""
+        return lambda: self._read()[layer]
+
+    def _read(self) -> list[tuple[list[int], list[int]]]:
+        if self._lists is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._lists = [(sent, received) for sent, received in self._host.tolist()]
+        return self._lists
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each of several runs of so many rows starts, int64."""
+    ends = counts.cumsum(0)
+    return ends - counts
+
+
+def _invert(order_LM: Tensor) -> Tensor:
+    """The inverse of each row's permutation."""
+    places_LM = torch.arange(order_LM.shape[1], device=order_LM.device).expand_as(order_LM)
+    return torch.empty_like(order_LM).scatter_(1, order_LM, places_LM)
+
+
+# ---------------------------------------------------------------- rows
 
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
@@ -110,72 +231,75 @@ def dispatch(x_TD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
     return send_rows(expand_rows(x_TD, plan), plan, group)
 
 
-def send_rows(rows_MD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
-    """Sorted rows ``[M, D]`` -> rows of the local experts ``[P, D]``."""
-    if plan.receive_order_P is None:
+def expand_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Tokens ``[T, D]`` copied R times and sorted by expert, ``[M, D]``."""
+    return spread_tokens(x_TD, plan.order_M, plan.inverse_M, plan.routes)
+
+
+def send_rows(rows_MD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept | None = None) -> Tensor:
+    """Sorted rows ``[M, D]`` -> rows of the local experts ``[P, D]``.
+
+    Args:
+        kept: where the exchanged rows are left for a recomputation, and taken from in one.
+    """
+    if plan.exchange is None:
         return rows_MD
-    received = _AllToAll.apply(rows_MD, plan.send_splits_G, plan.receive_splits_G, group)
-    return _Permute.apply(received, plan.receive_order_P, plan.receive_inverse_P)
+    send, receive = plan.exchange.sizes
+    received = _AllToAll.apply(rows_MD, send, receive, group, kept, "sent")
+    return PermuteRows.apply(received, *plan.exchange.regrouping)
+
+
+def return_rows(
+    rows_PD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept | None = None, asked_again: bool = True
+) -> Tensor:
+    """Inverse of ``send_rows``: expert outputs ``[P, D]`` -> sorted rows ``[M, D]`` on the ranks they came from.
+
+    Args:
+        kept: as of ``send_rows``.
+        asked_again: whether backward needs these rows, as the gradient of weights does; else a recomputation gives
+            zeros.
+    """
+    if plan.exchange is None:
+        return rows_PD
+    send, receive = plan.exchange.sizes
+    order_P, inverse_P = plan.exchange.regrouping
+    name = "returned" if asked_again else None
+    return _AllToAll.apply(PermuteRows.apply(rows_PD, inverse_P, order_P), receive, send, group, kept, name)
 
 
 def collect(rows_PD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
     """Inverse of ``dispatch`` without the combination: expert outputs as ``[T, R, D]``."""
-    rows = rows_PD
-    if plan.receive_order_P is not None:
-        rows = _Permute.apply(rows, plan.receive_inverse_P, plan.receive_order_P)
-        rows = _AllToAll.apply(rows, plan.receive_splits_G, plan.send_splits_G, group)
-    rows = _Permute.apply(rows, plan.inverse_M, plan.order_M)
+    rows = PermuteRows.apply(return_rows(rows_PD, plan, group), plan.inverse_M, plan.order_M)
     return rows.view(-1, plan.routes, rows.shape[-1])
 
 
-def expand_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-    """Tokens ``[T, D]`` copied R times and sorted by expert, ``[M, D]``."""
-    return _Expand.apply(x_TD, plan.order_M, plan.inverse_M, plan.routes)
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is a gather by the inverse order."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
-
-
-class _Expand(torch.autograd.Function):
-    """Each token to R sorted rows; the gradient gathers the R rows of a token and adds them in slot order."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_M: Tensor, inverse_M: Tensor, routes: int) -> Tensor:
-        ctx.save_for_backward(inverse_M)
-        ctx.routes = routes
-        return x_TD.index_select(0, order_M // routes if routes > 1 else order_M)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_M,) = ctx.saved_tensors
-        rows = grads[0].index_select(0, inverse_M)
-        if ctx.routes > 1:
-            rows = rows.view(-1, ctx.routes, rows.shape[-1]).sum(dim=1)
-        return rows, None, None, None
+def combine(rows_MD: Tensor, plan: DispatchPlan, weights_TR: Tensor | None) -> Tensor:
+    """Weighted sum of each token's R sorted rows, ``[M, D]`` -> ``[T, D]``; weights None: 1 everywhere."""
+    return combine_rows(rows_MD, plan.order_M, plan.inverse_M, weights_TR, plan.routes)
 
 
 class _AllToAll(torch.autograd.Function):
     """Uneven all-to-all of rows; the gradient travels the same road back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any, kept: Kept | None, name: str | None
+    ) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(rows, send, receive, group)
+        if kept is None:
+            return _all_to_all(rows, send, receive, group)
+        if recomputing() and name is None:  # values that nobody reads
+            return rows.new_zeros(sum(receive), rows.shape[1])
+        if recomputing() and name in kept.rows:  # once: a second backward through the graph asks the ranks again
+            return kept.rows.pop(str(name))
+        out = _all_to_all(rows, send, receive, group)
+        if name is not None and not recomputing():
+            kept.rows[name] = out.detach()
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None, None, None
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:

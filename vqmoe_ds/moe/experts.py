@@ -4,8 +4,8 @@ Legend: P rows sorted by expert, E local experts, D model width, H expert hidden
 
 Weights are stacked as DeepSpeed's ``GroupedExperts`` stacks them (``w1`` gate, ``w3`` up ``[E, H, D]``, ``w2`` down
 ``[E, D, H]``), so its checkpoints and its universal conversion apply. On CPU one autograd function walks the
-experts: indexing a stacked weight under autograd would build a full-size gradient per expert. On CUDA
-``torch._grouped_mm`` does the work. What was measured and what did not help: docs/performance.md.
+experts: indexing a stacked weight under autograd would build a full-size gradient per expert. Elsewhere grouped
+products do the work (kernels/grouped.py). What was measured and what did not help: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.moe.kernels.experts import CompiledExperts, supports
+from vqmoe_ds.moe.kernels.grouped import grouped_experts
 from vqmoe_ds.moe.products import Products, products_for
 from vqmoe_ds.moe.workers import run_experts
 
@@ -59,17 +60,23 @@ class StackedExperts(nn.Module):
                 self.w2[local].normal_(0, std * out_scale, generator=generator)
                 self.w3[local].normal_(0, std, generator=generator)
 
-    def forward(self, x_PD: Tensor, counts_E: list[int]) -> Tensor:
-        """Run row ``p`` through its expert, ``[P, D]`` -> ``[P, D]``; rows are sorted by expert.
+    def forward(self, x_PD: Tensor, ends_E: Tensor) -> Tensor:
+        """Run row ``p`` through its expert, ``[P, D]`` -> ``[P, D]``.
 
         Every expert's weights take part in the graph even with no row, so that all ranks reduce the same
         gradients in the same order.
+
+        Args:
+            x_PD: rows sorted by expert.
+            ends_E: where the rows of each expert end, int32 ``[E]``, with the rows; on a GPU the host never reads it.
         """
         w1: Tensor = self.w1
         w2: Tensor = self.w2
         w3: Tensor = self.w3
-        if x_PD.is_cuda or x_PD.is_meta:  # meta: the planner asks for shapes
-            return _grouped_mm(x_PD, w1, w2, w3, counts_E)
+        if not x_PD.is_cpu:
+            return grouped_experts(x_PD, w1, w2, w3, ends_E)
+        ends = ends_E.tolist()
+        counts_E = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         if torch.is_autocast_enabled("cpu"):  # autocast does not look into functions of our own
             dtype = torch.get_autocast_dtype("cpu")
             x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
@@ -165,11 +172,3 @@ def _expert_backward(
 
 def _pad(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else F.pad(x, (0, 0, 0, rows - len(x)))
-
-
-def _grouped_mm(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
-    """The CUDA path: three grouped products. Never run on a GPU by this project so far (docs/gpu.md)."""
-    ends_E = torch.tensor(counts_E, device=x_PD.device).cumsum(0).to(torch.int32)
-    gate_PH = torch._grouped_mm(x_PD, w1.transpose(-2, -1), offs=ends_E)
-    up_PH = torch._grouped_mm(x_PD, w3.transpose(-2, -1), offs=ends_E)
-    return torch._grouped_mm(F.silu(gate_PH) * up_PH, w2.transpose(-2, -1), offs=ends_E)

@@ -13,7 +13,16 @@ from torch import Tensor
 from vqmoe_ds.config.schema import CodebookConfig, MoEConfig, Router, RouterConfig
 from vqmoe_ds.moe.codebook import CodebookBank, recomputing
 from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
-from vqmoe_ds.moe.dispatch import DispatchPlan, collect, expand_rows, make_plans, send_rows
+from vqmoe_ds.moe.dispatch import (
+    DispatchPlan,
+    combine,
+    expand_rows,
+    merge_rows,
+    plans_of,
+    return_rows,
+    send_rows,
+    sort_rows,
+)
 from vqmoe_ds.moe.experts import StackedExperts
 from vqmoe_ds.moe.routers import KnownRoute, Routing, SMoEDropoutRouter, VQRouter, build_router
 
@@ -74,24 +83,42 @@ class MoELayer(ExpertParallelLayer):
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         known = replace(known or KnownRoute(), sequence=x_BSD.shape[1])
         routing = self.route(x_TD, known, bank)
-        plan = known.plan
-        if plan is None:
-            plan = make_plans(routing.expert_ids_TR.unsqueeze(0), self.num_experts, self.exchange_group)[0]
+        plan = self._plan(routing, known)
         if self.watch:  # diagnostics ask which experts each token went to
             self.watched = self._experts_of_tokens(routing, len(x_TD))
         if self.tells_first_choice:
             self.first_choice_T = routing.expert_ids_TR[:, 0]
-        self._count(routing)
+        if self.training and not recomputing():
+            self.tokens_per_expert += plan.sent_counts_N
         chosen = routing.tokens_M
         rows_MD = expand_rows(x_TD if chosen is None else x_TD.index_select(0, chosen), plan)
         if routing.discrete_offset_TD is not None:
             rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
-        group = self.exchange_group
-        rows_PD = self.experts(send_rows(rows_MD, plan, group), plan.local_counts_E)
-        y_TD = _combine(collect(rows_PD, plan, group), routing.weights_TR)
+        group, kept = self.exchange_group, known.kept
+        rows_PD = self.experts(send_rows(rows_MD, plan, group, kept), plan.ends_E)
+        rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=routing.weights_TR is not None)
+        y_TD = combine(rows_MD, plan, routing.weights_TR)
         if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
             y_TD = torch.zeros_like(x_TD).index_add(0, chosen, y_TD)
         return y_TD.view_as(x_BSD), routing.aux_loss
+
+    def _plan(self, routing: Routing, known: KnownRoute) -> DispatchPlan:
+        """The plan that is known ahead or kept from the first forward; else made here, from what is sorted ahead."""
+        kept = known.kept
+        if known.plan is not None:
+            return known.plan
+        if kept is not None and kept.plan is not None and recomputing():
+            return kept.plan
+        ids_LTR = routing.expert_ids_TR.unsqueeze(0)
+        if isinstance(self.router, VQRouter) and self.router.continuous is not None:
+            discrete = known.rows or sort_rows(ids_LTR[..., -1:], self.num_experts)
+            rows = merge_rows(sort_rows(ids_LTR[..., :-1], self.num_experts), discrete)
+        else:
+            rows = sort_rows(ids_LTR, self.num_experts)
+        plan = plans_of(rows, self.exchange_group)[0]
+        if kept is not None:
+            kept.plan = plan
+        return plan
 
     def route(self, x_TD: Tensor, known: KnownRoute, bank: CodebookBank | None) -> Routing:
         """The router's answer alone; arguments as of ``forward``, with ``known.sequence`` filled in."""
@@ -105,11 +132,6 @@ class MoELayer(ExpertParallelLayer):
             return Routing(known.expert_ids_T.unsqueeze(1))
         routing: Routing = self.router(x_TD, known)
         return routing
-
-    @torch.no_grad()
-    def _count(self, routing: Routing) -> None:
-        if self.training and not recomputing():
-            self.tokens_per_expert += torch.bincount(routing.expert_ids_TR.flatten(), minlength=self.num_experts)
 
     def _experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
         """Experts of each token, of one shape over the whole run.
@@ -129,13 +151,3 @@ def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:
     tokens_M, slots_M = plan.order_M // plan.routes, plan.order_M % plan.routes
     discrete_M1 = (slots_M == plan.routes - 1).unsqueeze(1)
     return torch.where(discrete_M1, offset_TD[tokens_M], offset_TD.new_zeros(()))
-
-
-def _combine(y_TRD: Tensor, weights_TR: Tensor | None) -> Tensor:
-    if y_TRD.shape[1] == 1:
-        y_TD = y_TRD.squeeze(1)
-        return y_TD if weights_TR is None else y_TD * weights_TR.to(y_TD.dtype)
-    if weights_TR is None:
-        return y_TRD.sum(dim=1)
-    # Not bmm: T products of a 1 x R by an R x D matrix cost four times as much on CPU.
-    return (y_TRD * weights_TR.to(y_TRD.dtype).unsqueeze(-1)).sum(dim=1)

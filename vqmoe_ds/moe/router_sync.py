@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from vqmoe_ds.moe.codebook_sync import SumOverRanks, broadcast_all, equal_on_all_ranks
 from vqmoe_ds.moe.routers.base import StatefulRouter
 
 
@@ -23,7 +23,7 @@ class RouterSync:
 
     def __init__(self, routers: list[StatefulRouter], group: Any = None) -> None:
         self.routers, self.group = routers, group
-        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._sum = SumOverRanks(group)
 
     @classmethod
     def of(cls, model: nn.Module) -> RouterSync | None:
@@ -33,41 +33,31 @@ class RouterSync:
 
     def broadcast(self) -> None:
         """Give every rank the state of rank 0; to be called once after ``deepspeed.initialize``."""
-        if self.world > 1:
-            first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-            for buffer in self._buffers():
-                dist.broadcast(buffer, src=first, group=self.group)
+        broadcast_all(self._buffers(), self.group)
+
+    def start(self) -> None:
+        """Begin the all-reduce of the statistics while the host goes on; as ``CodebookSync.start``."""
+        if not self._sum.begun:
+            self._sum.begin(torch.cat([router.pending.flatten() for router in self.routers]))
 
     def step(self) -> None:
         """All-reduce the statistics in float64, and let every router learn from them."""
+        self.start()
         mine = [router.pending for router in self.routers]
-        total = torch.cat([statistics.flatten() for statistics in mine])
-        if self.world > 1 and total.numel():
-            dist.all_reduce(total, group=self.group)
-        parts = total.split([statistics.numel() for statistics in mine])
+        parts = self._sum.finish().split([statistics.numel() for statistics in mine])
         for router, statistics, part in zip(self.routers, mine, parts, strict=True):
             router.update(part.view_as(statistics))
 
     def skip(self) -> None:
-        """Drop the statistics of a step that the optimizer did not take."""
+        """Drop the statistics of a step that the optimizer did not take, also where their all-reduce has begun."""
+        if self._sum.begun:
+            self._sum.finish()
         for router in self.routers:
             router.clear_statistics()
 
     def in_step(self) -> bool:
         """Whether all ranks hold bit-identical state (one small all-reduce)."""
-        if self.world == 1:
-            return True
-        mark = torch.stack([_fingerprint(buffer) for buffer in self._buffers()])
-        both = torch.cat([mark, -mark])
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
-        return bool((both[: len(mark)] == -both[len(mark) :]).all())
+        return equal_on_all_ranks(self._buffers(), self.group)
 
     def _buffers(self) -> list[Tensor]:
         return [buffer for router in self.routers for buffer in router.buffers()]
-
-
-def _fingerprint(buffer: Tensor) -> Tensor:
-    """An int64 number that differs whenever one bit does."""
-    types = {4: torch.int32, 8: torch.int64}
-    bits = buffer.view(types[buffer.element_size()]).long().flatten()
-    return (bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource
+from vqmoe_ds.moe.mirror import HostMirror
 
 
 class EmbeddingSource(nn.Module):
@@ -38,6 +39,7 @@ class EmbeddingSource(nn.Module):
         table = torch.zeros(vocab_size, width) if config.source_momentum else None
         self.register_buffer("table_VD", table)
         self.register_buffer("table_ready", torch.zeros((), dtype=torch.bool))
+        self._ready = HostMirror()
         positions = _sinusoids(sequence_length, width) if config.source is CodeSource.POSITION_EMBEDDING else None
         self.register_buffer("positions_SD", positions, persistent=False)
 
@@ -50,7 +52,7 @@ class EmbeddingSource(nn.Module):
     def forward(self, tokens_BS: Tensor, embedded_BSD: Tensor, start: int = 0) -> Tensor:
         """Vectors of tokens whose first stands at position ``start``."""
         source_BSD = embedded_BSD.detach().float()
-        if self.table_VD is not None and bool(self.table_ready):
+        if self.table_VD is not None and self._ready.read(self.table_ready):
             source_BSD = F.embedding(tokens_BS, self.table_VD)
         if self.positions_SD is not None:
             unit_BSD = F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6)
@@ -70,16 +72,17 @@ class EmbeddingSource(nn.Module):
     @property
     def follows(self) -> bool:
         """Whether the table still moves; at a momentum of 1 it does not, once it is there."""
-        return self.table_VD is not None and not (self.config.source_momentum == 1 and bool(self.table_ready))
+        settled = self.config.source_momentum == 1 and self._ready.read(self.table_ready)
+        return self.table_VD is not None and not settled
 
     @torch.no_grad()
     def follow(self, embedding_VD: Tensor) -> None:
         """Move the averaged table toward the live one; once per optimizer step, the same on all ranks."""
         if self.table_VD is None or not self.follows:
             return
-        momentum = self.config.source_momentum if bool(self.table_ready) else 0.0
+        momentum = self.config.source_momentum if self._ready.read(self.table_ready) else 0.0
         self.table_VD.mul_(momentum).add_(embedding_VD.float(), alpha=1 - momentum)
-        self.table_ready.fill_(True)
+        self._ready.write(self.table_ready, True)
 
 
 def _sinusoids(length: int, width: int) -> Tensor:

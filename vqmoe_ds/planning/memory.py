@@ -212,11 +212,24 @@ def dispatch_rows(config: EngineConfig, imbalance: float) -> int:
 
 
 def activations(config: EngineConfig, imbalance: float) -> int:
-    """Most that is held for backward: what the forward pass keeps, and logits' gradients or one recomputed block."""
+    """Most that is held for backward: what the forward pass keeps, and logits' gradients or one recomputed block.
+
+    In two bytes gradients of logits take the place of the logits (models/loss.py).
+    """
     run, low = config.run, width_of(config)
-    logits = run.model.sequence_length * run.model.vocab_size * (4 + low)
+    logits = run.model.sequence_length * run.model.vocab_size * (4 + low if low == 4 else 0)
     again = max(_kept_by_block(config, imbalance)[0]) if run.train.activation_checkpointing else 0
-    return kept(config, imbalance) + config.micro_batch * max(logits, again)
+    return kept(config, imbalance) + exchanged(config, imbalance) + config.micro_batch * max(logits, again)
+
+
+def exchanged(config: EngineConfig, imbalance: float) -> int:
+    """Bytes of exchanged rows that a recomputation takes from the first forward instead of from the other ranks."""
+    run = config.run
+    if config.ep_size == 1 or not run.train.activation_checkpointing:
+        return 0
+    unweighted = run.moe.router is Router.HASH_TOKEN or (run.moe.router is Router.VQ and run.moe.top_k == 0)
+    sides = imbalance if unweighted else 1 + imbalance  # weights ask for the returned rows too
+    return round(moe_layers(run) * rows_of(config) * sides * run.model.width * width_of(config))
 
 
 def kept(config: EngineConfig, imbalance: float = 1.0) -> int:
@@ -245,7 +258,7 @@ def codebook(config: EngineConfig, parameters: Parameters) -> int:
     layers, codes, width = code_shape(run)
     tokens = config.micro_batch * run.model.sequence_length
     samples = min(tokens, max(run.codebook.kmeans_samples, 4 * codes)) * config.accumulation_steps
-    shared = run.codebook.source not in (CodeSource.LAYER_STATE,) and samples >= tokens * config.accumulation_steps
+    shared = run.codebook.source is not CodeSource.LAYER_STATE  # one tensor for all layers
     return parameters.buffer_bytes + 2 * code_statistics(run) + samples * width * 4 * (1 if shared else layers)
 
 

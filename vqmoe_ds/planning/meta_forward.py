@@ -1,6 +1,6 @@
 """One forward pass of the real model on meta tensors: shapes run through the real code, and what autograd would keep.
 
-Routes decide how many rows each expert gets, and meta tensors have no values: ``even_plans`` stands in for the counts,
+Routes decide how many rows each rank gets, and meta tensors have no values: ``even_plans`` stands in for the counts,
 every rank sends and receives its even share. Experts take the grouped path of GPUs; ``GPU_KERNELS`` stands in for what
 PyTorch would compute otherwise there.
 
@@ -22,24 +22,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.dispatch import DispatchPlan
+from vqmoe_ds.moe.dispatch import DispatchPlan, Exchange, SortedRows
 
 OUTSIDE = "outside"
 """Section of what no block keeps: embedding, head and loss."""
 
 
-def even_plans(
-    imbalance: float, local: int, expert_ids_LTR: Tensor, num_experts: int, group: Any = None
-) -> list[DispatchPlan]:
-    """What ``make_plans`` would give to ``local`` experts that receive ``imbalance`` times their even share of rows."""
-    layers, tokens, routes = expert_ids_LTR.shape
-    rows, ranks = tokens * routes, dist.get_world_size(group=group) if group is not None else 1
-    received = round(rows * imbalance)
-    order_M = torch.empty(rows, dtype=torch.int64, device="meta")
-    order_P = torch.empty(received, dtype=torch.int64, device="meta")
-    moves = (order_P, order_P.clone()) if ranks > 1 or received != rows else (None, None)
-    sends, receives, counts = _split(rows, ranks), _split(received, ranks), _split(received, local)
-    return [DispatchPlan(routes, order_M, order_M.clone(), counts, sends, receives, *moves) for _ in range(layers)]
+def even_plans(imbalance: float, local: int, rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
+    """What ``plans_of`` would give to ``local`` experts that receive ``imbalance`` times their even share of rows."""
+    here, ranks = rows.order_LM.shape[1], dist.get_world_size(group=group) if group is not None else 1
+    received = round(here * imbalance)
+    counts_GE = torch.empty(ranks, local, dtype=torch.int32, device="meta")
+    exchange = None
+    if ranks > 1 or received != here:
+        exchange = Exchange(lambda: (_split(here, ranks), _split(received, ranks)), counts_GE)
+    ends_E = counts_GE.sum(0).int()
+    layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
+    return [DispatchPlan(rows.routes, order, inverse, ends, ends_E, exchange) for order, inverse, ends in layers]
 
 
 def _split(total: int, parts: int) -> list[int]:
@@ -74,33 +73,10 @@ def fused_norm(x: Tensor, shape: torch.Size, weight: Tensor | None = None, eps: 
     return y
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """Shape of ``torch._grouped_mm``, which has a rule for bfloat16 alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.new_empty(x.shape[0], weight.shape[-1])
-
-
-def grouped_product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """Stands in for ``torch._grouped_mm``, rows ``[P, D]`` and stacked weights ``[E, D, H]`` -> ``[P, H]``."""
-    y: Tensor = _GroupedProduct.apply(x, weight)
-    return y
-
-
 GPU_KERNELS: dict[str, Any] = {
     "torch.nn.functional.rms_norm": fused_norm,
     "torch.nn.functional.scaled_dot_product_attention": fused_attention,
 }
-
-
-@functools.cache
-def _meta_bincount() -> torch.library.Library:
-    """PyTorch has no shape rule for ``bincount`` (its length depends on values); ours is always ``minlength``."""
-    library = torch.library.Library("aten", "IMPL", "Meta")
-    library.impl("bincount", lambda ids, weights=None, minlength=0: ids.new_empty(minlength))
-    return library
 
 
 def cast_weights(model: MoETransformer, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -117,17 +93,14 @@ def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance
         batch: sequences B.
         imbalance: rows a rank's experts receive, relative to the mean.
     """
-    _meta_bincount()
     model.eval()
     layers = model.moe_layers()
     plans = functools.partial(even_plans, imbalance, layers[0].num_local_experts if layers else 0)
     stand_ins: dict[str, Any] = {
-        "vqmoe_ds.models.transformer.make_plans": plans,
-        "vqmoe_ds.moe.layer.make_plans": plans,
+        "vqmoe_ds.moe.dispatch.plans_of": plans,
+        "vqmoe_ds.moe.layer.plans_of": plans,
         **GPU_KERNELS,
     }
-    if next(iter(weights.values())).dtype is not torch.bfloat16:
-        stand_ins["torch._grouped_mm"] = grouped_product
     if layers and layers[0].exchange_group is None:  # no peers to ask
         stand_ins["vqmoe_ds.moe.dispatch._all_to_all"] = received_rows
     known = {"source.table_ready": torch.ones((), dtype=torch.bool)} if model.source is not None else {}  # read on host

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.config.schema import CodeSource, Router
-from vqmoe_ds.moe.routers import routes_ahead
+from vqmoe_ds.config.schema import Router
 from vqmoe_ds.planning.memory import (
     Group,
     accumulates_in_fp32,
@@ -64,24 +63,17 @@ def transfers(parameters: Parameters, config: EngineConfig) -> list[Transfer]:
 
 
 def _expert_rows(config: EngineConfig) -> list[Transfer]:
-    """Rows to the experts and back, forward and backward; once more each way where blocks are recomputed."""
+    """Rows to the experts and back, forward and backward.
+
+    Recomputed blocks take rows and plans from their first forward (``dispatch.Kept``) and exchange nothing again.
+    """
     run, rounds, layers = config.run, config.accumulation_steps, moe_layers(config.run)
-    ways = 6 if run.train.activation_checkpointing else 4
-    calls = ways * layers * rounds
+    calls, plans = 4 * layers * rounds, layers * rounds
     rows = calls * rows_of(config) * run.model.width * width_of(config)
-    plans = layers * rounds * (2 if run.train.activation_checkpointing and not _planned_ahead(config) else 1)
     return [
         Transfer("expert rows", "all_to_all", Over.EP, rows, calls),
-        Transfer("row counts", "all_to_all", Over.EP, plans * run.moe.num_experts * 8, plans),
+        Transfer("row counts", "all_to_all", Over.EP, plans * run.moe.num_experts * 4, plans),
     ]
-
-
-def _planned_ahead(config: EngineConfig) -> bool:
-    """Whether all layers' counts are exchanged before the blocks run, so that recomputation does not repeat it."""
-    moe, book = config.run.moe, config.run.codebook
-    if moe.router is Router.VQ:
-        return moe.top_k == 0 and (routes_ahead(moe, book) or book.source is CodeSource.EARLY_BLOCK)
-    return moe.router is Router.HASH_TOKEN
 
 
 def _gradients(groups: list[Group], config: EngineConfig) -> list[Transfer]:
@@ -124,12 +116,12 @@ def _gathered(groups: list[Group], config: EngineConfig) -> tuple[int, int]:
 
 
 def _bookkeeping(groups: list[Group], config: EngineConfig) -> list[Transfer]:
-    """Losses and tokens (three float64), gradient norms and overflow flags: a few bytes, each a wait for all ranks."""
+    """Losses, tokens, targets, their bytes and a wish to stop (six float64), gradient norms and overflow flags."""
     low = config.precision != "fp32"
     experts = sum(g.is_expert for g in groups)
-    all_ranks, ep, edp = 24, 0, 0
+    all_ranks, ep, edp = 48, 0, 0
     if config.zero_stage == 0:
-        all_ranks, ep = all_ranks + 4, 1 if low else 4
+        all_ranks, ep = all_ranks + 8, 1 if low else 4
     elif config.zero_stage == 1 and accumulates_in_fp32(config):
         ep = 4
     elif config.zero_stage < 3:

@@ -16,7 +16,7 @@ _SHOW = "from vqmoe_ds.moe.kernels import build; build.load_kernel(); print(buil
 _COUNT = """
 import torch
 from vqmoe_ds.moe.experts import StackedExperts
-print(StackedExperts(32, 32, 2)(torch.ones(3, 32), [1, 2]).shape)
+print(StackedExperts(32, 32, 2)(torch.ones(3, 32), torch.tensor([1, 3])).shape)
 """
 
 

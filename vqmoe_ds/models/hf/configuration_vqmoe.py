@@ -44,7 +44,7 @@ class VQMoEConfig(PretrainedConfig):
     """
 
     model_type = "vqmoe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a plain class attribute to transformers)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (a plain class attribute to transformers)
 
     def __init__(
         self,

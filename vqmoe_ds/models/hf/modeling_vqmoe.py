@@ -374,9 +374,11 @@ class VQMoEModel(VQMoEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,  # past_key_values, as transformers 5.24 and newer call it
         **kwargs: Any,
     ) -> VQMoEModelOutput:
         config = self.config
+        past_key_values = past_key_values if cache is None else cache
         x_BSD = self._embedded(input_ids, inputs_embeds)
         use_cache = config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
@@ -556,6 +558,7 @@ class VQMoEForCausalLM(VQMoEPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,  # past_key_values, as transformers 5.24 and newer call it
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits ``[B, S, V]``; with ``labels`` (not shifted, -100 is left out) also the loss."""
@@ -563,7 +566,7 @@ class VQMoEForCausalLM(VQMoEPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            past_key_values if cache is None else cache,
             inputs_embeds,
             use_cache,
             return_dict=True,

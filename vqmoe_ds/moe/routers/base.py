@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import MoEConfig, SoftmaxOver
 from vqmoe_ds.moe.codebook import recomputing
-from vqmoe_ds.moe.dispatch import DispatchPlan
+from vqmoe_ds.moe.dispatch import DispatchPlan, Kept, SortedRows
+from vqmoe_ds.moe.kernels.codes import sum_by_code
+from vqmoe_ds.moe.mirror import HostMirror
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class KnownRoute:
 
     expert_ids_T: Tensor | None = None
     plan: DispatchPlan | None = None
+    rows: SortedRows | None = None
+    """The rows of ``expert_ids_T``, sorted ahead, where a router adds rows of its own."""
+    kept: Kept | None = None
+    """Where a forward that will be recomputed leaves what other ranks told it."""
     token_ids_T: Tensor | None = None
     """Read by stablemoe."""
     previous_T: Tensor | None = None
@@ -83,7 +89,13 @@ class StatefulRouter(nn.Module):
         super().__init__()
         self._shape = statistics
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self._updates = HostMirror()
         self.clear_statistics()
+
+    @property
+    def steps_taken(self) -> int:
+        """``updates`` as a number."""
+        return self._updates.read(self.updates)
 
     @property
     def observing(self) -> bool:
@@ -110,7 +122,7 @@ class StatefulRouter(nn.Module):
     def update(self, statistics: Tensor) -> None:
         """Move the state by the statistics of all ranks; the same on every rank."""
         self.learn(statistics)
-        self.updates += 1
+        self._updates.write(self.updates, self.steps_taken + 1)
         self.clear_statistics()
 
     def learn(self, statistics: Tensor) -> None:
@@ -118,8 +130,7 @@ class StatefulRouter(nn.Module):
 
     def averaging(self, decay: float) -> float:
         """Decay of running statistics: a plain mean over the first steps, which would weigh the start too much."""
-        step = int(self.updates)
-        return min(decay, step / (step + 1))
+        return min(decay, self.steps_taken / (self.steps_taken + 1))
 
 
 def choose(logits_TN: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
@@ -152,14 +163,13 @@ def auxiliary_loss(logits_TN: Tensor, ids_Tk: Tensor, config: MoEConfig) -> Tens
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs, int64 ``[N]``."""
-    return torch.bincount(ids.flatten(), minlength=num_experts)
+    ids = ids.flatten()  # not bincount, which reads the largest id back to the host
+    return ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def sum_by_expert(x_MD: Tensor, ids_M: Tensor, num_experts: int) -> Tensor:
-    """Sums of the rows of each expert, ``[N, D]``, in an order that never changes."""
-    if x_MD.device.type == "cpu":  # sequential, so deterministic
-        return x_MD.new_zeros(num_experts, x_MD.shape[1]).index_add_(0, ids_M, x_MD)
-    return F.one_hot(ids_M, num_experts).to(x_MD.dtype).t() @ x_MD
+    """Sums of the rows of each expert, float32 ``[N, D]``, in an order that never changes."""
+    return sum_by_code(x_MD.float(), ids_M.unsqueeze(0), num_experts)[0]
 
 
 def drawn(shape: tuple[int, ...], scale: float, seed: int, *name: int | str) -> Tensor:

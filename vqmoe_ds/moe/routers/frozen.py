@@ -50,7 +50,7 @@ class SMoEDropoutRouter(RandomFrozenRouter):
     @property
     def top_k(self) -> int:
         first, last = self.config.top_k, final_top_k(self.config, self.options)
-        done = min(1.0, int(self.updates) / max(1, self.growth_steps))
+        done = min(1.0, self.steps_taken / max(1, self.growth_steps))
         return int(first + (last - first) * done + 0.5)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import MoEConfig, RouterConfig
+from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.routers.base import (
     Float32Linear,
     KnownRoute,
@@ -76,13 +77,19 @@ class StableMoERouter(StatefulRouter):
         self.light = LightRouter(vocab_size, options.low_dim or LIGHT_DIM, config.num_experts, seed, layer)
         self.register_buffer("table_Vk", torch.zeros(vocab_size, config.top_k, dtype=torch.int64))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))
+        self._frozen = HostMirror()
+
+    @property
+    def in_second_stage(self) -> bool:
+        """``frozen`` as a truth value."""
+        return bool(self._frozen.read(self.frozen))
 
     def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
         if known is None or known.token_ids_T is None:
             raise ValueError("the stablemoe router needs the token ids of its layer's input")
         scores_TN = self.gate(x_TD)
         log_light_TN = self.light(known.token_ids_T).log_softmax(dim=-1)
-        if self.frozen:
+        if self.in_second_stage:
             ids_Tk = self.table_Vk[known.token_ids_T]
             # Nothing, with a gradient of 0: engines wait for the gradient of every weight.
             aux = 0.0 * log_light_TN.sum()
@@ -93,9 +100,9 @@ class StableMoERouter(StatefulRouter):
         return Routing(ids_Tk, scores_TN.gather(1, ids_Tk).sigmoid(), aux)
 
     def learn(self, statistics: Tensor) -> None:
-        if not self.frozen and int(self.updates) + 1 >= self.distil_steps:
+        if not self.in_second_stage and self.steps_taken + 1 >= self.distil_steps:
             self.table_Vk.copy_(self.light.table(self.config.top_k))
-            self.frozen.fill_(1)
+            self._frozen.write(self.frozen, 1)
 
 
 def _gathered(module: nn.Module) -> AbstractContextManager[object]:

@@ -1,0 +1,76 @@
+"""Placing codes on data, on the host: all of them at birth, crowded ones in halves.
+
+Legend: L MoE layers, K codes, C code width, S samples.
+
+Clustering reads thousands of numbers one after another, for each of which a GPU would be waited for: samples and codes
+are copied to the host and the new codes back, once each. ``layers`` leaves the others to other ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_crowded
+from vqmoe_ds.moe.codebook import CodebookBank
+
+ALL_LAYERS = slice(None)
+
+
+def placed(bank: CodebookBank) -> list[Tensor]:
+    """What birth and halving change: codes, running sums and counts, tables; all ``[L, ...]``."""
+    return [bank.codes_LKC, bank.ema_sum_LKC, bank.ema_count_LK, bank.code_map_LK]
+
+
+@torch.no_grad()
+def give_birth(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYERS) -> None:
+    """Place all codes by k-means (or at random samples) and, for the balanced map, draw the table."""
+    book = bank.config
+    iterations = book.kmeans_iterations if book.init == "kmeans" else 0
+    codes_LKC, sums_LKC, counts_LK, tables_LK = host = _on_host(bank, layers)
+    mean_counts_L = (bank.pending[layers][..., -1].sum(dim=1) / bank.num_codes).clamp_min(1.0).cpu()
+    for i, (layer, samples_SC) in enumerate(_numbered(bank, samples_LSC, layers)):
+        generator = torch.Generator().manual_seed(1000003 * (layer + 1))
+        codes_KC, sizes_K = kmeans(samples_SC, bank.num_codes, iterations, generator)
+        codes_LKC[i] = F.normalize(codes_KC, dim=-1) if book.distance == "cosine" else codes_KC
+        counts_LK[i] = sizes_K / sizes_K.sum() * bank.num_codes * mean_counts_L[i]
+        sums_LKC[i] = codes_LKC[i] * counts_LK[i].unsqueeze(-1)
+        if book.code_map == "balanced":
+            tables_LK[i] = balanced_map(sizes_K, bank.num_experts)
+    _from_host(bank, layers, host)
+    bank.mark_born()
+
+
+@torch.no_grad()
+def halve_crowded(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYERS) -> None:
+    """Cut crowded codes in halves as at birth; codes that moved start with the weight of their new clusters.
+
+    Rare tokens gather round codes near the middle of all, which no decay undoes.
+    """
+    crowded_L = bank.crowded_codes()[layers].any(dim=1).tolist()
+    codes_LKC, sums_LKC, counts_LK, _ = host = _on_host(bank, layers)
+    for i, (_, samples_SC) in enumerate(_numbered(bank, samples_LSC, layers)):
+        if not crowded_L[i]:
+            continue
+        codes_KC, sizes_K = split_crowded(samples_SC, codes_LKC[i], bank.config.crowded_above)
+        moved_K = (codes_KC != codes_LKC[i]).any(dim=1)
+        weight = counts_LK[i].sum() / sizes_K.sum()
+        codes_LKC[i] = codes_KC
+        counts_LK[i, moved_K] = sizes_K[moved_K] * weight
+        sums_LKC[i, moved_K] = codes_KC[moved_K] * counts_LK[i, moved_K].unsqueeze(-1)
+    _from_host(bank, layers, host)
+
+
+def _numbered(bank: CodebookBank, samples_LSC: Tensor, layers: slice) -> list[tuple[int, Tensor]]:
+    """Layers by number with their samples on the host."""
+    return list(zip(range(bank.num_layers)[layers], samples_LSC[layers].cpu(), strict=True))
+
+
+def _on_host(bank: CodebookBank, layers: slice) -> list[Tensor]:
+    return [tensor[layers].cpu() for tensor in placed(bank)]
+
+
+def _from_host(bank: CodebookBank, layers: slice, host: list[Tensor]) -> None:
+    for tensor, changed in zip(placed(bank), host, strict=True):
+        tensor[layers] = changed  # on the CPU they are the same memory
