@@ -10,6 +10,7 @@ import torch
 
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
+from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader, config_of, model_of, tokens_of
 from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf
 from vqmoe_ds.checkpoint.load_model import load_model
@@ -127,3 +128,27 @@ def test_what_cannot_be_is_refused_in_one_sentence(saved, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="holds another model: .*w1 is .* there, .* here"):
         load_model(other)
+
+
+def test_precision_is_that_of_parameters_and_never_of_codebooks_or_of_a_routers_state(saved):
+    folder, _ = saved
+    for name in SAVED:
+        low, full = load_model(folder / name, precision="bf16").model, load_model(folder / name).model
+        assert {param.dtype for param in low.parameters()} == {torch.bfloat16}
+        assert {param.dtype for param in full.parameters()} == {torch.float32}
+        assert [b.dtype for b in low.buffers()] == [b.dtype for b in full.buffers()]
+        assert torch.allclose(low(TOKENS)[0].float(), full(TOKENS)[0], atol=0.15)
+    with pytest.raises(ConfigError, match="precision 'int8' is unknown; give bf16 or fp32"):
+        load_model(folder / "zero0-ep2", precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sentence"),
+    [
+        ({"capability": (7, 0)}, "compute capability 7.0; bf16 needs 8.0"),
+        ({}, "moe.expert_hidden=12 is not a multiple of 8, .* in bf16; use 16"),
+    ],
+)
+def test_a_gpu_gets_bf16_and_refuses_what_it_cannot_do(saved, gpus, sentence):
+    with fake_gpus(**gpus), pytest.raises(ConfigError, match=sentence):
+        load_model(saved[0] / "zero0-ep2", device="cuda:0")

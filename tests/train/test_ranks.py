@@ -79,12 +79,6 @@ def test_srun_ranks_agree_on_a_rendezvous_without_talking(environ):
     assert int(os.environ["MASTER_PORT"]) != first, "ranks of the run before may still be dying"
 
 
-def test_a_gpu_of_its_own_is_number_0_for_every_rank(environ):
-    environ(SRUN | {"CUDA_VISIBLE_DEVICES": "3"})
-    assert find_place().local_rank == 1
-    assert os.environ["LOCAL_RANK"] == "0"
-
-
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [

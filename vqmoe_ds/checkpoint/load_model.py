@@ -17,13 +17,17 @@ from vqmoe_ds.checkpoint.adapters import merged
 from vqmoe_ds.checkpoint.huggingface import run_config, tokenizer_of_data
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint, require_language_model
 from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_value
+from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, are_bytes, load_tokenizer
+from vqmoe_ds.device import check_precision
 from vqmoe_ds.errors import CheckpointError, ConfigError
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class LoadedModel:
 
     Attributes:
         config: run configuration of the checkpoint.
-        model: float32, in evaluation mode, its parameters without gradients.
+        model: in evaluation mode, its parameters without gradients.
         tokenizer: that of the training data; None where it cannot be found.
         step: optimizer steps of the run that wrote the checkpoint.
         path: the checkpoint's folder (of a run, that of the tag taken).
@@ -74,6 +78,7 @@ def load_model(
     ep_size: int = 1,
     ep_rank: int = 0,
     device: torch.device | str = "cpu",
+    precision: str | None = None,
 ) -> LoadedModel:
     """Load a run folder, a DeepSpeed tag of any layout, a portable, Hugging Face, Megatron or native folder.
 
@@ -85,11 +90,14 @@ def load_model(
             call this together, and forward passes are collective.
         ep_rank: this rank's place among those, ``rank % ep_size``.
         device: where the model lives.
+        precision: of its parameters, bf16 or fp32; None: bf16 on a GPU, else fp32. Buffers (codebooks, the state of
+            routers) stay float32, as in training.
 
     Raises:
         CheckpointError: nothing there, damaged, a classifier, another model than its configuration says, or another
             tokenizer.
-        ConfigError: ``ep_size`` does not divide the experts.
+        ConfigError: ``ep_size`` does not divide the experts, the precision is none of the two, or the GPU takes not
+            that precision or those widths.
         DataError: the tokenizer named cannot be read.
     """
     reader = merged(open_checkpoint(path))
@@ -97,12 +105,27 @@ def load_model(
     config = run_config(reader.config, reader.path)
     if config.moe.num_experts % ep_size:
         raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
+    dtype = _precision(config, torch.device(device), precision, ep_size)
     found = find_tokenizer(reader, config, tokenizer)
-    model = build_model(reader, config, ep_size, ep_rank).to(device)
+    model = build_model(reader, config, ep_size, ep_rank)
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    model.to(device)
     if ep_size > 1:
         for layer in model.moe_layers():
             layer.set_deepspeed_parallelism()
     return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind)
+
+
+def _precision(config: RunConfig, device: torch.device, asked: str | None, ep_size: int) -> torch.dtype:
+    """The type of parameters, checked against the device."""
+    name = asked or ("bf16" if device.type == "cuda" else "fp32")
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision {name!r} is unknown; give {' or '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        check_precision(device, name, "choose precision fp32")
+        check_widths(config, name, ep_size)
+    return PRECISIONS[name]
 
 
 @torch.no_grad()

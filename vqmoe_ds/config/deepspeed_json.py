@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.config.gpu import check_widths, use_bf16, use_fused_adam
 from vqmoe_ds.config.load import LoadedConfig, nearest_key
 from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.device import uses_gpu
 from vqmoe_ds.errors import ConfigError
 
 TOP_LEVEL_KEYS = [
@@ -27,7 +29,6 @@ TOP_LEVEL_KEYS = [
     "fp16",
     "bf16",
     "bfloat16",
-    "torch_autocast",
     "data_types",
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -67,11 +68,14 @@ TOP_LEVEL_KEYS = [
 """Top-level keys DeepSpeed 0.19.8 reads and this trainer can run with."""
 
 UNSUPPORTED = {
-    "hybrid_engine": "inference engine",
-    "pipeline": "pipeline parallelism",
-    "tensor_parallel": "tensor parallelism",
-    "data_efficiency": "DeepSpeed's data sampler",
+    "hybrid_engine": "(inference engine) is not supported here; remove it",
+    "pipeline": "(pipeline parallelism) is not supported here; remove it",
+    "tensor_parallel": "(tensor parallelism) is not supported here; remove it",
+    "data_efficiency": "(DeepSpeed's data sampler) is not supported here; remove it",
+    "torch_autocast": "is not supported here (grouped products of experts have no autocast, and distances to codes "
+    'would be taken in bf16); write "bf16": {"enabled": true} instead',
 }
+"""Keys that DeepSpeed knows and we refuse, and the rest of the sentence."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
         raise ConfigError(f"DeepSpeed config {path} must be a JSON object")
     for key in values:
         if key in UNSUPPORTED:
-            raise ConfigError(f"DeepSpeed config {path}: {key} ({UNSUPPORTED[key]}) is not supported here; remove it")
+            raise ConfigError(f"DeepSpeed config {path}: {key} {UNSUPPORTED[key]}")
         if key not in TOP_LEVEL_KEYS:
             raise ConfigError(f"DeepSpeed config {path}: top-level key {key!r} is unknown; {_near(key)}")
     checkpoint = values.get("checkpoint")
@@ -140,17 +144,22 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     return values
 
 
-def resolve(path: str, loaded: LoadedConfig, world_size: int, ep_size: int | None = None) -> EngineConfig:
+def resolve(
+    path: str, loaded: LoadedConfig, world_size: int, ep_size: int | None = None, gpu: bool | None = None
+) -> EngineConfig:
     """Join the JSON at ``path`` with the run configuration for ``world_size`` ranks.
+
+    Torch's Adam is fused; on GPUs bf16 is what counts where the JSON says nothing of precision.
 
     Args:
         path: DeepSpeed JSON.
         loaded: run configuration and the fields the user set; these may not contradict a number in the JSON.
         world_size: ranks of the run.
         ep_size: expert-parallel size from the command line, if given.
+        gpu: whether the run goes to GPUs; None: as this process would.
 
     Raises:
-        ConfigError: contradiction, or a size that divides nothing.
+        ConfigError: contradiction, a size that divides nothing, or on GPUs a width that their products do not take.
     """
     values = copy.deepcopy(read_deepspeed_json(path))
     joiner = _Joiner(path, loaded)
@@ -174,7 +183,14 @@ def resolve(path: str, loaded: LoadedConfig, world_size: int, ep_size: int | Non
         if value == "auto":
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
-    return EngineConfig(values, run, size, world_size, micro, accumulation)
+    gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
+    if gpu:
+        use_bf16(values)
+    use_fused_adam(values)
+    config = EngineConfig(values, run, size, world_size, micro, accumulation)
+    if gpu:
+        check_widths(run, config.precision, size)
+    return config
 
 
 class _Joiner:

@@ -235,6 +235,11 @@ class TrainConfig(_Section):
     grad_clip: float = _f(1.0, "gradient norm limit; 0: none", ge=0)
     seed: int = _f(1234, "seed of weights, data order and codes", ge=0)
     activation_checkpointing: bool = _f(False, "recompute every block in backward to save memory")
+    deterministic: bool = _f(
+        True,
+        "on a GPU: bit-exact runs and resumes; false: a faster backward pass of attention, whose sums differ in their "
+        "last bits (on a CPU runs are bit-exact either way)",
+    )
     max_bad_steps: int = _f(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1)
 
 

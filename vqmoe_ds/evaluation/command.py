@@ -9,13 +9,17 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vqmoe_ds.device import memory_errors
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.job import leave_together, watch_peers
 from vqmoe_ds.train.ranks import Place, find_place, likely_rank
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -44,6 +48,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--corruptions", choices=("all",), help="every kind at its own rate")
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
     add("--json", metavar="FILE", help="write every figure there")
+    add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--ep_size", type=int, default=1, metavar="N", help="ranks over which the experts are spread (default 1)")
     add(
         "--peer_timeout",
@@ -114,22 +119,28 @@ def _evaluate(
     # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
     from vqmoe_ds.train.engine import set_up_torch
 
-    set_up_torch(place)
-    with watch_peers(place, console, args.peer_timeout, "start it again"):
-        return _score(args, corruptions, place, console)
+    device = set_up_torch(place)
+    remedy = "lower --batch_size, or spread the experts over more ranks (--ep_size)"
+    with (
+        watch_peers(place, console, args.peer_timeout, "start it again"),
+        memory_errors(place.rank, device, lambda: remedy),
+    ):
+        return _score(args, corruptions, place, console, device)
 
 
 def _score(
-    args: argparse.Namespace, corruptions: tuple[Corruption, ...], place: Place, console: Console
+    args: argparse.Namespace,
+    corruptions: tuple[Corruption, ...],
+    place: Place,
+    console: Console,
+    device: torch.device,
 ) -> tuple[Any, float]:
-    import torch
-
     from vqmoe_ds.checkpoint.load_model import load_model
     from vqmoe_ds.evaluation.evaluate import Options, checked_stride, evaluate
     from vqmoe_ds.evaluation.texts import open_texts
 
-    device = f"cuda:{place.local_rank}" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, place.rank % args.ep_size, device)
+    ep_rank = place.rank % args.ep_size
+    loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, ep_rank, device, args.precision)
     checked_stride(args.stride, loaded.config.model.sequence_length)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)

@@ -30,6 +30,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--top_p", type=float, default=1.0, metavar="P", help="draw among the likeliest that sum to P (default 1: all)")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default 0)")
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
+    add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--no_cache", action="store_true", help="read the whole context anew for every token")
     add("--timing", action="store_true", help="tokens a second of every text, on standard error")
     return parser
@@ -64,13 +65,12 @@ class _Writer:
         self.loaded = self._load()
 
     def _load(self) -> LoadedModel:
-        import torch
-
         from vqmoe_ds.checkpoint.load_model import load_model
+        from vqmoe_ds.device import uses_gpu
         from vqmoe_ds.moe.routers import require_causal
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = load_model(self.options.checkpoint, self.options.tokenizer, device=device)
+        options, device = self.options, "cuda" if uses_gpu() else "cpu"
+        loaded = load_model(options.checkpoint, options.tokenizer, device=device, precision=options.precision)
         require_causal(loaded.config, "generating text")
         loaded.need_tokenizer()
         return loaded

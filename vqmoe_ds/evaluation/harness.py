@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.device import uses_gpu
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
 from vqmoe_ds.moe.routers import require_causal
@@ -41,6 +42,7 @@ class HarnessModel(TemplateLM):
         tokenizer: of the model, where it is not found.
         batch_size: sequences a forward pass; ``auto``: as many as 128 MiB of logits hold.
         device: of the GPU; without one, the CPU.
+        precision: of the weights, bf16 or fp32; none: bf16 on a GPU, fp32 on a CPU.
         seed: of sampling, where a task asks for it.
 
     Raises:
@@ -56,13 +58,14 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
         seed: int = 0,
         max_batch_size: int | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         if not checkpoint:
             raise ConfigError("--model_args names no checkpoint; give checkpoint=PATH")
         # The harness names a GPU by default, whether or not there is one.
-        self._device = torch.device(device or "cuda" if torch.cuda.is_available() else "cpu")
-        self.loaded = load_model(checkpoint, tokenizer, device=self._device)
+        self._device = torch.device(device or "cuda" if uses_gpu() else "cpu")
+        self.loaded = load_model(checkpoint, tokenizer, device=self._device, precision=precision)
         self._tokenizer = self.loaded.need_tokenizer()
         require_causal(self.loaded.config, "the harness")
         self.context = self.loaded.config.model.sequence_length

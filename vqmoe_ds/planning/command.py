@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
+from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.planning.hardware import NETWORK_GBPS, PROCESSORS, Cluster, find_processor
@@ -69,6 +70,8 @@ def _plan(options: argparse.Namespace) -> int:
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
     base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
     _check_positive(options)
+    if options.gpu != "cpu":
+        check_widths(loaded.config, options.precision, max(options.ep_size, default=cluster.ranks))
     # DeepSpeed and the model only now: bad options have been answered.
     from vqmoe_ds.files import write_atomically
     from vqmoe_ds.planning import report

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.device import ACCELERATOR
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.train.cli import config_from_args
 
@@ -51,7 +53,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.world_size is None:
             raise ConfigError("--dry_run needs --world_size, the ranks of the job that is meant")
-        config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size)
+        # A large job is one for GPUs, though none is here.
+        gpu = os.environ.get(ACCELERATOR) != "cpu"
+        config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size, gpu)
         report = dry_run(config, args.rank, args.gpus_per_node, args.ds_config)
     except UserError as error:
         return error.report()
@@ -117,7 +121,9 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
     from deepspeed.utils import groups
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from vqmoe_ds.train.engine import build_no_shared_memory_op
+
+    build_no_shared_memory_op()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False, dist_init_required=False)

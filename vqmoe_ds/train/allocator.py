@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 
-import torch
+from vqmoe_ds.device import uses_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _OTHER_MALLOCS = ("tcmalloc", "jemalloc", "mimalloc")
@@ -24,7 +24,7 @@ def tune_allocator() -> str | None:
         (preloaded, or musl, macOS, Windows), or malloc options the user has set in the environment.
     """
     environment = os.environ
-    if environment.get("VQMOE_KEEP_MALLOC") == "1" or not sys.platform.startswith("linux") or torch.cuda.is_available():
+    if environment.get("VQMOE_KEEP_MALLOC") == "1" or not sys.platform.startswith("linux") or uses_gpu():
         return None
     chosen = any(name.startswith("MALLOC_") and name.endswith("_") for name in environment)
     if chosen or "glibc.malloc" in environment.get("GLIBC_TUNABLES", ""):

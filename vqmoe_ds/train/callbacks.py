@@ -85,7 +85,9 @@ class Metrics(Callback):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         self.meter.counting = False
         config = trainer.session.config.run
-        if not result.taken:
+        if result.searching:
+            self.console.say(f"step {result.step}: fp16 overflow; skipped, and the loss scale falls")
+        elif not result.taken:
             self.console.say(f"step {result.step}: loss or gradient is NaN or infinite; the step was skipped")
         self._results.append(result)
         if result.step % config.run.log_every and result.step != trainer.total_steps:
@@ -238,11 +240,10 @@ class Signals(Callback):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
-        self._received = signal.Signals(number).name
+        self._received, self.asks_to_stop = signal.Signals(number).name, True
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        mark = torch.tensor([0.0 if self._received is None else 1.0], device=trainer.session.device)
-        if float(trainer.session.sum_over_ranks(mark)) > 0:
+        if trainer.stop_asked:
             trainer.stop_reason = self._received or "a signal to another rank"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.device import bind, make_deterministic, uses_gpu
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.transformer import MoETransformer
@@ -24,6 +26,7 @@ from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.train.ranks import Place
 from vqmoe_ds.train.watchdog import meet
+from vqmoe_ds.train.zero import spare_passes
 
 
 @dataclass
@@ -41,12 +44,9 @@ class Session:
     def device(self) -> torch.device:
         return torch.device(self.engine.device)
 
-    def mean_over_ranks(self, values: list[float]) -> list[float]:
-        """Average of host numbers over all ranks, in float64; NaN on one rank is NaN on all."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.place.world_size > 1:
-            deepspeed.comm.all_reduce(tensor)
-        return [float(v) for v in tensor / self.place.world_size]
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Average over all ranks, on the device; NaN on one rank is NaN on all."""
+        return self.sum_over_ranks(tensor) / self.place.world_size
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
@@ -55,28 +55,55 @@ class Session:
         return total
 
 
-def set_up_torch(place: Place, start_timeout: float = 300.0) -> None:
-    """Threads, quiet libraries and process group. Call before building anything.
+def set_up_torch(
+    place: Place,
+    start_timeout: float = 300.0,
+    exact: bool = False,
+    check: Callable[[torch.device], None] | None = None,
+) -> torch.device:
+    """Threads, quiet libraries, this rank's device and the process group. Call before building anything.
 
     Args:
         start_timeout: as ``run.start_timeout``.
+        exact: as ``train.deterministic``.
+        check: of the device, by this rank; a ``ConfigError`` of it is that of all ranks.
+
+    Returns:
+        The device of this rank, the current one from now on.
 
     Raises:
+        ConfigError: the ranks' devices do not go together, or one of them cannot do what is asked.
         PeerLost: the ranks do not find each other in that time.
     """
     warnings.filterwarnings("ignore")
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if not uses_gpu() and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // place.local_world_size))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Or every empty buffer would be written once more.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # DeepSpeed would compile its shared-memory all-reduce now (about a minute of g++ at the first launch). Gloo serves.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    make_deterministic(exact)
+    device, trouble = torch.device("cpu"), None
+    try:
+        device = bind(place)
+        if check is not None:
+            check(device)
+    except ConfigError as error:
+        trouble = str(error)
+    build_no_shared_memory_op()
     if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name()
-        meet(place, backend, start_timeout)
+        meet(place, backend, start_timeout, device, trouble)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    elif trouble is not None:
+        raise ConfigError(trouble)
+    return device
+
+
+def build_no_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce of CPUs (a minute of g++ at the first launch).
+
+    Gloo serves. DeepSpeed looks the operator up in a table that it makes by probing every operator at the first look;
+    a table of our own, with this entry alone, is never made.
+    """
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def build_session(config: EngineConfig, place: Place, json_path: str) -> Session:
@@ -85,7 +112,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     Raises:
         ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks.
     """
-    if config.precision == "fp16" and not torch.cuda.is_available():
+    if config.precision == "fp16" and not uses_gpu():
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
     torch.manual_seed(config.run.train.seed)
     model = build_model(config.run, config.ep_size, config.ep_rank(place.rank))
@@ -100,8 +127,11 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"DeepSpeed config {json_path}: {where}: {first['msg']}") from None
+    spare_passes(engine)
     if config.zero_stage == 0 and config.precision == "fp32":
         clip_over_all_experts(engine)
+    if config.precision == "fp16":
+        fix_loss_scaling(engine)
     sync: CodebookSync | RouterSync | None = RouterSync.of(model)
     if model.bank is not None:
         sync = CodebookSync(model.bank, config.accumulation_steps)
@@ -126,17 +156,30 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
+def checks_gradients(engine: Any) -> bool:
+    """Whether somebody else must look for gradients that are not finite: at stage 0 in fp32 and bf16 the engine steps
+    whatever they are. ZeRO 1 to 3, and fp16 at stage 0, drop such a step by themselves."""
+    return not (engine.zero_optimization() or engine.fp16_enabled())
+
+
+def gradients_bad(engine: Any) -> Tensor:
+    """1 where a gradient of this rank is not finite, else 0: a scalar on the device."""
+    sums = [param.grad.sum().float() for param in engine.module.parameters() if param.grad is not None]
+    return (~torch.isfinite(torch.stack(sums))).any().double()
+
+
 def apply_step(engine: Any, finite: bool) -> bool:
     """Finish an accumulation boundary; return whether the weights moved.
 
-    ZeRO 1 to 3 drop a step whose gradients are not finite by themselves. At stage 0 there is no such check, so the
-    gradients are thrown away here.
+    Args:
+        finite: losses and gradients are, on all ranks; read where ``checks_gradients``: else gradients are thrown away.
     """
-    if engine.zero_optimization():
+    if not checks_gradients(engine):
+        scale = 1.0 if engine.zero_optimization() else engine.optimizer.loss_scale
         engine.step()
+        if scale != 1.0:  # the norm of fp16's stage 0 is that of scaled gradients
+            engine._global_grad_norm = engine._global_grad_norm / scale
         return not bool(getattr(engine.optimizer, "overflow", False))
-    if finite:
-        finite = _gradients_finite(engine)
     if finite:
         engine.step()
         return True
@@ -149,11 +192,31 @@ def apply_step(engine: Any, finite: bool) -> bool:
     return False
 
 
-def _gradients_finite(engine: Any) -> bool:
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    bad = torch.zeros((), device=engine.device)
-    for grad in grads:
-        bad = torch.maximum(bad, (~torch.isfinite(grad.sum())).float())
-    if dist.get_world_size() > 1:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return not bool(bad)
+def fix_loss_scaling(engine: Any) -> None:
+    """Close two gaps of DeepSpeed 0.19.8's fp16.
+
+    At stage 0 its optimizer divides gradients by the loss scale, and ``engine.backward`` scales losses for ZeRO's
+    optimizers alone, so it is done here. At stages 1 to 3 an overflow at the smallest scale raises a bare exception;
+    it becomes a step that is not taken.
+    """
+    if engine.zero_optimization():
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        return
+    backward = engine.backward
+    engine.backward = lambda loss, **options: backward(loss * engine.optimizer.loss_scale, **options)
+
+
+def searches_loss_scale(engine: Any) -> bool:
+    """Whether a step with a finite loss that was not taken belongs to fp16's search for a loss scale.
+
+    The scale starts high (2^16) and falls until no gradient overflows, and now and then it rises to try again: such
+    steps are no sign of trouble, unless the scale is fixed or cannot fall any more.
+    """
+    if not engine.fp16_enabled():
+        return False
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "loss_scale_config"):  # stage 0
+        scale = optimizer.loss_scale_config
+        return bool(scale.dynamic_loss_scale and scale.cur_scale > scale.min_loss_scale)
+    scaler = optimizer.loss_scaler
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from vqmoe_ds.train.lock import RunLock
 from vqmoe_ds.train.ranks import Place, find_place, from_first, likely_rank
 
 if TYPE_CHECKING:
+    import torch
+
     from vqmoe_ds.data.batches import Batches
     from vqmoe_ds.train.callbacks import MetricsFile
     from vqmoe_ds.train.engine import Session
@@ -105,14 +108,60 @@ def _work(start: Start, job: Job) -> int:
 
     tuned = tune_allocator()
     # Heavy imports only now: bad input has been answered, and their chatter goes to the log.
+    from vqmoe_ds.device import memory_errors
     from vqmoe_ds.train.engine import set_up_torch
 
     if tuned:
         job.console.say(tuned)
-    output = job.config.run.run
-    set_up_torch(job.place, output.start_timeout)
-    with watch_peers(job.place, job.console, output.peer_timeout):
+    run, place = job.config.run, job.place
+    device = set_up_torch(place, run.run.start_timeout, run.train.deterministic, partial(check_device, job))
+    if device.type == "cuda":
+        for line in _on_gpu(job.config, device):
+            job.console.say(line)
+    with (
+        watch_peers(place, job.console, run.run.peer_timeout),
+        memory_errors(place.rank, device, partial(_what_would_fit, job, device)),
+    ):
         return start.work(replace(job, run_dir=from_first(job.run_dir)))
+
+
+def check_device(job: Job, device: torch.device) -> None:
+    """Refuse a GPU that cannot run the job.
+
+    Raises:
+        ConfigError: it has no bf16, or too little memory whatever happens.
+    """
+    if device.type != "cuda":
+        return
+    from vqmoe_ds.device import check_precision, total_memory
+    from vqmoe_ds.planning.fit import too_large
+
+    remedy = (
+        f'in DeepSpeed config {job.json_path} set "fp16": {{"enabled": true}}, or "bf16": {{"enabled": false}} for fp32'
+    )
+    check_precision(device, job.config.precision, remedy)
+    sentence = too_large(job.config, job.place.rank, total_memory(device))
+    if sentence is not None:
+        raise ConfigError(sentence)
+
+
+def _what_would_fit(job: Job, device: torch.device) -> str:
+    from vqmoe_ds.device import total_memory
+    from vqmoe_ds.planning.fit import advice
+
+    return advice(job.config, job.place.rank, total_memory(device))
+
+
+def _on_gpu(config: EngineConfig, device: torch.device) -> list[str]:
+    """What the user should know of a run on GPUs: the card, and the choices that are made for it."""
+    from vqmoe_ds.config.gpu import attention_hint
+    from vqmoe_ds.device import describe
+
+    params, exact = config.deepspeed["optimizer"].get("params", {}), config.run.train.deterministic
+    adam = ", fused Adam" if params.get("fused") else ""
+    sums = "deterministic (bit-exact resume)" if exact else "fast attention backward (not bit-exact)"
+    hint = attention_hint(config.run, config.precision)
+    return [f"GPU: {describe(device)}; {config.precision}{adam}; {sums}", *([hint] if hint else [])]
 
 
 # ---------------------------------------------------------------- the run itself

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from vqmoe_ds.data.batches import MASKED, Batch, Batches
 from vqmoe_ds.errors import TrainingHalted
-from vqmoe_ds.train.engine import Session, apply_step, set_learning_rate
+from vqmoe_ds.train.engine import (
+    Session,
+    apply_step,
+    checks_gradients,
+    gradients_bad,
+    searches_loss_scale,
+    set_learning_rate,
+)
 from vqmoe_ds.train.schedule import learning_rate
 
 
@@ -29,6 +36,8 @@ class StepResult:
     learning_rate: float
     taken: bool
     """False where a NaN or infinite loss or gradient made the step a no-op."""
+    searching: bool
+    """Whether it was a no-op because fp16 looks for its loss scale, which is no sign of trouble."""
     seconds: float
     data_seconds: float
     """Part of ``seconds`` in which this rank read its batches."""
@@ -40,6 +49,9 @@ class StepResult:
 
 class Callback:
     """Hooks of the loop; all ranks call them in the same order, so they may communicate."""
+
+    asks_to_stop = False
+    """Read once per step on every rank; where one asks, all learn of it (``Trainer.stop_asked``)."""
 
     def on_start(self, trainer: Trainer) -> None: ...
 
@@ -69,6 +81,8 @@ class Trainer:
     resumed_at: tuple[int, int] = (0, 0)
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    stop_asked: bool = False
+    """Whether a callback of any rank asked to stop when the last step's losses were averaged."""
     stop_reason: str | None = None
     """What cut the run short, to be resumed."""
     done: bool = False
@@ -106,54 +120,86 @@ class Trainer:
             callback.on_end(self)
 
     def train_step(self) -> StepResult:
-        """All micro-batches of one optimizer step, the step itself, and that of codebooks or routers."""
+        """All micro-batches of one optimizer step, the step itself, and that of codebooks or routers.
+
+        Losses stay on the device: one copy to the host per optimizer step brings them, with everything that decides
+        whether the step counts and whether training goes on.
+        """
         started = time.perf_counter()
         session, train = self.session, self.session.config.run.train
-        engine, rounds = session.engine, session.config.accumulation_steps
         rate = learning_rate(self.step, train)
         if "scheduler" not in session.config.deepspeed:
-            set_learning_rate(engine, rate)
+            set_learning_rate(session.engine, rate)
         batches = self.batches.micro_batches(
             self.samples, session.place.rank, session.place.world_size, session.config.micro_batch
         )
         data_seconds = time.perf_counter() - started
-        weights, bytes_per_token = self._weigh(batches)
-        losses, taken = [], True
-        for micro, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+        means = self._run_micro_batches(batches)
+        if checks_gradients(session.engine):  # the engine would step whatever the gradients are
+            means["bad"] = gradients_bad(session.engine)
+        reduced = session.mean_over_ranks(torch.stack([value.double() for value in means.values()]))
+        if "bad" in means:
+            mean = dict(zip(means, reduced.tolist(), strict=True))
+            taken = apply_step(session.engine, math.isfinite(mean["loss"] + mean["aux"]) and mean["bad"] == 0)
+        else:
+            taken = apply_step(session.engine, True)
+            mean = dict(zip(means, reduced.tolist(), strict=True))
+            taken = taken and math.isfinite(mean["loss"] + mean["aux"])
+        self._step_routers(taken)
+        return self._account(mean, taken, rate, started, data_seconds)
+
+    def _run_micro_batches(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Forward and backward of this rank; what is to be averaged over ranks, as scalars on the device."""
+        session, rounds = self.session, self.session.config.accumulation_steps
+        engine, sums = session.engine, torch.zeros(2, dtype=torch.float64, device=self.session.device)
+        weights, sizes = self._weigh(batches)
+        for micro, batch in enumerate(batches):
             lm_loss, aux_loss = engine(self._tensor(batch.inputs_BS), self._tensor(batch.targets_BS))
-            if weight is not None:
-                lm_loss = lm_loss * weight
+            if weights is not None:
+                lm_loss = lm_loss * weights[micro].to(lm_loss.dtype)
+            if micro == rounds - 1 and session.sync is not None:
+                session.sync.start()  # all statistics are in: their reduction runs beside backward
             engine.backward(lm_loss + aux_loss)
-            losses.append([float(lm_loss.detach()), float(aux_loss.detach()), batch.tokens])
+            sums += torch.stack([lm_loss.detach(), aux_loss.detach()])
             if micro < rounds - 1:
                 engine.step()
-        mean = [sum(column) / rounds for column in zip(*losses, strict=True)]
-        loss, aux, tokens = session.mean_over_ranks(mean)
-        tokens *= rounds * session.place.world_size
-        taken = apply_step(engine, math.isfinite(loss + aux)) and math.isfinite(loss + aux)
-        self._step_routers(taken)
-        self.step += 1
-        self.bad_steps += not taken
-        self.bad_in_a_row = 0 if taken else self.bad_in_a_row + 1
-        seconds = time.perf_counter() - started
-        return StepResult(self.step, loss, aux, rate, taken, seconds, data_seconds, bytes_per_token, round(tokens))
+        asked = any(callback.asks_to_stop for callback in self.callbacks)
+        tokens, asked_to_stop = self._tensor(np.array([sum(b.tokens for b in batches), asked], dtype=np.float64))
+        return {"loss": sums[0] / rounds, "aux": sums[1] / rounds, "tokens": tokens, "asked": asked_to_stop, **sizes}
 
-    def _weigh(self, batches: list[Batch]) -> tuple[list[float | None], float | None]:
-        """Weight of each micro-batch's mean loss in the mean over all targets of the step; bytes a target.
+    def _weigh(self, batches: list[Batch]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Weight of each micro-batch's mean loss in the mean over all targets of the step; targets and their bytes.
 
         The engine takes the mean over all micro-batches of all ranks. Where nothing is masked that is the mean over
         all targets, and there is nothing to do; else micro-batches count by their unmasked targets.
         """
         if not self.batches.masked:
-            return [None] * len(batches), None if batches[0].bytes_B is None else 1.0
-        counts = [int((batch.targets_BS != MASKED).sum()) for batch in batches]
+            one = torch.ones((), dtype=torch.float64, device=self.session.device)
+            return None, {} if batches[0].bytes_B is None else {"targets": one, "bytes": one}
+        counts = np.array([(batch.targets_BS != MASKED).sum() for batch in batches])
         known = all(batch.bytes_B is not None for batch in batches)
         bytes_here = sum(int(batch.bytes_B.sum()) for batch in batches if batch.bytes_B is not None)
-        here = torch.tensor([sum(counts), bytes_here], dtype=torch.float64, device=self.session.device)
-        targets, target_bytes = (float(v) for v in self.session.sum_over_ranks(here))
-        micro_batches = len(batches) * self.session.place.world_size
-        weights: list[float | None] = [count * micro_batches / max(targets, 1.0) for count in counts]
-        return weights, target_bytes / max(targets, 1.0) if known else None
+        here = self._tensor(np.array([counts.sum(), bytes_here, *counts], dtype=np.float64))
+        targets, target_bytes = self.session.sum_over_ranks(here[:2])
+        weights = here[2:] * (len(batches) * self.session.place.world_size) / targets.clamp_min(1.0)
+        return weights, {"targets": targets, "bytes": target_bytes} if known else {"targets": targets}
+
+    def _account(
+        self, mean: dict[str, float], taken: bool, rate: float, started: float, data_seconds: float
+    ) -> StepResult:
+        """Count the step, and say how it went."""
+        self.step += 1
+        self.stop_asked = mean["asked"] > 0
+        finite = math.isfinite(mean["loss"] + mean["aux"])
+        searching = not taken and finite and searches_loss_scale(self.session.engine)
+        bad = not taken and not searching
+        self.bad_steps += bad
+        self.bad_in_a_row = 0 if taken else self.bad_in_a_row + bad
+        bytes_per_token = mean["bytes"] / max(mean["targets"], 1.0) if "bytes" in mean else None
+        tokens = round(mean["tokens"] * self.session.place.world_size)
+        seconds = time.perf_counter() - started
+        outcome = (self.step, mean["loss"], mean["aux"], rate, taken, searching)
+        return StepResult(*outcome, seconds, data_seconds, bytes_per_token, tokens)
 
     def _step_routers(self, taken: bool) -> None:
         session = self.session
@@ -167,8 +213,10 @@ class Trainer:
         if source is not None and source.follows:
             source.follow(full_embedding(session))
 
-    def _tensor(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(ids).to(self.session.device).contiguous()
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        """On the device, without waiting for it."""
+        tensor, device = torch.from_numpy(np.ascontiguousarray(values)), self.session.device
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     def _give_up_if_hopeless(self) -> None:
         limit = self.session.config.run.train.max_bad_steps

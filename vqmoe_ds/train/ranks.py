@@ -71,7 +71,7 @@ def find_place(local_rank: int | None = None) -> Place:
     launcher = _launcher()
     place = Place(0, 1, 0, 1) if launcher is None else _read(launcher, local_rank)
     _check(place, launcher)
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(_device(place)))
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     # Without LOCAL_SIZE DeepSpeed starts a process at every ZeRO-3 gather.
     os.environ.setdefault("LOCAL_SIZE", str(place.local_world_size))
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -149,13 +149,6 @@ def _check(place: Place, launcher: _Launcher | None) -> None:
                 f"{launcher.name if launcher else 'nobody'} says that this is {kind} {one} of {all_}, which cannot be; "
                 "look for variables of another launcher in the environment (env | grep -E 'RANK|SIZE|SLURM')"
             )
-
-
-def _device(place: Place) -> int:
-    """The local rank for choosing a GPU: where the launcher shows every rank its own GPU only, that is number 0."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = len(visible.split(",")) if visible else place.local_world_size
-    return place.local_rank % devices
 
 
 def _tasks_here(world: int) -> int:

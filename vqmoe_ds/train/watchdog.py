@@ -15,14 +15,19 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
-from vqmoe_ds.errors import UserError
+from vqmoe_ds.device import Seat, contradiction, seat
+from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.train.ranks import Place
+
+CPU = torch.device("cpu")
 
 
 class PeerLost(UserError):
@@ -35,19 +40,24 @@ class PeerLost(UserError):
         self.exit_code = exit_code
 
 
-def meet(place: Place, backend: str, seconds: float) -> None:
+def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU, trouble: str | None = None) -> None:
     """Set up the default process group; the ranks find each other at ``MASTER_ADDR:MASTER_PORT``.
 
     Args:
         seconds: for which they wait for each other.
+        device: this rank's, already the current one.
+        trouble: why this rank cannot run on it: then all ranks leave with that sentence.
 
     Raises:
+        ConfigError: a rank is in trouble, the ranks' devices do not go together, or NCCL does not start.
         PeerLost: rank 0 cannot be reached, or not all ranks came in time.
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=default_pg_timeout)
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        verdict = _compare_devices(store, place, seat(device, trouble))
+        if not verdict:
+            _start_backend(backend, place, device, store)
     except (RuntimeError, ValueError, OSError) as error:  # those of torch.distributed are RuntimeErrors
         reason = str(error).splitlines()[0]
         what = f"rank {place.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port}"
@@ -58,6 +68,50 @@ def meet(place: Place, backend: str, seconds: float) -> None:
         lost = PeerLost(f"{what} ({reason}); look at the other ranks' logs, MASTER_ADDR, MASTER_PORT and firewalls")
         lost.local = place.local_rank == 0
         raise lost from None
+    if verdict:
+        raise ConfigError(verdict)
+
+
+def _compare_devices(store: Any, place: Place, here: Seat) -> str:
+    """What keeps the ranks from running on their devices, the same on all of them; empty: nothing."""
+    if place.world_size == 1:
+        return contradiction([here]) or ""
+    store.set(f"seat{place.rank}", json.dumps(asdict(here)))
+    if place.rank == 0:
+        found = store.multi_get([f"seat{rank}" for rank in range(place.world_size)])
+        verdict = contradiction([Seat(**json.loads(text)) for text in found]) or ""
+        store.set("seats", verdict)
+        if verdict:  # rank 0 carries the store: the others read the verdict before it leaves
+            with suppress(RuntimeError):
+                store.multi_get([f"seen{rank}" for rank in range(1, place.world_size)])
+        return verdict
+    verdict = store.get("seats").decode()
+    store.set(f"seen{place.rank}", "1")
+    return verdict
+
+
+def _start_backend(backend: str, place: Place, device: torch.device, store: Any) -> None:
+    # A bound device makes NCCL connect now, and not to GPU 0 of every rank; a single rank has nobody to connect to.
+    bound = device if backend == "nccl" and place.world_size > 1 else None
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=default_pg_timeout,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            device_id=bound,
+        )
+    except RuntimeError as error:
+        if backend != "nccl":
+            raise
+        failed = ConfigError(
+            f"NCCL does not start on rank {place.rank} ({device} of {socket.gethostname()}): "
+            f"{str(error).splitlines()[0]}; run again with NCCL_DEBUG=INFO to see why, and try NCCL_SOCKET_IFNAME=(the "
+            "network between the nodes), NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
+        )
+        failed.local = place.local_rank == 0
+        raise failed from None
 
 
 class Watchdog:

@@ -1,0 +1,98 @@
+"""What the processor asks of a configuration: fused Adam; on GPUs widths that grouped products take, and bf16.
+
+``torch._grouped_mm`` (PyTorch 2.11 to 2.13, ``aten/src/ATen/native/GroupedMMUtils.h``) wants rows that start at
+multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.errors import ConfigError
+
+WIDTH_STEP = {"bf16": 8, "fp16": 8, "fp32": 4}
+"""16 bytes, in values."""
+MOST_LOCAL_EXPERTS = 1023
+"""Groups of one ``torch._grouped_mm``."""
+WIDEST_FUSED_HEAD = 256
+"""Features of an attention head that flash attention takes."""
+
+
+def check_widths(run: RunConfig, precision: str, ep_size: int = 1) -> None:
+    """Refuse experts that the grouped products of GPUs cannot take.
+
+    Args:
+        precision: bf16, fp16 or fp32.
+        ep_size: ranks over which the experts are spread.
+
+    Raises:
+        ConfigError: a width that is no multiple of 16 bytes (the next one is named), or too many experts a GPU.
+    """
+    if run.moe.router is Router.DENSE:
+        return
+    model, step, local = run.model, WIDTH_STEP[precision], run.moe.num_experts // ep_size
+    good = step if model.head_width else math.lcm(step, 2 * model.heads)  # heads take an even share each
+    for name, width, next_to in (
+        ("model.width", model.width, good),
+        ("moe.expert_hidden", run.moe.expert_hidden, step),
+    ):
+        if width % step:
+            raise ConfigError(
+                f"{name}={width} is not a multiple of {step}, as grouped products on a GPU need in {precision}; "
+                f"use {-(-width // next_to) * next_to}"
+            )
+    if local > MOST_LOCAL_EXPERTS:
+        raise ConfigError(
+            f"moe.num_experts={run.moe.num_experts} over expert-parallel size {ep_size} leaves {local} experts a GPU, "
+            f"and grouped products take {MOST_LOCAL_EXPERTS}; raise --ep_size"
+        )
+
+
+def attention_hint(run: RunConfig, precision: str) -> str | None:
+    """Why attention would keep all scores in memory, in one sentence; None where a fused kernel takes it.
+
+    Flash attention (bf16, fp16) pads heads to multiples of 8; the memory-efficient kernel, the only one for fp32, takes
+    multiples of 4 (ATen ``sdp_utils.cpp``). What neither takes is computed, slower, by PyTorch's formula.
+    """
+    width, low = run.model.attention_width // run.model.heads, precision != "fp32"
+    if width % WIDTH_STEP[precision] == 0 or (low and width <= WIDEST_FUSED_HEAD):
+        return None
+    step = WIDTH_STEP[precision]
+    return (
+        f"no fused attention for heads of width {width} in {precision}: scores of all pairs of positions are kept; "
+        f"a multiple of {step} is faster (model.head_width)"
+    )
+
+
+def use_bf16(values: dict[str, Any]) -> None:
+    """Turn bf16 on in a DeepSpeed JSON that says nothing of precision; ``"bf16": {"enabled": false}`` is fp32.
+
+    Sums over micro-batches are float32 at ZeRO-2 and 3: without, ZeRO-2 also keeps whole gradients of which a rank
+    needs a part. Stage 0 has no such sums, stage 1 would become another optimizer (DeepSpeed's ``BF16_Optimizer``), and
+    with the optimizer on the host none were tried.
+    """
+    if "bf16" in values or "fp16" in values:
+        return
+    values["bf16"] = {"enabled": True}
+    if int(values.get("zero_optimization", {}).get("stage", 0)) >= 2 and not _offloads(values):
+        values["data_types"] = {"grad_accum_dtype": "fp32", **values.get("data_types", {})}
+
+
+def use_fused_adam(values: dict[str, Any]) -> None:
+    """Have torch's Adam update weights in one pass over memory, unless the JSON names ``fused`` or ``foreach``.
+
+    DeepSpeed hands the option through to ``torch.optim`` (``get_optimizer_configuration``); an optimizer on the host is
+    left as it is.
+    """
+    optimizer = values.get("optimizer", {})
+    params = optimizer.get("params", {})
+    is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and params.get("torch_adam")
+    if is_adam and not _offloads(values) and not {"fused", "foreach"} & params.keys():
+        params["fused"] = True
+
+
+def _offloads(values: dict[str, Any]) -> bool:
+    section = values.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"

@@ -1,0 +1,105 @@
+"""ZeRO 1 and 2 without the passes over the gradients that change nothing (DeepSpeed 0.19.8).
+
+On a CPU a step of the optimizer is memory traffic, and experts are most of the memory: each pass over their gradients
+costs as much as a seventh of Adam. docs/performance.md has the figures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def spare_passes(engine: Any) -> None:
+    """Replace methods of the engine's ZeRO 1 or 2 optimizer by ones with the same results; other engines stay.
+
+    Each replacement leaves to DeepSpeed's own method what is not its case.
+    """
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    if dist.get_world_size(group=optimizer.dp_process_group) == 1:
+        optimizer.gradient_average = False  # divides every gradient by 1
+    _reduce_no_group_of_one(optimizer)
+    _copy_no_gradient_that_owns_its_memory(optimizer)
+    _norm_in_blocks(optimizer)
+    if torch.device(optimizer.device).type == "cpu":
+        _clip_only_above_the_limit(optimizer)
+
+
+def _reduce_no_group_of_one(optimizer: Any) -> None:
+    """A group of one rank has nobody to reduce with: DeepSpeed would copy its gradients onto themselves."""
+    reduce = optimizer.allreduce_no_retain
+
+    def reduce_if_shared(
+        bucket: list[Tensor], *args: Any, process_group: Any = None, output_bucket: Any = None, **options: Any
+    ) -> None:
+        group = optimizer.dp_process_group if process_group is None else process_group
+        if dist.get_world_size(group=group) > 1:
+            return reduce(bucket, *args, process_group=process_group, output_bucket=output_bucket, **options)
+        for gradient, output in zip(bucket, output_bucket or [None] * len(bucket), strict=True):
+            optimizer._add_to_grad_partition_buffer(output, gradient)
+
+    optimizer.allreduce_no_retain = reduce_if_shared
+
+
+def _copy_no_gradient_that_owns_its_memory(optimizer: Any) -> None:
+    """Gradients larger than a bucket are reduced where they are: no later bucket will overwrite them."""
+    copy = optimizer.copy_grads_in_partition
+
+    def copy_out_of_buckets(param: Tensor, group_idx: int | None = None) -> None:
+        gradient = optimizer.get_gradient_for_reduction(param)
+        large = optimizer.contiguous_gradients and param.numel() > optimizer.reduce_bucket_size
+        if optimizer.cpu_offload or not large or gradient is None or group_idx is None:
+            return copy(param, group_idx)
+        if optimizer._use_compact_grad_partition_buffer(group_idx):
+            return copy(param, group_idx)
+
+    optimizer.copy_grads_in_partition = copy_out_of_buckets
+
+
+def _norm_in_blocks(optimizer: Any) -> None:
+    """The norm of all gradients, in float64 over blocks of float32: DeepSpeed writes each gradient in float64 first."""
+
+    def norm(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
+        squares = [block_norms(g).square().sum() for g in gradients if not getattr(g, "_zero_padding", False)]
+        zero = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+        total = sum(squares, zero).float()
+        dist.all_reduce(total, group=optimizer.dp_process_group)
+        total = total.sqrt()
+        mask_nan_or_inf_with_val_inplace(total, device=optimizer.device)  # -1, by which step() knows it
+        return total
+
+    optimizer.get_grad_norm_direct = norm
+
+
+def block_norms(gradient: Tensor) -> Tensor:
+    """Norms of consecutive blocks of a gradient, float64 ``[blocks]``.
+
+    Short blocks, since float32 sums of millions of squares lose three digits.
+    """
+    flat = gradient.detach().flatten()
+    whole = len(flat) // BLOCK * BLOCK
+    parts = [flat[:whole].view(-1, BLOCK), flat[whole:].view(1, -1)]
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]).double()
+
+
+BLOCK = 4096
+
+
+def _clip_only_above_the_limit(optimizer: Any) -> None:
+    """A norm within the limit scales gradients by 1; reading it costs nothing on a CPU."""
+    clip = optimizer.unscale_and_clip_grads
+
+    def clip_if_needed(gradients: list[Tensor], norm: Tensor) -> None:
+        within = optimizer.clip_grad > 0 and 0 <= float(norm) <= optimizer.clip_grad - 1e-6
+        if not within or optimizer.loss_scale != 1.0:
+            clip(gradients, norm)
+
+    optimizer.unscale_and_clip_grads = clip_if_needed
