@@ -5,6 +5,9 @@
 # make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
 # make test-cluster   the launchers on a real SLURM cluster of virtual nodes; installs Debian's SLURM if missing, and skips
 #                     with the reason where that cannot be (not root, no namespaces, no packages)
+# make test-gpu   on a machine with a GPU, with its own python3: that what only a GPU runs is right (docs/gpu.md)
+# make bench-gpu  the same machine: all ten checks of benchmarks/gpu.py, in 8 minutes; ARGS='--checks 0 4 7 8 9' leaves
+#                 out those that test-gpu runs, so that both together take 9 minutes
 # make bench      the first tables of docs/performance.md: a layer (benchmarks/layer.py), whole steps (benchmarks/step.py)
 
 PYTHON ?= python3
@@ -12,7 +15,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster compare-smoke lint bench clean
+.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster test-gpu compare-smoke lint bench bench-gpu clean
 
 pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
@@ -30,6 +33,12 @@ test-cluster: setup-dev
 	@if tests/cluster/cluster.sh can; then VQMOE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster --durations=0 -v $(ARGS); \
 	elif [ $$? = 2 ]; then echo "make test-cluster: skipped, for this machine cannot have a cluster"; else exit 1; fi
 
+test-gpu:
+	@$(PYTHON) -m pytest tests -m gpu -rs $(ARGS)
+
+bench-gpu:
+	@$(PYTHON) benchmarks/gpu.py $(ARGS)
+
 compare-smoke: setup
 	@rm -rf runs/compare-smoke
 	@$(BIN)/python tools/compare_routers.py benchmarks/grids/smoke.yaml --out runs/compare-smoke --jobs 2 $(ARGS)
@@ -43,10 +52,10 @@ bench: setup
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
-$(VENV)/.installed: requirements.txt pyproject.toml tools/setup_venv.sh
+$(VENV)/.installed: requirements.txt constraints.txt pyproject.toml tools/setup_venv.sh
 	@PYTHON=$(PYTHON) sh tools/setup_venv.sh $(VENV) requirements.txt && touch $@
 
-$(VENV)/.installed-dev: requirements.txt requirements-dev.txt pyproject.toml tools/setup_venv.sh
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt constraints.txt pyproject.toml tools/setup_venv.sh
 	@PYTHON=$(PYTHON) sh tools/setup_venv.sh $(VENV) requirements-dev.txt && touch $@ $(VENV)/.installed
 
 clean:

@@ -58,7 +58,8 @@ class OneExpert(nn.Module):
         self.experts = StackedExperts(width, hidden, 1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        y: Tensor = self.experts(x_BSD.flatten(0, 1), [x_BSD.shape[0] * x_BSD.shape[1]])
+        x_TD = x_BSD.flatten(0, 1)
+        y: Tensor = self.experts(x_TD, torch.tensor([len(x_TD)]))
         return y.view_as(x_BSD)
 
 

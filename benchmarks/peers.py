@@ -10,9 +10,9 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
@@ -20,6 +20,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.layer import MoE
 from measuring import seconds
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,6 +28,7 @@ from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, Router
 from vqmoe_ds.models.transformer import DenseMLP
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.train.engine import build_no_shared_memory_op
 
 PEERS = ("deepspeed MoE, drops", "deepspeed MoE, dropless", "deepspeed AutoEP")
 
@@ -35,7 +37,7 @@ def join_group(rank: int = 0, world: int = 1, port: int | None = None) -> None:
     """Start gloo without DeepSpeed's shared-memory extension, which would be compiled first."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port or free_port()}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    build_no_shared_memory_op()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
@@ -131,6 +133,37 @@ def build_layer(name: str, width: int, hidden: int, experts: int) -> nn.Module:
         if isinstance(module, MoE | AutoEPMoELayer):
             module.set_deepspeed_parallelism()
     return layer
+
+
+class _Undrawn(TorchFunctionMode):
+    """Random initial values are left out: on the CPU they take minutes for layers of the size of a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs.get("tensor", args[0] if args else None)
+        if func is torch.randn:
+            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def build_on(device: torch.device, dtype: torch.dtype, build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A module built and drawn on the device: matrices normal, of 1 / sqrt(fan in), and codes of unit features.
+
+    Parameters are cast to ``dtype``; buffers stay as they are, as under DeepSpeed's bf16.
+    """
+    with torch.device(device), _Undrawn():
+        module = build()
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    for bank in (part for part in module.modules() if isinstance(part, CodebookBank)):
+        bank.codes_LKC.normal_()
+        bank.ema_sum_LKC.copy_(bank.codes_LKC)
+    return module
 
 
 def copy_bandwidth(megabytes: int = 256) -> float:

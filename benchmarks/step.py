@@ -14,6 +14,7 @@ router must. The second table says where the time of a step of ours goes, the ba
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from floors import floors
 from measuring import table, write_json
 from peers import PEERS, NativeMoE, auto_ep, free_port, join_group
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 import vqmoe_ds.models.transformer as transformer
 import vqmoe_ds.moe.dispatch as dispatch
 import vqmoe_ds.moe.experts as experts
+import vqmoe_ds.moe.kernels.combine as combine
 import vqmoe_ds.moe.layer as layer
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, ModelConfig, MoEConfig, Router, RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
@@ -48,8 +51,10 @@ from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.train.allocator import tune_allocator
 from vqmoe_ds.train.engine import parameter_groups
+from vqmoe_ds.train.zero import spare_passes
 
 OURS = {"ours": CodeSource.CONTEXT, "ours, layer by layer": CodeSource.LAYER_STATE}
+ZERO_2 = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 SEARCH, BOOKKEEPING, SYNC = "code search", "code statistics", "codebook sync"
 
 
@@ -101,8 +106,18 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answ
             if repetition >= 3:
                 times[name].append((time.perf_counter() - start) * 1e3)
                 parts[name].append({part: spent * 1e3 for part, spent in clock.spent.items()})
+    owned = sum(p.numel() for p in next(iter(variants.values())).engine.module.parameters())
+    lowest = floors(options, ranks, owned)
     if rank == 0:
-        answers.put({"ranks": ranks, "threads": torch.get_num_threads(), "times": dict(times), "parts": dict(parts)})
+        answers.put(
+            {
+                "ranks": ranks,
+                "threads": torch.get_num_threads(),
+                "times": dict(times),
+                "parts": dict(parts),
+                "floors": lowest,
+            }
+        )
     dist.barrier()
 
 
@@ -117,14 +132,15 @@ class Variant:
         settings = {
             "train_micro_batch_size_per_gpu": options.tokens // options.sequence // ranks,
             "gradient_clipping": 1.0,
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-            "zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_scatter": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
+            "zero_optimization": json.loads(ZERO_2.read_text())["zero_optimization"],
             "steps_per_print": 1_000_000,
             **precision,
         }
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, 0.1), config=settings, dist_init_required=False
         )
+        spare_passes(self.engine)
         self.sync = CodebookSync(model.bank) if model.bank is not None else None
         if self.sync is not None:
             self.sync.broadcast()
@@ -135,6 +151,8 @@ class Variant:
         shape = (self.options.tokens // self.options.sequence // self.ranks, self.options.sequence + 1)
         tokens = torch.randint(256, shape, generator=generator)
         loss, aux_loss = self.engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        if self.sync is not None:
+            self.sync.start()
         self.engine.backward(loss + aux_loss)
         with self.clock("optimizer and ZeRO"):
             self.engine.step()
@@ -228,11 +246,11 @@ class Clock:
         both = ("forward", "backward")
         self.watch(EmbeddingSource, ["forward"], SEARCH)
         self.watch(CodebookBank, ["prepare", "lookup", "lookup_all"], SEARCH)
-        self.watch(CodebookBank, ["observe"], BOOKKEEPING)
-        self.watch(transformer, ["make_plans"], "dispatch")
-        self.watch(layer, ["make_plans", "expand_rows", "_combine"], "dispatch")
-        self.watch(dispatch._Permute, both, "dispatch")
-        self.watch(dispatch._Expand, both, "dispatch")
+        self.watch(CodebookBank, ["observe_all"], BOOKKEEPING)
+        self.watch(transformer, ["make_plans", "sort_rows"], "dispatch")
+        self.watch(layer, ["sort_rows", "merge_rows", "plans_of", "expand_rows", "combine"], "dispatch")
+        self.watch(combine.PermuteRows, both, "dispatch")
+        self.watch(combine._Expand, both, "dispatch")
         self.watch(dispatch._AllToAll, both, "all-to-all")
         self.watch(dispatch, ["_exchange_counts"], "all-to-all")
         for function in (experts._PlainExperts, experts.CompiledExperts):
@@ -258,7 +276,15 @@ def report(run: dict[str, Any], options: argparse.Namespace) -> str:
         for name, times in run["times"].items()
     ]
     text = title + "\n\n" + table(["variant", "ms best", "median", "/ ours"], rows)
-    return text + "\n\n" + breakdown(run)
+    return text + "\n\n" + breakdown(run) + "\n\n" + floor_table(run, reference)
+
+
+def floor_table(run: dict[str, Any], best: float) -> str:
+    """What the parts cost at least (benchmarks/floors.py), and the best step of ours as a multiple of their sum."""
+    lowest: dict[str, float] = run["floors"]
+    rows = [[part, f"{value:.1f}"] for part, value in lowest.items()]
+    rows.append(["**sum**; ours is " + f"{best / sum(lowest.values()):.2f} times that", f"{sum(lowest.values()):.1f}"])
+    return table(["floor of", "ms"], rows)
 
 
 def breakdown(run: dict[str, Any]) -> str:

@@ -1,16 +1,53 @@
-"""One thread for everybody: results do not depend on the machine's cores, and ranks may be forked from here."""
+"""One thread for everybody: results do not depend on the machine's cores, and ranks may be forked from here.
+
+Tests marked ``gpu`` need a process of their own: DeepSpeed chooses between CPU and GPU once, at its import, Triton
+between its interpreter and its compiler, and ranks cannot be forked from a process that has touched a GPU. So they run
+under ``-m gpu`` alone (``make test-gpu``), and only their files are imported then: a GPU machine may lack what others
+need.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def _only_gpu(config: pytest.Config) -> bool:
+    return config.getoption("markexpr") == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _only_gpu(config) and torch.cuda.device_count():
+        os.environ.update(DS_ACCELERATOR="cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not _only_gpu(config) or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text()
+    return None if "mark.gpu" in text or "from tests.kernels import" in text else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reason = None
+    if not torch.cuda.device_count():
+        reason = "no CUDA device"
+    elif not _only_gpu(config):
+        reason = "tests of the GPU run by themselves: make test-gpu"
+    for item in items if reason is not None else ():
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

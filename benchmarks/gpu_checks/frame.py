@@ -1,0 +1,186 @@
+"""What all checks share: what they find, where they run, clocks and memory."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.train.ranks import Place
+
+PASSED, FAILED, MEASURED, SKIPPED, ERROR = "passed", "failed", "measured", "skipped", "error"
+MET, MISSED = "met", "missed"
+"""Of aims for speed and memory, which nobody is wrong to miss."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of a check: ``measured`` where nothing is right or wrong, only fast or slow."""
+
+    case: str
+    status: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+    """What failed, or why it was skipped."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does at best."""
+
+    copy: float
+    """Bytes per second, read plus written, of a large copy."""
+    product: float
+    """FLOP per second of a large bfloat16 product."""
+
+
+@dataclass
+class Bench:
+    """Where the checks run.
+
+    Args:
+        device: of all tensors.
+        small: sizes that a CPU passes in seconds; they say that the code runs, not how fast.
+        folder: for files.
+        place: of the only rank.
+        known: rates measured earlier in the same run.
+    """
+
+    device: torch.device
+    small: bool
+    folder: Path
+    place: Place
+    known: Rates | None = None
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @cached_property
+    def rates(self) -> Rates:
+        return self.known or measure_rates(self)
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """Give memory back that a case before has left."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+
+def measure_rates(bench: Bench) -> Rates:
+    """Copy and product rates, on random data and with inputs rotated beyond the cache."""
+    count, side = (2**20, 256) if bench.small else (2**29, 8192)
+    pairs = [torch.rand(2, count, device=bench.device).unbind() for _ in range(2)]
+    copy_ms = min(milliseconds(bench, lambda i: pairs[i % 2][0].copy_(pairs[i % 2][1]), 10))
+    bytes_moved = 2 * pairs[0][0].nbytes
+    pairs.clear()
+    factors = [torch.randn(2, side, side, device=bench.device).bfloat16().unbind() for _ in range(3)]
+    product_ms = statistics.median(milliseconds(bench, lambda i: factors[i % 3][0] @ factors[i % 3][1], 10))
+    return Rates(bytes_moved / copy_ms * 1e3, 2 * side**3 / product_ms * 1e3)
+
+
+# ---------------------------------------------------------------- clocks
+
+
+class Clock:
+    """Marks in the stream of the device, and the times between them: events on a GPU, the host's clock elsewhere."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def mark(self) -> Any:
+        if not self.bench.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two marks; the device must have been waited for."""
+        return float(start.elapsed_time(end)) if self.bench.cuda else (end - start) * 1e3
+
+
+def milliseconds(bench: Bench, call: Callable[[int], Any], repeats: int, warm_up: int = 3) -> list[float]:
+    """Device time of ``call(i)``; all are queued before the first is waited for, so launches hide as in training."""
+    clock, marks = Clock(bench), []
+    for i in range(warm_up + repeats):
+        start = clock.mark()
+        call(i)
+        marks.append((start, clock.mark()))
+    bench.synchronize()
+    return [clock.milliseconds(*pair) for pair in marks[warm_up:]]
+
+
+@contextmanager
+def peak_memory(bench: Bench) -> Iterator[dict[str, float]]:
+    """Largest growth of the memory in use inside, in MiB; left out on a CPU."""
+    found: dict[str, float] = {}
+    if bench.cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if bench.cuda else 0
+    yield found
+    if bench.cuda:
+        torch.cuda.synchronize()
+        found["peak_MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+@contextmanager
+def as_its_users(ours: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms as our trainer sets them for our layers, off for other people's."""
+    on, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(on and ours, warn_only=warn)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(on, warn_only=warn)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest wanted value; 0 between empty tensors, NaN where one is NaN."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+
+
+def within(case: str, errors: dict[str, float], limit: float, **figures: Any) -> Finding:
+    """Passed if no error exceeds the limit (NaN does)."""
+    bad = {name: error for name, error in errors.items() if not error <= limit}
+    why = ", ".join(f"{name}: error {error:.1e} above {limit:.0e}" for name, error in bad.items())
+    worst = max(errors.values(), default=0.0, key=lambda error: float("inf") if error != error else error)
+    return Finding(case, FAILED if bad else PASSED, {"worst_error": worst, "limit": limit, **figures}, why)
+
+
+def equal(case: str, same: dict[str, bool], **figures: Any) -> Finding:
+    """Passed if everything is equal to the last bit."""
+    other = [name for name, good in same.items() if not good]
+    return Finding(case, FAILED if other else PASSED, figures, f"differ: {', '.join(other)}" if other else "")
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def poisons(error: BaseException) -> bool:
+    """Whether CUDA can do no more in this process after the error."""
+    text = str(error)
+    return "CUDA error" in text or "CUBLAS_STATUS" in text or "device-side assert" in text

@@ -1,0 +1,242 @@
+"""Check 8: whole training steps of one transformer under DeepSpeed: with our layer, AutoEP or a dense MLP.
+
+bfloat16, ZeRO-2, clipping, one expert per token (``top_k 1`` has two); tokens are random and new in every step.
+
+Legend: B batch, S sequence, D width, H hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from peers import PEERS, build_layer, build_on
+from torch import Tensor, nn
+
+from vqmoe_ds.config.schema import CodebookConfig, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.sources import EmbeddingSource
+from vqmoe_ds.train.engine import parameter_groups
+
+from .frame import (
+    ERROR,
+    MEASURED,
+    MET,
+    MISSED,
+    Bench,
+    Clock,
+    Finding,
+    as_its_users,
+    one_line,
+    peak_memory,
+    poisons,
+)
+
+OURS, OURS_1, AUTO_EP, DENSE = "ours, top_k 0", "ours, top_k 1", PEERS[2], "dense"
+FUSED, FOREACH = "fused", "foreach"
+VARIANTS = ((OURS, FUSED), (AUTO_EP, FUSED), (OURS_1, FUSED), (DENSE, FUSED), (OURS, FOREACH))
+CODEBOOK_SHARE = 0.02
+"""Most of a step that search, statistics and synchronisation of the codes may take."""
+
+
+class Sizes(NamedTuple):
+    tokens: tuple[int, ...]
+    sequence: int
+    layers: int
+    width: int
+    hidden: int
+    experts: int
+    vocab: int
+    repeats: int
+
+
+LARGE = Sizes((16384, 65536, 4096), 2048, 8, 1024, 704, 64, 8192, 6)
+SMALL = Sizes((128, 64), 32, 2, 32, 32, 8, 64, 2)
+
+
+def sizes_of(bench: Bench) -> Sizes:
+    return SMALL if bench.small else LARGE
+
+
+def run(bench: Bench) -> Iterator[Finding]:
+    sizes, times = sizes_of(bench), dict[tuple[int, str], float]()
+    for name, adam in VARIANTS:
+        try:
+            with as_its_users(name in (OURS, OURS_1)), variant(bench, name, adam) as steps:
+                for finding in _time(bench, sizes, steps, f"{name}, {adam} Adam"):
+                    if adam == FUSED:
+                        times[finding.figures["tokens"], name] = finding.figures["ms"]
+                    yield finding
+                if (name, adam) == VARIANTS[0]:
+                    yield _codebook_share(bench, steps, sizes.tokens[0])
+        except Exception as error:  # the other variants are measured all the same
+            if poisons(error):
+                raise
+            yield Finding(f"{name}, {adam} Adam", ERROR, why=one_line(error))
+    for tokens in sizes.tokens if bench.cuda else ():
+        ours, theirs = times.get((tokens, OURS)), times.get((tokens, AUTO_EP))
+        if ours is not None and theirs is not None:
+            figures = {OURS: ours, AUTO_EP: theirs, "ratio": ours / theirs, "aim": 1.0}
+            why = "" if ours <= theirs else f"{ours / theirs:.2f} x {AUTO_EP}"
+            yield Finding(f"aim: ms, step of {tokens} tokens, {OURS} / {AUTO_EP}", MISSED if why else MET, figures, why)
+
+
+class Steps:
+    """One transformer in its engine."""
+
+    def __init__(self, bench: Bench, name: str, adam: str) -> None:
+        self.bench, self.sizes = bench, sizes_of(bench)
+        model = build_on(bench.device, torch.float32, lambda: _model(name, self.sizes))
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True, adam: True}},
+            "zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_scatter": True},
+            "steps_per_print": 1_000_000,
+        }
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameter_groups(model, 0.1), config=settings, dist_init_required=False
+        )
+        self.sync = CodebookSync(model.bank) if isinstance(model.bank, CodebookBank) else None
+        self.engine.train()
+
+    def step(self, tokens: int, mark: Callable[[], Any] = lambda: None) -> list[Any]:
+        """Forward, backward, optimizer and codebook; the marks between them."""
+        shape = (tokens // self.sizes.sequence, self.sizes.sequence + 1)
+        ids_BS = torch.randint(self.sizes.vocab, shape, device=self.bench.device)
+        marks = [mark()]
+        loss, aux_loss = self.engine(ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous())
+        marks.append(mark())
+        if self.sync is not None:
+            self.sync.start()
+        self.engine.backward(loss + aux_loss)
+        marks.append(mark())
+        self.engine.step()
+        marks.append(mark())
+        if self.sync is not None:
+            self.sync.step()
+        return [*marks, mark()]
+
+
+@contextmanager
+def variant(bench: Bench, name: str, adam: str) -> Iterator[Steps]:
+    """A transformer ready to train, with its codes born; its memory is given back afterwards."""
+    bench.free()
+    steps = Steps(bench, name, adam)
+    try:
+        for tokens in steps.sizes.tokens:  # kernels compiled, codes born
+            steps.step(tokens)
+        yield steps
+    finally:
+        steps.engine.destroy()
+        del steps
+        bench.free()
+
+
+def _time(bench: Bench, sizes: Sizes, steps: Steps, name: str) -> Iterator[Finding]:
+    for tokens in sizes.tokens:
+        clock = Clock(bench)
+        with peak_memory(bench) as memory:
+            runs = [steps.step(tokens, clock.mark) for _ in range(1 + sizes.repeats)][1:]
+            bench.synchronize()
+        parts: dict[str, float] = {"ms": statistics.median(clock.milliseconds(m[0], m[-1]) for m in runs)}
+        for i, part in enumerate(("forward", "backward", "optimizer", "codebook_sync")):
+            parts[f"{part}_ms"] = statistics.median(clock.milliseconds(m[i], m[i + 1]) for m in runs)
+        figures = {"tokens": tokens, "variant": name, **parts, "tokens_s": tokens / parts["ms"] * 1e3, **memory}
+        yield Finding(f"{tokens} tokens, {name}", MEASURED, figures)
+
+
+def _codebook_share(bench: Bench, steps: Steps, tokens: int) -> Finding:
+    """Time in the stream between entering and leaving the codes' methods, as a share of the step."""
+    whole, spent = [], []
+    for _ in range(3):
+        clock, inside = Clock(bench), list[tuple[Any, Any]]()
+        with _timing_codes(clock, inside):
+            marks = steps.step(tokens, clock.mark)
+        bench.synchronize()
+        whole.append(clock.milliseconds(marks[0], marks[-1]))
+        spent.append(sum(clock.milliseconds(*pair) for pair in inside))
+    share = statistics.median(spent) / statistics.median(whole)
+    figures = {"share": share, "ms": statistics.median(spent), "of_ms": statistics.median(whole)}
+    case = f"aim: codebook's share of a step, {tokens} tokens, {OURS}"
+    if not bench.cuda:
+        return Finding(case, MEASURED, figures)
+    good = share <= CODEBOOK_SHARE
+    return Finding(case, MET if good else MISSED, {**figures, "aim": CODEBOOK_SHARE}, "" if good else f"{share:.1%}")
+
+
+@contextmanager
+def _timing_codes(clock: Clock, inside: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Mark the outermost calls of all methods of source, codebooks and their synchronisation."""
+    depth, kept = [0], list[tuple[Any, str, Any]]()
+    owners: tuple[Any, ...] = (EmbeddingSource, CodebookBank, CodebookSync)
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            start = clock.mark() if depth[0] == 1 else None
+            try:
+                return method(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if start is not None:
+                    inside.append((start, clock.mark()))
+
+        return call
+
+    for owner in owners:
+        for name, method in list(vars(owner).items()):
+            if callable(method) and not name.startswith("_") and not isinstance(method, staticmethod | classmethod):
+                kept.append((owner, name, method))
+                setattr(owner, name, timed(method))
+    try:
+        yield
+    finally:
+        for owner, name, method in kept:
+            setattr(owner, name, method)
+
+
+def _model(name: str, sizes: Sizes) -> nn.Module:
+    ours = name in (OURS, OURS_1)
+    config = RunConfig(
+        model=ModelConfig(
+            vocab_size=sizes.vocab,
+            layers=sizes.layers,
+            width=sizes.width,
+            heads=max(2, sizes.width // 128),
+            sequence_length=sizes.sequence,
+            dense_hidden=sizes.hidden,
+        ),
+        moe=MoEConfig(
+            router=Router.VQ if ours else Router.DENSE,
+            num_experts=sizes.experts,
+            expert_hidden=sizes.hidden,
+            top_k=int(name == OURS_1),
+        ),
+        # A quick birth; nothing of the steps measured depends on how good the codes are.
+        codebook=CodebookConfig(kmeans_samples=8 * sizes.experts, kmeans_iterations=1, crowded_above=0),
+    )
+    model = MoETransformer(config)
+    if name == AUTO_EP:
+        for block in model.blocks:
+            block.mlp = WithoutAux(build_layer(name, sizes.width, sizes.hidden, sizes.experts))
+    return model
+
+
+class WithoutAux(nn.Module):
+    """Only the output of a layer that may return more."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y = self.inner(x_BSD)
+        return y[0] if isinstance(y, tuple) else y
