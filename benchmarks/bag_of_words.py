@@ -112,7 +112,7 @@ def classify(texts: Sequence[str], labels: np.ndarray, asked: Sequence[str]) -> 
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     features = words.fit_transform(texts)
     regression = LogisticRegression(C=FIXED, max_iter=2000)
-    if np.unique(labels, return_counts=True)[1].min() >= FOLDS:
+    if int(np.min(np.unique(labels, return_counts=True)[1])) >= FOLDS:
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
         search = GridSearchCV(regression, {"C": CHOICES}, cv=folds).fit(features, labels)
         regression = search.best_estimator_

@@ -21,40 +21,61 @@ from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.transformer import DenseMLP, RMSNorm
 
 ADAM_BYTES = 28  # a weight: read gradient, master and both moments, write master and both moments, in float32
-REPEATS = 8
+REPEATS = 2  # of each part, each time they are measured
 
 
-def floors(options: argparse.Namespace, ranks: int, parameters: int) -> dict[str, float]:
-    """Milliseconds of each part of one step on this rank.
+class Floors:
+    """The parts of one step on this rank; ``measure`` between steps, so that both meet the same machine.
 
     Args:
         options: of benchmarks/step.py.
         ranks: that share the tokens.
         parameters: this rank's optimizer updates.
     """
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    tokens, width, layers = options.tokens // ranks, options.width, options.layers
-    shape = (tokens // options.sequence, options.sequence, width)
-    bandwidth = copy_bandwidth()
-    local = options.experts // ranks
-    # Three weights, each read forward and backward, and its gradient written.
-    expert_bytes = 3 * 3 * local * width * options.hidden * dtype.itemsize
-    row_bytes = tokens * width * dtype.itemsize
 
-    def step_of(module: nn.Module) -> float:
-        module, x_BSD = module.to(dtype), torch.randn(shape, dtype=dtype, requires_grad=True)
+    def __init__(self, options: argparse.Namespace, ranks: int, parameters: int) -> None:
+        self.dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+        self.layers, self.tokens, self.width = options.layers, options.tokens // ranks, options.width
+        self.shape = (self.tokens // options.sequence, options.sequence, options.width)
+        self.parameters = parameters
+        # Three weights of an expert, each read forward and backward, and its gradient written.
+        self.expert_bytes = 9 * options.experts // ranks * options.width * options.hidden * self.dtype.itemsize
+        modules = {"attention": _Attention, "norms and residuals": _Residual, "embedding, head, loss": _Ends}
+        self.parts = {name: self._step_of(module(options.width)) for name, module in modules.items()}
+        self.parts["experts"] = self._step_of(DenseMLP(options.width, options.hidden))
+        if ranks > 1:
+            rows = torch.randn(self.tokens, options.width).to(self.dtype)
+            self.parts["all-to-all"] = lambda: dist.all_to_all_single(torch.empty_like(rows), rows)
+        self.best = dict.fromkeys(self.parts, float("inf"))
+        self.bandwidth = 0.0
+
+    def measure(self) -> None:
+        """Time every part; all ranks together."""
+        for name, call in self.parts.items():
+            for _ in range(REPEATS):
+                if dist.is_initialized():
+                    dist.barrier()
+                self.best[name] = min(self.best[name], seconds(call) * 1e3)
+        self.bandwidth = max(self.bandwidth, copy_bandwidth())
+
+    def milliseconds(self) -> dict[str, float]:
+        """The least of each part of a step that was measured."""
+        best, row_bytes = self.best, self.tokens * self.width * self.dtype.itemsize
+        return {
+            "attention": self.layers * best["attention"],
+            "norms and residuals": self.layers * 2 * best["norms and residuals"],
+            "experts": self.layers * (best["experts"] + self.expert_bytes / self.bandwidth * 1e3),
+            "dispatch": self.layers * 4 * 2 * row_bytes / self.bandwidth * 1e3,  # two gathers forward, two backward
+            "all-to-all": self.layers * 4 * best.get("all-to-all", 0.0),
+            "embedding, head, loss": best["embedding, head, loss"],
+            "optimizer and ZeRO": ADAM_BYTES * self.parameters / self.bandwidth * 1e3,
+        }
+
+    def _step_of(self, module: nn.Module) -> Callable[[], None]:
+        """Forward and backward of one module."""
+        module, x_BSD = module.to(self.dtype), torch.randn(self.shape, dtype=self.dtype, requires_grad=True)
         direction = torch.randn_like(module(x_BSD))
-        return _best(lambda: module(x_BSD).backward(direction))
-
-    return {
-        "attention": layers * step_of(_Attention(width)),
-        "norms and residuals": layers * 2 * step_of(_Residual(width)),
-        "experts": layers * (step_of(DenseMLP(width, options.hidden)) + expert_bytes / bandwidth * 1e3),
-        "dispatch": layers * 4 * 2 * row_bytes / bandwidth * 1e3,  # two gathers forward, two backward
-        "all-to-all": layers * 4 * _exchange(tokens, width, dtype) if ranks > 1 else 0.0,
-        "embedding, head, loss": step_of(_Ends(width)),
-        "optimizer and ZeRO": ADAM_BYTES * parameters / bandwidth * 1e3,
-    }
+        return lambda: module(x_BSD).backward(direction)
 
 
 class _Attention(nn.Module):
@@ -90,18 +111,3 @@ class _Ends(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         targets_T = torch.zeros(x_BSD.shape[0] * x_BSD.shape[1], dtype=torch.int64)
         return F.cross_entropy(self.head(x_BSD).float().flatten(0, 1), targets_T)
-
-
-def _exchange(tokens: int, width: int, dtype: torch.dtype) -> float:
-    rows, out = torch.randn(tokens, width).to(dtype), torch.empty(tokens, width, dtype=dtype)
-    return _best(lambda: dist.all_to_all_single(out, rows))
-
-
-def _best(call: Callable[[], object]) -> float:
-    """Milliseconds of the fastest of a few calls, which all ranks make together."""
-    times = []
-    for _ in range(REPEATS):
-        if dist.is_initialized():
-            dist.barrier()
-        times.append(seconds(call))
-    return min(times) * 1e3

@@ -34,7 +34,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from floors import floors
+from floors import Floors
 from measuring import table, write_json
 from peers import PEERS, NativeMoE, auto_ep, free_port, join_group
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answ
     clock = Clock()
     clock.watch_our_layer()
     variants = {name: Variant(name, options, ranks, rank, clock) for name in options.variants}
+    owned = sum(p.numel() for p in next(iter(variants.values())).engine.module.parameters())
+    lowest = Floors(options, ranks, owned)
     times: dict[str, list[float]] = defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = defaultdict(list)
     for repetition in range(options.repeats + 3):  # three to warm up: codes are born at the end of the first
@@ -106,8 +108,7 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answ
             if repetition >= 3:
                 times[name].append((time.perf_counter() - start) * 1e3)
                 parts[name].append({part: spent * 1e3 for part, spent in clock.spent.items()})
-    owned = sum(p.numel() for p in next(iter(variants.values())).engine.module.parameters())
-    lowest = floors(options, ranks, owned)
+        lowest.measure()
     if rank == 0:
         answers.put(
             {
@@ -115,7 +116,7 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answ
                 "threads": torch.get_num_threads(),
                 "times": dict(times),
                 "parts": dict(parts),
-                "floors": lowest,
+                "floors": lowest.milliseconds(),
             }
         )
     dist.barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -195,7 +197,15 @@ def _check_layer(rank: int, world: int) -> None:
 
 
 def _check_one_counts_exchange(rank: int, world: int) -> None:
-    exchanges = []
+    """However many layers are planned together: one exchange of counts and one copy of them to the host."""
+    exchanges, copies = [], []
+    read = dispatch_module._HostCopy._read
+
+    def counted(self: Any) -> Any:
+        copies.extend([1] if self._lists is None else [])
+        return read(self)
+
+    dispatch_module._HostCopy._read = counted
     original = dispatch_module.dist.all_to_all_single
     dispatch_module.dist.all_to_all_single = lambda *args, **kwargs: (exchanges.append(1), original(*args, **kwargs))[1]
     try:
@@ -204,6 +214,11 @@ def _check_one_counts_exchange(rank: int, world: int) -> None:
         dispatch_module.dist.all_to_all_single = original
     assert len(plans) == 6
     assert len(exchanges) == 1
+    assert copies == []  # nobody has asked yet
+    for plan in plans:
+        dispatch(_rank_tokens(rank), plan, dist.group.WORLD)
+    dispatch_module._HostCopy._read = read
+    assert copies == [1]
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -203,7 +203,7 @@ def _transformers_version() -> str:
     try:
         return metadata.version("transformers")
     except metadata.PackageNotFoundError:
-        return "5.23.0"  # what requirements-dev.txt pins
+        return "5.23.0"  # that of constraints.txt
 
 
 def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) -> tuple[Any, list[str]]:

@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+from vqmoe_ds.data.libraries import library
 from vqmoe_ds.errors import DataError
 
 PIECE_BYTES = 64 << 10
@@ -521,8 +522,7 @@ def _read_hub(span: Span, options: SourceOptions, skips: Skips) -> Iterator[Piec
 
 @lru_cache(maxsize=4)
 def _hub_data(path: str, streaming: bool, cache_dir: str | None) -> Any:
-    import datasets
-
+    datasets = library("datasets", "datasets<6", "reading from the Hugging Face hub")
     name, config, split = [*path.removeprefix("hub:").split(":", 2), "", ""][:3]
     datasets.disable_progress_bars()
     try:

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from vqmoe_ds.data.indexed import Portion, members
+from vqmoe_ds.data.libraries import library
+from vqmoe_ds.errors import DataError
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about optional GPU libraries
+    library("megatron.core", "megatron-core<0.17", "prepared data")
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from vqmoe_ds.data.indexed import Portion, members
-from vqmoe_ds.errors import DataError
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
 

@@ -99,10 +99,10 @@ def check_index(header: IndexHeader) -> None:
         length = next(lengths).astype(np.int64) * header.dtype.itemsize
         past = (length < 0) | (offset < 0) | (offset + length > size)
         if past.any():
-            raise DataError(f"{place}: sequence {first + int(past.argmax())} points past the end of the .bin; {_AGAIN}")
+            raise DataError(f"{place}: sequence {first + int(np.argmax(past))} points past the end of the .bin; {_AGAIN}")
         wrong = offset != where + np.cumsum(length) - length
         if wrong.any():
-            raise DataError(f"{place}: sequence {first + int(wrong.argmax())} starts at a wrong byte; {_AGAIN}")
+            raise DataError(f"{place}: sequence {first + int(np.argmax(wrong))} starts at a wrong byte; {_AGAIN}")
         where, first = int(offset[-1] + length[-1]), first + len(offset)
     before = 0
     for ends in chunks(header.ends):
@@ -127,7 +127,7 @@ def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
         top, bottom = int(ids.max()), int(ids.min())
         if bottom < 0 or (vocab_size is not None and top >= vocab_size):
             outside = ids < 0 if bottom < 0 else ids >= vocab_size
-            where = int(outside.argmax())
+            where = int(np.argmax(outside))
             byte = (first + where) * header.dtype.itemsize
             sequence = int(np.searchsorted(header.offsets, byte, side="right")) - 1
             document = int(np.searchsorted(header.ends, sequence, side="right")) - 1

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vqmoe_ds.data.libraries import library
 from vqmoe_ds.errors import DataError
 
 Split = Literal["train", "validation", "test"]
@@ -314,8 +315,7 @@ def _json_rows(path: Path, lines: Iterator[str], text_key: str, label_key: str) 
 
 
 def _hub_rows(known: KnownSet, split: Split, cache_dir: str | None) -> Iterator[_Row]:
-    from datasets import load_dataset
-
+    load_dataset = library("datasets", "datasets<6", "reading from the Hugging Face hub").load_dataset
     try:
         rows = load_dataset(known.hub, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and datasets' errors derive from these

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vqmoe_ds.data.libraries import library
 from vqmoe_ds.errors import DataError
 from vqmoe_ds.files import sha256_of
 
@@ -319,8 +320,7 @@ def _grouped(lines: Iterable[str], starts: re.Pattern[str]) -> Iterator[str]:
 
 def _hub(*source: str, **options: Any) -> Iterator[str]:
     """The ``text`` of each row of a data set, streamed."""
-    from datasets import load_dataset
-
+    load_dataset = library("datasets", "datasets<6", "reading from the Hugging Face hub").load_dataset
     try:
         for row in load_dataset(*source, streaming=True, **options):
             yield row["text"]
