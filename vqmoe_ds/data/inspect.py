@@ -99,10 +99,13 @@ def check_index(header: IndexHeader) -> None:
         length = next(lengths).astype(np.int64) * header.dtype.itemsize
         past = (length < 0) | (offset < 0) | (offset + length > size)
         if past.any():
-            raise DataError(f"{place}: sequence {first + int(np.argmax(past))} points past the end of the .bin; {_AGAIN}")
+            raise DataError(
+                f"{place}: sequence {first + int(np.argmax(past))} points past the end of the .bin; {_AGAIN}"
+            )
         wrong = offset != where + np.cumsum(length) - length
         if wrong.any():
-            raise DataError(f"{place}: sequence {first + int(np.argmax(wrong))} starts at a wrong byte; {_AGAIN}")
+            number = first + int(np.argmax(wrong))
+            raise DataError(f"{place}: sequence {number} starts at a wrong byte; {_AGAIN}")
         where, first = int(offset[-1] + length[-1]), first + len(offset)
     before = 0
     for ends in chunks(header.ends):
