@@ -102,7 +102,7 @@ def _start_backend(backend: str, place: Place, device: torch.device, store: Any)
             world_size=place.world_size,
             device_id=bound,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: PyTorch has NCCL, and no GPU
         if backend != "nccl":
             raise
         failed = ConfigError(

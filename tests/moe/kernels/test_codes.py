@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels import why_not_interpreted
 from vqmoe_ds.moe.kernels.codes import count_codes, nearest_codes, sum_by_code
-from vqmoe_ds.moe.kernels.triton_support import interpreted, triton
+from vqmoe_ds.moe.kernels.triton_support import interpreted
 
 # (T, L, K, C): below, at and above the sizes of blocks, which are 128 tokens, 64 codes, 32 and 128 columns, 16 rows
 SHAPES = [(5, 2, 7, 9), (130, 3, 33, 70), (1, 1, 1, 1), (40, 2, 150, 33), (200, 1, 1, 140), (128, 2, 64, 32)]
@@ -18,8 +19,8 @@ SHAPES = [(5, 2, 7, 9), (130, 3, 33, 70), (1, 1, 1, 1), (40, 2, 150, 33), (200, 
 
 @pytest.fixture(params=["pytorch", "triton"], autouse=True)
 def _by(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and triton is None:
-        pytest.skip("Triton is not installed")
+    if request.param == "triton" and why_not_interpreted() is not None:
+        pytest.skip(str(why_not_interpreted()))
     with interpreted() if request.param == "triton" else nullcontext():
         yield request.param
 
