@@ -7,7 +7,7 @@
 #                     with the reason where that cannot be (not root, no namespaces, no packages)
 # make test-gpu   on a machine with a GPU, with its own python3: that what only a GPU runs is right (docs/gpu.md)
 # make bench-gpu  the same machine: all ten checks of benchmarks/gpu.py, in 8 minutes; ARGS='--checks 0 4 7 8 9' leaves
-#                 out those that test-gpu runs, so that both together take 9 minutes
+#                 out those that test-gpu runs, so that both together take about 9 minutes
 # make bench      the first tables of docs/performance.md: a layer (benchmarks/layer.py), whole steps (benchmarks/step.py)
 
 PYTHON ?= python3

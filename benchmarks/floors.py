@@ -30,7 +30,7 @@ class Floors:
     Args:
         options: of benchmarks/step.py.
         ranks: that share the tokens.
-        parameters: this rank's optimizer updates.
+        parameters: held by this rank; its optimizer updates fewer on several ranks, where ZeRO-2 shares dense weights.
     """
 
     def __init__(self, options: argparse.Namespace, ranks: int, parameters: int) -> None:

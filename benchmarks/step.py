@@ -8,7 +8,8 @@ The model (embedding, attention, experts, head) runs through ``deepspeed.initial
 The variants take turns step by step in the same processes, on new random tokens each time; the batch is split over the
 ranks, with one thread a rank where there are two. ``ours`` looks codes up in token context, plans the routes of all
 layers ahead and exchanges counts once; ``ours, layer by layer`` looks them up in every layer's own state, as a learned
-router must. The second table says where the time of a step of ours goes, the backward pass included.
+router must. The second table says where the time of a step of ours goes, backward included; the third gives the floor
+of each part (floors.py).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from floors import Floors
 from measuring import table, write_json
-from peers import PEERS, NativeMoE, auto_ep, free_port, join_group
-from torch import Tensor, nn
+from peers import PEERS, NativeMoE, WithoutAux, auto_ep, free_port, join_group
+from torch import nn
 
 import vqmoe_ds.models.transformer as transformer
 import vqmoe_ds.moe.dispatch as dispatch
@@ -187,18 +188,6 @@ def peer(name: str, options: argparse.Namespace, ranks: int, rank: int) -> nn.Mo
     if name == PEERS[2]:
         return auto_ep(options.width, options.hidden, options.experts, ranks, rank)
     return NativeMoE(options.width, options.hidden, options.experts, name == PEERS[0], ranks)
-
-
-class WithoutAux(nn.Module):
-    """Only the output of a layer that may return more: our block wants one tensor of a foreign layer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        y = self.inner(x_BSD)
-        return y[0] if isinstance(y, tuple) else y
 
 
 class Clock:

@@ -19,7 +19,10 @@ from vqmoe_ds.moe.kernels.grouped import grouped_experts
 PACKAGE = Path(__file__).resolve().parent.parent / "vqmoe_ds"
 METHODS = ("tolist", "numpy", "cpu")
 """On a CPU they are no operators; scalars are read by ``_local_scalar_dense``."""
-OPERATORS = ("_local_scalar_dense", "nonzero", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal")
+OPERATORS = (
+    *("_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
+)
 
 
 class HostReads:
@@ -45,7 +48,8 @@ class _Operators(TorchDispatchMode):
         masks = name in ("index", "index_put", "index_put_") and any(
             isinstance(index, Tensor) and index.dtype is torch.bool for index in args[1]
         )
-        if name in OPERATORS or masks:
+        counted = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in OPERATORS or masks or counted:
             self.reads.note(name)
         return func(*args, **(kwargs or {}))
 

@@ -69,7 +69,7 @@ def test_float32_on_cpu_is_pytorch_bit_for_bit() -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("pieces", ["rows", "columns"])
 def test_larger_than_a_chunk_or_a_block(pieces: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss._CHUNK, "cpu", 3 * 4 * 37 if pieces == "rows" else 1)  # three rows at a time; not even one
+    monkeypatch.setattr(loss, "_CPU_CHUNK", 3 * 4 * 37 if pieces == "rows" else 1)  # three rows at a time; not even one
     monkeypatch.setattr(loss, "_LARGEST_BLOCK", 16)
     for dtype in (torch.float32, torch.bfloat16):
         test_loss_and_gradient((7, 37), dtype, place)

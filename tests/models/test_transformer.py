@@ -262,7 +262,7 @@ def test_rotary_positions_are_relative() -> None:
     attention = MoETransformer(_config("dense")).blocks[0].attention
     q, k = torch.randn(1, 1, 1, 12), torch.randn(1, 1, 1, 12)
     qkv = torch.stack([q, k, k], dim=2).view(1, 1, 3, 1, 12).expand(1, LENGTH, 3, 1, 12)
-    turned_q, turned_k, _ = attention._turned(qkv, attention.cos_SH[:LENGTH], attention.sin_SH[:LENGTH])
+    turned_q, turned_k, _ = attention._turned(qkv, attention.cos_SF[:LENGTH], attention.sin_SF[:LENGTH])
     scores = turned_q[0, 0] @ turned_k[0, 0].t()
     for distance in range(4):
         diagonal = scores.diagonal(-distance)

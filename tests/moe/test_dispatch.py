@@ -13,7 +13,16 @@ from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe import dispatch as dispatch_module
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.dispatch import DispatchPlan, collect, dispatch, expand_rows, make_plans, merge_rows, sort_rows
+from vqmoe_ds.moe.dispatch import (
+    DispatchPlan,
+    expand_rows,
+    make_plans,
+    merge_rows,
+    return_rows,
+    send_rows,
+    sort_rows,
+)
+from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import KnownRoute
 
@@ -22,6 +31,17 @@ WIDTH = 6
 
 def _ids(layers: int = 1, tokens: int = 20, routes: int = 1, experts: int = 5, seed: int = 0) -> Tensor:
     return torch.randint(0, experts, (layers, tokens, routes), generator=torch.Generator().manual_seed(seed))
+
+
+def dispatch(x_TD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
+    """Tokens to the rows of the local experts, ``[P, D]``."""
+    return send_rows(expand_rows(x_TD, plan), plan, group)
+
+
+def collect(rows_PD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
+    """The way back without the sum over a token's rows, ``[T, R, D]``."""
+    rows_MD = PermuteRows.apply(return_rows(rows_PD, plan, group), plan.inverse_M, plan.order_M)
+    return rows_MD.view(-1, plan.routes, rows_MD.shape[-1])
 
 
 def _counts(plan: DispatchPlan) -> list[int]:

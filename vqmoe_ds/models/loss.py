@@ -15,15 +15,17 @@ from torch.autograd.function import once_differentiable
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
-_CHUNK = {"cpu": 2**20}  # bytes of logits in float32 at a time without Triton: what a core's cache holds
-_LARGE_CHUNK = 2**26  # on other devices, where launches cost more
+_CPU_CHUNK, _GPU_CHUNK = (
+    2**20,
+    2**26,
+)  # bytes of logits in float32 at a time without Triton: a core's cache; few launches
 _LARGEST_BLOCK = 8192  # columns a program holds
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Mean cross-entropy over the targets that are not ``MASKED``, in float32; 0 where all are.
 
-    Logits of two bytes, and all on a GPU, are kept as they are, widened bit by bit, and **overwritten by their own
+    Two-byte logits, and all logits on a GPU, are not copied to float32 as a whole and are **overwritten by their own
     gradient** in backward: nothing else may need them after that (PyTorch raises an error where something does).
 
     Args:
@@ -67,7 +69,8 @@ class _Total(torch.autograd.Function):
 
 
 def _chunks(logits_TV: Tensor, targets_T: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    rows = max(1, _CHUNK.get(logits_TV.device.type, _LARGE_CHUNK) // (4 * max(1, logits_TV.shape[1])))
+    chunk = _CPU_CHUNK if logits_TV.is_cpu else _GPU_CHUNK
+    rows = max(1, chunk // (4 * max(1, logits_TV.shape[1])))
     return zip(logits_TV.split(rows), targets_T.split(rows), strict=True)
 
 

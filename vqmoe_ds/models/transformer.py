@@ -1,7 +1,7 @@
 """The language model: a pre-norm decoder with sparse experts. Plain PyTorch, no engine calls.
 
 Legend: B batch, S sequence, T = B * S tokens, M of them real (not padding), D width, A heads, H width of a head,
-L MoE layers, V vocabulary.
+F = H / 2 angles of a position, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Attention(nn.Module):
     all heads, or all heads together.
     """
 
-    cos_SH: Tensor
-    sin_SH: Tensor
+    cos_SF: Tensor
+    sin_SF: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,31 +59,31 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(normed), RMSNorm(normed)
         rates = config.rope_theta ** (-torch.arange(0, self.head_width, 2) / self.head_width)
         angles = torch.arange(config.sequence_length).unsqueeze(1) * rates
-        self.register_buffer("cos_SH", angles.cos(), persistent=False)
-        self.register_buffer("sin_SH", angles.sin(), persistent=False)
+        self.register_buffer("cos_SF", angles.cos(), persistent=False)
+        self.register_buffer("sin_SF", angles.sin(), persistent=False)
 
     def forward(self, x_BSD: Tensor, past: BlockCache | None = None) -> Tensor:
         batch, length, _ = x_BSD.shape
         start = 0 if past is None else past.position_of(length)
         qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
-        q, k, v = self._turned(qkv, self.cos_SH[start : start + length], self.sin_SH[start : start + length])
+        q, k, v = self._turned(qkv, self.cos_SF[start : start + length], self.sin_SF[start : start + length])
         if past is not None:
             k, v = past.append(k, v)
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if start else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _turned(self, qkv_BS3AH: Tensor, cos_SH: Tensor, sin_SH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _turned(self, qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised as configured and turned to their positions, and values: ``[B, A, S, H]``."""
         if self.qk_norm is QKNorm.NONE:
-            return rotate_qkv(qkv_BS3AH, cos_SH, sin_SH)
+            return rotate_qkv(qkv_BS3AH, cos_SF, sin_SF)
         q_BSAH, k_BSAH, v_BSAH = qkv_BS3AH.unbind(2)
         if self.qk_norm is QKNorm.HEADS:
             q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
         else:
             q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
             k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
-        return *rotate(q_BSAH, k_BSAH, cos_SH, sin_SH), v_BSAH.transpose(1, 2)
+        return *rotate(q_BSAH, k_BSAH, cos_SF, sin_SF), v_BSAH.transpose(1, 2)
 
 
 class DenseMLP(nn.Module):

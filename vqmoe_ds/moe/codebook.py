@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig
-from vqmoe_ds.moe.kernels.codes import count_codes, nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
 
 
@@ -130,7 +131,7 @@ class CodebookBank(nn.Module):
         if self._pending is None:
             self._pending = self._no_statistics()
         pending_LKC1 = self._pending[layers]
-        pending_LKC1[..., -1] += count_codes(codes_LT, self.num_codes)
+        pending_LKC1[..., -1] += count_ids(codes_LT, self.num_codes)
         if self.moving:
             pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
         if self.birth_due or self.halving_due or self.reseeding_due:

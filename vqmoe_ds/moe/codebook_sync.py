@@ -58,7 +58,7 @@ class CodebookSync:
             bank.count(stats_LKC1[..., -1])
         elif bank.birth_due:
             give_birth(bank, self._all_samples(), self._my_layers())
-            self._send_layers_round()
+            self._broadcast_layers()
             bank.count(stats_LKC1[..., -1])
         else:
             halving_due, reseeding_due = bank.halving_due, bank.reseeding_due
@@ -85,7 +85,7 @@ class CodebookSync:
         crowded, most_dead = seen.tolist()  # the one copy to the host
         if halving_due and crowded:
             halve_crowded(bank, self._all_samples(), self._my_layers())
-            self._send_layers_round()
+            self._broadcast_layers()
             most_dead = int(bank.dead_codes().sum(dim=1).max())
         if reseeding_due and most_dead:
             bank.reseed(bank.dead_codes(), self._candidates(most_dead))
@@ -119,8 +119,8 @@ class CodebookSync:
         """The layers whose codes this rank clusters: ranks share them out, for clustering on the host takes long."""
         return slice(self.rank, None, self.world)
 
-    def _send_layers_round(self) -> None:
-        """Every layer from the rank that clustered it: ranks on unlike processors may round k-means differently."""
+    def _broadcast_layers(self) -> None:
+        """Every layer from the rank that clustered it: ranks on different processors may round k-means differently."""
         for tensor in placed(self.bank):
             for layer, part in enumerate(tensor):
                 broadcast_all([part], self.group, layer % self.world)

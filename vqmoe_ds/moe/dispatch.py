@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.moe.codebook import recomputing
-from vqmoe_ds.moe.kernels.combine import PermuteRows, combine_rows
-from vqmoe_ds.moe.kernels.combine import expand_rows as spread_tokens
+from vqmoe_ds.moe.kernels import combine as kernels
+from vqmoe_ds.moe.kernels.combine import PermuteRows
+from vqmoe_ds.moe.kernels.integers import invert
 
 
 class SortedRows(NamedTuple):
@@ -97,7 +98,7 @@ class Exchange:
         shifts = (goals_GE - starts_GE).flatten()
         shift_P = torch.repeat_interleave(shifts, counts_GE.flatten(), output_size=rows)
         inverse_P = torch.arange(rows, device=counts_GE.device) + shift_P
-        return _invert(inverse_P.unsqueeze(0)).squeeze(0), inverse_P
+        return invert(inverse_P.unsqueeze(0)).squeeze(0), inverse_P
 
 
 @dataclass
@@ -135,7 +136,7 @@ def sort_rows(expert_ids_LTR: Tensor, num_experts: int) -> SortedRows:
     experts_LN = torch.arange(num_experts, device=flat_LM.device, dtype=keys_LM.dtype).repeat(layers, 1)
     # Counting by the sorted keys needs neither atomics nor, as bincount does, the host.
     ends_LN = torch.searchsorted(sorted_LM, experts_LN, right=True, out_int32=True)
-    return SortedRows(routes, flat_LM, _invert(order_LM), ends_LN, order_LM)
+    return SortedRows(routes, flat_LM, invert(order_LM), ends_LN, order_LM)
 
 
 @torch.no_grad()
@@ -151,7 +152,7 @@ def merge_rows(first: SortedRows, second: SortedRows) -> SortedRows:
     inverse_LM = _side_by_side(first, first_LM, second, second_LM)
     experts_LM = _side_by_side(first, first.experts_LM, second, second.experts_LM)
     ends_LN = first.ends_LN + second.ends_LN
-    return SortedRows(first.routes + second.routes, experts_LM, inverse_LM, ends_LN, _invert(inverse_LM))
+    return SortedRows(first.routes + second.routes, experts_LM, inverse_LM, ends_LN, invert(inverse_LM))
 
 
 def _side_by_side(first: SortedRows, a_LM: Tensor, second: SortedRows, b_LM: Tensor) -> Tensor:
@@ -217,23 +218,12 @@ def _starts(counts: Tensor) -> Tensor:
     return ends - counts
 
 
-def _invert(order_LM: Tensor) -> Tensor:
-    """The inverse of each row's permutation."""
-    places_LM = torch.arange(order_LM.shape[1], device=order_LM.device).expand_as(order_LM)
-    return torch.empty_like(order_LM).scatter_(1, order_LM, places_LM)
-
-
 # ---------------------------------------------------------------- rows
-
-
-def dispatch(x_TD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
-    """Copy each token to its routed rows, sort them by expert and send them to the experts' ranks, ``[P, D]``."""
-    return send_rows(expand_rows(x_TD, plan), plan, group)
 
 
 def expand_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Tokens ``[T, D]`` copied R times and sorted by expert, ``[M, D]``."""
-    return spread_tokens(x_TD, plan.order_M, plan.inverse_M, plan.routes)
+    return kernels.expand_rows(x_TD, plan.order_M, plan.inverse_M, plan.routes)
 
 
 def send_rows(rows_MD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept | None = None) -> Tensor:
@@ -267,15 +257,9 @@ def return_rows(
     return _AllToAll.apply(PermuteRows.apply(rows_PD, inverse_P, order_P), receive, send, group, kept, name)
 
 
-def collect(rows_PD: Tensor, plan: DispatchPlan, group: Any = None) -> Tensor:
-    """Inverse of ``dispatch`` without the combination: expert outputs as ``[T, R, D]``."""
-    rows = PermuteRows.apply(return_rows(rows_PD, plan, group), plan.inverse_M, plan.order_M)
-    return rows.view(-1, plan.routes, rows.shape[-1])
-
-
 def combine(rows_MD: Tensor, plan: DispatchPlan, weights_TR: Tensor | None) -> Tensor:
     """Weighted sum of each token's R sorted rows, ``[M, D]`` -> ``[T, D]``; weights None: 1 everywhere."""
-    return combine_rows(rows_MD, plan.order_M, plan.inverse_M, weights_TR, plan.routes)
+    return kernels.combine_rows(rows_MD, plan.order_M, plan.inverse_M, weights_TR, plan.routes)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -10,6 +10,7 @@ products do the work (kernels/grouped.py). What was measured and what did not he
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,8 +76,7 @@ class StackedExperts(nn.Module):
         w3: Tensor = self.w3
         if not x_PD.is_cpu:
             return grouped_experts(x_PD, w1, w2, w3, ends_E)
-        ends = ends_E.tolist()
-        counts_E = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        counts_E = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
         if torch.is_autocast_enabled("cpu"):  # autocast does not look into functions of our own
             dtype = torch.get_autocast_dtype("cpu")
             x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)

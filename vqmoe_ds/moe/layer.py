@@ -1,6 +1,6 @@
 """The MoE layer: router -> dispatcher -> experts -> weighted sum.
 
-Legend: B batch, S sequence, T = B * S tokens, D width, R routed rows a token.
+Legend: B batch, S sequence, T = B * S tokens, D width, R routed rows per token.
 """
 
 from __future__ import annotations

@@ -30,13 +30,14 @@ def too_large(config: EngineConfig, rank: int, capacity: int) -> str | None:
         return None
     parameters = count(config.run)
     need = memory.estimate(parameters, config, rank, imbalance=1.0)
-    least = CERTAIN * (need.weights + need.optimizer + max(need.gradients, memory.kept(config)))
+    kept = memory.kept(config)
+    least = CERTAIN * (need.weights + need.optimizer + max(need.gradients, kept))
     if least <= capacity:
         return None
     return (
-        f"rank {rank} needs {least / GB:.1f} GB at the least (weights {need.weights / GB:.1f}, optimizer "
-        f"{need.optimizer / GB:.1f}, gradients {need.gradients / GB:.1f}, activations {need.activations / GB:.1f}), "
-        f"and its GPU has {capacity / GB:.1f}; {_advice(parameters, config, rank, capacity)}"
+        f"rank {rank} needs at least {least / GB:.1f} GB ({CERTAIN:.0%} of weights {need.weights / GB:.1f} + optimizer "
+        f"{need.optimizer / GB:.1f} + the larger of gradients {need.gradients / GB:.1f} and activations "
+        f"{kept / GB:.1f}), but its GPU has {capacity / GB:.1f} GB; {_advice(parameters, config, rank, capacity)}"
     )
 
 

@@ -227,7 +227,9 @@ def exchanged(config: EngineConfig, imbalance: float) -> int:
     run = config.run
     if config.ep_size == 1 or not run.train.activation_checkpointing:
         return 0
-    unweighted = run.moe.router is Router.HASH_TOKEN or (run.moe.router is Router.VQ and run.moe.top_k == 0)
+    soft = run.codebook.soft_output > 0 and run.codebook.source is CodeSource.LAYER_STATE
+    discrete = run.moe.router is Router.VQ and run.moe.top_k == 0 and not soft
+    unweighted = run.moe.router is Router.HASH_TOKEN or discrete
     sides = imbalance if unweighted else 1 + imbalance  # weights ask for the returned rows too
     return round(moe_layers(run) * rows_of(config) * sides * run.model.width * width_of(config))
 

@@ -4,7 +4,7 @@ Routes decide how many rows each rank gets, and meta tensors have no values: ``e
 every rank sends and receives its even share. Experts take the grouped path of GPUs; ``GPU_KERNELS`` stands in for what
 PyTorch would compute otherwise there.
 
-Legend: L layers, T tokens, R routed rows a token, M = T * R rows here, P rows received, N experts, E local experts.
+Legend: L layers, T tokens, R routed rows per token, M = T * R rows here, P rows received, N experts, E local experts.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class StepResult:
     step: int
     """Steps finished, this one included."""
     loss: float
-    """Language-model loss in nats a token, or of a classifier in nats a text."""
+    """Language-model loss in nats per token, or of a classifier in nats per text."""
     aux_loss: float
     learning_rate: float
     taken: bool

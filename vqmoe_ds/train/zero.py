@@ -14,6 +14,9 @@ from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+BLOCK, CHUNK = 4096, 65536
+"""Gradient values per block of the norm, and per copy in float32 on a CPU."""
+
 
 def spare_passes(engine: Any) -> None:
     """Replace methods of the engine's ZeRO 1 or 2 optimizer by ones with the same results; other engines stay.
@@ -59,6 +62,7 @@ def _copy_no_gradient_that_owns_its_memory(optimizer: Any) -> None:
             return copy(param, group_idx)
         if optimizer._use_compact_grad_partition_buffer(group_idx):
             return copy(param, group_idx)
+        # Else there is nothing to copy.
 
     optimizer.copy_grads_in_partition = copy_out_of_buckets
 
@@ -85,12 +89,15 @@ def block_norms(gradient: Tensor) -> Tensor:
     Short blocks, since float32 sums of millions of squares lose three digits.
     """
     flat = gradient.detach().flatten()
-    whole = len(flat) // BLOCK * BLOCK
-    parts = [flat[:whole].view(-1, BLOCK), flat[whole:].view(1, -1)]
-    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]).double()
+    # PyTorch widens bfloat16 into a copy first, which stays in a CPU's cache if it is short.
+    chunks = flat.split(CHUNK) if flat.is_cpu else [flat]
+    return torch.cat([norms for chunk in chunks for norms in _norms(chunk)]).double()
 
 
-BLOCK = 4096
+def _norms(chunk: Tensor) -> list[Tensor]:
+    whole = len(chunk) // BLOCK * BLOCK
+    parts = [chunk[:whole].view(-1, BLOCK), chunk[whole:].view(1, -1)]
+    return [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]
 
 
 def _clip_only_above_the_limit(optimizer: Any) -> None:

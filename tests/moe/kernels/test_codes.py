@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.kernels import why_not_interpreted
-from vqmoe_ds.moe.kernels.codes import count_codes, nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.kernels.triton_support import interpreted
 
 # (T, L, K, C): below, at and above the sizes of blocks, which are 128 tokens, 64 codes, 32 and 128 columns, 16 rows
@@ -80,7 +81,7 @@ def test_sums_and_counts(shape: tuple[int, int, int, int]) -> None:
     assert sums_LKC.dtype == torch.float32 and sums_LKC.shape == (layers, codes, width)
     assert (sums_LKC - _sums(z_TC, codes_LT, codes)).abs().max() < 1e-4
     want_LK = torch.stack([torch.bincount(codes_T, minlength=codes) for codes_T in codes_LT])
-    assert torch.equal(count_codes(codes_LT, codes), want_LK)
+    assert torch.equal(count_ids(codes_LT, codes), want_LK)
 
 
 def test_codes_without_tokens_have_zero_sums() -> None:
@@ -96,4 +97,4 @@ def test_no_tokens() -> None:
     codes_LT = nearest_codes(z_TC, codes_LKC)
     assert codes_LT.shape == (2, 0) and codes_LT.dtype == torch.int64
     assert torch.equal(sum_by_code(z_TC, codes_LT, 4), torch.zeros(2, 4, 8))
-    assert torch.equal(count_codes(codes_LT, 4), torch.zeros(2, 4, dtype=torch.int64))
+    assert torch.equal(count_ids(codes_LT, 4), torch.zeros(2, 4, dtype=torch.int64))

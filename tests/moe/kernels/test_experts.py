@@ -21,6 +21,7 @@ SHAPES = {  # D, H, rows of each expert
     "every tail of rows": (32, 48, list(range(1, 40))),
     "panels that are not full": (48, 80, [17, 0, 33]),
     "several panels": (144, 272, [65, 7]),
+    "half a vector of words in bfloat16": (48, 48, [700, 64, 1, 129]),
     "several groups of rows": (64, 32, [200, 64, 63, 129]),
     "one expert has all": (32, 64, [0, 1000, 0]),
     "no rows": (32, 32, [0, 0]),

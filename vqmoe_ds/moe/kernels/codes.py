@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.moe.kernels.triton_support import interpreting, kernel, tl, use_triton
+from vqmoe_ds.moe.kernels.triton_support import block_size, interpreting, kernel, tl, use_triton
 
 
 def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
@@ -34,21 +34,12 @@ def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
     z_TC, codes_LKC = z_TC.contiguous(), codes_LKC.contiguous()
     nearest_LT = torch.zeros(layers, len(z_TC), dtype=torch.int64, device=z_TC.device)
     if len(z_TC):
-        block_T, block_K, block_C = 128, _power_of_two(codes, 16, 64), _power_of_two(width, 16, 32)
+        block_T, block_K, block_C = 128, block_size(codes, 64, 16), block_size(width, 32, 16)
         grid = (layers * -(-len(z_TC) // block_T),)
         precision = "ieee" if interpreting() else "tf32x3"
         sizes = (len(z_TC), layers, codes, width, block_T, block_K, block_C)
         _nearest_codes[grid](z_TC, codes_LKC, nearest_LT, *sizes, precision, num_warps=8)
     return nearest_LT
-
-
-def count_codes(codes_LT: Tensor, num_codes: int) -> Tensor:
-    """How often each code occurs, int64 ``[L, K]``."""
-    layers = len(codes_LT)
-    first_L1 = torch.arange(0, layers * num_codes, num_codes, device=codes_LT.device).unsqueeze(1)
-    places = (codes_LT + first_L1).flatten()  # one dimension: CUDA has a deterministic scatter_add_ for that alone
-    counts = codes_LT.new_zeros(layers * num_codes).scatter_add_(0, places, torch.ones_like(places))
-    return counts.view(layers, num_codes)
 
 
 def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
@@ -64,7 +55,7 @@ def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
     if use_triton(z_TC):
         if tokens:
             order_LT, ends_LK = _sorted_by_code(codes_LT, num_codes)
-            block_R, block_C = 16, _power_of_two(width, 16, 128)
+            block_R, block_C = 16, block_size(width, 128, 16)
             grid = (layers * num_codes, -(-width // block_C))
             sizes = (tokens, num_codes, width, block_R, block_C)
             _sum_by_code[grid](z_TC.contiguous(), order_LT, ends_LK, sums_LKC, *sizes)
@@ -84,18 +75,13 @@ def _sorted_by_code(codes_LT: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     return order_LT, torch.searchsorted(sorted_LT, all_LK, right=True, out_int32=True)
 
 
-def _power_of_two(number: int, smallest: int, largest: int) -> int:
-    """The next power of two, between two others."""
-    return min(largest, max(smallest, 1 << (number - 1).bit_length()))
-
-
 @kernel
 def _nearest_codes(
-    z_ptr: int,
-    codes_ptr: int,
-    nearest_ptr: int,
-    num_tokens: int,
-    num_layers: int,
+    z_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    nearest_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    num_layers: tl.tensor,
     num_codes: tl.constexpr,
     width: tl.constexpr,
     BT: tl.constexpr,
@@ -132,11 +118,11 @@ def _nearest_codes(
 
 @kernel
 def _sum_by_code(
-    z_ptr: int,
-    order_ptr: int,
-    ends_ptr: int,
-    sums_ptr: int,
-    num_tokens: int,
+    z_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    num_tokens: tl.tensor,
     num_codes: tl.constexpr,
     width: tl.constexpr,
     BR: tl.constexpr,

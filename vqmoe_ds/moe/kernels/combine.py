@@ -1,6 +1,6 @@
 """Tokens to sorted rows and back, with the weighted sum over the rows of a token, in one pass over memory each way.
 
-Legend: T tokens, R routed rows a token, M = T * R rows sorted by expert, D width.
+Legend: T tokens, R routed rows per token, M = T * R rows sorted by expert, D width.
 
 ``order_M`` says which row ``token * R + slot`` stands at each sorted place, ``inverse_M`` at which place each row
 stands. Two kernels do all four moves, for each is the other's gradient: *spread* writes every token to its R places,

@@ -258,14 +258,19 @@ template <class T>
 void forward(long R, long D, long H, const T* x, const T* w1, const T* w2, const T* w3, T* out, T* gate, T* up) {
     const Groups groups(R);
     const long KD = words<T>(D), KH = words<T>(H), lanes = groups.vectors * LANES;
-    int *x_lanes = scratch<0>(KD * lanes), *hidden = scratch<1>(KH * lanes);
+    // Of bfloat16 rows whose width is an odd multiple of 16 the last transpose writes half a vector of columns too many:
+    // into the next group, which is written after it, or into this room.
+    int *x_lanes = scratch<0>(KD * lanes + LANES * PANEL), *hidden = scratch<1>(KH * lanes);
     float* block = reinterpret_cast<float*>(scratch<2>(2 * BLOCK * PANEL));
     const int* x_words = as_words(x);
     for (long g = 0; g < groups.count; ++g) {
         const long first = groups.first(g) * LANES, size = groups.size(g) * LANES;
-        for (long k = 0; k < KD; k += LANES)
-            transpose_columns(std::min(size, R - first), x_lanes + KD * first + k * size, size,
-                              [&](long r) { return _mm512_loadu_si512(x_words + (first + r) * KD + k); });
+        for (long k = 0; k < KD; k += LANES) {
+            const __mmask16 inside = KD - k >= LANES ? 0xffff : (1 << (KD - k)) - 1;
+            transpose_columns(std::min(size, R - first), x_lanes + KD * first + k * size, size, [&](long r) {
+                return _mm512_maskz_loadu_epi32(inside, x_words + (first + r) * KD + k);
+            });
+        }
     }
     for (long h = 0; h < H; h += BLOCK)
         for (long g = 0; g < groups.count; ++g) {

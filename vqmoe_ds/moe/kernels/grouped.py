@@ -1,4 +1,4 @@
-"""SwiGLU experts as grouped products: one kernel launch a product, whatever the number of experts. No host waits.
+"""SwiGLU experts as grouped products: one kernel launch per product, however many experts; the host never waits.
 
 Legend: P rows sorted by expert, E local experts, D model width, H expert hidden width, K and N inner and outer width of
 a product.
@@ -16,7 +16,7 @@ from vqmoe_ds.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 def grouped_experts(x_PD: Tensor, w1_EHD: Tensor, w2_EDH: Tensor, w3_EHD: Tensor, ends_E: Tensor) -> Tensor:
-    """``GroupedExperts``, in the type of ``torch.autocast`` where that is on: it does not look into our functions."""
+    """``GroupedExperts`` in autocast's type where autocast is on, which does not reach into custom functions."""
     device = x_PD.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -65,7 +65,15 @@ def _rows_by_weights(x_PK: Tensor, w_EKN: Tensor, ends_E: Tensor) -> Tensor:
         return x_PK.new_empty(len(x_PK), w_EKN.shape[2])
     if x_PK.dtype is torch.float64:  # no kernel has it; for gradient checks
         return torch.cat([x @ w for x, w in zip(_split(x_PK, ends_E), w_EKN, strict=True)])
-    return torch._grouped_mm(x_PK, w_EKN, offs=ends_E)
+    return torch._grouped_mm(x_PK, aligned(w_EKN), offs=ends_E)
+
+
+def aligned(weights: Tensor) -> Tensor:
+    """The tensor, or a copy of the same strides where it starts at no multiple of 16 bytes, as CUDA's kernel wants it.
+
+    ZeRO-3 packs gathered weights without gaps. The copy is not for saving: ZeRO-3 knows its own tensors only.
+    """
+    return weights.clone() if weights.data_ptr() % 16 and not weights.is_cpu else weights
 
 
 def _rows_by_rows(a_PN: Tensor, b_PK: Tensor, ends_E: Tensor) -> Tensor:

@@ -45,9 +45,9 @@ def use_triton(tensor: Tensor) -> bool:
     return _interpreted and tensor.device.type == "cpu"
 
 
-def block_size(width: int, largest: int) -> int:
+def block_size(width: int, largest: int, smallest: int = 1) -> int:
     """Columns that a program holds: all of a row where they fit. Blocks are powers of two."""
-    return min(1 << max(0, width - 1).bit_length(), largest)
+    return max(smallest, min(1 << max(0, width - 1).bit_length(), largest))
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """What all routers share: their question, their answer, state that moves once a step, and the usual losses.
 
-Legend: T tokens, D width, N experts, R routed rows a token, k experts chosen, M routed rows.
+Legend: T tokens, D width, N experts, R routed rows per token, k experts chosen, M routed rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vqmoe_ds.config.schema import MoEConfig, SoftmaxOver
 from vqmoe_ds.moe.codebook import recomputing
 from vqmoe_ds.moe.dispatch import DispatchPlan, Kept, SortedRows
 from vqmoe_ds.moe.kernels.codes import sum_by_code
+from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
 
 
@@ -163,8 +164,7 @@ def auxiliary_loss(logits_TN: Tensor, ids_Tk: Tensor, config: MoEConfig) -> Tens
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs, int64 ``[N]``."""
-    ids = ids.flatten()  # not bincount, which reads the largest id back to the host
-    return ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
+    return count_ids(ids.reshape(1, -1), num_experts)[0]
 
 
 def sum_by_expert(x_MD: Tensor, ids_M: Tensor, num_experts: int) -> Tensor:

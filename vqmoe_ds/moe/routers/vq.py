@@ -1,6 +1,6 @@
 """The router of discrete codes.
 
-Legend: T tokens, D width, C code width, K codes, R routed rows a token.
+Legend: T tokens, D width, C code width, K codes, R routed rows per token.
 """
 
 from __future__ import annotations

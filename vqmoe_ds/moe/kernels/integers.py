@@ -1,0 +1,40 @@
+"""Scatters of whole numbers, whose results no order of writing can change.
+
+Legend: L layers, M rows, K kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def invert(order_LM: Tensor) -> Tensor:
+    """The inverse of each layer's permutation, int64 ``[L, M]``."""
+    places_LM = torch.arange(order_LM.shape[1], device=order_LM.device).expand_as(order_LM)
+    with _any_order(order_LM):  # every place is written once
+        return torch.empty_like(order_LM).scatter_(1, order_LM, places_LM)
+
+
+def count_ids(ids_LM: Tensor, kinds: int) -> Tensor:
+    """How often each of so many kinds occurs in each layer, int64 ``[L, K]``; ids are int64 in ``[0, kinds)``."""
+    counts_LK = ids_LM.new_zeros(len(ids_LM), kinds)
+    with _any_order(ids_LM):  # sums of whole numbers are exact
+        return counts_LK.scatter_add_(1, ids_LM, torch.ones_like(ids_LM))
+
+
+@contextmanager
+def _any_order(tensor: Tensor) -> Iterator[None]:
+    """Let CUDA scatter directly: its deterministic mode sorts the indices first, which costs more than the rest."""
+    if not tensor.is_cuda or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
