@@ -69,6 +69,7 @@ def run_rank(rank: int, port: int, folder: str, options: argparse.Namespace, ans
     step, save = timed(times, "a step", trainer.train_step), timed(times, "training waits", begin_save)
     while_sealing = timed(times, "a step while it is sealed", trainer.train_step)
     session.engine.save_checkpoint = timed(times, "  DeepSpeed writes its files", session.engine.save_checkpoint)
+    sealing.sync_files = timed(times, "  sealing flushes it to disk", sealing.sync_files)
     sealing.checksums = timed(times, "  sealing reads it back (twice)", sealing.checksums)
     for _ in range(options.saves + 1):  # at the first nothing is removed
         step()

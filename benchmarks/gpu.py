@@ -20,6 +20,7 @@ import gc
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,8 +33,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_checks.report import CHECKS, Check, final_report
-from gpu_checks.supervise import BEGINS, ENDS, Line, Supervisor, read_lines
+from gpu_checks.report import BEGINS, CHECKS, ENDS, ERROR, MEASURED, Check, Line, final_report
+from gpu_checks.supervise import Supervisor, read_lines
 
 from vqmoe_ds.errors import UserError
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.child:
         return run_checks(options, [check for check in CHECKS if check.number in options.checks])
-    problem = provide(options.wheels)
+    problem = unusable(options) or provide(options.wheels)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -92,6 +93,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wheels", metavar="DIR", help="install missing packages from this folder")
     parser.add_argument("--child", metavar="TRACE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def unusable(options: argparse.Namespace) -> str | None:
+    """A sentence if the options cannot be used; a file for ``--json`` is made where there is none."""
+    if not 0 < options.minutes < math.inf:
+        return f"--minutes {options.minutes:g}: give a finite number above 0"
+    try:
+        if options.json:
+            Path(options.json).open("a").close()
+    except OSError as error:
+        return f"--json {options.json} cannot be written ({error.strerror}); name a file in a folder that can be"
+    return None
 
 
 # ---------------------------------------------------------------- what the machine lacks
@@ -127,6 +140,8 @@ def run_checks(options: argparse.Namespace, checks: list[Check]) -> int:
     faulthandler.register(signal.SIGUSR1, file=open(options.child, "w"), all_threads=False)  # noqa: SIM115
     os.environ.update(DS_ACCELERATOR=options.device, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     os.environ.pop("TRITON_INTERPRET", None)
+    # It can be written, and a process that takes over finds there what is compiled already.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(options.child).absolute().parent / "triton"))
     started = time.time()
 
     def write(number: int | None, case: str, status: str, figures: dict[str, Any], why: str = "") -> None:
@@ -172,7 +187,7 @@ def open_bench(options: argparse.Namespace, folder: Path, lines: list[Line], wri
     place = find_place()
     device = set_up_torch(place)
     if not any(line["case"] == "facts" for line in lines):
-        write(None, "facts", "measured", facts(device))
+        write(None, "facts", MEASURED, facts(device))
     measured = [line["figures"] for line in lines if line["case"] == "rates"]
     known = Rates(measured[0]["copy_GB_s"] * 1e9, measured[0]["product_TFLOP_s"] * 1e12) if measured else None
     gc.collect()
@@ -182,7 +197,7 @@ def open_bench(options: argparse.Namespace, folder: Path, lines: list[Line], wri
 
 def run_check(check: Check, bench: Any, write: Callable[..., None]) -> bool:
     """Whether the process can go on after it: an error of CUDA stays."""
-    from gpu_checks.frame import ERROR, one_line, poisons
+    from gpu_checks.frame import one_line, poisons
 
     write(check.number, check.title, BEGINS, {})
     started, usable = time.perf_counter(), True
@@ -194,8 +209,7 @@ def run_check(check: Check, bench: Any, write: Callable[..., None]) -> bool:
         import traceback
 
         traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        write(check.number, check.title, ERROR, {}, f"{one_line(error)} ({Path(place.filename).name}:{place.lineno})")
+        write(check.number, check.title, ERROR, {}, one_line(error))
         usable = not poisons(error)
     write(check.number, check.title, ENDS, {"seconds": round(time.perf_counter() - started, 1)})
     if usable:
@@ -204,4 +218,9 @@ def run_check(check: Check, bench: Any, write: Callable[..., None]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "--child" in sys.argv:  # NCCL and CUDA may hang as they are taken down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -118,6 +118,18 @@ def auto_ep(width: int, hidden: int, experts: int, ep_size: int = 1, ep_rank: in
     return AutoEPMoELayer(spec, source, ep_size, ep_rank, AutoEPConfig(enabled=True, autoep_size=ep_size))
 
 
+class WithoutAux(nn.Module):
+    """Only the output of a layer that may return more: our block wants one tensor of a foreign layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y = self.inner(x_BSD)
+        return y[0] if isinstance(y, tuple) else y
+
+
 def build_layer(name: str, width: int, hidden: int, experts: int) -> nn.Module:
     """A layer by the name it has in the tables."""
     builders: dict[str, Callable[[], nn.Module]] = {

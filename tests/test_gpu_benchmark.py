@@ -19,10 +19,10 @@ from torch.autograd import DeviceType
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import peers
-from gpu_checks import exact, grouped, layers, profiling, stages, steps, syncs, training
-from gpu_checks.frame import Bench, Rates, equal, relative_error, within
-from gpu_checks.report import BAD, CHECKS, Check, final_report
-from gpu_checks.supervise import BEGINS, ENDS, Supervisor, read_lines
+from gpu_checks import exact, grouped, layers, machine, oracles, profiling, stages, steps, supervise, syncs, training
+from gpu_checks.frame import Bench, Finding, Rates, attempt, equal, poisons, relative_error, within
+from gpu_checks.report import BAD, BEGINS, CHECKS, ENDS, Check, final_report
+from gpu_checks.supervise import Supervisor, read_lines
 
 from tests.distributed import run_ranks
 from vqmoe_ds.train.ranks import Place
@@ -80,6 +80,72 @@ def test_a_wrong_product_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "_grouped_mm, float32, no rows" not in wrong
 
 
+def test_empty_experts_come_last(tmp_path: Path) -> None:
+    cases = [finding.case for finding in grouped.run(_bench(tmp_path))]
+    full = [i for i, case in enumerate(cases) if case.endswith("mixed") or "width" in case]
+    assert full == list(range(2 * 3 + 4))
+    assert len(cases) == len(full) + 2 * 3 * (len(grouped.COUNTS) - 1)
+
+
+def test_an_exception_of_one_case_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = oracles._vq_errors
+
+    def wrong(bench: Bench, dtype: torch.dtype, moe: dict[str, Any], book: dict[str, Any]) -> dict[str, float]:
+        if "num_codes" in book:
+            raise ValueError("a bug\nof many lines")
+        return right(bench, dtype, moe, book)
+
+    monkeypatch.setattr(oracles, "_vq_errors", wrong)
+    findings = list(oracles.run(_bench(tmp_path)))
+    bad = [finding for finding in findings if finding.status != "passed"]
+    assert [finding.status for finding in bad] == ["error"] * 2 and findings[-1].case == "codebook, halving"
+    assert all(
+        "more codes than experts" in finding.case and finding.why.startswith("ValueError: a bug (test_gpu_benchmark.py")
+        for finding in bad
+    )
+
+
+def test_an_error_that_stays_in_cuda_ends_the_check() -> None:
+    def broken(error: Exception) -> Finding:
+        raise error
+
+    for words in ("CUDA error: misaligned address", "Triton Error [CUDA]: an illegal memory access was encountered"):
+        with pytest.raises(RuntimeError):
+            list(attempt("", partial(broken, RuntimeError(words))))
+    for words in ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDA driver error: 700", "device-side assert", "NCCL Error 1: x"):
+        assert poisons(RuntimeError(words))
+    lacking = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for error in (lacking, RuntimeError("CUDA error: out of memory"), ValueError("a bug")):
+        assert not poisons(error)
+    assert [finding.status for finding in attempt("", partial(broken, lacking))] == ["failed"]
+    assert [finding.status for finding in attempt("", partial(broken, lacking), "skipped")] == ["skipped"]
+
+
+def test_memory_that_others_lack_is_no_failure_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> Finding:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(layers, "build_on", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(layers, "_time", lacking)
+    found = {finding.case: finding.status for finding in layers.run(_bench(tmp_path))}
+    assert len(found) == len(layers.VARIANTS) * len(layers.SMALL.tokens), "every number of tokens is tried"
+    ours = {case for case in found if "ours" in case}
+    assert {found[case] for case in ours} == {"failed"} and {found[case] for case in found.keys() - ours} == {"skipped"}
+    monkeypatch.setattr(steps, "Steps", lacking)
+    found = {finding.case: finding.status for finding in steps.run(_bench(tmp_path))}
+    assert found["ours, top_k 0, fused Adam"] == "failed" and found["deepspeed AutoEP, fused Adam"] == "skipped"
+    assert layers.LARGE.tokens[-1] == steps.LARGE.tokens[-1] == 65536
+
+
+def test_a_gpu_without_triton_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = _bench(tmp_path)
+    bench.device = torch.device("cuda", 0)
+    for why, status in (("Triton is not installed", "failed"), (None, "passed")):
+        monkeypatch.setattr(machine, "why_no_triton", lambda why=why: why)
+        (finding,) = (finding for finding in machine.run(bench) if finding.case == "triton")
+        assert (finding.status, finding.why) == (status, why or "")
+
+
 def test_errors_of_any_kind_exceed_a_limit() -> None:
     assert within("", {"a": 0.1}, 0.2).status == "passed"
     for bad in (0.3, float("nan"), float("inf")):
@@ -120,9 +186,12 @@ def test_reads_of_the_host_are_counted_by_the_line_that_makes_them(tmp_path: Pat
         for _ in range(3):
             int(numbers[2])
         numbers.nonzero()
-        numbers + numbers
-    assert sorted(found.values()) == [1, 3]
-    assert sorted(line.split(": ", 1)[1] for _, line in found) == ["int(numbers[2])", "numbers.nonzero()"]
+        numbers + numbers[numbers]
+        numbers[numbers > 2]
+        torch.equal(numbers, numbers)
+    lines = {line.split(": ", 1)[1]: count for (_, line), count in found.items()}
+    assert lines.pop("int(numbers[2])") == 3
+    assert lines == {"numbers.nonzero()": 1, "numbers[numbers > 2]": 1, "torch.equal(numbers, numbers)": 1}
 
 
 def test_waits_on_cuda_are_counted_by_pytorchs_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +210,14 @@ def test_waits_on_cuda_are_counted_by_pytorchs_warning(tmp_path: Path, monkeypat
 
 
 def test_idle_share_is_what_no_kernel_covers() -> None:
-    def event(start: float, end: float, device: DeviceType = DeviceType.CUDA) -> SimpleNamespace:
-        return SimpleNamespace(time_range=SimpleNamespace(start=start, end=end), device_type=device)
+    def event(
+        start: float, end: float, device: DeviceType = DeviceType.CUDA, annotation: bool = False
+    ) -> SimpleNamespace:
+        time_range = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=time_range, device_type=device, is_user_annotation=annotation)
 
     events = [event(60, 100), event(0, 20), event(10, 30), event(40, 50), event(0, 900, DeviceType.CPU)]
+    events.append(event(0, 100, annotation=True))
     idle = profiling._idle(SimpleNamespace(events=lambda: events))
     assert idle == {"idle_share": pytest.approx(0.2), "busy_ms": 0.08, "whole_ms": 0.1, "kernels": 4}
 
@@ -245,6 +318,27 @@ def test_what_the_time_does_not_suffice_for_is_named(tmp_path: Path) -> None:
     assert all("--checks" in line["why"] for line in lines if line["status"] == "skipped")
 
 
+def test_checks_that_the_time_left_out_were_not_done(tmp_path: Path) -> None:
+    code, lines = _supervise(tmp_path, CHILD, seconds=0)
+    assert code == 1 and [line["status"] for line in lines] == ["skipped"] * 6
+
+
+def test_a_process_that_hangs_at_its_end_loses_no_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "BETWEEN", 0.5)
+    hangs = CHILD.replace("sys.exit(3)", "time.sleep(60)").replace("number == 1", "0").replace("number == 3", "0")
+    code, lines = _supervise(tmp_path, hangs)
+    assert code == 0 and {line["status"] for line in lines} == {BEGINS, "passed", ENDS}
+    assert [line["check"] for line in lines if line["status"] == ENDS] == list(range(6))
+
+
+def test_a_later_process_that_cannot_run_keeps_what_was_found(tmp_path: Path) -> None:
+    starts_once = CHILD.replace("def say", "if numbers[0] != '0':\n    sys.exit(2)\ndef say")
+    code, lines = _supervise(tmp_path, starts_once)
+    assert code == 1
+    assert [line["check"] for line in lines if line["status"] == "passed"] == [0]
+    assert [line["check"] for line in lines if line["why"] == "the process ended with exit code 2"] == [2, 3, 4, 5]
+
+
 def test_a_process_that_never_starts_ends_the_run(tmp_path: Path) -> None:
     assert _supervise(tmp_path, "import sys; sys.exit(2)") == (2, [])
     code, lines = _supervise(tmp_path, "import sys; sys.exit(7)")
@@ -266,6 +360,21 @@ def test_missing_modules_are_named_in_a_sentence(monkeypatch: pytest.MonkeyPatch
     assert gpu.main(["--device", "cpu", "--small"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "lacks no-such-package" in said and "--wheels" in said
+
+
+def test_options_that_cannot_be_used_are_told_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    gpu = _gpu_script()
+    monkeypatch.setattr(gpu, "Supervisor", None)
+    for options, words in (
+        (["--json", str(tmp_path / "none" / "out.jsonl")], "--json"),
+        (["--json", str(tmp_path)], "--json"),
+        *((["--minutes", minutes], "--minutes") for minutes in ("0", "-1", "nan", "inf")),
+    ):
+        assert gpu.main(["--device", "cpu", "--small", *options]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("error: " + words)
 
 
 def test_wheels_are_installed_from_the_folder_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from vqmoe_ds.device import make_deterministic
 
 from . import training
-from .frame import MEASURED, Bench, Finding, equal
+from .frame import Bench, Finding, attempt, equal
+from .report import MEASURED
 
 STEPS, RESUMED = 20, 10
 
@@ -22,9 +23,9 @@ Run = tuple[list[float], dict[str, Tensor]]
 
 def run(bench: Bench) -> Iterator[Finding]:
     with _deterministic():
-        yield from _repeat(bench, "train.deterministic", True)
+        yield from attempt("train.deterministic", lambda: _repeat(bench, "train.deterministic", True))
     # Attention's backward on a GPU may add in any order then: whether runs are equal is told, and nothing is promised.
-    yield from _repeat(bench, "default", not bench.cuda)
+    yield from attempt("default", lambda: _repeat(bench, "default", not bench.cuda))
 
 
 def _repeat(bench: Bench, how: str, promised: bool) -> Iterator[Finding]:

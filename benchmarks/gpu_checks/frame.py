@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,7 @@ from torch import Tensor
 
 from vqmoe_ds.train.ranks import Place
 
-PASSED, FAILED, MEASURED, SKIPPED, ERROR = "passed", "failed", "measured", "skipped", "error"
-MET, MISSED = "met", "missed"
-"""Of aims for speed and memory, which nobody is wrong to miss."""
+from .report import ERROR, FAILED, PASSED
 
 
 @dataclass(frozen=True)
@@ -176,11 +175,53 @@ def equal(case: str, same: dict[str, bool], **figures: Any) -> Finding:
     return Finding(case, FAILED if other else PASSED, figures, f"differ: {', '.join(other)}" if other else "")
 
 
+# ---------------------------------------------------------------- errors
+
+
+def attempt(
+    case: str, call: Callable[[], Finding | Iterator[Finding]], out_of_memory: str = FAILED
+) -> Iterator[Finding]:
+    """What ``call`` finds; an exception becomes a finding of its own, so that it does not hide the cases after it.
+
+    Args:
+        case: the name of that finding.
+        call: finds one thing or several.
+        out_of_memory: the status where memory did not suffice.
+
+    Raises:
+        Exception: CUDA can do no more in this process.
+    """
+    try:
+        found = call()
+        yield from [found] if isinstance(found, Finding) else found
+    except Exception as error:
+        if poisons(error):
+            raise
+        traceback.print_exc()
+        yield Finding(case, out_of_memory if lacks_memory(error) else ERROR, why=one_line(error))
+
+
+def attempt_within(
+    case: str, errors: Callable[..., dict[str, float]], limit: float, *arguments: Any
+) -> Iterator[Finding]:
+    """``within`` for what ``errors(*arguments)`` returns, or its exception."""
+    return attempt(case, lambda: within(case, errors(*arguments), limit))
+
+
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    """Type and first line of an error, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}{place}"
+
+
+def lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+POISON = ("cuda error", "cuda driver error", "triton error [cuda]", "cublas_status", "nccl error", "device-side assert")
 
 
 def poisons(error: BaseException) -> bool:
-    """Whether CUDA can do no more in this process after the error."""
-    text = str(error)
-    return "CUDA error" in text or "CUBLAS_STATUS" in text or "device-side assert" in text
+    """Whether CUDA can do no more in this process after the error; it can where memory alone did not suffice."""
+    return not lacks_memory(error) and any(words in str(error).lower() for words in POISON)

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-from .frame import MEASURED, PASSED, Bench, Finding
+from vqmoe_ds.moe.kernels.triton_support import why_no_triton
+
+from .frame import Bench, Finding
+from .report import FAILED, MEASURED, PASSED, SKIPPED
 
 CLOSURE = (
     *("train.pretrain", "train.loop", "train.engine", "checkpoint.session", "checkpoint.load_model"),
@@ -46,8 +49,17 @@ def run(bench: Bench) -> Iterator[Finding]:
     for name in CLOSURE:
         importlib.import_module(f"vqmoe_ds.{name}")
     yield Finding("imports", PASSED, {"modules": len(CLOSURE), "seconds": round(time.perf_counter() - started, 1)})
+    yield _triton(bench)
     rates = bench.rates
     yield Finding("rates", MEASURED, {"copy_GB_s": rates.copy / 1e9, "product_TFLOP_s": rates.product / 1e12})
+
+
+def _triton(bench: Bench) -> Finding:
+    """Without Triton every figure of ours would be of PyTorch's own operations."""
+    if not bench.cuda:
+        return Finding("triton", SKIPPED, why="kernels run on GPUs alone")
+    why = why_no_triton()
+    return Finding("triton", FAILED if why else PASSED, why=why or "")
 
 
 def _version(package: str) -> str:

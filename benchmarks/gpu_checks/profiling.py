@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .frame import MEASURED, SKIPPED, Bench, Finding, as_its_users
+from .frame import Bench, Finding, as_its_users, attempt
+from .report import FAILED, MEASURED, SKIPPED
 from .steps import AUTO_EP, FUSED, OURS, sizes_of, variant
 
 TOP = 12
 
 
 def run(bench: Bench) -> Iterator[Finding]:
-    tokens = sizes_of(bench).tokens[0]
     for name in (OURS, AUTO_EP):
-        with as_its_users(name == OURS), variant(bench, name, FUSED) as steps:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
+        yield from attempt(name, partial(_profile, bench, name), out_of_memory=FAILED if name == OURS else SKIPPED)
+
+
+def _profile(bench: Bench, name: str) -> Iterator[Finding]:
+    tokens = sizes_of(bench).tokens[0]
+    with as_its_users(name == OURS), variant(bench, name, FUSED) as steps:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
+        steps.step(tokens)
+        bench.synchronize()
+        with profile(activities=activities) as profiler:
             steps.step(tokens)
             bench.synchronize()
-            with profile(activities=activities) as profiler:
-                steps.step(tokens)
-                bench.synchronize()
-        yield Finding(f"{name}, {tokens} tokens, top kernels", MEASURED, {"top": _top(bench, profiler)})
-        if bench.cuda:
-            yield Finding(f"{name}, {tokens} tokens, idle share", MEASURED, _idle(profiler))
-        else:
-            yield Finding(f"{name}, {tokens} tokens, idle share", SKIPPED, why="a CPU has no queue that runs empty")
+    yield Finding(f"{name}, {tokens} tokens, top kernels", MEASURED, {"top": _top(bench, profiler)})
+    if bench.cuda:
+        yield Finding(f"{name}, {tokens} tokens, idle share", MEASURED, _idle(profiler))
+    else:
+        yield Finding(f"{name}, {tokens} tokens, idle share", SKIPPED, why="a CPU has no queue that runs empty")
 
 
 def _top(bench: Bench, profiler: Any) -> list[dict[str, Any]]:
     """The kernels (on a CPU the operations) that take most time by themselves."""
     key = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
-    rows = sorted(profiler.key_averages(), key=lambda row: -float(getattr(row, key)))[:TOP]
+    rows = [row for row in profiler.key_averages() if not row.is_user_annotation]  # it spans the kernels inside
+    rows = sorted(rows, key=lambda row: -float(getattr(row, key)))[:TOP]
     return [{"name": row.key[:90], "calls": row.count, "ms": float(getattr(row, key)) / 1e3} for row in rows]
 
 
@@ -43,7 +50,7 @@ def _idle(profiler: Any) -> dict[str, float]:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     )
     if not spans:
         return {}

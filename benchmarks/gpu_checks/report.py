@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 from measuring import table
 
-BAD = ("failed", "error", "timeout")
+BEGINS, ENDS = "begins", "ends"
+"""Of a check; all other words are of a finding."""
+PASSED, FAILED, MEASURED, SKIPPED, ERROR, TIMEOUT = "passed", "failed", "measured", "skipped", "error", "timeout"
+MET, MISSED = "met", "missed"
+"""Of aims for speed and memory, which nobody is wrong to miss."""
+BAD = (FAILED, ERROR, TIMEOUT)
+STATUSES = (PASSED, MET, MEASURED, SKIPPED, MISSED, *BAD)
 
 
 class Check(NamedTuple):
@@ -36,7 +42,7 @@ Line = dict[str, Any]
 def final_report(lines: list[Line]) -> str:
     """Tables of the checks, of layers and steps, and of the aims, as far as there are any."""
     parts = [_summary(lines), _layers(lines), _steps(lines), _aims(lines)]
-    return "\n\n".join(part for part in ["", *parts] if part or part == "")
+    return "\n\n".join(["", *filter(None, parts)])
 
 
 def _summary(lines: list[Line]) -> str:
@@ -47,13 +53,10 @@ def _summary(lines: list[Line]) -> str:
             continue
         counts = {status: sum(line["status"] == status for line in mine) for status in STATUSES}
         told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        seconds = next((f"{line['figures']['seconds']:g}" for line in mine if line["status"] == "ends"), "")
+        seconds = next((f"{line['figures']['seconds']:g}" for line in mine if line["status"] == ENDS), "")
         first = next((f"{line['case']}: {line['why']}"[:140] for line in mine if line["status"] in BAD), "")
         rows.append([str(check.number), check.title, seconds, told, first])
     return table(["#", "check", "s", "results", "first failure"], rows)
-
-
-STATUSES = ("passed", "met", "measured", "skipped", "missed", *BAD)
 
 
 def _layers(lines: list[Line]) -> str:
@@ -69,7 +72,7 @@ def _steps(lines: list[Line]) -> str:
 
 
 def _aims(lines: list[Line]) -> str:
-    aims = [line for line in lines if line["status"] in ("met", "missed")]
+    aims = [line for line in lines if line["status"] in (MET, MISSED)]
     rows = [
         [line["case"].removeprefix("aim: "), _number(value(line)), _number(line["figures"]["aim"]), line["status"]]
         for line in aims

@@ -10,12 +10,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from peers import PEERS, build_layer, build_on
-from torch import Tensor, nn
+from peers import PEERS, WithoutAux, build_layer, build_on
+from torch import nn
 
 from vqmoe_ds.config.schema import CodebookConfig, ModelConfig, MoEConfig, Router, RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
@@ -24,19 +25,8 @@ from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.train.engine import parameter_groups
 
-from .frame import (
-    ERROR,
-    MEASURED,
-    MET,
-    MISSED,
-    Bench,
-    Clock,
-    Finding,
-    as_its_users,
-    one_line,
-    peak_memory,
-    poisons,
-)
+from .frame import Bench, Clock, Finding, as_its_users, attempt, peak_memory
+from .report import FAILED, MEASURED, MET, MISSED, SKIPPED
 
 OURS, OURS_1, AUTO_EP, DENSE = "ours, top_k 0", "ours, top_k 1", PEERS[2], "dense"
 FUSED, FOREACH = "fused", "foreach"
@@ -56,7 +46,7 @@ class Sizes(NamedTuple):
     repeats: int
 
 
-LARGE = Sizes((16384, 65536, 4096), 2048, 8, 1024, 704, 64, 8192, 6)
+LARGE = Sizes((16384, 4096, 65536), 2048, 8, 1024, 704, 64, 8192, 6)
 SMALL = Sizes((128, 64), 32, 2, 32, 32, 8, 64, 2)
 
 
@@ -67,24 +57,24 @@ def sizes_of(bench: Bench) -> Sizes:
 def run(bench: Bench) -> Iterator[Finding]:
     sizes, times = sizes_of(bench), dict[tuple[int, str], float]()
     for name, adam in VARIANTS:
-        try:
-            with as_its_users(name in (OURS, OURS_1)), variant(bench, name, adam) as steps:
-                for finding in _time(bench, sizes, steps, f"{name}, {adam} Adam"):
-                    if adam == FUSED:
-                        times[finding.figures["tokens"], name] = finding.figures["ms"]
-                    yield finding
-                if (name, adam) == VARIANTS[0]:
-                    yield _codebook_share(bench, steps, sizes.tokens[0])
-        except Exception as error:  # the other variants are measured all the same
-            if poisons(error):
-                raise
-            yield Finding(f"{name}, {adam} Adam", ERROR, why=one_line(error))
+        out_of_memory = FAILED if name in (OURS, OURS_1) else SKIPPED  # others need not fit
+        for finding in attempt(f"{name}, {adam} Adam", partial(_measure, bench, name, adam), out_of_memory):
+            if adam == FUSED and "variant" in finding.figures:
+                times[finding.figures["tokens"], name] = finding.figures["ms"]
+            yield finding
     for tokens in sizes.tokens if bench.cuda else ():
         ours, theirs = times.get((tokens, OURS)), times.get((tokens, AUTO_EP))
         if ours is not None and theirs is not None:
             figures = {OURS: ours, AUTO_EP: theirs, "ratio": ours / theirs, "aim": 1.0}
             why = "" if ours <= theirs else f"{ours / theirs:.2f} x {AUTO_EP}"
             yield Finding(f"aim: ms, step of {tokens} tokens, {OURS} / {AUTO_EP}", MISSED if why else MET, figures, why)
+
+
+def _measure(bench: Bench, name: str, adam: str) -> Iterator[Finding]:
+    with as_its_users(name in (OURS, OURS_1)), variant(bench, name, adam) as steps:
+        if (name, adam) == VARIANTS[0]:
+            yield _codebook_share(bench, steps, steps.sizes.tokens[0])
+        yield from _time(bench, steps.sizes, steps, f"{name}, {adam} Adam")
 
 
 class Steps:
@@ -131,8 +121,7 @@ def variant(bench: Bench, name: str, adam: str) -> Iterator[Steps]:
     bench.free()
     steps = Steps(bench, name, adam)
     try:
-        for tokens in steps.sizes.tokens:  # kernels compiled, codes born
-            steps.step(tokens)
+        steps.step(steps.sizes.tokens[0])  # kernels compiled, codes born
         yield steps
     finally:
         steps.engine.destroy()
@@ -228,15 +217,3 @@ def _model(name: str, sizes: Sizes) -> nn.Module:
         for block in model.blocks:
             block.mlp = WithoutAux(build_layer(name, sizes.width, sizes.hidden, sizes.experts))
     return model
-
-
-class WithoutAux(nn.Module):
-    """Only the output of a layer that may return more."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        y = self.inner(x_BSD)
-        return y[0] if isinstance(y, tuple) else y

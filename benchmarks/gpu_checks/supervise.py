@@ -14,17 +14,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from .report import BAD, Check
+from .report import BAD, BEGINS, ENDS, ERROR, SKIPPED, TIMEOUT, Check, Line
 
-BEGINS, ENDS = "begins", "ends"
 START = 120.0
 """Seconds for a process to import everything and to start NCCL."""
+BETWEEN = 15.0
+"""Seconds from the end of a check to the start of the next, or to the end of the process."""
 LOOK = 0.1
 """Seconds between two looks at the results."""
-
-Line = dict[str, Any]
 
 
 class Supervisor:
@@ -41,7 +39,7 @@ class Supervisor:
     def __init__(self, command: list[str], path: Path, trace: Path, checks: list[Check], seconds: float) -> None:
         self.command, self.path, self.trace, self.waiting = command, path, trace, list(checks)
         self.seconds, self.end = seconds, time.monotonic() + seconds
-        self.printed = 0
+        self.printed, self.complete = 0, True
 
     def run(self) -> int:
         """Returns the exit code; results are printed as they come."""
@@ -50,10 +48,10 @@ class Supervisor:
                 self._skip_rest()
             elif self._run_process() == 2:
                 return 2
-        return int(any(line["status"] in BAD for line in read_lines(self.path)))
+        return int(not self.complete or any(line["status"] in BAD for line in read_lines(self.path)))
 
     def _run_process(self) -> int:
-        """One process, until it ends by itself or is ended; its exit code."""
+        """One process, until it ends by itself or is ended; 2 where it cannot run here, else 0."""
         numbers = [str(check.number) for check in self.waiting]
         process = subprocess.Popen([*self.command, "--checks", *numbers], stdout=sys.stderr)
         current: Check | None = None
@@ -69,20 +67,22 @@ class Supervisor:
                         since = time.monotonic()
                 if ended:
                     break
-                limit = min(since + (current.seconds if current else START), self.end)
-                if time.monotonic() > limit:
-                    self._stop(process, current, time.monotonic() - since)
+                idle = current is None and left > len(self.waiting)  # it may hang as it ends: no check is lost by that
+                limit = since + (current.seconds if current else BETWEEN if idle else START)
+                if time.monotonic() > min(limit, self.end):
+                    if current or (time.monotonic() > limit and not idle):
+                        self._stop(process, current, time.monotonic() - since)
                     return 0
                 time.sleep(LOOK)
         finally:
             process.kill()
             process.wait()
-        if process.returncode == 2 and left == len(self.waiting):
+        if process.returncode == 2 and not self.printed:
             return 2  # it has said why
-        if current is not None or (process.returncode and left == len(self.waiting)):
+        if current is not None or left == len(self.waiting):
             how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-            self._give_up(current, "error", f"the process ended with {how}")
-        return process.returncode
+            self._give_up(current, ERROR, f"the process ended with {how}")
+        return 0
 
     def _stop(self, process: subprocess.Popen[bytes], current: Check | None, seconds: float) -> None:
         process.send_signal(signal.SIGUSR1)  # faulthandler writes where it is, whatever it waits for
@@ -91,7 +91,7 @@ class Supervisor:
         process.wait()
         for _ in self._new_lines():
             pass
-        self._give_up(current, "timeout", f"not done after {seconds:.0f} s, in {self._where()}")
+        self._give_up(current, TIMEOUT, f"not done after {seconds:.0f} s, in {self._where()}")
 
     def _give_up(self, current: Check | None, status: str, why: str) -> None:
         """Record the check that was running, and go on with the next; all of them where none could start."""
@@ -102,8 +102,8 @@ class Supervisor:
 
     def _skip_rest(self) -> None:
         for check in self.waiting:
-            self._write(check, "skipped", f"the {self.seconds / 60:g} minutes were up; run it alone with --checks")
-        self.waiting = []
+            self._write(check, SKIPPED, f"the {self.seconds / 60:g} minutes were up; run it alone with --checks")
+        self.waiting, self.complete = [], False
         self._new_lines()
 
     def _write(self, check: Check, status: str, why: str) -> None:
