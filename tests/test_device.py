@@ -24,7 +24,16 @@ import torch.distributed as dist
 from tests.distributed import _free_port
 from tests.fake_gpu import fake_gpus
 from tests.launchers.test_pretrain import ROOT, environment, run, small  # noqa: F401 (a fixture)
-from vqmoe_ds.device import Seat, bind, choose, contradiction, make_deterministic, memory_errors, uses_gpu
+from vqmoe_ds.device import (
+    Seat,
+    bind,
+    bind_single,
+    choose,
+    contradiction,
+    make_deterministic,
+    memory_errors,
+    uses_gpu,
+)
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.train.ranks import Place
 
@@ -67,6 +76,32 @@ def test_deepspeeds_choice_of_a_processor_is_followed(monkeypatch):
         assert not uses_gpu()
         assert bind(Place(0, 1, 0, 1)) == torch.device("cpu")
     assert not events
+
+
+@pytest.mark.parametrize("asked", ["xpu", "hpu", "CPU"])
+def test_other_accelerators_are_refused(monkeypatch, asked):
+    monkeypatch.setenv("DS_ACCELERATOR", asked)
+    with pytest.raises(ConfigError, match=f"DS_ACCELERATOR={asked} is not supported here; set it to cpu or cuda"):
+        uses_gpu()
+
+
+@pytest.mark.parametrize("command", ["launchers/pretrain.py", "launchers/evaluate.py", "tools/generate.py"])
+def test_commands_refuse_other_accelerators_in_one_sentence(tmp_path, command):
+    arguments = ["--ds_config", "ds_configs/zero2.json"] if "pretrain" in command else [str(tmp_path)]
+    arguments += ["--run_dir", str(tmp_path / "run")] if "pretrain" in command else []
+    clean = {**environment(), "DS_ACCELERATOR": "xpu"}
+    line = [sys.executable, command, *arguments]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120, env=clean, cwd=ROOT)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: DS_ACCELERATOR=xpu is not supported here")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_command_of_one_process_names_its_device_to_deepspeed():
+    for count, device in ((0, "cpu"), (2, "cuda:0")):
+        with fake_gpus(count):
+            assert bind_single() == torch.device(device)
+            assert os.environ["DS_ACCELERATOR"] == device.partition(":")[0]
 
 
 def test_deepspeed_is_told_the_device_through_the_variables_that_it_reads(monkeypatch):
@@ -203,7 +238,7 @@ def on(gpus: dict[str, Any]) -> list[str]:
 REFUSED = {
     "width": ({}, ["--set", "model.width=36"], "model.width=36 is not a multiple of 8"),
     "too old": ({"capability": [7, 5]}, [], "(Fake GPU, compute capability 7.5; bf16 needs 8.0) has no bf16"),
-    "too small": ({"memory": 2e5}, [], "and its GPU has 0.0; no micro-batch"),
+    "too small": ({"memory": 2e5}, [], "but its GPU has 0.0 GB; no micro-batch"),
     "no NCCL": ({}, [], "NCCL does not start on rank 0 (cuda:0 of "),
     "no GPU": ({"count": 0}, ["--set", "model.width=36"], None),
 }
@@ -278,6 +313,16 @@ def test_running_out_of_memory_says_what_would_fit(monkeypatch):
     assert caught.value.local and caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: out of memory"],
+)
+def test_memory_that_cuda_lacks_outside_pytorchs_allocator_is_the_same_sentence(message):
+    with pytest.raises(ConfigError) as caught, memory_errors(0, torch.device("cuda", 0), lambda: "use less"):
+        raise RuntimeError(f"{message}\nCompile with ...")
+    assert str(caught.value).endswith(f"cuda:0 has too little memory ({message}); use less")
+
+
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="other"), memory_errors(0, torch.device("cpu"), lambda: ""):
         raise RuntimeError("other")
@@ -302,6 +347,20 @@ def test_evaluation_takes_the_gpu_that_the_rank_is_bound_to(monkeypatch, count, 
     monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **_: None)
     args = command.build_parser("").parse_args(["checkpoint", "--precision", "fp32"])
     with fake_gpus(count), pytest.raises(Reached, match=f"{device} fp32"):
+        command._evaluate(args, (), Place(1, 2, 1, 2), SimpleNamespace(rank=1))
+
+
+def test_evaluation_refuses_a_gpu_without_bf16_before_the_ranks_meet(monkeypatch):
+    from vqmoe_ds.evaluation import command
+    from vqmoe_ds.train import engine
+
+    def meet(place: Place, backend: str, seconds: float, device: torch.device, trouble: str | None) -> None:
+        raise ConfigError(trouble)
+
+    monkeypatch.setattr(engine, "meet", meet)
+    monkeypatch.setattr(engine, "make_deterministic", lambda exact: None)
+    args = command.build_parser("").parse_args(["checkpoint"])
+    with fake_gpus(1, capability=(7, 5)), pytest.raises(ConfigError, match="has no bf16; choose --precision fp32"):
         command._evaluate(args, (), Place(1, 2, 1, 2), SimpleNamespace(rank=1))
 
 

@@ -14,12 +14,10 @@ last half of that context (the key-value cache is filled anew from it), so that 
 context or more.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
 
 from vqmoe_ds.evaluation.generate_command import build_parser, main
 

@@ -7,6 +7,7 @@ venv=$1 requirements=$2 python=${PYTHON:-python3}
 
 fail() { echo "error: $1" >&2; exit 2; }
 
+[ -n "$venv" ] && [ -n "$requirements" ] || fail "usage: sh tools/setup_venv.sh FOLDER REQUIREMENTS"
 command -v "$python" >/dev/null || fail "$python not found; install Python 3.11 to 3.13, or name it with PYTHON=..."
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
     fail "$("$python" -V) is not supported; install Python 3.11 to 3.13, or name it with PYTHON=..."

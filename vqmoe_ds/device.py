@@ -21,11 +21,27 @@ ACCELERATOR = "DS_ACCELERATOR"
 
 
 def uses_gpu() -> bool:
-    """Whether this process computes on a GPU; decided as DeepSpeed does, without importing it."""
+    """Whether this process computes on a GPU; decided as DeepSpeed does, without importing it.
+
+    Raises:
+        ConfigError: as ``asked_accelerator``.
+    """
     import torch
 
-    asked = os.environ.get(ACCELERATOR)
+    asked = asked_accelerator()
     return torch.cuda.is_available() if asked is None else asked == "cuda"
+
+
+def asked_accelerator() -> str | None:
+    """``cpu`` or ``cuda`` where the environment asks for one; commands look before they import DeepSpeed.
+
+    Raises:
+        ConfigError: it asks for another one.
+    """
+    asked = os.environ.get(ACCELERATOR)
+    if asked not in (None, "cpu", "cuda"):
+        raise ConfigError(f"{ACCELERATOR}={asked} is not supported here; set it to cpu or cuda, or unset it")
+    return asked
 
 
 def choose(place: Place, visible: int) -> int:
@@ -71,6 +87,19 @@ def bind(place: Place) -> torch.device:
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(number)
     return torch.device("cuda", number)
+
+
+def bind_single() -> torch.device:
+    """The device of a command of one process, bound, and named to DeepSpeed, whose own search for it prints a line.
+
+    Raises:
+        ConfigError: as ``bind``.
+    """
+    from vqmoe_ds.train.ranks import Place
+
+    device = bind(Place(0, 1, 0, 1))
+    os.environ.setdefault(ACCELERATOR, device.type)
+    return device
 
 
 def make_deterministic(exact: bool) -> None:
@@ -176,6 +205,10 @@ def check_precision(device: torch.device, precision: str, remedy: str) -> None:
     raise ConfigError(f"{device} ({name}, compute capability {major}.{minor}; bf16 needs 8.0) has no bf16; {remedy}")
 
 
+OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""In messages of errors that PyTorch raises as plain ``RuntimeError`` where memory outside its allocator is short."""
+
+
 @contextmanager
 def memory_errors(rank: int, device: torch.device, remedy: Callable[[], str]) -> Iterator[None]:
     """In this context CUDA's out-of-memory errors are one sentence that ends with what ``remedy`` says.
@@ -187,8 +220,11 @@ def memory_errors(rank: int, device: torch.device, remedy: Callable[[], str]) ->
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = ": ".join(str(error).split(". ")[:2])  # the third and later ones are of PyTorch's allocator
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        first_line = str(error).partition("\n")[0]
+        reason = ": ".join(first_line.split(". ")[:2])  # the third and later ones are of PyTorch's allocator
         lost = ConfigError(
             f"rank {rank} on {socket.gethostname()}: {device} has too little memory ({reason}); {remedy()}"
         )

@@ -102,6 +102,49 @@ def test_contradictions_get_one_sentence(tmp_path, values, overrides, world, ep,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"bf16": True}, "bf16 must be a JSON object, not True"),
+        ({"bf16": None}, "bf16 must be a JSON object, not None"),
+        ({"bfloat16": True}, "bfloat16 must be a JSON object"),
+        ({"fp16": False}, "fp16 must be a JSON object"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled must be true or false, not 'yes'"),
+        ({"zero_optimization": 3}, "zero_optimization must be a JSON object, not 3"),
+        ({"zero_optimization": None}, "zero_optimization must be a JSON object, not None"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage must be 0, 1, 2 or 3, not 'two'"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage must be 0, 1, 2 or 3, not True"),
+        ({"data_types": None}, "data_types must be a JSON object"),
+        ({"data_types": {"grad_accum_dtype": 32}}, "data_types.grad_accum_dtype must be text, not 32"),
+        ({"optimizer": None}, "optimizer must be a JSON object"),
+        ({"optimizer": "AdamW"}, "optimizer must be a JSON object, not 'AdamW'"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params must be a JSON object, not None"),
+        ({"optimizer": {"params": {"betas": [0.9]}}}, "optimizer.params.betas must be a list of two numbers"),
+        ({"optimizer": {"params": {"lr": "low"}}}, "optimizer.params.lr must be a number or \"auto\", not 'low'"),
+        ({"optimizer": {"params": {"fused": True, "foreach": True}}}, "optimizer.params has both fused and foreach"),
+        ({"optimizer": {"params": {"lr": -1}}}, "train.learning_rate=-1: Input should be greater than 0"),
+        ({"train_batch_size": "many"}, "train_batch_size must be a whole number or \"auto\", not 'many'"),
+        ({"expert_parallel": {"autoep_size": "2"}}, "expert_parallel.autoep_size must be a whole number, not '2'"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        ({"bfloat16": {"enabled": True}, "fp16": {"enabled": True}}, "bfloat16 and fp16 are both enabled"),
+        ({"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}, "bfloat16 is another name of bf16"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_values_of_another_kind_get_one_sentence(tmp_path, values, sentence):
+    for gpu in (False, True):
+        with pytest.raises(ConfigError) as caught:
+            resolve(write(tmp_path, **values), load_config(), 1, gpu=gpu)
+        assert f": {sentence}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_null_leaves_the_optimizer_on_the_device_and_one_precision_may_be_off(tmp_path):
+    zero = {"stage": 2, "offload_optimizer": None}
+    path = write(tmp_path, zero_optimization=zero, bf16={"enabled": False}, fp16={"enabled": True})
+    assert resolve(path, load_config(), 1, gpu=True).precision == "fp16"
+
+
 def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         resolve(str(tmp_path / "none.json"), load_config(), 1)

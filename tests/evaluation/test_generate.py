@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from tests.evaluation.routed_models import LENGTH, VOCAB, model_of
+from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader
 from tests.models.test_cache import CAUSAL, MORE, build
+from vqmoe_ds.checkpoint import load_model
 from vqmoe_ds.checkpoint.portable import new_folder, write_portable
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
 from vqmoe_ds.errors import ConfigError
@@ -169,6 +171,43 @@ def test_models_that_cannot_write_say_why(tmp_path, capsys):
         assert _run(_save(tmp_path / name, model, **data), "--prompt", "x") == 2
         error = capsys.readouterr().err
         assert part in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("failing", ["load_model", "generate"])
+def test_generation_goes_to_the_gpu_and_memory_that_it_lacks_is_one_sentence(checkpoint, capsys, monkeypatch, failing):
+    devices: list[Any] = []
+
+    def fail(*args: Any, device: Any = None, **_: Any) -> None:
+        devices.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    real = load_model.load_model
+    if failing == "load_model":
+        monkeypatch.setattr(load_model, "load_model", fail)
+    else:
+        monkeypatch.setattr("vqmoe_ds.evaluation.generate.generate", fail)
+        monkeypatch.setattr(load_model, "load_model", lambda *a, device, **k: devices.append(device) or real(*a, **k))
+    with fake_gpus(1) as events:
+        assert _run(checkpoint, "--prompt", "abc") == 2
+    assert events == ["bound to 0"] and devices[0] == torch.device("cuda", 0)
+    said = capsys.readouterr().err
+    assert "cuda:0 has too little memory (CUDA out of memory: Tried to allocate 2.00 GiB); try --precision bf16" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("asked", "code"), [(None, 0), ("cuda", 2)])
+def test_the_tool_finds_its_processor_and_says_only_what_matters(checkpoint, asked, code):
+    place = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | (
+        {"DS_ACCELERATOR": asked} if asked else {}
+    )
+    place["CUDA_VISIBLE_DEVICES"] = ""
+    line = [sys.executable, str(TOOL), checkpoint, "--prompt", "abc", "--tokens", "3"]
+    result = subprocess.run(line, capture_output=True, timeout=120, env=place)
+    assert result.returncode == code
+    assert b"accelerator" not in result.stdout
+    if code:
+        assert result.stderr.startswith(b"error: DS_ACCELERATOR=cuda asks for a GPU") and result.stdout == b""
+    assert result.stderr.count(b"\n") == (1 if code else 0)
 
 
 def _at_a_terminal(checkpoint: str) -> tuple[subprocess.Popen, int]:

@@ -14,9 +14,11 @@ pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installe
 
 from lm_eval.api.instance import Instance
 
+from tests.fake_gpu import fake_gpus
 from tests.huggingface import LENGTH, ModelReader, config_of, model_of
 from vqmoe_ds.checkpoint.portable import new_folder, write_portable
 from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.evaluation import harness
 from vqmoe_ds.evaluation.harness import HarnessModel
 
 DOCUMENTS = [
@@ -133,6 +135,19 @@ def test_bad_arguments_are_one_sentence(folder):
         HarnessModel()
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         HarnessModel(checkpoint=str(folder / "nothing"))
+
+
+def test_memory_that_a_gpu_lacks_is_one_sentence(monkeypatch, capsys):
+    import lm_eval.__main__
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", fail)
+    with fake_gpus(1):
+        assert harness.main() == 2
+    said = capsys.readouterr().err
+    assert "cuda has too little memory (CUDA out of memory: Tried to allocate 2.00 GiB); lower --batch_size" in said
 
 
 def test_the_command_runs_every_kind_of_task(folder):

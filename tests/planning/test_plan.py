@@ -10,6 +10,7 @@ import pytest
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import load_config
+from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.planning import memory, speed, traffic
 from vqmoe_ds.planning.command import build_parser, main
@@ -88,6 +89,16 @@ def test_ranking_is_by_time_among_those_that_fit():
     assert fits == sorted(fits, reverse=True)
     times = [p.speed.step_seconds for p in plans if p.fits]
     assert times == sorted(times)
+
+
+def test_layouts_with_more_local_experts_than_gpus_take_are_left_out():
+    changes = {"moe.num_experts": 2048, "moe.expert_hidden": 8, "train.batch_size": 64}
+    run = load_config("tiny", None, changes).config
+    plans = explore(run, Cluster(1, 8, H100), Choices(), {})
+    assert {p.config.ep_size for p in plans} == {4, 8}  # 2,048 and 1,024 experts a GPU at 1 and 2
+    assert {p.config.ep_size for p in explore(run, Cluster(1, 8, H100), Choices(on_gpu=False), {})} == {1, 2, 4, 8}
+    with pytest.raises(ConfigError, match="leaves more than 1023 experts a GPU .*--nodes"):
+        explore(run, Cluster(1, 8, H100), Choices(ep_sizes=[2]), {})
 
 
 def test_recomputation_repeats_no_all_to_all():

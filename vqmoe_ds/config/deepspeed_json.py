@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from vqmoe_ds.config.deepspeed_values import check_values
 from vqmoe_ds.config.gpu import check_widths, use_bf16, use_fused_adam
 from vqmoe_ds.config.load import LoadedConfig, nearest_key
 from vqmoe_ds.config.schema import Router, RunConfig
@@ -72,8 +75,8 @@ UNSUPPORTED = {
     "pipeline": "(pipeline parallelism) is not supported here; remove it",
     "tensor_parallel": "(tensor parallelism) is not supported here; remove it",
     "data_efficiency": "(DeepSpeed's data sampler) is not supported here; remove it",
-    "torch_autocast": "is not supported here (grouped products of experts have no autocast, and distances to codes "
-    'would be taken in bf16); write "bf16": {"enabled": true} instead',
+    "torch_autocast": "is not supported here (distances to codes would be computed in bf16); write "
+    '"bf16": {"enabled": true} instead',
 }
 """Keys that DeepSpeed knows and we refuse, and the rest of the sentence."""
 
@@ -121,7 +124,7 @@ class EngineConfig:
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The JSON as a dictionary; unknown or unsupported top-level keys are refused."""
+    """The JSON as a dictionary; unknown or unsupported top-level keys and values of another kind are refused."""
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
@@ -135,8 +138,8 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
             raise ConfigError(f"DeepSpeed config {path}: {key} {UNSUPPORTED[key]}")
         if key not in TOP_LEVEL_KEYS:
             raise ConfigError(f"DeepSpeed config {path}: top-level key {key!r} is unknown; {_near(key)}")
-    checkpoint = values.get("checkpoint")
-    if isinstance(checkpoint, dict) and checkpoint.get("writer"):
+    check_values(path, values)
+    if values.get("checkpoint", {}).get("writer"):
         raise ConfigError(
             f"DeepSpeed config {path}: checkpoint.writer (DeepSpeed's own checkpoint writers) is not supported here; "
             "remove it: checkpoints are sealed while training goes on"
@@ -163,13 +166,7 @@ def resolve(
     """
     values = copy.deepcopy(read_deepspeed_json(path))
     joiner = _Joiner(path, loaded)
-    optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
-    params = optimizer.setdefault("params", {})
-    if "betas" in params and params["betas"] != "auto":
-        joiner.join(params, "betas", "train.beta1", part=0)
-        joiner.join(params, "betas", "train.beta2", part=1)
-    joiner.join(params, "lr", "train.learning_rate")
-    joiner.join(params, "weight_decay", "train.weight_decay")
+    params = _join_optimizer(joiner, values)
     joiner.join(values, "gradient_clipping", "train.grad_clip")
     micro, accumulation = _batch_sizes(values, joiner, world_size, path)
     run = joiner.config()
@@ -215,13 +212,30 @@ class _Joiner:
         self.values[section][name] = number
 
     def config(self) -> RunConfig:
-        return RunConfig.model_validate(self.values)
+        try:
+            return RunConfig.model_validate(self.values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"DeepSpeed config {self.path}: {field}={first['input']!r}: {message}") from None
+
+
+def _join_optimizer(joiner: _Joiner, values: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's ``params``, joined but for betas that are "auto"."""
+    optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    params: dict[str, Any] = optimizer.setdefault("params", {})
+    if params.get("betas", "auto") != "auto":
+        joiner.join(params, "betas", "train.beta1", part=0)
+        joiner.join(params, "betas", "train.beta2", part=1)
+    joiner.join(params, "lr", "train.learning_rate")
+    joiner.join(params, "weight_decay", "train.weight_decay")
+    return params
 
 
 def _batch_sizes(values: dict[str, Any], joiner: _Joiner, world: int, path: str) -> tuple[int, int]:
     """(micro-batch, accumulation steps) so that micro * accumulation * world = train_batch_size."""
     known = {
-        key: None if values.get(key, "auto") == "auto" else int(values[key])
+        key: None if values.get(key, "auto") == "auto" else values[key]
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     }
     total, micro, accumulation = known.values()

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqmoe_ds.device import memory_errors
+from vqmoe_ds.device import asked_accelerator, check_precision, memory_errors
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.train.console import Console
@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
     """Everything that can be refused before anything heavy is loaded."""
+    asked_accelerator()
     for name, least in (("stride", 1), ("batch_size", 1), ("max_tokens", 2), ("seeds", 1), ("ep_size", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -119,7 +120,8 @@ def _evaluate(
     # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
     from vqmoe_ds.train.engine import set_up_torch
 
-    device = set_up_torch(place)
+    check = partial(check_precision, precision=args.precision or "bf16", remedy="choose --precision fp32")
+    device = set_up_torch(place, check=check)
     remedy = "lower --batch_size, or spread the experts over more ranks (--ep_size)"
     with (
         watch_peers(place, console, args.peer_timeout, "start it again"),

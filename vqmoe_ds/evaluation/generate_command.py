@@ -6,9 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
+from vqmoe_ds.device import ACCELERATOR, bind_single, memory_errors
 from vqmoe_ds.errors import ConfigError, DataError, UserError
 from vqmoe_ds.files import drop_output
 
@@ -57,31 +59,36 @@ class _Writer:
     def __init__(self, options: argparse.Namespace) -> None:
         if options.tokens < 1:
             raise ConfigError(f"--tokens {options.tokens} must be 1 or more")
-        # Heavy imports only now: bad options have been answered.
+        self.options, self.device = options, bind_single()
+        # Heavy imports only now: bad options have been answered, and DeepSpeed knows the device.
         from vqmoe_ds.evaluation.generate import Sampling
 
-        self.options = options
         self.sampling: Sampling = Sampling(options.temperature, options.top_p, options.seed)
-        self.loaded = self._load()
+        with self._memory_errors():
+            self.loaded = self._load()
+
+    def _memory_errors(self) -> AbstractContextManager[None]:
+        remedy = f"try --precision bf16, a larger GPU, or the CPU ({ACCELERATOR}=cpu)"
+        return memory_errors(0, self.device, lambda: remedy)
 
     def _load(self) -> LoadedModel:
         from vqmoe_ds.checkpoint.load_model import load_model
-        from vqmoe_ds.device import uses_gpu
         from vqmoe_ds.moe.routers import require_causal
 
-        options, device = self.options, "cuda" if uses_gpu() else "cpu"
-        loaded = load_model(options.checkpoint, options.tokenizer, device=device, precision=options.precision)
+        options = self.options
+        loaded = load_model(options.checkpoint, options.tokenizer, device=self.device, precision=options.precision)
         require_causal(loaded.config, "generating text")
         loaded.need_tokenizer()
         return loaded
 
     def run(self) -> None:
-        if self.options.prompt is not None:
-            self.answer(self.options.prompt)
-        elif sys.stdin.isatty():
-            self._converse()
-        else:
-            self.answer(sys.stdin.read().removesuffix("\n"))
+        with self._memory_errors():
+            if self.options.prompt is not None:
+                self.answer(self.options.prompt)
+            elif sys.stdin.isatty():
+                self._converse()
+            else:
+                self.answer(sys.stdin.read().removesuffix("\n"))
 
     def _converse(self) -> None:
         """Prompts of a terminal, each on its own, until Ctrl-D."""

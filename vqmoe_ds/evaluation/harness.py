@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.device import uses_gpu
+from vqmoe_ds.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
 from vqmoe_ds.moe.routers import require_causal
@@ -47,7 +47,7 @@ class HarnessModel(TemplateLM):
 
     Raises:
         CheckpointError: as ``load_model``, or the tokenizer is unknown.
-        ConfigError: a router that sees later tokens.
+        ConfigError: a router that sees later tokens, or a GPU is asked for and there is none.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class HarnessModel(TemplateLM):
         if not checkpoint:
             raise ConfigError("--model_args names no checkpoint; give checkpoint=PATH")
         # The harness names a GPU by default, whether or not there is one.
-        self._device = torch.device(device or "cuda" if uses_gpu() else "cpu")
+        self._device = bind_single()
+        if device and self._device.type == "cuda":
+            self._device = torch.device(device)
         self.loaded = load_model(checkpoint, tokenizer, device=self._device, precision=precision)
         self._tokenizer = self.loaded.need_tokenizer()
         require_causal(self.loaded.config, "the harness")
@@ -179,8 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if arguments is not None:
         sys.argv[1:] = arguments
+    remedy = f"lower --batch_size, or use the CPU ({ACCELERATOR}=cpu)"
     try:
-        cli_evaluate()
+        with memory_errors(0, torch.device("cuda" if uses_gpu() else "cpu"), lambda: remedy):
+            cli_evaluate()
     except UserError as error:
         return error.report()
     return 0

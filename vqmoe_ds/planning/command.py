@@ -80,7 +80,8 @@ def _plan(options: argparse.Namespace) -> int:
 
     offload = (False, True) if options.offload else (False,)
     choices = Choices(
-        *(options.zero, options.ep_size, options.micro_batch, options.precision), offload, options.imbalance
+        *(options.zero, options.ep_size, options.micro_batch, options.precision),
+        *(offload, options.imbalance, options.gpu != "cpu"),
     )
     plans, parameters = explore(loaded.config, cluster, choices, base), count(loaded.config)
     name = options.config or options.preset

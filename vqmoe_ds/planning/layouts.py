@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.planning import memory, speed, traffic
@@ -31,6 +32,8 @@ class Choices:
     precision: str = "bf16"
     offload: Sequence[bool] = (False,)
     imbalance: float = 1.2
+    on_gpu: bool = True
+    """Leave out layouts with more local experts than grouped products of GPUs take."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def explore(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, 
         base: DeepSpeed JSON that bucket sizes, accumulation type and the like are taken from.
 
     Raises:
-        ConfigError: a size that divides nothing.
+        ConfigError: a size that divides nothing, or no layout spreads the experts far enough for GPUs.
     """
     parameters = count(run)
     plans = []
@@ -134,7 +137,7 @@ def engine_config(
     return EngineConfig(deepspeed, run, ep_size, cluster.ranks, micro, rounds)
 
 
-def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> Iterator[int]:
+def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
     experts, ranks = run.moe.num_experts, cluster.ranks
     if run.moe.router is Router.DENSE:
         experts = 1
@@ -143,7 +146,14 @@ def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> Iterator[in
             raise ConfigError(f"--ep_size {size} does not divide the {ranks} ranks of this cluster")
         if experts % size:
             raise ConfigError(f"--ep_size {size} does not divide moe.num_experts={experts}")
-    yield from choices.ep_sizes or [n for n in range(1, ranks + 1) if ranks % n == 0 and experts % n == 0]
+    possible = choices.ep_sizes or [n for n in range(1, ranks + 1) if ranks % n == 0 and experts % n == 0]
+    sizes = [n for n in possible if not choices.on_gpu or experts // n <= MOST_LOCAL_EXPERTS]
+    if not sizes:
+        raise ConfigError(
+            f"moe.num_experts={experts} leaves more than {MOST_LOCAL_EXPERTS} experts a GPU at every expert-parallel "
+            f"size of {ranks} ranks, and grouped products take no more; plan for more ranks (--nodes)"
+        )
+    return sizes
 
 
 def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
