@@ -16,6 +16,7 @@ from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.store import read_manifest, write_manifest
 from vqmoe_ds.data.tokenizers import WordTokenizer
 from vqmoe_ds.errors import CheckpointError, ConfigError
 
@@ -123,9 +124,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(saved, tmp_path):
     state = json.loads((other / "state.json").read_text())
     state["config"]["moe"]["expert_hidden"] = 24
     (other / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((other / "manifest.json").read_text())
+    manifest = read_manifest(other)
     manifest["files"]["state.json"]["bytes"] = (other / "state.json").stat().st_size
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(other, manifest, manifest.pop("files"))
     with pytest.raises(CheckpointError, match="holds another model: .*w1 is .* there, .* here"):
         load_model(other)
 

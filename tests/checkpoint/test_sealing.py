@@ -14,7 +14,7 @@ import pytest
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint import sealing
-from vqmoe_ds.checkpoint.session import begin_save
+from vqmoe_ds.checkpoint.session import begin_save, choose, save
 from vqmoe_ds.checkpoint.store import MANIFEST, find_newest, read_best, verify, write_best
 from vqmoe_ds.errors import TrainingHalted
 
@@ -107,4 +107,96 @@ def test_killed_while_it_is_sealed_the_run_goes_on_from_the_one_before(tmp_path)
     assert (tmp_path / "reached").exists()
     found = find_newest(tmp_path / "run")
     assert found.path == tmp_path / "run" / "global_step0000000"
-    assert len(found.passed_over) == 1 and "never finished" in found.passed_over[0]
+    assert found.passed_over == [] and (tmp_path / "run" / ".saving-global_step0000001").is_dir()
+
+
+def _flush_in_order(rank: int, world: int, folder: str) -> list[str]:
+    training, path, seen = Training(folder, Layout(2, 1, world), rank), Path(folder) / "run", []
+    sync, rename = os.fsync, os.replace
+
+    def name(path: str) -> str:
+        return path.removeprefix(str(Path(folder) / "run")).lstrip("/")
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        seen.append(f"sync {name(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+
+    def replace(old: Any, new: Any) -> None:
+        rename(old, new)
+        seen.append(f"rename {name(str(old))} {name(str(new))}")
+
+    training.save(path)  # the folder gets its owner
+    training.train(1)
+    os.fsync, os.replace = fsync, replace
+    save(training.session, path, 1, keep_last=0)
+    return seen
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_files_are_on_disk_before_their_folder_that_before_the_manifest_and_that_before_the_name(tmp_path, world):
+    answers = run_ranks(world, _flush_in_order, str(tmp_path))
+    saving, tag = ".saving-global_step0000001", "global_step0000001"
+    seen = answers[0]
+    flushed = {
+        name for answer in answers for name in answer if name.startswith(f"sync {saving}/") and ".json" not in name
+    }
+    written = {f"sync {saving}/{path.name}" for path in (tmp_path / "run" / tag).iterdir() if path.name != MANIFEST}
+    assert flushed == written and len(written) > 3
+    order = [
+        f"sync {saving}",
+        f"sync {saving}/.{MANIFEST}.tmp",
+        f"rename {saving}/.{MANIFEST}.tmp {saving}/{MANIFEST}",
+        f"sync {saving}",
+        f"rename {saving} {tag}",
+        "sync ",
+        "sync .latest.tmp",
+        "rename .latest.tmp latest",
+        "sync ",
+    ]
+    assert [name for name in seen if name not in flushed] == order
+    assert max(seen.index(name) for name in flushed if name in seen) < seen.index(f"sync {saving}")
+    assert set(answers[-1][: len(flushed)]) <= flushed, "the others flush files alone"
+
+
+def _pass_a_damaged_one(rank: int, world: int, folder: str) -> list[Any]:
+    """Steps 1 to 3 are saved, 2 and 3 are damaged, and the run goes on from 1 with ``keep_last=1``."""
+    path = Path(folder) / "run"
+    training = Training(folder, Layout(2, 1, world), rank)
+    through = []
+    for step in range(1, 4):
+        through += training.train(1)
+        save(training.session, path, step, keep_last=0)
+    if rank == 0:
+        for step in (2, 3):
+            damaged = next((path / f"global_step000000{step}").glob("zero_pp_rank*"))
+            damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    tag, passed_over = choose(path, "auto", rank)
+    assert tag is not None and tag.name == "global_step0000001" and len(passed_over) == 2
+    training.restore(tag)
+    again, notes = training.train(1), []
+    pending = begin_save(training.session, path, 2, keep_last=1)
+    pending.finish()
+    notes.append(pending.note)
+    assert choose(path, str(path / "global_step0000002"), rank)[0] == path / "global_step0000002"
+    return [
+        through[1:2],
+        again,
+        notes,
+        sorted(p.name for p in path.glob("*global_step*")),
+        (path / "latest").read_text(),
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_over_a_damaged_tag_sets_it_aside_and_is_not_retired_for_a_damaged_newer_one(tmp_path, world):
+    answers = run_ranks(world, _pass_a_damaged_one, str(tmp_path))
+    for through, again, _, names, latest in answers:
+        assert again == through
+        assert names == ["global_step0000002", "global_step0000003", "set-aside-global_step0000002"]
+        assert latest == "global_step0000002"
+    assert "is now set-aside-global_step0000002" in answers[0][2][0]
+    found = find_newest(tmp_path / "run")
+    assert found.path == tmp_path / "run" / "global_step0000002"
+    assert set(verify(found.path)["files"]) == {path.name for path in found.path.iterdir()} - {MANIFEST}, (
+        "nothing mixed"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,23 @@ def test_killed_in_the_middle_it_goes_on_bit_identically_from_the_newest_whole_c
     assert "bytes instead of" in result.stdout
     assert "global_step0000004 at step 4" in result.stdout
     assert losses(run_dir) == losses(finished[0])
+
+
+def test_a_folder_of_damaged_checkpoints_stops_the_run_which_leaves_it_as_it_is(small, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0] / "checkpoints", run_dir / "checkpoints")
+    damaged = [next(tag.glob("zero_pp_rank*")) for tag in (run_dir / "checkpoints").glob("global_step*")]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").rglob("*")}
+    result = run([*small, "--run_dir", str(run_dir)])
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    for part in ("global_step0000012, global_step0000008", "does not match its checksum", "--resume never"):
+        assert part in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").rglob("*")} == before
+    anew = ["--run_dir", str(tmp_path / "anew"), "--resume", "never", "--train_steps", "2"]
+    assert run([*small, *anew]).returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -28,7 +28,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece
 from vqmoe_ds.checkpoint.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
 from vqmoe_ds.checkpoint.shards import entry_of, index_of, read_json, read_shards, write_json, write_shards
-from vqmoe_ds.checkpoint.store import FORMAT, MANIFEST
+from vqmoe_ds.checkpoint.store import write_manifest
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.files import sha256_of
 
@@ -114,12 +114,12 @@ def seal(
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files:
             files[name] = Sealed(path.stat().st_size, sha256_of(path))
-    manifest = {
-        **{"format": FORMAT, "step": reader.step, "samples": reader.samples},
+    state = {
+        **{"step": reader.step, "samples": reader.samples},
         **{"layout": layout or reader.layout, "config": reader.config},
-        "files": {name: {"bytes": sealed.size, "sha256": sealed.sha256} for name, sealed in sorted(files.items())},
     }
-    write_json(folder / MANIFEST, manifest)
+    entries = {name: {"bytes": sealed.size, "sha256": sealed.sha256} for name, sealed in sorted(files.items())}
+    write_manifest(folder, state, entries)
 
 
 def total_bytes(reader: CheckpointReader) -> int:

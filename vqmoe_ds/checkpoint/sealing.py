@@ -1,12 +1,14 @@
-"""Sealing a checkpoint in a thread, while training goes on: checksums, manifest, and which older ones may go.
+"""Sealing a checkpoint in a thread, while training goes on: to disk, checksums, manifest, name, and what may go.
 
-The ranks' threads talk over a gloo group of their own, so nothing gets between the collectives of training. Until the
-manifest is there the checkpoint does not exist: a process that dies earlier leaves what was saved before.
+The ranks' threads talk over a gloo group of their own, so nothing gets between the collectives of training. The
+checkpoint bears another name until it is sealed: a process that dies earlier leaves what was saved before. Files and
+their folder are flushed to disk before the manifest is written, which after a power cut vouches for nothing else.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vqmoe_ds.checkpoint.store import checksums, remove, retired, write_manifest
+from vqmoe_ds.checkpoint.retention import SAVING, owner_of, publish, remove, retired
+from vqmoe_ds.checkpoint.store import checksums, files_of, known_whole, write_manifest
 from vqmoe_ds.errors import TrainingHalted
-from vqmoe_ds.files import write_atomically
-from vqmoe_ds.train.ranks import from_first
+from vqmoe_ds.files import sync_folder
+from vqmoe_ds.train.ranks import Place, from_first
 from vqmoe_ds.train.watchdog import of_communication
 
 
@@ -25,24 +28,29 @@ class Sealing:
     """Seals ``tag`` from now on. All ranks share the reading: every one takes some of the files.
 
     Args:
-        tag: a checkpoint whose files all ranks have written.
+        tag: a checkpoint whose files all ranks have written to ``written_to(tag)``.
         state: what the manifest says beside the checksums.
-        rank: this rank.
+        place: this rank's.
         keep_last: as ``run.keep_last``.
         keep_every: as ``run.keep_every``.
         on_sealed: called on rank 0 as soon as the checkpoint exists.
+
+    Attributes:
+        note: after ``finish``, a sentence for the user, on rank 0.
     """
+
+    note: str | None = None
 
     def __init__(
         self,
         tag: Path,
         state: dict[str, Any],
-        rank: int,
+        place: Place,
         keep_last: int,
         keep_every: int,
         on_sealed: Callable[[], None] | None = None,
     ) -> None:
-        self.tag, self._state, self._rank = tag, state, rank
+        self.tag, self._state, self._place = tag, state, place
         self._keep_last, self._keep_every, self._on_sealed = keep_last, keep_every, on_sealed
         self._group = _own_group() if _several() else None
         self._error: Exception | None = None
@@ -70,30 +78,45 @@ class Sealing:
             self._error = error
 
     def _seal(self) -> None:
-        tag, first = self.tag, self._rank == 0
-        files = self._shared_checksums(self._rank)
-        if first:
-            write_manifest(tag, self._state, files)
-            write_atomically(tag.parent / "latest", tag.name)
+        tag, saving, rank = self.tag, written_to(self.tag), self._place.rank
+        sync_files(saving, self._place.local_rank, self._place.local_world_size)
+        files = self._shared_checksums(saving, rank)
+        if rank == 0:
+            sync_folder(saving)
+            write_manifest(saving, {"owner": owner_of(tag.parent), **self._state}, files)
+            self.note = publish(saving, tag)
+            known_whole(tag)
             if self._on_sealed is not None:
                 self._on_sealed()
-        old = from_first(retired(tag.parent, self._keep_last, self._keep_every) if first else [], self._group)
+        old = from_first(retired(tag.parent, self._keep_last, self._keep_every) if rank == 0 else [], self._group)
         # Now by another rank: what counts is what the next job will read.
-        if old and self._shared_checksums(self._rank + 1) != files:
+        if old and self._shared_checksums(tag, rank + 1) != files:
             raise OSError("it reads back otherwise than it was written")
-        if first:
+        if rank == 0:
             remove(old)
         if self._group is not None:
             dist.barrier(self._group)
 
-    def _shared_checksums(self, rank: int) -> dict[str, Any]:
+    def _shared_checksums(self, folder: Path, rank: int) -> dict[str, Any]:
         """``checksums`` of all files, on all ranks."""
         if self._group is None:
-            return checksums(self.tag)
+            return checksums(folder)
         world = dist.get_world_size()
         parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, checksums(self.tag, rank % world, world), group=self._group)
+        dist.all_gather_object(parts, checksums(folder, rank % world, world), group=self._group)
         return dict(sorted((name, entry) for part in parts for name, entry in part.items()))
+
+
+def written_to(tag: Path) -> Path:
+    """Where the files of a tag are until it is sealed."""
+    return tag.with_name(SAVING + tag.name)
+
+
+def sync_files(folder: Path, part: int, parts: int) -> None:
+    """Flush every ``parts``-th file to disk. A host flushes what was written on it, so its ranks share all files."""
+    for path in sorted(files_of(folder))[part::parts]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def as_halted(error: Exception, tag: Path) -> Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import torch.distributed as dist
 
 from vqmoe_ds.checkpoint.reader import open_checkpoint
 from vqmoe_ds.checkpoint.restore import restore_any_layout
-from vqmoe_ds.checkpoint.sealing import Sealing, as_halted
-from vqmoe_ds.checkpoint.store import find_newest, read_manifest, tag_name, verify
+from vqmoe_ds.checkpoint.restricted import without_pickles
+from vqmoe_ds.checkpoint.retention import clear_leftovers
+from vqmoe_ds.checkpoint.sealing import Sealing, as_halted, written_to
+from vqmoe_ds.checkpoint.store import Found, find_newest, read_manifest, tag_name, tags, verify
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
@@ -63,8 +64,8 @@ def begin_save(
         TrainingHalted: the files could not be written; what was saved before is untouched.
     """
     tag = folder / tag_name(step)
-    if session.place.rank == 0 and tag.exists():
-        shutil.rmtree(tag)
+    if session.place.rank == 0:
+        clear_leftovers(folder)
     _barrier()
     config = session.config
     consumed = step * config.run.train.batch_size if samples is None else samples
@@ -75,13 +76,14 @@ def begin_save(
         state["frozen"] = frozen
     engine = session.engine
     try:
-        engine.save_checkpoint(str(folder), tag=tag.name, client_state={"vqmoe_ds": state}, save_latest=False)
+        name = written_to(tag).name
+        engine.save_checkpoint(str(folder), tag=name, client_state={"vqmoe_ds": state}, save_latest=False)
         if engine.checkpoint_engine.is_decoupled():  # its files are whole once they are committed
             engine._commit_decoupled_checkpoint()
         _barrier()
     except (OSError, RuntimeError) as error:
         raise as_halted(error, tag) from error
-    return Sealing(tag, state, session.place.rank, keep_last, keep_every, on_sealed)
+    return Sealing(tag, state, session.place, keep_last, keep_every, on_sealed)
 
 
 def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]]:
@@ -106,11 +108,11 @@ def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]
 
 def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "auto":
-        found = find_newest(folder)
+        found = _newest_or_refuse(folder)
         return found.path, found.passed_over
     path = Path(resume)
     for candidates in (path, path / "checkpoints"):
-        found = find_newest(candidates)
+        found = _newest_or_refuse(candidates)
         if found.path is not None:
             return found.path, found.passed_over
     if not path.exists():
@@ -119,18 +121,37 @@ def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     return path, []
 
 
+def _newest_or_refuse(folder: Path) -> Found:
+    """``find_newest``; a folder without any tag is a new run's, but one of damaged tags is for its user to judge.
+
+    Raises:
+        CheckpointError: there are tags, and none verifies.
+    """
+    found = find_newest(folder)
+    if found.path is None and found.passed_over:
+        names = [tag.name for tag in tags(folder)]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} verifies ({', '.join(names[:5])}{more}; the newest: "
+            f"{found.passed_over[0]}); give --resume the path of another checkpoint, or start anew with --resume never "
+            "and another --run_dir"
+        )
+    return found
+
+
 def load(session: Session, tag: Path) -> int:
     """Restore weights, optimizer, codebooks and step from a tag of any layout; returns the step.
 
-    DeepSpeed's own loading is left to fp16, whose loss scale only it restores: it takes the same layout only, and would
-    run whatever a pickle says.
+    DeepSpeed's own loading is left to fp16, whose loss scale only it restores: it takes the same layout only.
 
     Raises:
         CheckpointError: ``check_fits`` or the files say why it cannot be.
     """
     check_fits(session.config, tag)
     if session.config.precision == "fp16":
-        session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
+        open_checkpoint(tag)  # its sentences come first
+        with without_pickles():
+            session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
         return int(read_manifest(tag)["step"])
     return restore_any_layout(session, open_checkpoint(tag))
 

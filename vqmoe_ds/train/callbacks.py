@@ -228,6 +228,8 @@ class Checkpoints(Callback):
     def _finish(self) -> None:
         if self._sealing is not None:
             self._sealing.finish()
+            if self._sealing.note is not None:
+                self.console.say(self._sealing.note)
             self._sealing = None
 
 

@@ -194,8 +194,10 @@ def find_tag(job: Job) -> Path | None:
     from vqmoe_ds.checkpoint.session import check_fits, choose
 
     tag, passed_over = choose(job.checkpoints, job.resume, job.place.rank)
-    for reason in passed_over:
+    for reason in passed_over[:10]:
         job.console.say(f"passed over: {reason}")
+    if len(passed_over) > 10:
+        job.console.say(f"passed over: {len(passed_over) - 10} more that do not verify")
     if tag is not None:
         check_fits(job.config, tag)
     return tag
