@@ -94,6 +94,8 @@ finish() {
     newest=$(find "$2" -path '*/checkpoints/latest' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -1 | cut -d ' ' -f 2-)
     newest=${newest:+${newest%latest}$(cat "$newest")}
     [ ! -e "$state" ] || read -r stuck last <"$state"
+    case $stuck in '' | *[!0-9]* | ??????*) stuck=0 ;; esac # arithmetic would run what stands there
+    stuck=$((10#$stuck))
     if [ "$newest" = "$last" ]; then stuck=$((stuck + 1)); else stuck=0; fi
     mkdir -p "$2" && echo "$stuck $newest" >"$state"
     if [ "$stuck" -gt "${VQMOE_STUCK:-3}" ]; then

@@ -37,6 +37,8 @@ JOBS = {
     "compare": "compare_array.sbatch",
 }
 TRAININGS = ("pretrain", "finetune")
+SPECIAL = set(" '\"\\`$#")
+"""What would be more than a part of its word in an #SBATCH line, where sbatch reads quotes and comments its own way."""
 
 
 def main(arguments: list[str]) -> int:
@@ -80,6 +82,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the first thing that cannot.
     """
+    _check_words(args)
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "chain"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} is too small; the least is 1")
@@ -100,6 +103,32 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--chain is for {' and '.join(TRAININGS)}, not for {args.job}")
     if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0:
         _check_cluster(args)
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """Refuse what could become a line of its own, of the script or of its #SBATCH options."""
+    for word in args.rest:
+        if not word.isprintable():
+            raise ConfigError(f"{word[:100]!r}, for {args.job}, has a line break or another character that is not text")
+    for name in ("partition", "account", "time", "array"):
+        _check_word(f"--{name}", getattr(args, name) or "")
+    for word in _sbatch_words(args):
+        _check_word("--sbatch", word)
+        if not re.match(r"--[a-z][a-z-]*(=|$)", word):
+            raise ConfigError(f"--sbatch: {word[:100]!r} is not an option; write each as --name=value")
+
+
+def _check_word(name: str, value: str) -> None:
+    wrong = next((letter for letter in value if letter in SPECIAL or not letter.isprintable()), None)
+    if wrong is not None:
+        raise ConfigError(f"{name} {value[:100]!r} has {wrong!r} in it, which an #SBATCH line cannot hold")
+
+
+def _sbatch_words(args: argparse.Namespace) -> list[str]:
+    try:
+        return shlex.split(args.sbatch)
+    except ValueError as error:
+        raise ConfigError(f"--sbatch {args.sbatch[:100]!r} cannot be split into options ({error})") from None
 
 
 def _check_pretraining(args: argparse.Namespace) -> None:
@@ -168,7 +197,7 @@ def _options(args: argparse.Namespace) -> list[str]:
     options += [f"--{name}={getattr(args, name)}" for name in ("partition", "account") if getattr(args, name)]
     if args.job != "evaluate":
         options.append(f"--signal=B:USR1@{args.save_before}")
-    return options + shlex.split(args.sbatch)
+    return options + _sbatch_words(args)
 
 
 def submit(args: argparse.Namespace, script: str) -> int:
@@ -182,7 +211,10 @@ def submit(args: argparse.Namespace, script: str) -> int:
         command = ["sbatch", "--parsable"]
         if before is not None:
             command += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
-        before = _ask(command, script)[0].split(";")[0]
+        answer = _ask(command, script)
+        before = answer[0].split(";")[0] if answer else ""
+        if not before.isalnum():
+            raise ConfigError(f"sbatch gave no job number; its answer was {' '.join(answer)[:200]!r}")
         print(f"submitted job {before} from {os.getcwd()}")
     return 0
 

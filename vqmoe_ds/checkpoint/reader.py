@@ -184,8 +184,9 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         raise CheckpointError(f"{path} holds neither a DeepSpeed checkpoint nor a portable one")
     try:
         return TagReader(path, manifest)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path} is not laid out as DeepSpeed 0.19 does it ({error!r})") from None
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{path} is not laid out as DeepSpeed 0.19 does it ({reason})") from None
 
 
 def require_language_model(reader: CheckpointReader, purpose: str) -> None:

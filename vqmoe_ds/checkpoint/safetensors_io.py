@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.archive import Stored, raw_bytes
+from vqmoe_ds.checkpoint.archive import MOST_DIMENSIONS, Stored, raw_bytes
 from vqmoe_ds.errors import CheckpointError
 
 DTYPES = {
@@ -33,7 +34,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = 32 << 20
+"""Bytes of a header: some 300,000 tensors. Each byte costs up to 20 bytes of objects."""
 
 
 class Entry(NamedTuple):
@@ -122,7 +124,10 @@ def read_header(path: Path) -> dict[str, Stored]:
         CheckpointError: no such file, cut short, or a header whose sizes cannot be true.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        size = status.st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
@@ -149,9 +154,9 @@ def read_header(path: Path) -> dict[str, Stored]:
 def _stored(path: Path, name: str, entry: Any, base: int) -> Stored:
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-        if whole and last - first == math.prod(shape) * dtype.itemsize:
+        whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last))
+        if whole and len(shape) <= MOST_DIMENSIONS and last - first == math.prod(shape) * dtype.itemsize:
             return Stored(str(path), base + first, dtype, tuple(shape))
     except (KeyError, TypeError, ValueError):
         pass
-    raise CheckpointError(f"{path} is refused: its header lies about the type, shape or size of {name}")
+    raise CheckpointError(f"{path} is refused: its header lies about the type, shape or size of {name[:200]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
 from vqmoe_ds.data.indexed import Portion, members
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.errors import DataError
@@ -23,11 +25,17 @@ from vqmoe_ds.errors import DataError
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about optional GPU libraries
     library("megatron.core", "megatron-core<0.17", "prepared data")
+    from megatron.core.datasets import blended_dataset, gpt_dataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
+
+# Both read their indices by numpy.load(..., allow_pickle=True), which runs whatever lies there.
+_numpy = types.ModuleType("numpy")
+vars(_numpy).update(vars(np), load=read_array)
+gpt_dataset.numpy = blended_dataset.numpy = _numpy
 
 
 class DocumentDataset(GPTDataset):
@@ -37,6 +45,9 @@ class DocumentDataset(GPTDataset):
     """
 
     def __init__(self, dataset: Any, path: str, indices: np.ndarray, samples: None, split: Any, config: Any) -> None:
+        if len(dataset.sequence_lengths) and dataset.sequence_lengths.min() < 0:
+            # The compiled loop that cuts windows adds the lengths up, and would walk past the end.
+            raise DataError(f"{path}.idx has sequences of fewer than no tokens: it is damaged, prepare it again")
         super().__init__(dataset, path, members(len(indices), config.share), samples, split, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
@@ -66,7 +77,8 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
     """Samples of one epoch as ``GPTDataset`` gives them: tokens, labels and loss_mask, each of shape ``[S]``.
 
     All ranks call it together. Rank 0 builds the index under a temporary name, the others read it, and a rename makes
-    it whole: a kill leaves nothing that a later run could take for an index.
+    it whole: a kill leaves nothing that a later run could take for an index. One that is there already is taken only if
+    nothing in it was altered.
 
     Args:
         portion: what to read.
@@ -78,23 +90,9 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
         DataError: the index cannot be written.
     """
     final = cache / "-".join([portion.fingerprint, *map(str, seed)])
-    folder = _agreed_folder(final)
-    config = GPTDatasetConfig(
-        random_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
-        sequence_length=portion.sequence_length,
-        blend=([prefix.path for prefix in portion.prefixes], None),
-        split="1",  # the share is taken by DocumentDataset
-        path_to_cache=str(folder),
-        tokenizer=_EndOfDocument(eod),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=True,
-        create_attention_mask=False,
-    )
-    config.share = portion.share
     try:
-        builder = BlendedMegatronDatasetBuilder(DocumentDataset, [None, None, None], lambda: True, config)
-        dataset = builder.build()[0]
+        folder = _agreed_folder(final, portion)
+        dataset = _build(folder, portion, seed, eod)
         if folder != final:
             _seal(folder, final)
     except Exception as error:
@@ -108,12 +106,46 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
     return dataset
 
 
-def _agreed_folder(final: Path) -> Path:
-    """The finished index where rank 0 sees one, else a name of this run's own to build it under."""
+def _build(folder: Path, portion: Portion, seed: tuple[int, ...], eod: int | None) -> Any:
+    """megatron-core's data set with its index in ``folder``."""
+    config = GPTDatasetConfig(
+        random_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+        sequence_length=portion.sequence_length,
+        blend=([prefix.path for prefix in portion.prefixes], None),
+        split="1",  # the share is taken by DocumentDataset
+        path_to_cache=str(folder),
+        tokenizer=_EndOfDocument(eod),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+    )
+    config.share = portion.share
+    return BlendedMegatronDatasetBuilder(DocumentDataset, [None, None, None], lambda: True, config).build()[0]
+
+
+def _shapes(portion: Portion) -> Shapes:
+    """Of the arrays of an index, by their names at megatron-core."""
+    first, last = portion.share
+    counts = [len(prefix.lengths) for prefix in portion.prefixes]
+    shapes: Shapes = {
+        "document_index": [(round(last * float(count)) - round(first * float(count)),) for count in counts],
+        "sample_index": [(windows + 1, 2) for windows in portion.windows],
+        "shuffle_index": [(windows,) for windows in portion.windows],
+    }
+    if len(counts) > 1:
+        shapes["dataset_index"] = shapes["dataset_sample_index"] = [(len(portion),)]
+    return shapes
+
+
+def _agreed_folder(final: Path, portion: Portion) -> Path:
+    """The finished index where rank 0 sees one that is sound, else a name of this run's own to build it under."""
     answer = [final]
-    if not (dist.is_initialized() and dist.get_rank()) and not final.is_dir():
+    if not (dist.is_initialized() and dist.get_rank()) and why_unsound(final, _shapes(portion)):
         answer = [final.with_name(f".{final.name}.{os.getpid()}")]
-        shutil.rmtree(answer[0], ignore_errors=True)  # left by a kill of another process with this number
+        for stale in (final, answer[0]):  # the latter left by a kill of another process with this number
+            shutil.rmtree(stale, ignore_errors=True)
+        answer[0].mkdir(parents=True)  # ours: what others put there would be taken for an index
     if _many_ranks():
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
@@ -124,6 +156,7 @@ def _seal(folder: Path, final: Path) -> None:
         dist.barrier()  # the others have opened the files
         if dist.get_rank() != 0:
             return
+    seal(folder)
     try:
         folder.rename(final)
     except OSError:  # another run with the same cache was first

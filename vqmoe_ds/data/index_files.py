@@ -107,11 +107,11 @@ def check_prefix(prefix: str) -> IndexHeader:
 
 
 def _check_there(prefix: str, index: Path, data: Path) -> None:
-    if index.exists() and data.exists():
+    if index.is_file() and data.is_file():
         return
     if Path(f"{prefix}.parts").is_dir():
         raise DataError(f"the preparation of {prefix} did not finish; run its tools/prepare_data.py command again")
-    missing = [path.name for path in (index, data) if not path.exists()]
+    missing = [path.name for path in (index, data) if not path.is_file()]
     raise DataError(
         f"prepared data {prefix} has no {' and no '.join(missing)}; give the path without .bin or .idx, or make it "
         "with tools/prepare_data.py"

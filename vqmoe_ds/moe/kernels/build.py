@@ -2,6 +2,10 @@
 
 No headers of Python or PyTorch are needed, so it takes a C++ compiler and three seconds. Whatever is missing, training
 goes on with PyTorch's own products (moe/products.py), and one sentence says why.
+
+To load a library is to run it. So one is loaded only where nobody but this user and root can have put it: every folder
+and link on the way to it is checked, and the file itself; and it ends with its own SHA-256, for a file that a full disk
+cut short would end the process. Otherwise it is compiled anew, in a folder of this process where the cache is not safe.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -23,6 +28,13 @@ _SOURCE = Path(__file__).with_name("experts.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-w"]
 _FLAGS += [f"-m{name}" for name in ("fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512bf16")]
 _TIMEOUT = 300  # seconds
+_FUNCTIONS = [
+    f"expert_{name}_{dtype}"
+    for name in ("forward", "backward_rows", "backward_weights")
+    for dtype in ("float32", "bfloat16")
+]
+_DIGEST = hashlib.sha256().digest_size
+_MOST_LINKS = 40
 
 
 class KernelUnavailable(Exception):
@@ -50,12 +62,16 @@ def describe() -> str:
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        return ctypes.CDLL(str(_library())), None
+        compiler = _compiler()
+        folder = _cache_folder()
+        key = hashlib.sha256("\0".join([_SOURCE.read_text(), compiler, *_FLAGS]).encode()).hexdigest()[:16]
+        library = folder / f"experts-{key}.so"
+        return _cached(library) or _compile(compiler, library), None
     except (KernelUnavailable, OSError) as error:
         return None, str(error)
 
 
-def _library() -> Path:
+def _compiler() -> str:
     if os.environ.get("VQMOE_CPU_KERNEL") == "0":
         raise KernelUnavailable("VQMOE_CPU_KERNEL=0")
     if platform.machine() not in ("x86_64", "AMD64") or not torch.cpu._is_avx512_bf16_supported():
@@ -63,34 +79,98 @@ def _library() -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise KernelUnavailable("there is no C++ compiler")
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), compiler, *_FLAGS]).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"experts-{key}.so"
-    if not library.exists():
-        _compile(compiler, library)
-    return library
+    return compiler
+
+
+# ---------------------------------------------------------------- where it may lie
 
 
 def _cache_folder() -> Path:
-    """The user's cache, or a folder that lives as long as this process where that cannot be written."""
+    """The user's cache, or a folder that lives as long as this process where others or nobody can write that.
+
+    Raises:
+        KernelUnavailable: others can change what lies in the folder for temporary files too.
+    """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                place.mkdir(mode=0o700, exist_ok=True)
+        if os.access(folder, os.W_OK) and why_unsafe(folder) is None:
             return folder
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
     private = tempfile.TemporaryDirectory(prefix="vqmoe_ds-", ignore_cleanup_errors=True)
     atexit.register(private.cleanup)
+    reason = why_unsafe(Path(private.name))
+    if reason is not None:
+        raise KernelUnavailable(f"a library could be replaced while it is loaded: {reason}")
     return Path(private.name)
 
 
-def _compile(compiler: str, library: Path) -> None:
-    """Compile to a temporary name and rename: ranks may do so at the same time, a killed one leaves no half file."""
+def why_unsafe(path: Path) -> str | None:
+    """Who else could change what lies at ``path``, as a clause; None where only this user and root can.
+
+    Each folder on the way must belong to one of them and be writable by its owner alone. A sticky one (``/tmp``) will
+    do above: nobody can rename or replace in it what is not theirs. Links are followed one by one.
+
+    Raises:
+        OSError: there is no such path, or it cannot be looked at.
+    """
+    path = Path.cwd() / path  # with its "..", which mean another folder behind a link
+    trusted = {0, os.getuid(), os.stat("/").st_uid}  # the last is root's number in a container
+    for _ in range(_MOST_LINKS):
+        for place in (*reversed(path.parents), path):
+            status = os.lstat(place)
+            if status.st_uid not in trusted:
+                return f"{place} belongs to another user"
+            if stat.S_ISLNK(status.st_mode):
+                path = place.parent / os.readlink(place) / path.relative_to(place)
+                break
+            shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if shared and (place == path or not status.st_mode & stat.S_ISVTX):
+                return f"others can write {place}"
+        else:
+            return None
+    return f"{path} is behind too many links"
+
+
+# ---------------------------------------------------------------- making and opening it
+
+
+def _cached(library: Path) -> ctypes.CDLL | None:
+    """The library that this user or root compiled earlier; None where it is not there, was changed or does not load."""
+    try:
+        if why_unsafe(library) is not None or not stat.S_ISREG(os.lstat(library).st_mode):
+            return None
+        content = library.read_bytes()
+        whole = hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+        return _open(library) if whole else None
+    except (KernelUnavailable, OSError):
+        return None
+
+
+def _open(library: Path) -> ctypes.CDLL:
+    kernel = ctypes.CDLL(str(library))
+    missing = [name for name in _FUNCTIONS if not hasattr(kernel, name)]
+    if missing:
+        raise KernelUnavailable(f"{library.name} was compiled without {missing[0]}")
+    return kernel
+
+
+def _compile(compiler: str, library: Path) -> ctypes.CDLL:
+    """Compile to a temporary name, open, and rename: ranks may do so at the same time, a killed one leaves no half."""
     temporary = library.with_suffix(f".{os.getpid()}.tmp")
     command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(temporary)]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+        temporary.chmod(0o755)  # whatever the umask is
+        digest = hashlib.sha256(temporary.read_bytes()).digest()
+        with temporary.open("ab") as file:  # what follows the sections of a library is not looked at
+            file.write(digest)
+        kernel = _open(temporary)
         temporary.replace(library)
+        return kernel
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
         raise KernelUnavailable(f"{compiler} could not compile {_SOURCE.name} ({lines[0]})") from error

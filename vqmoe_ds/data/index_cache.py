@@ -1,0 +1,94 @@
+"""megatron-core's indices in ``data.cache_dir``: verified before they are taken, and read without its pickles.
+
+A finished index is a folder of arrays (``.npy``) and texts with a sidecar, which has the size and SHA-256 of each file
+and a checksum of itself. The checksums find damage; whoever may write the folder can forge them, and then decides the
+order of the data, but nothing more: no file is read that could hold anything but numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import sha256_of, write_atomically
+
+SIDECAR = "sealed.json"
+FORMAT = 1
+_LONGEST_SIDECAR = 16 << 20
+
+Shapes = dict[str, list[tuple[int, ...]]]
+"""The last words of a file's name (``shuffle_index``) -> the shapes of all arrays so named."""
+
+
+def read_array(path: str | Path, **_: Any) -> np.ndarray:
+    """An array of numbers, mapped from a ``.npy`` file: ``numpy.load`` as megatron-core calls it, that knows no pickle.
+
+    Raises:
+        DataError: anything else.
+        OSError: the file cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise ValueError("it is not a regular file")
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, OverflowError, EOFError) as error:
+        reason = str(error).split("\n")[0][:200]
+        refusal = DataError(f"{path} is not an array of numbers ({reason}); remove its folder, and it is made again")
+        refusal.local = True
+        raise refusal from None
+
+
+def seal(folder: Path) -> None:
+    """Write the sidecar of a folder whose files are finished."""
+    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())}
+    write_atomically(folder / SIDECAR, json.dumps({"format": FORMAT, "files": files, "sha256": _digest(files)}))
+
+
+def why_unsound(folder: Path, shapes: Shapes) -> str | None:
+    """Why an index must be made again, as a clause; None where every file is as it was sealed and of ``shapes``."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not there"
+    try:
+        if any(not stat.S_ISREG(os.lstat(path).st_mode) for path in folder.iterdir()):
+            return "it holds more than files"
+        files = _sealed_files(folder)
+        if files is None or {*files, SIDECAR} != {path.name for path in folder.iterdir()}:
+            return f"its files are not those that {SIDECAR} names"
+        found: Shapes = {}
+        for name, entry in files.items():
+            if entry != [os.path.getsize(folder / name), sha256_of(folder / name)]:
+                return f"{name} was altered"
+            if name.endswith(".npy"):
+                array = read_array(folder / name)
+                if array.dtype.kind not in "iu":
+                    return f"{name} holds other things than whole numbers"
+                found.setdefault(name.removesuffix(".npy").rpartition("-")[2], []).append(array.shape)
+    except (OSError, DataError) as error:
+        return str(error)
+    if {name: sorted(some) for name, some in found.items()} != {name: sorted(some) for name, some in shapes.items()}:
+        return "it is of other data"
+    return None
+
+
+def _sealed_files(folder: Path) -> dict[str, Any] | None:
+    """What the sidecar says of each file; None where it is missing or damaged."""
+    try:
+        if os.path.getsize(folder / SIDECAR) > _LONGEST_SIDECAR:
+            return None
+        sidecar = json.loads((folder / SIDECAR).read_bytes())
+        files = sidecar["files"]
+        known = sidecar["format"] == FORMAT and sidecar["sha256"] == _digest(files)
+        return files if known and isinstance(files, dict) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _digest(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
