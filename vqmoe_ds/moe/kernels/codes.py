@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqmoe_ds.moe.kernels.integers import sort_by_kind
 from vqmoe_ds.moe.kernels.triton_support import block_size, interpreting, kernel, tl, use_triton
 
 
@@ -54,7 +55,7 @@ def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
     sums_LKC = z_TC.new_zeros(layers, num_codes, width)
     if use_triton(z_TC):
         if tokens:
-            order_LT, ends_LK = _sorted_by_code(codes_LT, num_codes)
+            order_LT, ends_LK = sort_by_kind(codes_LT, num_codes)
             block_R, block_C = 16, block_size(width, 128, 16)
             grid = (layers * num_codes, -(-width // block_C))
             sizes = (tokens, num_codes, width, block_R, block_C)
@@ -66,13 +67,6 @@ def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
         for sums_KC, codes_T in zip(sums_LKC, codes_LT, strict=True):
             sums_KC.index_add_(0, codes_T, z_TC)
     return sums_LKC
-
-
-def _sorted_by_code(codes_LT: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Rows by code, those of one code as they came, int64 ``[L, T]``, and where each code ends, int32 ``[L, K]``."""
-    sorted_LT, order_LT = codes_LT.int().sort(dim=1, stable=True)  # half the radix passes of int64
-    all_LK = torch.arange(num_codes, dtype=torch.int32, device=codes_LT.device).repeat(len(codes_LT), 1)
-    return order_LT, torch.searchsorted(sorted_LT, all_LK, right=True, out_int32=True)
 
 
 @kernel
