@@ -148,7 +148,7 @@ def test_any_manifest_that_is_none_is_one_sentence(tmp_path, text, part):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_links_fifos_sockets_and_huge_files_are_passed_over_unread(tmp_path):
+def test_links_fifos_sockets_and_huge_files_are_passed_over_unread(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     good = make(folder, 1)
     elsewhere = make(tmp_path, 90)
@@ -166,9 +166,9 @@ def test_links_fifos_sockets_and_huge_files_are_passed_over_unread(tmp_path):
     with open(folder / tag_name(20) / MANIFEST, "wb") as file:
         file.truncate(LARGEST + 1)
     with socket.socket(socket.AF_UNIX) as listening:
-        os.chdir(folder / tag_name(10))  # a socket's path has to be short
-        listening.bind(MANIFEST)
-        os.chdir(tmp_path)
+        with monkeypatch.context() as inside:
+            inside.chdir(folder / tag_name(10))  # a socket's path has to be short
+            listening.bind(MANIFEST)
     answer = []
     reading = threading.Thread(target=lambda: answer.append(find_newest(folder)), daemon=True)
     reading.start()
