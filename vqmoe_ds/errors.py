@@ -6,18 +6,57 @@ escapes is a defect of this package and keeps its traceback.
 
 from __future__ import annotations
 
+import reprlib
 import sys
+from typing import Any
 
 TRY_AGAIN = 75
 """Exit code after a signal: saved, and the same command goes on."""
 
 
+LONGEST = 1500
+"""Characters of a sentence, at most; a list of all fields takes most of them."""
+
+
+def one_line(text: str, most: int = LONGEST) -> str:
+    """Text that a terminal shows as it is: control characters escaped, and cut in the middle to ``most`` characters."""
+    if len(text) > most:  # before escaping: megabytes may have been quoted
+        text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence quotes it: as ``repr``, cut to some 100 characters, however large or nested it is."""
+    return _QUOTES.repr(value)
+
+
+class _Quotes(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 100
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 2, 3, 3, 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 1000:  # Python writes no more than 4,300 digits
+            return f"a number of about {value.bit_length() * 3 // 10:,} digits"
+        return super().repr_int(value, level)
+
+
+_QUOTES = _Quotes()
+
+
 class UserError(Exception):
-    """Bad input: what is wrong, where, and the mend, in one sentence."""
+    """Bad input: what is wrong, where, and the remedy, in one sentence of at most ``LONGEST`` characters or a little
+    more; it is safe to print whatever of the input it quotes."""
 
     exit_code = 2
     local = False
     """True where one rank alone met the error, so that it has to speak for itself."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
     def report(self) -> int:
         """Say it on standard error; the exit code of a command of one process."""

@@ -10,16 +10,25 @@ import sys
 from io import BufferedReader
 from pathlib import Path
 
+SMALL = 64 << 20
+"""Bytes of a file that is read whole (a description, a table, an index of names), at most."""
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, flush to disk and rename: readers see the old file or the new one, also after a
     power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # a FIFO in its place would be waited for, a link be followed
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:  # bytes of a file's name that are no UTF-8 reach a text as half surrogates, which no encoding has
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -35,33 +44,114 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file to read it; anything else (a link, a FIFO, a device) is not even opened.
+def open_regular(path: str | Path, links: bool = False) -> BufferedReader:
+    """Open a regular file to read it; anything else (a FIFO, a device, a folder) is refused and never waited for.
+
+    Args:
+        links: follow links, as where the user named the file or keeps a model in a cache of links.
 
     Raises:
-        OSError: it is something else, is not there, or cannot be read.
+        OSError: it is something else, is not there, cannot be read, or no file can have such a name.
     """
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise OSError(errno.EINVAL, f"it is {kind_of(path)}, not a regular file")
-    # It may have become something else since.
-    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    try:
+        if not stat.S_ISREG(os.stat(path, follow_symlinks=links).st_mode):
+            raise OSError(errno.EINVAL, f"it is {kind_of(path, links)}, not a regular file")
+        # It may have become something else since.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+    except ValueError:
+        raise OSError(errno.EINVAL, "it cannot be the name of a file") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no longer a regular file")
+    return open(descriptor, "rb")
 
 
-def kind_of(path: Path) -> str:
-    """What an entry of a folder is, as a noun; links are not followed.
+def read_small(path: str | Path, limit: int = SMALL) -> bytes:
+    """All bytes of a regular file that nothing makes larger than ``limit``; links are followed.
+
+    Raises:
+        OSError: as ``open_regular``, or it is larger.
+    """
+    with open_regular(path, links=True) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that such a file may have")
+    return content
+
+
+def list_tree(folder: str | Path, hidden: bool = False) -> tuple[list[str], list[str]]:
+    """(regular files at any depth, entries passed over) of a folder, as paths below it, in no order.
+
+    A link stands for the file it leads to. Passed over are links to anything else, FIFOs, sockets and devices.
+
+    Args:
+        folder: any number of files and levels, as long as the system opens the longest path (``PATH_MAX``).
+        hidden: also what has a name that begins with a dot, or lies in such a folder.
+
+    Raises:
+        OSError: a folder that cannot be listed, with its name.
+    """
+    files: list[str] = []
+    others: list[str] = []
+    folders = [""]
+    while folders:  # no recursion: it would end after some hundred levels
+        below = folders.pop()
+        with os.scandir(os.path.join(folder, below)) as entries:
+            for entry in entries:
+                path = os.path.join(below, entry.name)
+                if entry.name.startswith(".") and not hidden:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                else:
+                    (files if _is_file(entry) else others).append(path)
+    return files, others
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def kind_of(path: str | Path, links: bool = False) -> str:
+    """What an entry of a folder is, as a noun.
+
+    Args:
+        links: say what a link leads to.
 
     Raises:
         OSError: it is not there.
     """
-    mode = os.lstat(path).st_mode
+    mode = os.stat(path, follow_symlinks=links).st_mode
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO"}
     kinds |= {stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
     return kinds.get(stat.S_IFMT(mode), "of an unknown kind")
 
 
+def why_missing(path: str | Path) -> str:
+    """What is wrong with a path that does not exist, as the rest of a sentence that begins with it."""
+    return f"is a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "does not exist"
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        OSError: it cannot be made; ``strerror`` names what is in its place.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        other = next((place for place in (path, *path.parents) if os.path.lexists(place) and not place.is_dir()), path)
+        what = why_missing(other) if not other.exists() else "is not a folder"
+        raise OSError(error.errno, f"{other} {what}") from None
+
+
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """SHA-256 of a regular file, in hexadecimal."""
+    with open_regular(path, links=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

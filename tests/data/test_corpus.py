@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import inspect
 import json
+import os
+import resource
+import socket
+import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vqmoe_ds.data import corpus as corpus_module
 from vqmoe_ds.data.corpus import STRETCH, Corpus, open_corpus, split_corpus, whole_corpus
 from vqmoe_ds.errors import DataError
 
@@ -80,22 +85,91 @@ def test_folder_is_read_in_path_order_without_hidden_files(tmp_path: Path) -> No
     assert single.window(0, 2).tobytes() == b"ZZZ"
 
 
-def test_files_are_mapped_not_read(tmp_path: Path) -> None:
-    (tmp_path / "big.txt").write_bytes(b"x" * 1000)
-    assert isinstance(open_corpus(str(tmp_path)).pieces[0], np.memmap)
+def test_a_file_that_is_cut_short_or_replaced_is_a_sentence(tmp_path: Path) -> None:
+    """A mapped file would end the process with a signal here."""
+    path = tmp_path / "big.txt"
+    path.write_bytes(b"x" * 10_000)
+    corpus = open_corpus(str(tmp_path))
+    assert corpus.window(8, 1000).tobytes() == b"x" * 1001
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match="big.txt became shorter while it was in use"):
+        corpus.window(8, 1000)
+    later = open_corpus(str(tmp_path))
+    path.unlink()
+    os.mkfifo(path)
+    corpus_module._opened.cache_clear()
+    with pytest.raises(DataError, match="big.txt can no longer be read .it is a FIFO"):
+        later.window(0, 10)
+
+
+def test_many_files_take_few_descriptors(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:03d}.txt").write_bytes(b"%03d" % number)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        corpus = open_corpus(str(tmp_path))
+        text = b"".join(corpus.window(index, 10)[:-1].tobytes() for index in range(corpus.num_windows(10)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert text == b"".join(b"%03d" % number for number in range(300))[:890]
+
+
+def test_what_is_no_file_is_passed_over_in_a_sentence_and_never_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (tmp_path / "elsewhere.txt").write_bytes(b"linked")
+    (folder / "file.txt").write_bytes(b"text")
+    (folder / "link.txt").symlink_to(tmp_path / "elsewhere.txt")  # stands for its file, as in caches of data sets
+    os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "round").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+    corpus = open_corpus(str(folder))
+    assert b"".join(piece.tobytes() for piece in corpus.pieces) == b"textlinked"
+    assert "(5 that are no regular files passed over, itself the first)" in corpus.name
+    for name in ("pipe", "zero", "/dev/zero"):
+        with pytest.raises(DataError, match="it is a (FIFO|device), not a regular file"):
+            open_corpus(str(folder / name))
+
+
+@pytest.fixture
+def deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with 1,200 levels and a text at the bottom, where the test is left."""
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("text.txt").write_bytes(b"at the bottom")
+    yield folder
+    os.chdir(folder)
+    subprocess.run(["rm", "-rf", str(folder)], check=True)  # Python's own way of removing it is recursive
+
+
+def test_folders_of_any_depth_up_to_what_the_system_opens(deep: Path) -> None:
+    assert open_corpus(str(deep)).num_bytes == 13
+    for _ in range(12):
+        os.mkdir("e" * 200)
+        os.chdir("e" * 200)
+    with pytest.raises(DataError, match="cannot be listed .File name too long"):
+        open_corpus(str(deep))
 
 
 def test_errors_name_the_path_and_the_mend(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "zero.txt").write_bytes(b"")
     (tmp_path / "packed").mkdir()
-    (tmp_path / "packed" / "text.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "packed" / "text.zip").write_bytes(b"PK\x03\x04text")
     (tmp_path / "short.txt").write_bytes(b"x" * 80)
     for name, reason in {
         "nothing": "does not exist",
         "empty": "holds no bytes",
         "zero.txt": "holds no bytes",
-        "packed": "is compressed; unpack it first",
+        "packed": "is an archive of files; unpack it",
     }.items():
         with pytest.raises(DataError, match=f"{name}.*{reason}"):
             open_corpus(str(tmp_path / name))
@@ -116,7 +190,7 @@ def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(np, "memmap", refuse)
+    monkeypatch.setattr(corpus_module, "open_regular", refuse)
     with pytest.raises(DataError, match=r"locked.txt cannot be read \(Permission denied\)"):
         open_corpus(str(tmp_path))
 

@@ -6,14 +6,17 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import re
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vqmoe_ds.data import documents as documents_module
 from vqmoe_ds.data.documents import PIECE_BYTES, Skips, SourceOptions, plan_units, read_unit
 from vqmoe_ds.errors import DataError
 
@@ -154,9 +157,13 @@ def bad_files(folder: Path) -> dict[str, tuple[str, list[str]]]:
         "not.jsonl": ((good + "{oops\n" + good).encode(), r"not.jsonl, line 2: not a JSON object", ["good"] * 2),
         "list.jsonl": ((good + "[1]\n").encode(), r"list.jsonl, line 2: not a JSON object \(it is a list", ["good"]),
         "null.jsonl": ((good + '{"text": null}\n').encode(), r"line 2: not a string \(it is null\); make", ["good"]),
-        "half.jsonl": ((good + '{"text": "\\ud800"}\n').encode(), r"half.jsonl, line 2: not UTF-8", ["good"]),
+        "half.jsonl": (
+            (good + '{"text": "\\ud800"}\n').encode(),
+            r"half.jsonl, line 2: half of a surrogate pair; write",
+            ["good"],
+        ),
         "cut.txt.gz": (whole[: len(whole) // 2], r"cut.txt.gz: damaged file .*fetch it again", ["line 0\n"]),
-        "not.jsonl.gz": (b"text", r"not.jsonl.gz: damaged file", []),
+        "not.jsonl.gz": (b"text", r"not.jsonl.gz is not gzip data, as its name says; fetch it again, or take", []),
         "not.parquet": (b"text", r"not.parquet: damaged file", []),
     }
     for name, (data, _, _) in content.items():
@@ -228,3 +235,92 @@ def test_plans_depend_on_the_sources_alone(big):
     assert not {u.fingerprint() for u in first} & {u.fingerprint() for u in other}
     path.touch()
     assert not {u.fingerprint() for u in first} & {u.fingerprint() for u in plan_units([str(path)], options)}
+
+
+# ---------------------------------------------------------------- folders and files as they may be
+
+
+def test_patterns_reach_any_depth_and_follow_no_links_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``glob`` ends after some hundred levels, and does not end where folders link to themselves twice."""
+    top = tmp_path / "top"
+    top.mkdir()
+    monkeypatch.chdir(top)
+    for name in ("one", "two"):
+        os.symlink(".", name)
+    Path("a.txt").write_text("a")
+    Path(".hidden.txt").write_text("no")
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("b.txt").write_text("b")
+    Path("b.md").write_text("c")
+    os.chdir(top)
+
+    def found(pattern: str) -> str:
+        return "".join(piece.text for unit in plan_units([pattern], SourceOptions()) for piece in read_unit(unit))
+
+    try:
+        assert found("**/*.txt") == found(f"{top}/**/*.txt") == "ab"
+        assert found("d/**/b.*") == "cb" and found("**") == "acb" and found("*.txt") == "a"
+        assert found("**/.hid*") == "no" and found("d/**") == "cb"
+        with pytest.raises(DataError, match="does not exist"):
+            found("**/*.none")
+    finally:
+        subprocess.run(["rm", "-rf", str(top / "d")], check=True)
+
+
+def test_a_folder_of_ten_thousand_files(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:02d}").mkdir()
+    for number in range(10_000):
+        os.close(os.open(tmp_path / f"{number % 100:02d}" / f"{number}.txt", os.O_CREAT | os.O_WRONLY))
+    (tmp_path / "00" / "x.txt").write_text("one text")
+    skips = Skips()
+    units = plan_units([str(tmp_path)], SourceOptions())
+    assert [piece.text for unit in units for piece in read_unit(unit, skips)] == ["one text"]
+    assert skips.counts == {"empty document": 10_000}
+
+
+def test_what_is_no_file_is_passed_over_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    (unit,) = plan_units([str(tmp_path)], SourceOptions())
+    assert [piece.text for piece in read_unit(unit)] == ["text"]
+    assert "passed over 2 that are no files" in capsys.readouterr().err
+    for name in ("pipe.txt", "zero.txt"):
+        with pytest.raises(DataError, match=f"{name} cannot be read .it is a (FIFO|device), not a regular file"):
+            plan_units([str(tmp_path / name)], SourceOptions())
+    (tmp_path / "a.txt").unlink()
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="a.txt: damaged file .it is a FIFO"):
+        list(read_unit(unit))
+    with pytest.raises(DataError, match="does not exist"):
+        plan_units(["x" * 5000], SourceOptions())
+
+
+def test_a_json_line_has_a_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "LONGEST_JSON", 3 << 20)
+    long = json.dumps({"text": "x" * (4 << 20)})
+    for name, end in (("a.jsonl", "\n"), ("b.jsonl", "")):
+        path = tmp_path / name
+        path.write_text(json.dumps({"text": "before"}) + "\n" + long + end)
+        if end:
+            path.write_text(path.read_text() + json.dumps({"text": "after"}))
+        units = plan_units([str(path)], SourceOptions(on_error="skip"))
+        skips = Skips("skip")
+        texts = [piece.text for unit in units for piece in read_unit(unit, skips)]
+        assert texts == ["before", *(["after"] if end else [])] and list(skips.counts.values()) == [1]
+        with pytest.raises(DataError, match=rf"{name}, line 2: a line of more than .* MiB; give one JSON object"):
+            [list(read_unit(unit)) for unit in plan_units([str(path)], SourceOptions())]
+
+
+def test_json_that_python_would_not_read(tmp_path):
+    """A number of any length is one; what is nested too deeply is JSON, and called so."""
+    (tmp_path / "n.jsonl").write_text('{"id": ' + "9" * 5000 + ', "text": "good"}\n{"text": ' + "9" * 5000 + "}\n")
+    skips = Skips("skip")
+    assert documents(tmp_path / "n.jsonl", on_error="skip", skips=skips) == ["good"]
+    assert skips.counts == {"not a string": 1}
+    (tmp_path / "d.jsonl").write_text('{"text": "good", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match="line 1: JSON nested too deeply; take out what is nested"):
+        documents(tmp_path / "d.jsonl")

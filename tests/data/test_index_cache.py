@@ -202,12 +202,87 @@ def test_what_others_left_under_the_name_to_build_under_is_not_taken(config, cac
     assert list(target.iterdir()) == []
 
 
-def test_lengths_that_would_lead_compiled_code_astray_are_refused(config: RunConfig, tmp_path: Path) -> None:
-    index = tmp_path / "a.idx"
+def _lie_about_lengths(index: Path) -> None:
     raw = bytearray(index.read_bytes())
     lengths = np.frombuffer(raw, np.int32, 60, offset=34).copy()
     lengths[:2] += (1000, -1000)
     raw[34 : 34 + lengths.nbytes] = lengths.tobytes()
     index.write_bytes(raw)
-    with pytest.raises(DataError, match="a.idx has sequences of fewer than no tokens"):
-        _windows_here(config, tmp_path / "cache")
+
+
+def test_lengths_that_would_lead_compiled_code_astray_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    data = open_indexed_text(config)
+    _lie_about_lengths(tmp_path / "a.idx")
+    with pytest.raises(DataError, match="a.idx: sequence . points past the end of the .bin"):
+        open_indexed_text(config)
+    # Also where the file changed after it was looked at.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(DataError, match="a.idx has sequences of fewer than no tokens"):
+            data.open(config, tmp_path / "cache")[0].micro_batches(0, 0, 1, BATCH)
+    finally:
+        dist.destroy_process_group()
+
+
+FORGED = [
+    *((kind, value) for kind in ("document_index", "shuffle_index") for value in (-1, 10**6)),
+    *(("sample_index", value) for value in (-1, 10**6, 3)),
+    *((kind, value) for kind in ("dataset_index", "dataset_sample_index") for value in (-1, 100)),
+]
+
+
+@pytest.mark.parametrize("kind, value", FORGED)
+def test_forged_values_that_lead_nowhere_are_a_sentence(kind: str, value: int, config, cache) -> None:
+    """Whoever forges values forges the sidecar too; left alone, they were numpy's IndexError."""
+    for path in sorted(cache[0].rglob(f"*-{kind}.npy")):
+        array = np.load(path).astype(np.int64)
+        array.flat[-1] = value
+        np.save(path, array)
+        (path.parent / SIDECAR).unlink()
+        seal(path.parent)
+    with pytest.raises(DataError, match="is not that of its data; remove it"):
+        _windows_here(config, cache[0])
+
+
+# ------------------------------------------------------------------ what stays
+
+
+def _run_on(rank: int, world: int, config: RunConfig, cache: str, first: int, batches: int) -> list[np.ndarray]:
+    """Inputs of the batches from sample ``first`` on, and after each the names of the folders that are there."""
+    stream = open_indexed_text(config).open(config, Path(cache))[0]
+    found = []
+    for start in range(first, first + batches * BATCH, BATCH):
+        inputs = np.concatenate([b.inputs_BS for b in stream.micro_batches(start, rank, world, BATCH // world)])
+        dist.barrier()
+        found.append((inputs, sorted(path.name for path in Path(cache).iterdir())))
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_epochs_that_are_over_do_not_stay(world: int, config: RunConfig, tmp_path: Path) -> None:
+    """And a resume from a checkpoint in one of them reads what it would have read."""
+    windows = len(open_indexed_text(config).train)
+    count = 4 * windows // BATCH
+    there = run_ranks(world, _run_on, config, str(tmp_path / "index"), 0, count)
+    assert count > 40
+    epochs = [{int(name.rpartition("-")[2]) for name in names if "-5-0-" in name} for _, names in there[0]]
+    assert max(map(len, epochs)) == 2 and set.union(*epochs) == {0, 1, 2, 3}
+    for number, present in enumerate(epochs):
+        first, last = number * BATCH // windows, ((number + 1) * BATCH - 1) // windows
+        assert present == {first, last}
+    held_out = [name for name in there[0][-1][1] if name.endswith("-0-0-0")]
+    assert len(held_out) == 1, "what is validated on stays"
+    for sample in (0, windows // BATCH * BATCH, 20 * BATCH):
+        again = run_ranks(world, _run_on, config, str(tmp_path / "index"), sample, 3)
+        for rank in range(world):
+            for (inputs, _), (before, _) in zip(again[rank], there[rank][sample // BATCH :], strict=False):
+                assert np.array_equal(inputs, before)
+
+
+def test_a_folder_that_the_user_named_keeps_what_other_runs_may_read(config: RunConfig, tmp_path: Path) -> None:
+    data = config.data.model_copy(update={"cache_dir": str(tmp_path / "index")})
+    config = config.model_copy(update={"data": data})
+    windows = len(open_indexed_text(config).train)
+    (there,) = run_ranks(1, _run_on, config, str(tmp_path / "index"), 0, 2 * windows // BATCH)
+    assert {name.rpartition("-")[2] for name in there[-1][1] if "-5-0-" in name} == {"0", "1"}

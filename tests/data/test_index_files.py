@@ -53,13 +53,19 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path):
         assert smallest_dtype(size) == DType.optimal_dtype(size)
 
 
-def test_files_with_modes_are_read(tmp_path):
+@pytest.mark.parametrize("mode", [0, 1])
+def test_files_with_modes_are_read_if_all_is_text(tmp_path, mode):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), multimodal=True)
-    builder.add_document(np.array([1, 2]), [2], [1])
+    builder.add_document(np.array([1, 2]), [2], [0])
+    builder.add_document(np.array([1, 2]), [2], [mode])
     builder.finalize(str(tmp_path / "m.idx"))
-    assert check_prefix(str(tmp_path / "m")).tokens == 2
+    if mode == 0:
+        assert check_prefix(str(tmp_path / "m")).tokens == 4
+        return
+    with pytest.raises(DataError, match="is of a multimodal preparation"):
+        check_prefix(str(tmp_path / "m"))
 
 
 def test_damage_is_named(tmp_path):

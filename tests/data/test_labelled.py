@@ -117,7 +117,7 @@ BAD_ROWS = [
     (
         "train_jsonl",
         _jsonl({"text": "good", "label": "a"}, {"text": "\ud800", "label": "b"}, {"text": "fine", "label": "b"}),
-        "line 2: not UTF-8",
+        "line 2: half of a surrogate pair",
     ),
     (
         "train_jsonl",
@@ -160,11 +160,11 @@ def test_damaged_archives(tmp_path: Path) -> None:
         path = tmp_path / f"train.jsonl{end}"
         for broken in (packed[: len(packed) * 3 // 4], b"no archive"):
             path.write_bytes(broken)
-            with pytest.raises(DataError, match="damaged archive"):
+            with pytest.raises(DataError, match="damaged file: it is cut|is not (gzip|bzip2) data"):
                 open_labelled(str(path))
         path.write_bytes(packed[: len(packed) * 3 // 4])
         kept = open_labelled(str(path), on_error="skip")
-        assert 0 < len(kept) < 5000 and kept.skipped["damaged archive"] == 1
+        assert 0 < len(kept) < 5000 and kept.skipped["damaged file"] == 1
 
 
 def test_unusable_files(tmp_path: Path) -> None:
@@ -219,3 +219,56 @@ def test_hub_sets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert banking.classes == ["activate_my_card", "card_arrival"] and banking.labels.tolist() == [1, 0]
     with pytest.raises(DataError, match="cannot be had from the Hugging Face hub .Couldn't reach"):
         open_labelled("imdb")
+
+
+AG_NEWS = '"3","Wall St. Bears, again","Short-sellers; are seeing green."\n"4","Science","Rockets"\n"3","","Oil"\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, text_key, label_key",
+    [
+        ("train_csv", AG_NEWS, "1,2", "0"),
+        ("train_csv", AG_NEWS.replace('","', '"\t"'), "1,2", "0"),
+        ("train_tsv", AG_NEWS.replace('","', '"\t"'), "1, 2", "0"),
+        ("train_csv", "label;title;body\n" + AG_NEWS.replace('","', '";"'), "title,body", "label"),
+        ("train_csv", "label\ttitle\tbody\n" + AG_NEWS.replace('","', '"\t"'), "title,body", "label"),
+        ("train_csv", "0,1,2\n" + AG_NEWS, "1,2", "0"),  # a header of numbers
+    ],
+)
+def test_tables_as_they_are_published(name: str, content: str, text_key: str, label_key: str, tmp_path: Path) -> None:
+    found = open_labelled(str(_folder(tmp_path, **{name: content})), text_key=text_key, label_key=label_key)
+    assert found.texts == ["Wall St. Bears, again\nShort-sellers; are seeing green.", "Science\nRockets", "Oil"]
+    assert found.classes == ["3", "4"] and found.labels.tolist() == [0, 1, 0]
+
+
+def test_several_keys_and_names_with_commas(tmp_path: Path) -> None:
+    rows = _jsonl({"a": "x", "b": None, "l": "p"}, {"a": "y", "b": "z", "l": "q"})
+    folder = _folder(tmp_path, train_jsonl=rows, test_jsonl=_jsonl({"a": "x", "b": 3, "l": "p"}))
+    assert open_labelled(str(folder), text_key="a,b", label_key="l").texts == ["x", "y\nz"]
+    with pytest.raises(DataError, match="line 1: not a string"):
+        open_labelled(str(folder), "test", text_key="a,b", label_key="l")
+    with pytest.raises(DataError, match="line 1: without the key: 'c'"):
+        open_labelled(str(folder), text_key="a,c", label_key="l")
+    _folder(tmp_path / "other", train_csv='"title,text",label\nx,p\ny,q\n')
+    assert open_labelled(str(tmp_path / "other"), text_key="title,text").texts == ["x", "y"]
+
+
+def test_coarse_labels_by_choice(tmp_path: Path) -> None:
+    lines = "DESC:manner How did it\nENTY:cremat What films\nDESC:def What is\n"
+    trec = _folder(tmp_path, train_txt=lines)
+    assert open_labelled(str(trec)).classes == ["DESC:def", "DESC:manner", "ENTY:cremat"]
+    coarse = open_labelled(str(trec), label_key="label:coarse")
+    assert coarse.classes == ["DESC", "ENTY"] and coarse.labels.tolist() == [0, 1, 0]
+    table = _folder(tmp_path / "t", train_csv="A:x,one\nB:y,two\nA:z,three\n")
+    assert open_labelled(str(table), text_key="1", label_key="0:coarse").classes == ["A", "B"]
+
+
+def test_a_table_without_header_is_told_from_one_with_other_names(tmp_path: Path) -> None:
+    folder = _folder(tmp_path, train_csv=AG_NEWS)
+    with pytest.raises(DataError, match=r"no column 'text', only 3, Wall St.*by numbers .0, 1, .* first line is data"):
+        open_labelled(str(folder))
+    with pytest.raises(DataError, match="no column '7', only 3"):
+        open_labelled(str(folder), text_key="7", label_key="0")
+    _folder(tmp_path, train_csv=AG_NEWS + "4,short\n")
+    with pytest.raises(DataError, match="line 4: broken row: 2 columns where the first line has 3"):
+        open_labelled(str(folder), text_key="1,2", label_key="0")

@@ -7,7 +7,14 @@ import pytest
 
 from vqmoe_ds.data.batches import PADDING
 from vqmoe_ds.data.labelled import LabelledSet, has_split
-from vqmoe_ds.data.labelled_batches import LabelledBatches, LabelledTexts, draw_shots, encode_texts, hold_out
+from vqmoe_ds.data.labelled_batches import (
+    LabelledBatches,
+    LabelledTexts,
+    draw_shots,
+    encode_texts,
+    hold_out,
+    rare_classes,
+)
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
 from vqmoe_ds.errors import ConfigError, DataError
 
@@ -77,8 +84,14 @@ def test_held_out_texts_are_a_share_of_every_class_and_follow_from_the_seed():
     assert hold_out(texts, 0.1, 5, 1)[1].texts == held.texts
     assert hold_out(texts, 0.1, 6, 1)[1].texts != held.texts
     assert hold_out(texts, 0.1, 5, 2)[1].texts != held.texts
-    with pytest.raises(ConfigError, match="class 'class 4' has 1 training text"):
-        hold_out(texts_of(9, classes=5), 0.1, 0, 1)
+
+
+def test_a_class_of_one_text_is_learned_and_nothing_of_it_held_out():
+    texts = texts_of(9, classes=5)
+    rest, held = hold_out(texts, 0.1, 0, 1)
+    assert rare_classes(texts) == ["class 4"] and 4 in rest.labels and sorted(held.labels) == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="no class has two training texts"):
+        hold_out(texts_of(3, classes=3), 0.1, 0, 1)
 
 
 def test_shots_are_balanced_drawn_by_the_seed_and_nested():

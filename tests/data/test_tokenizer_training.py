@@ -130,7 +130,7 @@ def test_impossible_requests_are_refused(corpus: Path, tmp_path: Path) -> None:
     requests = [
         ([str(corpus)], "unigram", 100, "too small: the 256 bytes"),
         ([str(corpus)], "wordpiece", 1000, "no tokenizer kind 'wordpiece'"),
-        ([str(corpus)], "bpe", 0, "at least 4"),
+        ([str(corpus)], "bpe", 0, "must lie between 4 and"),
         ([str(tmp_path / "blank.txt")], "bpe", 1000, "no text"),
         ([str(tmp_path / "nothing.txt")], "bpe", 1000, "does not exist|nothing.txt"),
     ]

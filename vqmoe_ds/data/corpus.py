@@ -1,13 +1,17 @@
 """Text as bytes: a file, a folder, or the documentation that every CPython carries.
 
-Files are memory-mapped, never read whole; only the bytes of a batch are touched.
+Files are never read whole, and few are open at a time; only the bytes of a batch are touched.
 """
 
 from __future__ import annotations
 
 import bisect
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,10 +19,54 @@ import numpy as np
 
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batch, TrainingBatches, byte_batch
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.data.compressed import DAMAGES, WindowTooLarge, check_content, open_plain, suffix_of
+from vqmoe_ds.errors import DataError, one_line
+from vqmoe_ds.files import list_tree, open_regular, why_missing
+from vqmoe_ds.memory import free_bytes
 
+_BLOCK = 1 << 20
 STRETCH = 64
 """Windows in one stretch of text; stretches are dealt to training and validation whole."""
+
+
+@dataclass(frozen=True)
+class FilePiece:
+    """The bytes of a file, read where they are asked for: a file that is mapped and cut short kills its reader."""
+
+    path: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Bytes of a stretch, uint8.
+
+        Raises:
+            DataError: the file can no longer be read, or has become shorter.
+        """
+        first, last, _ = part.indices(self.size)
+        try:
+            content = os.pread(_opened(self.path).fileno(), last - first, first)
+        except OSError as error:
+            raise _lost(f"data file {self.path} can no longer be read ({error.strerror}); restore it") from None
+        if len(content) != last - first:
+            raise _lost(f"data file {self.path} became shorter while it was in use; restore it")
+        return np.frombuffer(content, dtype=np.uint8)
+
+    def tobytes(self) -> bytes:
+        return self[:].tobytes()
+
+
+@lru_cache(maxsize=64)
+def _opened(path: str) -> BufferedReader:
+    return open_regular(path, links=True)
+
+
+def _lost(sentence: str) -> DataError:
+    error = DataError(sentence)
+    error.local = True
+    return error
 
 
 @dataclass(frozen=True)
@@ -30,7 +78,7 @@ class Corpus:
     """
 
     name: str
-    pieces: tuple[np.ndarray, ...]
+    pieces: Sequence[np.ndarray | FilePiece]
     ends: tuple[int, ...]
 
     @property
@@ -66,29 +114,56 @@ def open_corpus(path: str | None) -> Corpus:
         text = np.frombuffer(stdlib_text(), dtype=np.uint8)
         version = ".".join(map(str, sys.version_info[:3]))
         return Corpus(f"documentation of CPython {version}'s standard library", (text,), (len(text),))
-    root = Path(path)
-    if not root.exists():
-        raise DataError(f"data path {path} does not exist; give a text file or a folder of text files with --data")
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p, root))
-    pieces = [piece for piece in map(_map_file, files) if len(piece)]
+    if not os.path.exists(path):
+        raise DataError(f"data path {path} {why_missing(path)}; give a text file or a folder of text files with --data")
+    files, others = _files_of(path) if os.path.isdir(path) else ([path], [])
+    pieces = [piece for piece in map(_piece, files) if len(piece)]
+    passed_over = f" ({len(others):,} that are no regular files passed over, {others[0]} the first)" if others else ""
     if not pieces:
-        raise DataError(f"data path {path} holds no bytes; give a text file or a folder of text files with --data")
-    return Corpus(str(path), tuple(pieces), tuple(np.cumsum([len(p) for p in pieces]).tolist()))
+        raise DataError(
+            f"data path {path} holds no bytes{passed_over}; give a text file or a folder of text files with --data"
+        )
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    return Corpus(f"{path}{passed_over}", tuple(pieces), tuple(ends.tolist()))
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _map_file(path: Path) -> np.ndarray:
-    if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip"):
-        raise DataError(f"data file {path} is compressed; unpack it first")
+def _files_of(folder: str) -> tuple[list[str], list[str]]:
+    """Files in the order of their paths, and what was passed over; hidden ones are left out."""
     try:
-        if path.stat().st_size == 0:
-            return np.zeros(0, dtype=np.uint8)
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        files, others = list_tree(folder)
     except OSError as error:
-        raise DataError(f"data file {path} cannot be read ({error.strerror}); check its permissions") from error
+        raise DataError(f"data folder {error.filename} cannot be listed ({error.strerror}); give another") from None
+    return [os.path.join(folder, file) for file in sorted(files, key=lambda file: file.split(os.sep))], sorted(others)
+
+
+def _piece(path: str) -> FilePiece | np.ndarray:
+    try:
+        check_content(path)
+        if path.endswith(".parquet"):
+            raise DataError(f"data file {path} is a table, not text; prepare it (tools/prepare_data.py)")
+        if suffix_of(path):
+            return _decompressed(path)
+        with open_regular(path, links=True) as file:
+            return FilePiece(path, os.fstat(file.fileno()).st_size)
+    except WindowTooLarge as error:
+        raise DataError(f"data file {path} has too large a window, {error}; unpack it, and give the text") from None
+    except DAMAGES as error:
+        reason = one_line(str(getattr(error, "strerror", None) or error or "no memory is left"), 200)
+        raise DataError(f"data file {path} cannot be read ({reason}); check what it is") from None
+
+
+def _decompressed(path: str) -> np.ndarray:
+    """The text of a compressed file, uint8: only so it can be read from any place."""
+    text, most = bytearray(), free_bytes() // 2  # growing, it is copied
+    with open_plain(path) as stream:
+        while block := stream.read(_BLOCK):
+            text += block
+            if len(text) > most:
+                raise DataError(
+                    f"data file {path} holds more text than this machine has memory for; unpack it, or prepare it "
+                    "(tools/prepare_data.py)"
+                )
+    return np.frombuffer(text, dtype=np.uint8)
 
 
 @dataclass(frozen=True)

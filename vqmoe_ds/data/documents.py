@@ -8,24 +8,24 @@ grow with its length.
 
 from __future__ import annotations
 
-import bz2
+import fnmatch
 import glob
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
+from vqmoe_ds.data.compressed import DAMAGES, WindowTooLarge, check_content, open_plain, without_suffix
 from vqmoe_ds.data.libraries import library
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.errors import DataError, one_line
+from vqmoe_ds.files import list_tree, open_regular, why_missing
 
 PIECE_BYTES = 64 << 10
 """Longest piece of a document, in bytes of UTF-8."""
@@ -33,16 +33,26 @@ PIECE_BYTES = 64 << 10
 Document = Literal["file", "paragraph", "line"]
 OnError = Literal["fail", "skip"]
 
+LONGEST_JSON = 32 << 20
+"""Bytes of a JSON line: what it holds can take 25 times as many in memory."""
+
 TEXT, JSON, PARQUET, HUB, STREAM = "text", "json", "parquet", "hub", "stream"
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 EMPTY, BAD_UTF8, DAMAGED = "empty document", "not UTF-8", "damaged file"
+HALF, TOO_DEEP, WINDOW = "half of a surrogate pair", "JSON nested too deeply", "compressed with too large a window"
+MISNAMED = "bytes of another kind than its name says"
 NOT_JSON, NO_KEY, NO_COLUMN, NOT_TEXT = "not a JSON object", "without the key", "without the column", "not a string"
+TOO_LONG = f"a line of more than {LONGEST_JSON >> 20} MiB"
 _MENDS = {
     BAD_UTF8: "convert the file to UTF-8 (iconv -t UTF-8)",
+    HALF: "write the character itself, or both halves of its escape",
     DAMAGED: "fetch it again",
+    MISNAMED: "give it the name of what it is",
+    WINDOW: "compress it anew (zstd -dc --long=31 OLD | zstd > NEW, or xz -6)",
     NOT_JSON: "give one JSON object per line",
+    TOO_DEEP: "take out what is nested",
+    TOO_LONG: "give one JSON object per line",
     NO_KEY: "name the key that holds the text with --text_key",
     NO_COLUMN: "name the column that holds the text with --text_key",
     NOT_TEXT: "make the value a string",
@@ -153,12 +163,22 @@ def plan_units(sources: Iterable[str], options: SourceOptions) -> list[Unit]:
         DataError: a source that is missing, empty, unreadable or unknown; a parquet file without the column.
     """
     paths = [path for source in sources for path in _expand(source, options)]
-    total = sum(os.path.getsize(path) for path in paths if not path.startswith("hub:"))
-    unit_bytes = min(16 << 20, max(1 << 20, total // 64))
+    try:
+        total = sum(os.path.getsize(path) for path in paths if not path.startswith("hub:"))
+        unit_bytes = min(16 << 20, max(1 << 20, total // 64))
+        return _fill([span for path in paths for span in _spans(path, options, unit_bytes)], options, unit_bytes)
+    except OSError as error:
+        raise DataError(
+            f"source {error.filename or 'file'} changed or went away ({error.strerror}); try again"
+        ) from None
+
+
+def _fill(spans: list[Span], options: SourceOptions, unit_bytes: int) -> list[Unit]:
+    """Units of the spans, in order, none larger than asked unless a single span is."""
     units: list[Unit] = []
     waiting: list[Span] = []
     size = 0
-    for span in (span for path in paths for span in _spans(path, options, unit_bytes)):
+    for span in spans:
         if waiting and size + span.size > unit_bytes:
             units.append(Unit(tuple(waiting), options))
             waiting, size = [], 0
@@ -179,6 +199,19 @@ def read_unit(unit: Unit, skips: Skips | None = None) -> Iterator[Piece]:
         yield from readers[span.kind](span, unit.options, skips)
 
 
+def text_before(unit: Unit) -> str:
+    """The last character before a unit that begins inside a document (any, if it is none of ASCII); "" otherwise."""
+    span = unit.spans[0]
+    if span.kind != TEXT or unit.options.document != "file" or not span.start:
+        return ""
+    try:
+        with open_plain(span.path) as stream:
+            stream.seek(span.start - 1)
+            return stream.read(1).decode("ascii", errors="replace") or "\n"
+    except DAMAGES:  # reading on will say so
+        return "\n"
+
+
 # ---------------------------------------------------------------- sources
 
 
@@ -192,28 +225,76 @@ def _expand(source: str, options: SourceOptions) -> list[str]:
         found = fetch_recipe(source.removeprefix("recipe:"), options.cache_dir)
         found = [found] if isinstance(found, str | Path) else found
         return [path for item in found for path in _expand(str(item), options)]
-    root = Path(source)
-    if root.is_dir():
-        files = [str(path) for path in sorted(root.rglob("*"), key=Path.as_posix) if path.is_file()]
-        files = [path for path in files if not re.search(r"(^|/)\.", Path(path).relative_to(root).as_posix())]
+    if os.path.isdir(source):
+        files = _files_of(source)
     else:
-        files = [source] if root.exists() else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
+        files = [source] if os.path.exists(source) else sorted(_matches(source))
     if not files:
-        what = "holds no files" if root.is_dir() else "does not exist"
+        what = "holds no files" if os.path.isdir(source) else why_missing(source)
         raise DataError(f"source {source} {what}; give files, folders, globs, recipe:NAME or hub:NAME")
     for path in files:
-        _check_file(path)
+        _check_file(path, options)
     return files
 
 
-def _check_file(path: str) -> None:
-    if path.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z")):
-        raise DataError(f"source {path} is an archive of files; unpack it and give its folder")
+def _files_of(folder: str) -> list[str]:
+    """Files of a folder at any depth, hidden ones left out, in the order of their paths; says what it passes over."""
     try:
-        with open(path, "rb"):
-            pass
+        files, others = list_tree(folder)
     except OSError as error:
-        raise DataError(f"source {path} cannot be read ({error.strerror}); check its permissions") from error
+        raise DataError(f"source {error.filename} cannot be listed ({error.strerror}); give another folder") from None
+    if others:
+        first = os.path.join(folder, min(others))
+        print(f"{folder}: passed over {len(others):,} that are no files, {first} the first", file=sys.stderr)
+    return [os.path.join(folder, file) for file in sorted(files)]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that a pattern matches, with ``**`` as many folders as there are.
+
+    ``glob`` would follow links round in a circle, and end after some hundred levels.
+    """
+    parts = os.path.normpath(pattern).split(os.sep)
+    if "**" not in parts:
+        try:
+            return [path for path in glob.glob(pattern) if os.path.isfile(path)]
+        except (ValueError, RecursionError, re.error):
+            return []
+    root = os.sep.join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))]) or (
+        os.sep if os.path.isabs(pattern) else ""
+    )
+    if not os.path.isdir(root or os.curdir):
+        return []
+    below = parts[len(root.rstrip(os.sep).split(os.sep)) if root else 0 :]
+    hidden = any(part.startswith(".") for part in below)
+    files, _ = list_tree(root or os.curdir, hidden)
+    return [os.path.join(root, file) for file in files if _fits(file.split(os.sep), below)]
+
+
+def _fits(names: list[str], pattern: list[str]) -> bool:
+    """Whether a path matches a pattern, part by part."""
+    places = {0}  # parts of the pattern that may come next
+    for name in names:
+        places |= {place + 1 for place in sorted(places) if pattern[place : place + 1] == ["**"]}
+        after = set()
+        for place in places:
+            part = pattern[place] if place < len(pattern) else ""
+            if part == "**" and not name.startswith("."):
+                after.add(place)
+            elif fnmatch.fnmatchcase(name, part) and (part.startswith(".") or not name.startswith(".")):
+                after.add(place + 1)
+        places = after
+    return len(pattern) in places or (len(pattern) - 1 in places and pattern[-1] == "**")
+
+
+def _check_file(path: str, options: SourceOptions) -> None:
+    try:
+        check_content(path)
+    except OSError as error:
+        raise DataError(f"source {path} cannot be read ({error.strerror}); check what it is") from error
+    except DataError as error:  # counted by whoever reads it, if it is to be left out
+        if options.on_error == "fail":
+            raise DataError(f"{error}, or leave such text out with --on_error skip") from None
 
 
 def _spans(path: str, options: SourceOptions, unit_bytes: int) -> Iterator[Span]:
@@ -222,7 +303,7 @@ def _spans(path: str, options: SourceOptions, unit_bytes: int) -> Iterator[Span]
         return
     status = os.stat(path)
     stamp, size = f"{status.st_size}.{status.st_mtime_ns}", status.st_size
-    name = path.removesuffix(next((end for end in _COMPRESSED if path.endswith(end)), ""))
+    name = without_suffix(path)
     if path.endswith(".parquet"):
         yield from _parquet_spans(path, options, unit_bytes, stamp)
         return
@@ -244,7 +325,7 @@ def _snap(path: str, offset: int, size: int, document: Document) -> int:
     """First place at or after ``offset`` where a unit may end."""
     if offset >= size:
         return size
-    with open(path, "rb") as stream:
+    with open_regular(path, links=True) as stream:
         stream.seek(offset)
         if document == "file":
             window = stream.read(PIECE_BYTES)
@@ -377,31 +458,52 @@ def _read_json(span: Span, options: SourceOptions, skips: Skips) -> Iterator[Pie
     for offset, line in _json_lines(span, skips):
         place = Place(span.path, offset, "byte")
         try:
-            record = json.loads(line.decode().removeprefix("\ufeff") if offset == 0 else line.decode())
+            record = read_json(line.decode().removeprefix("\ufeff") if offset == 0 else line.decode())
         except UnicodeDecodeError as error:
             skips.add(BAD_UTF8, place, f"byte 0x{line[error.start]:02x}")
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            skips.add(TOO_DEEP, place)
+        except ValueError as error:
             skips.add(NOT_JSON, place, str(error))
         else:
             if not isinstance(record, dict):
                 skips.add(NOT_JSON, place, f"it is a {type(record).__name__}")
             elif options.text_key not in record:
-                skips.add(NO_KEY, place, f"no {options.text_key!r}; it has {', '.join(list(record)[:8]) or 'none'}")
+                skips.add(NO_KEY, place, f"no {options.text_key!r}; it has {_shown(record) or 'none'}")
             else:
                 yield from _pieces(record[options.text_key], place, skips)
 
 
+def read_json(text: str) -> Any:
+    """As ``json.loads``, which refuses whole numbers of more than 4,300 digits: they are read as floats."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
+
+
+def _shown(names: Iterable[str]) -> str:
+    """The first few names, as far as a sentence can hold them."""
+    return ", ".join(one_line(name, 40) for name in list(names)[:8])
+
+
 def _json_lines(span: Span, skips: Skips) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of a span, blank lines left out."""
-    rest, offset = b"", span.start
+    parts: list[bytes] = []  # of a line that goes on
+    offset, held = span.start, 0
     for chunk in _chunks(span, 1 << 20, skips):
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, rest = chunk.split(b"\n")
         for line in lines:
-            if line.strip():
-                yield offset, line
-            offset += len(line) + 1
-    if rest.strip():
-        yield offset, rest
+            whole = b"".join([*parts, line])
+            if held + len(line) > LONGEST_JSON:
+                skips.add(TOO_LONG, Place(span.path, offset, "byte"))
+            elif whole.strip():
+                yield offset, whole
+            offset += held + len(line) + 1
+            parts, held = [], 0
+        held += len(rest)
+        parts = [*parts, rest] if held <= LONGEST_JSON else []
+    if held > LONGEST_JSON:
+        skips.add(TOO_LONG, Place(span.path, offset, "byte"))
+    elif b"".join(parts).strip():
+        yield offset, b"".join(parts)
 
 
 def _pieces(value: object, place: Place, skips: Skips) -> Iterator[Piece]:
@@ -415,7 +517,7 @@ def _pieces(value: object, place: Place, skips: Skips) -> Iterator[Piece]:
     try:
         data = value.encode()
     except UnicodeEncodeError:
-        skips.add(BAD_UTF8, place, "half of a surrogate pair")
+        skips.add(HALF, place)
         return
     if len(data) <= PIECE_BYTES:
         yield Piece(value, True)
@@ -432,39 +534,42 @@ def _pieces(value: object, place: Place, skips: Skips) -> Iterator[Piece]:
 
 def _parquet_spans(path: str, options: SourceOptions, unit_bytes: int, stamp: str) -> Iterator[Span]:
     """Row groups, as many in a span as fit."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     skips, key = Skips(options.on_error), options.text_key
     try:
-        metadata = pq.read_metadata(path)
-        names = pq.read_schema(path).names
+        with _parquet(path) as file:
+            groups, names = _row_groups(file, os.path.getsize(path)), file.schema_arrow.names
         if key not in names:
-            skips.add(NO_COLUMN, Place(path, 0, "file"), f"no {key!r}; it has {', '.join(names[:8])}")
-    except (pa.ArrowException, OSError) as error:
+            skips.add(NO_COLUMN, Place(path, 0, "file"), f"no {key!r}; it has {_shown(names)}")
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged file brings about
         skips.add(DAMAGED, Place(path, 0, "file"), _first_line(error))
     if skips.counts:  # counted by whoever reads it
         yield Span(PARQUET, path, 0, 0, True, os.path.getsize(path), stamp)
         return
     start = size = rows = rows_before = 0
-    for group in range(metadata.num_row_groups):
-        about = metadata.row_group(group)
-        columns = (about.column(i) for i in range(about.num_columns))
-        own = sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] == key)
+    for group, (own, count) in enumerate(groups):
         if size and size + own > unit_bytes:
             yield Span(PARQUET, path, start, group, False, size, stamp, rows_before)
             start, size, rows_before = group, 0, rows
-        size, rows = size + own, rows + about.num_rows
-    yield Span(PARQUET, path, start, metadata.num_row_groups, True, size, stamp, rows_before)
+        size, rows = size + own, rows + count
+    yield Span(PARQUET, path, start, len(groups), True, size, stamp, rows_before)
+
+
+def _row_groups(file: Any, size: int) -> list[tuple[int, int]]:
+    """(bytes, by its share of the rows, rows) of each row group of a file of ``size`` bytes.
+
+    pyarrow's metadata of row groups and columns would end the process where they are damaged: it throws what Python
+    cannot catch. Reading no columns says how many rows there are, and raises.
+    """
+    rows = [file.read_row_group(group, columns=[]).num_rows for group in range(file.num_row_groups)]
+    return [(size * count // max(1, sum(rows)), count) for count in rows]
 
 
 def _read_parquet(span: Span, options: SourceOptions, skips: Skips) -> Iterator[Piece]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     row = span.rows_before
     try:
-        with pq.ParquetFile(span.path) as file:
+        with _parquet(span.path) as file:
             if options.text_key not in file.schema_arrow.names:
                 skips.add(NO_COLUMN, Place(span.path, 0, "file"), f"no {options.text_key!r}")
                 return
@@ -472,8 +577,18 @@ def _read_parquet(span: Span, options: SourceOptions, skips: Skips) -> Iterator[
             for batch in file.iter_batches(1024, row_groups=groups, columns=[options.text_key], use_threads=False):
                 yield from _column(batch.column(0), span.path, row, skips)
                 row += len(batch)
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged file brings about
         skips.add(DAMAGED, Place(span.path, row), _first_line(error))
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with open_regular(path, links=True) as stream, pq.ParquetFile(stream) as file:
+        yield file
 
 
 def _column(column: Any, path: str, row: int, skips: Skips) -> Iterator[Piece]:
@@ -512,7 +627,7 @@ def _read_hub(span: Span, options: SourceOptions, skips: Skips) -> Iterator[Piec
             if key in record:
                 yield from _pieces(record[key], place, skips)
             else:
-                skips.add(NO_COLUMN, place, f"no {key!r}; it has {', '.join(record)}")
+                skips.add(NO_COLUMN, place, f"no {key!r}; it has {_shown(record)}")
         return
     table = data.select_columns([key]).with_format("arrow")
     for start in range(span.start, span.end, 1024):
@@ -543,46 +658,39 @@ def _chunks(span: Span, size: int, skips: Skips) -> Iterator[bytes]:
     """The bytes of a span; a damaged compressed file gives what comes before the damage."""
     left = span.end - span.start if span.end >= 0 else None
     try:
-        with _open(span.path) as stream:
+        check_content(span.path)
+        with open_plain(span.path) as stream:
             if span.start:
                 stream.seek(span.start)
             while left is None or left > 0:
-                data = stream.read(size if left is None else min(size, left))
+                data = stream.read1(size if left is None else min(size, left))  # what precedes damage is given
                 if not data:
                     break
                 left = None if left is None else left - len(data)
                 yield data
-    except _DAMAGES as error:
-        skips.add(DAMAGED, Place(span.path, 0, "file"), _first_line(error))
+    except DataError:
+        skips.add(MISNAMED, Place(span.path, 0, "file"))
+        return
+    except DAMAGES as error:
+        reason = WINDOW if isinstance(error, WindowTooLarge) else DAMAGED
+        skips.add(reason, Place(span.path, 0, "file"), _first_line(error))
         return
     if left:
         skips.add(DAMAGED, Place(span.path, 0, "file"), "it became shorter while it was read")
-
-
-_DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError)
-
-
-def _open(path: str) -> BinaryIO:
-    """The file, decompressed while it is read."""
-    if path.endswith(".zst"):
-        import pyarrow as pa
-
-        return cast(BinaryIO, io.BufferedReader(pa.input_stream(path, compression="zstd")))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return cast(BinaryIO, openers.get(Path(path).suffix, open)(path, "rb"))
 
 
 def _lines_before(path: str, offset: int) -> int:
     """Line breaks before byte ``offset`` of the text; 0 where the file can no longer be read."""
     lines = 0
     try:
-        with _open(path) as stream:
+        with open_plain(path) as stream:
             while offset > 0 and (block := stream.read(min(1 << 20, offset))):
                 lines, offset = lines + block.count(b"\n"), offset - len(block)
-    except _DAMAGES:
+    except DAMAGES:
         return 0
     return lines
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = getattr(error, "strerror", None) or str(error)
+    return one_line((str(text).strip() or type(error).__name__).splitlines()[0], 300)

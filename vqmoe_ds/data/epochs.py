@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 
 from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
-from vqmoe_ds.data.indexed import Portion, members
+from vqmoe_ds.data.indexed import HELD_OUT, Portion, members
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.errors import DataError
 
@@ -49,6 +49,7 @@ class DocumentDataset(GPTDataset):
             # The compiled loop that cuts windows adds the lengths up, and would walk past the end.
             raise DataError(f"{path}.idx has sequences of fewer than no tokens: it is damaged, prepare it again")
         super().__init__(dataset, path, members(len(indices), config.share), samples, split, config)
+        _check_values(self, path)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)
@@ -58,6 +59,32 @@ class DocumentDataset(GPTDataset):
             starts = np.cumsum(self.dataset.sequence_lengths[self.document_index[first:last]]) - offset
             sample["loss_mask"][starts[starts > 0] - 1] = 0.0
         return sample
+
+
+def _check_values(dataset: Any, path: str) -> None:
+    """Windows of a corpus lie end to end within its sequences, and the shuffle names no others.
+
+    Raises:
+        DataError: an index that somebody forged, checksums and all.
+    """
+    order, samples, shuffle = dataset.document_index, dataset.sample_index, dataset.shuffle_index
+    whole = not len(order) or (order.min() >= 0 and order.max() < len(dataset.dataset.sequence_lengths))
+    if whole:
+        lengths = dataset.dataset.sequence_lengths[order].astype(np.int64)
+        starts, (places, offsets) = np.cumsum(lengths) - lengths, samples.T.astype(np.int64)
+        whole = places.min() >= 0 and places.max() < len(lengths)
+    if whole:
+        within = (offsets >= 0) & (offsets <= lengths[places])
+        end_to_end = starts[places] + offsets == np.arange(len(places)) * dataset.config.sequence_length
+        whole = bool((within & end_to_end).all()) and shuffle.min() >= 0 and shuffle.max() < len(places) - 1
+    if not whole:
+        raise _refusal(f"the index of {path} in {dataset.config.path_to_cache} is not that of its data; remove it")
+
+
+def _refusal(sentence: str) -> DataError:
+    error = DataError(sentence)
+    error.local = True
+    return error
 
 
 class _EndOfDocument:
@@ -89,7 +116,7 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
     Raises:
         DataError: the index cannot be written.
     """
-    final = cache / "-".join([portion.fingerprint, *map(str, seed)])
+    final = _folder(portion, seed, cache)
     try:
         folder = _agreed_folder(final, portion)
         dataset = _build(folder, portion, seed, eod)
@@ -99,11 +126,29 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
             raise
-        refusal = DataError(f"the index of the data cannot be kept in {cache} ({cause.strerror}); set data.cache_dir")
-        refusal.local = True
-        raise refusal from error
+        sentence = f"the index of the data cannot be kept in {cache} ({cause.strerror}); set data.cache_dir"
+        raise _refusal(sentence) from error
+    if hasattr(dataset, "dataset_index"):  # of several corpora
+        which, entry = dataset.dataset_index, dataset.dataset_sample_index
+        windows = np.array(portion.windows)
+        if not ((which >= 0) & (which < len(windows))).all() or not ((entry >= 0) & (entry < windows[which])).all():
+            raise _refusal(f"the index of the data in {final} is not that of its data; remove it")
     assert len(dataset) == len(portion), f"{len(dataset)} windows instead of {len(portion)}"
     return dataset
+
+
+def remove_epoch(portion: Portion, seed: tuple[int, ...], cache: Path) -> None:
+    """On the first rank, remove the index of an epoch that no rank reads any more; ``open_epoch`` would make it again.
+
+    Args:
+        portion, seed, cache: as of ``open_epoch``.
+    """
+    if seed != HELD_OUT and not (dist.is_initialized() and dist.get_rank()):
+        shutil.rmtree(_folder(portion, seed, cache), ignore_errors=True)
+
+
+def _folder(portion: Portion, seed: tuple[int, ...], cache: Path) -> Path:
+    return cache / "-".join([portion.fingerprint, *map(str, seed)])
 
 
 def _build(folder: Path, portion: Portion, seed: tuple[int, ...], eod: int | None) -> Any:

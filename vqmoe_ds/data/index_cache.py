@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import sha256_of, write_atomically
+from vqmoe_ds.errors import DataError, one_line
+from vqmoe_ds.files import read_small, sha256_of, write_atomically
 
 SIDECAR = "sealed.json"
 FORMAT = 1
@@ -38,8 +38,10 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise ValueError("it is not a regular file")
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, OverflowError, EOFError) as error:
-        reason = str(error).split("\n")[0][:200]
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python's syntax, with all that can go wrong there
+        reason = one_line(str(error).split("\n")[0], 200)
         refusal = DataError(f"{path} is not an array of numbers ({reason}); remove its folder, and it is made again")
         refusal.local = True
         raise refusal from None
@@ -80,9 +82,7 @@ def why_unsound(folder: Path, shapes: Shapes) -> str | None:
 def _sealed_files(folder: Path) -> dict[str, Any] | None:
     """What the sidecar says of each file; None where it is missing or damaged."""
     try:
-        if os.path.getsize(folder / SIDECAR) > _LONGEST_SIDECAR:
-            return None
-        sidecar = json.loads((folder / SIDECAR).read_bytes())
+        sidecar = json.loads(read_small(folder / SIDECAR, _LONGEST_SIDECAR))
         files = sidecar["files"]
         known = sidecar["format"] == FORMAT and sidecar["sha256"] == _digest(files)
         return files if known and isinstance(files, dict) else None

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import open_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES: dict[int, type[np.number]] = {
@@ -77,22 +78,26 @@ def check_prefix(prefix: str) -> IndexHeader:
     """The header of prepared data, after the checks that take no time: call it before any long work.
 
     Both files are there, the .idx is one and as long as its header says, its documents end with its last sequence, and
-    the .bin is exactly as long as the .idx says. No token is read (``inspect.verify`` reads them all); neither torch
-    nor megatron-core is imported; files made by Megatron's own tools pass.
+    the .bin is exactly as long as the .idx says. No token is read (``inspect.verify`` reads them all), nor each entry
+    of the .idx (``check_index`` does); neither torch nor megatron-core is imported; files made by Megatron's own tools
+    pass.
 
     Raises:
         DataError: one sentence with the file, what is wrong and the mend.
     """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     _check_there(prefix, index, data)
-    header = _read_header(prefix, index)
+    try:
+        header = _read_header(prefix, index)
+        size = os.path.getsize(data)
+    except OSError as error:
+        raise DataError(f"prepared data {prefix} cannot be read ({error.strerror}); check its permissions") from None
     ends = header.ends
     if header.documents < 0 or ends[0] != 0 or ends[-1] != header.sequences:
         raise DataError(f"{index}: its documents do not end with its last sequence; it is damaged, prepare it again")
     expected = 0
     if header.sequences:
         expected = int(header.offsets[-1]) + int(header.lengths[-1]) * header.dtype.itemsize
-    size = data.stat().st_size
     if size < expected:
         raise DataError(
             f"{data} has {size:,} bytes and {index.name} points to {expected:,}: the .bin is truncated or belongs to "
@@ -107,11 +112,11 @@ def check_prefix(prefix: str) -> IndexHeader:
 
 
 def _check_there(prefix: str, index: Path, data: Path) -> None:
-    if index.is_file() and data.is_file():
+    if os.path.isfile(index) and os.path.isfile(data):
         return
-    if Path(f"{prefix}.parts").is_dir():
+    if os.path.isdir(f"{prefix}.parts"):
         raise DataError(f"the preparation of {prefix} did not finish; run its tools/prepare_data.py command again")
-    missing = [path.name for path in (index, data) if not path.is_file()]
+    missing = [path.name for path in (index, data) if not os.path.isfile(path)]
     raise DataError(
         f"prepared data {prefix} has no {' and no '.join(missing)}; give the path without .bin or .idx, or make it "
         "with tools/prepare_data.py"
@@ -120,9 +125,8 @@ def _check_there(prefix: str, index: Path, data: Path) -> None:
 
 def _read_header(prefix: str, index: Path) -> IndexHeader:
     """Header alone, its tokens not counted."""
-    size = index.stat().st_size
-    with index.open("rb") as stream:
-        raw = stream.read(_HEADER.size)
+    with open_regular(index, links=True) as stream:
+        size, raw = os.fstat(stream.fileno()).st_size, stream.read(_HEADER.size)
     if raw[: len(MAGIC)] != MAGIC:
         raise DataError(f"{index} is not an index of Megatron's IndexedDataset (its first bytes are {raw[:9]!r})")
     if len(raw) < _HEADER.size:
@@ -136,7 +140,52 @@ def _read_header(prefix: str, index: Path) -> IndexHeader:
             f"{index} has {size:,} bytes where {sequences:,} sequences and {ends - 1:,} documents take {expected:,}; "
             "it is truncated or damaged: copy it again or prepare it again"
         )
+    if size > expected:
+        _refuse_other_modes(index, expected)
     return IndexHeader(prefix, np.dtype(DTYPES[code]), sequences, ends - 1, 0)
+
+
+def _refuse_other_modes(index: Path, start: int) -> None:
+    """Raises: DataError: Megatron's multimodal preparation marks a sequence as something else than text (0)."""
+    with open_regular(index, links=True) as stream:
+        stream.seek(start)
+        while part := stream.read(1 << 20):
+            if any(part):
+                raise DataError(f"{index} is of a multimodal preparation, not of text alone; prepare its text")
+
+
+def check_index(header: IndexHeader) -> None:
+    """Every sequence starts where the one before it ends, documents come in order, and what is stored may be ids.
+
+    Raises:
+        DataError: they do not, and what is built on them would reach past the files.
+    """
+    if header.dtype.kind == "f":
+        raise DataError(f"{header.prefix}.bin holds {header.dtype} numbers, not token ids; prepare it again")
+    where, place = 0, f"{header.prefix}.idx"
+    size = header.tokens * header.dtype.itemsize
+    lengths = chunks(header.lengths)
+    first = 0
+    for offset in chunks(header.offsets):
+        length = next(lengths).astype(np.int64) * header.dtype.itemsize
+        past = (length < 0) | (offset < 0) | (offset > size - length)
+        if past.any():
+            raise DataError(
+                f"{place}: sequence {first + int(np.argmax(past))} points past the end of the .bin; {AGAIN}"
+            )
+        wrong = offset != where + np.cumsum(length) - length
+        if wrong.any():
+            number = first + int(np.argmax(wrong))
+            raise DataError(f"{place}: sequence {number} starts at a wrong byte; {AGAIN}")
+        where, first = int(offset[-1] + length[-1]), first + len(offset)
+    before = 0
+    for ends in chunks(header.ends):
+        if (ends < np.concatenate([[before], ends[:-1]])).any() or ends[-1] > header.sequences:
+            raise DataError(f"{place}: its documents are out of order or end after the last sequence; {AGAIN}")
+        before = int(ends[-1])
+
+
+AGAIN = "it is damaged, copy it again or prepare it again"
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,16 +22,20 @@ import numpy as np
 
 from vqmoe_ds.config.schema import DataConfig, RunConfig
 from vqmoe_ds.data.batches import MASKED, Batch
-from vqmoe_ds.data.index_files import check_prefix
+from vqmoe_ds.data.index_files import check_index, check_prefix
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
 from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import read_small
 
 UNKNOWN = "unknown"
 """Stands for the checksum of a tokenizer that nobody told us about."""
 
 BLEND = 1 << 16
 """Samples after which the pattern of a weighted blend starts again."""
+
+HELD_OUT = (0, 0, 0)
+"""Stands for (seed, portion, epoch) of what is validated on."""
 
 _WEIGHTED = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|nan)):(.+)")
 
@@ -115,6 +120,7 @@ class IndexedBatches:
         weights: how often each is drawn, relative to the others; one for each portion.
         batch_size: windows an optimizer step, over all ranks.
         cache: folder of the shuffled indices.
+        shared: the folder is other runs' too, so that what this one is through with stays there.
     """
 
     masked = True
@@ -127,7 +133,9 @@ class IndexedBatches:
         seed: int,
         cache: Path,
         reader: Reader,
+        shared: bool = True,
     ) -> None:
+        self.shared = shared
         self.portions, self.batch_size, self.seed, self.cache = portions, batch_size, seed, cache
         self.reader = reader
         self._turns, self._numbers = _pattern(weights)
@@ -160,13 +168,18 @@ class IndexedBatches:
         return samples / sum(map(len, self.portions))
 
     def _open_epochs(self, wanted: set[tuple[int, int]]) -> None:
-        from vqmoe_ds.data.epochs import open_epoch
+        from vqmoe_ds.data.epochs import open_epoch, remove_epoch
 
+        through = self._open.keys() - wanted
         self._open = {key: dataset for key, dataset in self._open.items() if key in wanted}
         for portion, epoch in sorted(wanted - self._open.keys()):  # sorted: the same order on every rank
             self._open[portion, epoch] = open_epoch(
                 self.portions[portion], (self.seed, portion, epoch), self.reader.eod, self.cache
             )
+        # Every rank is: the step before, which all ranks ended together, was the last to read them. A resume that goes
+        # back makes them again, the same.
+        for portion, epoch in through if not self.shared else ():
+            remove_epoch(self.portions[portion], (self.seed, portion, epoch), self.cache)
 
 
 class IndexedWindows:
@@ -177,7 +190,7 @@ class IndexedWindows:
 
         self.sequence_length = portion.sequence_length
         self.reader = reader
-        self._dataset = open_epoch(portion, (0, 0, 0), self.reader.eod, cache)
+        self._dataset = open_epoch(portion, HELD_OUT, self.reader.eod, cache)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -204,10 +217,11 @@ class Reader:
         inputs_BS, labels_BS, kept_BS = (
             np.stack([sample[name].numpy() for sample in samples]) for name in ("tokens", "labels", "loss_mask")
         )
-        largest = max(inputs_BS.max(), labels_BS.max())
-        if largest >= self.vocab_size:
+        largest, least = max(inputs_BS.max(), labels_BS.max()), min(inputs_BS.min(), labels_BS.min())
+        if largest >= self.vocab_size or least < 0:
+            outside = least if least < 0 else largest
             error = DataError(
-                f"the prepared data has the id {largest}, past the vocabulary of {self.vocab_size}; it was made by "
+                f"the prepared data has the id {outside}, past the vocabulary of {self.vocab_size}; it was made by "
                 "another tokenizer than the one named for it (data.tokenizer, model.vocab_size), or is damaged"
             )
             error.local = True
@@ -254,7 +268,8 @@ class IndexedText:
             weights = [p.weight or 0.0 for p in self.train.prefixes]
         reader = Reader(self.tokenizer, config.model.vocab_size)
         train = config.train
-        batches = IndexedBatches(portions, weights, train.batch_size, train.seed, cache, reader)
+        shared = config.data.cache_dir is not None
+        batches = IndexedBatches(portions, weights, train.batch_size, train.seed, cache, reader, shared)
         return batches, IndexedWindows(self.valid, cache, reader)
 
     def encode(self, text: str) -> list[int] | None:
@@ -342,7 +357,7 @@ def _entries(path: str | list[str] | None, name: str) -> list[tuple[str, float |
     if isinstance(path, str) and not any(indexed) and entries[0][1] is None:
         return None
     for (prefix, _), found in zip(entries, indexed, strict=True):
-        if not found and Path(prefix).exists():
+        if not found and os.path.exists(prefix):
             raise DataError(
                 f"{name}: {prefix} is raw text, which can be given alone and without a weight only; prepare it with "
                 "tools/prepare_data.py to blend it"
@@ -353,48 +368,55 @@ def _entries(path: str | list[str] | None, name: str) -> list[tuple[str, float |
 
 
 def _entry(text: str) -> tuple[str, float | None]:
-    if Path(text).exists() and _is_indexed(text):
+    if os.path.exists(text) and _is_indexed(text):
         raise DataError(
             f"{text} is both raw text and a prepared corpus; give {text}.idx for the latter, or move one of them"
         )
-    match = None if Path(text).exists() or _is_indexed(text) else _WEIGHTED.fullmatch(text)
-    if match is None:
+    prefix, written = weighted_entry(text)
+    if written is None:
         return _without_ending(text), None
-    weight = float(match[1])
+    weight = float(written)
     if not 0 < weight < math.inf:
-        raise DataError(f"the weight of {match[2]} is {match[1]}; weights of a blend are positive numbers")
-    return _without_ending(match[2]), weight
+        raise DataError(f"the weight of {prefix} is {written}; weights of a blend are positive numbers")
+    return _without_ending(prefix), weight
+
+
+def weighted_entry(text: str) -> tuple[str, str | None]:
+    """(PREFIX, WEIGHT as it is written) of ``WEIGHT:PREFIX``; None for the weight of what is there by that name."""
+    match = None if os.path.exists(text) or _is_indexed(text) else _WEIGHTED.fullmatch(text)
+    return (text, None) if match is None else (match[2], match[1])
 
 
 def _without_ending(text: str) -> str:
     """``PREFIX.idx`` and ``PREFIX.bin`` mean the prefix where both files are there."""
     stem = text.removesuffix(".idx").removesuffix(".bin")
-    return stem if Path(f"{stem}.idx").exists() and Path(f"{stem}.bin").exists() else text
+    return stem if os.path.exists(f"{stem}.idx") and os.path.exists(f"{stem}.bin") else text
 
 
 def _is_indexed(prefix: str) -> bool:
-    return Path(f"{prefix}.idx").exists() or Path(f"{prefix}.bin").exists()
+    return os.path.exists(f"{prefix}.idx") or os.path.exists(f"{prefix}.bin")
 
 
 def _open_prefix(path: str, weight: float | None) -> Prefix:
+    header = check_prefix(path)
     try:
-        lengths = check_prefix(path).lengths
-        tokenizer = _described_tokenizer(path)
+        check_index(header)
+        return Prefix(path, weight, header.lengths, _described_tokenizer(path))
     except OSError as error:
         raise DataError(f"prepared data {path} cannot be read ({error.strerror}); check its permissions") from None
-    return Prefix(path, weight, lengths, tokenizer)
 
 
 def _described_tokenizer(path: str) -> dict[str, Any] | None:
-    description = Path(f"{path}.json")
-    if not description.exists():
+    description = f"{path}.json"
+    if not os.path.exists(description):
         return None
     try:
-        answer: dict[str, Any] = json.loads(description.read_text())["tokenizer"]
-        answer["checksum"]
-        return answer
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{description} is damaged; prepare {path} again") from None
+        answer: dict[str, Any] = json.loads(read_small(description))["tokenizer"]
+        if isinstance(answer, dict) and isinstance(answer["checksum"], str):
+            return answer
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise DataError(f"{description} is damaged; prepare {path} again")
 
 
 def _common_tokenizer(prefixes: tuple[Prefix, ...], given: str | None) -> Tokenizer | None:

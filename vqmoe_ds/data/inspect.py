@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.index_files import IndexHeader, check_prefix, chunks
+from vqmoe_ds.data.index_files import AGAIN, IndexHeader, check_index, check_prefix, chunks
 from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
 from vqmoe_ds.errors import DataError, UserError
-from vqmoe_ds.files import sha256_of
+from vqmoe_ds.files import read_small, sha256_of
 
 _SHOWN = 300  # characters of a document
 _READ = 2000  # tokens decoded for them
@@ -85,46 +86,12 @@ def inspect(prefix: str, tokenizer: str | None = None, documents: int = 3, verif
 # ---------------------------------------------------------------- checks
 
 
-def check_index(header: IndexHeader) -> None:
-    """Every sequence starts where the one before it ends, and documents come in order.
-
-    Raises:
-        DataError: they do not.
-    """
-    where, place = 0, f"{header.prefix}.idx"
-    size = header.tokens * header.dtype.itemsize
-    lengths = chunks(header.lengths)
-    first = 0
-    for offset in chunks(header.offsets):
-        length = next(lengths).astype(np.int64) * header.dtype.itemsize
-        past = (length < 0) | (offset < 0) | (offset + length > size)
-        if past.any():
-            raise DataError(
-                f"{place}: sequence {first + int(np.argmax(past))} points past the end of the .bin; {_AGAIN}"
-            )
-        wrong = offset != where + np.cumsum(length) - length
-        if wrong.any():
-            number = first + int(np.argmax(wrong))
-            raise DataError(f"{place}: sequence {number} starts at a wrong byte; {_AGAIN}")
-        where, first = int(offset[-1] + length[-1]), first + len(offset)
-    before = 0
-    for ends in chunks(header.ends):
-        if (np.diff(ends, prepend=before) < 0).any() or ends[-1] > header.sequences:
-            raise DataError(f"{place}: its documents are out of order or end after the last sequence; {_AGAIN}")
-        before = int(ends[-1])
-
-
-_AGAIN = "it is damaged, copy it again or prepare it again"
-
-
 def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
     """Read all ids; the largest.
 
     Raises:
         DataError: one lies outside the vocabulary, with its place.
     """
-    if header.dtype.kind == "f":
-        raise DataError(f"{header.prefix}.bin holds {header.dtype} numbers, not token ids")
     largest, first = -1, 0
     for ids in chunks(header.ids, 4 << 20):
         top, bottom = int(ids.max()), int(ids.min())
@@ -145,14 +112,19 @@ def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
 def _description(prefix: str, header: IndexHeader) -> dict[str, Any]:
     """``PREFIX.json``; empty for data of Megatron's own tools, which have none."""
     path = Path(f"{prefix}.json")
-    if not path.exists():
+    if not os.path.exists(path):
         return {}
     try:
-        about = json.loads(path.read_bytes())
+        about = json.loads(read_small(path))
         stated = about["documents"], about["sequences"], about["tokens"]
-        _ = about["tokenizer"]["checksum"], about["sha256"]["bin"], about["sha256"]["idx"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged; prepare the data again") from error
+        sound = all(map(_is_count, stated)) and all(map(_is_count, (about.get("bytes", 0), about.get("unknown", 0))))
+        sound &= all(isinstance(about[key][name], str) for key, name in _DIGESTS)
+        skipped, first = about.get("skipped", {}), about.get("first_skipped", {})
+        sound &= all(_is_count(count) and isinstance(first[reason], str) for reason, count in skipped.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path} is damaged; prepare the data again")
     if stated != (header.documents, header.sequences, header.tokens):
         raise DataError(
             f"{path} tells of {stated[0]:,} documents and {stated[2]:,} tokens, the .idx of {header.documents:,} and "
@@ -161,9 +133,16 @@ def _description(prefix: str, header: IndexHeader) -> dict[str, Any]:
     return dict(about)
 
 
+_DIGESTS = (("tokenizer", "checksum"), ("sha256", "bin"), ("sha256", "idx"))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
 def _tokenizer(prefix: str, named: str | None, about: dict[str, Any]) -> Tokenizer | None:
     own = f"{prefix}.tokenizer"
-    if named is None and not Path(own).exists():
+    if named is None and not os.path.exists(own):
         if about:
             raise DataError(f"{own} is missing; copy it from where the data was made, or name it with --tokenizer")
         return None
@@ -180,9 +159,9 @@ def _tokenizer(prefix: str, named: str | None, about: dict[str, Any]) -> Tokeniz
 def _compare_digests(prefix: str, about: dict[str, Any]) -> str:
     if not about:
         raise DataError(f"{prefix}.json is missing, so there is no checksum to --verify; leave --verify out")
-    for name, digest in about["sha256"].items():
-        if sha256_of(f"{prefix}.{name}") != digest:
-            raise DataError(f"{prefix}.{name} has changed since it was made (SHA-256 differs); {_AGAIN}")
+    for name in ("bin", "idx"):
+        if sha256_of(f"{prefix}.{name}") != about["sha256"][name]:
+            raise DataError(f"{prefix}.{name} has changed since it was made (SHA-256 differs); {AGAIN}")
     return "verified"
 
 

@@ -6,21 +6,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vqmoe_ds.data.tokenizers import (
+    MOST_IDS,
     SPACE_MARK,
     Tokenizer,
+    cannot_encode,
     characters_to_bytes,
     checked_ids,
     read_file,
     require_utf8,
 )
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.errors import DataError, one_line
+from vqmoe_ds.files import read_small
 
 FILE = "tokenizer.json"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -51,18 +55,23 @@ class JsonTokenizer(Tokenizer):
 
         try:
             self._fast, options = Fast.from_str(content), json.loads(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise DataError(f"{name} cannot be read as a tokenizer ({error}); make or download it again") from None
-        self._fast.encode_special_tokens = True  # text that spells a special token out stays text
-        self._fast.no_truncation()
-        self._fast.no_padding()
+            self._read_options(options)
+        except BaseException as error:
+            if not _of_library(error):
+                raise
+            reason = one_line(str(error).partition("\n")[0], 200)
+            raise DataError(f"{name} cannot be read as a tokenizer ({reason}); make or download it again") from None
+        self.content, self.checksum = content, checksum or hashlib.sha256(content.encode()).hexdigest()
+        self._name = name
+        self._end_with(eod)
+
+    def _read_options(self, options: dict[str, Any]) -> None:
+        _as_text(self._fast)
         added = options.get("added_tokens") or []
         self._control = {token["id"] for token in added if token.get("special")}
         self._literal = {token["id"] for token in added} - self._control
         self._byte_level = "ByteLevel" in json.dumps(options.get("decoder"))
-        self.content, self.checksum = content, checksum or hashlib.sha256(content.encode()).hexdigest()
         self._ids = self._fast.get_vocab()
-        self._end_with(eod)
         self.unknown_id = self._ids.get(str((options.get("model") or {}).get("unk_token")))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -71,14 +80,40 @@ class JsonTokenizer(Tokenizer):
     def _end_with(self, eod: int | None) -> None:
         size = max(self._ids.values(), default=-1) + 1
         self.eod = size if eod is None else eod
+        if size > MOST_IDS or type(self.eod) is not int or not 0 <= self.eod < MOST_IDS:
+            raise DataError(
+                f"tokenizer {self._name} has ids, or an end of document, that are no whole numbers from 0 to "
+                f"{MOST_IDS - 1:,}; make or download it again"
+            )
         self.vocab_size = max(size, self.eod + 1)
 
     def encode(self, text: str) -> np.ndarray:
+        return self._encode(self._fast, text)
+
+    def encode_pieces(self, texts: Sequence[str], before: Sequence[str]) -> list[np.ndarray]:
+        return [
+            self._encode(self._inside if last else self._fast, text) for text, last in zip(texts, before, strict=True)
+        ]
+
+    @cached_property
+    def _inside(self) -> Any:
+        """The same tokenizer that puts nothing before a text."""
+        from tokenizers import Tokenizer as Fast
+
+        options = json.loads(self.content)
+        parts = {name: _unprefixed(options.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        if all(options.get(name) == part for name, part in parts.items()):
+            return self._fast
+        return _as_text(Fast.from_str(json.dumps(options | parts)))
+
+    def _encode(self, fast: Any, text: str) -> np.ndarray:
         try:
-            return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        except TypeError:
+            return np.array(fast.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        except BaseException as error:
+            if not _of_library(error):
+                raise
             require_utf8(text)
-            raise
+            raise cannot_encode(self.kind, error) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._fast.decode(checked_ids(ids, self), skip_special_tokens=True))
@@ -92,7 +127,7 @@ class JsonTokenizer(Tokenizer):
                 continue
             if i in self._literal:
                 texts[i] = token.encode()
-            elif self._byte_level:
+            elif self._byte_level and byte_of.keys() >= set(token):
                 texts[i] = bytes(byte_of[symbol] for symbol in token)
             else:
                 texts[i] = bytes([int(byte[1], 16)]) if byte else token.replace(SPACE_MARK, " ").encode()
@@ -106,6 +141,25 @@ class JsonTokenizer(Tokenizer):
         return "huggingface.json", self.content.encode()
 
 
+def _as_text(fast: Any) -> Any:
+    """The library's tokenizer, set to take every text whole and as text, also one that spells a special token."""
+    fast.encode_special_tokens = True
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _unprefixed(part: Any) -> Any:
+    """A normalizer or pre-tokenizer without what it puts before a text."""
+    if not isinstance(part, dict) or part.get("type") == "Prepend":
+        return None
+    kept: dict[str, Any] = {"prepend_scheme": "never"} if part.get("type") == "Metaspace" else {}
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            kept[name] = [each for each in map(_unprefixed, part[name]) if each is not None]
+    return part | kept | ({"add_prefix_space": False} if part.get("add_prefix_space") else {})
+
+
 def read_json_tokenizer(path: str | Path, checksum: str | None = None) -> JsonTokenizer:
     """A ``tokenizer.json``, or that of a folder; config.json or tokenizer_config.json beside it say what ends a text.
 
@@ -115,7 +169,7 @@ def read_json_tokenizer(path: str | Path, checksum: str | None = None) -> JsonTo
     Raises:
         DataError: it cannot be read.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = Path(path) / FILE if os.path.isdir(path) else Path(path)
     try:
         content = read_file(file).decode()
     except UnicodeDecodeError as error:
@@ -130,7 +184,7 @@ def data_of_folder(folder: Path) -> dict[str, str]:
 
     That is its tokenizer.json, or else its SentencePiece tokenizer.model; the checksum of either is that of its file.
     """
-    file = next((folder / name for name in (FILE, "tokenizer.model") if (folder / name).exists()), None)
+    file = next((folder / name for name in (FILE, "tokenizer.model") if os.path.exists(folder / name)), None)
     if file is None:
         return {}
     return {"tokenizer": str(file.resolve()), "tokenizer_sha256": hashlib.sha256(read_file(file)).hexdigest()}
@@ -139,19 +193,24 @@ def data_of_folder(folder: Path) -> dict[str, str]:
 def _end_of_document(folder: Path, ids: dict[str, int]) -> int | None:
     end = _read(folder / "config.json").get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
-    if isinstance(end, int):
+    if type(end) is int:
         return end
     named = _read(folder / "tokenizer_config.json").get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    return next((ids[name] for name in (named, *_ENDS) if name in ids), None)
+    return next((ids[name] for name in (named, *_ENDS) if isinstance(name, str) and name in ids), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        options = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return options if isinstance(options, dict) else {}
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether the tokenizers library raised it, which raises nothing narrower, and panics with a ``BaseException``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def byte_symbols() -> dict[int, str]:

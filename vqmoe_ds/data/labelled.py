@@ -6,23 +6,24 @@ their rows is tested, the download itself is not.
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
-import json
-import lzma
+import os
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
+from vqmoe_ds.data.documents import read_json
 from vqmoe_ds.data.libraries import library
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.errors import DataError, one_line, shown
+from vqmoe_ds.files import why_missing
+from vqmoe_ds.memory import free_bytes
 
 Split = Literal["train", "validation", "test"]
 OnError = Literal["fail", "skip"]
@@ -32,7 +33,12 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val",
 _FORMATS = r"csv|tsv|jsonl|ndjson|txt"
 
 EMPTY, NO_LABEL, UNSEEN, BAD_UTF8 = "empty text", "no label", "label never seen in training", "not UTF-8"
-BROKEN, NO_KEY, NOT_TEXT, DAMAGED = "broken row", "without the key", "not a string", "damaged archive"
+BROKEN, NO_KEY, NOT_TEXT, DAMAGED = "broken row", "without the key", "not a string", "damaged file"
+HALF = "half of a surrogate pair"
+LONGEST_LINE = 32 << 20
+"""Characters of a line, and of a quoted field with its line breaks."""
+_SAMPLE = 20  # lines that tell what separates the columns
+_COARSE = ":coarse"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -83,6 +89,44 @@ class _Row(NamedTuple):
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table, or keys of a JSON row, hold the text and the label.
+
+    Args:
+        text: one name, or several between commas, whose texts are joined by line breaks.
+        label: one name; ``NAME:coarse`` takes what stands before the first ``:`` of labels such as ``LOC:city``.
+
+    Numbers count the columns of a table without a header, from 0.
+    """
+
+    text: str
+    label: str
+
+    def names(self, there: Container[str]) -> list[str]:
+        """Of the texts, and last of the label; a name that is there is taken as it is, commas and all."""
+        texts = [self.text] if self.text in there else self.text.split(",")
+        label = self.label if self.label in there else self.label.removesuffix(_COARSE)
+        return [*(name.strip() for name in texts), label]
+
+    def numbered(self, first: list[str]) -> bool:
+        """Whether they are numbers, of a table whose first line is data."""
+        return all(re.fullmatch(r"\d{1,4}", name) and name not in first for name in self.names(first))
+
+    def row(self, place: str, texts: list[Any], label: Any) -> _Row:
+        if self.label.endswith(_COARSE) and isinstance(label, str):
+            label = label.partition(":")[0]
+        return _Row(place, joined(texts), label)
+
+
+def joined(texts: list[Any]) -> Any:
+    """Several texts as one, those that are missing left out; a value that is no text where there is one."""
+    if len(texts) == 1:
+        return texts[0]
+    other = next((value for value in texts if value is not None and not isinstance(value, str)), None)
+    return "\n".join(value for value in texts if value) if other is None else other
+
+
 def open_labelled(
     spec: str,
     split: Split = "train",
@@ -99,7 +143,8 @@ def open_labelled(
         spec: ``sst2``, ``sst5``, ``imdb`` or ``banking77`` (from the hub); ``NAME=PATH`` with the folder or file that
             holds a set, known or not; or the path alone. A folder has files such as ``train.csv``, ``dev.txt`` or
             ``test-0-of-3.jsonl.bz2``; a ``.txt`` has lines of a label, a space and the text.
-        text_key, label_key: columns of a CSV or TSV, keys of a JSONL (``text``, ``label``; ``category`` in BANKING77).
+        text_key, label_key: columns of a CSV or TSV, keys of a JSONL (``text``, ``label``; ``category`` in BANKING77),
+            as of ``Columns``.
         classes: those of the training split, where ``spec`` is one file; otherwise they are found there.
         on_error: refuse the first bad row, or leave bad rows out and count them in ``skipped``.
 
@@ -116,12 +161,12 @@ def open_labelled(
     def rows(wanted: Split) -> Iterator[_Row]:
         if not place and known:
             return _hub_rows(known, wanted, cache_dir)
-        return _file_rows(Path(place), wanted, text_key, key)
+        return _file_rows(Path(place), wanted, Columns(text_key, key))
 
     if known and known.classes:
         classes = known.classes
     elif classes is None and split != "train":
-        if place and Path(place).is_file():
+        if place and os.path.isfile(place):
             raise DataError(f"{place} is one file: pass the classes of its training set to read its {split} split")
         classes = _collect(name, rows("train"), None, "skip").classes
     return _collect(name, rows(split), classes, on_error)
@@ -137,11 +182,9 @@ def has_split(spec: str, split: Split) -> bool:
     if not equals and spec in KNOWN_SETS:
         return split in KNOWN_SETS[spec].splits
     path = Path(place if equals else spec)
-    if path.is_file():
+    if os.path.isfile(path):
         return split == "train"
-    if not path.is_dir():
-        raise DataError(f"labelled set {path} does not exist; known names are {', '.join(KNOWN_SETS)}")
-    return any(re.match(rf"({'|'.join(SPLIT_NAMES[split])})[-.]", file.name) for file in path.iterdir())
+    return any(re.match(rf"({'|'.join(SPLIT_NAMES[split])})[-.]", name) for name in _names_in(path))
 
 
 def _collect(name: str, rows: Iterator[_Row], classes: Sequence[str] | None, on_error: OnError) -> LabelledSet:
@@ -149,9 +192,13 @@ def _collect(name: str, rows: Iterator[_Row], classes: Sequence[str] | None, on_
     labels: list[str] = []
     skipped: dict[str, int] = {}
     numbers = _numbers(name, classes) if classes else None
+    held, room = 0, free_bytes() // 16  # characters: they may take four bytes, and their ids eight more
     for row in rows:
         problem, label = _judge(row, numbers)
         if not problem:
+            held += len(row.text)
+            if held > room:
+                raise DataError(f"labelled set {name} has more text than fits this machine's memory; give a part of it")
             texts.append(row.text)
             labels.append(label)
         elif on_error == "skip":
@@ -180,7 +227,7 @@ def _numbers(name: str, classes: Sequence[str]) -> dict[str, int]:
 
 
 def _order(label: str) -> tuple[float, str, str]:
-    return (int(label), "", label) if re.fullmatch(r"-?\d+", label) else (float("inf"), label.casefold(), label)
+    return (int(label), "", label) if re.fullmatch(r"-?\d{1,18}", label) else (float("inf"), label.casefold(), label)
 
 
 def _judge(row: _Row, numbers: dict[str, int] | None) -> tuple[str, str]:
@@ -200,115 +247,171 @@ def _judge(row: _Row, numbers: dict[str, int] | None) -> tuple[str, str]:
     if not written:
         return NO_LABEL, ""
     if numbers is not None and written not in numbers:
-        return f"{UNSEEN}: {written!r}", ""
+        return f"{UNSEEN}: {shown(written)}", ""
     return "", written
 
 
 # ---------------------------------------------------------------- files
 
 
-def _file_rows(path: Path, split: Split, text_key: str, label_key: str) -> Iterator[_Row]:
+def _file_rows(path: Path, split: Split, columns: Columns) -> Iterator[_Row]:
     for file in _files(path, split):
-        yield from _one_file(file, text_key, label_key)
+        yield from _one_file(file, columns)
 
 
 def _files(path: Path, split: Split) -> list[Path]:
     """The files of a split, all parts of it."""
-    kind = rf"\.({_FORMATS})(\.gz|\.bz2|\.xz)?"
-    if path.is_file():
+    kind = rf"\.({_FORMATS})(\.gz|\.bz2|\.xz|\.zst)?"
+    if os.path.isfile(path):
         if not re.search(rf"{kind}$", path.name):
-            raise DataError(f"labelled set {path} is neither CSV, TSV, JSONL nor .txt (.gz, .bz2 or .xz); convert it")
+            raise DataError(
+                f"labelled set {path} is neither CSV, TSV, JSONL nor .txt (.gz, .bz2, .xz or .zst); convert it"
+            )
         return [path]
-    if not path.is_dir():
-        raise DataError(f"labelled set {path} does not exist; known names are {', '.join(KNOWN_SETS)}")
     names = "|".join(SPLIT_NAMES[split])
-    files = sorted(file for file in path.iterdir() if re.fullmatch(rf"({names})(-\d+-of-\d+)?{kind}", file.name))
+    files = sorted(path / name for name in _names_in(path) if re.fullmatch(rf"({names})(-\d+-of-\d+)?{kind}", name))
     if not files:
         raise DataError(
             f"labelled set {path} has no {split} split (no {split}.csv, .tsv, .jsonl or .txt); "
             "add the file, or hold out a part of the training split"
         )
-    part = re.search(r"-of-(\d+)\.", files[0].name)
-    if len(files) != (int(part[1]) if part else 1):
+    part = re.search(r"-of-0*(\d+)\.", files[0].name)
+    if str(len(files)) != (part[1] if part else "1"):
         there = ", ".join(file.name for file in files)
         raise DataError(f"the {split} split of {path} is {'not whole' if part else 'there twice'} ({there}); mend that")
     return files
 
 
-def _one_file(path: Path, text_key: str, label_key: str) -> Iterator[_Row]:
-    lines = _lines(path)
-    kind = re.sub(r"\.(gz|bz2|xz)$", "", path.name).rpartition(".")[2]
+def _names_in(folder: Path) -> list[str]:
+    if not os.path.isdir(folder):
+        raise DataError(f"labelled set {folder} {why_missing(folder)}; known names are {', '.join(KNOWN_SETS)}")
     try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise DataError(f"labelled set {folder} cannot be listed ({error.strerror}); check its permissions") from None
+
+
+def _one_file(path: Path, columns: Columns) -> Iterator[_Row]:
+    lines = _lines(path)
+    kind = without_suffix(path).rpartition(".")[2]
+    try:
+        check_content(path)
         if kind == "txt":
-            yield from _plain_rows(path, lines)
+            yield from _plain_rows(path, lines, columns)
         elif kind in ("csv", "tsv"):
-            yield from _csv_rows(path, lines, "," if kind == "csv" else "\t", text_key, label_key)
+            yield from _csv_rows(path, lines, "," if kind == "csv" else "\t", columns)
         else:
-            yield from _json_rows(path, lines, text_key, label_key)
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or error
+            yield from _json_rows(path, lines, columns)
+    except DAMAGES as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
         yield _Row(str(path), problem=f"{DAMAGED}: {reason}")
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines; bytes that are not UTF-8 come as lone surrogates, so that only their row is lost."""
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rb") as stream:
-        yield from io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with open_plain(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        while line := text.readline(LONGEST_LINE):
+            if len(line) == LONGEST_LINE:
+                raise DataError(f"{path} has a line of more than {LONGEST_LINE >> 20} million characters; break it up")
+            yield line
 
 
-def _plain_rows(path: Path, lines: Iterator[str]) -> Iterator[_Row]:
+def _plain_rows(path: Path, lines: Iterator[str], columns: Columns) -> Iterator[_Row]:
     for number, line in enumerate(lines, 1):
         label, _, text = line.strip().partition(" ")
         if label:
-            yield _Row(f"{path}, line {number}", text, label)
+            yield columns.row(f"{path}, line {number}", [text], label)
 
 
-def _csv_rows(path: Path, lines: Iterator[str], delimiter: str, text_key: str, label_key: str) -> Iterator[_Row]:
-    csv.field_size_limit(1 << 30)
+def _csv_rows(path: Path, lines: Iterator[str], delimiter: str, columns: Columns) -> Iterator[_Row]:
+    csv.field_size_limit(LONGEST_LINE)
+    sample = list(islice(lines, _SAMPLE))
     # Strict, as a quote that is never closed would otherwise swallow the rest of the file without a word.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = [column.strip() for column in next(reader, [])]
-    for key in (text_key, label_key):
-        if key not in header:
-            raise DataError(
-                f"{path} has no column {key!r}, only {', '.join(header) or 'nothing'}; "
-                "name another with finetune.text_key or finetune.label_key"
-            )
-    text_column, label_column = header.index(text_key), header.index(label_key)
+    reader = csv.reader(chain(sample, lines), delimiter=_delimiter(sample, delimiter, columns), strict=True)
+    try:
+        first = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{path}, line 1: the names of the columns cannot be read ({error}); write them anew") from None
+    *texts, label = _places(path, first, columns)
+    rows = _parsed(path, reader)
+    if columns.numbered(first):
+        rows = chain([(f"{path}, line 1", first, "")], rows)
+    for place, row, problem in rows:
+        if row and len(row) != len(first):
+            problem = f"{BROKEN}: {len(row)} columns where the first line has {len(first)}"
+        if row or problem:
+            yield _Row(place, problem=problem) if problem else columns.row(place, [row[i] for i in texts], row[label])
+
+
+def _parsed(path: Path, reader: Any) -> Iterator[tuple[str, list[str], str]]:
+    """(place, columns, what is wrong with them) of the rows that are left."""
     while True:
-        first = reader.line_num + 1
-        place = f"{path}, line {first}"
+        place = f"{path}, line {reader.line_num + 1}"
         try:
-            row = next(reader)
+            yield place, next(reader), ""
         except StopIteration:
             return
         except csv.Error as error:
             if "end of data" in str(error):
                 raise DataError(f"{place}: a quotation mark that is never closed; close it") from error
-            yield _Row(place, problem=f"{BROKEN}: {error}")
+            yield place, [], f"{BROKEN}: {error}"
+
+
+def _delimiter(sample: list[str], default: str, columns: Columns) -> str:
+    """What separates the columns: the default of the file's name, unless the columns asked for speak for another."""
+    for delimiter in dict.fromkeys((default, *"\t,;|")):
+        try:
+            rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
+        except csv.Error:
             continue
-        if len(row) == len(header):
-            yield _Row(place, row[text_column], row[label_column])
-        elif row:
-            yield _Row(place, problem=f"{BROKEN}: {len(row)} columns where the header has {len(header)}")
+        wanted = columns.names(rows[0] if rows else ())
+        if rows and not columns.numbered(rows[0]) and set(wanted) <= {name.strip() for name in rows[0]}:
+            return delimiter
+        if rows and columns.numbered(rows[0]):
+            widths = {len(row) for row in rows[:-1] or rows}  # the last may go on after the sample
+            if len(widths) == 1 and widths.pop() > max(map(int, wanted)):
+                return delimiter
+    return default
 
 
-def _json_rows(path: Path, lines: Iterator[str], text_key: str, label_key: str) -> Iterator[_Row]:
+def _places(path: Path, first: list[str], columns: Columns) -> list[int]:
+    """Where the columns of the text and of the label are."""
+    header, numbered = [name.strip() for name in first], columns.numbered(first)
+    places = []
+    for key in columns.names(first):
+        if numbered and int(key) < len(first):
+            places.append(int(key))
+        elif not numbered and key in header:
+            places.append(header.index(key))
+        else:
+            there = ", ".join(one_line(name, 40) for name in header[:8])
+            raise DataError(
+                f"{path} has no column {key!r}, only {there or 'nothing'}; name another with finetune.text_key or "
+                "finetune.label_key, by numbers (0, 1, ...) where the first line is data"
+            )
+    return places
+
+
+def _json_rows(path: Path, lines: Iterator[str], columns: Columns) -> Iterator[_Row]:
     for number, line in enumerate(lines, 1):
         place = f"{path}, line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            yield _Row(place, problem=f"{BROKEN}: {error}")
+            row = read_json(line)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            yield _Row(place, problem=f"{BROKEN}: {reason}")
             continue
-        missing = [key for key in (text_key, label_key) if not isinstance(row, dict) or key not in row]
+        *texts, label = columns.names(row if isinstance(row, dict) else ())
+        missing = [key for key in (*texts, label) if not isinstance(row, dict) or key not in row]
         if missing:
             yield _Row(place, problem=f"{NO_KEY}: {missing[0]!r}")
         else:
-            yield _Row(place, row[text_key], row[label_key])
+            found = columns.row(place, [row[key] for key in texts], row[label])
+            halves = any(_SURROGATE.search(value) for value in found[1:3] if isinstance(value, str))
+            yield found._replace(problem=HALF) if halves and not _SURROGATE.search(line) else found
 
 
 # ---------------------------------------------------------------- hub

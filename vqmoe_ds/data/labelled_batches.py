@@ -73,18 +73,28 @@ def encode_texts(labelled: LabelledSet, tokenizer: Tokenizer, sequence_length: i
 def hold_out(texts: LabelledTexts, share: float, seed: int, split: int) -> tuple[LabelledTexts, LabelledTexts]:
     """(the rest, ``share`` of every class, at least one text), drawn by (seed, split).
 
+    Classes of one text alone stay in training (``rare_classes``).
+
     Raises:
-        ConfigError: a class has one text alone.
+        ConfigError: all are.
     """
     chosen = []
-    for label, name in enumerate(texts.classes):
+    for label in range(len(texts.classes)):
         rows = np.flatnonzero(texts.labels == label)
         if len(rows) < 2:
-            raise ConfigError(f"class {name!r} has {len(rows)} training text(s), too few to hold any out; add some")
+            continue
         draw = np.random.default_rng([seed, split, label]).permutation(rows)
         chosen.append(draw[: min(len(rows) - 1, max(1, round(share * len(rows))))])
+    if not chosen:
+        raise ConfigError("no class has two training texts, of which one could be held out; add some")
     held = np.sort(np.concatenate(chosen))
     return texts.take(np.setdiff1d(np.arange(len(texts)), held)), texts.take(held)
+
+
+def rare_classes(texts: LabelledTexts) -> list[str]:
+    """Classes of which ``hold_out`` holds nothing out."""
+    counts = np.bincount(texts.labels, minlength=len(texts.classes))
+    return [name for name, count in zip(texts.classes, counts, strict=True) if count < 2]
 
 
 def draw_shots(texts: LabelledTexts, shots: int, seed: int) -> LabelledTexts:

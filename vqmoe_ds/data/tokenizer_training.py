@@ -8,28 +8,34 @@ from __future__ import annotations
 import heapq
 import io
 import itertools
+import math
 import os
 import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from vqmoe_ds.data.documents import Skips, SourceOptions, Unit, plan_units, read_unit
 from vqmoe_ds.data.tokenizers import (
     END_OF_DOCUMENT,
+    MOST_IDS,
     NEWLINE,
     UNKNOWN,
     SentencePieceTokenizer,
     Tokenizer,
     WordTokenizer,
 )
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.errors import DataError, one_line
+from vqmoe_ds.files import why_missing
+from vqmoe_ds.memory import check_room
 
 KINDS = ("unigram", "bpe", "word")
 READ_AT_MOST = 8
@@ -37,6 +43,8 @@ READ_AT_MOST = 8
 HELD_OUT_EVERY = 20
 LONGEST_PART, LONGEST_LINE = 8192, 4096
 """Characters, at most, of what is drawn for the sample and of what SentencePiece gets at a time."""
+_A_BYTE = 4
+"""Bytes of memory for one of the sample: itself, in the lists that are made of it, and in SentencePiece."""
 THREADS = 16
 """Of SentencePiece's trainer. The model depends on it, so it is not the machine's number of cores."""
 
@@ -89,12 +97,17 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise DataError(f"there is no tokenizer kind {kind!r} to train; known are {', '.join(KINDS)}")
-    if vocab_size < 4 or sample_mb < 0:
-        raise DataError(f"vocab_size={vocab_size} must be at least 4, and sample_mb={sample_mb} not negative")
+    if not 4 <= vocab_size <= MOST_IDS or not 0 <= sample_mb < 1e9:
+        raise DataError(
+            f"vocab_size={vocab_size} must lie between 4 and {MOST_IDS:,}, and sample_mb={sample_mb} between 0 and 1e9"
+        )
     start = time.perf_counter()
     options = options or SourceOptions()
     skips = Skips(options.on_error)
-    pieces = sample_pieces(plan_units(sources, options), int(sample_mb * 1e6), seed, skips)
+    units, limit = plan_units(sources, options), int(sample_mb * 1e6)
+    size = min(limit or math.inf, sum(unit.size for unit in units))
+    check_room(_A_BYTE * size, f"a sample of {size / 1e6:,.0f} MB", "give a smaller --sample_mb", DataError)
+    pieces = sample_pieces(units, limit, seed, skips)
     training, held_out = split_sample(pieces) if sample_mb else (pieces, [])
     if not any(text.strip() for text in training):
         raise DataError("the sources hold no text to train a tokenizer on; give more, or another --text_key")
@@ -184,7 +197,8 @@ def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePi
 
     model = io.BytesIO()
     try:
-        SentencePieceTrainer.train(
+        _interruptible(
+            SentencePieceTrainer.train,
             sentence_iterator=_lines(texts),
             model_writer=model,
             model_type=kind,
@@ -204,8 +218,16 @@ def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePi
             minloglevel=4,
         )
     except RuntimeError as error:
-        raise _size_error(str(error), kind, vocab_size) or error from error
+        reason = one_line(str(error).strip().partition("\n")[0], 200)
+        other = DataError(f"SentencePiece cannot train a {kind} vocabulary of {vocab_size} ({reason}); try other text")
+        raise _size_error(str(error), kind, vocab_size) or other from error
     return SentencePieceTokenizer(model.getvalue())
+
+
+def _interruptible(work: Callable[..., Any], **options: Any) -> None:
+    """A long call of a library in a thread of its own, as signals are only heard between Python's own steps."""
+    with ThreadPool(1) as pool:
+        pool.apply_async(work, (), options).get()
 
 
 def _size_error(message: str, kind: str, vocab_size: int) -> DataError | None:
@@ -247,11 +269,13 @@ def check_output(folder: str | Path) -> Path:
         DataError: it is a file, a folder with other things in it, or cannot be written.
     """
     path = Path(folder)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():
         raise DataError(f"--output {path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / "tokenizer.json").exists():
+    if os.path.islink(path) and not os.path.exists(path):
+        raise DataError(f"--output {path} {why_missing(path)}; remove the link, or name another folder")
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.exists(parent))
+    if path.is_dir() and os.access(path, os.R_OK) and os.listdir(path) and not (path / "tokenizer.json").exists():
         raise DataError(f"--output {path} is a folder with other things in it; name a new one")
-    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise DataError(f"--output {path} cannot be written, because {above} is no folder of yours; name another")
     return path

@@ -21,12 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.errors import DataError, one_line, shown
+from vqmoe_ds.files import make_folder, read_small, why_missing
 
 DESCRIPTION = "tokenizer.json"
 UNKNOWN, NEWLINE, END_OF_DOCUMENT = "<unk>", "<eos>", "<eod>"
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this symbol, and would read it back as a space."""
+MOST_IDS = 1 << 22
+"""Ids of a vocabulary: sixteen times the largest that are public. Tables grow with it, whoever wrote the file."""
 
 
 class Tokenizer(ABC):
@@ -88,9 +91,22 @@ class Tokenizer(ABC):
         """Ids of each text, as ``encode`` gives them."""
         return [self.encode(text) for text in texts]
 
+    def encode_pieces(self, texts: Sequence[str], before: Sequence[str]) -> list[np.ndarray]:
+        """Ids of texts that are parts of documents, so that a document's ids stand for its text exactly.
+
+        Args:
+            before: the last character that precedes each in its document; "" where it begins one.
+        """
+        return self.encode_batch(texts)
+
     def count_unknown(self, text: str, ids: np.ndarray) -> int:
         """How many of ``ids``, the encoding of ``text``, stand for a symbol that the vocabulary lacks."""
         return 0 if self.unknown_id is None else int(np.count_nonzero(ids == self.unknown_id))
+
+    @property
+    def size(self) -> int:
+        """Bytes of its definition."""
+        return len((self._payload() or ("", b""))[1])
 
     def describe(self) -> dict[str, Any]:
         """kind, vocab_size, eod and checksum, as ``tokenizer.json`` and the data's description hold them."""
@@ -105,7 +121,7 @@ class Tokenizer(ABC):
         """Write the ``*.tokenizer`` folder; its description comes last, so that a half-written one cannot be loaded."""
         folder = Path(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             payload = self._payload()
             if payload:
                 _write(folder / payload[0], payload[1])
@@ -148,18 +164,20 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._pieces = SentencePieceProcessor(model_proto=model)
             size = self._pieces.get_piece_size() if model else 0
-        except (RuntimeError, OSError, ValueError):
+            self._bytes = [i for i in range(size) if self._pieces.is_byte(i)]
+            self._words = _word_cache(self._pieces, model) if len(self._bytes) == 256 else None
+            spec = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model).normalizer_spec
+            self._puts_space, self._drops_spaces = spec.add_dummy_prefix, spec.remove_extra_whitespaces
+        except Exception:  # whatever the libraries say of a damaged file
             size = 0
-        if size == 0:
+        if not 0 < size <= MOST_IDS:
             raise DataError(f"{name} is not a SentencePiece model, or is damaged; train or download it again")
         self._model = model
         self.checksum = hashlib.sha256(model).hexdigest()
         own_end = self._pieces.eos_id()
         self.eod = own_end if own_end >= 0 else size
         self.vocab_size = max(size, self.eod + 1)
-        self._bytes = [i for i in range(size) if self._pieces.is_byte(i)]
         self.unknown_id = None if len(self._bytes) == 256 else self._pieces.unk_id()
-        self._words = _word_cache(self._pieces, model) if self.unknown_id is None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self._model,)
@@ -169,15 +187,36 @@ class SentencePieceTokenizer(Tokenizer):
             if SPACE_MARK in text and self.unknown_id is None:
                 return self._encode_around_marks(text)
             return self._encode(text)
-        except RuntimeError:
+        except RuntimeError as error:
             require_utf8(text)
-            raise
+            raise cannot_encode(self.kind, error) from None
 
     def _encode(self, text: str) -> np.ndarray:
         if self._words is not None:
             return self._words.encode(text)
         # One call a text: handing SentencePiece the whole batch is no faster, and lists of int are slower.
         return self._pieces.encode(text, return_type="numpy")
+
+    def encode_pieces(self, texts: Sequence[str], before: Sequence[str]) -> list[np.ndarray]:
+        return [self._inside(last, text).encode(text) for text, last in zip(texts, before, strict=True)]
+
+    def _inside(self, before: str, text: str) -> SentencePieceTokenizer:
+        """Itself, or its like for text inside a document, with a space put in front only for one that it drops."""
+        drops, puts = self._drops_spaces, self._puts_space
+        wanted = puts if not before else drops and self._is_space(before, text[:1])
+        return self if wanted == puts else self._other
+
+    @cached_property
+    def _other(self) -> SentencePieceTokenizer:
+        """The same model that puts a space before a text where this one does not, and does not where this one does."""
+        proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(self._model)
+        proto.normalizer_spec.add_dummy_prefix = not self._puts_space
+        return SentencePieceTokenizer(proto.SerializeToString())
+
+    def _is_space(self, *characters: str) -> bool:
+        """Whether one of them is a space to the model."""
+        spaced = self._pieces.normalize("a a")
+        return any(c and self._pieces.normalize(f"a{c}a") == spaced for c in characters)
 
     def _encode_around_marks(self, text: str) -> np.ndarray:
         mark = np.array([self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()], dtype=np.int32)
@@ -312,12 +351,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if str(source) == "bytes":
         return ByteTokenizer()
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(
-            f"tokenizer {source} does not exist; give bytes, a folder of tools/train_tokenizer.py or of a Hugging Face "
-            "model, a SentencePiece .model, a tokenizer.json or a vocabulary .txt"
+            f"tokenizer {source} {why_missing(path)}; give bytes, a folder of tools/train_tokenizer.py or of a Hugging "
+            "Face model, a SentencePiece .model, a tokenizer.json or a vocabulary .txt"
         )
     if path.suffix == ".model":
         return SentencePieceTokenizer(read_file(path), str(path))
@@ -335,14 +374,14 @@ def _load_folder(folder: Path) -> Tokenizer:
     from vqmoe_ds.data.json_tokenizer import JsonTokenizer, read_json_tokenizer
 
     description = folder / DESCRIPTION
-    if not description.exists():
+    if not os.path.exists(description):
         raise DataError(f"tokenizer folder {folder} has no {DESCRIPTION}; make one with tools/train_tokenizer.py")
     try:
         kept = json.loads(read_file(description))
         if "model" in kept and "kind" not in kept:
             return read_json_tokenizer(folder)
-        kind, checksum = kept["kind"], kept["checksum"]
-    except (ValueError, KeyError, TypeError) as error:
+        kind, checksum, eod = kept["kind"], kept["checksum"], kept.get("eod")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{description} is damaged; make the tokenizer again with tools/train_tokenizer.py") from error
     tokenizer: Tokenizer
     if kind == ByteTokenizer.kind:
@@ -352,10 +391,11 @@ def _load_folder(folder: Path) -> Tokenizer:
     elif kind == WordTokenizer.kind:
         tokenizer = WordTokenizer(_read_words(folder / "vocab.txt"), str(folder / "vocab.txt"))
     elif kind == JsonTokenizer.kind:
-        tokenizer = JsonTokenizer(read_file(folder / "huggingface.json").decode(errors="replace"), kept.get("eod"))
+        content = read_file(folder / "huggingface.json").decode(errors="replace")
+        tokenizer = JsonTokenizer(content, eod, name=folder / "huggingface.json")
     else:
         raise DataError(
-            f"{description} names the tokenizer kind {kind!r}; known are bytes, sentencepiece, json and word"
+            f"{description} names the tokenizer kind {shown(kind)}; known are bytes, sentencepiece, json and word"
         )
     if tokenizer.checksum != checksum:
         raise DataError(f"tokenizer folder {folder} was changed after it was saved (checksum differs); restore it")
@@ -375,7 +415,7 @@ def nothing_known(checksum: str | None, vocab_size: int) -> bool:
 def read_file(path: Path) -> bytes:
     """Raises: DataError: a tokenizer's file cannot be read."""
     try:
-        return path.read_bytes()
+        return read_small(path)
     except OSError as error:
         raise DataError(f"tokenizer file {path} cannot be read ({error.strerror})") from error
 
@@ -385,6 +425,8 @@ def _read_words(path: Path) -> list[str]:
         words = read_file(path).decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start}); convert it") from error
+    if len(words) > MOST_IDS:
+        raise DataError(f"vocabulary {path} has {len(words):,} lines, more than the {MOST_IDS:,} ids there may be")
     return [word.removesuffix("\r") for word in words]
 
 
@@ -412,6 +454,12 @@ def require_utf8(text: str) -> bytes:
             f"a text holds half a surrogate pair ({text[error.start]!r} at character {error.start}), "
             "which UTF-8 cannot write; repair the source"
         ) from error
+
+
+def cannot_encode(kind: str, error: BaseException) -> DataError:
+    """For a tokenizer whose file was read, and which then fails on a text."""
+    reason = one_line(str(error).partition("\n")[0], 200)
+    return DataError(f"the {kind} tokenizer fails on a text ({reason}); its file is damaged, make or download it again")
 
 
 def checked_ids(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:

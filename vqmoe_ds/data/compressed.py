@@ -1,0 +1,183 @@
+"""Compressed files, read as they are decompressed, and files whose bytes are not what their names say."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vqmoe_ds.errors import DataError
+from vqmoe_ds.files import open_regular
+
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""What text may be compressed as."""
+DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError)
+"""What reading a compressed file may raise."""
+
+_BLOCK, _MOST = 64 << 10, 1 << 20  # bytes that go in and come out at a time
+_STARTS = {
+    ".gz": rb"\x1f\x8b\x08",
+    ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    ".xz": rb"\xfd7zXZ\x00|\x5d\x00\x00.{2}[\x00-\x0f\xff]",
+    ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    ".lz4": rb"\x04\x22\x4d\x18",
+    ".Z": rb"\x1f\x9d",
+    ".lz": rb"LZIP\x01",
+    ".zip": rb"PK\x03\x04",
+    ".7z": rb"7z\xbc\xaf\x27\x1c",
+    ".rar": rb"Rar!\x1a\x07",
+    ".parquet": rb"PAR1",
+}
+"""How files of each kind begin."""
+_ARCHIVE = re.compile(r"\.(zip|7z|rar|(tar|cpio)(\.(gz|bz2|xz|zst|lz4|Z))?|t(gz|bz2?|xz|zst))$")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_HEAD = 256
+
+
+class WindowTooLarge(OSError):
+    """The stream is sound, and was compressed with a window that is too large to be read here."""
+
+
+def suffix_of(path: str | Path) -> str:
+    """What of ``SUFFIXES`` a name ends with; "" for none."""
+    return next((end for end in SUFFIXES if str(path).endswith(end)), "")
+
+
+def without_suffix(path: str | Path) -> str:
+    """The name of what a file holds once it is decompressed."""
+    return str(path).removesuffix(suffix_of(path))
+
+
+def kind_of_bytes(head: bytes) -> str:
+    """The suffix that a file beginning with ``head`` should have; "" where nothing speaks for one."""
+    return next((kind for kind, start in _STARTS.items() if re.match(start, head, re.DOTALL)), "")
+
+
+def check_content(path: str | Path) -> None:
+    """Refuse a regular file whose bytes are of another kind than its name says.
+
+    Raises:
+        DataError: with the name that it should have, or what to do with it.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, links=True) as file:
+        head = file.read(_HEAD)
+    if _ARCHIVE.search(str(path)):
+        raise DataError(f"{path} is an archive of files; unpack it and give its folder")
+    if re.search(r"\.parquet\.(gz|bz2|xz|zst)$", str(path)):
+        raise DataError(f"{path} is a table that was compressed once more; unpack it")
+    if head.startswith(_POINTER):
+        raise DataError(f"{path} is a Git LFS pointer, not the file itself; fetch that with git lfs pull")
+    found, named = kind_of_bytes(head), os.path.splitext(path)[1]
+    if found and found not in _NAMES:
+        raise DataError(f"{path} is compressed ({found}), which is not read; unpack it, and give the text within")
+    if found and found != named:
+        says = f"{path} holds {_NAMES[found]} data, which its name does not say"
+        raise DataError(f"{says}; rename it so that it ends in {found}")
+    if named in SUFFIXES and head and not found:
+        says = f"{path} is not {_NAMES[named]} data, as its name says"
+        raise DataError(f"{says}; fetch it again, or take {named} off its name if it is plain text")
+
+
+_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".parquet": "parquet"}
+
+
+@contextmanager
+def open_plain(path: str | Path) -> Iterator[io.BufferedReader]:
+    """A regular file, decompressed while it is read where its name says that it is compressed.
+
+    Reading raises one of ``DAMAGES`` where the stream is cut short or damaged, ``WindowTooLarge`` among them.
+    """
+    with open_regular(path, links=True) as file:
+        yield decompressed(file, suffix_of(path))
+
+
+def decompressed(file: Any, kind: str) -> io.BufferedReader:
+    """What a stream holds: any number of gzip members, bzip2 or xz streams or zstd frames, padded with zeros or not.
+
+    Args:
+        kind: of ``SUFFIXES``; "" for plain bytes, which are returned as they are.
+    """
+    if not kind:
+        return file
+    return io.BufferedReader(_Blocks(_zstd(file) if kind == ".zst" else _streams(file, _ENGINES[kind])), _MOST)
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a stream."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._left = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = memoryview(block)
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+_ENGINES: dict[str, Callable[[], Any]] = {
+    ".gz": partial(zlib.decompressobj, 31),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+}
+
+
+def _streams(file: BinaryIO, new_engine: Callable[[], Any]) -> Iterator[bytes]:
+    """Python's own readers of files stop without a word at padding between two streams, and at damage there."""
+    data, first = b"", True
+    while data := _after_padding(data, file):
+        engine = new_engine()
+        try:
+            while not engine.eof:
+                hungry = getattr(engine, "needs_input", True)
+                data = data or (file.read(_BLOCK) if hungry else b"")
+                block = engine.decompress(data, _MOST)
+                if hungry and not data and not block and not engine.eof:
+                    raise EOFError("it is cut short")
+                data = getattr(engine, "unconsumed_tail", b"")
+                if block:
+                    yield block
+        except MemoryError:
+            raise WindowTooLarge("more than this machine has memory for") from None
+        except (OSError, zlib.error, lzma.LZMAError) as error:
+            raise error if first else OSError(f"what follows after its end is no such stream: {error}") from None
+        data, first = engine.unused_data, False
+
+
+def _after_padding(data: bytes, file: BinaryIO) -> bytes:
+    """The beginning of the next stream; empty at the end of the file."""
+    while not (data := data.lstrip(b"\0")):
+        if not (data := file.read(_BLOCK)):
+            return b""
+    return data
+
+
+def _zstd(file: BinaryIO) -> Iterator[bytes]:
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(file, compression="zstd") as stream:
+            while block := stream.read(_MOST):
+                yield block
+    except OSError as error:
+        if "too much memory" in str(error):  # libzstd's limit, unless told otherwise
+            raise WindowTooLarge("more than 128 MiB, as of zstd --long=28 and above") from None
+        if "Unknown frame" in str(error):
+            raise OSError("what follows after its end is no zstd frame") from None
+        raise
