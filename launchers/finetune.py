@@ -7,6 +7,7 @@
     deepspeed launchers/finetune.py --checkpoint runs/pretrain --task lm --data other_text/ --train_steps 500
 
 A VQMoE model keeps its discrete path alone: continuous router and gate go, codebook and quantizer are frozen.
+model, moe, router and codebook are as in the checkpoint; --print_config shows them.
 """
 
 import sys
@@ -17,7 +18,5 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vqmoe_ds.finetune.cli import build_parser
 from vqmoe_ds.finetune.run import main
 
-DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
-
 if __name__ == "__main__":
-    sys.exit(main(build_parser(__doc__ or "", str(DS_CONFIG)).parse_args()))
+    sys.exit(main(build_parser(__doc__ or "").parse_args()))

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Pretrain a Mixture-of-Experts language model routed by discrete codes.
 
-    deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json
-    deepspeed --num_gpus 2 launchers/pretrain.py --ds_config ds_configs/zero2.json --ep_size 2
-    deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json --data my_text/ --preset base --run_dir runs/mine
+    deepspeed launchers/pretrain.py
+    deepspeed launchers/pretrain.py --data my_text/ --preset base --run_dir runs/mine
+    deepspeed --num_gpus 2 launchers/pretrain.py --ep_size 2 --ds_config ds_configs/zero3.json
     python launchers/pretrain.py --ds_config ds_configs/zero3-ep8.json --preset 256e --dry_run --world_size 512
 
-With nothing but --ds_config it trains the preset `tiny` on the documentation that every Python carries.
+With no option at all it trains the preset `tiny` on the documentation that every Python carries. --help shows the
+defaults of the preset that is named beside it.
 """
 
 import sys

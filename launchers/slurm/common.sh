@@ -11,13 +11,26 @@
 #   VQMOE_WAIT        seconds after the end of the first rank in which the others may end by themselves (default 30)
 #   VQMOE_STUCK       requeues without a new checkpoint in between after which the job gives up (default 3)
 
+refuse() { # with one sentence; nothing goes on in the wrong environment
+    echo "error: $*" >&2
+    exit 2
+}
+
 if [ -n "${VQMOE_MODULES:-}" ]; then
+    for script in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash"; do
+        # A job's shell is no login shell, and may not have the command.
+        if ! type module >/dev/null 2>&1 && [ -r "$script" ]; then . "$script"; fi
+    done
+    type module >/dev/null 2>&1 || refuse "VQMOE_MODULES=$VQMOE_MODULES, and there is no command module here"
     # shellcheck disable=SC2086
-    module load $VQMOE_MODULES
+    module load $VQMOE_MODULES || refuse "VQMOE_MODULES=$VQMOE_MODULES could not be loaded; module avail lists what is there"
 fi
 if [ -n "${VQMOE_VENV:-}" ]; then
-    . "$VQMOE_VENV/bin/activate" || exit 2
+    [ -r "$VQMOE_VENV/bin/activate" ] || refuse "there is no virtual environment in VQMOE_VENV=$VQMOE_VENV"
+    . "$VQMOE_VENV/bin/activate" || refuse "the virtual environment in VQMOE_VENV=$VQMOE_VENV cannot be activated"
 fi
+read -r container _ <<<"${VQMOE_CONTAINER:-}"
+[ -z "$container" ] || command -v "$container" >/dev/null || refuse "VQMOE_CONTAINER: there is no command $container here"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # Start the ranks: ranks SCRIPT ARGUMENT... . A signal to the batch script goes on to every rank.
@@ -30,8 +43,7 @@ ranks() {
         shape=(--ntasks="$nodes" --ntasks-per-node=1)
         launch=("$VQMOE_ROOT/launchers/slurm/node.py" --nproc_per_node "$ranks")
     elif [ "${VQMOE_LAUNCH:-srun}" != srun ]; then
-        echo "error: VQMOE_LAUNCH=$VQMOE_LAUNCH is unknown; it is srun or torchrun" >&2
-        exit 2
+        refuse "VQMOE_LAUNCH=$VQMOE_LAUNCH is unknown; it is srun or torchrun"
     fi
     # srun does not take --cpus-per-task over from sbatch.
     # shellcheck disable=SC2086
@@ -71,8 +83,7 @@ train() {
     local run_dir
     run_dir=$(option --run_dir '' "$@")
     if [ -z "$run_dir" ]; then
-        echo "error: give --run_dir, so that a requeued job finds its run again" >&2
-        exit 2
+        refuse "give --run_dir, so that a requeued job finds its run again"
     fi
     # A later job of a chain (submit.py --chain) has nothing left to do.
     if [ -n "${SLURM_JOB_DEPENDENCY:-}" ] && [ -e "$run_dir/summary.json" ]; then
@@ -97,7 +108,10 @@ finish() {
     case $stuck in '' | *[!0-9]* | ??????*) stuck=0 ;; esac # arithmetic would run what stands there
     stuck=$((10#$stuck))
     if [ "$newest" = "$last" ]; then stuck=$((stuck + 1)); else stuck=0; fi
-    mkdir -p "$2" && echo "$stuck $newest" >"$state"
+    if ! { mkdir -p "$2" && echo "$stuck $newest" >"$state"; }; then
+        echo "error: stopped with code $code, and $state cannot be written; not requeued" >&2
+        exit "$code"
+    fi
     if [ "$stuck" -gt "${VQMOE_STUCK:-3}" ]; then
         echo "error: stopped with code $code after $stuck starts without a new checkpoint in $2; not requeued" >&2
         exit "$code"

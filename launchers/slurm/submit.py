@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vqmoe_ds.config.deepspeed_json import resolve
-from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.errors import ConfigError, UserError, shown
 from vqmoe_ds.finetune import cli as finetune_cli
 from vqmoe_ds.train import cli
 
@@ -37,6 +37,11 @@ JOBS = {
     "compare": "compare_array.sbatch",
 }
 TRAININGS = ("pretrain", "finetune")
+BOUNDS = {
+    **{"nodes": (1, 100_000), "tasks_per_node": (1, 1024), "gpus_per_node": (0, 1024), "cpus_per_task": (1, 10_000)},
+    **{"chain": (1, 1000), "save_before": (1, 86_400)},
+}
+"""Least and most of whole numbers: what the largest clusters have, a thousand jobs in a queue, and a day."""
 SPECIAL = set(" '\"\\`$#")
 """What would be more than a part of its word in an #SBATCH line, where sbatch reads quotes and comments its own way."""
 
@@ -57,12 +62,17 @@ def main(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = cli.Parser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--nodes", type=int, default=1, metavar="N")
     add("--tasks_per_node", type=int, default=1, metavar="N", help="ranks on a node: one per GPU")
     add("--gpus_per_node", type=int, default=0, metavar="N")
-    add("--cpus_per_task", type=int, default=1, metavar="N")
+    add(
+        "--cpus_per_task",
+        type=int,
+        metavar="N",
+        help="default: a rank's share of the node's where it has a GPU, else 1",
+    )
     add("--partition", metavar="NAME")
     add("--account", metavar="NAME")
     add("--time", default="04:00:00", metavar="LIMIT", help="time limit, as sbatch reads it (default 04:00:00)")
@@ -83,9 +93,14 @@ def check(args: argparse.Namespace) -> None:
         ConfigError: naming the first thing that cannot.
     """
     _check_words(args)
-    for name in ("nodes", "tasks_per_node", "cpus_per_task", "chain"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)} is too small; the least is 1")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if value < least:
+            raise ConfigError(f"--{name} {shown(value)} is too small; the least is {least}")
+        if value > most:
+            raise ConfigError(f"--{name} {shown(value)} is too large; the most is {most:,}")
     if args.gpus_per_node and args.tasks_per_node != args.gpus_per_node:
         raise ConfigError(
             f"--tasks_per_node {args.tasks_per_node} and --gpus_per_node {args.gpus_per_node} differ: a rank uses "
@@ -142,8 +157,8 @@ def _check_finetuning(args: argparse.Namespace) -> None:
     options = finetune_cli.build_parser("", str(ROOT / "ds_configs/zero2.json")).parse_args(args.rest)
     finetune_cli.check_options(options)
     ranks = args.nodes * args.tasks_per_node
-    if options.ep_size is not None and ranks % options.ep_size:
-        raise ConfigError(f"--ep_size {options.ep_size} does not divide the {ranks} ranks of this job")
+    if options.ep_size is not None and (options.ep_size < 1 or ranks % options.ep_size):
+        raise ConfigError(f"--ep_size {shown(options.ep_size)} does not divide the {ranks} ranks of this job")
 
 
 def _check_cluster(args: argparse.Namespace) -> None:
@@ -159,10 +174,15 @@ def _check_cluster(args: argparse.Namespace) -> None:
     gpus = max(_gpus(shape[3]) for shape in here)
     if args.nodes > nodes:
         raise ConfigError(f"--nodes {args.nodes} is more than the {nodes} node(s) of partition {partition}")
-    if args.tasks_per_node * args.cpus_per_task > cpus:
+    if args.cpus_per_task is None and args.gpus_per_node:
+        shares = [
+            int(shape[2].rstrip("+")) * args.gpus_per_node // _gpus(shape[3]) for shape in here if _gpus(shape[3])
+        ]
+        args.cpus_per_task = max(1, min(shares, default=1) // args.tasks_per_node)
+    if args.tasks_per_node * (args.cpus_per_task or 1) > cpus:
         raise ConfigError(
-            f"--tasks_per_node {args.tasks_per_node} with --cpus_per_task {args.cpus_per_task} needs more than the "
-            f"{cpus} CPUs of a node of partition {partition}"
+            f"--tasks_per_node {args.tasks_per_node} with --cpus_per_task {args.cpus_per_task or 1} needs more than "
+            f"the {cpus} CPUs of a node of partition {partition}"
         )
     if args.gpus_per_node > gpus:
         raise ConfigError(f"--gpus_per_node {args.gpus_per_node}: a node of partition {partition} has {gpus}")
@@ -175,7 +195,7 @@ def _gpus(resources: str) -> int:
 
 def render(args: argparse.Namespace) -> str:
     """The script with the options of this job in place of its own."""
-    lines = (ROOT / "launchers/slurm" / JOBS[args.job]).read_text().splitlines()
+    lines = (ROOT / "launchers/slurm" / JOBS[args.job]).read_text(encoding="utf-8").splitlines()
     ours = [f"#SBATCH {option}" for option in _options(args)]
     names = {line.split("=")[0] for line in ours}
     kept = [line for line in lines[1:] if line.split("=")[0] not in names or not line.startswith("#SBATCH")]
@@ -192,7 +212,7 @@ def _options(args: argparse.Namespace) -> list[str]:
     options = [f"--nodes={args.nodes}", f"--ntasks-per-node={args.tasks_per_node}", f"--time={args.time}"]
     if args.job == "compare":
         options = [f"--array={args.array}", f"--time={args.time}"]
-    options.append(f"--cpus-per-task={args.cpus_per_task}")
+    options.append(f"--cpus-per-task={args.cpus_per_task or 1}")
     options += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
     options += [f"--{name}={getattr(args, name)}" for name in ("partition", "account") if getattr(args, name)]
     if args.job != "evaluate":
@@ -221,7 +241,7 @@ def submit(args: argparse.Namespace, script: str) -> int:
 
 def _ask(command: list[str], text: str | None = None) -> list[str]:
     try:
-        answer = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+        answer = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", timeout=120)
     except FileNotFoundError:
         raise ConfigError(
             f"{command[0]} is not on this machine; submit from a login node, or look with --dry_run"

@@ -10,6 +10,7 @@ from vqmoe_ds.config.deepspeed_json import TOP_LEVEL_KEYS, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.errors import ConfigError
 
+TWO_PASSES = {"optimizer": {"params": {"torch_adam": True, "fused": True, "foreach": True}}}
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -121,9 +122,9 @@ def test_contradictions_get_one_sentence(tmp_path, values, overrides, world, ep,
         ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params must be a JSON object, not None"),
         ({"optimizer": {"params": {"betas": [0.9]}}}, "optimizer.params.betas must be a list of two numbers"),
         ({"optimizer": {"params": {"lr": "low"}}}, "optimizer.params.lr must be a number or \"auto\", not 'low'"),
-        ({"optimizer": {"params": {"fused": True, "foreach": True}}}, "optimizer.params has both fused and foreach"),
-        ({"optimizer": {"params": {"lr": -1}}}, "train.learning_rate=-1: Input should be greater than 0"),
-        ({"train_batch_size": "many"}, "train_batch_size must be a whole number or \"auto\", not 'many'"),
+        (TWO_PASSES, "optimizer.params has both fused and foreach"),
+        ({"optimizer": {"params": {"lr": -1}}}, "train.learning_rate=-1: input should be greater than 0"),
+        ({"train_batch_size": "many"}, "train_batch_size must be a whole number of 1 to 2^30, or \"auto\", not 'many'"),
         ({"expert_parallel": {"autoep_size": "2"}}, "expert_parallel.autoep_size must be a whole number, not '2'"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
         ({"bfloat16": {"enabled": True}, "fp16": {"enabled": True}}, "bfloat16 and fp16 are both enabled"),

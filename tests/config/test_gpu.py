@@ -129,7 +129,9 @@ def test_a_gpu_computes_in_bf16_unless_told_otherwise(tmp_path, values, precisio
         ({"torch_adam": True}, False, True),
         ({"torch_adam": True, "fused": False}, True, False),
         ({"torch_adam": True, "foreach": True}, True, None),
-        ({}, True, None),  # DeepSpeed's own
+        ({}, True, True),  # PyTorch's, for DeepSpeed's would be compiled
+        ({"torch_adam": False}, True, None),
+        ({"bias_correction": True}, True, None),  # which only DeepSpeed's has
     ],
 )
 def test_adam_is_fused_unless_the_json_says_otherwise(tmp_path, params, gpu, fused):
@@ -145,3 +147,26 @@ def test_an_optimizer_on_the_host_is_left_alone(tmp_path):
 def test_autocast_is_refused_with_its_remedy(tmp_path):
     with pytest.raises(ConfigError, match='torch_autocast is not supported here .*write "bf16": {"enabled": true}'):
         resolved(tmp_path, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, gpu=False)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precision_fills_a_json_that_says_nothing_of_it_and_contradicts_no_other(precision, gpu, tmp_path):
+    loaded = load_config("tiny", None, {"train.precision": precision})
+    path = tmp_path / "ds.json"
+    path.write_text("{}")
+    assert resolve(str(path), loaded, 1, gpu=gpu).precision == precision
+    for text, there in (
+        ('{"bf16": {"enabled": true}}', "bf16"),
+        ('{"bfloat16": {"enabled": true}}', "bf16"),
+        ('{"fp16": {"enabled": true}}', "fp16"),
+        ('{"bf16": {"enabled": false}}', "fp32"),
+    ):
+        path.write_text(text)
+        if there == precision:
+            assert resolve(str(path), loaded, 1, gpu=gpu).precision == precision
+        else:
+            with pytest.raises(ConfigError, match=f"train.precision={precision} .*contradicts {there} in DeepSpeed"):
+                resolve(str(path), loaded, 1, gpu=gpu)
+        auto = load_config("tiny").config.train.precision
+        assert auto == "auto" and resolve(str(path), load_config("tiny"), 1, gpu=gpu).precision == there

@@ -3,6 +3,7 @@
 import pytest
 
 from vqmoe_ds.config.load import field_table, load_config, parse_override, preset_names, to_yaml
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.errors import ConfigError
 
 
@@ -25,10 +26,35 @@ def test_file_overrides_preset_and_set_overrides_file(tmp_path):
 
 
 def test_every_field_has_a_meaning_and_every_size_a_unit():
-    for name, _, unit, meaning in field_table():
-        assert meaning, name
-        if name.endswith(("_steps", "_every", "_tokens", "hidden", "width")):
-            assert unit, f"{name} has no unit"
+    for row in field_table():
+        assert row.meaning, row.name
+        if row.name.endswith(("_steps", "_every", "_tokens", "hidden", "width")):
+            assert row.unit, f"{row.name} has no unit"
+
+
+def test_a_field_is_read_under_its_former_name_from_every_source(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("train: {min_learning_rate: 0.3}\n")
+    assert load_config("tiny", str(file)).config.train.min_learning_rate_ratio == 0.3
+    told = load_config("tiny", str(file), {"train.min_learning_rate": 0.2})
+    assert told.config.train.min_learning_rate_ratio == 0.2
+    assert told.explicit == {"train.min_learning_rate_ratio"}
+    based = load_config(file=str(file), base={"train": {"min_learning_rate_ratio": 0.4}})
+    assert based.config.train.min_learning_rate_ratio == 0.3
+    manifest = {"train": {"min_learning_rate": 0.5, "steps": 3}}  # as a checkpoint of before keeps it
+    assert RunConfig.model_validate(manifest).train.min_learning_rate_ratio == 0.5
+    assert "min_learning_rate_ratio: 0.1" in to_yaml(RunConfig()) and "min_learning_rate:" not in to_yaml(RunConfig())
+
+
+def test_one_field_under_both_its_names_is_refused(tmp_path):
+    file = tmp_path / "both.yaml"
+    for text in (
+        "{min_learning_rate: 0.3, min_learning_rate_ratio: 0.3}",
+        "{min_learning_rate_ratio: 1, min_learning_rate: 0}",
+    ):
+        file.write_text(f"train: {text}\n")
+        with pytest.raises(ConfigError, match="train.min_learning_rate and train.min_learning_rate_ratio are the same"):
+            load_config("tiny", str(file))
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,24 @@ def _check_script(script: str, options: list[str], launcher: ModuleType) -> None
         "#SBATCH --time",
     }
     assert names <= ours | {line.split("=")[0] for line in own if line.startswith("#SBATCH")}
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus"),
+    [
+        (["--tasks_per_node", "4", "--gpus_per_node", "4"], 16),  # half of the GPUs, and half of the CPUs
+        (["--tasks_per_node", "8", "--gpus_per_node", "8"], 16),
+        (["--tasks_per_node", "8", "--gpus_per_node", "8", "--cpus_per_task", "3"], 3),
+        (["--tasks_per_node", "8"], 1),
+    ],
+)
+def test_a_task_with_a_gpu_gets_its_share_of_the_nodes_cpus(options, cpus, cluster, launcher, capsys):
+    sinfo = cluster / "programs/sinfo"
+    sinfo.write_text('#!/bin/sh\ncase "$*" in *%P*) echo "main*" ;; *) echo "main|4|128|gpu:h100:8(S:0-1)"; ;; esac\n')
+    sinfo.chmod(0o755)
+    data = cluster / "text.txt"
+    data.write_text("words " * 5000)
+    job = ["pretrain", "--data", str(data), "--run_dir", "run"]
+    job += ["--ds_config", str(ROOT / "ds_configs/zero2.json"), "--set", "train.batch_size=16"]
+    assert launcher.main([*options, "--dry_run", *job]) == 0
+    assert f"#SBATCH --cpus-per-task={cpus}\n" in capsys.readouterr().out

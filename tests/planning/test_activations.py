@@ -23,6 +23,7 @@ from tests.distributed import run_ranks
 from tests.planning.measured import SKIPPED, build, close, configure, storage_bytes
 from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.moe import experts
+from vqmoe_ds.moe.kernels.grouped import grouped_experts
 from vqmoe_ds.planning import memory, meta_forward
 from vqmoe_ds.planning.parameters import count
 
@@ -51,8 +52,12 @@ def observe(rank: int, world: int, folder: str, cases: list[Case], grouped: bool
     """Bytes that the forward pass of one micro-batch keeps on this rank, case by case."""
     if grouped:
         experts.supports = lambda *_: False
-        experts._PlainExperts.apply = experts._grouped_mm
+        experts._PlainExperts.apply = _grouped
     return [_observe(rank, world, f"{folder}/{number}", *case) for number, case in enumerate(cases)]
+
+
+def _grouped(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
+    return grouped_experts(x_PD, w1, w2, w3, torch.tensor(counts_E).cumsum(0).to(torch.int32))
 
 
 def _observe(rank: int, world: int, folder: str, layout: Layout, changes: dict[str, Any]) -> int:
@@ -198,4 +203,4 @@ def test_a_step_needs_about_what_was_planned(tmp_path, kernels, precision, recom
         *(f"{name}: planned {plan}, measured {real}, {plan / real - 1:+.0%}" for name, plan, real in report), sep="\n"
     )
     for name, planned, measured in report:
-        assert (0.7 if recompute else 0.9) < planned / measured < 1.8, name
+        assert (0.7 if recompute else 0.9) < planned / measured < (2.2 if recompute else 1.8), name

@@ -9,6 +9,7 @@ from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.flops import forward_flops
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers import rows_per_token
+from vqmoe_ds.planning.parameters import meta_model
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Budget:
 
 def budget_of(config: RunConfig) -> Budget:
     """Stored numbers are counted on the model itself, FLOPs follow from the shapes."""
-    network, flops = MoETransformer(config), forward_flops(config)
+    network, flops = meta_model(config), forward_flops(config)
     stored = sum(t.numel() for t in [*network.parameters(), *_state(network)])
     return Budget(stored, flops.total, flops.routing, rows_per_token(config.moe, config.router))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
         chosen = _chosen(jobs, args)
         if not args.report_only:
             check_folders(chosen, args.changed == "rerun")
-            failures = _run(chosen, args)
+            failures = Runner(chosen, max(1, args.jobs), args.prefix, lambda line: print(line, flush=True)).run()
         else:
             failures = []
     except UserError as error:
@@ -60,20 +59,13 @@ def main(args: argparse.Namespace) -> int:
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if args.index is None:
-        _report(grid, jobs, budgets, Path(args.out), Path(args.grid).stem)
+        try:
+            _report(grid, jobs, budgets, Path(args.out), Path(args.grid).stem)
+        except UserError as error:
+            return error.report()
+        except OSError as error:
+            return ConfigError(f"the report cannot be written to {args.out} ({error.strerror}); name another").report()
     return 1 if failures else 0
-
-
-def _run(jobs: list[Job], args: argparse.Namespace) -> list[str]:
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return Runner(jobs, max(1, args.jobs), args.prefix, lambda line: print(line, flush=True)).run()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _chosen(jobs: list[Job], args: argparse.Namespace) -> list[Job]:

@@ -6,30 +6,44 @@ docs/results.md shows one; the keys are the fields of the classes here.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vqmoe_ds.config.load import nearest_key, read_yaml
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.config.meanings import nearest_key
+from vqmoe_ds.config.problems import first_problem
+from vqmoe_ds.config.reading import read_yaml
+from vqmoe_ds.config.schema import LARGEST_SEED, MOST_TOKENS
+from vqmoe_ds.errors import ConfigError, shown
 from vqmoe_ds.evaluation.corruption import parse_corruption
+
+MOST_RUNS = 100_000
+"""Of a grid; each has a folder and a line of the report."""
+LONGEST_NAME = 200
+"""Characters; names become folders, and a file system takes 255 bytes."""
+
+Name = Annotated[str, Field(max_length=LONGEST_NAME, pattern="[A-Za-z0-9]")]
+"""What folders are made of, so something of it must be left."""
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_SEED)]], Field(max_length=MOST_RUNS)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Entry(_Part):
     """One variation: what it overrides, and with whom it is compared."""
 
-    name: str
+    name: Name
     group: str = "all"
     overrides: dict[str, Any] = Field(default={}, alias="set")
     preset: str | None = None
     """Another starting point than the grid's."""
-    seeds: list[int] | None = None
+    seeds: Seeds | None = None
     corpora: list[str] | None = None
     """Those of the grid it runs on; None: all."""
 
@@ -52,9 +66,9 @@ class Evaluation(_Part):
 
     corrupt: list[str]
     """Each KIND or KIND:RATE."""
-    seeds: int = Field(default=3, ge=1)
+    seeds: int = Field(default=3, ge=1, le=10_000)
     """Draws of each damage."""
-    stride: int | None = Field(default=None, ge=1)
+    stride: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Tokens a window scores; None: half the context."""
 
 
@@ -64,8 +78,8 @@ class Grid(_Part):
     preset: str = "tiny"
     ds_config: str
     overrides: dict[str, Any] = Field(default={}, alias="set")
-    seeds: list[int]
-    corpora: dict[str, dict[str, Any]]
+    seeds: Seeds
+    corpora: dict[Name, dict[str, Any]]
     """Name -> overrides, ``data.path`` among them."""
     groups: dict[str, Group] = {}
     entries: list[Entry]
@@ -96,7 +110,7 @@ def read_grid(path: str) -> Grid:
         grid = Grid.model_validate(read_yaml(path, "grid"))
     except ValidationError as error:
         raise ConfigError(f"grid {path}: {_sentence(error)}") from None
-    for check in (_check_seeds, _check_names, _check_groups):
+    for check in (_check_size, _check_seeds, _check_names, _check_groups):
         check(grid, path)
     for spec in grid.evaluate.corrupt if grid.evaluate else []:
         parse_corruption(spec)
@@ -131,10 +145,19 @@ def group_of(grid: Grid, entry: Entry) -> Group:
     return grid.groups.get(entry.group, Group())
 
 
+def _check_size(grid: Grid, path: str) -> None:
+    runs = sum(
+        len(entry.seeds or grid.seeds) * (len(grid.corpora) if entry.corpora is None else len(entry.corpora))
+        for entry in grid.entries
+    )
+    if runs > MOST_RUNS:
+        raise ConfigError(f"grid {path} has {runs:,} runs, and {MOST_RUNS:,} are the most; split it")
+
+
 def _check_seeds(grid: Grid, path: str) -> None:
     for name, seeds in [("the grid", grid.seeds), *((f"entry {e.name}", e.seeds) for e in grid.entries)]:
         if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
-            problem = f"names seed {max(seeds, key=seeds.count)} twice" if seeds else "has no seeds"
+            problem = f"names seed {_twice(seeds)} twice" if seeds else "has no seeds"
             raise ConfigError(f"grid {path}: {name} {problem}; give distinct ones, such as seeds: [1, 2, 3]")
 
 
@@ -142,26 +165,27 @@ def _check_names(grid: Grid, path: str) -> None:
     for kind, names in (("entry", [entry.name for entry in grid.entries]), ("corpus", list(grid.corpora))):
         if not names:
             raise ConfigError(f"grid {path} has no {kind}; there is nothing to run")
-        slugs = [_slug(name) for name in names]
-        for name, slug in zip(names, slugs, strict=True):
-            if slugs.count(slug) > 1:
-                raise ConfigError(f"grid {path}: more than one {kind} is named {name} (folder {slug}); rename one")
+        slugs = Counter(_slug(name) for name in names)
+        for name in names:
+            if slugs[_slug(name)] > 1:
+                folder = _slug(name)
+                raise ConfigError(f"grid {path}: more than one {kind} is named {name} (folder {folder}); rename one")
     for entry in grid.entries:
         for corpus in entry.corpora or []:
             if corpus not in grid.corpora:
                 near = nearest_key(corpus, list(grid.corpora))
-                raise ConfigError(f"grid {path}: entry {entry.name} names the corpus {corpus!r}; {near}")
+                raise ConfigError(f"grid {path}: entry {entry.name} names the corpus {shown(corpus)}; {near}")
 
 
 def _check_groups(grid: Grid, path: str) -> None:
     used = {entry.group for entry in grid.entries}
     for name in grid.groups:
         if name not in used:
-            raise ConfigError(f"grid {path}: group {name!r} has no entry; {nearest_key(name, sorted(used))}")
+            raise ConfigError(f"grid {path}: group {shown(name)} has no entry; {nearest_key(name, sorted(used))}")
     for entry in grid.entries:
         if grid.groups and entry.group not in grid.groups:
             near = nearest_key(entry.group, list(grid.groups))
-            raise ConfigError(f"grid {path}: entry {entry.name} is in the unknown group {entry.group!r}; {near}")
+            raise ConfigError(f"grid {path}: entry {entry.name} is in the unknown group {shown(entry.group)}; {near}")
     for name, group in grid.groups.items():
         members = [entry.name for entry in grid.entries if entry.group == name]
         others = [entry.name for entry in grid.entries if entry.group != name]
@@ -169,19 +193,25 @@ def _check_groups(grid: Grid, path: str) -> None:
             for baseline in baselines:
                 if baseline not in known:
                     near = nearest_key(baseline, known)
-                    raise ConfigError(f"grid {path}: baseline {baseline!r} is no entry {where} group {name!r}; {near}")
+                    raise ConfigError(
+                        f"grid {path}: baseline {shown(baseline)} is no entry {where} group {shown(name)}; {near}"
+                    )
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
+def _twice(seeds: Iterable[int]) -> int:
+    return Counter(seeds).most_common(1)[0][0]
+
+
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where}; {nearest_key(str(first['loc'][-1]), _known_keys(first['loc']))}"
-    return f"{where or 'the file'}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    first = first_problem(error)
+    if first.kind == "extra_forbidden":
+        place = tuple(error.errors()[0]["loc"])
+        return f"unknown key {first.where}; {nearest_key(str(place[-1]), _known_keys(place))}"
+    return f"{first.where or 'the file'}: {first.message[0].lower()}{first.message[1:]}"
 
 
 def _known_keys(place: tuple[int | str, ...]) -> list[str]:

@@ -176,7 +176,7 @@ def _show(page: Page, section: dict[str, Any], folder: Path, number: int) -> Non
     page.add(Heading(f"{section['corpus']}: {section['group']}"))
     page.add(
         f"{section['finished']} of {section['wanted']} runs are finished; {section['steps']:,} steps, "
-        f"{section['tokens']:,} tokens each."
+        f"{section['tokens']:,} tokens each. Losses in {section['unit']}."
     )
     page.add(_loss_table(section))
     _show_differences(page, section)
@@ -197,7 +197,7 @@ def _show(page: Page, section: dict[str, Any], folder: Path, number: int) -> Non
 def _loss_table(section: dict[str, Any]) -> Table:
     kinds = _kinds(section)
     head = ["entry", "stored", "FLOPs/token", "of the router", "expert calls", "seeds"]
-    head += [f"{kind}, {section['unit']}" for kind in kinds]
+    head += kinds
     rows = []
     for name, entry in _ranked(section):
         cost = entry["budget"]

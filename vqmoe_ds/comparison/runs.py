@@ -20,23 +20,26 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.comparison.grid import Evaluation, Grid, Run, overrides_of
-from vqmoe_ds.comparison.measures import EVALUATION
+from vqmoe_ds.comparison.measures import CLEAN, EVALUATION, losses, read_json
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.reading import read_yaml
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
-from vqmoe_ds.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError
+from vqmoe_ds.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, one_line
 from vqmoe_ds.evaluation.corruption import parse_corruption
 from vqmoe_ds.evaluation.evaluate import checked_stride
+from vqmoe_ds.files import make_folder, open_regular
 from vqmoe_ds.train.pretrain import fit_to_tokenizer
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make a run part of another one."""
+_LAST = 1 << 20
+"""Bytes of the end of a run's log that are read."""
 
 
 class State(StrEnum):
@@ -88,20 +91,23 @@ class Job:
         """Whether the run has been scored in just this way."""
         if not self.evaluation.exists():
             return False
-        recorded = json.loads(self.evaluation.read_text())
-        damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in recorded["corrupted"]}
         stride = checked_stride(wanted.stride, self.config.run.model.sequence_length)
         asked = {(*parse_corruption(spec), wanted.seeds) for spec in wanted.corrupt}
-        return damage == asked and recorded["setting"]["stride"] == stride
+        try:
+            recorded = read_json(self.evaluation)
+            damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in recorded["corrupted"]}
+            return damage == asked and bool(recorded["setting"]["stride"] == stride)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False  # it is scored again
 
     def difference(self) -> str | None:
         """The first field in which the recorded run differs from the grid, as a clause; None where none does."""
         try:
-            recorded = RunConfig.model_validate(yaml.safe_load((self.run.folder / "config.yaml").read_text()))
-            engine = json.loads((self.run.folder / "ds_config.json").read_text())
-        except (OSError, ValueError) as error:
-            return f"a configuration that cannot be read ({str(error).splitlines()[0]})"
-        there, here = _fields(recorded), _fields(self.config.run)
+            recorded = RunConfig.model_validate(read_yaml(str(self.run.folder / "config.yaml"), "configuration"))
+            engine = read_json(self.run.folder / "ds_config.json")
+        except (OSError, ValueError, UserError, RecursionError) as error:
+            return f"a configuration that cannot be read ({one_line(str(error).partition(chr(10))[0], 200)})"
+        there, here = (_fields(with_whole_paths(config)) for config in (recorded, self.config.run))
         for name, value in here.items():
             if there.get(name) != value:
                 return f"{name}={there.get(name)}, the grid says {value}"
@@ -193,7 +199,10 @@ class Runner:
     def _run_one(self, job: Job) -> str | None:
         if self._stopped or job.state() is State.FINISHED:
             return None
-        job.run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            make_folder(job.run.folder)
+        except OSError as error:
+            raise ConfigError(f"run folder {job.run.folder} cannot be made ({error.strerror})") from None
         with _lock(job.run.folder) as lock:
             if lock is None:
                 self.say(f"{job.run}: another process is at it")
@@ -254,23 +263,29 @@ def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
 
 def _last_words(log: Path) -> str:
     """The last line that names an error, else the last line."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["without a word"]
+    with open_regular(log) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST))
+        lines = file.read(_LAST).decode(errors="replace").strip().splitlines() or ["without a word"]
     errors = [line for line in lines if re.match(r"error:|\w*(Error|Halted)\b", line)]
     return (errors or lines)[-1]
 
 
 def _result(job: Job) -> str:
-    summary = json.loads(job.summary.read_text())
-    value, unit = summary["validation_bits_per_byte"], "bits/byte"
-    if value is None:
-        value, unit = summary["validation_loss"], "nats/token"
-    return f"{value:.4f} {unit}"
+    values, unit = losses(job.run.folder)
+    return f"{values[CLEAN]:.4f} {unit}"
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[int | None]:
     """A lock on a run folder, as a file descriptor; None where another process holds it."""
-    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "w") as file:  # whose pid it holds, stays
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(folder / ".lock", flags, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {folder} cannot be locked ({error.strerror}); remove {folder / '.lock'}"
+        ) from None
+    with open(descriptor, "wb") as file:  # whose pid it holds, stays
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -7,19 +7,20 @@ here each is one sentence before anything heavy is imported.
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from vqmoe_ds.config.deepspeed_values import check_values
-from vqmoe_ds.config.gpu import check_widths, use_bf16, use_fused_adam
-from vqmoe_ds.config.load import LoadedConfig, nearest_key
+from vqmoe_ds.config.gpu import check_widths, set_precision, use_bf16, use_fused_adam, use_torchs_adam
+from vqmoe_ds.config.load import LoadedConfig
+from vqmoe_ds.config.meanings import IN_DEEPSPEED_JSON, nearest_key
+from vqmoe_ds.config.problems import first_problem
+from vqmoe_ds.config.reading import read_json
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.device import uses_gpu
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.errors import ConfigError, shown
 
 TOP_LEVEL_KEYS = [
     "train_batch_size",
@@ -125,19 +126,14 @@ class EngineConfig:
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """The JSON as a dictionary; unknown or unsupported top-level keys and values of another kind are refused."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"DeepSpeed config {path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"DeepSpeed config {path} is not valid JSON: {error.msg} at line {error.lineno}") from None
+    values = read_json(path, "DeepSpeed config")
     if not isinstance(values, dict):
-        raise ConfigError(f"DeepSpeed config {path} must be a JSON object")
+        raise ConfigError(f"DeepSpeed config {path} must be a JSON object, not {shown(values)}")
     for key in values:
         if key in UNSUPPORTED:
             raise ConfigError(f"DeepSpeed config {path}: {key} {UNSUPPORTED[key]}")
         if key not in TOP_LEVEL_KEYS:
-            raise ConfigError(f"DeepSpeed config {path}: top-level key {key!r} is unknown; {_near(key)}")
+            raise ConfigError(f"DeepSpeed config {path}: top-level key {shown(key)} is unknown; {_near(key)}")
     check_values(path, values)
     if values.get("checkpoint", {}).get("writer"):
         raise ConfigError(
@@ -181,8 +177,10 @@ def resolve(
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
     gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
+    set_precision(values, run.train.precision, path)
     if gpu:
         use_bf16(values)
+    use_torchs_adam(values)
     use_fused_adam(values)
     config = EngineConfig(values, run, size, world_size, micro, accumulation)
     if gpu:
@@ -206,8 +204,8 @@ class _Joiner:
         number = given[part] if part is not None else given
         if field in self.loaded.explicit and number != self.values[section][name]:
             raise ConfigError(
-                f"{field}={self.values[section][name]} contradicts {key}={given} in DeepSpeed config {self.path}; "
-                f'write "auto" there or drop {field}'
+                f"{field}={self.values[section][name]} contradicts {key}={shown(given)} in DeepSpeed config "
+                f'{self.path}; write "auto" there or drop {field}'
             )
         self.values[section][name] = number
 
@@ -215,14 +213,13 @@ class _Joiner:
         try:
             return RunConfig.model_validate(self.values)
         except ValidationError as error:
-            first = error.errors()[0]
-            field, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"DeepSpeed config {self.path}: {field}={first['input']!r}: {message}") from None
+            raise ConfigError(f"DeepSpeed config {self.path}: {first_problem(error)}") from None
 
 
 def _join_optimizer(joiner: _Joiner, values: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's ``params``, joined but for betas that are "auto"."""
     optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    optimizer.setdefault("type", "AdamW")  # else DeepSpeed makes none
     params: dict[str, Any] = optimizer.setdefault("params", {})
     if params.get("betas", "auto") != "auto":
         joiner.join(params, "betas", "train.beta1", part=0)
@@ -267,8 +264,8 @@ def _expert_parallel_size(values: dict[str, Any], path: str, from_command_line: 
     in_json = section.get("autoep_size") if section.get("enabled", True) else None
     if from_command_line is not None and in_json is not None and from_command_line != in_json:
         raise ConfigError(
-            f"--ep_size {from_command_line} contradicts expert_parallel.autoep_size={in_json} in DeepSpeed config "
-            f"{path}; give it once"
+            f"--ep_size {shown(from_command_line)} contradicts expert_parallel.autoep_size={in_json} in DeepSpeed "
+            f"config {path}; give it once"
         )
     size = from_command_line if from_command_line is not None else in_json
     return 1 if size is None else int(size)
@@ -276,7 +273,7 @@ def _expert_parallel_size(values: dict[str, Any], path: str, from_command_line: 
 
 def _check_expert_parallel(size: int, world: int, run: RunConfig) -> None:
     if size < 1 or world % size:
-        raise ConfigError(f"expert-parallel size {size} does not divide the {world} ranks of this run")
+        raise ConfigError(f"expert-parallel size {shown(size)} does not divide the {world} ranks of this run")
     if run.moe.router is not Router.DENSE and run.moe.num_experts % size:
         raise ConfigError(f"expert-parallel size {size} does not divide moe.num_experts={run.moe.num_experts}")
 
@@ -289,4 +286,4 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _near(key: str) -> str:
-    return nearest_key(key, list(TOP_LEVEL_KEYS))
+    return IN_DEEPSPEED_JSON.get(key) or nearest_key(key, list(TOP_LEVEL_KEYS))

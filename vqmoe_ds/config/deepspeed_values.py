@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.config.meanings import IN_PARAMS, nearest_key
+from vqmoe_ds.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,63 @@ OBJECT_OR_NULL = Kind("a JSON object or null", lambda v: v is None or isinstance
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 TEXT = Kind("text", lambda v: isinstance(v, str))
 NUMBER = Kind('a number or "auto"', lambda v: v == "auto" or _number(v))
-WHOLE = Kind('a whole number or "auto"', lambda v: v == "auto" or _whole(v))
 STAGE = Kind("0, 1, 2 or 3", lambda v: _whole(v) and 0 <= v <= 3)
+SIZE = Kind("a whole number of 0 to 2^53", lambda v: _number(v) and 0 <= v <= 2**53 and v == int(v))
+POSITIVE = Kind('a whole number of 1 to 2^30, or "auto"', lambda v: v == "auto" or (_whole(v) and 1 <= v <= 2**30))
+NOT_NEGATIVE = Kind('a number of 0 or more, or "auto"', lambda v: v == "auto" or (_number(v) and v >= 0))
 BETAS = Kind(
     'a list of two numbers or "auto"',
     lambda v: v == "auto" or (isinstance(v, list) and len(v) == 2 and all(map(_number, v))),
 )
 
+_SIZES = (
+    *("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+    "stage3_max_reuse_distance",
+)
+_FLAGS = (
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "disable_allgather"),
+    *("disable_python_gc", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+    *("use_data_before_expert_parallelism", "dataloader_drop_last", "managed_gradient_accumulation"),
+    "zero_optimization.overlap_comm",
+)
+_ADAM_FLAGS = (
+    *("fused", "foreach", "torch_adam", "amsgrad", "maximize", "capturable", "differentiable", "adam_w_mode"),
+    *("bias_correction", "set_grad_none"),
+)
+_ANY_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "adam_w_mode", "torch_adam", "fp32_optimizer_states")
+_TORCH_ADAM = (*_ANY_ADAM, "fused", "foreach", "maximize", "capturable", "differentiable")
+OWN_ADAM_ALONE = {"bias_correction", "set_grad_none"}
+"""What DeepSpeed's Adam has and PyTorch's does not: named, they choose it."""
+_OWN_ADAM = (*_ANY_ADAM, *sorted(OWN_ADAM_ALONE))
+_LAMB = ("bias_correction", "eps", "eps_inside_sqrt", "max_coeff", "min_coeff", "amsgrad")
+PARAMS = {
+    "lamb": ("lr", "betas", "weight_decay", *_LAMB),
+    "lion": ("lr", "betas", "weight_decay", "set_grad_none"),
+}
+"""``optimizer.params`` by type, in small letters: the arguments of DeepSpeed 0.19.8's optimizers. Adam's and AdamW's
+depend on ``torch_adam``; those of other types are left to DeepSpeed."""
+
 KINDS = {
     **dict.fromkeys(("optimizer", "scheduler", "optimizer.params", "scheduler.params"), OBJECT),
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "data_types", "zero_optimization", "expert_parallel"), OBJECT),
-    **dict.fromkeys(("activation_checkpointing", "checkpoint"), OBJECT),
+    **dict.fromkeys(("activation_checkpointing", "checkpoint", "data_efficiency", "autotuning", "aio"), OBJECT),
+    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor", "comms_logger", "flops_profiler"), OBJECT),
+    **dict.fromkeys(("compile", "timers", "weight_quantization", "tensor_parallel"), OBJECT),
+    **dict.fromkeys((f"{name}.enabled" for name in ("tensorboard", "wandb", "comet", "csv_monitor")), FLAG),
     **dict.fromkeys(("zero_optimization.offload_optimizer", "zero_optimization.offload_param"), OBJECT_OR_NULL),
     **dict.fromkeys(("fp16.enabled", "bf16.enabled", "bfloat16.enabled", "expert_parallel.enabled"), FLAG),
-    **dict.fromkeys((f"optimizer.params.{name}" for name in ("fused", "foreach", "torch_adam")), FLAG),
-    **dict.fromkeys(("optimizer.type", "data_types.grad_accum_dtype"), TEXT),
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), WHOLE),
+    **dict.fromkeys((f"optimizer.params.{name}" for name in _ADAM_FLAGS), FLAG),
+    **dict.fromkeys(_FLAGS, FLAG),
+    **dict.fromkeys(("optimizer.type", "scheduler.type", "data_types.grad_accum_dtype"), TEXT),
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), POSITIVE),
     **dict.fromkeys(("gradient_clipping", "optimizer.params.lr", "optimizer.params.weight_decay"), NUMBER),
-    "optimizer.params.eps": NUMBER,
+    **dict.fromkeys((f"zero_optimization.{name}" for name in _SIZES), SIZE),
+    **dict.fromkeys((f"flops_profiler.{name}" for name in ("profile_step", "top_modules")), SIZE),
+    "zero_optimization.sub_group_size": Kind("a whole number of 1 to 2^53", lambda v: SIZE.holds(v) and v > 0),
+    "optimizer.params.eps": NOT_NEGATIVE,
+    "gradient_predivide_factor": Kind("a number above 0", lambda v: _number(v) and v > 0),
+    "steps_per_print": Kind("a whole number of 1 or more, or null", lambda v: v is None or (_whole(v) and v > 0)),
     "optimizer.params.betas": BETAS,
     "zero_optimization.stage": STAGE,
     "expert_parallel.autoep_size": Kind("a whole number", _whole),
@@ -71,12 +111,30 @@ def check_values(path: str, values: dict[str, Any]) -> None:
         for section in sections:
             holder = holder.get(section, {})
         if key in holder and not kind.holds(holder[key]):
-            raise ConfigError(f"DeepSpeed config {path}: {name} must be {kind.words}, not {holder[key]!r}")
+            raise ConfigError(f"DeepSpeed config {path}: {name} must be {kind.words}, not {shown(holder[key])}")
     if "bf16" in values and "bfloat16" in values:
         raise ConfigError(f"DeepSpeed config {path}: bfloat16 is another name of bf16; give one of the two")
     enabled = [name for name in ("bf16", "bfloat16", "fp16") if values.get(name, {}).get("enabled")]
     if len(enabled) > 1:
         raise ConfigError(f"DeepSpeed config {path}: {enabled[0]} and {enabled[1]} are both enabled; enable one")
-    params = values.get("optimizer", {}).get("params", {})
+    if values.get("scheduler") and "type" not in values["scheduler"]:
+        raise ConfigError(
+            f"DeepSpeed config {path}: scheduler has no type, and would do nothing; name one or remove it"
+        )
+    _check_optimizer(path, values.get("optimizer", {}))
+
+
+def _check_optimizer(path: str, optimizer: dict[str, Any]) -> None:
+    name, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
+    known = PARAMS.get(name.lower(), ())
+    if name.lower() in ("adam", "adamw"):
+        known = _TORCH_ADAM if params.get("torch_adam", not OWN_ADAM_ALONE & params.keys()) else _OWN_ADAM
+    for key in params if known else ():
+        if key not in known:
+            with_adam = "" if known is not _OWN_ADAM or key not in _TORCH_ADAM else ' without "torch_adam": true'
+            raise ConfigError(
+                f"DeepSpeed config {path}: optimizer.params.{shown(key)[1:-1]} is no option of {shown(name)[1:-1]}"
+                f"{with_adam}; {IN_PARAMS.get(key) or nearest_key(key, list(known))}"
+            )
     if params.get("fused") and params.get("foreach"):
         raise ConfigError(f"DeepSpeed config {path}: optimizer.params has both fused and foreach; give one of the two")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.deepspeed_values import OWN_ADAM_ALONE
+from vqmoe_ds.config.schema import Precision, Router, RunConfig
 from vqmoe_ds.errors import ConfigError
 
 WIDTH_STEP = {"bf16": 8, "fp16": 8, "fp32": 4}
@@ -66,6 +67,27 @@ def attention_hint(run: RunConfig, precision: str) -> str | None:
     )
 
 
+def set_precision(values: dict[str, Any], wanted: Precision, path: str) -> None:
+    """Write ``train.precision`` into a DeepSpeed JSON that says nothing of it.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    if wanted is Precision.AUTO:
+        return
+    there = next((name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled")), "fp32")
+    if {"bf16", "fp16"} & values.keys():
+        if there != wanted:
+            raise ConfigError(
+                f"train.precision={wanted} (--precision) contradicts {there} in DeepSpeed config {path}; take its "
+                "sections bf16 and fp16 out, or leave the option out"
+            )
+    elif wanted is Precision.BF16:
+        use_bf16(values)
+    else:
+        values["bf16" if wanted is Precision.FP32 else "fp16"] = {"enabled": wanted is Precision.FP16}
+
+
 def use_bf16(values: dict[str, Any]) -> None:
     """Turn bf16 on in a DeepSpeed JSON that says nothing of precision; ``"bf16": {"enabled": false}`` is fp32.
 
@@ -91,6 +113,18 @@ def use_fused_adam(values: dict[str, Any]) -> None:
     is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and params.get("torch_adam")
     if is_adam and not _offloads(values) and not {"fused", "foreach"} & params.keys():
         params["fused"] = True
+
+
+def use_torchs_adam(values: dict[str, Any]) -> None:
+    """Where the JSON asks for Adam and not for whose, take PyTorch's: DeepSpeed's own is compiled at its first use.
+
+    One on the host (``offload_optimizer``) stays DeepSpeed's, whose loop is faster there.
+    """
+    optimizer = values.get("optimizer", {})
+    params = optimizer.get("params", {})
+    own = OWN_ADAM_ALONE & params.keys()
+    if str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not own and not _offloads(values):
+        params.setdefault("torch_adam", True)
 
 
 def _offloads(values: dict[str, Any]) -> bool:

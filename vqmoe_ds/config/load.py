@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.config.meanings import elsewhere, nearest_key
+from vqmoe_ds.config.problems import Problem, first_problem
+from vqmoe_ds.config.reading import LARGEST, check_plain, parse_yaml, read_yaml, to_yaml_text
+from vqmoe_ds.config.schema import RENAMED, RunConfig, with_current_names
+from vqmoe_ds.errors import ConfigError, shown
+
+__all__ = [
+    *("FieldRow", "LoadedConfig", "field_table", "load_config", "nearest_key", "parse_override", "preset_names"),
+    *("read_yaml", "to_yaml"),
+]
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,25 @@ class LoadedConfig:
 
     config: RunConfig
     explicit: frozenset[str]
+
+
+class FieldRow(NamedTuple):
+    """A field as help and pages show it."""
+
+    name: str
+    """Dotted."""
+    default: str
+    unit: str
+    meaning: str
+    choices: tuple[str, ...]
+    """All values there are, where they are few."""
+
+    @property
+    def told(self) -> str:
+        """The meaning, with the choices that it does not name."""
+        if all(choice in self.meaning for choice in self.choices):
+            return self.meaning
+        return f"{self.meaning} (choices: {', '.join(self.choices)})"
 
 
 def preset_names() -> list[str]:
@@ -48,11 +74,13 @@ def load_config(
     if file is not None:
         values = _merge(values, _read_sections(file), explicit)
     for name, value in (overrides or {}).items():
+        name = RENAMED.get(name, name)
         _check_key(name)
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = _merge(values, nested, explicit)
+    check_plain(values, "configuration")
     try:
         return LoadedConfig(RunConfig.model_validate(values), frozenset(explicit))
     except ValidationError as error:
@@ -61,57 +89,56 @@ def load_config(
 
 def _read_preset(preset: str) -> dict[str, Any]:
     if preset not in preset_names():
-        raise ConfigError(f"preset {preset!r} is unknown; {_nearest(preset, preset_names())}")
-    text = resources.files("vqmoe_ds.config").joinpath("presets", f"{preset}.yaml").read_text()
-    return yaml.safe_load(text) or {}
+        raise ConfigError(f"preset {shown(preset)} is unknown; {nearest_key(preset, preset_names())}")
+    text = resources.files("vqmoe_ds.config").joinpath("presets", f"{preset}.yaml").read_text("utf-8")
+    return parse_yaml(text, f"preset {preset}") or {}
 
 
 def parse_override(text: str) -> tuple[str, Any]:
     """``section.field=value`` -> (name, value as YAML reads it)."""
     name, separator, value = text.partition("=")
     if not separator or "." not in name:
-        raise ConfigError(f"--set {text} is not of the form section.field=value, for example moe.num_experts=64")
-    try:
-        return name.strip(), _number(yaml.safe_load(value))
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text}: the value is not valid YAML; quote it") from None
+        raise ConfigError(
+            f"--set {shown(text)} is not of the form section.field=value, for example moe.num_experts=64"
+            + elsewhere(name.strip(), "; ")
+        )
+    name = name.strip()
+    if len(value) > LARGEST:
+        raise ConfigError(f"--set {name}: the value is longer than {LARGEST:,} characters")
+    return name, parse_yaml(value, f"--set {shown(text)[1:-1]}")
 
 
-def field_table() -> list[tuple[str, str, str, str]]:
-    """Every field as (dotted name, default, unit, meaning), in the order of the schema."""
+def field_table(config: RunConfig | None = None) -> list[FieldRow]:
+    """Every field, in the order of the schema, with its value in ``config`` for the default (None: the schema's)."""
+    config = config or RunConfig()
     rows = []
-    for section, field in RunConfig.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
-        for name, info in model.model_fields.items():
+    for section in RunConfig.model_fields:
+        values: BaseModel = getattr(config, section)
+        for name, info in type(values).model_fields.items():
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-            default = getattr(info.default, "value", info.default)
-            rows.append((f"{section}.{name}", str(default), str(extra.get("unit", "")), info.description or ""))
+            default, unit = _written(getattr(values, name)), str(extra.get("unit", ""))
+            rows.append(FieldRow(f"{section}.{name}", default, unit, info.description or "", _choices(info.annotation)))
     return rows
+
+
+def _written(value: Any) -> str:
+    """A value as ``--set`` takes it; none where there is nothing."""
+    if value is None or value == ():
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return tuple(annotation)
+    return ()
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML, ready for ``--config``."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def nearest_key(name: str, known: list[str]) -> str:
-    """The end of an error sentence that names the nearest known key."""
-    return _nearest(name, known)
-
-
-def read_yaml(path: str, what: str) -> Any:
-    """What a YAML file holds; ``what`` it is called in error sentences.
-
-    Raises:
-        ConfigError: it cannot be read or is not YAML.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return to_yaml_text(config.model_dump(mode="json"))
 
 
 def _read_sections(file: str) -> dict[str, Any]:
@@ -129,45 +156,39 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], explicit: set[str]) -> d
     merged = dict(base)
     for section, fields in extra.items():
         if isinstance(fields, dict):
-            merged[section] = {**(merged.get(section) or {}), **{k: _number(v) for k, v in fields.items()}}
+            try:
+                fields = with_current_names(section, fields)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            below = merged.get(section)
+            merged[section] = {**(below if isinstance(below, dict) else {}), **fields}
             explicit.update(f"{section}.{name}" for name in fields)
         else:
             merged[section] = fields
     return merged
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-4 as text; take it as the number that was meant."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _check_key(name: str) -> None:
-    known = [row[0] for row in field_table()]
+    known = _fields()
     if name not in known:
-        raise ConfigError(f"--set {name}: no such field; {_nearest(name, known)}")
+        raise ConfigError(f"--set {shown(name)[1:-1]}: no such field; {_meant(name, known)}")
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        sections = list(RunConfig.model_fields)
-        known = sections if len(first["loc"]) == 1 else [row[0] for row in field_table()]
-        return f"configuration key {where} is unknown; {_nearest(where, known)}"
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return message
-    return f"configuration field {where}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    first = first_problem(error)
+    if first.kind == "extra_forbidden":
+        return f"configuration key {first.where} is unknown; {_meant(first.where, _known_beside(first))}"
+    return first.message if first.kind == "value_error" else f"configuration field {first}"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    if not close:
-        close = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), 1, 0.5)]
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+def _known_beside(problem: Problem) -> list[str]:
+    return _fields() if "." in problem.where else list(RunConfig.model_fields)
+
+
+def _fields() -> list[str]:
+    return [row[0] for row in field_table()]
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """The end of a sentence on an unknown key: where its meaning is written, or else the nearest one by letters."""
+    return elsewhere(name) or nearest_key(name, known)

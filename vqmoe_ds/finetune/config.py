@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.checkpoint.discrete import discrete_config
 from vqmoe_ds.checkpoint.huggingface import run_config
 from vqmoe_ds.checkpoint.reader import CheckpointReader
+from vqmoe_ds.checkpoint.whereabouts import whole_task, with_whole_paths
 from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, Trainable
 from vqmoe_ds.errors import ConfigError
@@ -18,6 +19,17 @@ from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
 from vqmoe_ds.models.build import require_peft
 from vqmoe_ds.train.cli import overrides_from_args
+
+COLUMNS = {"text_column": "finetune.text_key", "label_column": "finetune.label_key"}
+"""Options and the fields that they set."""
+
+SIZES = (
+    *("model.layers", "model.width", "model.heads", "model.head_width", "model.qk_norm", "model.moe_every"),
+    *("model.vocab_size", "model.dense_hidden", "model.rope_theta", "moe.num_experts"),
+    *("moe.expert_hidden", "codebook.num_codes", "codebook.code_dim", "codebook.source", "codebook.distance"),
+    *("codebook.context_window", "codebook.source_block", "codebook.normalize_source"),
+)
+"""Fields that make weights and codebook mean what they do; a fine-tuning cannot set them."""
 
 
 def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> LoadedConfig:
@@ -31,7 +43,13 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
         ConfigError: unknown or contradicting options.
     """
     overrides = overrides_from_args(args)
-    overrides.update({"finetune.checkpoint": str(Path(args.checkpoint)), "finetune.task": args.task})
+    whole = {"finetune.checkpoint": os.path.abspath(args.checkpoint), "finetune.task": whole_task(args.task)}
+    overrides.update(whole)  # they are read again from wherever the run goes on
+    for option, name in COLUMNS.items():
+        value = getattr(args, option)
+        if value is not None and overrides.get(name, value) != value:
+            raise ConfigError(f"--{option} {value} contradicts --set {name}={overrides[name]}; leave one of them out")
+        overrides |= {} if value is None else {name: value}
     if args.tokenizer is not None:
         overrides["data.tokenizer"] = args.tokenizer
     source = run_config(reader.config, reader.path)
@@ -42,9 +60,22 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
         base = {**base, **_discrete_sections(base, loaded)}
     base["router"] = _schedules_of(source)
     loaded = load_config(file=args.config, overrides=overrides, base=base)
+    check_sizes(loaded, source, args.checkpoint)
     if loaded.config.finetune.lora_rank:
         require_peft()
     return loaded
+
+
+def check_sizes(loaded: LoadedConfig, source: RunConfig, path: str) -> None:
+    """Raises: ConfigError: the user set a size of the pretrained model to another than it has."""
+    ours, theirs = loaded.config.model_dump(mode="json"), source.model_dump(mode="json")
+    for field in SIZES:
+        section, name = field.split(".")
+        if field in loaded.explicit and ours[section][name] != theirs[section][name]:
+            raise ConfigError(
+                f"{field}={ours[section][name]} is not that of {path}, {theirs[section][name]}: fine-tuning keeps the "
+                f"model as it was pretrained; leave {field} out, or pretrain a model that has it"
+            )
 
 
 def _discrete_sections(base: dict[str, Any], loaded: LoadedConfig) -> dict[str, Any]:
@@ -91,7 +122,7 @@ def classifier_config(loaded: LoadedConfig, classes: tuple[str, ...], rows: int)
     output = _intervals(loaded, max(OFTEN, min(SELDOM, an_epoch)))
     finetune = run.finetune.model_copy(update={"classes": classes})
     config = run.model_copy(update={"train": train, "run": output, "finetune": finetune})
-    return replace(loaded, config=config)
+    return replace(loaded, config=with_whole_paths(config))
 
 
 def language_model_config(loaded: LoadedConfig, tokenizer_sha256: str | None) -> LoadedConfig:
@@ -107,7 +138,7 @@ def language_model_config(loaded: LoadedConfig, tokenizer_sha256: str | None) ->
         "finetune": run.finetune.model_copy(update={"classes": ()}),  # --config may be of a classifier
     }
     config = run.model_copy(update=sections)
-    return replace(loaded, config=config)
+    return replace(loaded, config=with_whole_paths(config))
 
 
 def _intervals(loaded: LoadedConfig, every: int) -> Any:

@@ -13,11 +13,14 @@ from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.errors import ConfigError, UserError
-from vqmoe_ds.planning.hardware import NETWORK_GBPS, PROCESSORS, Cluster, find_processor
+from vqmoe_ds.planning.hardware import MOST_RANKS, NETWORK_GBPS, PROCESSORS, Cluster, find_processor
+from vqmoe_ds.train.cli import Parser
 
 if TYPE_CHECKING:
     from vqmoe_ds.planning.layouts import Plan
 
+LARGEST = 10**7
+"""Of every figure of a cluster: 10,000 TB, TFLOP/s and GB/s of one processor are far off."""
 OVERRIDES = {
     "gpu_memory": ("memory_gb", "GB of one processor"),
     "gpu_tflops": ("tflops", "its bf16 TFLOP/s"),
@@ -30,7 +33,7 @@ OVERRIDES = {
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", default="tiny", help=f"model: {', '.join(preset_names())} (default tiny)")
     add("--config", metavar="YAML", help="run configuration; overrides the preset")
@@ -57,6 +60,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+_BLOCKS_A_SECOND = 30
+"""That are laid out on one core."""
+
+
 def main(options: argparse.Namespace) -> int:
     """Print the plan, or in one sentence why there is none; the exit code."""
     try:
@@ -66,10 +73,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    _check_numbers(options)
     cluster = cluster_of(options)
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
     base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
-    _check_positive(options)
     if options.gpu != "cpu":
         check_widths(loaded.config, options.precision, max(options.ep_size, default=cluster.ranks))
     # DeepSpeed and the model only now: bad options have been answered.
@@ -83,6 +90,9 @@ def _plan(options: argparse.Namespace) -> int:
         *(options.zero, options.ep_size, options.micro_batch, options.precision),
         *(offload, options.imbalance, options.gpu != "cpu"),
     )
+    if loaded.config.model.layers >= 4 * _BLOCKS_A_SECOND:
+        seconds = loaded.config.model.layers // _BLOCKS_A_SECOND
+        print(f"{loaded.config.model.layers} blocks take about {seconds} s to lay out", file=sys.stderr, flush=True)
     plans, parameters = explore(loaded.config, cluster, choices, base), count(loaded.config)
     name = options.config or options.preset
     if options.json:
@@ -110,14 +120,24 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     )
 
 
-def _check_positive(options: argparse.Namespace) -> None:
-    names = ["nodes", "gpus_per_node", "network_gbps", "efficiency", "top", *OVERRIDES]
-    for name in names:
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Before anything loops over them.
+
+    Raises:
+        ConfigError: an option that is no finite number above 0, or more than any cluster has.
+    """
+    for name in ["nodes", "gpus_per_node", "network_gbps", "efficiency", "top", *OVERRIDES]:
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name} {value:g} must be more than 0")
-    if options.imbalance < 1:
-        raise ConfigError(f"--imbalance {options.imbalance:g} must be at least 1, the even share")
+        value = None if value is None else float(min(value, LARGEST))  # an integer may be past what a float holds
+        if value is not None and not 0 < value < LARGEST:
+            raise ConfigError(f"--{name} {value:g} must be more than 0 and less than {LARGEST:,}")
+    if not 0 <= options.latency_us < LARGEST:
+        raise ConfigError(f"--latency_us {options.latency_us:g} must be 0 to {LARGEST:,}")
+    if not 1 <= options.imbalance <= 1000:
+        raise ConfigError(f"--imbalance {options.imbalance:g} must be at least 1, the even share, and at most 1000")
+    if options.nodes * options.gpus_per_node > MOST_RANKS:
+        ranks = options.nodes * options.gpus_per_node
+        raise ConfigError(f"--nodes x --gpus_per_node are {ranks:,} ranks, and a plan takes {MOST_RANKS:,} at the most")
 
 
 def _too_small(least: Plan, cluster: Cluster, would_do: list[str]) -> str:

@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.refusals import check_by_deepspeed
 from vqmoe_ds.device import ACCELERATOR
-from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.errors import ConfigError, UserError, shown
+from vqmoe_ds.planning.hardware import MOST_RANKS
 from vqmoe_ds.train.cli import config_from_args
 
 NOT_BUILT = [
@@ -53,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.world_size is None:
             raise ConfigError("--dry_run needs --world_size, the ranks of the job that is meant")
+        if not 1 <= args.world_size <= MOST_RANKS:
+            raise ConfigError(f"--world_size {shown(args.world_size)} must be 1 to {MOST_RANKS:,}")
         # A large job is one for GPUs, though none is here.
         gpu = os.environ.get(ACCELERATOR) != "cpu"
         config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size, gpu)
@@ -77,9 +81,9 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     """
     world = config.world_size
     if not 0 <= rank < world:
-        raise ConfigError(f"--rank {rank} is not one of the {world} ranks 0 to {world - 1}")
+        raise ConfigError(f"--rank {shown(rank)} is not one of the {world} ranks 0 to {world - 1}")
     if per_node < 1:
-        raise ConfigError(f"--gpus_per_node {per_node} must be at least 1")
+        raise ConfigError(f"--gpus_per_node {shown(per_node)} must be at least 1")
     # Heavy imports only now: bad input has been answered.
     import torch
 
@@ -87,7 +91,7 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     from vqmoe_ds.planning.parameters import count, meta_model
 
     with fake_ranks(rank, world):
-        _check_by_deepspeed(config, json_path)
+        check_by_deepspeed(config.deepspeed, json_path)
         model = meta_model(config.run, config.ep_size, config.ep_rank(rank))
         ep_group, edp_group = _bind_groups(model, config, rank)
         _optimizer_groups(model, config)
@@ -135,18 +139,6 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
             made.clear()
         comm.cdb = None
         dist.destroy_process_group()
-
-
-def _check_by_deepspeed(config: EngineConfig, json_path: str) -> None:
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from pydantic import ValidationError
-
-    try:
-        DeepSpeedConfig(config.deepspeed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"DeepSpeed config {json_path}: {where}: {first['msg']}") from None
 
 
 def _bind_groups(model: Any, config: EngineConfig, rank: int) -> tuple[list[int], list[int]]:

@@ -41,6 +41,13 @@ def too_large(config: EngineConfig, rank: int, capacity: int) -> str | None:
     )
 
 
+def least_bytes(config: EngineConfig, rank: int) -> int:
+    """Bytes that ``rank`` surely holds: ``CERTAIN`` of weights, optimizer, and the larger of gradients and activations,
+    wherever the optimizer lies."""
+    need = memory.estimate(count(config.run), config, rank, imbalance=1.0)
+    return round(CERTAIN * (need.weights + need.optimizer + need.host + max(need.gradients, memory.kept(config))))
+
+
 def advice(config: EngineConfig, rank: int, capacity: int) -> str:
     """What would make a run fit ``capacity`` bytes on ``rank``, by the plan, as the end of a sentence."""
     if config.run.finetune.checkpoint is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqmoe_ds.config.load import nearest_key
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.config.meanings import nearest_key
+from vqmoe_ds.errors import ConfigError, shown
 
 GB = 1e9
+MOST_RANKS = 1 << 18
+"""Of one job: the largest machines have some 200,000 processors, and plans look at every rank."""
 
 
 @dataclass(frozen=True)
@@ -89,5 +91,5 @@ def find_processor(name: str) -> Processor:
         ConfigError: none of that name; the nearest is named.
     """
     if name not in PROCESSORS:
-        raise ConfigError(f"--gpu {name} is not in the catalogue; {nearest_key(name, list(PROCESSORS))}")
+        raise ConfigError(f"--gpu {shown(name)[1:-1]} is not in the catalogue; {nearest_key(name, list(PROCESSORS))}")
     return PROCESSORS[name]

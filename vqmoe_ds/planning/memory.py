@@ -83,10 +83,12 @@ def optimizer_groups(parameters: Parameters, config: EngineConfig) -> list[Group
         ranks = config.world_size // config.ep_size if is_expert else config.world_size
         limit = MOE_GROUP_LIMIT if is_expert else math.inf
         current: list[Weight] = []
+        values = 0
         for weight in members:
-            if current and sum(w.numel(config.ep_size) for w in [*current, weight]) > limit:
+            values += weight.numel(config.ep_size)
+            if current and values > limit:
                 groups.append((current, ranks, is_expert))
-                current = []
+                current, values = [], weight.numel(config.ep_size)
             current.append(weight)
         if current:
             groups.append((current, ranks, is_expert))

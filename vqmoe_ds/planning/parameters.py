@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
 from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,37 @@ def meta_model(run: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransfo
 @functools.cache
 def _thin(run_json: str) -> MoETransformer:
     run = RunConfig.model_validate_json(run_json)
-    return meta_model(run, 1 if run.moe.router is Router.DENSE else run.moe.num_experts)
+    with patch.object(ExpertParallelLayer, "_tag_experts"):  # for checkpoints; 0.3 ms an expert of the whole model
+        return meta_model(run, 1 if run.moe.router is Router.DENSE else run.moe.num_experts)
 
 
 def thin_model(run: RunConfig) -> MoETransformer:
     """A meta model with one expert a layer (all drawn expert by expert would take long); made once a configuration."""
     return _thin(run.model_dump_json())
+
+
+def least_bytes(run: RunConfig, ep_size: int = 1) -> int:
+    """Bytes of float32 weights that a rank uses, and of the buffers, at least; from two shallow models of its blocks.
+
+    Blocks repeat every ``moe_every``, so that sizes grow evenly with them; a deep model takes minutes to be made, and
+    this is asked before it is known that there is room for it.
+    """
+    period = run.model.moe_every
+    few, more = 2 * period, 3 * period
+    if run.model.layers <= more:
+        return _bytes(run, ep_size)
+    book = run.codebook.model_copy(update={"source_block": 0})
+    shallow = [
+        run.model_copy(update={"model": run.model.model_copy(update={"layers": layers}), "codebook": book})
+        for layers in (few, more)
+    ]
+    small, larger = (_bytes(config, ep_size) for config in shallow)
+    return small + (larger - small) * ((run.model.layers - few) // period)
+
+
+def _bytes(run: RunConfig, ep_size: int) -> int:
+    parameters = count(run)
+    return 4 * parameters.of_rank(ep_size) + parameters.buffer_bytes
 
 
 def count(run: RunConfig) -> Parameters:

@@ -107,11 +107,12 @@ def draw(path: Path, name: str, cluster: Cluster, plans: list[Plan]) -> None:
     capacity = cluster.processor.memory_gb
     memory.axvline(capacity, color="black", linewidth=1.5, label="capacity")
     memory.axvline(USABLE * capacity, color="black", linewidth=1, linestyle=":", label="usable")
-    memory.set(xlabel="GB a rank", title=f"{name} on {cluster.ranks} processors")
-    memory.legend(fontsize="small")
+    memory.set(xlabel="GB a rank")
+    figure.suptitle(f"{name} on {cluster.ranks} processors")
+    memory.legend(fontsize="small", ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     memory.invert_yaxis()
     rates = [plan.speed.tokens_per_second / 1e6 if plan.fits else 0.0 for plan in plans]
-    speed.barh(names, rates, color="tab:gray")
+    speed.barh(names, rates, color="0.5")
     speed.invert_yaxis()
     speed.set_yticks([])
     speed.set(xlabel="million tokens/s (a model)")

@@ -1,0 +1,61 @@
+"""A model that the CPUs' memory cannot hold is refused before any of it is built."""
+
+import resource
+import time
+from pathlib import Path
+
+import pytest
+
+from vqmoe_ds.config.deepspeed_json import resolve
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.planning import host
+from vqmoe_ds.planning.parameters import count, least_bytes
+from vqmoe_ds.train.ranks import Place
+
+ZERO = str(Path(__file__).resolve().parents[2] / "ds_configs/zero0.json")
+
+
+def check(ranks: int = 1, **fields) -> None:
+    overrides = {name.replace("__", "."): value for name, value in fields.items()}
+    config = resolve(ZERO, load_config("tiny", None, overrides), ranks, gpu=False)
+    host.check_host_memory(config, Place(0, ranks, 0, ranks))
+
+
+def test_what_fits_is_let_through():
+    for router in ("vq", "stablemoe", "smoe_dropout", "dense"):
+        check(moe__router=router)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model__layers": 1024, "model__width": 8192},
+        {"model__width": 2**20},
+        {"model__vocab_size": 2**31},
+        {"model__sequence_length": 2**24},
+        {"moe__num_experts": 2**14, "model__layers": 8, "moe__expert_hidden": 2**16},
+        {"moe__router": "hash_token", "model__vocab_size": 2**31 - 1},
+    ],
+)
+def test_what_does_not_is_refused_quickly_and_in_little_memory(fields):
+    check()  # libraries are loaded
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=r"needs at least [0-9,.]+ GiB .*, and this machine has [0-9.]+ GiB; reduce"):
+        check(**fields)
+    assert time.monotonic() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "KiB"
+
+
+def test_ranks_of_one_machine_count_together(monkeypatch):
+    monkeypatch.setattr(host, "total_bytes", lambda: 2**30)
+    check(1)
+    with pytest.raises(ConfigError, match="the 16 ranks of this machine need"):
+        check(16)
+
+
+@pytest.mark.parametrize("fields", [{}, {"moe_every": 2}, {"moe_every": 3}])
+def test_the_quick_count_is_that_of_the_model_or_a_little_less(fields):
+    run = load_config("tiny", None, {"model.layers": 13, **{f"model.{k}": v for k, v in fields.items()}}).config
+    whole = 4 * count(run).stored + count(run).buffer_bytes
+    assert 0.9 * whole <= least_bytes(run) <= whole

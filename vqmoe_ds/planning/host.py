@@ -1,0 +1,41 @@
+"""Whether the ranks of a machine fit its memory, asked before a model is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.device import uses_gpu
+from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.memory import GIB, total_bytes
+
+if TYPE_CHECKING:
+    from vqmoe_ds.train.ranks import Place
+
+
+def check_host_memory(config: EngineConfig, place: Place) -> None:
+    """Refuse a model that the CPU ranks of this machine cannot hold; on GPUs ``fit.too_large`` is asked.
+
+    Counted are this rank's weights and buffers in float32 and, of a pretraining, the optimizer and the larger of
+    gradients and what one forward pass keeps, as ``fit`` counts them; all as often as there are ranks here.
+
+    Raises:
+        ConfigError: what it needs, what there is, and the largest part of it.
+    """
+    if uses_gpu():
+        return
+    # Weights first: only of a model that could be held is it quick to count all the rest.
+    from vqmoe_ds.planning import fit, parameters
+
+    there, ranks = total_bytes(), place.local_world_size
+    need = ranks * parameters.least_bytes(config.run, config.ep_size)
+    if need <= there and config.run.finetune.checkpoint is None:
+        need = ranks * fit.least_bytes(config, place.rank)
+    if need > there:
+        who = "this rank needs" if ranks == 1 else f"the {ranks} ranks of this machine need"
+        raise ConfigError(
+            f"{who} at least {need / GIB:,.1f} GiB for a model of model.layers={config.run.model.layers}, "
+            f"model.width={config.run.model.width}, moe.num_experts={config.run.moe.num_experts} and "
+            f"model.vocab_size={config.run.model.vocab_size}, and this machine has {there / GIB:,.1f} GiB; reduce one "
+            "of these, model.sequence_length or the micro-batch, or take more machines"
+        )
