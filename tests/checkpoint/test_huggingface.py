@@ -16,18 +16,26 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    pipeline,
+)
 
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
 from tests.huggingface import CASES, ModelReader, config_of, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.convert import build_parser, main
-from vqmoe_ds.checkpoint.hf_names import NEWER
+from vqmoe_ds.checkpoint.hf_names import CODE_FILES, NEWER
 from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf, open_hf
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.models.classifier import Classifier
 from vqmoe_ds.models.transformer import MoETransformer
 
 QK_NORMS: dict[str, dict[str, Any]] = {
@@ -154,7 +162,7 @@ def test_what_training_left_out_is_made_anew_with_codes_that_stay(tmp_path: Path
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     theirs.save_pretrained(tmp_path / "saved")  # as after fine-tuning there
     assert not (tmp_path / "saved" / "vqmoe_training.json").exists()
-    assert (tmp_path / "saved" / "modeling_vqmoe.py").exists(), "the code travels along"
+    assert all((tmp_path / "saved" / name).exists() for name in CODE_FILES), "the code travels along"
     back = load_back(open_hf(tmp_path / "saved"))
     assert back.config.model == model.config.model.model_copy(update={"dense_hidden": 12})
     for name, tensor in model.state_dict().items():
@@ -268,15 +276,16 @@ def test_bytes_go_round(vocab: int, tmp_path: Path) -> None:
     assert padded["input_ids"] == [[97, 98], [255, 99]] and padded["attention_mask"] == [[1, 1], [0, 1]]
 
 
-def _sentencepiece(folder: Path, **options: Any) -> str:
+def _sentencepiece(folder: Path, brackets: bool = True, **options: Any) -> str:
+    """Trained on this file; without ``brackets`` on one in which they do not occur."""
     import sentencepiece
 
-    text = Path(__file__).read_text() + "\n".join(TEXTS[:2]).replace("\u0000", "")
-    (folder / "text.txt").write_text(text * 3)
+    text = Path(__file__).read_text(encoding="utf-8") + "\n".join(TEXTS[:2]).replace("\u0000", "")
+    text = text if brackets else text.replace("<", "").replace("x", "")
+    (folder / "text.txt").write_text(text * 3, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        **{"input": str(folder / "text.txt"), "model_prefix": str(folder / "spm"), "vocab_size": 400, **options},
-        byte_fallback=True,
-        minloglevel=2,
+        **{"input": str(folder / "text.txt"), "model_prefix": str(folder / "spm"), "vocab_size": 500},
+        **{"byte_fallback": True, "minloglevel": 2, **options},
     )
     return str(folder / "spm.model")
 
@@ -284,15 +293,37 @@ def _sentencepiece(folder: Path, **options: Any) -> str:
 PLAIN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
 
 
-SPELLINGS = {"plain": PLAIN, "sentencepiece's own": {}, "prefix": {"normalization_rule_name": "identity"}}
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "as tools/train_tokenizer.py": {
+        **PLAIN,
+        "user_defined_symbols": ["\n", "\t"],
+        "bos_id": -1,
+        "unk_id": 0,
+        "eos_id": 1,
+    },
+    "prefix": {"normalization_rule_name": "identity"},
+    "no bytes": {**PLAIN, "byte_fallback": False},
+    "prefix, no bytes": {"normalization_rule_name": "identity", "byte_fallback": False},
+}
+LITERALS = [
+    "<unk> and </s> <s>, a<unk>b, </s></s>",
+    "<0x41><0x0A> <0xE2><0x96><0x81>",
+    "\u2581 \u2581a\u2581\u2581b \u2581",
+    " \n \t\n  ",
+    "☃☃ <☃>",
+]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_sentencepiece_models_are_converted_exactly(kind: str, spelling: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("brackets", [True, False])
+def test_sentencepiece_models_are_converted_exactly(kind: str, spelling: str, brackets: bool, tmp_path: Path) -> None:
     from vqmoe_ds.data.tokenizers import load_tokenizer
 
-    ours = load_tokenizer(_sentencepiece(tmp_path, model_type=kind, **SPELLINGS[spelling]))
+    if kind == "unigram" and not brackets and "no bytes" in spelling:
+        pytest.skip("refused: see below")
+    ours = load_tokenizer(_sentencepiece(tmp_path, brackets, model_type=kind, **SPELLINGS[spelling]))
     ours.save(tmp_path / "data.tokenizer")
     config = config_of("dense", vocab=ours.vocab_size)
     data = {"path": str(tmp_path / "data"), "tokenizer_sha256": ours.checksum}
@@ -300,15 +331,73 @@ def test_sentencepiece_models_are_converted_exactly(kind: str, spelling: str, tm
     reader.config["data"].update(data)
     assert export_hf(reader, tmp_path / "hf", ExportOptions()) == []
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in [*TEXTS[1:], Path(__file__).read_text()[:3000]]:
-        if "\u0000" in text:
-            text = text.replace("\u0000", "")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids == ours.encode(text).tolist()
-        assert tokenizer.decode(ids) == ours.decode(ids)
+    pieces = [piece.decode(errors="ignore") for piece in ours.pieces()]
+    for text in [*TEXTS, *LITERALS, Path(__file__).read_text(encoding="utf-8"), "".join(pieces), " ".join(pieces)]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == ours.encode(text).tolist(), text[:40]
+        if ours.unknown_id is None:
+            assert tokenizer.decode(ids) == ours.decode(ids), text[:40]
     assert tokenizer.eos_token_id == ours.eod
     assert open_hf(tmp_path / "hf").config["data"]["tokenizer_sha256"] == ours.checksum
     assert str(tmp_path) not in (tmp_path / "hf" / "vqmoe_training.json").read_text(), "no paths of this machine"
+
+
+UNEQUAL: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "sentencepiece's own": ({}, True, "its rule nmt_nfkc is applied to other parts"),
+    "long symbols": ({**PLAIN, "user_defined_symbols": ["import"]}, True, "its piece 'import' holds a symbol"),
+    "spaces after words": ({**PLAIN, "treat_whitespace_as_suffix": True}, True, "it writes spaces after words"),
+    "brackets are unknown": ({**PLAIN, "byte_fallback": False}, False, "'<' of its piece '<unk>' is none by itself"),
+}
+
+
+@pytest.mark.parametrize("which", UNEQUAL)
+def test_tokenizers_without_an_equal_are_refused(which: str, tmp_path: Path) -> None:
+    from vqmoe_ds.data.tokenizers import load_tokenizer
+
+    options, brackets, reason = UNEQUAL[which]
+    path = _sentencepiece(tmp_path, brackets, model_type="unigram", **options)
+    config = config_of("dense", vocab=load_tokenizer(path).vocab_size)
+    with pytest.raises(CheckpointError, match=f"no exact equal in the tokenizers library .*{reason}.*--tokenizer none"):
+        _export(model_of(config), tmp_path / "hf", tokenizer=path)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("damage", ["pieces of other scores", "control symbols in text"])
+def test_a_conversion_that_went_wrong_is_found_at_export(damage: str, tmp_path: Path) -> None:
+    import vqmoe_ds.checkpoint.hf_tokenizer as module
+    from vqmoe_ds.data.tokenizers import load_tokenizer
+
+    def wrong(proto: Any, source: Any) -> tuple[list[float], str]:
+        scores = [piece.score for piece in proto.pieces]  # as they are: pieces that are kept apart have the best
+        if damage.startswith("pieces"):
+            scores = module_scores(proto, source)[0]
+            scores[100:] = reversed(scores[100:])
+        return scores, ""
+
+    module_scores = module._unigram_scores
+    path = _sentencepiece(tmp_path, model_type="unigram", **PLAIN)
+    config = config_of("dense", vocab=load_tokenizer(path).vocab_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_unigram_scores", wrong)
+        with pytest.raises(CheckpointError, match="it cuts .* otherwise"):
+            _export(model_of(config), tmp_path / "hf", tokenizer=path)
+
+
+def test_a_tokenizer_json_adds_nothing_that_training_did_not_see(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    from vqmoe_ds.checkpoint.hf_tokenizer import _byte_level
+    from vqmoe_ds.data.tokenizers import load_tokenizer
+
+    fast = _byte_level(True)
+    fast.post_processor = processors.TemplateProcessing(
+        single="<|endofdocument|> $A", special_tokens=[("<|endofdocument|>", 256)]
+    )
+    fast.save(str(tmp_path / "t.json"))
+    _export(model_of(config_of("dense", vocab=257)), tmp_path / "hf", tokenizer=str(tmp_path / "t.json"))
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "t.json")
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == ours.encode(text).tolist()
 
 
 def test_a_tokenizer_that_cannot_be_found_is_said(tmp_path: Path) -> None:
@@ -380,6 +469,79 @@ def test_a_mixtral_of_others_with_grouped_queries_is_refused(tmp_path: Path) -> 
     _edit(tmp_path / "hf" / "config.json", num_key_value_heads=1)
     with pytest.raises(CheckpointError, match="num_key_value_heads=1, but this trainer knows only 2"):
         open_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_experts_are_read_as_transformers_stacks_them(original: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 12, "num_hidden_layers": 2, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "rms_norm_eps": 1e-6}
+    mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=50, **sizes, **heads)).eval()
+    mixtral.save_pretrained(tmp_path / "m", save_original_format=original)
+    stacked = "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "m" / "model.safetensors")
+    assert stacked is not original
+    with torch.no_grad():
+        assert (load_back(open_hf(tmp_path / "m"))(tokens_of())[0] - mixtral(tokens_of()).logits).abs().max() < 1e-5
+    if stacked:
+        weights = load_file(tmp_path / "m" / "model.safetensors")
+        del weights["model.layers.1.mlp.experts.down_proj"]
+        save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"has no experts.down_proj of its shape beside it"):
+            open_hf(tmp_path / "m")
+
+
+# ------------------------------------------------------------ classifiers
+
+CLASSES = ("bad", "good", "ünsure")
+
+
+def _classifier(case: str, pool: str, vocab: int = 257) -> Classifier:
+    base = config_of(case, vocab=vocab, length=32).model_dump()
+    base["finetune"].update(classes=CLASSES, pool=pool)
+    model = Classifier(RunConfig(**base)).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize("pool", ["mean", "last"])
+@pytest.mark.parametrize("case", ["context, discrete only", "layer state", "top-2", "dense"])
+def test_classifiers_run_in_a_pipeline_and_come_back(case: str, pool: str, tmp_path: Path) -> None:
+    model, texts = _classifier(case, pool), ["a text", "Käfer, a longer one 🙂", "x", "far too long " * 9]
+    assert _export(model, tmp_path / "hf", tokenizer="auto") == []
+    classify = pipeline("text-classification", str(tmp_path / "hf"), device="cpu")
+    ids = [torch.tensor([list(text.encode())[:32]]) for text in texts]
+    with torch.no_grad():
+        want = torch.cat([model(row)[0] for row in ids]).softmax(dim=-1)
+        for size in (1, 4):
+            found = classify(texts, truncation=True, top_k=None, batch_size=size)
+            got = torch.tensor([[{p["label"]: p["score"] for p in text}[name] for name in CLASSES] for text in found])
+            assert (got - want).abs().max() < 1e-5
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+        padded = torch.nn.utils.rnn.pad_sequence([row[0] for row in ids], batch_first=True, padding_value=255)
+        assert (theirs(padded).logits.softmax(dim=-1) - want).abs().max() < 1e-5, "padding by its id"
+    labels = torch.tensor([0, 1, 2, 0])
+    loss = torch.nn.functional.cross_entropy(theirs(padded).logits, labels)
+    assert torch.allclose(theirs(padded, labels=labels).loss, loss)
+    theirs.save_pretrained(tmp_path / "saved")
+    for folder, config in (("hf", model.config), ("saved", None)):
+        reader = open_hf(tmp_path / folder)
+        back = Classifier(RunConfig(**reader.config)).eval()
+        back.load_state_dict({name: reader.tensor(name) for name in reader.names()} | reader.buffers())
+        assert tuple(back.config.finetune.classes) == CLASSES and back.config.finetune.pool == pool
+        assert config is None or back.config == config
+        with torch.no_grad():
+            assert torch.equal(back(ids[1])[0], model(ids[1])[0])
+
+
+def test_a_classifier_is_no_mixtral_and_its_card_is_of_a_classifier(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="it is a classifier, which pools its states otherwise"):
+        _export(_classifier("top-2", "last"), tmp_path / "hf", arch="mixtral")
+    _export(_classifier("top-2", "last"), tmp_path / "hf", tokenizer="auto")
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-classification" in card and "bad, good, ünsure" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(tmp_path / "hf"))
+    exec(compile(code, "card", "exec"), {})
 
 
 # ------------------------------------------------------------ refusals
@@ -496,6 +658,53 @@ def test_damaged_folders_are_refused_in_one_sentence(whole: Path, tmp_path: Path
         with pytest.raises(CheckpointError, match=reason) as caught:
             open_hf(folder)
         assert "\n" not in str(caught.value), harm.__name__
+
+
+HARMS: dict[str, tuple[str, Any, str]] = {
+    "an expert too many": ("code_map", lambda t: t.fill_(4), "must hold experts from 0 to 3 as int64"),
+    "a negative expert": ("code_map", lambda t: t.fill_(-1), "must hold experts from 0 to 3 as int64"),
+    "experts as floats": ("code_map", lambda t: t.float(), "must hold experts from 0 to 3 as int64"),
+    "fewer layers": ("code_map", lambda t: t[:3].clone(), r"has shape \[3, 9\] instead of \[4, 9\]"),
+    "fewer codes": ("codes", lambda t: t[:, :8].clone(), r"has shape \[4, 8, 24\] instead of \[4, 9, 24\]"),
+    "codes that are no numbers": ("codes", lambda t: t.fill_(torch.nan), "must hold finite float32"),
+    "rounded codes": ("codes", lambda t: t.bfloat16(), "must hold finite float32"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_tables_are_checked_before_anything_is_looked_up_in_them(harm: str, tmp_path: Path) -> None:
+    name, change, reason = HARMS[harm]
+    _export(model_of(config_of("context")), tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights[f"model.codebook.{name}"] = change(weights[f"model.codebook.{name}"])
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"model.codebook.{name} {reason}"):
+        open_hf(tmp_path / "hf")
+
+
+def test_damaged_tables_are_not_exported(tmp_path: Path) -> None:
+    model = model_of(config_of("context"))
+    assert model.bank is not None
+    model.bank.code_map_LK[2, 3] = 4
+    with pytest.raises(CheckpointError, match="model.codebook.code_map must hold experts from 0 to 3"):
+        _export(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_tables_of_tokens_and_of_learning_are_checked_too(tmp_path: Path) -> None:
+    _export(model_of(config_of("hash of tokens")), tmp_path / "hash")
+    weights = load_file(tmp_path / "hash" / "model.safetensors")
+    weights["model.token_table"][1, 3] = 4
+    save_file(weights, tmp_path / "hash" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="model.token_table must hold experts from 0 to 3"):
+        open_hf(tmp_path / "hash")
+    _export(model_of(config_of("context")), tmp_path / "hf")
+    file = tmp_path / "hf" / "vqmoe_training.safetensors"
+    learning = load_file(file)
+    for name, tensor in (("bank.ema_count_LK", torch.zeros(2, 2)), ("bank.code_map_LK", torch.full((4, 9), 99))):
+        save_file({**learning, name: tensor}, file)
+        with pytest.raises(CheckpointError, match=f"{name} is not of this model"):
+            open_hf(tmp_path / "hf").buffers()
 
 
 def test_weights_without_codes_are_refused(tmp_path: Path) -> None:

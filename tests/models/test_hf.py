@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-dev.txt")
 
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
 from tests.huggingface import CASES, LENGTH, VOCAB, ModelReader, config_of, model_of, tokens_of
 from vqmoe_ds.checkpoint.hf_names import parts_of
@@ -178,33 +178,50 @@ def test_recomputation_gives_the_same_gradients(case: str, pairs: dict[str, Pair
     assert all(torch.allclose(gradients[1][name], gradient, atol=1e-7) for name, gradient in gradients[0].items())
 
 
-def test_embeddings_stand_for_tokens_only_where_routes_do_not_need_the_tokens(pairs: dict[str, Pair]) -> None:
-    for case in ("layer state", "early block", "top-2", "token embedding, cosine"):
-        theirs = pairs[case][1]
-        with torch.no_grad():
-            vectors = theirs.get_input_embeddings()(tokens_of())
-            assert torch.equal(theirs(inputs_embeds=vectors).logits, theirs(tokens_of()).logits)
-    for case in ("context", "hash of tokens", "context, averaged table"):
-        with pytest.raises(ValueError, match="give input_ids"):
-            pairs[case][1](inputs_embeds=torch.zeros(1, 4, 24))
+@pytest.mark.parametrize("case", CASES)
+def test_embeddings_stand_for_tokens_unless_routes_need_the_tokens(case: str, pairs: dict[str, Pair]) -> None:
+    theirs = pairs[case][1]
+    with torch.no_grad():
+        vectors = theirs.get_input_embeddings()(tokens_of())
+        if case in ("hash of tokens", "context, averaged table"):
+            with pytest.raises(ValueError, match="give input_ids"):
+                theirs(inputs_embeds=vectors)
+            return
+        assert torch.equal(theirs(inputs_embeds=vectors).logits, theirs(tokens_of()).logits)
+        cache = DynamicCache(config=theirs.config)
+        first = theirs(inputs_embeds=vectors[:, :7], past_key_values=cache).logits
+        rest = theirs(tokens_of()[:, 7:], past_key_values=cache).logits
+        assert (torch.cat([first, rest], dim=1) - theirs(tokens_of()).logits).abs().max() < 1e-5
 
 
-def test_a_cache_of_unknown_tokens_is_refused(pairs: dict[str, Pair]) -> None:
+def test_a_cache_that_cannot_tell_of_earlier_tokens_is_refused(pairs: dict[str, Pair]) -> None:
     with torch.no_grad():
         cache = pairs["top-2"][1](tokens_of(), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cache holds no token ids"):
+        with pytest.raises(ValueError, match="cache holds nothing of what this model's codes look back at"):
             pairs["context"][1](tokens_of()[:, :1], past_key_values=cache)
+        sliding = DynamicCache(config=MistralConfig(num_hidden_layers=4, sliding_window=4))
+        with pytest.raises(ValueError, match="use a DynamicCache or a StaticCache"):
+            pairs["context"][1](tokens_of()[:, :1], past_key_values=sliding)
 
 
-@pytest.mark.parametrize("case", ["context", "top-2"])
-def test_static_caches_are_refused(case: str, pairs: dict[str, Pair]) -> None:
-    with pytest.raises(ValueError, match="needs a cache that grows"):
-        pairs[case][1].generate(tokens_of(), max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+@pytest.mark.parametrize("case", CASES)
+def test_static_caches_give_the_same(case: str, pairs: dict[str, Pair]) -> None:
+    theirs, prompts = pairs[case][1], tokens_of(2, 6)
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    grown = theirs.generate(prompts, **options)
+    assert torch.equal(theirs.generate(prompts, cache_implementation="static", **options), grown)
+    with torch.no_grad():
+        cache, steps = StaticCache(config=theirs.config, max_cache_len=LENGTH + 3), []
+        for first, end in [(0, 5), (5, 6), (6, 11), (11, LENGTH)]:
+            steps.append(theirs(tokens_of()[:, first:end], past_key_values=cache).logits)
+        assert (torch.cat(steps, dim=1) - theirs(tokens_of()).logits).abs().max() < 1e-5
 
 
 def test_masks_of_another_shape_are_refused(pairs: dict[str, Pair]) -> None:
-    with pytest.raises(ValueError, match=r"it must be \[batch, past \+ new\] = \(3, 16\)"):
-        pairs["context"][1](tokens_of(), attention_mask=torch.ones(3, 1, LENGTH, LENGTH))
+    for mask in (torch.ones(3, LENGTH - 1), torch.ones(3, LENGTH, LENGTH)):
+        with pytest.raises(ValueError, match=r"it must be \[batch, past \+ new\] = \(3, 16\)"):
+            pairs["context"][1](tokens_of(), attention_mask=mask)
 
 
 def test_accumulated_batches_share_one_mean(pairs: dict[str, Pair]) -> None:

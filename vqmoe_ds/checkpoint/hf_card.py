@@ -30,13 +30,14 @@ def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] 
     """
     model, moe = config.model, config.moe
     heads = f"{model.heads} attention heads{_norms(config)}"
+    kind = "classifier of texts" if config.finetune.classes else "language model"
     sections = [
-        _header(arch),
-        f"# A Mixture-of-Experts language model ({moe.router.value} routing)\n",
+        _header(config, arch),
+        f"# A Mixture-of-Experts {kind} ({moe.router.value} routing)\n",
         f"{model.layers} blocks of width {model.width}, {heads}, {_experts(config)}, "
         f"vocabulary {model.vocab_size}, trained with a context of {model.sequence_length} tokens for {step} steps.\n",
         "## Use\n",
-        _usage(arch),
+        _usage(config, arch),
         "## How tokens find their experts\n",
         _routing(config),
         "## Figures\n",
@@ -44,7 +45,7 @@ def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] 
         "## Weights\n",
         logits_note + "\n",
         "## Limits\n",
-        "A base model without instruction tuning or safety measures. Nothing is known of its text past "
+        f"{_purpose(config)} Nothing is known of its text past "
         f"{model.sequence_length} tokens of context. The training data is not described here: whoever publishes this "
         "model should say what it was.\n",
     ]
@@ -55,16 +56,24 @@ def find_summary(checkpoint: Path, step: int) -> dict[str, Any] | None:
     """``summary.json`` of the run that a tag lies in, if it was written at the same step."""
     for folder in (checkpoint, *list(checkpoint.resolve().parents)[:2]):
         try:
-            summary = json.loads((folder / "summary.json").read_text())
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             return summary if summary["steps"] == step else None
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 
 
-def _header(arch: str) -> str:
+def _purpose(config: RunConfig) -> str:
+    classes = config.finetune.classes
+    if not classes:
+        return "A base model without instruction tuning or safety measures."
+    return f"It knows the classes {', '.join(classes)} and gives one of them to every text, whatever it is about."
+
+
+def _header(config: RunConfig, arch: str) -> str:
     code = "- custom_code\n" if arch == "vqmoe" else ""
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- moe\n- vqmoe\n{code}---\n"
+    task = "text-classification" if config.finetune.classes else "text-generation"
+    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- moe\n- vqmoe\n{code}---\n"
 
 
 def _norms(config: RunConfig) -> str:
@@ -80,7 +89,15 @@ def _experts(config: RunConfig) -> str:
     return f"{config.moe.num_experts} experts of hidden width {config.moe.expert_hidden} in {where}"
 
 
-def _usage(arch: str) -> str:
+def _usage(config: RunConfig, arch: str) -> str:
+    if config.finetune.classes:
+        return """```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", "THIS_FOLDER", trust_remote_code=True)
+print(classify(["the first text", "the second"], truncation=True))
+```
+"""
     trust = ", trust_remote_code=True" if arch == "vqmoe" else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vqmoe_ds.checkpoint.archive import Stored
 from vqmoe_ds.config.schema import QKNorm, Router, RunConfig, SoftmaxOver
 from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.moe.routers.abilities import rows_per_token, why_not_exported
 from vqmoe_ds.moe.routers.base import softmax_over_all
 
 ARCHITECTURES = ("vqmoe", "mixtral")
-CODE_FILES = ("configuration_vqmoe.py", "modeling_vqmoe.py")
+CODE_FILES = ("configuration_vqmoe.py", "routing_vqmoe.py", "modeling_vqmoe.py")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def parts_of(config: RunConfig, arch: str) -> list[Part]:
     parts = [Part("model.embed_tokens.weight", "embed.weight")]
     for block in range(config.model.layers):
         parts += _block_parts(config, block, arch)
-    return [*parts, Part("model.norm.weight", "norm.weight"), Part("lm_head.weight", "head.weight")]
+    head = "score" if config.finetune.classes else "lm_head"
+    return [*parts, Part("model.norm.weight", "norm.weight"), Part(f"{head}.weight", "head.weight")]
 
 
 def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
@@ -96,6 +98,50 @@ def _router_parts(config: RunConfig, ours: str, theirs: str) -> Iterator[Part]:
         yield Part(theirs + "path_gate.bias", ours + "path_gate.bias")
 
 
+def unstacked(weights: dict[str, Stored], arch: str) -> dict[str, Stored]:
+    """Weights by the names of transformers 4, expert by expert, where transformers 5 stacked all experts of a block.
+
+    That writes ``mlp.experts.gate_up_proj`` ``[N, 2 H, D]`` and ``mlp.experts.down_proj`` ``[N, D, H]`` under
+    ``save_original_format=False``.
+
+    Args:
+        weights: of ``read_weights``.
+        arch: ``model_type``; Mixtral has names of its own.
+
+    Raises:
+        CheckpointError: a stack that is none.
+    """
+    mixtral, found = arch == "mixtral", dict(weights)
+    gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
+    for name in [name for name in weights if name.endswith(".mlp.experts.gate_up_proj")]:
+        block = name.removesuffix("experts.gate_up_proj")
+        ours = block.replace(".mlp.", ".block_sparse_moe.") if mixtral else block
+        both, last = found.pop(name), found.pop(block + "experts.down_proj", None)
+        if last is None or len(both.shape) != 3 or last.shape != (both.shape[0], both.shape[2], both.shape[1] // 2):
+            raise CheckpointError(f"{both.path}: {name} has no experts.down_proj of its shape beside it; copy it again")
+        hidden = last.shape[2]
+        for expert in range(both.shape[0]):
+            for matrix, stack, rows in (
+                (gate, both, (0, hidden)),
+                (up, both, (hidden, 2 * hidden)),
+                (down, last, None),
+            ):
+                found[f"{ours}experts.{expert}.{matrix}.weight"] = _slice_of(stack, expert, rows)
+        if mixtral and block + "gate.weight" in found:
+            found[ours + "gate.weight"] = found.pop(block + "gate.weight")
+    return found
+
+
+def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Stored:
+    """One expert of a stack, or rows of it."""
+    part = Part("", "", expert=expert)
+    shape, start = part.shape(stack.shape), part.start(stack.shape)
+    if rows is not None:
+        start += rows[0] * math.prod(shape[1:])
+        shape = rows[1] - rows[0], *shape[1:]
+    return Stored(stack.path, stack.offset + start * stack.dtype.itemsize, stack.dtype, shape)
+
+
 def is_sparse(config: RunConfig, block: int) -> bool:
     """Whether a block has experts."""
     every = config.model.moe_every
@@ -117,7 +163,7 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
         "attention.q_norm.weight": (normed,),
         "attention.k_norm.weight": (normed,),
         "embed.weight": (model.vocab_size, width),
-        "head.weight": (model.vocab_size, width),
+        "head.weight": (len(config.finetune.classes) or model.vocab_size, width),
         "norm.weight": (width,),
         "attention.qkv.weight": (3 * inner, width),
         "attention.out.weight": (width, inner),
@@ -134,6 +180,35 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
     }
     names = dict.fromkeys(part.source for part in parts_of(config, "vqmoe"))
     return {name: next(shape for end, shape in endings.items() if name.endswith(end)) for name in names}
+
+
+EXPERT_TABLES = ("model.codebook.code_map", "model.token_table")
+"""Buffers of a folder that hold numbers of experts."""
+
+
+def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of every buffer that routes of a ``vqmoe`` folder follow from, by its name there.
+
+    Args:
+        config: of the run.
+        source_table: as of ``hf_options``.
+    """
+    model, moe, book = config.model, config.moe, config.codebook
+    layers = sum(is_sparse(config, block) for block in range(model.layers))
+    if moe.router is Router.HASH_TOKEN:
+        return {"model.token_table": (layers, model.vocab_size)}
+    if moe.router is not Router.VQ:
+        return {}
+    codes = book.num_codes or moe.num_experts
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.codebook.codes": (layers, codes, book.code_dim or model.width),
+        "model.codebook.code_map": (layers, codes),
+    }
+    if book.code_dim:
+        shapes["model.codebook.projection"] = (model.width, book.code_dim)
+    if source_table:
+        shapes["model.codebook.source_table"] = (model.vocab_size, model.width)
+    return shapes
 
 
 def dense_hidden(config: RunConfig) -> int:
@@ -192,14 +267,24 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
     options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
+    classes = dict(enumerate(config.finetune.classes))
+    labels = {
+        "id2label": {str(number): name for number, name in classes.items()},
+        "label2id": {name: number for number, name in classes.items()},
+        "classifier_pool": config.finetune.pool.value,
+        "problem_type": "single_label_classification",
+    }
+    model = "VQMoEForSequenceClassification" if classes else "VQMoEForCausalLM"
     return {
-        "architectures": ["VQMoEForCausalLM"],
+        "architectures": [model],
         "model_type": "vqmoe",
         "auto_map": {
             "AutoConfig": "configuration_vqmoe.VQMoEConfig",
-            "AutoModelForCausalLM": "modeling_vqmoe.VQMoEForCausalLM",
+            "AutoModel": "modeling_vqmoe.VQMoEModel",
+            f"AutoModelFor{model.removeprefix('VQMoEFor')}": f"modeling_vqmoe.{model}",
         },
         **options,
+        **(labels if classes else {}),
         "head_dim": config.model.attention_width // config.model.heads,
         "norm_topk_prob": not softmax_over_all(config.router.softmax_over, config.moe.top_k),
         "intermediate_size": dense_hidden(config),
@@ -233,7 +318,21 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None
+    if is_classifier(options):
+        sections["finetune"] = {"classes": _classes(options), "pool": options.get("classifier_pool", "mean")}
     return sections
+
+
+def is_classifier(options: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a classifier of texts."""
+    return any(str(name).endswith("ForSequenceClassification") for name in options.get("architectures") or [])
+
+
+def _classes(options: dict[str, Any]) -> list[str]:
+    names = options.get("id2label")
+    if not isinstance(names, dict) or sorted(names) != sorted(str(number) for number in range(len(names))):
+        raise CheckpointError("config.json has no id2label that names the classes 0, 1, ...; export the model again")
+    return [str(names[str(number)]) for number in range(len(names))]
 
 
 def head_width_of(options: dict[str, Any]) -> int:
@@ -283,6 +382,8 @@ def _mixtral_options(config: RunConfig) -> dict[str, Any]:
 
 def _why_not_mixtral(config: RunConfig) -> str | None:
     moe = config.moe
+    if config.finetune.classes:
+        return "it is a classifier, which pools its states otherwise"
     if moe.router is not Router.TOPK:
         return f"moe.router={moe.router.value} is not its linear router (topk)"
     if config.model.moe_every != 1:

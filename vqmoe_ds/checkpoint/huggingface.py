@@ -27,14 +27,17 @@ from vqmoe_ds.checkpoint.hf_card import find_summary, model_card
 from vqmoe_ds.checkpoint.hf_names import (
     ARCHITECTURES,
     CODE_FILES,
+    EXPERT_TABLES,
     INFERENCE_BUFFERS,
     NEWER,
     Part,
+    buffer_shapes,
     hf_options,
     mixtral_sections,
     parts_of,
     run_sections,
     shapes_of,
+    unstacked,
 )
 from vqmoe_ds.checkpoint.portable import new_folder
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader
@@ -106,6 +109,8 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
     _check_tensors(reader, config)
     tokenizer, remarks = _find_tokenizer(reader, config, options.tokenizer)
     inference, training = _split_buffers(buffers, options.arch, source_table)
+    if options.arch == "vqmoe":
+        _check_tables(inference, config, Path(reader.path))
     entries = _entries(reader, parts_of(config, options.arch), DTYPES[options.dtype])
     entries += [entry_of(name, tensor) for name, tensor in inference.items()]
     total = sum(entry.nbytes for entry in entries)
@@ -187,7 +192,7 @@ def _write_small_files(
     write_json(folder / "generation_config.json", {**tokens, **version})
     summary = find_summary(Path(reader.path), reader.step)
     card = model_card(config, options.arch, reader.step, summary, LOGITS[options.dtype])
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     run = config.model_dump(mode="json", exclude={"data", "run"})  # those two hold paths of the machine
     checksum = config.model_dump(mode="json")["data"].get("tokenizer_sha256")
     if checksum is not None:
@@ -212,6 +217,7 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
     Raises:
         CheckpointError: the tokenizer asked for is not that of the model.
     """
+    from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer
     from vqmoe_ds.data.indexed import UNKNOWN
     from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -224,7 +230,8 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
         elif checksum in (None, ByteTokenizer.checksum):
             tokenizer = ByteTokenizer()
         else:
-            tokenizer = tokenizer_of_data(reader.config.get("data", {}), checksum)
+            data = reader.config.get("data", {})
+            tokenizer = kept_tokenizer(reader.path, checksum) or tokenizer_of_data(data, checksum)
     except DataError as error:
         raise CheckpointError(f"{error}; or export without it (--tokenizer none)") from None
     if tokenizer is None or (choice == "auto" and nothing_known(checksum, config.model.vocab_size)):
@@ -287,7 +294,7 @@ class HFReader(WeightsReader):
         self._run = _with_tokenizer(_merged_config(options, training, self.arch, self.path), self.path)
         self.config = self._run.model_dump(mode="json")
         self.step = int(training.get("step", 0))
-        self._weights = read_weights(self.path)
+        self._weights = unstacked(read_weights(self.path), self.arch)
         self._shapes = shapes_of(self._run)
         self._parts: dict[str, list[Part]] = {name: [] for name in self._shapes}
         for part in parts_of(self._run, self.arch):
@@ -306,11 +313,17 @@ class HFReader(WeightsReader):
         found = {
             ours: self._weights[theirs].whole() for ours, theirs in INFERENCE_BUFFERS.items() if theirs in self._weights
         }
-        if (self.path / TRAINING_BUFFERS).exists():
-            found |= {name: stored.whole() for name, stored in read_header(self.path / TRAINING_BUFFERS).items()}
+        settled: dict[str, Tensor] = {}
         if self._run.moe.router is Router.VQ:
-            found = {**settled_codebook(self._run, found["bank.codes_LKC"], found["bank.code_map_LK"]), **found}
-        return found
+            settled = settled_codebook(self._run, found["bank.codes_LKC"], found["bank.code_map_LK"])
+        if (self.path / TRAINING_BUFFERS).exists():
+            for name, stored in read_header(self.path / TRAINING_BUFFERS).items():
+                if name in found or (name in settled and stored.shape != settled[name].shape):
+                    raise CheckpointError(
+                        f"{self.path / TRAINING_BUFFERS}: {name} is not of this model; export the model again"
+                    )
+                settled[name] = stored.whole()
+        return settled | found
 
     def _check_weights(self) -> None:
         for name, parts in self._parts.items():
@@ -324,10 +337,29 @@ class HFReader(WeightsReader):
                     raise CheckpointError(
                         f"{self.path}: {part.name} {state}; does config.json belong to these weights?"
                     )
-        if self._run.moe.router is Router.VQ:
-            for theirs in ("model.codebook.codes", "model.codebook.code_map"):
-                if theirs not in self._weights:
-                    raise CheckpointError(f"{self.path}: {theirs} is missing; export the model again")
+        tables = {name: stored.whole() for name, stored in self._weights.items() if name in INFERENCE_BUFFERS.values()}
+        _check_tables(tables, self._run, self.path)
+
+
+def _check_tables(tables: dict[str, Tensor], config: RunConfig, path: Path) -> None:
+    """The buffers that routes follow from, by their names in a folder: what is looked up in them is there.
+
+    Raises:
+        CheckpointError: one is missing, of another shape, no finite float32, or has a number of no expert.
+    """
+    experts = config.moe.num_experts
+    for name, shape in buffer_shapes(config, "model.codebook.source_table" in tables).items():
+        table = tables.get(name)
+        if table is None or table.shape != shape:
+            state = "is missing" if table is None else f"has shape {list(table.shape)} instead of {list(shape)}"
+            raise CheckpointError(f"{path}: {name} {state}; export the model again")
+        if name in EXPERT_TABLES:
+            sound = table.dtype == torch.int64 and bool(((table >= 0) & (table < experts)).all())
+            wanted = f"experts from 0 to {experts - 1} as int64"
+        else:
+            sound, wanted = table.dtype == torch.float32 and bool(table.isfinite().all()), "finite float32"
+        if not sound:
+            raise CheckpointError(f"{path}: {name} must hold {wanted}; take another checkpoint, or export it again")
 
 
 def open_hf(path: str | Path) -> HFReader:

@@ -83,7 +83,7 @@ def require_peft() -> None:
         import_module("peft")
     except ImportError:
         raise ConfigError(
-            "finetune.lora_rank needs the Python package peft; pip install 'vqmoe_ds[lora]', or set it to 0"
+            "finetune.lora_rank needs the Python package peft; pip install '.[lora]', or set it to 0"
         ) from None
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqmoe_ds.moe.kernels.experts import CompiledExperts, supports
+from vqmoe_ds.moe.kernels.experts import CompiledExperts, check_counts, supports
 from vqmoe_ds.moe.kernels.grouped import grouped_experts
 from vqmoe_ds.moe.products import Products, products_for
 from vqmoe_ds.moe.workers import run_experts
@@ -85,7 +85,7 @@ class StackedExperts(nn.Module):
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:
-    return (seed * 1_000_003 + layer) * 1_000_003 + expert + 17
+    return ((seed * 1_000_003 + layer) * 1_000_003 + expert + 17) % 2**64
 
 
 class _PlainExperts(torch.autograd.Function):
@@ -97,6 +97,7 @@ class _PlainExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
+        check_counts(counts_E, len(w1), len(x_PD))
         x_PD, products = x_PD.contiguous(), products_for(x_PD.dtype)
         out_PD = torch.empty_like(x_PD)
         x_E, out_E = x_PD.split(counts_E), out_PD.split(counts_E)

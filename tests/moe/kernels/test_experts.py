@@ -133,3 +133,32 @@ def test_where_it_does_not_apply() -> None:
     with FlopCounterMode(display=False) as counter:
         experts(x_PD, torch.tensor([1, 4]))
     assert counter.get_total_flops() > 0
+
+
+BAD_COUNTS = [[1, 2], [1, 2, 3, 1], [1, 2, 2], [1, 2, 99], [7, -2, 1], []]
+
+
+@pytest.mark.parametrize("counts_E", BAD_COUNTS, ids=str)
+def test_rows_of_no_expert_are_refused_before_any_address(counts_E: list[int]) -> None:
+    tensors = _draw(16, 16, [1, 2, 3], torch.float32)
+    with pytest.raises(IndexError, match="6 rows were given to 3 experts"):
+        CompiledExperts.apply(*tensors[:4], counts_E)
+    ends_E = torch.tensor(counts_E + [0] * (3 - len(counts_E))).cumsum(0)
+    with pytest.raises(IndexError, match="6 rows were given to"):
+        StackedExperts(24, 24, 3)(torch.zeros(6, 24), ends_E)
+
+
+@pytest.mark.parametrize(
+    "harm", ["narrow rows", "w2 of fewer experts", "w3 of another width", "another type", "15 wide"]
+)
+def test_tensors_that_do_not_belong_together_are_refused(harm: str) -> None:
+    x, w1, w2, w3, _ = _draw(16, 16, [1, 2, 3], torch.float32)
+    x, w1, w2, w3 = {
+        "narrow rows": (x[:, :15], w1, w2, w3),
+        "w2 of fewer experts": (x, w1, w2[:2], w3),
+        "w3 of another width": (x, w1, w2, w3[:, :8]),
+        "another type": (x, w1, w2.bfloat16(), w3),
+        "15 wide": (x[:, :15], w1[..., :15], w2[:, :15], w3[..., :15]),
+    }[harm]
+    with pytest.raises(ValueError, match="do not fit each other or the kernel"):
+        CompiledExperts.apply(x, w1, w2, w3, [1, 2, 3])

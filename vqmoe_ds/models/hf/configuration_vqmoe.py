@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 ROUTERS = ("vq", "topk", "hash_token", "dense")
 QK_NORMS = ("none", "heads", "full")
+POOLS = ("mean", "last")
 CODE_SOURCES = ("layer_state", "token_embedding", "position_embedding", "context", "early_block")
 
 
@@ -16,7 +17,7 @@ class VQMoEConfig(PretrainedConfig):
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, rope_theta, rms_norm_eps: as in Llama, without
-            grouped queries and without tied embeddings.
+            grouped queries.
         head_dim: width of an attention head; None: ``hidden_size / num_attention_heads``.
         qk_norm: RMSNorm of queries and keys: ``none``, ``heads`` (each head alone) or ``full`` (all heads together).
         max_position_embeddings: length of the training context.
@@ -41,6 +42,12 @@ class VQMoEConfig(PretrainedConfig):
         code_distance: ``euclidean`` or ``cosine``.
         soft_output: temperature of the weight of the code's expert (source ``layer_state``); 0: off.
         router_aux_loss_coef, router_z_loss_coef, commitment_coef: weights of the losses that training adds.
+        classifier_pool: what a text is classified by: the ``mean`` of its tokens' states, or the ``last`` one.
+        output_router_logits: return the logits of the linear routers.
+        pad_token_id, bos_token_id, eos_token_id: None where the tokenizer has none.
+
+    Raises:
+        ValueError: an option has a value that the model does not know.
     """
 
     model_type = "vqmoe"
@@ -81,6 +88,12 @@ class VQMoEConfig(PretrainedConfig):
         commitment_coef: float = 0.0,
         initializer_range: float = 0.02,
         use_cache: bool = True,
+        classifier_pool: str = "mean",
+        output_router_logits: bool = False,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value, known in (
@@ -88,9 +101,14 @@ class VQMoEConfig(PretrainedConfig):
             ("qk_norm", qk_norm, QK_NORMS),
             ("code_source", code_source, CODE_SOURCES),
             ("code_distance", code_distance, ("euclidean", "cosine")),
+            ("classifier_pool", classifier_pool, POOLS),
+            # Options of Llama and its like that would change what is computed, and that this model lacks.
+            ("num_key_value_heads", kwargs.get("num_key_value_heads"), (None, num_attention_heads)),
+            ("sliding_window", kwargs.get("sliding_window"), (None,)),
+            ("rope_scaling", _scaling(kwargs.get("rope_scaling") or kwargs.get("rope_parameters")), ("default",)),
         ):
             if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -124,7 +142,12 @@ class VQMoEConfig(PretrainedConfig):
         self.commitment_coef = commitment_coef
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        kwargs["tie_word_embeddings"] = False
+        self.classifier_pool = classifier_pool
+        self.output_router_logits = output_router_logits
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
 
     @property
@@ -133,3 +156,8 @@ class VQMoEConfig(PretrainedConfig):
         if self.router == "dense":
             return []
         return list(range(self.moe_every - 1, self.num_hidden_layers, self.moe_every))
+
+
+def _scaling(rope: dict[str, Any] | None) -> str:
+    """How rotary positions are scaled."""
+    return str((rope or {}).get("rope_type", (rope or {}).get("type", "default")))

@@ -64,7 +64,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         compiler = _compiler()
         folder = _cache_folder()
-        key = hashlib.sha256("\0".join([_SOURCE.read_text(), compiler, *_FLAGS]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\0".join([_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS]).encode()).hexdigest()[
+            :16
+        ]
         library = folder / f"experts-{key}.so"
         return _cached(library) or _compile(compiler, library), None
     except (KernelUnavailable, OSError) as error:

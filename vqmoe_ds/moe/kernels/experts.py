@@ -44,6 +44,8 @@ class CompiledExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
+        _check_shapes(x_PD, w1, w2, w3)
+        check_counts(counts_E, len(w1), len(x_PD))
         x_PD, w1, w2, w3 = (t.contiguous() for t in (x_PD, w1, w2, w3))
         out_PD = torch.empty_like(x_PD)
         training = any(ctx.needs_input_grad)
@@ -136,6 +138,29 @@ class _Backward:
         inputs = (_at(self.x_PD, first), _at(self.g_PD, first), _at(g_projections, 0), _at(hidden, 0))
         gradients = (_at(g, e) for g in self.g_weights)
         self._weights(end - first, self.width, self.hidden, column, last, *inputs, *gradients)
+
+
+def check_counts(counts_E: list[int], experts: int, rows: int) -> None:
+    """Raises: IndexError: rows that are of no expert, or counted twice."""
+    if len(counts_E) != experts or sum(counts_E) != rows or min(counts_E, default=0) < 0:
+        raise IndexError(
+            f"{rows} rows were given to {experts} experts, but the rows of each are counted as {counts_E}; "
+            "a table of experts by code or token is damaged or of another model"
+        )
+
+
+def _check_shapes(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
+    """With ``check_counts`` everything that addresses follow from: the kernel itself looks at nothing.
+
+    Raises:
+        ValueError: tensors that do not belong together.
+    """
+    experts, hidden, width = w1.shape
+    shapes = (x_PD.shape[1:], w2.shape, w3.shape) == ((width,), (experts, width, hidden), (experts, hidden, width))
+    alike = all(t.dtype == x_PD.dtype and t.is_cpu for t in (x_PD, w1, w2, w3))
+    if not shapes or not alike or width % _MULTIPLE or hidden % _MULTIPLE:
+        have = ", ".join(f"{list(t.shape)} of {t.dtype}" for t in (x_PD, w1, w2, w3))
+        raise ValueError(f"rows and experts {have} do not fit each other or the kernel")
 
 
 _COLUMNS = 256  # hidden columns of a weight gradient that are one thread's work

@@ -43,12 +43,12 @@ def count_ids(ids_LM: Tensor, kinds: int) -> Tensor:
 @contextmanager
 def _any_order(tensor: Tensor) -> Iterator[None]:
     """Let CUDA scatter directly: its deterministic mode sorts the indices first, which costs more than the rest."""
-    if not tensor.is_cuda or not torch.are_deterministic_algorithms_enabled():
+    mode = torch.get_deterministic_debug_mode()
+    if not tensor.is_cuda or not mode:
         yield
         return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
