@@ -25,7 +25,8 @@ from vqmoe_ds.checkpoint.safetensors_io import read_header
 from vqmoe_ds.checkpoint.store import read_manifest, verify, write_manifest
 from vqmoe_ds.checkpoint.tag_writer import TagLayout, bytes_told, write_tag
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.errors import CheckpointError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = Layout(2, 2, 2)
@@ -348,3 +349,30 @@ def test_memory_does_not_grow_with_the_checkpoint(target, tmp_path):
     size = sum(file.stat().st_size for file in tag.iterdir()) >> 20
     assert size > 500
     assert peaks[1] - peaks[0] < 100, peaks
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "complex64", "uint16"])
+def test_types_that_are_not_read_are_named(name, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(4, dtype=getattr(torch, name))}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds w as (F8_E\dM\d|C64|U16), which is not read here; save .*bfloat16"
+    ):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_pointer_of_git_lfs_is_no_damaged_file(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match="is a Git LFS pointer, not the weights"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_what_stands_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").write_text("")
+    for make in (lambda path: open_checkpoint(path), lambda path: load_tokenizer("bytes").save(path / "below")):
+        with pytest.raises(UserError, match="link is a link to gone, which does not exist"):
+            make(tmp_path / "link")
+        with pytest.raises(UserError, match="file is (a file|not a folder)"):
+            make(tmp_path / "file")

@@ -301,7 +301,7 @@ def test_another_expert_count_is_a_contradiction(tag):
 def test_a_file_without_what_deepspeed_writes_is_one_sentence(tag):
     torch.save({"module": []}, tag / "mp_rank_00_model_states.pt")
     reseal(tag)
-    with pytest.raises(CheckpointError, match="not laid out as DeepSpeed"):
+    with pytest.raises(CheckpointError, match="not laid out as its kind is"):
         open_checkpoint(tag)
     (tag / MANIFEST).write_text("[]")
     with pytest.raises(CheckpointError, match="is not a manifest"):

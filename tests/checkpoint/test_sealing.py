@@ -75,8 +75,9 @@ def _fail(rank: int, world: int, folder: str) -> str:
     pending = begin_save(training.session, path, 1, keep_last=1)
     with pytest.raises(TrainingHalted, match="No space left") as error:
         pending.finish()
+    assert pending.done_within(0)
     with pytest.raises(TrainingHalted):  # at every look
-        pending.check()
+        pending.finish()
     return str(error.value)
 
 

@@ -165,10 +165,9 @@ def test_links_fifos_sockets_and_huge_files_are_passed_over_unread(tmp_path, mon
     os.mkfifo(folder / tag_name(30) / MANIFEST)
     with open(folder / tag_name(20) / MANIFEST, "wb") as file:
         file.truncate(LARGEST + 1)
-    with socket.socket(socket.AF_UNIX) as listening:
-        with monkeypatch.context() as inside:
-            inside.chdir(folder / tag_name(10))  # a socket's path has to be short
-            listening.bind(MANIFEST)
+    with socket.socket(socket.AF_UNIX) as listening, monkeypatch.context() as inside:
+        inside.chdir(folder / tag_name(10))  # a socket's path has to be short
+        listening.bind(MANIFEST)
     answer = []
     reading = threading.Thread(target=lambda: answer.append(find_newest(folder)), daemon=True)
     reading.start()

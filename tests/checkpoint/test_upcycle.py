@@ -182,6 +182,7 @@ def _options(folder: Path, **values: Any) -> None:
     [
         ({"model_type": "gpt2"}, "a model of type gpt2"),
         ({"model_type": "olmo2"}, "a model of type olmo2; those that can be upcycled are llama, mistral, qwen3, mix"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised .*dequantise them first"),
         ({"clip_qkv": 8.0}, r"queries, keys and values are clipped \(clip_qkv=8.0\)"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not silu"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"scaled \(llama3\)"),

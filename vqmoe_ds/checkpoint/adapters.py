@@ -7,12 +7,15 @@ import math
 
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, sound
 
 
 def merged(reader: CheckpointReader) -> CheckpointReader:
     """``MergedAdapters`` of a checkpoint that has adapters, any other as it is."""
-    return MergedAdapters(reader) if reader.config.get("finetune", {}).get("lora_rank") else reader
+    if not reader.config.get("finetune", {}).get("lora_rank"):
+        return reader
+    with sound(reader.path):
+        return MergedAdapters(reader)
 
 
 class MergedAdapters(WeightsReader):

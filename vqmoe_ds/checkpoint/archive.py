@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import open_regular
+from vqmoe_ds.memory import check_room
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -69,6 +71,7 @@ LARGEST_TREE = 10_000_000
 """Objects one meets on a walk through what a pickle holds; few that refer to each other can be met without end."""
 DEEPEST_TREE = 100
 MOST_DIMENSIONS = 64
+_LARGE = 64 << 20  # bytes from which memory is asked about first
 
 
 class Stored(NamedTuple):
@@ -96,6 +99,9 @@ class Stored(NamedTuple):
         count = self.numel - start if count is None else count
         if self.stride is not None:
             return self.whole().flatten()[start : start + count]
+        if count * self.dtype.itemsize > _LARGE:  # a file may have holes of any size
+            remedy = "use a machine with more, or another checkpoint"
+            check_room(count * self.dtype.itemsize, f"a tensor of {self.path}", remedy, CheckpointError)
         out = torch.empty(count, dtype=self.dtype)
         _read_bytes(self.path, self.offset + start * self.dtype.itemsize, out)
         return out
@@ -119,13 +125,10 @@ def _read_bytes(path: str, offset: int, out: Tensor) -> None:
         return
     view = raw_bytes(out)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path, links=True) as file:
             file.seek(offset)
-            while view:
-                got = file.readinto(view)
-                if not got:
-                    raise CheckpointError(f"{path} is cut short: copy it again, or take an earlier checkpoint")
-                view = view[got:]
+            if file.readinto(view) < len(view):
+                raise CheckpointError(f"{path} is cut short: copy it again, or take an earlier checkpoint")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.errors import CheckpointError, UserError
+from vqmoe_ds.files import why_missing
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -49,8 +50,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace) -> int:
     """Convert; on bad input one sentence. Returns the exit code."""
+    from vqmoe_ds.checkpoint.reader import sound
+
     try:
-        for line in convert(options):
+        with sound(options.src):
+            lines = convert(options)
+        for line in lines:
             print(line)
     except UserError as error:
         return error.report()
@@ -69,7 +74,9 @@ def convert(options: argparse.Namespace) -> list[str]:
     from vqmoe_ds.checkpoint.store import MANIFEST, verify
 
     dst = Path(options.dst)
-    if dst.exists() and not options.force:
+    if os.path.islink(dst) and not os.path.exists(dst):
+        raise CheckpointError(f"{dst} {why_missing(dst)}; choose another folder, or remove the link")
+    if os.path.exists(dst) and not options.force:
         raise CheckpointError(f"{dst} exists; choose another folder, or give --force to replace it")
     reader = open_checkpoint(options.src)
     if dst.resolve() == reader.path.resolve() or dst.resolve() in reader.path.resolve().parents:
@@ -90,7 +97,8 @@ def convert(options: argparse.Namespace) -> list[str]:
             "--to native and --to portable take it"
         )
     if options.to not in ("portable", "deepspeed"):
-        require_language_model(reader, f"--to {options.to}")
+        if options.to != "hf":
+            require_language_model(reader, f"--to {options.to}")
         reader = merged(reader)
     lost = getattr(reader, "dropped", [])
     left = [f"left behind, as they are no plain values: client state {', '.join(lost)}"] if lost else []
@@ -142,7 +150,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
         tag = folder / tag_name(reader.step)
         tag.mkdir()
         write_tag(reader, tag, layout, tell)
-        (folder / "latest").write_text(tag.name)
+        (folder / "latest").write_text(tag.name, encoding="utf-8")
     spread = f"ZeRO-{layout.zero_stage}, EP {layout.ep_size}, {layout.world_size} ranks, {layout.precision}"
     return [f"{dst / tag_name(reader.step)}: DeepSpeed checkpoint for {spread}"]
 

@@ -84,10 +84,7 @@ class TagReader(CheckpointReader):
 
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
         if kind not in self._pieces:
-            try:
-                self._pieces[kind] = self._flat_pieces(kind) if self._flat else self._stage0_pieces(kind)
-            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-                raise CheckpointError(f"{self.path} is not laid out as DeepSpeed 0.19 does it ({error!r})") from None
+            self._pieces[kind] = self._flat_pieces(kind) if self._flat else self._stage0_pieces(kind)
             for each in self.names_of(kind):
                 self._check_covered(each, kind)
         if kind != "fp32" and name in self.frozen:

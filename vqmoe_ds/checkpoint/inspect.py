@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from vqmoe_ds.errors import CheckpointError, UserError
+from vqmoe_ds.files import list_tree
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -41,19 +43,28 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
     Raises:
         CheckpointError: it cannot be opened, a file is not what the manifest says, or there is none to verify by.
     """
+    from vqmoe_ds.checkpoint.reader import open_checkpoint, sound
+
+    reader = open_checkpoint(path)
+    with sound(reader.path):
+        found = _facts(reader, verify)
+    if other is not None:
+        found["differences"] = compare(reader, open_checkpoint(other))
+    return found
+
+
+def _facts(reader: Any, verify: bool) -> dict[str, Any]:
     from vqmoe_ds.checkpoint.figures import health
-    from vqmoe_ds.checkpoint.reader import open_checkpoint
     from vqmoe_ds.checkpoint.store import MANIFEST
     from vqmoe_ds.checkpoint.store import verify as verify_files
 
-    reader = open_checkpoint(path)
     checked = "not compared (--verify)"
     if verify and not (reader.path / MANIFEST).exists():
         raise CheckpointError(f"{reader.path} has no checksums, being a {reader.kind} checkpoint; leave out --verify")
     if verify:
         checked = f"{len(verify_files(reader.path)['files'])} files match their checksums"
-    files = [file.stat().st_size for file in reader.path.rglob("*") if file.is_file()]
-    found: dict[str, Any] = {
+    files = [os.path.getsize(reader.path / name) for name in list_tree(reader.path, hidden=True)[0]]
+    return {
         **{"path": str(reader.path), "kind": reader.kind, "step": reader.step, "layout": reader.layout},
         **{"files": len(files), "bytes": sum(files), "manifest": checked},
         "model": _describe(reader),
@@ -62,9 +73,6 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
         "optimizer": {"step": reader.optimizer_step()} if reader.has_optimizer else None,
         **{"skipped_steps": reader.counters.get("skipped_steps"), "layers": health(reader)},
     }
-    if other is not None:
-        found["differences"] = compare(reader, open_checkpoint(other))
-    return found
 
 
 def _describe(reader: Any) -> str:

@@ -6,6 +6,8 @@ ranks; every other weight is whole on each.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +17,22 @@ import torch
 
 from vqmoe_ds.checkpoint.adapters import merged
 from vqmoe_ds.checkpoint.huggingface import run_config, tokenizer_of_data
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint, require_language_model
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint, require_language_model, sound
 from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_value
+from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer
 from vqmoe_ds.config.gpu import check_widths
-from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, are_bytes, load_tokenizer
 from vqmoe_ds.device import check_precision
 from vqmoe_ds.errors import CheckpointError, ConfigError
+from vqmoe_ds.memory import check_room
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
 
+_SMALL = 1 << 24
+"""Values that may be built in vain: ``check_same_model`` says which tensor differs."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -101,11 +107,23 @@ def load_model(
         DataError: the tokenizer named cannot be read.
     """
     reader = merged(open_checkpoint(path))
+    with sound(reader.path):
+        return _load(reader, tokenizer, ep_size, ep_rank, torch.device(device), precision)
+
+
+def _load(
+    reader: CheckpointReader,
+    tokenizer: str | Path | None,
+    ep_size: int,
+    ep_rank: int,
+    device: torch.device,
+    precision: str | None,
+) -> LoadedModel:
     require_language_model(reader, "this")
     config = run_config(reader.config, reader.path)
     if config.moe.num_experts % ep_size:
         raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
-    dtype = _precision(config, torch.device(device), precision, ep_size)
+    dtype = _precision(config, device, precision, ep_size)
     found = find_tokenizer(reader, config, tokenizer)
     model = build_model(reader, config, ep_size, ep_rank)
     for param in model.parameters():
@@ -135,6 +153,7 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
     Raises:
         CheckpointError: tensors are missing or of other shapes.
     """
+    check_size(config, reader)
     model = bare_model(config, ep_size, ep_rank).eval().requires_grad_(False)
     check_same_model(model, ep_size, reader)
     for name, param in model.named_parameters():
@@ -146,10 +165,38 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
     return model
 
 
+def check_size(config: RunConfig, reader: CheckpointReader) -> None:
+    """Refuse, before anything is built, a model that its files cannot hold or this machine has no memory for.
+
+    Raises:
+        CheckpointError: it is; what a configuration says of itself may be anything.
+    """
+    model, moe, book, path = config.model, config.moe, config.codebook, reader.path
+    stored = sum(math.prod(shape) for shape in reader.shapes.values())
+    layers = 0 if moe.router is Router.DENSE else model.layers // model.moe_every
+    experts = 3 * layers * moe.num_experts * moe.expert_hidden * model.width
+    values = model.vocab_size * model.width + 4 * model.layers * model.width * model.attention_width + experts
+    if values > stored + _SMALL:
+        raise CheckpointError(
+            f"{path} holds another model: {values:,} values or more by its configuration, {stored:,} in its files"
+        )
+    codes = layers * (book.num_codes or moe.num_experts) * (book.code_dim or model.width)
+    positions = model.sequence_length * (model.width + model.attention_width)
+    tables = model.vocab_size * (model.width + 2 * layers) + positions
+    what = f"the model of {path} (model.sequence_length={model.sequence_length}, codebook.num_codes={book.num_codes})"
+    check_room(
+        4 * (max(stored, values) + 3 * codes + tables),
+        what,
+        "use a machine with more, or a smaller model",
+        CheckpointError,
+    )
+
+
 def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Path | None = None) -> Tokenizer | None:
     """The tokenizer named, or else the one the checkpoint was trained with; None where that is not to be found.
 
-    It is looked for beside the checkpoint, beside the one it was fine-tuned from, and in the run's data.
+    It is looked for beside the checkpoint, beside the one it was fine-tuned from, in the run folder, and in the run's
+    data.
 
     Raises:
         CheckpointError: it gives other ids than the model was trained on.
@@ -157,16 +204,17 @@ def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Pat
     """
     checksum, vocab_size = config.data.tokenizer_sha256, config.model.vocab_size
     tokenizer: Any = None
-    beside = [path for path in (reader.path, config.finetune.checkpoint) if path and (Path(path) / FILE).exists()]
+    beside = [path for path in (reader.path, config.finetune.checkpoint) if path and os.path.exists(Path(path) / FILE)]
     if given is not None:
-        exported = (Path(given) / "config.json").exists()
+        exported = os.path.exists(Path(given) / "config.json")
         tokenizer = read_json_tokenizer(given, checksum) if exported else load_tokenizer(given)
     elif are_bytes(checksum, vocab_size):
         tokenizer = ByteTokenizer()
     elif beside:
         tokenizer = read_json_tokenizer(beside[0], checksum)
     elif checksum not in (None, UNKNOWN):
-        tokenizer = tokenizer_of_data(reader.config.get("data", {}), str(checksum))
+        data = reader.config.get("data", {})
+        tokenizer = kept_tokenizer(reader.path, checksum) or tokenizer_of_data(data, str(checksum))
     if tokenizer is None:
         return None
     needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size

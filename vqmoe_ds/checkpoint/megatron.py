@@ -38,12 +38,13 @@ from vqmoe_ds.checkpoint.megatron_names import (
     why_not_megatron,
 )
 from vqmoe_ds.checkpoint.portable import new_folder
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, check_described, sound
 from vqmoe_ds.checkpoint.safetensors_io import read_header, write_safetensors
 from vqmoe_ds.checkpoint.shards import entry_of, read_json, write_json
 from vqmoe_ds.checkpoint.skeleton import Skeleton
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import read_small
 
 LATEST, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 EXTRA, EXTRA_TENSORS, FORMAT = "vqmoe.json", "vqmoe.safetensors", 1
@@ -100,7 +101,7 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
             for ep in range(options.ep):
                 writer.file(tp, ep).write(iteration, bar.update, _inert)
         writer.write_extra(iteration)
-        (folder / LATEST).write_text(str(reader.step))
+        (folder / LATEST).write_text(str(reader.step), encoding="utf-8")
     return _remarks(writer.config)
 
 
@@ -234,8 +235,8 @@ class _Writer:
 def megatron_folder(path: Path) -> Path | None:
     """The iteration folder of a Megatron checkpoint at ``path``: that folder, or the one that its latest file names."""
     if (path / LATEST).is_file():
-        latest = (path / LATEST).read_text().strip()
-        return path / (f"iter_{int(latest):07d}" if latest.isdigit() else "release")
+        latest = read_small(path / LATEST, 4096).decode(errors="replace").strip()
+        return path / (f"iter_{int(latest):07d}" if re.fullmatch("[0-9]{1,18}", latest) else "release")
     return path if any(path.glob("mp_rank_*/model_optim_rng.pt")) else None
 
 
@@ -248,10 +249,8 @@ def open_megatron(path: str | Path) -> MegatronReader:
     folder = megatron_folder(Path(path))
     if folder is None:
         raise CheckpointError(f"{path} holds no Megatron checkpoint: neither {LATEST} nor mp_rank folders")
-    try:
+    with sound(folder):
         return MegatronReader(folder)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not laid out as megatron-core 0.16 does it ({error!r})") from None
 
 
 def _inert(module: str, name: str) -> bool:
@@ -278,7 +277,9 @@ class MegatronReader(WeightsReader):
         extra = read_json(path / EXTRA) if (path / EXTRA).exists() else None
         if extra and extra.get("format", 0) > FORMAT:
             raise CheckpointError(f"{path / EXTRA} is of a newer format; update vqmoe_ds")
-        self._run = run_config(extra["config"] if extra else self._config_of_args(), path)
+        told = extra["config"] if extra else self._config_of_args()
+        check_described(told, self._model(0, 0), path)
+        self._run = run_config(told, path)
         self.config = self._run.model_dump(mode="json")
         self.step = int(extra["step"] if extra else self._files[0][0].get("iteration") or 0)
         self._shapes = shapes_of(self._run)
@@ -369,6 +370,7 @@ class MegatronReader(WeightsReader):
         for name, size in sizes.items():
             if args.get(name, size) != size:
                 raise CheckpointError(f"{self.path} says {name}={args[name]}, its files are of {size}")
+        check_described({"model": {"layers": args.get("num_layers", 0)}}, self._model(0, 0), self.path)
         return sections_of_args(args, str(self.path))
 
     def _check_tensors(self) -> None:

@@ -70,7 +70,10 @@ class NativeFiles:
         }
         if any(path.name.count("mp_rank_01") for path in self.path.iterdir()):
             raise CheckpointError(f"{self.path} is split by tensor parallelism, which is not supported")
-        wanted = {(layer, expert) for layer, count in enumerate(counts) for expert in range(count)}
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise CheckpointError(f"{self.path / MODEL} has numbers of experts that are none; copy it again")
+        # No further than the files go, whatever number of experts is claimed.
+        wanted = {(n, expert) for n, count in enumerate(counts) for expert in range(min(count, len(there) + 1))}
         for layer, expert in sorted(wanted - there):
             name = f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
             raise CheckpointError(f"{self.path}: {name} is missing; copy it again, or take an earlier checkpoint")
@@ -100,7 +103,9 @@ class NativeFiles:
         names = [path.name for path in self.path.glob("*optim_states.pt")]
         self.flat = any("zero_pp_rank" in name for name in names)
         half = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
-        count = world if self.flat else len(names)
+        if self.flat and world < 1:
+            raise CheckpointError(f"{self.path} has the optimizer files of {len(names)} ranks, not of {world}")
+        count = min(world, len(names) + 1) if self.flat else len(names)  # one that is missing is enough to name
         stem = f"{half}zero_pp" if self.flat else "expp"
         files = [self.path / f"{stem}_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(count)]
         self.optimizers: list[Any] = [load_archive(file) for file in files] if names else []

@@ -33,8 +33,9 @@ from vqmoe_ds.checkpoint.native_names import (
     numbered,
     pattern_of,
 )
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, sound
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import read_small
 
 SAMPLED = 64
 """Values of each weight that are compared with its master weights, to find files of another tag."""
@@ -43,7 +44,7 @@ SAMPLED = 64
 def native_folder(path: Path) -> Path | None:
     """The tag folder of a native checkpoint at ``path``: that folder, or the one that its ``latest`` names."""
     if (path / "latest").is_file() and not any(path.glob("*_states.pt")):
-        path = path / Path((path / "latest").read_text().strip()).name
+        path = path / Path(read_small(path / "latest", 4096).decode(errors="replace").strip()).name
     experts = next(iter(sorted(path.glob("layer_*_expert_*_model_states.pt"))), None)
     if experts is None or not (path / MODEL).exists():
         return None
@@ -59,10 +60,8 @@ def open_native(path: str | Path) -> NativeReader:
     folder = native_folder(Path(path))
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint of a model with deepspeed.moe.layer.MoE layers")
-    try:
+    with sound(folder):
         return NativeReader(folder)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not laid out as DeepSpeed 0.19 does it ({error!r})") from None
 
 
 class NativeReader(CheckpointReader):

@@ -15,6 +15,8 @@ from vqmoe_ds.errors import CheckpointError
 EXPERT = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+|\*)\.(.+)")
 LARGEST_GROUP = 178_956_971
 """Values at which DeepSpeed cuts a group of experts in two (``max_group_size``)."""
+MOST_WAYS = 100_000
+"""Ways to deal out names that are followed at a time; a model's own groups leave a handful."""
 
 
 class ExpertName(NamedTuple):
@@ -119,6 +121,8 @@ def match_names(
                     then = (*done[:g], done[g] + 1, *done[g + 1 :])
                     following[then] = (following.get(then, (0, None))[0] + count, (g, path))
         ways = following
+        if len(ways) > MOST_WAYS:
+            raise CheckpointError(f"{where} has its parameters in more orders than can be looked at")
     count, path = ways.get(tuple(map(len, groups)), (0, None))
     if count != 1:
         reason = "more than one of its parameters could stand in a place" if count else "they are not the model's"

@@ -81,7 +81,7 @@ def write_native(reader: CheckpointReader, folder: Path, layout: TagLayout, tell
     tag = folder / tag_name(reader.step)
     for file in _NativeWriter(reader, layout).files():
         file.write(tag, tell, lambda module, name: False)
-    (folder / "latest").write_text(tag.name)
+    (folder / "latest").write_text(tag.name, encoding="utf-8")
 
 
 class _Run(NamedTuple):

@@ -102,7 +102,7 @@ def write_portable(
     }
     write_json(folder / STATE, state)
     kept = {name: value for name, value in reader.config.items() if name not in ("data", "run", "finetune")}
-    (folder / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     seal(folder, reader, files)
 
 

@@ -7,8 +7,11 @@ comes down to that, so any stretch can be read on its own and no reader holds mo
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,8 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.archive import Stored
 from vqmoe_ds.checkpoint.store import MANIFEST, find_newest, read_manifest
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.errors import CheckpointError, UserError, one_line, shown
+from vqmoe_ds.files import why_missing
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 CHUNK = 1 << 20
@@ -33,6 +37,35 @@ class Piece(NamedTuple):
     begin: int
 
 
+@contextmanager
+def sound(path: str | Path) -> Iterator[None]:
+    """Inside, whatever the content of a checkpoint brings about is one sentence.
+
+    Its files name each other, count each other's tensors and nest as they please: what they may say is without end.
+
+    Raises:
+        CheckpointError: instead of a ``KeyError``, a ``TypeError``, …
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(str(error).partition(chr(10))[0], 200)}"
+        raise CheckpointError(
+            f"{path} is damaged, or not laid out as its kind is ({reason}); copy it again, or take another checkpoint"
+        ) from error
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def inside(self: CheckpointReader, *args: Any, **options: Any) -> Any:
+        with sound(self.path):
+            return method(self, *args, **options)
+
+    return inside
+
+
 class CheckpointReader(ABC):
     """A checkpoint as whole tensors; nothing but small metadata is read before a tensor is asked for.
 
@@ -46,6 +79,11 @@ class CheckpointReader(ABC):
         counters: DeepSpeed's ``global_steps``, ``global_samples``, ``skipped_steps``, ``lr_scheduler``, and the options
             of its optimizer under ``adam``; empty where they are not known.
     """
+
+    def __init_subclass__(cls) -> None:
+        """What reads later than ``open_checkpoint`` meets the same damage."""
+        for name in {"buffers", "pieces", "read"} & vars(cls).keys():
+            setattr(cls, name, _guarded(vars(cls)[name]))
 
     path: Path
     kind: str
@@ -153,12 +191,42 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     Raises:
         CheckpointError: nothing there, damaged, of a newer format, or of a kind that is not known.
     """
+    path = Path(path)
+    if not os.path.isdir(path):
+        if os.path.lexists(path):
+            what = "is a file" if os.path.isfile(path) else why_missing(path)
+            raise CheckpointError(f"{path} {what}; give a run folder, or the folder of a checkpoint")
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    with sound(path):
+        reader = _open(path)
+        check_described(reader.config, reader.shapes, reader.path)
+        _ = reader.samples, reader.has_optimizer, reader.optimizer_step()
+    return reader
+
+
+def check_described(config: dict[str, Any], tensors: Sized, path: Path) -> None:
+    """Refuse a configuration that is none, or of more blocks than there are tensors, before loops run over it.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    wrong = [name for name, section in config.items() if not isinstance(section, dict) and name != "native"]
+    classes = config.get("finetune", {}).get("classes", ()) if not wrong else ()
+    if wrong or not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(
+            f"{path} has a run configuration that cannot be: {', '.join(wrong) or 'finetune.classes'}"
+        )
+    layers = config.get("model", {}).get("layers", 0)
+    if not isinstance(layers, int) or layers > len(tensors):
+        raise CheckpointError(
+            f"{path} has a run configuration that cannot be: model.layers={shown(layers)}, and {len(tensors)} tensors"
+        )
+
+
+def _open(path: Path) -> CheckpointReader:
     from vqmoe_ds.checkpoint.deepspeed_tag import TagReader
     from vqmoe_ds.checkpoint.portable import STATE, PortableReader
 
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint folder")
     if not (path / MANIFEST).exists():
         if (path / "config.json").exists():
             from vqmoe_ds.checkpoint.huggingface import open_hf
@@ -182,11 +250,7 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         return PortableReader(path, manifest)
     if not any(path.glob("*_states.pt")):
         raise CheckpointError(f"{path} holds neither a DeepSpeed checkpoint nor a portable one")
-    try:
-        return TagReader(path, manifest)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CheckpointError(f"{path} is not laid out as DeepSpeed 0.19 does it ({reason})") from None
+    return TagReader(path, manifest)
 
 
 def require_language_model(reader: CheckpointReader, purpose: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from vqmoe_ds.checkpoint.archive import ZERO_STAGES
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.errors import CheckpointError, UserError
 
 _SWITCH, _OPPOSITE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -39,9 +40,21 @@ def without_pickles() -> Iterator[None]:
             f"the checkpoint is refused: a pickle asks for what no checkpoint needs ({_reason(error)}); nothing of it "
             "was executed"
         ) from None
+    except Exception as error:
+        if isinstance(error, UserError) or not _in_torch_load(error):
+            raise
+        damage = CheckpointError(f"a file of the checkpoint is damaged ({_reason(error)}); take an earlier one")
+        damage.local = True
+        raise damage from error
     finally:
         del os.environ[_SWITCH]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _in_torch_load(error: Exception) -> bool:
+    """Whether it comes out of ``torch.load``, which raises half a dozen kinds for what is no sound file."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
 
 
 def _reason(error: Exception) -> str:

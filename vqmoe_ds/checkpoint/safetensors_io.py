@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.archive import MOST_DIMENSIONS, Stored, raw_bytes
 from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.files import open_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,6 +33,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+OTHER_DTYPES = {
+    *("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("C64", "U16", "U32", "U64"),
+}
+"""What the format has besides, and nothing here computes with."""
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 32 << 20
 """Bytes of a header: some 300,000 tensors. Each byte costs up to 20 bytes of objects."""
@@ -124,18 +129,19 @@ def read_header(path: Path) -> dict[str, Stored]:
         CheckpointError: no such file, cut short, or a header whose sizes cannot be true.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
-        size = status.st_size
-        with open(path, "rb") as file:
+        with open_regular(path, links=True) as file:
+            size = os.fstat(file.fileno()).st_size
+            if file.peek(64).startswith(b"version https://git-lfs."):
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise CheckpointError(f"{path} is refused: its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is refused: its header is not valid JSON") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is refused: its header is not a JSON object")
@@ -152,6 +158,11 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _stored(path: Path, name: str, entry: Any, base: int) -> Stored:
+    if isinstance(entry, dict) and str(entry.get("dtype")) in OTHER_DTYPES:
+        raise CheckpointError(
+            f"{path} holds {name[:200]} as {entry['dtype']}, which is not read here; save the model as bfloat16 "
+            "(a quantised one after it was dequantised), such as with transformers' save_pretrained"
+        )
     try:
         dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last))

@@ -57,19 +57,20 @@ class Sealing:
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        """Return at once.
+    def done_within(self, seconds: float) -> bool:
+        """Whether ``finish`` would return, or raise, at once; waits for it for so long."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the end.
 
         Raises:
             TrainingHalted: it failed; what was saved before is untouched.
         """
+        self._thread.join()
         if self._error is not None:
             raise as_halted(self._error, self.tag)
-
-    def finish(self) -> None:
-        """Wait for the end; raises as ``check``."""
-        self._thread.join()
-        self.check()
 
     def _run(self) -> None:
         try:

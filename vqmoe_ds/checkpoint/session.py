@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.recovery import write_script
 from vqmoe_ds.checkpoint.restore import restore_any_layout
 from vqmoe_ds.checkpoint.restricted import without_pickles
 from vqmoe_ds.checkpoint.retention import clear_leftovers
@@ -71,10 +72,13 @@ def begin_save(
     consumed = step * config.run.train.batch_size if samples is None else samples
     run = config.run.model_dump(mode="json")
     state = {"step": step, "samples": consumed, "layout": config.layout(), "config": run}
+    if session.fingerprint:
+        state["data"] = session.fingerprint
     frozen = [name for name, param in session.model.named_parameters() if not param.requires_grad]
     if frozen:
         state["frozen"] = frozen
     engine = session.engine
+    engine._copy_recovery_script = write_script
     try:
         name = written_to(tag).name
         engine.save_checkpoint(str(folder), tag=name, client_state={"vqmoe_ds": state}, save_latest=False)
@@ -177,6 +181,33 @@ def check_fits(config: EngineConfig, tag: Path) -> None:
                 f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; fp16 resumes "
                 "on the layout it was written with only"
             )
+
+
+def check_data(here: dict[str, str], tag: Path, allowed: bool) -> str | None:
+    """Compare what this run reads with what the run of a checkpoint read.
+
+    Args:
+        here: as ``Session.fingerprint``.
+        allowed: a change is meant.
+
+    Returns:
+        A sentence for the user where it changed and may; None: it is the same, or the checkpoint does not know.
+
+    Raises:
+        CheckpointError: it changed.
+    """
+    there = read_manifest(tag).get("data")
+    if not isinstance(there, dict):
+        return None
+    changed = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+    if not changed:
+        return None
+    if allowed:
+        return f"{', '.join(changed)}: not what {tag.name} was trained on; it goes on at the same number of samples"
+    raise CheckpointError(
+        f"{tag} was trained on other data (changed: {', '.join(changed)}), and its run would go on in the middle of "
+        "this; bring the data back, start in another --run_dir, or say --allow_changed_data if that is meant"
+    )
 
 
 def check_tokenizer(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:

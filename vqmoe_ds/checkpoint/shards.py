@@ -14,7 +14,7 @@ from vqmoe_ds.checkpoint.archive import Stored
 from vqmoe_ds.checkpoint.reader import check_inside
 from vqmoe_ds.checkpoint.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
 from vqmoe_ds.errors import CheckpointError
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.files import read_small, write_atomically
 
 SINGLE = "model.safetensors"
 
@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, or something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_small(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqmoe_ds.errors import CheckpointError
-from vqmoe_ds.files import kind_of, open_regular, sha256_of, write_atomically
+from vqmoe_ds.files import kind_of, list_tree, open_regular, sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -66,7 +66,7 @@ def tags(folder: Path) -> list[Path]:
 
 def files_of(tag: Path) -> list[Path]:
     """The regular files of a tag, but for its manifest; links are not followed."""
-    paths = [Path(root) / name for root, _, names in os.walk(tag) for name in names]
+    paths = [tag / name for name in list_tree(tag, hidden=True)[0]]
     return [path for path in paths if path.name != MANIFEST and kind_of(path) == "a file"]
 
 
@@ -151,8 +151,11 @@ def verify(tag: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the first file that is missing, cut short or altered.
     """
-    stamps = _stamps(tag)
     manifest = read_manifest(tag)
+    try:
+        stamps = _stamps(tag)
+    except OSError as error:
+        raise CheckpointError(f"{tag} cannot be listed: {error.strerror}") from None
     wrong = _malformed(manifest)
     if wrong is not None:
         raise CheckpointError(f"{tag / MANIFEST} is damaged: {wrong} is not what this trainer writes")
@@ -226,7 +229,8 @@ def _damage(path: Path, expected: dict[str, Any]) -> str | None:
 
 def _stamps(tag: Path) -> list[tuple[Any, ...]]:
     """What changes when a file of a tag is touched: names, sizes, times."""
-    paths = sorted(Path(root) / name for root, _, names in os.walk(tag) for name in names)
+    files, others = list_tree(tag, hidden=True)
+    paths = sorted(tag / name for name in (*files, *others))
     return [(path, (at := os.lstat(path)).st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path in paths]
 
 

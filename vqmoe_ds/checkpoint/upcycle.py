@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.archive import Stored
-from vqmoe_ds.checkpoint.hf_names import NORM_EPS, head_width_of, is_sparse, shapes_of
-from vqmoe_ds.checkpoint.reader import Piece, WeightsReader
+from vqmoe_ds.checkpoint.hf_names import NORM_EPS, head_width_of, is_sparse, shapes_of, unstacked
+from vqmoe_ds.checkpoint.reader import Piece, WeightsReader, check_described, sound
 from vqmoe_ds.checkpoint.shards import read_json, read_weights
 from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
@@ -64,8 +64,8 @@ class DenseSource:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.options = read_json(self.path / "config.json")
-        self.weights: dict[str, Stored] = read_weights(self.path)
         self.kind = str(self.options.get("model_type"))
+        self.weights: dict[str, Stored] = unstacked(read_weights(self.path), self.kind)
         if self.kind not in self.model_types:
             raise CheckpointError(
                 f"{self.path} holds a model of type {self.kind}; those that can be upcycled are "
@@ -73,6 +73,7 @@ class DenseSource:
             )
         self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
         self.width, self.layers = self._number("hidden_size"), self._number("num_hidden_layers")
+        check_described({"model": {"layers": self.layers}}, self.weights, self.path)
         self.heads = self._number("num_attention_heads")
         self.kv_heads = int(self.options.get("num_key_value_heads") or self.heads)
         self.hidden = self._number("intermediate_size")
@@ -118,14 +119,16 @@ class DenseSource:
     def _number(self, name: str) -> int:
         try:
             return int(self.options[name])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise CheckpointError(f"{self.path / 'config.json'} has no number {name}") from None
 
     def _refuse_what_is_lacking(self) -> None:
         options, clip = self.options, self.options.get("clip_qkv")
         scaling = self.rope.get("rope_type", self.rope.get("type", "default"))
         partial = self.rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
+        quantised = options.get("quantization_config")
         problems = {
+            "its weights are quantised (quantization_config); dequantise them first": quantised is not None,
             f"queries, keys and values are clipped (clip_qkv={clip})": clip is not None,
             f"rotary positions are scaled ({scaling})": scaling != "default",
             f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
@@ -402,16 +405,21 @@ def main(args: argparse.Namespace) -> int:
 
     try:
         overrides = dict(parse_override(text) for text in args.set)
-        if read_json(Path(args.source) / "config.json").get("model_type") in ROUTED:
-            from vqmoe_ds.checkpoint.upcycle_moe import from_command_line
-
-            return from_command_line(args, overrides)
-        if args.calibration:
-            raise ConfigError("--calibration is for a source with experts, and SRC is dense; leave it out")
-        options = UpcycleOptions(args.granularity, args.noise)
-        reader = upcycle(args.source, args.target, options, overrides, args.config, args.force)
+        with sound(args.source):
+            return _run(args, overrides)
     except UserError as error:
         return error.report()
+
+
+def _run(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    if read_json(Path(args.source) / "config.json").get("model_type") in ROUTED:
+        from vqmoe_ds.checkpoint.upcycle_moe import from_command_line
+
+        return from_command_line(args, overrides)
+    if args.calibration:
+        raise ConfigError("--calibration is for a source with experts, and SRC is dense; leave it out")
+    options = UpcycleOptions(args.granularity, args.noise)
+    reader = upcycle(args.source, args.target, options, overrides, args.config, args.force)
     moe = RunConfig(**reader.config).moe
     print(
         f"{args.target}: {moe.num_experts} experts of hidden width {moe.expert_hidden} a layer, router "

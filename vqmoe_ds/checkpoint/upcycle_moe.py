@@ -13,6 +13,7 @@ Legend: T tokens, S sequence, C code width, D width, N experts (and codes), L la
 from __future__ import annotations
 
 import argparse
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from vqmoe_ds.checkpoint.upcycle import MATRICES, ROUTED, DenseSource, UpcycledR
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, SoftmaxOver
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.errors import CheckpointError, ConfigError, DataError
+from vqmoe_ds.files import open_regular
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers import Routing
 
 GATE_BIAS = 2.0
 """Path gate at the start: the linear router's path weighs 98 %, so that little is lost before training."""
+MOST_CALIBRATION = 10_000_000
+"""Tokens: some hundreds for each of the experts there are anywhere, and more than an hour's work."""
 HELD_OUT = 10
 """One in this many calibration windows measures."""
 
@@ -351,8 +355,10 @@ def calibration_ids(file: str, tokenizer: str, count: int, config: RunConfig) ->
     Raises:
         DataError: no such text or tokenizer, or ids that the model lacks.
     """
+    if not 1 <= count <= MOST_CALIBRATION:
+        raise ConfigError(f"--calibration_tokens {count} must lie between 1 and {MOST_CALIBRATION:,}")
     try:
-        with open(file, encoding="utf-8", errors="replace") as stream:
+        with io.TextIOWrapper(open_regular(file, links=True), encoding="utf-8", errors="replace") as stream:
             text = stream.read(count * 8)  # characters; a token is rarely longer
     except OSError as error:
         raise DataError(f"calibration text {file} cannot be read: {error.strerror}") from None
