@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.importing import quickly
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,8 @@ def uses_gpu() -> bool:
     Raises:
         ConfigError: as ``asked_accelerator``.
     """
-    import torch
+    with quickly():  # in most commands this is the first import of it
+        import torch
 
     asked = asked_accelerator()
     return torch.cuda.is_available() if asked is None else asked == "cuda"
@@ -116,7 +118,8 @@ def make_deterministic(exact: bool) -> None:
     if on_gpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.backends.cuda.enable_cudnn_sdp(not exact)
-    torch.use_deterministic_algorithms(True, warn_only=not (on_gpu and exact))
+    # use_deterministic_algorithms does the same and imports PyTorch's compiler, which is not used here.
+    torch.set_deterministic_debug_mode("error" if on_gpu and exact else "warn")
     # Or every empty buffer would be written once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

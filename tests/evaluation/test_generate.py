@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -115,9 +116,9 @@ def test_one_prompt(checkpoint, capsys, monkeypatch):
     found = capsys.readouterr()
     ids = _ids(model_of("vq"), 40, seed=4, top_p=0.9)
     ids = ids[: ids.index(256)] if 256 in ids else ids
-    assert found.out == "".join(pieces_of_text(ids, ByteTokenizer())) + "\n"
-    assert "tokens/s" in found.err and len(found.err.splitlines()) == 1
-    monkeypatch.setattr("sys.stdin", io.StringIO("The \n"))
+    assert found.out == "The " + "".join(pieces_of_text(ids, ByteTokenizer())) + "\n"
+    assert f"{len(ids)} tokens in" in found.err and "tokens/s" in found.err and len(found.err.splitlines()) == 1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The \n")))
     assert _run(*told, "--no_cache") == 0
     assert capsys.readouterr().out == found.out
 
@@ -129,7 +130,7 @@ def test_weights_may_be_bf16(checkpoint, capsys):
         param.data = param.data.bfloat16()
     ids = _ids(model, 30, temperature=0)
     ids = ids[: ids.index(256)] if 256 in ids else ids
-    assert capsys.readouterr().out == "".join(pieces_of_text(ids, ByteTokenizer())) + "\n"
+    assert capsys.readouterr().out == "The " + "".join(pieces_of_text(ids, ByteTokenizer())) + "\n"
 
 
 def test_an_end_of_document_ends_the_text(tmp_path, capsys):
@@ -137,13 +138,13 @@ def test_an_end_of_document_ends_the_text(tmp_path, capsys):
     model.head.weight.zero_()
     model.head.weight[ByteTokenizer.eod] = 100 * model.states(torch.tensor([PROMPT]))[0][0, -1]
     assert _run(_save(tmp_path / "model", model), "--prompt", "The ", "--temperature", "0") == 0
-    assert capsys.readouterr().out == "\n"
+    assert capsys.readouterr().out == "The \n"
 
 
 @pytest.mark.parametrize(
     "arguments, part",
     [
-        (["--tokens", "0"], "--tokens 0 must be 1 or more"),
+        (["--tokens", "0"], "--tokens 0 must lie between 1 and"),
         (["--temperature", "-1"], "--temperature -1 must be 0"),
         (["--temperature", "nan"], "--temperature nan must be 0"),
         (["--top_p", "0"], "--top_p 0 must lie above 0"),
@@ -250,3 +251,19 @@ def test_sampling_beyond_its_range_is_refused() -> None:
     for options in ({"temperature": float("inf")}, {"top_p": 1.5}, {"seed": 1 << 63}):
         with pytest.raises(ConfigError):
             Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    "raw, sentence",
+    [(b"caf\xe9", "not UTF-8 .byte 3."), (b"x" * ((16 << 20) + 1), "more than 16 MiB"), (b"", "encodes to no token")],
+)
+def test_any_bytes_for_a_prompt(raw: bytes, sentence: str, checkpoint, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    assert _run(checkpoint, "--tokens", "2") == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 10**9 + 1, 10**30])
+def test_numbers_of_tokens_have_bounds(tokens: int, checkpoint, capsys) -> None:
+    assert _run(checkpoint, "--tokens", str(tokens), "--prompt", "x") == 2
+    assert "must lie between 1 and 1,000,000,000" in capsys.readouterr().err

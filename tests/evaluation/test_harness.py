@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed: pip install 'vqmoe_ds[eval]'")
+pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 from lm_eval.api.instance import Instance
 

@@ -21,7 +21,8 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.schema import CodeSource
 from vqmoe_ds.errors import CheckpointError, ConfigError
 from vqmoe_ds.finetune import run
-from vqmoe_ds.finetune.config import classifier_config
+from vqmoe_ds.finetune.cli import build_parser
+from vqmoe_ds.finetune.config import classifier_config, starting_config
 from vqmoe_ds.finetune.language import open_text
 
 ONE = Layout(0, 1, 1)
@@ -90,7 +91,7 @@ def test_steps_follow_from_the_texts_and_few_shots_have_small_batches(sources):
 def test_what_cannot_be_is_refused(sources, monkeypatch):
     reader = open_checkpoint(sources / "vq")
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"needs the Python package peft; pip install 'vqmoe_ds\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"needs the Python package peft; pip install '\.\[lora\]'"):
         finetune_config(reader, **{"finetune.lora_rank": 2})
 
 
@@ -159,3 +160,29 @@ def test_a_batch_of_the_json_is_not_made_smaller_for_few_shots(sources, tmp_path
     with pytest.raises(ConfigError, match='gives train_batch_size=8; write "auto" there'):
         run.check_batch(config, 2, "zero2.json")
     run.check_batch(config, 8, "zero2.json")
+
+
+def test_columns_by_short_names_and_paths_that_hold_from_anywhere(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reader = open_checkpoint(sources / "vq")
+    line = ["--checkpoint", "vq", "--task", "mine=sets/ag", "--text_column", "1,2", "--label_column", "0:coarse"]
+    config = starting_config(build_parser("").parse_args(line), reader).config.finetune
+    assert (config.text_key, config.label_key) == ("1,2", "0:coarse")
+    assert (config.checkpoint, config.task) == (f"{tmp_path}/vq", f"mine={tmp_path}/sets/ag")
+    with pytest.raises(ConfigError, match=r"--label_column 0:coarse contradicts --set finetune.label_key=x; leave"):
+        starting_config(build_parser("").parse_args([*line, "--set", "finetune.label_key=x"]), reader)
+    data = finetune_config(reader, task="lm", **{"data.path": "text.txt"}).config.data
+    assert data.path == f"{tmp_path}/text.txt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("codebook.num_codes", 3), ("moe.num_experts", 2), ("model.width", 8), ("codebook.source", "token_embedding")],
+)
+def test_sizes_of_the_model_stay_those_of_the_checkpoint(field, value, sources):
+    reader = open_checkpoint(sources / "vq")
+    theirs = run_config(reader.config, reader.path).model_dump(mode="json")
+    section, name = field.split(".")
+    finetune_config(reader, **{field: theirs[section][name]})
+    with pytest.raises(ConfigError, match=f"{field}={value} is not that of .*: fine-tuning keeps .* leave {field} out"):
+        finetune_config(reader, **{field: value})

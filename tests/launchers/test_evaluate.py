@@ -114,7 +114,7 @@ def test_without_a_killed_rank_the_others_leave_and_name_it(finished):
             rank.kill()
             rank.wait()
     assert ranks[0].returncode == 76
-    assert said.startswith(f"error: rank 1 on {os.uname().nodename} is missing (no sign of life for ")
+    assert said.startswith(f"error: rank 1 on {os.uname().nodename} is missing (its process ended)")
     assert said.endswith("; the others leave; start it again\n") and said.count("\n") == 1
 
 

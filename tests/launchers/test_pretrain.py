@@ -175,6 +175,22 @@ def test_a_checkpoint_of_another_model_is_refused_by_naming_the_field(small, fin
     assert "moe.expert_hidden=32 there, 48 here" in result.stderr
 
 
+def test_other_text_at_the_same_place_is_refused_unless_it_is_meant(small, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    other = tmp_path / "text.txt"
+    other.write_text(Path(small[-1]).read_text().replace("little", "LITTLE"))
+    arguments = [*small[:-1], str(other), "--run_dir", str(run_dir), "--train_steps", "13"]
+    result = run(arguments)
+    assert result.returncode == 2, result.stderr
+    assert "was trained on other data (changed: held-out text, training text)" in result.stderr
+    assert "--allow_changed_data" in result.stderr and result.stderr.count("\n") == 1
+    result = run([*arguments, "--allow_changed_data"])
+    assert result.returncode == 0, result.stderr
+    assert "not what global_step0000012 was trained on" in result.stdout
+    assert "the finished run of 12 steps goes on to 13: its learning rate goes from" in result.stdout
+
+
 def test_two_ranks_through_the_deepspeed_launcher_with_expert_parallelism(small, tmp_path):
     run_dir = tmp_path / "run"
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]

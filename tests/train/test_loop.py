@@ -85,7 +85,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_and_two_in_a_row_end_training(t
 
 
 def test_schedule_warms_up_and_falls_to_its_floor():
-    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate_ratio=0.1)
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)

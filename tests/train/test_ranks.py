@@ -86,7 +86,7 @@ def test_srun_ranks_agree_on_a_rendezvous_without_talking(environ):
         ({"RANK": "1", "WORLD_SIZE": "2"}, "not MASTER_ADDR and MASTER_PORT"),
         (TORCHRUN | ADDRESS | {"WORLD_SIZE": "4"}, "this is rank 6 of 4, which cannot be"),
         (TORCHRUN | ADDRESS | {"LOCAL_RANK": "4"}, "this is local rank 4 of 4"),
-        (TORCHRUN | ADDRESS | {"RANK": "six"}, "RANK=six in the environment is not a number"),
+        (TORCHRUN | ADDRESS | {"RANK": "six"}, "RANK='six' in the environment is not a number"),
         (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE=4 contradicts the 6 ranks that srun started"),
         (BATCH | {"SLURM_NTASKS": "4"}, "SLURM job 77 has 4 tasks, and this process is its batch script: put srun"),
         (SRUN | {"SLURM_STEP_NODELIST": "a[1-3]", "PATH": ""}, "first host of a[1-3] is unknown".replace("[", r"\[")),
@@ -96,6 +96,39 @@ def test_contradictions_are_one_sentence(environ, variables, sentence):
     environ(variables)
     with pytest.raises(ConfigError, match=sentence):
         find_place()
+
+
+@pytest.mark.parametrize("port", ["tcp://10.0.0.1:29500", "0", "65536", "-1", "1e3", "9" * 5000, "٣", "29500 "])
+def test_a_port_that_is_none_is_no_reason_to_try_again(environ, port):
+    environ(ADDRESS | {"MASTER_PORT": port})
+    with pytest.raises(ConfigError, match="is not a port .*set it to a free port of rank 0"):
+        find_place()
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1", "a b", "x" * 300, "hôte"])
+def test_an_address_that_is_none_is_one_short_sentence(environ, address):
+    environ(ADDRESS | {"MASTER_ADDR": address})
+    with pytest.raises(ConfigError, match="is not a host") as caught:
+        find_place()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1" * 5000, "1(x99999999999)", "٣"])
+@pytest.mark.parametrize("name", sorted({*SRUN, "SLURM_RESTART_COUNT"} - {"SLURM_STEP_NODELIST", "SLURM_NTASKS"}))
+def test_empty_and_malformed_variables_of_slurm_are_one_sentence_or_unset(environ, name, value):
+    environ(SRUN | {name: value})
+    try:
+        find_place()
+    except ConfigError as error:
+        assert name in str(error) and len(str(error)) < 400
+    else:
+        assert value == ""
+
+
+def test_ranks_of_one_node_meet_on_loopback(environ):
+    environ(SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "1"})
+    find_place()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
 def _started_by(*launcher: str) -> list[str]:

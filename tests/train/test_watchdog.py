@@ -155,3 +155,36 @@ def test_waiting_for_ranks_that_never_come_is_bounded(monkeypatch, rank, sentenc
         meet(Place(rank, 2, 0, 1), "gloo", 1.5)
     assert caught.value.exit_code == 76
     assert time.monotonic() - started < 15
+
+
+def test_a_name_that_nobody_resolves_is_given_up_in_time(monkeypatch):
+    """Resolvers know no limit, and PyTorch asks them again and again."""
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_ADDR", "nowhere.invalid"), ("MASTER_PORT", 29511)):
+        monkeypatch.setenv(name, str(value))
+    started = time.monotonic()
+    with pytest.raises(PeerLost, match="cannot reach rank 0 at nowhere.invalid:29511"):
+        meet(Place(1, 2, 1, 2), "gloo", 2.0)
+    assert time.monotonic() - started < 8
+
+
+def test_ranks_of_one_host_listen_on_loopback_alone(tmp_path):
+    ranks = _world(tmp_path, "", 2)
+    try:
+        deadline = time.monotonic() + 40
+        while not all((tmp_path / f"{rank}.step").exists() for rank in range(2)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        heard = [address for rank in ranks for address in _listening(rank.pid)]
+        assert heard and all(address in ("0100007F", "0" * 24 + "0100007F") for address in heard)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _listening(pid: int) -> list[str]:
+    """Addresses of a process's own listening sockets, as /proc writes them."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    inodes = {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:[")}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]

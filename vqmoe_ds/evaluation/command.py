@@ -15,7 +15,7 @@ from vqmoe_ds.device import asked_accelerator, check_precision, memory_errors
 from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.train.console import Console
-from vqmoe_ds.train.job import leave_together, watch_peers
+from vqmoe_ds.train.job import hear_requests, leave_together, watch_peers
 from vqmoe_ds.train.ranks import Place, find_place, likely_rank
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> int:
     except UserError as error:
         return Console(likely_rank()).fail(error)
     console = Console(place.rank)
+    hear_requests(place, console, "nothing was written; start it again")
     try:
         corruptions = _check(args, place)
     except UserError as error:
@@ -101,11 +102,11 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
             f"--ep_size {args.ep_size} does not divide the {place.world_size} rank(s); start them with "
             f"deepspeed --num_gpus {args.ep_size} launchers/evaluate.py ..."
         )
-    if not Path(args.checkpoint).exists():
+    if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist; give a run folder or a checkpoint")
     if args.json is not None:
         target = Path(args.json)
-        if target.is_dir() or not os.access(target.parent, os.W_OK):
+        if os.path.isdir(target) or not os.access(target.parent, os.W_OK):
             raise ConfigError(f"--json {args.json} cannot be written there; name a file in a folder that exists")
     asked = [parse_corruption(spec) for spec in args.corrupt] + (all_corruptions() if args.corruptions else [])
     return tuple(dict.fromkeys(asked))

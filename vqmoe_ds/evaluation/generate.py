@@ -80,13 +80,13 @@ def generate(
         new_cache: of the model; None reads the whole context anew for every id.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    ids, start = list(prompt), 0
+    ids = list(prompt)
     cache = new_cache() if new_cache else None
     while True:
-        if len(ids) - start > context:
-            start = len(ids) - max(1, context // 2)
+        if len(ids) > context:
+            ids = ids[-max(1, context // 2) :]
             cache = new_cache() if new_cache else None
-        unread = ids[start + (cache.length if cache else 0) :]
+        unread = ids[cache.length if cache else 0 :]
         logits_BSV, _ = model(torch.tensor([unread], device=device), cache=cache)
         ids.append(sampling.draw(logits_BSV[0, -1, :vocab_size].float().cpu(), generator))
         yield ids[-1]

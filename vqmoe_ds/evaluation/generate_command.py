@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 
+from vqmoe_ds.data.compressed import DAMAGES, SUFFIXES, decompressed, kind_of_bytes
 from vqmoe_ds.device import ACCELERATOR, bind_single, memory_errors
-from vqmoe_ds.errors import ConfigError, DataError, UserError
-from vqmoe_ds.files import drop_output
+from vqmoe_ds.errors import ConfigError, DataError, UserError, shown
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.load_model import LoadedModel
     from vqmoe_ds.evaluation.generate import Sampling
 
-INTERRUPTED = 130
+MOST_TOKENS = 1_000_000_000
+"""Of a text: more than a machine draws in a year."""
+LONGEST_PROMPT = 16 << 20
+"""Bytes: of a longer one the model would read the end alone, as far as its context reaches."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -45,20 +49,14 @@ def main(options: argparse.Namespace) -> int:
         return 0
     except UserError as error:
         return error.report()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        drop_output()
-        return 0
 
 
 class _Writer:
     """One model that answers prompts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        if options.tokens < 1:
-            raise ConfigError(f"--tokens {options.tokens} must be 1 or more")
+        if not 1 <= options.tokens <= MOST_TOKENS:
+            raise ConfigError(f"--tokens {shown(options.tokens)} must lie between 1 and {MOST_TOKENS:,}")
         self.options, self.device = options, bind_single()
         # Heavy imports only now: bad options have been answered, and DeepSpeed knows the device.
         from vqmoe_ds.evaluation.generate import Sampling
@@ -88,7 +86,7 @@ class _Writer:
             elif sys.stdin.isatty():
                 self._converse()
             else:
-                self.answer(sys.stdin.read().removesuffix("\n"))
+                self.answer(_piped().removesuffix("\n"))
 
     def _converse(self) -> None:
         """Prompts of a terminal, each on its own, until Ctrl-D."""
@@ -105,11 +103,11 @@ class _Writer:
                 print(f"error: {error}", file=sys.stderr)
 
     def answer(self, prompt: str) -> None:
-        """Write what follows a prompt, as it comes."""
+        """Write a prompt and what follows it, as it comes."""
         from vqmoe_ds.evaluation.generate import pieces_of_text
 
-        started, count = time.perf_counter(), 0
-        for text in pieces_of_text(self._ids(prompt), self.loaded.need_tokenizer()):
+        started, count = time.perf_counter(), -1  # the prompt is no new token
+        for text in chain([prompt], pieces_of_text(self._ids(prompt), self.loaded.need_tokenizer())):
             count += 1
             sys.stdout.write(_printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
@@ -124,7 +122,7 @@ class _Writer:
         loaded, tokenizer, model = self.loaded, self.loaded.need_tokenizer(), self.loaded.config.model
         ids = tokenizer.encode(prompt).tolist()
         if not ids:
-            raise DataError(f"the prompt {prompt!r} encodes to no token; give some text")
+            raise DataError(f"the prompt {shown(prompt)} encodes to no token; give some text")
         unknown = tokenizer.count_unknown(prompt, tokenizer.encode(prompt))
         if unknown:
             print(f"{unknown} symbol(s) of the prompt are outside the vocabulary", file=sys.stderr)
@@ -133,6 +131,26 @@ class _Writer:
             cache = loaded.model.new_cache
         new = generate(loaded.model, ids, self.sampling, model.sequence_length, size, cache, loaded.device)
         return takewhile(lambda i: i != tokenizer.eod, islice(new, self.options.tokens))
+
+
+def _piped() -> str:
+    """The prompt on standard input.
+
+    Raises:
+        DataError: too long, or not UTF-8.
+    """
+    raw = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
+    packed, kind = io.BufferedReader(io.BytesIO(raw)), kind_of_bytes(raw)
+    try:
+        raw = decompressed(packed, kind if kind in SUFFIXES else "").read(LONGEST_PROMPT + 1)
+    except DAMAGES as error:
+        raise DataError(f"the prompt on standard input cannot be decompressed ({error}); fetch it again") from None
+    if len(raw) > LONGEST_PROMPT:
+        raise DataError(f"the prompt has more than {LONGEST_PROMPT >> 20} MiB; give its end alone (tail -c 1M)")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt is not UTF-8 (byte {error.start}); convert it (iconv -t UTF-8)") from None
 
 
 def _printable(text: str) -> str:

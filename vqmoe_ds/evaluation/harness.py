@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness (EleutherAI, ``pip install 'vqmoe_ds[eval]'``) on checkpoints of this trainer.
+"""The lm-evaluation-harness (EleutherAI, ``pip install '.[eval]'``) on checkpoints of this trainer.
 
     python -m vqmoe_ds.evaluation.harness run --model vqmoe --model_args checkpoint=runs/pretrain --tasks TASK
 
@@ -22,12 +22,13 @@ from vqmoe_ds.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
 from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
 from vqmoe_ds.moe.routers import require_causal
+from vqmoe_ds.terminal import run_tool
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError:
-    sentence = "the lm-evaluation-harness is not installed; pip install 'vqmoe_ds[eval]'"
+    sentence = "the lm-evaluation-harness is not installed; pip install '.[eval]'"
     if __name__ == "__main__":
         sys.exit(f"error: {sentence}")
     raise ModuleNotFoundError(sentence, name="lm_eval") from None
@@ -191,4 +192,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

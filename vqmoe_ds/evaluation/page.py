@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vqmoe_ds.errors import ConfigError, UserError
-from vqmoe_ds.evaluation.plots import draw_usage, pyplot
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.evaluation.plots import draw_spectra, draw_usage, pyplot
+from vqmoe_ds.files import make_folder, write_atomically
 
 
 def make_report(
@@ -31,7 +31,7 @@ def make_report(
     folder = Path(out)
     try:
         with _writable(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         report = measure()
         figures = {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
         with _writable(folder):
@@ -125,23 +125,7 @@ def _draw_collapse(layers: list[dict[str, Any]]) -> Any:
 
 
 def _jacobian_figures(report: dict[str, Any]) -> dict[str, Any]:
-    """Singular values of each term, one column a layer, one line a checkpoint."""
-    models = report["models"]
-    terms, layers = ("total", "experts", "router"), max(len(model["layers"]) for model in models)
-    figure, all_axes = pyplot().subplots(
-        len(terms), layers, figsize=(3 * layers + 1, 2.5 * len(terms)), squeeze=False, sharex=True
-    )
-    for row, term in enumerate(terms):
-        for number, model in enumerate(models):
-            for layer, found in enumerate(model["layers"]):
-                values = [value for value in found[term]["singular_values"] if value > 0]
-                axes = all_axes[row][layer]
-                if values:  # fixed routes have no router term
-                    axes.semilogy(range(1, len(values) + 1), values, f"C{number}", linewidth=1, label=model["name"])
-                axes.set(title=f"layer {layer}, {term}")
-                axes.grid(alpha=0.3)
-    all_axes[0][0].legend(fontsize=6)
-    return {"spectra": figure}
+    return {"spectra": draw_spectra(report["models"])}
 
 
 _FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,15 +41,22 @@ def bits_per_byte(loss: float | None, bytes_per_token: float | None = 1.0) -> fl
 
 
 @torch.no_grad()
-def validate(session: Session, windows: Windows, max_batches: int | None = None) -> Score:
+def validate(
+    session: Session, windows: Windows, most: int | None = None, tell: Callable[[int, int], None] | None = None
+) -> Score:
     """Mean loss over all targets that are not masked.
 
-    Evenly spaced windows are taken if ``max_batches`` (of the micro-batch size on every rank) cannot hold all. All
-    ranks run the same number of batches, the last one filled up with windows of weight 0.
+    All ranks run the same number of batches, the last one filled up with windows of weight 0.
+
+    Args:
+        most: windows to take, evenly spaced; None: all.
+        tell: of windows done and to do, after every batch.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
     """
-    place, size = session.place, session.config.micro_batch
-    round_size = size * place.world_size
-    count = len(windows) if max_batches is None else min(len(windows), max_batches * round_size)
+    place, size, round_size = session.place, session.config.micro_batch, session.round_size
+    count = len(windows) if most is None else min(len(windows), most)
     positions = np.linspace(0, len(windows) - 1, count).astype(int)
     rounds = -(-count // round_size)
     padded = np.resize(positions, rounds * round_size)
@@ -56,12 +64,17 @@ def validate(session: Session, windows: Windows, max_batches: int | None = None)
     mine = padded.reshape(rounds, place.world_size, size)[:, place.rank]
     session.engine.eval()
     total, known = torch.zeros(3, dtype=torch.float64, device=session.device), True
-    for rows, row_weight in zip(mine, weight, strict=True):
-        batch = windows.read(rows)
-        known = known and batch.bytes_B is not None
-        weights_B = torch.from_numpy(row_weight.astype(np.float64)).to(session.device)
-        total += (_row_totals(session, batch) * weights_B).sum(dim=1)
-    session.engine.train()
+    try:
+        for number, (rows, row_weight) in enumerate(zip(mine, weight, strict=True)):
+            session.go_on()
+            if tell is not None:
+                tell(number * round_size, count)
+            batch = windows.read(rows)
+            known = known and batch.bytes_B is not None
+            weights_B = torch.from_numpy(row_weight.astype(np.float64)).to(session.device)
+            total += (_row_totals(session, batch) * weights_B).sum(dim=1)
+    finally:
+        session.engine.train()
     nats, targets, target_bytes = (float(v) for v in session.sum_over_ranks(total))
     targets = max(targets, 1e-9)
     return Score(nats / targets, target_bytes / targets if known else None)

@@ -1,16 +1,29 @@
-"""Figures of a run: the loss curve and the heat map of expert and code usage."""
+"""Figures of runs and reports, with colours that the colour-blind tell apart."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""Okabe and Ito, Color Universal Design (2008); yellow last, for it is faint on white."""
+LINES = ("-", "--", ":", "-.")
+"""One after the other, each time the colours are used up."""
 
-def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token") -> None:
-    """Training and validation bits per byte (nats a ``target`` where bytes are unknown) against steps, as PNG."""
+
+def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token", data: str = "") -> None:
+    """Training and validation bits per byte (nats a ``target`` where bytes are unknown) against steps, as PNG.
+
+    Args:
+        path: in the run folder, whose name is the title.
+        rows: of ``metrics.jsonl``.
+        target: what a loss is counted by.
+        data: what was trained on, shown below the title.
+    """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     unit, name, valid_name = "bits per byte", "bits_per_byte", "validation_bits_per_byte"
@@ -22,10 +35,18 @@ def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token") -> 
         axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", label="validation", markersize=4)
-    axes.set(xlabel="step", ylabel=unit, title="Loss")
-    axes.legend()
+    axes.set(xlabel="step", ylabel=unit)
+    told = textwrap.shorten(data, 180, placeholder=" …")
+    axes.set_title("\n".join([_run_name(path.parent), *textwrap.wrap(told, 90)]), fontsize=9)
+    if train or valid:
+        axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def _run_name(folder: Path) -> str:
+    """The last two parts of a run folder: of several seeds, the last alone would say little."""
+    return textwrap.shorten("/".join(folder.parts[-2:]), 90, placeholder=" …")
 
 
 def plot_usage(path: Path, counts_LN: Tensor, usage_LK: Tensor | None) -> None:
@@ -34,32 +55,73 @@ def plot_usage(path: Path, counts_LN: Tensor, usage_LK: Tensor | None) -> None:
 
 
 def draw_usage(counts_LN: Tensor, usage_LK: Tensor | None) -> Any:
-    """Figure of the share of tokens by layer and expert, and by layer and code, each relative to its mean."""
+    """Figure of the share of tokens by layer and expert, and by layer and code, each relative to its mean.
+
+    White is the mean, red more and blue less; the deepest blue is a choice that no token takes.
+    """
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
+
     plt = pyplot()
     parts = [("expert", counts_LN)] + ([("code", usage_LK)] if usage_LK is not None else [])
-    figure, all_axes = plt.subplots(len(parts), 1, figsize=(9, 2.4 * len(parts)), squeeze=False)
-    for axes, (name, counts) in zip(all_axes[:, 0], parts, strict=True):
+    height = sum(1.2 + 0.3 * len(counts) for _, counts in parts)
+    figure, all_axes = plt.subplots(len(parts), 2, figsize=(9, height), squeeze=False, width_ratios=(50, 1))
+    for (axes, bar), (name, counts) in zip(all_axes, parts, strict=True):
         relative = counts.double() / counts.double().mean(dim=1, keepdim=True).clamp_min(1e-9)
-        image = axes.imshow(relative.numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+        most = max(2.0, float(relative.max()) if relative.numel() else 0.0)
+        norm = TwoSlopeNorm(1, 0, most)
+        image = axes.imshow(relative.numpy(), aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
         axes.set(xlabel=name, ylabel="MoE layer", title=f"Tokens by {name}, relative to the mean")
         axes.set_yticks(range(len(counts)))
-        figure.colorbar(image, ax=axes)
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        figure.colorbar(image, cax=bar, ticks=[0, 0.5, 1, (1 + most) / 2, most], format="{x:.2g}")
+    return figure
+
+
+def draw_spectra(models: list[dict[str, Any]]) -> Any:
+    """Figure of the singular values of averaged Jacobians: a row a layer, a column a term, a line a checkpoint.
+
+    Args:
+        models: of a Jacobian report, each with its ``name`` and ``layers``.
+    """
+    terms, layers = ("total", "experts", "router"), max(len(model["layers"]) for model in models)
+    head = 0.3 * (len(models) + 1)
+    figure = pyplot().figure(figsize=(10, head + 2.4 * layers))
+    grid = figure.add_gridspec(layers + 1, len(terms), height_ratios=[head, *[2.4] * layers])
+    lines: dict[str, Any] = {}
+    for layer in range(layers):
+        for column, term in enumerate(terms):
+            axes = figure.add_subplot(grid[layer + 1, column])
+            for number, model in enumerate(models):
+                found = model["layers"][layer][term]["singular_values"] if layer < len(model["layers"]) else ()
+                values = [value for value in found if value > 0]
+                if values:  # fixed routes have no router term
+                    style = {"color": f"C{number}", "linestyle": LINES[number // len(OKABE_ITO) % len(LINES)]}
+                    (lines[model["name"]],) = axes.semilogy(range(1, len(values) + 1), values, linewidth=1.5, **style)
+            axes.set(title=f"layer {layer}, {term}", xlabel="index of the singular value", ylabel="singular value")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+            axes.grid(alpha=0.3)
+    legend = figure.add_subplot(grid[0, :])
+    legend.axis("off")
+    legend.legend(lines.values(), lines.keys(), loc="center", fontsize=10, frameon=False)
     return figure
 
 
 def plot_curves(path: Path, curves: dict[str, list[tuple[int, float, float]]], unit: str) -> None:
     """Lines of (step, mean, standard error) by name, the errors as bands, as PNG."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(9, 5))
+    figure, axes = plt.subplots(figsize=(10, 5))
     shown = [value for points in curves.values() for _, value, _ in points[len(points) // 4 :]]
     for number, (name, points) in enumerate(curves.items()):
         steps, means, errors = np.array(points).T
-        (line,) = axes.plot(steps, means, linewidth=1, label=name, linestyle=("-", "--", ":")[number // 10 % 3])
+        style = LINES[number // len(OKABE_ITO) % len(LINES)]
+        (line,) = axes.plot(steps, means, linewidth=1, label=name, linestyle=style)
         axes.fill_between(steps, means - errors, means + errors, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set(xlabel="step", ylabel=f"training loss, {unit}")
     if shown:  # the first quarter is steep and would hide all differences
         axes.set_ylim(min(shown) * 0.99, max(shown) * 1.01)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.grid(alpha=0.3)
     save(figure, path)
 
@@ -81,12 +143,17 @@ def plot_differences(path: Path, rows: dict[str, dict[str, Any]], label: str) ->
 
 
 def pyplot() -> Any:
-    """Matplotlib, loaded at its first use and without a display."""
+    """Matplotlib, loaded at its first use and without a display, with the settings of all figures.
+
+    No text is taken for a formula: names of runs, classes and files may have dollar signs.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=OKABE_ITO)
+    plt.rcParams["text.parse_math"] = False
     return plt
 
 

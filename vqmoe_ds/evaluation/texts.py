@@ -20,6 +20,10 @@ from vqmoe_ds.data.indexed import UNKNOWN, IndexedText, members, open_indexed_te
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
 from vqmoe_ds.errors import DataError
 from vqmoe_ds.evaluation.corruption import Corruption, Damage, Edit, apply
+from vqmoe_ds.memory import check_room
+
+_A_BYTE = 24
+"""Bytes of memory for one of raw text: itself, twice, its id and where it begins."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ def _raw(loaded: LoadedModel, config: RunConfig, whole: bool) -> Iterator[Text]:
     held_out = config.data.valid_path
     assert not isinstance(path, list) and not isinstance(held_out, list)
     corpus = open_corpus(path if held_out is None else held_out)
+    remedy = "give a part of it"
+    check_room(_A_BYTE * corpus.num_bytes, f"scoring {corpus.name} ({corpus.num_bytes:,} bytes)", remedy, DataError)
     if whole or held_out is not None:
         pieces = [piece.tobytes() for piece in corpus.pieces]
     else:
@@ -217,9 +223,10 @@ def _within_vocabulary(ids_N: np.ndarray, tokenizer: Tokenizer | None, vocab_siz
     if tokenizer is not None:
         known = min(vocab_size, tokenizer.vocab_size)
         ids_N = ids_N[ids_N != tokenizer.eod] if tokenizer.eod >= vocab_size else ids_N
-    if len(ids_N) and ids_N.max() >= known:
+    if len(ids_N) and (ids_N.max() >= known or ids_N.min() < 0):
+        outside = ids_N.min() if ids_N.min() < 0 else ids_N.max()
         raise DataError(
-            f"prepared data {path} has the id {ids_N.max()}, past the vocabulary of {known}; it was made by another "
+            f"prepared data {path} has the id {outside}, past the vocabulary of {known}; it was made by another "
             "tokenizer than the model's, or is damaged"
         )
     return ids_N

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from vqmoe_ds.checkpoint.restore import whole_shapes
 from vqmoe_ds.checkpoint.session import load
 from vqmoe_ds.checkpoint.store import read_best
@@ -45,8 +43,7 @@ class EarlyStop(Callback):
         losses = [row["validation_loss"] for row in self.file.rows if "validation_loss" in row]  # rank 0 alone has them
         numbers = [loss if math.isfinite(loss) else math.inf for loss in losses]
         since = len(numbers) - 1 - numbers.index(min(numbers)) if numbers else 0
-        over = torch.tensor([float(bool(self.patience) and since >= self.patience)], device=trainer.session.device)
-        if float(trainer.session.sum_over_ranks(over)) > 0:
+        if trainer.session.on_any_rank(bool(self.patience) and since >= self.patience):
             trainer.done = True
             self.console.say(f"step {trainer.step}: no better validation in {self.patience}; training ends")
 
@@ -104,7 +101,7 @@ class BestReport(Callback):
             "layout": trainer.session.config.layout(),
             "finetune": run.finetune.model_dump(mode="json"),
         }
-        plot_loss(folder / "loss.png", self.file.rows, self.target)
+        plot_loss(folder / "loss.png", self.file.rows, self.target, run.finetune.task or "")
         if trainer.session.model.moe_layers() and self.health.last_counts_LN.numel():
             plot_usage(folder / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
         # Last, for it marks the run as finished.

@@ -17,9 +17,18 @@ import torch
 
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.schema import FinetuneConfig, RunConfig
+from vqmoe_ds.data.fingerprint import of_labelled
 from vqmoe_ds.data.labelled import LabelledSet, Split, has_split, open_labelled
-from vqmoe_ds.data.labelled_batches import LabelledBatches, LabelledTexts, draw_shots, encode_texts, hold_out
+from vqmoe_ds.data.labelled_batches import (
+    LabelledBatches,
+    LabelledTexts,
+    draw_shots,
+    encode_texts,
+    hold_out,
+    rare_classes,
+)
 from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.errors import one_line
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.files import write_atomically
@@ -32,6 +41,8 @@ from vqmoe_ds.train.loop import Callback
 
 LEAST_ROWS = 32
 """Texts of a forward pass in scoring, at least: without gradients there is room for more than in training."""
+LONGEST_NAME = 50
+"""Characters of a class that the confusion matrix shows."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,10 @@ class TaskTexts:
             lines.append(
                 f"{cut:,} texts are longer than the context: their first {run.model.sequence_length} tokens count"
             )
+        rare = rare_classes(self.train) if missing else []
+        if rare:
+            names = ", ".join(one_line(name, LONGEST_NAME) for name in rare[:5]) + (", ..." if len(rare) > 5 else "")
+            lines.append(f"{len(rare)} classes of one training text are learned and not held out: {names}")
         for split, reasons in self.skipped.items():
             lines += [f"{count} {split} rows left out: {reason}" for reason, count in reasons.items()]
         return lines
@@ -133,6 +148,10 @@ class ClassificationTask:
 
     def describe(self, run: RunConfig) -> list[str]:
         return self.texts.describe(run)
+
+    def fingerprint(self) -> dict[str, str]:
+        splits = {"training": self.texts.train, "validation": self.texts.validation, "test": self.texts.test}
+        return {f"{name} texts": of_labelled(texts) for name, texts in splits.items() if texts is not None}
 
     def open(self, job: Job) -> tuple[LabelledBatches, LabelledTexts]:
         run = job.config.run
@@ -208,6 +227,9 @@ def classify(session: Session, texts: LabelledTexts, max_batches: int | None = N
     Args:
         max_batches: of at least ``LEAST_ROWS`` texts on every rank; evenly spaced texts if these cannot hold all.
             None: all texts, in their order.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
     """
     place, size = session.place, max(session.config.micro_batch, LEAST_ROWS)
     round_size = size * place.world_size
@@ -218,15 +240,18 @@ def classify(session: Session, texts: LabelledTexts, max_batches: int | None = N
     padded = np.append(by_length, np.full(rounds * round_size - count, -1))  # -1: a text that only fills the round up
     found = torch.zeros(3, count, dtype=torch.float64, device=session.device)
     session.engine.eval()
-    for places in padded.reshape(rounds, place.world_size, size)[:, place.rank]:
-        batch = texts.read(rows[places])
-        logits_BC, _ = session.engine(torch.from_numpy(batch.inputs_BS).to(session.device))
-        labels_B = torch.from_numpy(batch.targets_BS).to(session.device)
-        losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
-        best = logits_BC.double().softmax(dim=-1).max(dim=-1)
-        mine = places >= 0
-        found[:, places[mine]] = torch.stack([losses_B.double(), best.indices.double(), best.values])[:, mine]
-    session.engine.train()
+    try:
+        for places in padded.reshape(rounds, place.world_size, size)[:, place.rank]:
+            session.go_on()
+            batch = texts.read(rows[places])
+            logits_BC, _ = session.engine(torch.from_numpy(batch.inputs_BS).to(session.device))
+            labels_B = torch.from_numpy(batch.targets_BS).to(session.device)
+            losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+            best = logits_BC.double().softmax(dim=-1).max(dim=-1)
+            mine = places >= 0
+            found[:, places[mine]] = torch.stack([losses_B.double(), best.indices.double(), best.values])[:, mine]
+    finally:
+        session.engine.train()
     losses_T, predictions_T, probabilities_T = session.sum_over_ranks(found).cpu().numpy()
     return ClassScore(float(losses_T.mean()), texts.labels[rows], predictions_T.astype(int), probabilities_T)
 
@@ -259,20 +284,29 @@ def judge(score: ClassScore, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def plot_confusion(path: Path, score: ClassScore, classes: Sequence[str]) -> None:
-    """Confusion matrix as PNG: shares of each true class, with numbers where there is room for them."""
-    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+    """Confusion matrix as PNG: texts by true and predicted class, coloured by their share of the true class.
+
+    Where there is no room for numbers in the cells, those of the true classes stand behind their names.
+    """
+    from sklearn.metrics import confusion_matrix
 
     few = len(classes) <= 12
-    matrix = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(classes)), normalize="true")
-    size = 3 + 0.6 * len(classes) if few else 14
+    counts_CC = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(classes)))
+    totals_C = counts_CC.sum(axis=1)
+    shares_CC = counts_CC / totals_C.clip(min=1)[:, None]
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+    size = 2 + 0.07 * max(map(len, names)) + 0.6 * len(classes) if few else 16
     figure, axes = pyplot().subplots(figsize=(size + 1, size))
-    shown = ConfusionMatrixDisplay(matrix, display_labels=list(classes))
-    shown.plot(
-        ax=axes, include_values=few, values_format=".2f", xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1}
-    )
-    axes.set_title(f"{len(score.labels_T)} test texts, shares of each true class; accuracy {score.accuracy:.2%}")
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)  # names may have dollar signs
-    if not few:
-        axes.tick_params(labelsize=6)
+    image = axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, fraction=0.046, label="share of the true class")
+    if few:
+        for (row, column), count in np.ndenumerate(counts_CC):
+            colour = "white" if shares_CC[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
+    told = names if few else [f"{name} ({total:,})" for name, total in zip(names, totals_C, strict=True)]
+    font = 9 if few else 6
+    axes.set_xticks(range(len(names)), names, rotation="vertical", fontsize=font)
+    axes.set_yticks(range(len(names)), told, fontsize=font)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{len(score.labels_T):,} test texts\naccuracy {score.accuracy:.2%}", fontsize=11)
     save(figure, path)

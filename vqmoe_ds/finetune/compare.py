@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.comparison.measures import number, read_json, readable, whole
 from vqmoe_ds.comparison.page import Page, Table
 from vqmoe_ds.comparison.statistics import mean_of, paired_difference
-from vqmoe_ds.errors import DataError, UserError
+from vqmoe_ds.errors import ConfigError, DataError, UserError
 from vqmoe_ds.evaluation.plots import pyplot, save
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.files import list_tree, make_folder, write_atomically
 from vqmoe_ds.finetune.report import draw_means, over_shots
 
 ACCURACY, MACRO_F1, BITS, LOSS = "test_accuracy", "test_macro_f1", "validation_bits_per_byte", "validation_loss"
@@ -60,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
         print(page.markdown())
         if options.out:
             folder = Path(options.out)
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             write_atomically(folder / "table.md", page.markdown())
             if len({run.shots for run in runs if ACCURACY in run.values}) > 1:
                 plot_shots(folder / "shots.png", runs)
@@ -68,6 +69,8 @@ def main(options: argparse.Namespace) -> int:
                 plot_steps(folder / "steps.png", runs)
     except UserError as error:
         return error.report()
+    except OSError as error:
+        return ConfigError(f"--out {options.out} cannot be written ({error.strerror}); name another folder").report()
     return 0
 
 
@@ -80,33 +83,41 @@ def read_runs(spec: str) -> list[Run]:
     name, equals, place = spec.partition("=")
     if not (name and equals and place):
         raise DataError(f"{spec} is not of the form NAME=FOLDER; say what the model is called in the table")
-    files = sorted(Path(place).glob("**/summary.json"))
-    found = [summary for summary in map(_read, files) if "seed" in summary and "finetune" in summary]
+    try:
+        names = list_tree(place)[0] if os.path.isdir(place) else []
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}); give another folder") from None
+    files = sorted(Path(place) / name for name in names if os.path.basename(name) == "summary.json")
+    found = {path: summary for path in files if {"seed", "finetune"} <= (summary := _read(path)).keys()}
     if not found:
         raise DataError(
             f"{place} has no finished fine-tuning (summary.json); give a run folder of launchers/finetune.py"
         )
-    return [_run(name, summary) for summary in found]
+    runs = []
+    for path, summary in found.items():
+        with readable(path):
+            runs.append(_run(name, summary))
+    return runs
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _run(name: str, summary: dict[str, Any]) -> Run:
-    values = {key: float(summary[key]) for key in (ACCURACY, MACRO_F1, BITS, LOSS) if summary.get(key) is not None}
+    values = {key: number(summary[key]) for key in (ACCURACY, MACRO_F1, BITS, LOSS) if summary.get(key) is not None}
     data = summary.get("data")
     task = summary["task"] if data is None else f"{summary['task']} on {data}"
     rows = [row for row in summary.get("validations", ()) if row.get(BITS) is not None]
     if BITS in values and rows:
-        values[BEFORE] = rows[0][BITS]
-    return Run(
-        *(name, task, summary["finetune"]["shots"], summary["seed"], summary["parameters"]["active"], values),
-        {row["step"]: row[BITS] for row in rows},
+        values[BEFORE] = number(rows[0][BITS])
+    shots, seed, active = (
+        whole(value) for value in (summary["finetune"]["shots"], summary["seed"], summary["parameters"]["active"])
     )
+    return Run(name, task, shots, seed, active, values, {whole(row["step"]): number(row[BITS]) for row in rows})
 
 
 def read_bag_of_words(path: str, beside: Sequence[Run]) -> list[Run]:
@@ -117,15 +128,16 @@ def read_bag_of_words(path: str, beside: Sequence[Run]) -> list[Run]:
     """
     wanted = {(run.task, run.shots) for run in beside}
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = read_json(Path(path))
         found = [
             Run(
-                *(BAG_OF_WORDS, row["task"], 0 if row["shots"] == "all" else row["shots"], row["seed"], None),
-                {ACCURACY: row["accuracy"], MACRO_F1: row["macro_f1"]},
+                *(BAG_OF_WORDS, str(row["task"]), 0 if row["shots"] == "all" else whole(row["shots"])),
+                *(whole(row["seed"]), None),
+                {ACCURACY: number(row["accuracy"]), MACRO_F1: number(row["macro_f1"])},
             )
             for row in rows
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is no output of benchmarks/bag_of_words.py --json ({error})") from None
     return [run for run in found if (run.task, run.shots) in wanted]
 

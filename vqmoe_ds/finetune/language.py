@@ -9,6 +9,7 @@ from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batches, Windows
 from vqmoe_ds.data.corpus import RawText, open_raw_text
+from vqmoe_ds.data.fingerprint import of_data
 from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, nothing_known
 from vqmoe_ds.data.training_data import TrainingData
@@ -37,6 +38,9 @@ class TextTask:
     def describe(self, run: RunConfig) -> list[str]:
         return [f"data: {self.data.summary()}"]
 
+    def fingerprint(self) -> dict[str, str]:
+        return of_data(self.data)
+
     def open(self, job: Job) -> tuple[Batches, Windows]:
         cache = index_folder(job.config, job.run_dir)
         if not isinstance(self.data, RawText):
@@ -47,7 +51,9 @@ class TextTask:
     def callbacks(self, job: Job, file: MetricsFile, health: RoutingHealth) -> tuple[Callback, Callback]:
         windows = self._windows
         assert windows is not None
-        validation = Validation(job.console, file, lambda session, most: validate(session, windows, most), True)
+        validation = Validation(
+            job.console, file, lambda session, most: validate(session, windows, most * session.round_size), True
+        )
 
         def finish(session: Session) -> tuple[dict[str, Any], str]:
             score = validate(session, windows)

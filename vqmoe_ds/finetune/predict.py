@@ -9,18 +9,24 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import nullcontext
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
+from vqmoe_ds.data.documents import read_json
+from vqmoe_ds.data.labelled import joined
 from vqmoe_ds.errors import CheckpointError, DataError, UserError
-from vqmoe_ds.files import drop_output
 
 if TYPE_CHECKING:
+    from vqmoe_ds.checkpoint.reader import CheckpointReader
     from vqmoe_ds.data.tokenizers import Tokenizer
     from vqmoe_ds.models.classifier import Classifier
 
 TEXTS_AT_ONCE = 32
+LONGEST_LINE = 16 << 20
+"""Bytes of a row of ``--file``."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -30,7 +36,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", nargs="+", metavar="TEXT", help="texts to classify")
     texts.add_argument("--file", metavar="FILE", help="JSONL, a text in each row; -: standard input")
-    add("--text_key", default="text", metavar="KEY", help="key of the text in --file (default text)")
+    add(
+        "--text_key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in --file, or several with commas (default text)",
+    )
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
     return parser
 
@@ -42,8 +53,6 @@ def main(options: argparse.Namespace) -> int:
             print(json.dumps(found, ensure_ascii=False), flush=True)
     except UserError as error:
         return error.report()
-    except BrokenPipeError:
-        drop_output()
     return 0
 
 
@@ -59,14 +68,20 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
         DataError: the tokenizer named cannot be read.
     """
     from vqmoe_ds.checkpoint.adapters import merged
-    from vqmoe_ds.checkpoint.huggingface import run_config
-    from vqmoe_ds.checkpoint.load_model import build_model, require_tokenizer
-    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.reader import open_checkpoint, sound
     from vqmoe_ds.checkpoint.store import read_best
-    from vqmoe_ds.models.classifier import Classifier
 
     best = read_best(Path(path) / "checkpoints")[0]
     reader = merged(open_checkpoint(path if best is None else Path(path) / "checkpoints" / best))
+    with sound(reader.path):
+        return _build(reader, tokenizer)
+
+
+def _build(reader: CheckpointReader, tokenizer: str | None) -> tuple[Classifier, Tokenizer]:
+    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.load_model import build_model, require_tokenizer
+    from vqmoe_ds.models.classifier import Classifier
+
     config = run_config(reader.config, reader.path)
     found = require_tokenizer(reader, config, tokenizer)
     if not config.finetune.classes:
@@ -110,17 +125,26 @@ def _texts(options: argparse.Namespace) -> Iterator[str]:
 def _rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
     """Place and value of every row of a JSONL file."""
     try:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        if path != "-":
+            check_content(path)
+        with nullcontext(sys.stdin.buffer) if path == "-" else open_plain(path) as lines:
+            for number in count(1):
+                line, place = lines.readline(LONGEST_LINE), f"{path}, line {number}"
+                if not line:
+                    return
+                if len(line) == LONGEST_LINE:
+                    raise DataError(f"{place} has more than {LONGEST_LINE >> 20} MiB; give a JSON object a line")
                 if line.strip():
-                    place = f"{path}, line {number}"
                     yield place, _value(line, key, place)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    except DAMAGES as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _value(line: str, key: str, place: str) -> Any:
+def _value(line: bytes, key: str, place: str) -> Any:
     try:
-        return json.loads(line)[key]
-    except (ValueError, KeyError, TypeError):
+        row = read_json(line.decode())
+        return row[key] if key in row else joined([row[name.strip()] for name in key.split(",")])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is not UTF-8 (byte {error.start}); convert it (iconv -t UTF-8)") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{place}: no JSON object with the key {key!r}; name another with --text_key") from None

@@ -30,7 +30,7 @@ def write_report(folder: Path, names: list[str]) -> list[str]:
         folder: of all runs.
         names: of their folders inside it, all finished.
     """
-    summaries = [json.loads((folder / name / "summary.json").read_text()) for name in names]
+    summaries = [json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in names]
     groups: dict[int, list[dict[str, Any]]] = {}
     for summary in summaries:
         groups.setdefault(summary["finetune"]["shots"], []).append(summary)

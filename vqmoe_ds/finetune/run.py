@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import LoadedConfig, read_yaml
 from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.files import make_folder
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL, check_options, shots_of
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.job import (
@@ -23,12 +24,11 @@ from vqmoe_ds.train.job import (
     first_free,
     has_run,
     launch,
-    leave_at_signals,
     open_session,
     run_to_the_end,
     show,
 )
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.train.ranks import Place, from_first
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -55,6 +55,9 @@ class Task(Protocol):
 
     def describe(self, run: Any) -> list[str]:
         """Lines for the user."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of what is read, by name."""
 
     def open(self, job: Job) -> tuple[Batches, Windows]:
         """Training batches of one run, and texts for the routing probe; all ranks call it together."""
@@ -176,7 +179,7 @@ def check_can_run(config: EngineConfig) -> None:
 
 def _summary(folder: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):
         return None
@@ -232,7 +235,7 @@ def _work(job: Job, configs: dict[str, EngineConfig], task: Task, reader: Checkp
             continue
         if several:
             job.console.say(f"--- {name}")
-        one.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(one.run_dir)
         code = _run(one, task, reader)
         if code:
             return code
@@ -249,12 +252,12 @@ def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
     from vqmoe_ds.finetune.callbacks import EarlyStop
     from vqmoe_ds.train import callbacks as cb
 
-    leave_at_signals()  # those of the run before were to save, and here is nothing to save yet
-    tag = find_tag(job)
+    fingerprint = from_first(_fingerprint(task, reader) if job.place.rank == 0 else {})
+    tag, job = find_tag(job, fingerprint)
     if tag is not None:
         check_same(tag, read_manifest(tag)["config"], job.config)
     batches, probe = task.open(job)
-    opened = open_session(job, tag, partial(begin, reader=reader))
+    opened = open_session(job, tag, fingerprint, partial(begin, reader=reader))
     file = opened.metrics_file(job)
     health = RoutingHealth(opened.session, probe, job.config.run.run.probe_tokens)
     validation, report = task.callbacks(job, file, health)
@@ -262,13 +265,19 @@ def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
         cb.Metrics(job.console, file, health),
         validation,
         EarlyStop(job.console, file, job.config.run.finetune.patience),
-        cb.Signals(),
         cb.Checkpoints(job.console, job.checkpoints),
+        cb.Signals(),
         report,
     ]
     code = run_to_the_end(job, opened.trainer(batches), callbacks, file)
     opened.session.engine.destroy()
     return code
+
+
+def _fingerprint(task: Task, reader: CheckpointReader) -> dict[str, str]:
+    from vqmoe_ds.data.fingerprint import of_checkpoint
+
+    return {**task.fingerprint(), "checkpoint that fine-tuning starts from": of_checkpoint(reader.path)}
 
 
 def begin(session: Session, reader: CheckpointReader) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
-import signal
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.checkpoint.restore import whole_shapes
@@ -31,6 +30,10 @@ from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
+from vqmoe_ds.train.stopping import STOP, Interrupted
+
+PATIENCE = 10.0
+"""Seconds without a word to the user, at most."""
 
 
 class MetricsFile:
@@ -54,14 +57,21 @@ class MetricsFile:
         if not self.writing:
             return
         self.rows.append(row)
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that presupposes it
         for name, value in row.items():
             if isinstance(value, list):
                 for layer, entry in enumerate(value):
                     self._board.add_scalar(f"{name}/layer{layer}", entry, row["step"])
             elif isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(name, value, row["step"])
+
+    def note(self, name: str, text: str, step: int) -> None:
+        """A text for TensorBoard, in Markdown."""
+        if self._board is not None:
+            self._board.add_text(name, text, step)
 
     def close(self) -> None:
         if self._board is not None:
@@ -153,17 +163,29 @@ class Validation(Callback):
         self.console, self.file, self.measure, self.at_ends = console, file, measure, at_ends
 
     def on_start(self, trainer: Trainer) -> None:
-        if self.at_ends and trainer.step == 0:
+        # On a resume, the one that a request to stop cut short; rank 0 alone has the rows.
+        if self._due(trainer) and trainer.session.on_any_rank(self.file.writing and not self._done(trainer.step)):
             self._validate(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        every = trainer.session.config.run.run.eval_every
-        last = result.step == trainer.total_steps
-        if self.at_ends if last else every and result.step % every == 0:
+        if self._due(trainer):
             self._validate(trainer)
 
+    def _due(self, trainer: Trainer) -> bool:
+        every = trainer.session.config.run.run.eval_every
+        if trainer.step in (0, trainer.total_steps):
+            return self.at_ends
+        return bool(every) and trainer.step % every == 0
+
+    def _done(self, step: int) -> bool:
+        return any(row["step"] == step and "validation_loss" in row for row in self.file.rows)
+
     def _validate(self, trainer: Trainer) -> None:
-        score = self.measure(trainer.session, trainer.session.config.run.run.eval_batches)
+        try:
+            score = self.measure(trainer.session, trainer.session.config.run.run.eval_batches)
+        except Interrupted:
+            trainer.stop_asked = True
+            return
         trainer.last_validation = (trainer.step, score.loss)
         self.file.write({"step": trainer.step, **score.row()})
         self.console.say(f"step {trainer.step}: validation {score}")
@@ -177,20 +199,29 @@ class Checkpoints(Callback):
 
     def __init__(self, console: Console, folder: Path) -> None:
         self.console, self.folder = console, folder
+        self._run_folder = _identity(folder.parent)
         self._saved_step = -1
         self._sealing: Sealing | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         self._saved_step = trainer.step
-        if trainer.session.place.rank == 0:
+        first, tag = trainer.session.place.rank == 0, tag_name(trainer.step)
+        if first:
             forget_best_after(self.folder, trainer.step)
+        if not (trainer.session.config.run.run.keep_best and self._is_best(trainer)):
+            return
+        if trainer.session.on_any_rank(first and (self.folder / tag).exists()):  # the one that is resumed
+            if first:
+                write_best(self.folder, tag, _last_loss(trainer))
+        else:  # weights that no step of this run has changed yet may stay the best
+            self._save(trainer, best=True)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         output = trainer.session.config.run.run
-        if self._sealing is not None:
-            self._sealing.check()
+        if self._sealing is not None and self._sealing.done_within(0):
+            self._finish(trainer)
         if trainer.bad_in_a_row:
-            self._finish()  # this may be the end
+            self._finish(trainer)  # this may be the end
             return
         best = output.keep_best and self._is_best(trainer)
         if best or (output.save_every and result.step % output.save_every == 0):
@@ -199,7 +230,7 @@ class Checkpoints(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.step:
             self._save(trainer)
-        self._finish()
+        self._finish(trainer)
         if trainer.stop_reason is not None:
             self.console.say(
                 f"stopped by {trainer.stop_reason} after step {trainer.step}; saved {trainer.last_checkpoint}"
@@ -210,43 +241,53 @@ class Checkpoints(Callback):
         step, loss = trainer.last_validation or (-1, math.inf)
         if step != trainer.step:
             return False
-        self._finish()  # which may write the mark
-        better = trainer.session.place.rank == 0 and loss < read_best(self.folder)[1]
-        return float(trainer.session.sum_over_ranks(torch.tensor([float(better)], device=trainer.session.device))) > 0
+        self._finish(trainer)  # which may write the mark
+        return trainer.session.on_any_rank(trainer.session.place.rank == 0 and loss < read_best(self.folder)[1])
 
     def _save(self, trainer: Trainer, best: bool = False) -> None:
         started, output = time.perf_counter(), trainer.session.config.run.run
-        self._finish()
-        tag, loss = tag_name(trainer.step), trainer.last_validation[1] if trainer.last_validation else math.inf
+        self._finish(trainer)
+        if trainer.session.on_any_rank(_identity(self.folder.parent) != self._run_folder):
+            raise FileNotFoundError(errno.ENOENT, "it was moved or deleted", str(self.folder.parent))
+        tag, loss = tag_name(trainer.step), _last_loss(trainer)
         self._sealing = begin_save(
             *(trainer.session, self.folder, trainer.step, output.keep_last, trainer.samples, output.keep_every),
             on_sealed=functools.partial(write_best, self.folder, tag, loss) if best else None,
         )
-        trainer.last_checkpoint, self._saved_step = str(self.folder / tag), trainer.step
+        self._saved_step = trainer.step
         trainer.save_seconds = round(time.perf_counter() - started, 3)
 
-    def _finish(self) -> None:
+    def _finish(self, trainer: Trainer) -> None:
         if self._sealing is not None:
+            while not self._sealing.done_within(PATIENCE):
+                self.console.say(f"{self._sealing.tag.name} is being flushed to disk and checked")
             self._sealing.finish()
+            trainer.last_checkpoint = str(self._sealing.tag)
             if self._sealing.note is not None:
                 self.console.say(self._sealing.note)
             self._sealing = None
 
 
 class Signals(Callback):
-    """SIGTERM and SIGUSR1 on any rank: finish the step, save, and stop (exit code ``TRY_AGAIN``)."""
+    """While training, a request to stop waits for the end of the step, and that is saved (exit code ``TRY_AGAIN``).
 
-    def __init__(self) -> None:
-        self._received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+    Comes after ``Checkpoints``: what follows at the end of a run can be done again.
+    """
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self._received, self.asks_to_stop = signal.Signals(number).name, True
+    @property
+    def asks_to_stop(self) -> bool:  # type: ignore[override]
+        return STOP.reason is not None
+
+    def on_start(self, trainer: Trainer) -> None:
+        STOP.defer()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if trainer.stop_asked:
-            trainer.stop_reason = self._received or "a signal to another rank"
+            trainer.stop_reason = STOP.reason or "a request to another rank"
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.stop_reason is None:
+            STOP.act()
 
 
 class FinalReport(Callback):
@@ -274,15 +315,33 @@ class FinalReport(Callback):
             return
         self.console.close_progress()
         session, output = trainer.session, trainer.session.config.run.run
-        score = validate(session, self.windows)
-        self.file.write({"step": trainer.step, **score.row()})
+        most = min(output.final_eval_windows or len(self.windows), len(self.windows))
+        told = f"all {most}" if most == len(self.windows) else f"{most} of {len(self.windows)}"
+        score = validate(session, self.windows, most, self._tell_at_times())
+        row = {"step": trainer.step, **score.row()}
+        if row not in self.file.rows:  # a kill came after it
+            self.file.write(row)
         text = self._sample(trainer, output.sample_tokens)
+        if text:
+            self.file.note("sample", f"```\n{text}\n```", trainer.step)
         if session.place.rank == 0:
             self._write(trainer, score, text)
-        self.console.say(f"validation {score} on all {len(self.windows)} held-out windows")
+        self.console.say(f"validation {score} on {told} held-out windows")
         if text:
             self.console.say(f"--- sample ---\n{text}\n--------------")
         self.console.say(f"everything is in {self.run_dir} (start with summary.json, loss.png, usage.png)")
+
+    def _tell_at_times(self) -> Callable[[int, int], None]:
+        """Says how far the closing validation is, every ten seconds."""
+        last = time.monotonic()
+
+        def tell(done: int, count: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > PATIENCE:
+                last = time.monotonic()
+                self.console.say(f"closing validation: {done:,} of {count:,} held-out windows")
+
+        return tell
 
     def _sample(self, trainer: Trainer, length: int) -> str:
         prompt, size = self.data.encode("The "), self.data.vocab_size
@@ -305,10 +364,24 @@ class FinalReport(Callback):
             "last_metrics": trainer.last_metrics,
             "sample": text,
         }
-        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-        plot_loss(self.run_dir / "loss.png", self.file.rows)
+        plot_loss(self.run_dir / "loss.png", self.file.rows, data=self.data.summary())
         if session.model.moe_layers():
             plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
+        # Last, for it says that the run is finished.
+        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _last_loss(trainer: Trainer) -> float:
+    return math.inf if trainer.last_validation is None else trainer.last_validation[1]
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What a folder keeps when it is renamed, and a new one of its name does not have; None: there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
@@ -331,7 +404,7 @@ def _line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # a line cut short by a kill

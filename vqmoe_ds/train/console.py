@@ -10,12 +10,17 @@ import faulthandler
 import os
 import sys
 import traceback
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from vqmoe_ds.errors import UserError
+
+_UNKNOWN = "backslashreplace"
+"""For characters that the terminal's encoding does not have."""
 
 
 class Console:
@@ -41,8 +46,10 @@ class Console:
         sys.stdout.flush()
         sys.stderr.flush()
         if self.log_path is None:
-            self.out = os.fdopen(os.dup(1), "w", buffering=1)
-            self.err = os.fdopen(os.dup(2), "w", buffering=1)
+            self.out, self.err = (os.fdopen(os.dup(number), "w", buffering=1, errors=_UNKNOWN) for number in (1, 2))
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, TextIOWrapper):
+                    stream.reconfigure(errors=_UNKNOWN)
         self.log_path = log_path
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
@@ -63,8 +70,9 @@ class Console:
         if self.rank == 0:
             if self._bar is not None:
                 self._bar.clear()
-            print(line, file=self.out, flush=True)
-            print(line, flush=True)
+            _print(line, self.out)
+            if self.log_path is not None:
+                _print(line, sys.stdout)
 
     def progress(self, done: int, total: int, line: str) -> None:
         """A moving line on a terminal, a plain one elsewhere."""
@@ -77,7 +85,7 @@ class Console:
         self._bar.set_description_str(line, refresh=False)
         self._bar.n = done
         self._bar.refresh()
-        print(line, flush=True)
+        _print(line, sys.stdout)
 
     def close_progress(self) -> None:
         if self._bar is not None:
@@ -90,10 +98,15 @@ class Console:
         code = error.exit_code if isinstance(error, UserError) else 1
         if isinstance(error, UserError):
             if self.rank == 0 or error.local:
-                print(f"error: {error}", file=self.err, flush=True)
+                _print(f"error: {error}", self.err)
         else:
-            print(f"rank {self.rank} failed:", file=self.err)
-            traceback.print_exception(error, file=self.err)
+            _print(f"rank {self.rank} failed:\n{''.join(traceback.format_exception(error))}", self.err)
             if self.log_path is not None:
-                print(f"what came before it is in {self.log_path}", file=self.err, flush=True)
+                _print(f"what came before it is in {self.log_path}", self.err)
         return code
+
+
+def _print(line: str, file: TextIO) -> None:
+    """A terminal that is gone, a reader that has seen enough and a log on a full disk do not end a training."""
+    with suppress(OSError):
+        print(line, file=file, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -13,10 +13,10 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
 from vqmoe_ds.device import bind, make_deterministic, uses_gpu
 from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.build import build_model
@@ -24,9 +24,11 @@ from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.planning.host import check_host_memory
 from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.train.stopping import STOP, Interrupted
 from vqmoe_ds.train.watchdog import meet
-from vqmoe_ds.train.zero import spare_passes
+from vqmoe_ds.train.zero import import_optimizers, spare_passes
 
 
 @dataclass
@@ -40,9 +42,17 @@ class Session:
     sync: CodebookSync | RouterSync | None
     """Moves what is learned from statistics of all ranks: codebooks, or routers with state."""
 
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    """Of what the run reads (``data/fingerprint.py``), for its checkpoints."""
+
     @property
     def device(self) -> torch.device:
         return torch.device(self.engine.device)
+
+    @property
+    def round_size(self) -> int:
+        """Sequences in one micro-batch of every rank."""
+        return self.config.micro_batch * self.place.world_size
 
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """Average over all ranks, on the device; NaN on one rank is NaN on all."""
@@ -53,6 +63,21 @@ class Session:
         if self.place.world_size > 1:
             deepspeed.comm.all_reduce(total)
         return total
+
+    def on_any_rank(self, here: bool) -> bool:
+        """Whether it is so on this rank or another; all ranks call it together."""
+        if self.place.world_size == 1:
+            return here
+        return float(self.sum_over_ranks(torch.tensor([float(here)], device=self.device))) > 0
+
+    def go_on(self) -> None:
+        """All ranks call it between the parts of a measurement that may take long.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+        """
+        if self.on_any_rank(STOP.reason is not None):
+            raise Interrupted
 
 
 def set_up_torch(
@@ -110,23 +135,22 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     """Model, optimizer and DeepSpeed engine, with codebooks and routers made equal on all ranks.
 
     Raises:
-        ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks.
+        ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks or is too small.
     """
     if config.precision == "fp16" and not uses_gpu():
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
+    check_by_deepspeed(config.deepspeed, json_path)
+    check_host_memory(config, place)
     torch.manual_seed(config.run.train.seed)
     model = build_model(config.run, config.ep_size, config.ep_rank(place.rank))
-    try:
+    import_optimizers(config.deepspeed["optimizer"]["type"])
+    with refusals(json_path):
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.run.train.weight_decay),
             config=config.deepspeed,
             dist_init_required=False,
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"DeepSpeed config {json_path}: {where}: {first['msg']}") from None
     spare_passes(engine)
     if config.zero_stage == 0 and config.precision == "fp32":
         clip_over_all_experts(engine)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import to_yaml
-from vqmoe_ds.errors import TRY_AGAIN, ConfigError, UserError
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.errors import TRY_AGAIN, ConfigError, TrainingHalted, UserError
+from vqmoe_ds.files import make_folder, write_atomically
+from vqmoe_ds.importing import quickly
 from vqmoe_ds.train.console import Console
 from vqmoe_ds.train.lock import RunLock
+from vqmoe_ds.train.parents import watch_launcher
 from vqmoe_ds.train.ranks import Place, find_place, from_first, likely_rank
+from vqmoe_ds.train.stopping import STOP
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One run, on this rank. ``json_path`` and ``resume`` are as on the command line."""
+    """One run, on this rank. ``json_path``, ``resume`` and ``allow_changed_data`` are as on the command line."""
 
     config: EngineConfig
     place: Place
@@ -41,6 +43,7 @@ class Job:
     run_dir: Path
     json_path: str
     resume: str
+    allow_changed_data: bool
     started: float
     """Seconds since the epoch, of the process."""
 
@@ -69,7 +72,7 @@ def launch(args: argparse.Namespace, prepare: Prepare) -> int:
     """Run a training command; returns the exit code of the process.
 
     Args:
-        args: with ``ds_config``, ``resume`` and ``local_rank``.
+        args: with ``ds_config``, ``resume``, ``allow_changed_data`` and ``local_rank``.
         prepare: checks everything that can be checked before long work; None: there is nothing to run.
     """
     started = time.time()
@@ -78,23 +81,25 @@ def launch(args: argparse.Namespace, prepare: Prepare) -> int:
     except UserError as error:
         return Console(likely_rank()).fail(error)
     console = Console(place.rank)
-    leave_at_signals()
+    hear_requests(place, console)
     try:
         start = prepare(place, console)
         if start is None:
             return 0
         for folder in (start.run_dir / "logs", *start.folders):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         lock = RunLock(start.run_dir) if place.rank == 0 else None
+        console.capture(start.run_dir / "logs" / f"rank{place.rank}.log")
     except UserError as error:
         return leave_together(console.fail(error), place)
     except OSError as error:
-        return leave_together(console.fail(ConfigError(f"a folder of the run cannot be made: {error}")), place)
-    console.capture(start.run_dir / "logs" / f"rank{place.rank}.log")
+        reason = error if error.filename else error.strerror
+        return leave_together(console.fail(ConfigError(f"a folder of the run cannot be made: {reason}")), place)
     for line in start.greeting:
         console.say(line)
     try:
-        code = _work(start, Job(start.config, place, console, start.run_dir, args.ds_config, args.resume, started))
+        options = (args.ds_config, args.resume, args.allow_changed_data)
+        code = _work(start, Job(start.config, place, console, start.run_dir, *options, started))
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))
@@ -107,9 +112,9 @@ def _work(start: Start, job: Job) -> int:
     from vqmoe_ds.train.allocator import tune_allocator
 
     tuned = tune_allocator()
-    # Heavy imports only now: bad input has been answered, and their chatter goes to the log.
-    from vqmoe_ds.device import memory_errors
-    from vqmoe_ds.train.engine import set_up_torch
+    with quickly():  # heavy imports only now: bad input has been answered, and their chatter goes to the log
+        from vqmoe_ds.device import memory_errors
+        from vqmoe_ds.train.engine import set_up_torch
 
     if tuned:
         job.console.say(tuned)
@@ -122,7 +127,10 @@ def _work(start: Start, job: Job) -> int:
         watch_peers(place, job.console, run.run.peer_timeout),
         memory_errors(place.rank, device, partial(_what_would_fit, job, device)),
     ):
-        return start.work(replace(job, run_dir=from_first(job.run_dir)))
+        try:
+            return start.work(replace(job, run_dir=from_first(job.run_dir)))
+        except OSError as error:  # in here, so that the other ranks are told
+            raise cannot_write(error, "nothing new was saved") from error
 
 
 def check_device(job: Job, device: torch.device) -> None:
@@ -180,7 +188,9 @@ class Opened:
     def metrics_file(self, job: Job) -> MetricsFile:
         from vqmoe_ds.train.callbacks import MetricsFile
 
-        return MetricsFile(job.run_dir, job.place.rank, -1 if self.tag is None else self.step)
+        file = MetricsFile(job.run_dir, job.place.rank, -1 if self.tag is None else self.step)
+        file.note("configuration", f"```yaml\n{to_yaml(job.config.run)}\n```", self.step)
+        return file
 
     def trainer(self, batches: Batches) -> Trainer:
         from vqmoe_ds.train.loop import Trainer
@@ -189,9 +199,10 @@ class Opened:
         return Trainer(self.session, batches, [], self.step, at, last_checkpoint=str(self.tag) if self.tag else None)
 
 
-def find_tag(job: Job) -> Path | None:
-    """The checkpoint to resume from, checked against the configuration; None: the run starts anew."""
-    from vqmoe_ds.checkpoint.session import check_fits, choose
+def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
+    """The checkpoint to resume from, checked against configuration and data (None: the run starts anew), and the job
+    with the schedule that follows from it."""
+    from vqmoe_ds.checkpoint.session import check_data, check_fits, choose
 
     tag, passed_over = choose(job.checkpoints, job.resume, job.place.rank)
     for reason in passed_over[:10]:
@@ -200,16 +211,41 @@ def find_tag(job: Job) -> Path | None:
         job.console.say(f"passed over: {len(passed_over) - 10} more that do not verify")
     if tag is not None:
         check_fits(job.config, tag)
-    return tag
+        changed = check_data(fingerprint, tag, job.allow_changed_data)
+        if changed is not None:
+            job.console.say(changed)
+        job = _with_schedule(job, tag)
+    return tag, job
 
 
-def open_session(job: Job, tag: Path | None, begin: Callable[[Session], Any] | None = None) -> Opened:
+def _with_schedule(job: Job, tag: Path) -> Job:
+    from vqmoe_ds.checkpoint.store import read_manifest
+    from vqmoe_ds.train.schedule import continued
+
+    manifest, run = read_manifest(tag), job.config.run
+    if "scheduler" in job.config.deepspeed:
+        return job
+    train, sentence = continued(manifest["config"]["train"], int(manifest["step"]), run.train)
+    if sentence is not None:
+        job.console.say(sentence)
+    return replace(job, config=replace(job.config, run=run.model_copy(update={"train": train})))
+
+
+def open_session(
+    job: Job, tag: Path | None, fingerprint: dict[str, str], begin: Callable[[Session], Any] | None = None
+) -> Opened:
     """Build the session and fill it from ``tag``; or else let ``begin`` fill it, where weights come from elsewhere."""
     from vqmoe_ds.checkpoint.session import consumed_samples, load
+    from vqmoe_ds.checkpoint.whereabouts import keep_tokenizer
     from vqmoe_ds.moe.kernels import build
+    from vqmoe_ds.train.compiling import before_compiling
     from vqmoe_ds.train.engine import build_session
 
+    compiling = before_compiling(job.config.deepspeed)
+    if compiling is not None:
+        job.console.say(compiling)
     session = build_session(job.config, job.place, job.json_path)
+    session.fingerprint = fingerprint
     if session.device.type == "cpu" and session.model.moe_layers():
         job.console.say(build.describe())
     opened = Opened(session, tag)
@@ -221,6 +257,7 @@ def open_session(job: Job, tag: Path | None, begin: Callable[[Session], Any] | N
     if job.place.rank == 0:
         write_atomically(job.run_dir / "config.yaml", to_yaml(job.config.run))
         write_atomically(job.run_dir / "ds_config.json", json.dumps(job.config.deepspeed, indent=2) + "\n")
+        keep_tokenizer(job.config.run, job.run_dir)
     return opened
 
 
@@ -231,9 +268,18 @@ def run_to_the_end(job: Job, trainer: Trainer, callbacks: list[Callback], file: 
     trainer.callbacks = callbacks
     counts, seconds = parameter_counts(trainer), time.time() - job.started
     job.console.say(f"{counts['stored']:,} parameters, {counts['active']:,} used by a token; ready in {seconds:.0f} s")
-    trainer.run()
+    train = job.config.run.train
+    if train.steps <= train.warmup_steps and "scheduler" not in job.config.deepspeed:
+        job.console.say(
+            f"train.steps={train.steps} end within the warm-up of train.warmup_steps={train.warmup_steps}: the "
+            "learning rate never reaches its peak"
+        )
+    try:
+        trainer.run()
+        file.close()
+    except OSError as error:
+        raise cannot_write(error, f"training stopped at step {trainer.step}, {trainer.what_is_left()}") from error
     job.console.close_progress()
-    file.close()
     return TRY_AGAIN if trainer.stop_reason else 0
 
 
@@ -277,10 +323,29 @@ def watch_peers(
     return Watchdog(place, seconds, leave, mend)
 
 
-def leave_at_signals() -> None:
-    """Until training starts there is nothing to save: SIGTERM and SIGUSR1 end the process with "try again later"."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(TRY_AGAIN))
+def hear_requests(place: Place, console: Console, remedy: str = "the same command goes on") -> None:
+    """From now on a signal, or the end of the launcher, ends the process with ``TRY_AGAIN`` (``train/stopping.py``)."""
+
+    def leave(reason: str) -> None:
+        console.close_progress()
+        console.say(f"stopped by {reason}; {remedy}")
+        if STOP.announce is not None:
+            STOP.announce(reason)
+        os._exit(leave_together(TRY_AGAIN, place))
+
+    STOP.listen(leave)
+    watch_launcher(STOP.request)
+
+
+def cannot_write(error: OSError, state: str) -> UserError:
+    """The sentence for a disk that is full, a file system that became read-only, a run folder that was moved."""
+    where = error.filename or "a file of the run"
+    halted = TrainingHalted(
+        f"{where} cannot be read or written ({error.strerror or error}); {state}; make room or bring it back, "
+        "and start the same command again"
+    )
+    halted.local = True
+    return halted
 
 
 def leave_together(code: int, place: Place) -> int:

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._stopped.wait(self.beat):
-            os.utime(self._file)
+            with suppress(OSError):  # a full or read-only disk: the loop meets it too, and says so
+                os.utime(self._file)
 
     def _beats(self, patience: float) -> bool:
         before, deadline = os.stat(self._file).st_mtime_ns, time.monotonic() + patience

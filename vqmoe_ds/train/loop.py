@@ -88,6 +88,7 @@ class Trainer:
     done: bool = False
     """Set by a callback: the run ends here as if it had taken all its steps."""
     last_checkpoint: str | None = None
+    """The last that is sealed."""
     last_validation: tuple[int, float] | None = None
     """Step and loss of the last interim validation."""
     save_seconds: float | None = None
@@ -127,9 +128,9 @@ class Trainer:
         """
         started = time.perf_counter()
         session, train = self.session, self.session.config.run.train
-        rate = learning_rate(self.step, train)
         if "scheduler" not in session.config.deepspeed:
-            set_learning_rate(session.engine, rate)
+            set_learning_rate(session.engine, learning_rate(self.step, train))
+        rate = float(session.engine.optimizer.param_groups[0]["lr"])  # a scheduler of the JSON moves it after the step
         batches = self.batches.micro_batches(
             self.samples, session.place.rank, session.place.world_size, session.config.micro_batch
         )
@@ -221,13 +222,16 @@ class Trainer:
     def _give_up_if_hopeless(self) -> None:
         limit = self.session.config.run.train.max_bad_steps
         if self.bad_in_a_row >= limit:
-            where = (
-                f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "none was saved yet"
-            )
             raise TrainingHalted(
-                f"{limit} steps in a row up to step {self.step} had a NaN or infinite loss; training stopped, {where}; "
-                "lower train.learning_rate or look at the data"
+                f"{limit} steps in a row up to step {self.step} had a NaN or infinite loss; training stopped, "
+                f"{self.what_is_left()}; lower train.learning_rate or look at the data"
             )
+
+    def what_is_left(self) -> str:
+        """A clause for an error that ends training."""
+        if self.last_checkpoint is None:
+            return "none was saved yet"
+        return f"the last good checkpoint is {self.last_checkpoint}"
 
 
 def full_embedding(session: Session) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
@@ -26,7 +27,7 @@ from vqmoe_ds.train.job import (
     run_to_the_end,
     show,
 )
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.train.ranks import Place, from_first
 
 
 def main(args: argparse.Namespace) -> int:
@@ -50,10 +51,12 @@ def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start 
     run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
     data: TrainingData = prepared or open_raw_text(config.run)
     folders = [index_folder(config, run_dir)] if prepared is not None else []
+    config = replace(config, run=with_whole_paths(config.run))  # of use from wherever it is resumed or read
     return Start(config, run_dir, partial(_work, data=data), _greeting(config, data, run_dir), folders)
 
 
 def _work(job: Job, data: TrainingData) -> int:
+    from vqmoe_ds.data.fingerprint import of_data
     from vqmoe_ds.evaluation.perplexity import validate
     from vqmoe_ds.evaluation.routing import RoutingHealth
     from vqmoe_ds.moe.routers import why_not_causal
@@ -63,16 +66,18 @@ def _work(job: Job, data: TrainingData) -> int:
     reason = why_not_causal(config.run)
     if reason is not None:
         console.say(f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample")
-    tag = find_tag(job)
+    fingerprint = from_first(of_data(data) if job.place.rank == 0 else {})
+    tag, job = find_tag(job, fingerprint)
+    config = job.config
     batches, windows = data.open(config.run, index_folder(config, job.run_dir))
-    opened = open_session(job, tag)
+    opened = open_session(job, tag, fingerprint)
     file = opened.metrics_file(job)
     health = RoutingHealth(opened.session, windows, config.run.run.probe_tokens)
     callbacks = [
         cb.Metrics(console, file, health),
-        cb.Validation(console, file, lambda session, most: validate(session, windows, most)),
-        cb.Signals(),
+        cb.Validation(console, file, lambda session, most: validate(session, windows, most * session.round_size)),
         cb.Checkpoints(console, job.checkpoints),
+        cb.Signals(),
         cb.FinalReport(console, file, data, windows, health, job.run_dir),
     ]
     return run_to_the_end(job, opened.trainer(batches), callbacks, file)
@@ -130,22 +135,25 @@ def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:
     """
     wanted, steps = Path(config.run.run.run_dir), config.run.train.steps
     if not explicit:
-        return first_free(wanted, lambda folder: _finished(folder, steps) or (resume == "never" and has_run(folder)))
+        never = resume == "never"
+        return first_free(wanted, lambda folder: _steps_done(folder) >= steps or (never and has_run(folder)))
     if resume == "never" and has_run(wanted):
         raise ConfigError(f"run folder {wanted} already holds a run; choose another --run_dir, or --resume auto")
-    if resume == "auto" and _finished(wanted, steps):
+    done = _steps_done(wanted)
+    if resume == "auto" and done >= steps:
         raise ConfigError(
-            f"run folder {wanted} holds a finished run of {steps} steps; "
-            "raise --train_steps to go on, or choose another --run_dir"
+            f"run folder {wanted} holds a finished run of {done} steps; "
+            "raise --train_steps above that to go on, or choose another --run_dir"
         )
     return wanted
 
 
-def _finished(folder: Path, steps: int) -> bool:
+def _steps_done(folder: Path) -> int:
+    """Steps of the finished run in a folder; 0 where there is none."""
     try:
-        return bool(json.loads((folder / "summary.json").read_text())["steps"] >= steps)
-    except (OSError, ValueError, KeyError):
-        return False
+        return int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _greeting(config: EngineConfig, data: TrainingData, run_dir: Path) -> list[str]:

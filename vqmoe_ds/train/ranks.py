@@ -7,6 +7,7 @@ so the order is: ``RANK`` (deepspeed, torchrun), Open MPI, other MPIs (MPICH, In
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -14,7 +15,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.errors import ConfigError, shown
+from vqmoe_ds.train.parents import process
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ _PMI = _Launcher(
 _SLURM = _Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",), ())
 
 FIRST_PORT, PORTS = 10_000, 20_000
-"""Rendezvous ports that follow from a SLURM job: below the range from which systems give away ports."""
+"""Rendezvous ports that follow from a job or launcher: below the range from which systems give away ports."""
+_DEEPSPEEDS_PORT = "29500"
+"""Unless ``--master_port`` names another."""
 
 
 def find_place(local_rank: int | None = None) -> Place:
@@ -74,10 +78,13 @@ def find_place(local_rank: int | None = None) -> Place:
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     # Without LOCAL_SIZE DeepSpeed starts a process at every ZeRO-3 gather.
     os.environ.setdefault("LOCAL_SIZE", str(place.local_world_size))
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)}
+    _check_meeting(given)
+    if len(given) < 2:
         address, port = _rendezvous(place, launcher)
-        os.environ.setdefault("MASTER_ADDR", address)
-        os.environ.setdefault("MASTER_PORT", str(port))
+        os.environ.update({"MASTER_ADDR": address, "MASTER_PORT": str(port), **given})
+    elif launcher is _TORCH and only_this_host(os.environ["MASTER_ADDR"]):
+        os.environ["MASTER_PORT"] = str(_own_port() or os.environ["MASTER_PORT"])
     return place
 
 
@@ -153,22 +160,34 @@ def _check(place: Place, launcher: _Launcher | None) -> None:
 
 def _tasks_here(world: int) -> int:
     """Tasks on this node from ``SLURM_STEP_TASKS_PER_NODE``, such as ``2(x3),1``."""
-    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or str(world)
-    tasks: list[int] = []
+    name = next((n for n in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if os.environ.get(n)), None)
+    text = str(world) if name is None else os.environ[name]
+    if not re.fullmatch(r"\d{1,6}(\(x\d{1,6}\))?(,\d{1,6}(\(x\d{1,6}\))?)*", text, re.ASCII):
+        raise ConfigError(f"{name}={shown(text)} in the environment is not of the form 2(x3),1; unset it, or use srun")
+    node = _number("SLURM_NODEID", 0)
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        tasks += [int(count)] * int(repeat or 1)
-    return tasks[min(int(os.environ.get("SLURM_NODEID", "0")), len(tasks) - 1)]
+        node -= int(repeat or 1)
+        if node < 0:
+            return int(count)
+    return int(count)
 
 
 def _first(names: tuple[str, ...]) -> int | None:
     return next((_number(name) for name in names if os.environ.get(name)), None)
 
 
-def _number(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise ConfigError(f"{name}={os.environ[name]} in the environment is not a number") from None
+def _number(name: str, default: int | None = None) -> int:
+    """A variable's value, from 0 to 10^9.
+
+    Raises:
+        ConfigError: it is another, or there is none and no default.
+    """
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise ConfigError(f"{name}={shown(text)} in the environment is not a number; unset it, or use a launcher")
+    return int(text)
 
 
 # ---------------------------------------------------------------- where the ranks meet
@@ -179,10 +198,43 @@ def _rendezvous(place: Place, launcher: _Launcher | None) -> tuple[str, int]:
     if launcher is None:
         return "127.0.0.1", _free_port()
     if launcher is _SLURM:
-        return _first_host(), _port_of_job()
+        one_node = place.local_world_size == place.world_size
+        return "127.0.0.1" if one_node else _first_host(), _port_of_job()
     if launcher is _TORCH:
         raise ConfigError("RANK is set, but not MASTER_ADDR and MASTER_PORT: set the address of rank 0 and a free port")
     return _ask_mpi(place)
+
+
+def _check_meeting(given: dict[str, str]) -> None:
+    port, address = given.get("MASTER_PORT", "1"), given.get("MASTER_ADDR", "localhost")
+    if not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"MASTER_PORT={shown(port)} in the environment is not a port (Kubernetes sets such a one for a service "
+            "named master); set it to a free port of rank 0, from 1024 to 65535, or unset it"
+        )
+    if not re.fullmatch(r"[\w.:%-]{1,253}", address, re.ASCII):
+        raise ConfigError(
+            f"MASTER_ADDR={shown(address)} in the environment is not a host; set it to the name or address of rank 0"
+        )
+
+
+def only_this_host(address: str) -> bool:
+    """Whether an address is loopback's as it stands: a host's own name may mean loopback to that host alone."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _own_port() -> int | None:
+    """The port of this launch, where ``deepspeed`` gave the ranks of one host the one that it gives everybody.
+
+    It follows from the process that started the ranks. So two runs on one machine do not meet.
+    """
+    starter = process(os.getppid())
+    if starter is None or not starter.is_deepspeed_node or os.environ["MASTER_PORT"] != _DEEPSPEEDS_PORT:
+        return None
+    return FIRST_PORT + (starter.pid * 101 + starter.started * 7919) % PORTS
 
 
 def _first_host() -> str:
@@ -192,7 +244,8 @@ def _first_host() -> str:
         return nodes or "127.0.0.1"
     try:
         command = ["scontrol", "show", "hostnames", nodes]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=60)
+        return done.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         raise ConfigError(
             f"the first host of {nodes} is unknown, because scontrol does not run here (in a container?); "
@@ -202,9 +255,7 @@ def _first_host() -> str:
 
 def _port_of_job() -> int:
     """A port all ranks agree on without talking: of job, step and restart, whose processes may meet on one host."""
-    job, step, restart = (
-        int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    )
+    job, step, restart = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     return FIRST_PORT + (job * 101 + step * 11 + restart * 1009) % PORTS
 
 

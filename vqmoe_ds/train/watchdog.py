@@ -8,15 +8,19 @@ that leaves with an error of its own says so first, so that the others leave wit
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import queue
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +28,15 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
 from vqmoe_ds.device import Seat, contradiction, seat
-from vqmoe_ds.errors import ConfigError, UserError
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.errors import TRY_AGAIN, ConfigError, UserError
+from vqmoe_ds.train.parents import process
+from vqmoe_ds.train.ranks import Place, only_this_host
+from vqmoe_ds.train.stopping import STOP
 
 CPU = torch.device("cpu")
+_AFTER_TIMEOUT = 2.0
+"""Seconds for which PyTorch's own limit may be late."""
+_BACKLOG = 2048
 
 
 class PeerLost(UserError):
@@ -35,9 +44,11 @@ class PeerLost(UserError):
 
     exit_code = 76
 
-    def __init__(self, message: str, exit_code: int = exit_code) -> None:
+    def __init__(self, message: str, exit_code: int = exit_code, rank: int | None = None) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.rank = rank
+        """The one that is missing, if a rank is."""
 
 
 def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU, trouble: str | None = None) -> None:
@@ -54,7 +65,7 @@ def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU,
     """
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store = _in_time(partial(_meeting_store, place, address, int(port), seconds), seconds + _AFTER_TIMEOUT)
         verdict = _compare_devices(store, place, seat(device, trouble))
         if not verdict:
             _start_backend(backend, place, device, store)
@@ -63,13 +74,78 @@ def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU,
         what = f"rank {place.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port}"
         if place.rank == 0:
             what = f"not all {place.world_size} ranks came to rank 0 at {address}:{port} within {seconds:g} s"
-        if "EADDRINUSE" in str(error):
-            what = f"port {port} of rank 0 at {address} is taken: set MASTER_PORT to a free one"
+        if "EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE:
+            flag = "deepspeed --master_port N" if "CROSS_RANK" in os.environ else "MASTER_PORT"
+            what = f"port {port} of rank 0 at {address} is taken: choose a free one with {flag}"
+        if getattr(error, "errno", None) == errno.EACCES:
+            raise ConfigError(f"port {port} of rank 0 is for root alone; set MASTER_PORT to 1024 or more") from None
         lost = PeerLost(f"{what} ({reason}); look at the other ranks' logs, MASTER_ADDR, MASTER_PORT and firewalls")
         lost.local = place.local_rank == 0
         raise lost from None
     if verdict:
         raise ConfigError(verdict)
+
+
+def _meeting_store(place: Place, address: str, port: int, seconds: float) -> Any:
+    """Where the ranks tell each other their addresses. On one host nobody else can reach it; one rank needs none."""
+    if place.world_size == 1:
+        return dist.HashStore()
+    agent = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, which ends with it
+        agent, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        port = 0 if place.rank == 0 else int(agent.get("port"))
+    if only_this_host(address) and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = open_store(address, port, place.rank == 0, seconds)
+    if agent is not None and place.rank == 0:
+        agent.set("port", str(store.port))
+    if place.rank == 0:
+        store.multi_get([f"here{rank}" for rank in range(1, place.world_size)])
+    else:
+        store.set(f"here{place.rank}", "1")
+    return store
+
+
+def open_store(address: str, port: int, serve: bool, seconds: float) -> Any:
+    """A ``TCPStore`` at a port (0: a free one), which listens on loopback alone where ``address`` is that.
+
+    Raises:
+        RuntimeError, OSError: the port is taken, or nobody answers within ``seconds``.
+    """
+    more: dict[str, Any] = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False}
+    if serve and only_this_host(address):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((address, port))
+            listening.listen(_BACKLOG)
+            port = listening.getsockname()[1]
+            more["master_listen_fd"] = listening.detach()
+    return dist.TCPStore(address, port, is_master=serve, **more)
+
+
+def _in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """The call's value. It runs in a thread: the resolver of names and some of PyTorch's waits know no limit.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    found: queue.Queue[Any] = queue.Queue()
+
+    def run() -> None:
+        try:
+            found.put((call(), None))
+        except Exception as error:
+            found.put((None, error.with_traceback(None)))  # which would keep a store, and its thread, alive
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    try:
+        value, error = found.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value
 
 
 def _compare_devices(store: Any, place: Place, here: Seat) -> str:
@@ -126,13 +202,13 @@ class Watchdog:
 
     def __init__(self, place: Place, timeout: float, leave: Callable[[PeerLost], None], mend: str) -> None:
         self.place, self.timeout, self._leave, self.mend = place, timeout, leave, mend
-        self.interval = min(2.0, timeout / 6)
+        self.interval = min(1.0, timeout / 6)
         self.grace = min(timeout, 3 * self.interval + 1)
         """Patience with a silent rank once a collective has failed."""
         self.verdict: PeerLost | None = None
         self._stopped = threading.Event()
         self._answered = time.monotonic()
-        self._store, self._hosts = _open_store(place, timeout)
+        self._store, self._peers = _open_store(place, timeout)
         self._threads = [threading.Thread(target=self._talk, daemon=True, name="watchdog")]
         if place.rank != 0:
             # A store that hangs must not hang who watches it.
@@ -141,6 +217,7 @@ class Watchdog:
             thread.start()
 
     def __enter__(self) -> Watchdog:
+        STOP.announce = self._announce
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -149,6 +226,7 @@ class Watchdog:
         Raises:
             PeerLost: instead of the error of a collective.
         """
+        STOP.announce = None
         if error is None:
             dist.barrier()
             self._stopped.set()
@@ -162,8 +240,15 @@ class Watchdog:
     def _tell(self, error: BaseException) -> None:
         """Let the others know that this rank leaves because of an error of its own."""
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        text = f"rank {self.place.rank} on {self._hosts[self.place.rank]} failed ({what}); the others leave with it"
-        self._publish(PeerLost(text, getattr(error, "exit_code", 1)))
+        self._publish(self._own("failed", what, getattr(error, "exit_code", 1)))
+
+    def _announce(self, reason: str) -> None:
+        """Let the others know that this rank was asked to leave at once."""
+        self._publish(self._own("was stopped", reason, TRY_AGAIN))
+
+    def _own(self, what: str, why: str, code: int) -> PeerLost:
+        here = self._peers[self.place.rank].host
+        return PeerLost(f"rank {self.place.rank} on {here} {what} ({why}); the others leave with it", code)
 
     def _explain(self, error: BaseException) -> PeerLost:
         """Why a collective failed: wait for the verdict, for which silent ranks now have less time."""
@@ -197,8 +282,8 @@ class Watchdog:
     def _read_verdict(self) -> PeerLost | None:
         if not self._store.check(["verdict"]):
             return None
-        code, text = json.loads(self._store.get("verdict"))
-        return PeerLost(text, code)
+        code, text, rank = json.loads(self._store.get("verdict"))
+        return PeerLost(text, code, rank)
 
     def _watch_first(self) -> None:
         while not self._stopped.wait(self.interval):
@@ -206,11 +291,15 @@ class Watchdog:
                 return self._conclude(self.missing(0, f"no sign of life for {self.timeout:g} s"))
 
     def missing(self, rank: int, how: str) -> PeerLost:
-        return PeerLost(f"rank {rank} on {self._hosts[rank]} is missing ({how}); the others leave; {self.mend}")
+        where = f"rank {rank} on {self._peers[rank].host}"
+        return PeerLost(f"{where} is missing ({how}); the others leave; {self.mend}", rank=rank)
 
     def _conclude(self, lost: PeerLost) -> None:
+        # Launchers wait for a rank that is stopped or hangs, half a minute or for ever.
+        if lost.rank is not None and self._peers[lost.rank].host == self._peers[self.place.rank].host:
+            self._peers[lost.rank].end()
         # Who speaks: rank 0, or if that is the missing one, somebody on every host.
-        first_is_missing = self.place.rank != 0 and lost.args[0].startswith("rank 0 ")
+        first_is_missing = self.place.rank != 0 and lost.rank == 0
         lost.local = first_is_missing and (self.place.local_rank == 0 or self.place.rank == 1)
         self.verdict = lost
         if self.place.rank == 0:
@@ -221,7 +310,7 @@ class Watchdog:
         """Write the verdict, once; rank 0 stays until the others have read it."""
         try:
             if self._store.add("verdicts", 1) == 1:
-                self._store.set("verdict", json.dumps([lost.exit_code, str(lost)]))
+                self._store.set("verdict", json.dumps([lost.exit_code, str(lost), lost.rank]))
         except RuntimeError:
             return
         if self.place.rank == 0:
@@ -245,7 +334,11 @@ class _Watch:
         if now - self.looked > dog.timeout / 2:  # this rank itself was stopped: others deserve another look
             self.seen = {rank: (value, now) for rank, (value, _) in self.seen.items()}
         self.looked = now
-        patience = dog.grace if dog._store.add("suspicion", 0) else dog.timeout
+        suspicious = dog._store.add("suspicion", 0)
+        for rank in self.others if suspicious else ():
+            if dog._peers[rank].is_gone_from(dog._peers[0].host):
+                return dog.missing(rank, "its process ended")
+        patience = dog.grace if suspicious else dog.timeout
         for rank, value in zip(self.others, dog._store.multi_get([_beat(r) for r in self.others]), strict=True):
             if value != self.seen[rank][0]:
                 self.seen[rank] = (value, now)
@@ -254,21 +347,51 @@ class _Watch:
         return None
 
 
-def _open_store(place: Place, timeout: float) -> tuple[Any, list[str]]:
-    """A store on rank 0 of its own, so that no other user's waiting blocks it, and the host of every rank."""
-    patience = timedelta(seconds=max(timeout, 10.0))
-    host, store = os.environ["MASTER_ADDR"], None
-    here: list[Any] = [0, socket.gethostname()]
-    if place.rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
-        here[0] = store.port
+@dataclass(frozen=True)
+class Peer:
+    """A rank's process."""
+
+    host: str
+    pid: int
+    started: int | None
+    """As ``Process.started``: a later process of the same number is another."""
+
+    @staticmethod
+    def here() -> Peer:
+        me = process(os.getpid())
+        return Peer(socket.gethostname(), os.getpid(), None if me is None else me.started)
+
+    def is_gone_from(self, host: str) -> bool:
+        """Whether it was on this host, where this is called, and is no more."""
+        there = process(self.pid)
+        return self.host == host and self.started is not None and (there is None or there.started != self.started)
+
+    def end(self) -> None:
+        """Soon wake it, if it is stopped, and kill it if it does not leave then; called on its host.
+
+        Not at once: the others have to leave first, whose verdict it would contradict and whose exit code the launcher
+        shall take.
+        """
+        there = process(self.pid)
+        if there is None or there.started != self.started or self.pid == os.getpid():
+            return
+        with suppress(OSError):
+            later = ["sh", "-c", f"sleep 2; kill -CONT {self.pid}; sleep 3; kill -KILL {self.pid}"]
+            nothing = subprocess.DEVNULL
+            subprocess.Popen(later, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
+def _open_store(place: Place, timeout: float) -> tuple[Any, list[Peer]]:
+    """A store on rank 0 of its own, so that no other user's waiting blocks it, and the process of every rank."""
+    patience, address = max(timeout, 10.0), os.environ["MASTER_ADDR"]
+    store = open_store(address, 0, True, patience) if place.rank == 0 else None
     everybody: list[Any] = [None] * place.world_size
-    dist.all_gather_object(everybody, here)
+    dist.all_gather_object(everybody, (store.port if store is not None else 0, Peer.here()))
     if store is None:
-        store = dist.TCPStore(host, everybody[0][0], is_master=False, wait_for_workers=False, timeout=patience)
+        store = open_store(address, everybody[0][0], False, patience)
     store.set(_beat(place.rank), "0")
     dist.barrier()
-    return store, [name for _, name in everybody]
+    return store, [peer for _, peer in everybody]
 
 
 def _beat(rank: int) -> str:

@@ -1,0 +1,111 @@
+"""The processes that started this rank: a launcher that is killed must not leave ranks behind.
+
+``deepspeed`` starts ``deepspeed.launcher.launch``, which starts the ranks; either may be killed alone, and neither then
+tells the ranks. torchrun and mpirun (or its daemon on another host) are a rank's parent. Of a killed srun SLURM itself
+ends the ranks, at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERVAL = 1.0
+"""Seconds between two looks."""
+_NAMES = "deepspeed|deepspeed.pt|ds|torchrun|mpirun|mpiexec|mpiexec.hydra|orterun|prterun|orted|prted|hydra_pmi_proxy"
+_LAUNCHER = re.compile(rf"(.*/)?({_NAMES}|hydra_bstrap_proxy|accelerate)|.*/slurm/node\.py")
+_MODULES = re.compile(r"deepspeed\.launcher\.(launch|runner)|torch\.distributed\.(run|launch)")
+_DEEPSPEED_FILES = re.compile(r".*/deepspeed/launcher/(launch|runner)\.py")
+_NODE_OF_DEEPSPEED = re.compile(r"deepspeed\.launcher\.launch|.*/deepspeed/launcher/launch\.py")
+_BEFORE_SCRIPT = 4
+"""Words of a command line within which a launcher names itself: ``python -u -m deepspeed.launcher.launch``."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told from a later one of the same number by the time it started."""
+
+    pid: int
+    parent: int
+    session: int
+    started: int
+    """Clock ticks after the system's start."""
+    words: tuple[str, ...]
+
+    @property
+    def launches(self) -> bool:
+        return any(
+            pattern.fullmatch(word) for word in self.words for pattern in (_LAUNCHER, _MODULES, _DEEPSPEED_FILES)
+        )
+
+    @property
+    def is_deepspeed_node(self) -> bool:
+        """Whether it is what ``deepspeed`` runs on every node: the ranks' parent."""
+        return any(_NODE_OF_DEEPSPEED.fullmatch(word) for word in self.words)
+
+
+def process(pid: int) -> Process | None:
+    """What /proc says of a process; None where it is gone (a zombie too), or where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        if fields[0] in "ZX":
+            return None
+        return Process(pid, int(fields[1]), int(fields[3]), int(fields[19]), tuple(words[:_BEFORE_SCRIPT]))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def launchers() -> list[Process]:
+    """This process's parent, and the ones above, as far as they are launchers; the nearest first."""
+    found: list[Process] = []
+    above = process(os.getppid())
+    while above is not None and above.launches:
+        found.append(above)
+        above = process(above.parent)
+    return found
+
+
+def watch_launcher(gone: Callable[[str], None]) -> None:
+    """Call ``gone`` with a clause, from a thread, when a launcher of this rank has ended without ending it."""
+    watched = launchers()
+    clause = _gone_already(watched)
+    if clause is None and not watched:
+        return
+
+    def look() -> None:
+        while (reason := clause or _missing(watched)) is None:
+            time.sleep(INTERVAL)
+        gone(reason)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
+def _missing(watched: list[Process]) -> str | None:
+    above = os.getppid()
+    for launcher in watched:
+        now = process(launcher.pid)
+        if above != launcher.pid or now is None or now.started != launcher.started:
+            return f"the end of its launcher (process {launcher.pid})"
+        above = now.parent
+    return None
+
+
+def _gone_already(watched: list[Process]) -> str | None:
+    """A launcher that ended while this process was starting: somebody of another session has its children now."""
+    me = process(os.getpid())
+    oldest = watched[-1] if watched else me
+    expected = "CROSS_RANK" in os.environ and (not watched or watched[-1].is_deepspeed_node)  # set by DeepSpeed's node
+    if me is None or oldest is None or not (expected or ("TORCHELASTIC_RUN_ID" in os.environ and not watched)):
+        return None
+    heir = process(oldest.parent)
+    if oldest.session == oldest.pid:  # started in a session of its own, as torchrun starts its ranks
+        gone = "TORCHELASTIC_RUN_ID" in os.environ and oldest.parent == 1
+    else:
+        gone = oldest.parent == 1 if heir is None else heir.session != oldest.session
+    return "the end of its launcher" if gone else None
