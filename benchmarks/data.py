@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_text(path: Path, megabytes: int, recipe: str | None) -> Path:
     """JSON lines with at least that much text, as far as there is."""
     left = megabytes * 10**6
-    with path.open("w") as stream:
+    with path.open("w", encoding="utf-8") as stream:
         for document in _documents(recipe):
             stream.write(json.dumps({"text": document}) + "\n")
             left -= len(document)
@@ -110,7 +110,7 @@ def first_megabytes(path: Path, megabytes: int) -> Path:
     """The first lines of a file, until they hold that much."""
     part = path.with_name(f"{megabytes}.jsonl")
     left = megabytes * 10**6
-    with path.open() as source, part.open("w") as target:
+    with path.open(encoding="utf-8") as source, part.open("w", encoding="utf-8") as target:
         for line in source:
             target.write(line)
             left -= len(line)
@@ -211,7 +211,7 @@ def run_peer(options: argparse.Namespace) -> dict[str, Any]:
     size = load_tokenizer(options.tokenizer_path).vocab_size
     start, before, text_bytes = time.perf_counter(), cpu_seconds(), 0
     builder = IndexedDatasetBuilder(f"{options.output}.bin", dtype=DType.optimal_dtype(size))
-    with open(options.input) as lines:
+    with open(options.input, encoding="utf-8") as lines:
         pool = multiprocessing.Pool(options.workers[0], _start_peer, [options.tokenizer_path])
         for ids, length, read in pool.imap(_encode, lines, 32):
             builder.add_document(np.array(ids), length)

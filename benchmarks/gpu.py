@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.json or Path(folder) / "results.jsonl").absolute()
-        path.write_text("")
+        path.write_text("", encoding="utf-8")
         trace = Path(folder) / "trace"
         command = [sys.executable, __file__, "--child", str(trace), "--json", str(path), "--device", options.device]
         command += ["--small"] if options.small else []
@@ -101,7 +101,7 @@ def unusable(options: argparse.Namespace) -> str | None:
         return f"--minutes {options.minutes:g}: give a finite number above 0"
     try:
         if options.json:
-            Path(options.json).open("a").close()
+            Path(options.json).open("a", encoding="utf-8").close()
     except OSError as error:
         return f"--json {options.json} cannot be written ({error.strerror}); name a file in a folder that can be"
     return None
@@ -137,7 +137,7 @@ def run_checks(options: argparse.Namespace, checks: list[Check]) -> int:
     At SIGUSR1 the place where it stands is written to the file ``options.child``, even from inside a CUDA call.
     """
     path = Path(options.json)
-    faulthandler.register(signal.SIGUSR1, file=open(options.child, "w"), all_threads=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=open(options.child, "w", encoding="utf-8"), all_threads=False)  # noqa: SIM115
     os.environ.update(DS_ACCELERATOR=options.device, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     os.environ.pop("TRITON_INTERPRET", None)
     # It can be written, and a process that takes over finds there what is compiled already.
@@ -146,7 +146,7 @@ def run_checks(options: argparse.Namespace, checks: list[Check]) -> int:
 
     def write(number: int | None, case: str, status: str, figures: dict[str, Any], why: str = "") -> None:
         line = {"check": number, "case": case, "status": status, "figures": figures, "why": why}
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "at": round(time.time() - started, 2)}) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:

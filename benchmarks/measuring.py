@@ -21,7 +21,7 @@ def peak_bytes() -> int:
     """Largest resident size of this process so far."""
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would start at the parent's size
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -40,4 +40,4 @@ def write_json(target: str | None, runs: list[dict[str, Any]]) -> None:
     if target == "-":
         print(text)
     else:
-        Path(target).write_text(text)
+        Path(target).write_text(text, encoding="utf-8")

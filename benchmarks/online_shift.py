@@ -121,7 +121,7 @@ def run(name: str, spec: str, seed: int, args: argparse.Namespace) -> dict[str, 
     path, *overrides = spec.split(",")
     steps = args.steps * len(args.domains) * args.rounds
     common = [
-        "train.min_learning_rate=1",
+        "train.min_learning_rate_ratio=1",
         "train.warmup_steps=5",
         "train.batch_size=8",
         "finetune.trainable=all",
@@ -260,7 +260,7 @@ def main() -> int:
         return error.report()
     write_json(str(args.out / "report.json"), results)
     text = report(results, args)
-    (args.out / "report.md").write_text(text)
+    (args.out / "report.md").write_text(text, encoding="utf-8")
     draw(results, args)
     print(text)
     return 0

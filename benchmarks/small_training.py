@@ -35,7 +35,10 @@ def configure(
     """The configuration of one layout, through the same checks as a training, and its DeepSpeed JSON."""
     path = Path(folder) / f"zero{stage}-{time.time_ns()}.json"
     optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
-    path.write_text(json.dumps({"optimizer": optimizer, "zero_optimization": {"stage": stage, "overlap_comm": False}}))
+    path.write_text(
+        json.dumps({"optimizer": optimizer, "zero_optimization": {"stage": stage, "overlap_comm": False}}),
+        encoding="utf-8",
+    )
     fields = {
         **{"model.layers": options.layers, "model.width": options.width, "model.sequence_length": sequence_length},
         **{"moe.num_experts": options.experts, "moe.expert_hidden": options.hidden, "codebook.num_codes": 0},

@@ -135,7 +135,7 @@ class Variant:
             "train_micro_batch_size_per_gpu": options.tokens // options.sequence // ranks,
             "gradient_clipping": 1.0,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
-            "zero_optimization": json.loads(ZERO_2.read_text())["zero_optimization"],
+            "zero_optimization": json.loads(ZERO_2.read_text(encoding="utf-8"))["zero_optimization"],
             "steps_per_print": 1_000_000,
             **precision,
         }

@@ -30,3 +30,20 @@ def test_options_that_are_named_exist(page):
     for section, field in re.findall(r"`(\w+)\.(\w+)[=`]", page.read_text()):
         if section in sections and field not in ("py", "sbatch", "yaml"):  # a file of that name
             assert f"{section}.{field}" in known, f"{page.name}: {section}.{field}"
+
+
+def test_figures_of_the_readme_are_those_of_the_pages_that_show_how_they_were_measured():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    results, performance = ((ROOT / "docs" / name).read_text("utf-8") for name in ("results.md", "performance.md"))
+    intervals = re.findall(r"[+−][\d.]+ \[[^\]]+\]", readme)
+    assert len(intervals) == 3 and all(interval in results for interval in intervals)
+    speed = re.search(r"\*\*Speed\.\*\*(.*?)\n\n", readme, re.DOTALL)
+    ratios = re.findall(r"\d\.\d\d", speed[1] if speed else "")
+    assert len(ratios) == 3 and all(f"| {ratio} |" in performance for ratio in ratios)
+
+
+def test_the_readme_begins_with_results_a_picture_and_five_lines():
+    head, _, rest = (ROOT / "README.md").read_text("utf-8").partition("## Quick start")
+    assert "![" in head and len(head.splitlines()) < 25
+    commands = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("    ")]
+    assert len(commands) == 5

@@ -7,7 +7,7 @@
     python tools/generate.py runs/pretrain < beginning.txt > rest.txt
 
 CHECKPOINT is a run folder, a DeepSpeed checkpoint of any layout, a portable, Hugging Face or Megatron folder. Standard
-output holds what follows the prompt, not the prompt; of standard input the last line break is left off.
+output holds the prompt and what follows it; of standard input the last line break is left off.
 
 Text longer than the context the model was trained with: where prompt and text outgrow it, the model goes on from the
 last half of that context (the key-value cache is filled anew from it), so that every later token is drawn from half a
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.evaluation.generate_command import build_parser, main
+from vqmoe_ds.terminal import run_tool
 
 if __name__ == "__main__":
-    sys.exit(main(build_parser(__doc__ or "").parse_args()))
+    sys.exit(run_tool(lambda: main(build_parser(__doc__ or "").parse_args())))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.data.documents import SourceOptions
 from vqmoe_ds.data.tokenizer_training import KINDS, check_output, train_tokenizer
-from vqmoe_ds.errors import UserError
+from vqmoe_ds.terminal import run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,15 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = build_parser().parse_args()
     options = SourceOptions(text_key=args.text_key, on_error=args.on_error, cache_dir=args.cache_dir)
-    try:
-        folder = check_output(args.output)
-        trained = train_tokenizer(args.sources, args.kind, args.vocab_size, args.sample_mb, args.seed, options)
-        trained.tokenizer.save(folder)
-    except UserError as error:
-        return error.report()
+    folder = check_output(args.output)
+    trained = train_tokenizer(args.sources, args.kind, args.vocab_size, args.sample_mb, args.seed, options)
+    trained.tokenizer.save(folder)
     print(f"{folder}: {trained.report()}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.checkpoint.upcycle import build_parser, main
+from vqmoe_ds.terminal import run_tool
 
 if __name__ == "__main__":
-    sys.exit(main(build_parser(__doc__ or "").parse_args()))
+    sys.exit(run_tool(lambda: main(build_parser(__doc__ or "").parse_args())))

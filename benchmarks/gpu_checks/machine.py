@@ -71,5 +71,5 @@ def _version(package: str) -> str:
 
 def _driver() -> str:
     path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", path.read_text()) if path.exists() else None
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", path.read_text(encoding="utf-8")) if path.exists() else None
     return found.group() if found else "unknown"

@@ -108,7 +108,7 @@ class Supervisor:
 
     def _write(self, check: Check, status: str, why: str) -> None:
         line = {"check": check.number, "case": check.title, "status": status, "figures": {}, "why": why}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _new_lines(self) -> list[Line]:
@@ -121,7 +121,7 @@ class Supervisor:
         return fresh
 
     def _where(self) -> str:
-        text = self.trace.read_text() if self.trace.exists() else ""
+        text = self.trace.read_text(encoding="utf-8") if self.trace.exists() else ""
         frames = re.findall(r'File "(.+?)", line (\d+) in (.+)', text)
         if not frames:
             return "an unknown place"
@@ -131,5 +131,5 @@ class Supervisor:
 
 def read_lines(path: Path) -> list[Line]:
     """All whole lines; one that is being written is left for the next look."""
-    whole = path.read_text().rpartition("\n")[0]
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
     return [json.loads(line) for line in whole.splitlines()]

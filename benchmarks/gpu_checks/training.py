@@ -54,7 +54,7 @@ def trainer(
 ) -> Iterator[Trainer]:
     """The loop over a text that can be learned, from the start or from a checkpoint."""
     path = bench.folder / "deepspeed.json"
-    path.write_text(json.dumps(deepspeed))
+    path.write_text(json.dumps(deepspeed), encoding="utf-8")
     config = resolve(str(path), load_config("tiny", None, run), 1)
     session = build_session(config, bench.place, str(path))
     at = (0, 0)
