@@ -137,7 +137,7 @@ def test_devices_that_do_not_go_together_are_one_sentence(seats, sentence):
 
 def _set_up(rank: int, world: int, port: int, folder: Path, gpus: dict[str, Any], nccl: str | None, leave: Any) -> None:
     """What ``set_up_torch`` did on this rank, in order, or the sentence it raised."""
-    from vqmoe_ds.train import engine, watchdog
+    from vqmoe_ds.train import engine, meeting
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     with fake_gpus(**gpus) as events:
@@ -155,8 +155,8 @@ def _set_up(rank: int, world: int, port: int, folder: Path, gpus: dict[str, Any]
             events.append("meets")
             real_meet(*args)
 
-        real_meet, engine.meet = watchdog.meet, meet
-        watchdog.dist = SimpleNamespace(**{**vars(dist), "init_process_group": start})
+        real_meet, engine.meet = meeting.meet, meet
+        meeting.dist = SimpleNamespace(**{**vars(dist), "init_process_group": start})
         accelerator = SimpleNamespace(communication_backend_name=lambda: "nccl" if uses_gpu() else "gloo")
         engine.get_accelerator = lambda: accelerator
         engine.deepspeed = SimpleNamespace(init_distributed=lambda **_: None, ops=engine.deepspeed.ops)

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from tests.distributed import _free_port
 from vqmoe_ds.errors import TrainingHalted
+from vqmoe_ds.train.meeting import PeerLost, meet
 from vqmoe_ds.train.ranks import Place
-from vqmoe_ds.train.watchdog import PeerLost, Watchdog, meet
+from vqmoe_ds.train.watchdog import Watchdog
 
 TIMEOUT = 2.0
 context = multiprocessing.get_context("fork")

@@ -25,9 +25,9 @@ from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.planning.host import check_host_memory
+from vqmoe_ds.train.meeting import meet
 from vqmoe_ds.train.ranks import Place
 from vqmoe_ds.train.stopping import STOP, Interrupted
-from vqmoe_ds.train.watchdog import meet
 from vqmoe_ds.train.zero import import_optimizers, spare_passes
 
 

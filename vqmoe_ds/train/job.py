@@ -315,7 +315,8 @@ def watch_peers(
     """In this context a missing rank ends the others within ``seconds``, with a sentence that names it."""
     if place.world_size == 1:
         return nullcontext()
-    from vqmoe_ds.train.watchdog import PeerLost, Watchdog
+    from vqmoe_ds.train.meeting import PeerLost
+    from vqmoe_ds.train.watchdog import Watchdog
 
     def leave(lost: PeerLost) -> None:
         os._exit(leave_together(console.fail(lost), place))
