@@ -18,7 +18,7 @@ from pathlib import Path
 INTERVAL = 1.0
 """Seconds between two looks."""
 _NAMES = "deepspeed|deepspeed.pt|ds|torchrun|mpirun|mpiexec|mpiexec.hydra|orterun|prterun|orted|prted|hydra_pmi_proxy"
-_LAUNCHER = re.compile(rf"(.*/)?({_NAMES}|hydra_bstrap_proxy|accelerate)|.*/slurm/node\.py")
+_LAUNCHER = re.compile(rf"(.*/)?({_NAMES}|hydra_bstrap_proxy|accelerate)|(.*/)?(slurm/node|tools/compare_routers)\.py")
 _MODULES = re.compile(r"deepspeed\.launcher\.(launch|runner)|torch\.distributed\.(run|launch)")
 _DEEPSPEED_FILES = re.compile(r".*/deepspeed/launcher/(launch|runner)\.py")
 _NODE_OF_DEEPSPEED = re.compile(r"deepspeed\.launcher\.launch|.*/deepspeed/launcher/launch\.py")
