@@ -33,7 +33,7 @@ def fuzz(
     mutate: Callable[[Any, random.Random], Any],
     read: Callable[[Any], Any],
     allowed: tuple[type[Exception], ...],
-    count: int = 300,
+    count: int = 150,
     share: float = 0.05,
 ) -> None:
     """Give ``read`` mutations of ``corpus``; what it raises must be one of ``allowed``, with one line as its message.

@@ -132,7 +132,7 @@ def test_set(tmp_path):
         name, value = parse_override(text.decode(errors="surrogateescape"))
         _round_trip(load_config(overrides={name: value}).config)
 
-    fuzz("--set", corpus, mutated, read, REFUSED, count=1000)
+    fuzz("--set", corpus, mutated, read, REFUSED, count=500)
 
 
 def test_bytes_and_values_of_a_grid(tmp_path):
@@ -262,7 +262,7 @@ def test_command_lines(name, monkeypatch):
         mutated_words,
         lambda words: _run(main, words),
         (*REFUSED, Refused),
-        count=100,
+        count=50,
     )
 
 

@@ -112,7 +112,7 @@ def test_raw_text(name: str, tmp_path: Path) -> None:
         train, valid = split_corpus(open_corpus(str(tmp_path)), 4, 2)
         assert train.read(np.arange(len(train))).inputs_BS.max() < 256 and len(valid)
 
-    fuzz(f"raw {name}", [TEXT.encode()], mutated, read, (UserError,), 100, SHARE)
+    fuzz(f"raw {name}", [TEXT.encode()], mutated, read, (UserError,), 50, SHARE)
 
 
 def _parquet() -> bytes:
@@ -152,7 +152,7 @@ def test_documents(name: str, tmp_path: Path) -> None:
                     for piece in read_unit(unit):
                         piece.text.encode()
 
-    fuzz(f"documents {name}", [DOCUMENTS[name]], mutated, read, (UserError,), 120, SHARE)
+    fuzz(f"documents {name}", [DOCUMENTS[name]], mutated, read, (UserError,), 40, SHARE)
 
 
 LABELLED = {
@@ -171,7 +171,7 @@ def test_labelled_sets(name: str, tmp_path: Path) -> None:
         open_labelled(str(tmp_path / name), on_error="skip")
         assert len(open_labelled(str(tmp_path / name))) > 0
 
-    fuzz(f"labelled {name}", [LABELLED[name]], mutated, read, (UserError,), 120, SHARE)
+    fuzz(f"labelled {name}", [LABELLED[name]], mutated, read, (UserError,), 40, SHARE)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -352,7 +352,7 @@ def test_checkpoints(kind: str, checkpoints: Path, tmp_path: Path) -> None:
         finally:
             path.write_bytes(before)
 
-    fuzz(f"checkpoint {kind}", corpus, _damaged_checkpoint, read, (UserError,), 100, SHARE)
+    fuzz(f"checkpoint {kind}", corpus, _damaged_checkpoint, read, (UserError,), 50, SHARE)
 
 
 @pytest.mark.parametrize("kind", ["portable", "deepspeed"])
@@ -385,10 +385,10 @@ def test_manifests_and_marks(kind: str, checkpoints: Path, tmp_path: Path) -> No
             except ValueError:
                 continue
 
-    fuzz(f"forged manifest of {kind}", [manifest], forged, read_forged, (UserError,), 100, SHARE)
+    fuzz(f"forged manifest of {kind}", [manifest], forged, read_forged, (UserError,), 50, SHARE)
     write_sealed(tag / MANIFEST, manifest)
     whole = (tag / MANIFEST).read_bytes()
-    fuzz(f"manifest of {kind}", [whole], mutated, read_damaged, (UserError,), 60, SHARE)
+    fuzz(f"manifest of {kind}", [whole], mutated, read_damaged, (UserError,), 40, SHARE)
 
 
 # ---------------------------------------------------------------- evaluation and reports
@@ -404,7 +404,7 @@ def test_prompts_and_rows_to_classify(tmp_path: Path, monkeypatch: pytest.Monkey
         assert all(isinstance(text, str) for text in islice(rows, 1000))
         assert isinstance(generate_command._piped(), str)
 
-    fuzz("prompts", [JSONL], mutated, read, (UserError,), 300, SHARE)
+    fuzz("prompts", [JSONL], mutated, read, (UserError,), 150, SHARE)
 
 
 def _write_run(folder: Path) -> None:
@@ -453,7 +453,7 @@ def test_a_preparation_of_anything_ends_in_a_corpus_or_a_sentence(tmp_path: Path
         prepare(prepare_parser("").parse_args([str(source), "--output", str(output), "--overwrite"]))
         text_of_data(inspect_data(str(output), verify=True))
 
-    fuzz("preparation", [JSONL], mutated, read, (UserError,), 60, SHARE)
+    fuzz("preparation", [JSONL], mutated, read, (UserError,), 40, SHARE)
 
 
 @pytest.fixture(autouse=True)

@@ -102,8 +102,10 @@ def test_a_signal_in_the_closing_validation_is_answered_at_once_and_the_report_c
     assert time.monotonic() - started < 5
     assert "stopped by SIGTERM; the same command goes on" in said
     assert not (run_dir / "summary.json").exists()
-    again = start(arguments)
-    assert again.wait(120) == 0
+    again = start([*arguments, "--set", "run.final_eval_windows=64"])
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert "on 64 of " in said
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
 
 
