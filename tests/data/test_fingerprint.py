@@ -12,7 +12,7 @@ from tests.prepared import write_texts
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data import fingerprint
 from vqmoe_ds.data.corpus import open_raw_text
-from vqmoe_ds.data.fingerprint import of_checkpoint, of_data, of_pieces
+from vqmoe_ds.data.fingerprint import of_checkpoint, of_data, of_optimizer, of_pieces
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.labelled import open_labelled
 from vqmoe_ds.data.labelled_batches import encode_texts
@@ -98,3 +98,11 @@ def test_a_checkpoint_is_known_by_its_manifest_or_its_files(tmp_path: Path) -> N
     before = of_checkpoint(tmp_path)
     (tmp_path / "manifest.json").write_text("{ }")
     assert of_checkpoint(tmp_path) != before
+
+
+def test_layout_and_numbers_of_a_deepspeed_json_may_change_and_its_optimizer_and_scheduler_may_not() -> None:
+    values: dict = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 2}}
+    before = of_optimizer(values)
+    assert of_optimizer({"optimizer": {"type": "adamw", "params": {"lr": 2e-3}}}) == before
+    assert of_optimizer({"optimizer": {"type": "Lion"}}) != before
+    assert of_optimizer({**values, "scheduler": {"type": "WarmupLR"}}) != before

@@ -183,11 +183,12 @@ def test_other_text_at_the_same_place_is_refused_unless_it_is_meant(small, finis
     arguments = [*small[:-1], str(other), "--run_dir", str(run_dir), "--train_steps", "13"]
     result = run(arguments)
     assert result.returncode == 2, result.stderr
-    assert "was trained on other data (changed: held-out text, training text)" in result.stderr
+    assert "was trained with other inputs (changed: held-out text, training text)" in result.stderr
     assert "--allow_changed_data" in result.stderr and result.stderr.count("\n") == 1
-    result = run([*arguments, "--allow_changed_data"])
+    result = run([*arguments, "--allow_changed_data", "--set", "train.weight_decay=0.2"])
     assert result.returncode == 0, result.stderr
-    assert "not what global_step0000012 was trained on" in result.stdout
+    assert "not what global_step0000012 was trained with" in result.stdout
+    assert "goes on with train.weight_decay=0.2 (0.1 before)" in result.stdout
     assert "the finished run of 12 steps goes on to 13: its learning rate goes from" in result.stdout
 
 

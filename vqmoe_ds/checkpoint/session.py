@@ -203,10 +203,10 @@ def check_data(here: dict[str, str], tag: Path, allowed: bool) -> str | None:
     if not changed:
         return None
     if allowed:
-        return f"{', '.join(changed)}: not what {tag.name} was trained on; it goes on at the same number of samples"
+        return f"{', '.join(changed)}: not what {tag.name} was trained with; it goes on at the same number of samples"
     raise CheckpointError(
-        f"{tag} was trained on other data (changed: {', '.join(changed)}), and its run would go on in the middle of "
-        "this; bring the data back, start in another --run_dir, or say --allow_changed_data if that is meant"
+        f"{tag} was trained with other inputs (changed: {', '.join(changed)}), and its run would go on in the middle "
+        "of these; bring them back, start in another --run_dir, or say --allow_changed_data if that is meant"
     )
 
 

@@ -7,6 +7,7 @@ blocks spread evenly over them, so that terabytes cost no more than a second.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,12 @@ def of_data(data: Any) -> dict[str, str]:
         "weights of the corpora": _digest([repr(weights).encode()]),
         "shares of the split (data.split)": _digest([repr([data.train.share, data.valid.share]).encode()]),
     }
+
+
+def of_optimizer(deepspeed: dict[str, Any]) -> dict[str, str]:
+    """Of what in a DeepSpeed JSON gives moments and the schedule their meaning; numbers and layout may change."""
+    scheduler = json.dumps(deepspeed.get("scheduler"), sort_keys=True)
+    return {"optimizer.type": str(deepspeed["optimizer"]["type"]).lower(), "scheduler": scheduler}
 
 
 def of_labelled(texts: LabelledTexts) -> str:

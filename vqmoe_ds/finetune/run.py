@@ -252,7 +252,7 @@ def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
     from vqmoe_ds.finetune.callbacks import EarlyStop
     from vqmoe_ds.train import callbacks as cb
 
-    fingerprint = from_first(_fingerprint(task, reader) if job.place.rank == 0 else {})
+    fingerprint = from_first(_fingerprint(job, task, reader) if job.place.rank == 0 else {})
     tag, job = find_tag(job, fingerprint)
     if tag is not None:
         check_same(tag, read_manifest(tag)["config"], job.config)
@@ -274,10 +274,11 @@ def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
     return code
 
 
-def _fingerprint(task: Task, reader: CheckpointReader) -> dict[str, str]:
-    from vqmoe_ds.data.fingerprint import of_checkpoint
+def _fingerprint(job: Job, task: Task, reader: CheckpointReader) -> dict[str, str]:
+    from vqmoe_ds.data.fingerprint import of_checkpoint, of_optimizer
 
-    return {**task.fingerprint(), "checkpoint that fine-tuning starts from": of_checkpoint(reader.path)}
+    source = {"checkpoint that fine-tuning starts from": of_checkpoint(reader.path)}
+    return {**task.fingerprint(), **source, **of_optimizer(job.config.deepspeed)}
 
 
 def begin(session: Session, reader: CheckpointReader) -> None:

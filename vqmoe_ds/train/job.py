@@ -223,9 +223,17 @@ def _with_schedule(job: Job, tag: Path) -> Job:
     from vqmoe_ds.train.schedule import continued
 
     manifest, run = read_manifest(tag), job.config.run
+    saved = manifest["config"]["train"]
+    changed = [
+        f"train.{name}={getattr(run.train, name):g} ({saved[name]:g} before)"
+        for name in ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip")
+        if saved.get(name, getattr(run.train, name)) != getattr(run.train, name)
+    ]
+    if changed:
+        job.console.say(f"goes on with {', '.join(changed)}")
     if "scheduler" in job.config.deepspeed:
         return job
-    train, sentence = continued(manifest["config"]["train"], int(manifest["step"]), run.train)
+    train, sentence = continued(saved, int(manifest["step"]), run.train)
     if sentence is not None:
         job.console.say(sentence)
     return replace(job, config=replace(job.config, run=run.model_copy(update={"train": train})))

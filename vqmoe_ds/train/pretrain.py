@@ -56,7 +56,7 @@ def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start 
 
 
 def _work(job: Job, data: TrainingData) -> int:
-    from vqmoe_ds.data.fingerprint import of_data
+    from vqmoe_ds.data.fingerprint import of_data, of_optimizer
     from vqmoe_ds.evaluation.perplexity import validate
     from vqmoe_ds.evaluation.routing import RoutingHealth
     from vqmoe_ds.moe.routers import why_not_causal
@@ -66,7 +66,7 @@ def _work(job: Job, data: TrainingData) -> int:
     reason = why_not_causal(config.run)
     if reason is not None:
         console.say(f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample")
-    fingerprint = from_first(of_data(data) if job.place.rank == 0 else {})
+    fingerprint = from_first({**of_data(data), **of_optimizer(config.deepspeed)} if job.place.rank == 0 else {})
     tag, job = find_tag(job, fingerprint)
     config = job.config
     batches, windows = data.open(config.run, index_folder(config, job.run_dir))
