@@ -127,7 +127,7 @@ def as_halted(error: Exception, tag: Path) -> Exception:
     reason = str(error).splitlines()[0]
     halted = TrainingHalted(
         f"checkpoint {tag} could not be written ({reason}); earlier checkpoints in {tag.parent} are untouched; "
-        "free some space and start again to resume from the newest"
+        "make room or bring it back, and start the same command again"
     )
     halted.local = True
     halted.__cause__ = error
