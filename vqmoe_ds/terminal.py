@@ -32,7 +32,7 @@ def run_tool(main: Callable[[], int]) -> int:
     Args:
         main: reads the command line and does the work.
     """
-    for stream, instead in ((sys.stdin, "surrogateescape"), (sys.stdout, _ESCAPES), (sys.stderr, _ESCAPES)):
+    for stream, instead in ((sys.stdin, "surrogateescape"), (sys.stdout, ESCAPES), (sys.stderr, ESCAPES)):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=instead)
     try:
@@ -54,7 +54,8 @@ def run_tool(main: Callable[[], int]) -> int:
         return _interrupted(stop)
 
 
-_ESCAPES = "backslashreplace"
+ESCAPES = "backslashreplace"
+"""For characters that the terminal's encoding does not have."""
 
 
 def exit_code_of(stop: KeyboardInterrupt) -> int:

@@ -18,9 +18,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from vqmoe_ds.errors import UserError
-
-_UNKNOWN = "backslashreplace"
-"""For characters that the terminal's encoding does not have."""
+from vqmoe_ds.terminal import ESCAPES
 
 
 class Console:
@@ -46,10 +44,10 @@ class Console:
         sys.stdout.flush()
         sys.stderr.flush()
         if self.log_path is None:
-            self.out, self.err = (os.fdopen(os.dup(number), "w", buffering=1, errors=_UNKNOWN) for number in (1, 2))
+            self.out, self.err = (os.fdopen(os.dup(number), "w", buffering=1, errors=ESCAPES) for number in (1, 2))
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, TextIOWrapper):
-                    stream.reconfigure(errors=_UNKNOWN)
+                    stream.reconfigure(errors=ESCAPES)
         self.log_path = log_path
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)

@@ -17,10 +17,11 @@ from pathlib import Path
 
 INTERVAL = 1.0
 """Seconds between two looks."""
-_NAMES = "deepspeed|deepspeed.pt|ds|torchrun|mpirun|mpiexec|mpiexec.hydra|orterun|prterun|orted|prted|hydra_pmi_proxy"
-_LAUNCHER = re.compile(rf"(.*/)?({_NAMES}|hydra_bstrap_proxy|accelerate)|(.*/)?(slurm/node|tools/compare_routers)\.py")
-_MODULES = re.compile(r"deepspeed\.launcher\.(launch|runner)|torch\.distributed\.(run|launch)")
-_DEEPSPEED_FILES = re.compile(r".*/deepspeed/launcher/(launch|runner)\.py")
+_LAUNCHER = re.compile(
+    r"(.*/)?(deepspeed|deepspeed.pt|ds|torchrun|mpirun|mpiexec|mpiexec.hydra|orterun|prterun|orted|prted|hydra_pmi_proxy"
+    r"|hydra_bstrap_proxy|accelerate|slurm/node\.py|tools/compare_routers\.py)"
+    r"|.*/deepspeed/launcher/(launch|runner)\.py|deepspeed\.launcher\.(launch|runner)|torch\.distributed\.(run|launch)"
+)
 _NODE_OF_DEEPSPEED = re.compile(r"deepspeed\.launcher\.launch|.*/deepspeed/launcher/launch\.py")
 _BEFORE_SCRIPT = 4
 """Words of a command line within which a launcher names itself: ``python -u -m deepspeed.launcher.launch``."""
@@ -39,9 +40,7 @@ class Process:
 
     @property
     def launches(self) -> bool:
-        return any(
-            pattern.fullmatch(word) for word in self.words for pattern in (_LAUNCHER, _MODULES, _DEEPSPEED_FILES)
-        )
+        return any(_LAUNCHER.fullmatch(word) for word in self.words)
 
     @property
     def is_deepspeed_node(self) -> bool:
