@@ -168,6 +168,33 @@ def test_ranks_leave_when_their_launcher_is_killed(command: list[str], who: str,
         launcher.wait()
 
 
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True).returncode != 0,
+    reason="may not make a process namespace",
+)
+def test_ranks_leave_in_a_container_whose_first_process_is_of_their_session() -> None:
+    """Where ``docker run`` starts the job, process 1 inherits the orphans and has their session."""
+    name = "test_ranks_leave_when_their_launcher_is_killed and parent-starting"
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", name]
+    inside = subprocess.run(["unshare", "-pf", "--mount-proc", *pytest_], capture_output=True, text=True, timeout=120)
+    assert inside.returncode == 0 and "1 passed" in inside.stdout, inside.stdout
+
+
+def test_a_wrapper_between_a_launcher_and_its_rank_is_no_orphan(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(_RANK)
+    environment = {**os.environ, "RANK": "0", "CROSS_RANK": "0", "PYTHONPATH": str(Path.cwd())}
+    wrapper = subprocess.Popen(
+        ["sh", "-c", f"{sys.executable} rank.py; true"], cwd=tmp_path, env=environment, start_new_session=True
+    )
+    try:
+        _text(tmp_path / "rank0", 30)
+        time.sleep(1.5)
+        assert wrapper.poll() is None and not (tmp_path / "left0").exists()
+    finally:
+        os.killpg(wrapper.pid, signal.SIGKILL)
+        wrapper.wait()
+
+
 def test_a_shell_that_ends_is_no_launcher(tmp_path: Path) -> None:
     """A run that was sent to the background goes on when its shell or terminal goes."""
     (tmp_path / "rank.py").write_text(_RANK)

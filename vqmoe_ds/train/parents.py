@@ -23,6 +23,8 @@ _LAUNCHER = re.compile(
     r"|.*/deepspeed/launcher/(launch|runner)\.py|deepspeed\.launcher\.(launch|runner)|torch\.distributed\.(run|launch)"
 )
 _NODE_OF_DEEPSPEED = re.compile(r"deepspeed\.launcher\.launch|.*/deepspeed/launcher/launch\.py")
+_SET_FOR_RANKS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
+"""Variables that DeepSpeed's node process and torchrun give to their ranks, and do not have themselves."""
 _BEFORE_SCRIPT = 4
 """Words of a command line within which a launcher names itself: ``python -u -m deepspeed.launcher.launch``."""
 
@@ -96,15 +98,21 @@ def _missing(watched: list[Process]) -> str | None:
 
 
 def _gone_already(watched: list[Process]) -> str | None:
-    """A launcher that ended while this process was starting: somebody of another session has its children now."""
-    me = process(os.getpid())
-    oldest = watched[-1] if watched else me
-    expected = "CROSS_RANK" in os.environ and (not watched or watched[-1].is_deepspeed_node)  # set by DeepSpeed's node
-    if me is None or oldest is None or not (expected or ("TORCHELASTIC_RUN_ID" in os.environ and not watched)):
+    """A launcher that ended while this process was starting: somebody else has its children now."""
+    oldest = watched[-1] if watched else process(os.getpid())
+    variable = next((name for name in _SET_FOR_RANKS if name in os.environ), None)
+    if oldest is None or variable is None or (watched and not watched[-1].is_deepspeed_node):
         return None
     heir = process(oldest.parent)
-    if oldest.session == oldest.pid:  # started in a session of its own, as torchrun starts its ranks
-        gone = "TORCHELASTIC_RUN_ID" in os.environ and oldest.parent == 1
-    else:
-        gone = oldest.parent == 1 if heir is None else heir.session != oldest.session
+    gone = oldest.parent == 1 if heir is None else heir.session != oldest.session
+    if not watched:  # In a container process 1 is often of this session; a wrapper may have a session of its own.
+        gone = (gone or oldest.parent == 1) and not _was_started_with(variable, oldest.parent)
     return "the end of its launcher" if gone else None
+
+
+def _was_started_with(variable: str, pid: int) -> bool:
+    """Whether a process has a rank's environment: a wrapper that stands between the launcher and its rank."""
+    try:
+        return f"\0{variable}=".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # another user's
+        return False
