@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 
 @contextmanager
@@ -28,14 +30,40 @@ def quickly() -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, ``torch.compile`` returns functions as they are (PyTorch's own switch), and Inductor is not imported."""
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
+    """Inside, ``torch.compile`` returns functions as they are, and imports neither Dynamo nor Inductor."""
+    import torch
+
+    def as_it_is(model: Any = None, **options: Any) -> Any:
+        return functools.partial(as_it_is, **options) if model is None else model
+
+    with patch.object(torch, "compile", as_it_is):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+
+
+def step_without_dynamo() -> None:
+    """Let PyTorch's optimizers made from now on step without Dynamo, whose import takes more than a second.
+
+    They ask it not to trace some of their methods, and to break graphs around ``step``; nothing of ours compiles an
+    optimizer (contract: ``tests/test_importing.py``).
+    """
+    from torch import optim
+
+    for method in vars(optim.Optimizer).values():
+        untraced = getattr(method, "__wrapped__", None)
+        if untraced is not None and method.__module__ == optim.Optimizer.__module__:
+            untraced.__dict__.setdefault("__dynamo_disable", untraced)
+    for kind in vars(optim).values():
+        step: Any = getattr(kind, "step", None)
+        if getattr(getattr(step, "__code__", None), "co_name", None) == "_use_grad":
+            kind.step = _with_grad_as_asked(step.__wrapped__)
+
+
+def _with_grad_as_asked(step: Any) -> Any:
+    import torch
+
+    @functools.wraps(step)
+    def stepping(self: Any, *args: Any, **options: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **options)
+
+    return stepping

@@ -8,8 +8,9 @@ import pytest
 
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.schema import Router
 from vqmoe_ds.errors import ConfigError
-from vqmoe_ds.planning import host
+from vqmoe_ds.planning import fit, host
 from vqmoe_ds.planning.parameters import count, least_bytes
 from vqmoe_ds.train.ranks import Place
 
@@ -59,3 +60,27 @@ def test_the_quick_count_is_that_of_the_model_or_a_little_less(fields):
     run = load_config("tiny", None, {"model.layers": 13, **{f"model.{k}": v for k, v in fields.items()}}).config
     whole = 4 * count(run).stored + count(run).buffer_bytes
     assert 0.9 * whole <= least_bytes(run) <= whole
+
+
+@pytest.mark.parametrize("router", list(Router))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "model.width": 32,
+            "model.heads": 2,
+            "moe.expert_hidden": 32,
+            "moe.num_experts": 64,
+            "codebook.num_codes": 512,
+        },
+        {"model.vocab_size": 60000, "model.width": 16, "model.heads": 2},
+        {"model.sequence_length": 2048, "model.layers": 2},
+        {"model.layers": 12, "moe.num_experts": 2, "moe.top_k": 2},
+    ],
+)
+def test_the_bound_that_needs_no_count_is_above_it(router, fields):
+    loaded = load_config("tiny", None, {"moe.router": router.value, **fields})
+    for zero in ("zero0", "zero2", "zero3"):
+        config = resolve(ZERO.replace("zero0", zero), loaded, 1, gpu=False)
+        assert host._at_most(config) > fit.least_bytes(config, 0)

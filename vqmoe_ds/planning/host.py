@@ -24,10 +24,12 @@ def check_host_memory(config: EngineConfig, place: Place) -> None:
     """
     if uses_gpu():
         return
+    there, ranks = total_bytes(), place.local_world_size
+    if ranks * _at_most(config) < there:
+        return
     # Weights first: only of a model that could be held is it quick to count all the rest.
     from vqmoe_ds.planning import fit, parameters
 
-    there, ranks = total_bytes(), place.local_world_size
     need = ranks * parameters.least_bytes(config.run, config.ep_size)
     if need <= there and config.run.finetune.checkpoint is None:
         need = ranks * fit.least_bytes(config, place.rank)
@@ -39,3 +41,14 @@ def check_host_memory(config: EngineConfig, place: Place) -> None:
             f"model.vocab_size={config.run.model.vocab_size}, and this machine has {there / GIB:,.1f} GiB; reduce one "
             "of these, model.sequence_length or the micro-batch, or take more machines"
         )
+
+
+def _at_most(config: EngineConfig) -> int:
+    """More bytes than a rank needs: lets small models in without the imports that counting takes (1.3 s)."""
+    model, moe, book = config.run.model, config.run.moe, config.run.codebook
+    wide = max(model.width, model.attention_width, moe.expert_hidden, book.code_dim or 0)
+    tables = 4 * (book.num_codes or moe.num_experts) + 4 * moe.num_experts + 2 * model.sequence_length
+    values = model.layers * wide * (8 * wide + 4 * moe.num_experts * wide + tables) + 3 * model.vocab_size * wide
+    tokens = config.micro_batch * model.sequence_length
+    kept = tokens * (64 * model.layers * wide * (1 + moe.top_k) + 4 * model.vocab_size)
+    return 4 * (10 * values + kept)
