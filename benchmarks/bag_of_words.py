@@ -29,12 +29,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from vqmoe_ds.comparison.statistics import mean_of
 from vqmoe_ds.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from vqmoe_ds.data.labelled_batches import LabelledTexts
 from vqmoe_ds.data.tokenizers import ByteTokenizer
-from vqmoe_ds.errors import ConfigError, UserError
+from vqmoe_ds.experiments.statistics import mean_of
 from vqmoe_ds.finetune.classification import TaskTexts, open_texts
+from vqmoe_ds.runtime.errors import ConfigError, UserError
 
 FOLDS, CHOICES, FIXED = 5, (1.0, 10.0, 100.0), 10.0
 ALL = "all"

@@ -31,8 +31,8 @@ from measuring import table, write_json
 from peers import free_port
 from small_training import RANKS, add_sizes, build_trainer, configure, set_up
 
-from vqmoe_ds.checkpoint import sealing
-from vqmoe_ds.checkpoint.session import begin_save
+from vqmoe_ds.checkpoint.resume import sealing
+from vqmoe_ds.checkpoint.resume.session import begin_save
 
 
 def main() -> None:

@@ -241,7 +241,7 @@ def _encode(line: str) -> tuple[list[int], list[int], int]:
 
 
 def figures(options: argparse.Namespace, seconds: float, cpu: float, text_bytes: int) -> dict[str, Any]:
-    from vqmoe_ds.files import sha256_of
+    from vqmoe_ds.runtime.files import sha256_of
 
     digests = [sha256_of(f"{options.output}.{name}") for name in ("bin", "idx")]
     return {"seconds": seconds, "cpu_s": cpu, "text_MB": text_bytes / 1e6, "sha256": " ".join(digests)}

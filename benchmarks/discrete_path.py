@@ -32,7 +32,7 @@ from measuring import peak_bytes, seconds, table, write_json
 
 from vqmoe_ds.config.load import load_config, preset_names
 from vqmoe_ds.config.schema import Router, RunConfig
-from vqmoe_ds.errors import DataError, UserError
+from vqmoe_ds.runtime.errors import DataError, UserError
 
 TASKS = ("forward", "generate", "train")
 AFTER = ", discrete alone"
@@ -105,7 +105,7 @@ def count(name: str, config: RunConfig) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of all checkpoints, vq ones a second time with their discrete path alone."""
-    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
     from vqmoe_ds.checkpoint.reader import open_checkpoint
 
     paths: dict[str, str] = {}
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from vqmoe_ds.checkpoint.load_model import load_model
-    from vqmoe_ds.train.allocator import tune_allocator
+    from vqmoe_ds.runtime.allocator import tune_allocator
 
     tune_allocator()
     tokens_BS = torch.from_numpy(np.load(options.text))

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_checks.report import BEGINS, CHECKS, ENDS, ERROR, MEASURED, Check, Line, final_report
 from gpu_checks.supervise import Supervisor, read_lines
 
-from vqmoe_ds.errors import UserError
+from vqmoe_ds.runtime.errors import UserError
 
 MODULES = {
     "torch": "torch",
@@ -175,9 +175,9 @@ def open_bench(options: argparse.Namespace, folder: Path, lines: list[Line], wri
     from gpu_checks.frame import Bench, Rates
     from gpu_checks.machine import facts
 
-    from vqmoe_ds.errors import ConfigError
+    from vqmoe_ds.runtime.errors import ConfigError
+    from vqmoe_ds.runtime.ranks import find_place
     from vqmoe_ds.train.engine import set_up_torch
-    from vqmoe_ds.train.ranks import find_place
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(

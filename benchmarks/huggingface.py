@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
-from vqmoe_ds.checkpoint.huggingface import DTYPES, ExportOptions, export_hf
+from vqmoe_ds.checkpoint.formats.huggingface.folder import DTYPES, ExportOptions, export_hf
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.reader import open_checkpoint
-from vqmoe_ds.checkpoint.upcycle_moe import RoutedSource, calibration_ids, routed_config, with_codes
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import TrainingBatches
 from vqmoe_ds.data.corpus import Split, open_corpus, split_corpus
+from vqmoe_ds.upcycle.routed import RoutedSource, calibration_ids, routed_config, with_codes
 
 PROMPT, NEW_TOKENS = b"The method returns ", 110
 SHAPE: dict[str, Any] = {

@@ -42,7 +42,7 @@ from peers import PEERS, build_layer, copy_bandwidth, join_group
 from torch import Tensor, nn
 
 from vqmoe_ds.moe.experts import StackedExperts
-from vqmoe_ds.train.allocator import tune_allocator
+from vqmoe_ds.runtime.allocator import tune_allocator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUR_DENSE = "dense, our kernels"

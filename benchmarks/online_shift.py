@@ -29,16 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measuring import table, write_json
 
-from vqmoe_ds.comparison.statistics import mean_of, paired_difference
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.data.batches import Batch, Batches
-from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.perplexity import bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
+from vqmoe_ds.experiments.statistics import mean_of, paired_difference
+from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.ranks import find_place
 from vqmoe_ds.train.engine import Session, build_session, set_up_torch
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
-from vqmoe_ds.train.ranks import find_place
 
 ROOT = Path(__file__).resolve().parent.parent
 DS_CONFIG = str(ROOT / "ds_configs" / "zero0.json")
@@ -159,7 +159,7 @@ def _with_data(run_config: Any, domain: str) -> Any:
 def _open(loaded: Any, reader: Any, domain: str) -> Any:
     from dataclasses import replace
 
-    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
     from vqmoe_ds.finetune.language import open_text
 
     one = replace(loaded, config=_with_data(loaded.config, domain))

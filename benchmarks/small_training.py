@@ -14,10 +14,10 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.batches import TrainingBatches
 from vqmoe_ds.data.corpus import open_corpus, split_corpus
-from vqmoe_ds.train.allocator import tune_allocator
+from vqmoe_ds.runtime.allocator import tune_allocator
+from vqmoe_ds.runtime.ranks import Place
 from vqmoe_ds.train.engine import build_session
 from vqmoe_ds.train.loop import Trainer
-from vqmoe_ds.train.ranks import Place
 
 RANKS = 2
 

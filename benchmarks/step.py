@@ -50,7 +50,7 @@ from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.sources import EmbeddingSource
-from vqmoe_ds.train.allocator import tune_allocator
+from vqmoe_ds.runtime.allocator import tune_allocator
 from vqmoe_ds.train.engine import parameter_groups
 from vqmoe_ds.train.zero import spare_passes
 

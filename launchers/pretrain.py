@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vqmoe_ds.config.cli import build_parser
 from vqmoe_ds.planning import dry_run
-from vqmoe_ds.train.cli import build_parser
 from vqmoe_ds.train.pretrain import main
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # A CUDA build without a GPU makes one up for FakeTensorMode (checkpoint/skeleton.py), for which backward then keeps
-    # a thread, so that no rank forked from here could run backward any more. Tests fake CPU tensors alone.
+    # A CUDA build without a GPU makes one up for FakeTensorMode (checkpoint/io/skeleton.py), for which backward then
+    # keeps a thread, so that no rank forked from here could run backward any more. Tests fake CPU tensors alone.
     torch._C._ensureCUDADeviceGuardSet = lambda: None
 
 

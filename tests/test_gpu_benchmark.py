@@ -25,7 +25,7 @@ from gpu_checks.report import BAD, BEGINS, CHECKS, ENDS, Check, final_report
 from gpu_checks.supervise import Supervisor, read_lines
 
 from tests.distributed import run_ranks
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.runtime.ranks import Place
 
 ROOT = Path(__file__).resolve().parent.parent
 

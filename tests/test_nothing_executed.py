@@ -43,31 +43,37 @@ LIBRARIES = {
 
 RANKS = "unpickles what the ranks of this job send each other; docs/security.md says who can reach their ports"
 ALLOWED = {
-    ("vqmoe_ds/checkpoint/archive.py", "pickle"): "a subclass of the unpickler, with the opcodes and names of a list",
-    ("vqmoe_ds/checkpoint/restricted.py", "pickle"): "catches the refusals of PyTorch's restricted unpickler",
-    ("vqmoe_ds/checkpoint/sealing.py", "all_gather_object"): RANKS,
-    ("vqmoe_ds/checkpoint/restore.py", "all_gather_object"): RANKS,
+    (
+        "vqmoe_ds/checkpoint/io/archive.py",
+        "pickle",
+    ): "a subclass of the unpickler, with listed opcodes and names",
+    ("vqmoe_ds/checkpoint/resume/restricted.py", "pickle"): "catches the refusals of PyTorch's restricted unpickler",
+    ("vqmoe_ds/checkpoint/resume/sealing.py", "all_gather_object"): RANKS,
+    ("vqmoe_ds/checkpoint/resume/restore.py", "all_gather_object"): RANKS,
     ("vqmoe_ds/data/epochs.py", "broadcast_object_list"): RANKS,
-    ("vqmoe_ds/train/ranks.py", "broadcast_object_list"): RANKS,
-    ("vqmoe_ds/train/watchdog.py", "all_gather_object"): RANKS,
+    ("vqmoe_ds/runtime/ranks.py", "broadcast_object_list"): RANKS,
+    ("vqmoe_ds/runtime/watchdog.py", "all_gather_object"): RANKS,
     ("vqmoe_ds/moe/kernels/build.py", "ctypes"): "loads a library that nobody else can have put there (why_unsafe)",
     ("vqmoe_ds/moe/kernels/build.py", "CDLL"): "as above",
     ("vqmoe_ds/moe/kernels/build.py", "subprocess"): "the compiler, from the user's own CXX or PATH, on our own source",
     ("vqmoe_ds/moe/kernels/experts.py", "ctypes"): "types of arguments",
-    ("vqmoe_ds/train/allocator.py", "ctypes"): "the C library of this process: no path",
-    ("vqmoe_ds/train/allocator.py", "CDLL"): "as above",
-    ("vqmoe_ds/train/ranks.py", "subprocess"): "scontrol with the node list in one word; no shell",
-    ("vqmoe_ds/comparison/runs.py", "subprocess"): "this Python with our launchers; words from the user's command",
+    ("vqmoe_ds/runtime/allocator.py", "ctypes"): "the C library of this process: no path",
+    ("vqmoe_ds/runtime/allocator.py", "CDLL"): "as above",
+    ("vqmoe_ds/runtime/ranks.py", "subprocess"): "scontrol with the node list in one word; no shell",
+    ("vqmoe_ds/experiments/runs.py", "subprocess"): "this Python with our launchers; words from the user's command",
     ("vqmoe_ds/data/recipes.py", "subprocess"): "the clients of registries with package names of our own",
     ("launchers/slurm/submit.py", "subprocess"): "sbatch and sinfo; the script holds checked words only (_check_words)",
     ("vqmoe_ds/config/reading.py", "yaml.load"): "a loader with some of SafeLoader's constructors: plain values only",
-    ("vqmoe_ds/train/watchdog.py", "subprocess"): "kill with the number of a process that was looked up; no other word",
+    (
+        "vqmoe_ds/runtime/watchdog.py",
+        "subprocess",
+    ): "kill with the number of a process that was looked up",
 }
 """(file, use) -> why nothing of a file is run there."""
 
 GUARDED = {
     "load_checkpoint": (
-        ["vqmoe_ds/checkpoint/session.py"],
+        ["vqmoe_ds/checkpoint/resume/session.py"],
         "DeepSpeed's torch.load(weights_only=False): restricted.without_pickles (tests/checkpoint/test_restricted.py)",
     ),
     "BlendedMegatronDatasetBuilder": (
@@ -86,15 +92,22 @@ GUARDED = {
     "ParquetFile": (["vqmoe_ds/data/documents.py"], "columns of plain types"),
     "input_stream": (["vqmoe_ds/data/compressed.py"], "decompresses in stretches of a bounded size"),
     "SentencePieceProcessor": (["vqmoe_ds/data/tokenizers.py"], "a protocol buffer, from bytes"),
-    "FromString": (["vqmoe_ds/checkpoint/hf_tokenizer.py", "vqmoe_ds/data/tokenizers.py"], "as above"),
-    "from_str": (["vqmoe_ds/checkpoint/hf_tokenizer.py", "vqmoe_ds/data/json_tokenizer.py"], "JSON, parsed in Rust"),
+    "FromString": (["vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py", "vqmoe_ds/data/tokenizers.py"], "as above"),
+    "from_str": (
+        ["vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py", "vqmoe_ds/data/json_tokenizer.py"],
+        "JSON, parsed in Rust",
+    ),
     "cli_evaluate": (
         ["vqmoe_ds/evaluation/harness.py"],
         "lm-evaluation-harness's own command: its tasks are code (!function), and the user's to choose",
     ),
     "import_module": (
         [
-            *("vqmoe_ds/checkpoint/hf_tokenizer.py", "vqmoe_ds/data/libraries.py", "vqmoe_ds/data/tokenizers.py"),
+            *(
+                "vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py",
+                "vqmoe_ds/data/libraries.py",
+                "vqmoe_ds/data/tokenizers.py",
+            ),
             "vqmoe_ds/models/build.py",
         ],
         "installed packages by names that stand in the source",
@@ -213,7 +226,7 @@ def test_the_files_on_the_lists_are_there(file: str) -> None:
 
 
 def test_deepspeeds_loading_stands_behind_the_switch() -> None:
-    tree = ast.parse((ROOT / "vqmoe_ds/checkpoint/session.py").read_text())
+    tree = ast.parse((ROOT / "vqmoe_ds/checkpoint/resume/session.py").read_text())
     guards = [n for n in ast.walk(tree) if isinstance(n, ast.With) and "without_pickles" in ast.unparse(n.items[0])]
     inside = [n for guard in guards for n in ast.walk(guard)]
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "load_checkpoint"]

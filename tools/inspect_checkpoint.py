@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.checkpoint.inspect import build_parser, main
-from vqmoe_ds.terminal import run_tool
+from vqmoe_ds.runtime.terminal import run_tool
 
 if __name__ == "__main__":
     sys.exit(run_tool(lambda: main(build_parser(__doc__ or "").parse_args())))

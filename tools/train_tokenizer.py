@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.data.documents import SourceOptions
 from vqmoe_ds.data.tokenizer_training import KINDS, check_output, train_tokenizer
-from vqmoe_ds.terminal import run_tool
+from vqmoe_ds.runtime.terminal import run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:

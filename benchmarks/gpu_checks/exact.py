@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vqmoe_ds.device import make_deterministic
+from vqmoe_ds.runtime.device import make_deterministic
 
 from . import training
 from .frame import Bench, Finding, attempt, equal

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.runtime.ranks import Place
 
 from .report import ERROR, FAILED, PASSED
 

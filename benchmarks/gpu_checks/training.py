@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint import session as checkpoints
+from vqmoe_ds.checkpoint.resume import session as checkpoints
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.batches import TrainingBatches

@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vqmoe_ds.errors import TRY_AGAIN, UserError
-from vqmoe_ds.train.ranks import find_place
+from vqmoe_ds.runtime.errors import TRY_AGAIN, UserError
+from vqmoe_ds.runtime.ranks import find_place
 
 
 def main(arguments: list[str]) -> int:

@@ -24,10 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vqmoe_ds.config import cli
 from vqmoe_ds.config.deepspeed_json import resolve
-from vqmoe_ds.errors import ConfigError, UserError, shown
 from vqmoe_ds.finetune import cli as finetune_cli
-from vqmoe_ds.train import cli
+from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = {

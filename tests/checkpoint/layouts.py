@@ -58,8 +58,8 @@ class Training:
     """A session and its loop; every global batch is the same on every layout."""
 
     def __init__(self, folder: str, layout: Layout, rank: int, **changes: Any) -> None:
+        from vqmoe_ds.runtime.ranks import Place
         from vqmoe_ds.train.engine import build_session
-        from vqmoe_ds.train.ranks import Place
 
         path = Path(folder) / f"deepspeed-{rank}.json"
         path.write_text(json.dumps(layout.deepspeed()))
@@ -97,12 +97,12 @@ class Training:
         return float(total) / (rounds * self.layout.world)
 
     def save(self, folder: str | Path) -> Path:
-        from vqmoe_ds.checkpoint.session import save
+        from vqmoe_ds.checkpoint.resume.session import save
 
         return save(self.session, Path(folder), self.step, 1)
 
     def restore(self, path: str | Path) -> None:
-        from vqmoe_ds.checkpoint.restore import restore_any_layout
+        from vqmoe_ds.checkpoint.resume.restore import restore_any_layout
 
         self.step = restore_any_layout(self.session, open_checkpoint(path))
 

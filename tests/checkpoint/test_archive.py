@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from vqmoe_ds.checkpoint import archive
-from vqmoe_ds.checkpoint.archive import LONGEST_PICKLE, OPCODES, Record, Stored, load_archive
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.checkpoint.io import archive
+from vqmoe_ds.checkpoint.io.archive import LONGEST_PICKLE, OPCODES, Record, Stored, load_archive
+from vqmoe_ds.runtime.errors import CheckpointError
 
 _LIMITED = """
 import resource, sys, time
 from pathlib import Path
-from vqmoe_ds.checkpoint.archive import load_archive
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.checkpoint.io.archive import load_archive
+from vqmoe_ds.runtime.errors import CheckpointError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.monotonic()
 try:

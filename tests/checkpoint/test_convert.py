@@ -19,14 +19,14 @@ from tests.checkpoint.layouts import MODEL, Layout, Training, load_natively, mov
 from tests.checkpoint.test_restore import assert_equal_state
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser, main
-from vqmoe_ds.checkpoint.portable import new_folder, total_bytes, write_portable
+from vqmoe_ds.checkpoint.formats.deepspeed.writer import TagLayout, bytes_told, write_tag
+from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
+from vqmoe_ds.checkpoint.io.safetensors_io import read_header
 from vqmoe_ds.checkpoint.reader import open_checkpoint
-from vqmoe_ds.checkpoint.safetensors_io import read_header
-from vqmoe_ds.checkpoint.store import read_manifest, verify, write_manifest
-from vqmoe_ds.checkpoint.tag_writer import TagLayout, bytes_told, write_tag
+from vqmoe_ds.checkpoint.resume.store import read_manifest, verify, write_manifest
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.tokenizers import load_tokenizer
-from vqmoe_ds.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = Layout(2, 2, 2)
@@ -171,7 +171,7 @@ def test_discrete_only_drops_the_continuous_path_and_freezes_the_codes(run, tmp_
 
 
 def test_discrete_only_keeps_the_width_of_dense_blocks():
-    from vqmoe_ds.checkpoint.discrete import discrete_config
+    from vqmoe_ds.checkpoint.views.discrete import discrete_config
 
     config = load_config("tiny", None, {**MODEL, "model.moe_every": 2}).config.model_dump(mode="json")
     assert discrete_config(config)["model"]["dense_hidden"] == 2 * MODEL["moe.expert_hidden"]

@@ -14,15 +14,15 @@ import torch
 
 from tests.evaluation.routed_models import model_of
 from tests.huggingface import ModelReader
-from vqmoe_ds import memory
 from vqmoe_ds.checkpoint.convert import build_parser, convert
+from vqmoe_ds.checkpoint.formats.portable import STATE, new_folder, write_portable
+from vqmoe_ds.checkpoint.io.safetensors_io import read_header
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.checkpoint.portable import STATE, new_folder, write_portable
 from vqmoe_ds.checkpoint.reader import open_checkpoint
-from vqmoe_ds.checkpoint.restricted import without_pickles
-from vqmoe_ds.checkpoint.safetensors_io import read_header
-from vqmoe_ds.checkpoint.store import read_manifest, tag_name, verify, why_not_whole, write_manifest
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.checkpoint.resume.restricted import without_pickles
+from vqmoe_ds.checkpoint.resume.store import read_manifest, tag_name, verify, why_not_whole, write_manifest
+from vqmoe_ds.runtime import memory
+from vqmoe_ds.runtime.errors import CheckpointError
 
 BILLION = 10**9
 

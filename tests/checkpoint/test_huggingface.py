@@ -30,13 +30,13 @@ from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
 from tests.huggingface import CASES, ModelReader, config_of, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.convert import build_parser, main
-from vqmoe_ds.checkpoint.hf_names import CODE_FILES, NEWER
-from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf, open_hf
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf, open_hf
+from vqmoe_ds.checkpoint.formats.huggingface.names import CODE_FILES, NEWER
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer
-from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.models.classifier import Classifier
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.runtime.errors import CheckpointError
 
 QK_NORMS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -146,7 +146,7 @@ def test_memory_is_bounded_by_a_stretch_whatever_the_tensor(tmp_path: Path) -> N
         def tensor(self, name: str, kind: str = "fp32") -> torch.Tensor:
             raise AssertionError("whole tensors are not asked for")
 
-    import vqmoe_ds.checkpoint.huggingface as module
+    import vqmoe_ds.checkpoint.formats.huggingface.folder as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", 100)
@@ -364,7 +364,7 @@ def test_tokenizers_without_an_equal_are_refused(which: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("damage", ["pieces of other scores", "control symbols in text"])
 def test_a_conversion_that_went_wrong_is_found_at_export(damage: str, tmp_path: Path) -> None:
-    import vqmoe_ds.checkpoint.hf_tokenizer as module
+    import vqmoe_ds.checkpoint.formats.huggingface.tokenizer as module
     from vqmoe_ds.data.tokenizers import load_tokenizer
 
     def wrong(proto: Any, source: Any) -> tuple[list[float], str]:
@@ -386,7 +386,7 @@ def test_a_conversion_that_went_wrong_is_found_at_export(damage: str, tmp_path: 
 def test_a_tokenizer_json_adds_nothing_that_training_did_not_see(tmp_path: Path) -> None:
     from tokenizers import processors
 
-    from vqmoe_ds.checkpoint.hf_tokenizer import _byte_level
+    from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import _byte_level
     from vqmoe_ds.data.tokenizers import load_tokenizer
 
     fast = _byte_level(True)

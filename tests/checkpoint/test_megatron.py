@@ -21,11 +21,17 @@ from tests.distributed import run_ranks
 from tests.huggingface import LENGTH, ModelReader, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.convert import build_parser, main
 from vqmoe_ds.checkpoint.figures import sizes
+from vqmoe_ds.checkpoint.formats.megatron.folder import (
+    EXTRA,
+    EXTRA_TENSORS,
+    MegatronOptions,
+    export_megatron,
+    open_megatron,
+)
 from vqmoe_ds.checkpoint.inspect import inspect
-from vqmoe_ds.checkpoint.megatron import EXTRA, EXTRA_TENSORS, MegatronOptions, export_megatron, open_megatron
 from vqmoe_ds.checkpoint.reader import CheckpointReader, open_checkpoint
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.runtime.errors import CheckpointError
 
 VOCAB = 50
 CASES: dict[str, dict[str, dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from tests.prepared import write_sequences
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.batches import Batch
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.runtime.errors import CheckpointError
 
 SMALL = {
     **{"model.layers": 2, "model.width": 16, "model.heads": 2, "model.sequence_length": 16, "model.vocab_size": 4096},
@@ -66,9 +66,9 @@ def _config(folder: Path, rank: int, world: int, micro: int, stage: int, **chang
 
 def _trainer(folder: Path, rank: int, config: EngineConfig, log: str) -> Any:
     from vqmoe_ds.data.indexed import open_indexed_text
+    from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train.engine import build_session
     from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
 
     world = config.world_size
     session = build_session(config, Place(rank, world, rank, world), "test.json")
@@ -92,7 +92,7 @@ def _uninterrupted(rank: int, world: int, folder: Path) -> tuple[list[float], di
 
 
 def _killed(rank: int, world: int, folder: Path) -> None:
-    from vqmoe_ds.checkpoint.session import save
+    from vqmoe_ds.checkpoint.resume.session import save
 
     trainer = _trainer(folder, rank, _config(folder, rank, world, 2, 0), "killed")
     _train_to(trainer, SAVED)
@@ -104,7 +104,7 @@ def _killed(rank: int, world: int, folder: Path) -> None:
 
 
 def _resumed(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    from vqmoe_ds.checkpoint.session import choose, load
+    from vqmoe_ds.checkpoint.resume.session import choose, load
 
     trainer = _trainer(folder, rank, _config(folder, rank, world, 2, 0), f"resumed{world}")
     tag, _ = choose(folder / "checkpoints", "auto", rank)
@@ -172,7 +172,7 @@ ALIKE = {"moe.balance_weight": 0.0, "codebook.dead_below": 0.0}
 
 
 def _other_micro_batches(rank: int, world: int, folder: Path) -> list[tuple[list[float], list[float]]]:
-    from vqmoe_ds.checkpoint.session import load, save
+    from vqmoe_ds.checkpoint.resume.session import load, save
 
     answers = []
     for stage in range(4):
@@ -194,7 +194,7 @@ def test_micro_batch_and_accumulation_may_change_on_every_stage(folder):
 
 
 def _other_batch(rank: int, world: int, folder: Path) -> None:
-    from vqmoe_ds.checkpoint.session import consumed_samples, load, save
+    from vqmoe_ds.checkpoint.resume.session import consumed_samples, load, save
 
     first = _trainer(folder, rank, _config(folder, rank, world, 2, 0), "batches")
     _train_to(first, 3)
@@ -216,14 +216,14 @@ def test_no_sample_is_lost_or_repeated_where_the_global_batch_changes(folder, un
 
 
 def _save_one(rank: int, world: int, folder: Path) -> None:
-    from vqmoe_ds.checkpoint.session import save
+    from vqmoe_ds.checkpoint.resume.session import save
 
     config = _config(folder, rank, world, 2, 0, **{"data.tokenizer_sha256": "abc" * 10})
     save(_trainer(folder, rank, config, "refused").session, folder / "plain", 0, keep_last=1)
 
 
 def test_what_cannot_be_resumed_is_refused_by_name(folder):
-    from vqmoe_ds.checkpoint.session import check_fits
+    from vqmoe_ds.checkpoint.resume.session import check_fits
 
     run_ranks(2, _save_one, folder)
     tag, same = folder / "plain/global_step0000000", {"data.tokenizer_sha256": "abc" * 10}

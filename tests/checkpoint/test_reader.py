@@ -14,11 +14,11 @@ import torch
 
 from tests.checkpoint.layouts import SAVED_AT, Layout, Training, write_one
 from tests.distributed import run_ranks
-from vqmoe_ds.checkpoint.archive import load_archive
+from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.reader import KINDS, open_checkpoint
-from vqmoe_ds.checkpoint.store import MANIFEST, read_manifest, write_manifest
+from vqmoe_ds.checkpoint.resume.store import MANIFEST, read_manifest, write_manifest
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.runtime.errors import CheckpointError
 
 LAYOUTS = [Layout(0, 2, 2), Layout(1, 2, 2), Layout(2, 1, 2), Layout(3, 2, 2), Layout(3, 1, 2, "bf16")]
 
@@ -155,7 +155,7 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tag, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["os.system", "torch.load", "builtins.eval", "torch._utils.load", "vqmoe_ds.errors.UserError"]
+    "name", ["os.system", "torch.load", "builtins.eval", "torch._utils.load", "vqmoe_ds.runtime.errors.UserError"]
 )
 def test_no_other_name_is_looked_up(name, tmp_path):
     module, _, attribute = name.rpartition(".")

@@ -13,9 +13,9 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.train.test_loss_scale import _scale, _trainer
-from vqmoe_ds.checkpoint.archive import ZERO_STAGES
-from vqmoe_ds.checkpoint.restricted import without_pickles
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.checkpoint.io.archive import ZERO_STAGES
+from vqmoe_ds.checkpoint.resume.restricted import without_pickles
+from vqmoe_ds.runtime.errors import CheckpointError
 
 
 class _Evil:
@@ -74,7 +74,7 @@ def _attack(trainer: Any, tag: Path, folder: Path) -> list[str]:
 
 
 def _resume_and_attack(rank: int, world: int, folder: str, stage: int, precision: str) -> tuple[Any, ...]:
-    from vqmoe_ds.checkpoint.session import save
+    from vqmoe_ds.checkpoint.resume.session import save
 
     values: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     if precision == "fp16":

@@ -31,9 +31,9 @@ VARIANTS = [
 def _session(rank: int, world: int, folder: str, variant: dict[str, Any], ep_size: int) -> Any:
     from vqmoe_ds.data.batches import TrainingBatches
     from vqmoe_ds.data.corpus import open_corpus, split_corpus
+    from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train.engine import build_session
     from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
 
     optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
     values = {**variant, "optimizer": optimizer, "gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 2}
@@ -47,7 +47,7 @@ def _session(rank: int, world: int, folder: str, variant: dict[str, Any], ep_siz
 
 
 def _resume(rank: int, world: int, folder: str) -> list[dict[str, Any]]:
-    from vqmoe_ds.checkpoint.session import choose, load, save
+    from vqmoe_ds.checkpoint.resume.session import choose, load, save
 
     reports = []
     for number, variant in enumerate(VARIANTS):
@@ -68,7 +68,7 @@ def _resume(rank: int, world: int, folder: str) -> list[dict[str, Any]]:
 
 
 def _other_layouts(rank: int, world: int, folder: str) -> list[list[float]]:
-    from vqmoe_ds.checkpoint.session import load
+    from vqmoe_ds.checkpoint.resume.session import load
 
     losses = []
     for variant, ep_size in ((VARIANTS[2], 1), (VARIANTS[3], 2), (VARIANTS[0], 2)):

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from vqmoe_ds.checkpoint.session import check_fits, choose, consumed_samples
-from vqmoe_ds.checkpoint.store import (
+from vqmoe_ds.checkpoint.resume.session import check_fits, choose, consumed_samples
+from vqmoe_ds.checkpoint.resume.store import (
     LARGEST,
     MANIFEST,
     checksums,
@@ -23,7 +23,7 @@ from vqmoe_ds.checkpoint.store import (
 )
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import CheckpointError
+from vqmoe_ds.runtime.errors import CheckpointError
 
 STATE = {"samples": 8, "layout": {"world_size": 1}, "config": {"train": {"batch_size": 4}}}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_ds.checkpoint.store import tag_name
+from vqmoe_ds.checkpoint.resume.store import tag_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = str(Path(__file__).with_name("cluster.sh"))
@@ -226,7 +226,7 @@ def _check_places(output: str) -> None:
 
 
 def test_every_launcher_gives_the_ranks_their_places_inside_a_job(cluster):
-    show = ROOT / "tests/train/show_place.py"
+    show = ROOT / "tests/runtime/show_place.py"
     script = cluster.home / "places.sh"
     script.write_text(
         f"""#!/bin/bash
@@ -255,7 +255,7 @@ def test_every_launcher_gives_the_ranks_their_places_inside_a_job(cluster):
     ],
 )
 def test_launchers_that_go_by_ssh_from_host_to_host_give_the_ranks_their_places(cluster, launcher):
-    result = cluster.run(*launcher.split(), ROOT / "tests/train/show_place.py", node="node1", PYTHONPATH=str(ROOT))
+    result = cluster.run(*launcher.split(), ROOT / "tests/runtime/show_place.py", node="node1", PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     _check_places(result.stdout)
 

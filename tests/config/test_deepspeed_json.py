@@ -8,7 +8,7 @@ import pytest
 
 from vqmoe_ds.config.deepspeed_json import TOP_LEVEL_KEYS, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError
 
 TWO_PASSES = {"optimizer": {"params": {"torch_adam": True, "fused": True, "foreach": True}}}
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))

@@ -13,8 +13,8 @@ from launchers.pretrain import dry_run
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.gpu import WIDTH_STEP, attention_hint, check_widths
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.planning import command as plan
+from vqmoe_ds.runtime.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -4,7 +4,7 @@ import pytest
 
 from vqmoe_ds.config.load import field_table, load_config, parse_override, preset_names, to_yaml
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 def test_every_preset_loads_and_survives_a_round_trip_through_yaml(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from vqmoe_ds.config.load import load_config, parse_override, to_yaml
 from vqmoe_ds.config.reading import DEEPEST, LARGEST, parse_yaml, read_json, read_yaml
-from vqmoe_ds.errors import LONGEST, ConfigError, UserError, one_line, shown
+from vqmoe_ds.runtime.errors import LONGEST, ConfigError, UserError, one_line, shown
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)

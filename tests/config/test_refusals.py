@@ -3,7 +3,7 @@
 import pytest
 
 from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError
 
 GOOD = {"train_batch_size": 1}
 
@@ -42,7 +42,7 @@ def test_an_optimizer_that_refuses_its_options():
 
 
 def test_a_defect_of_this_package_keeps_its_traceback():
-    from vqmoe_ds.errors import one_line
+    from vqmoe_ds.runtime.errors import one_line
 
     with pytest.raises(TypeError), refusals("ds.json"):
         one_line(5)  # type: ignore[arg-type]

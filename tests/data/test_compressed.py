@@ -22,9 +22,9 @@ from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
 from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.documents import DAMAGED, WINDOW, Skips, SourceOptions, plan_units, read_unit
 from vqmoe_ds.data.labelled import open_labelled
-from vqmoe_ds.errors import DataError
 from vqmoe_ds.evaluation import generate_command
 from vqmoe_ds.finetune import predict
+from vqmoe_ds.runtime.errors import DataError
 
 ONE, TWO = b"first\n" * 70_000, np.random.default_rng(0).bytes(300_000)
 SKIPPED = struct.pack("<II", 0x184D2A53, 5) + b"aside"

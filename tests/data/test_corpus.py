@@ -18,7 +18,7 @@ import pytest
 
 from vqmoe_ds.data import corpus as corpus_module
 from vqmoe_ds.data.corpus import STRETCH, Corpus, open_corpus, split_corpus, whole_corpus
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 
 def _corpus(sizes: list[int]) -> tuple[Corpus, np.ndarray]:

@@ -18,7 +18,7 @@ import pytest
 
 from vqmoe_ds.data import documents as documents_module
 from vqmoe_ds.data.documents import PIECE_BYTES, Skips, SourceOptions, plan_units, read_unit
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 
 def documents(*sources: Path | str, skips: Skips | None = None, **options) -> list[str]:

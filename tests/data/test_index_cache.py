@@ -18,7 +18,7 @@ from tests.prepared import write_sequences
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.index_cache import SIDECAR, read_array, seal, why_unsound
 from vqmoe_ds.data.indexed import open_indexed_text
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 BATCH = 16
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vqmoe_ds.data.index_files import DTYPES, HashedFile, check_prefix, chunks, smallest_dtype, write_index
-from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import sha256_of
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import sha256_of
 
 LENGTHS, ENDS = np.array([3, 2, 4, 1], np.int32), np.array([1, 3, 4])
 

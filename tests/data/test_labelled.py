@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vqmoe_ds.data.labelled import open_labelled
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 
 def _jsonl(*rows: Any) -> bytes:

@@ -16,7 +16,7 @@ from vqmoe_ds.data.labelled_batches import (
     rare_classes,
 )
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
-from vqmoe_ds.errors import ConfigError, DataError
+from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 
 def texts_of(count: int, classes: int = 2, longest: int = 60, seed: int = 0) -> LabelledTexts:

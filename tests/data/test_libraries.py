@@ -11,7 +11,7 @@ from vqmoe_ds.data.documents import _hub_data
 from vqmoe_ds.data.labelled import KNOWN_SETS, _hub_rows
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.recipes import _hub
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 
 def test_what_is_there_is_imported():
@@ -49,7 +49,7 @@ import sys
 sys.modules.update(megatron=None, datasets=None, openmpi=None, mpi4py=None)
 import vqmoe_ds.train.pretrain, vqmoe_ds.checkpoint.load_model, vqmoe_ds.evaluation.generate
 from vqmoe_ds.data.indexed import _pattern
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 assert _pattern([1.0])[0].tolist() == [0], "one corpus needs no blending"
 for read in (lambda: _pattern([0.5, 0.5]), lambda: __import__("vqmoe_ds.data.epochs")):
     try:

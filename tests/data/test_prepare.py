@@ -18,7 +18,7 @@ from vqmoe_ds.data.documents import SourceOptions, plan_units
 from vqmoe_ds.data.index_files import check_prefix
 from vqmoe_ds.data.prepare import build_parser, main
 from vqmoe_ds.data.spread import deal
-from vqmoe_ds.files import sha256_of
+from vqmoe_ds.runtime.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = [sys.executable, str(ROOT / "tools/prepare_data.py")]

@@ -23,7 +23,7 @@ import pytest
 
 from vqmoe_ds.data import recipes
 from vqmoe_ds.data.recipes import fetch_recipe, list_recipes
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 HEAD = "<mediawiki>\n  <siteinfo>\n  </siteinfo>\n"
 PAGES = [f"  <page>\n    <title>{name}</title>\n    <text>é {name}</text>\n  </page>\n" for name in "ABC"]

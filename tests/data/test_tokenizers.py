@@ -15,7 +15,7 @@ import pytest
 
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 WIKITEXT = " \n = Homarus gammarus = \n \n A large <unk> , about 60 @.@ 5 cm ( 24 in ) . \n"
 ODD = [

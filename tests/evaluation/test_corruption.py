@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.evaluation.corruption import (
     KINDS,
     PROTECTED,
@@ -16,6 +15,7 @@ from vqmoe_ds.evaluation.corruption import (
     apply,
     parse_corruption,
 )
+from vqmoe_ds.runtime.errors import ConfigError
 
 LINE = (
     "The old captain of the harbour had never seen a ship like that before, and he said so to his brother's friends.\n"

@@ -12,15 +12,15 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.huggingface import LENGTH, ModelReader, config_of, model_of
+from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
-from vqmoe_ds.checkpoint.portable import new_folder, write_portable
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
-from vqmoe_ds.errors import ConfigError, DataError
 from vqmoe_ds.evaluation.command import table
 from vqmoe_ds.evaluation.corruption import Corruption, all_corruptions
 from vqmoe_ds.evaluation.evaluate import Options, evaluate, standard_error
 from vqmoe_ds.evaluation.texts import Text, encode, open_texts
+from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 STORY = b"The old captain of the harbour had never seen a ship like that.\nMany ships came, and he knew each of them.\n"
 

@@ -7,12 +7,12 @@ import torch
 
 from tests.evaluation.routed_models import CASES, EXPERTS, LENGTH, model_of, tokens_of
 from tests.huggingface import ModelReader
+from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel
-from vqmoe_ds.checkpoint.portable import new_folder, write_portable
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
-from vqmoe_ds.errors import CheckpointError, DataError
 from vqmoe_ds.evaluation.collapse import run_expert
 from vqmoe_ds.evaluation.probe import load_routed, read_probe, rows_of, visit_layers
+from vqmoe_ds.runtime.errors import CheckpointError, DataError
 
 
 @pytest.mark.parametrize("case", CASES)

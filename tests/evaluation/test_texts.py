@@ -10,15 +10,15 @@ import sentencepiece
 
 from tests.huggingface import config_of, model_of
 from tests.prepared import write_sequences, write_texts
-from vqmoe_ds.checkpoint.hf_tokenizer import write_tokenizer
+from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import write_tokenizer
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import open_raw_text
 from vqmoe_ds.data.json_tokenizer import read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
-from vqmoe_ds.errors import CheckpointError, DataError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, Edit
 from vqmoe_ds.evaluation.texts import encode, open_texts, still_there
+from vqmoe_ds.runtime.errors import CheckpointError, DataError
 
 STORY = "the old captain of the harbour had never seen a ship like that , said Käfer .\n many ships came\n" * 8
 

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from vqmoe_ds.checkpoint.hf_tokenizer import write_tokenizer
+from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import write_tokenizer
 from vqmoe_ds.data.json_tokenizer import read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
 from vqmoe_ds.evaluation.token_labels import kinds, parts_of_speech, pieces_of, readable

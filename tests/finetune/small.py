@@ -53,9 +53,9 @@ class Finetuning:
 
     def __init__(self, folder: Path, layout: Layout, rank: int, source: Path, **changes: Any) -> None:
         from vqmoe_ds.finetune.run import begin
+        from vqmoe_ds.runtime.ranks import Place
         from vqmoe_ds.train.engine import build_session
         from vqmoe_ds.train.loop import Trainer
-        from vqmoe_ds.train.ranks import Place
 
         path = folder / f"deepspeed-{rank}.json"
         path.write_text(json.dumps(layout.deepspeed()))
@@ -72,12 +72,12 @@ class Finetuning:
         return [result.loss for result in results]
 
     def save(self, folder: Path) -> CheckpointReader:
-        from vqmoe_ds.checkpoint.session import save
+        from vqmoe_ds.checkpoint.resume.session import save
 
         return open_checkpoint(save(self.session, folder, self.trainer.step, 0, self.trainer.samples))
 
     def resume(self, tag: Path) -> None:
-        from vqmoe_ds.checkpoint.session import consumed_samples, load
+        from vqmoe_ds.checkpoint.resume.session import consumed_samples, load
 
         self.trainer.step = load(self.session, tag)
         self.trainer.resumed_at = (self.trainer.step, consumed_samples(tag))

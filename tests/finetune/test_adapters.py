@@ -10,10 +10,10 @@ import torch
 from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.finetune.small import FIXED_BS, Finetuning
-from vqmoe_ds.checkpoint.adapters import merged
-from vqmoe_ds.checkpoint.discrete import DiscreteOnly
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.views.adapters import merged
+from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 
 ONE = Layout(0, 1, 1)
 

@@ -11,9 +11,9 @@ import pytest
 from tests.data.test_labelled_batches import texts_of
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.tokenizers import ByteTokenizer
-from vqmoe_ds.errors import DataError
 from vqmoe_ds.finetune.classification import ClassScore, judge, open_texts, plot_confusion, write_predictions
 from vqmoe_ds.finetune.report import write_report
+from vqmoe_ds.runtime.errors import DataError
 
 CLASSES = ["no", "maybe", "yes"]
 # no: 4 texts, 3 found and 1 taken for yes; maybe: 2 texts, both taken for no; yes: 2 found.

@@ -13,17 +13,17 @@ from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.finetune.small import finetune_config
 from tests.prepared import write_texts
-from vqmoe_ds.checkpoint.discrete import DiscreteOnly
-from vqmoe_ds.checkpoint.huggingface import run_config
-from vqmoe_ds.checkpoint.megatron import MegatronOptions, export_megatron
+from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+from vqmoe_ds.checkpoint.formats.megatron.folder import MegatronOptions, export_megatron
 from vqmoe_ds.checkpoint.reader import CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.schema import CodeSource
-from vqmoe_ds.errors import CheckpointError, ConfigError
 from vqmoe_ds.finetune import run
 from vqmoe_ds.finetune.cli import build_parser
 from vqmoe_ds.finetune.config import classifier_config, starting_config
 from vqmoe_ds.finetune.language import open_text
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 ONE = Layout(0, 1, 1)
 SOURCES: dict[str, dict[str, Any]] = {

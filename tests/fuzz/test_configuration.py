@@ -17,14 +17,14 @@ import yaml
 from launchers.slurm import submit
 from tests.fuzz.mutate import VALUES, mutated, mutated_value
 from tests.fuzz.running import fuzz
-from vqmoe_ds.comparison.grid import overrides_of, read_grid, runs_of
+from vqmoe_ds.config import cli
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import field_table, load_config, parse_override, to_yaml
 from vqmoe_ds.config.reading import parse_yaml
-from vqmoe_ds.errors import UserError
+from vqmoe_ds.experiments.grid import overrides_of, read_grid, runs_of
 from vqmoe_ds.finetune import cli as finetune_cli
 from vqmoe_ds.planning import command, layouts  # torch now, not within an input's time
-from vqmoe_ds.train import cli
+from vqmoe_ds.runtime.errors import UserError
 
 assert layouts
 pytestmark = pytest.mark.timeout(0)  # each input has its own limit

@@ -33,13 +33,19 @@ from tests.fuzz.running import fuzz
 from tests.huggingface import ModelReader
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.checkpoint.convert import build_parser, check_complete, convert
+from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.inspect import _text as text_of_checkpoint
 from vqmoe_ds.checkpoint.inspect import inspect as inspect_checkpoint
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.checkpoint.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.reader import open_checkpoint
-from vqmoe_ds.checkpoint.store import MANIFEST, find_newest, read_best, read_manifest, write_manifest, write_sealed
-from vqmoe_ds.comparison import measures
+from vqmoe_ds.checkpoint.resume.store import (
+    MANIFEST,
+    find_newest,
+    read_best,
+    read_manifest,
+    write_manifest,
+    write_sealed,
+)
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import open_corpus, split_corpus
 from vqmoe_ds.data.documents import SourceOptions, plan_units, read_unit
@@ -54,10 +60,11 @@ from vqmoe_ds.data.prepare import prepare
 from vqmoe_ds.data.recipes import Recipe, _kept
 from vqmoe_ds.data.tokenizer_training import train_pieces, train_words
 from vqmoe_ds.data.tokenizers import load_tokenizer
-from vqmoe_ds.errors import UserError
 from vqmoe_ds.evaluation import generate_command
+from vqmoe_ds.experiments import measures
 from vqmoe_ds.finetune.compare import read_bag_of_words, read_runs, report
 from vqmoe_ds.finetune.predict import _texts
+from vqmoe_ds.runtime.errors import UserError
 
 TEXT = "The first line.\nThe second, é and €.\n\nA paragraph\tof its own\n" * 3
 ROWS = [{"text": f"{word} and more", "label": word, "id": i} for i, word in enumerate(("good", "bad", "ugly") * 2)]

@@ -23,8 +23,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One rank over NCCL, as a training sets it up."""
     from gpu_checks.frame import Bench
 
+    from vqmoe_ds.runtime.ranks import find_place
     from vqmoe_ds.train.engine import set_up_torch
-    from vqmoe_ds.train.ranks import find_place
 
     place = find_place()
     return Bench(set_up_torch(place), False, tmp_path_factory.mktemp("gpu"), place)

@@ -18,8 +18,8 @@ from tests.distributed import run_ranks
 from tests.launchers.test_pretrain import ROOT, _free_port, _wait_for, environment, run
 from vqmoe_ds.checkpoint import convert, inspect
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.finetune import predict
+from vqmoe_ds.runtime.errors import CheckpointError
 
 LAUNCHER = [sys.executable, str(ROOT / "launchers/finetune.py")]
 FAST = ["--set", "run.log_every=2", "--set", "run.probe_tokens=64", "--set", "train.learning_rate=0.01"]

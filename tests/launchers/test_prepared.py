@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.data.test_tokenizers import train_json_tokenizer
 from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _free_port, _wait_for, environment, losses, run
 from tests.prepared import write_sequences, write_texts
-from vqmoe_ds.checkpoint.upcycle import build_parser as upcycle_parser
-from vqmoe_ds.checkpoint.upcycle import main as upcycle_main
 from vqmoe_ds.data.prepare import build_parser as prepare_parser
 from vqmoe_ds.data.prepare import main as prepare_main
+from vqmoe_ds.upcycle.dense import build_parser as upcycle_parser
+from vqmoe_ds.upcycle.dense import main as upcycle_main
 
 
 @pytest.fixture(scope="module")

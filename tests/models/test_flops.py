@@ -1,4 +1,4 @@
-"""FLOPs of whole models (those of single routers: tests/comparison/test_budget.py)."""
+"""FLOPs of whole models (those of single routers: tests/experiments/test_budget.py)."""
 
 from __future__ import annotations
 

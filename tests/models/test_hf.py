@@ -15,8 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
 from tests.huggingface import CASES, LENGTH, VOCAB, ModelReader, config_of, model_of, tokens_of
-from vqmoe_ds.checkpoint.hf_names import parts_of
-from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
+from vqmoe_ds.checkpoint.formats.huggingface.names import parts_of
 from vqmoe_ds.models.hf import VQMoEConfig, VQMoEForCausalLM
 from vqmoe_ds.models.transformer import MoETransformer
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tests.huggingface import CASES, LENGTH, VOCAB, ModelReader, config_of, model_of, tokens_of
-from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 from vqmoe_ds.models.hf import VQMoEConfig, VQMoEForCausalLM
 
 LINEAR = [case for case, (moe, *_) in CASES.items() if moe.get("top_k", 1) and case not in ("dense", "hash of tokens")]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_gate import VQGate, vq_gates
+from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH, EXPERTS, VOCAB, LENGTH = 16, 4, 32, 12
 BOOK = CodebookConfig(source=CodeSource.LAYER_STATE, kmeans_samples=64, num_codes=6)

@@ -10,11 +10,11 @@ import torch
 
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig, RunConfig
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.moe.routers import require_causal, rows_per_token, why_not_causal, why_not_exported
+from vqmoe_ds.runtime.errors import ConfigError
 
 VOCAB, LENGTH = 40, 16
 NOT_CAUSAL = [("expert_choice", {}), ("adaptive_clustering", {"statistics": "batch"})]

@@ -128,9 +128,9 @@ def configure(folder: Path, layout: Layout, changes: dict[str, Any]) -> tuple[En
 
 def build(rank: int, world: int, folder: str, layout: Layout, changes: dict[str, Any]) -> Any:
     """The trainer of one rank, on bytes."""
+    from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train.engine import build_session
     from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
 
     mine = Path(folder) / f"rank{rank}"
     config, path = configure(mine, layout, changes)

@@ -9,10 +9,10 @@ import pytest
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import Router
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.planning import fit, host
 from vqmoe_ds.planning.parameters import count, least_bytes
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.ranks import Place
 
 ZERO = str(Path(__file__).resolve().parents[2] / "ds_configs/zero0.json")
 

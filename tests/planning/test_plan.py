@@ -10,7 +10,6 @@ import pytest
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.planning import memory, speed, traffic
 from vqmoe_ds.planning.command import build_parser, main
@@ -18,6 +17,7 @@ from vqmoe_ds.planning.hardware import PROCESSORS, Cluster
 from vqmoe_ds.planning.layouts import Choices, explore
 from vqmoe_ds.planning.parameters import count
 from vqmoe_ds.planning.traffic import Over, Transfer
+from vqmoe_ds.runtime.errors import ConfigError
 
 H100 = PROCESSORS["h100"]
 

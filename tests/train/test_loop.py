@@ -17,9 +17,9 @@ from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import TrainConfig
 from vqmoe_ds.data.batches import MASKED, TrainingBatches
 from vqmoe_ds.data.corpus import open_corpus, split_corpus
-from vqmoe_ds.errors import TrainingHalted
 from vqmoe_ds.evaluation.perplexity import validate
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.train.schedule import learning_rate
 
 SMALL = {
@@ -31,9 +31,9 @@ SMALL = {
 
 def _train_with_poison(rank: int, world: int, folder: str, stage: int, bf16: bool) -> dict[str, Any]:
     """Poison the loss of rank 1 at steps 2, and of all at 4 and 5; report what moved."""
+    from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train.engine import build_session
     from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
 
     json_path = f"{folder}/zero{stage}.json"
     loaded = load_config("tiny", None, {**SMALL, "data.path": f"{folder}/text.txt"})
@@ -107,9 +107,9 @@ FROZEN = {
 
 def _train_on_documents(rank: int, world: int, folder: str, micro: int) -> dict[str, Any]:
     from vqmoe_ds.data.indexed import open_indexed_text
+    from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train.engine import build_session
     from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
 
     values = {"zero_optimization": {"stage": 0}, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     json_path = f"{folder}/rank{rank}.json"

@@ -20,9 +20,9 @@ from vqmoe_ds.data.corpus import open_corpus, split_corpus
 def _trainer(rank: int, world: int, folder: str, values: dict[str, Any]) -> Any:
     from deepspeed.accelerator import get_accelerator
 
+    from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train import engine
     from vqmoe_ds.train.loop import Trainer
-    from vqmoe_ds.train.ranks import Place
 
     path = Path(folder) / f"rank{rank}.json"
     path.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, **values}))

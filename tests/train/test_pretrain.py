@@ -10,9 +10,9 @@ import pytest
 from tests.distributed import run_ranks
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.ranks import from_first
 from vqmoe_ds.train.pretrain import fit_to_tokenizer
-from vqmoe_ds.train.ranks import from_first
 
 CHECKSUM = "0123456789abcdef" * 4
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqmoe_ds.errors import CheckpointError, UserError
-from vqmoe_ds.files import why_missing
+from vqmoe_ds.runtime.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.files import why_missing
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -69,9 +69,9 @@ def convert(options: argparse.Namespace) -> list[str]:
         CheckpointError: SRC is damaged or of another kind, DST exists, options contradict each other, the disk is full.
             Nothing is left at DST then.
     """
-    from vqmoe_ds.checkpoint.adapters import merged
     from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
-    from vqmoe_ds.checkpoint.store import MANIFEST, verify
+    from vqmoe_ds.checkpoint.resume.store import MANIFEST, verify
+    from vqmoe_ds.checkpoint.views.adapters import merged
 
     dst = Path(options.dst)
     if os.path.islink(dst) and not os.path.exists(dst):
@@ -106,8 +106,8 @@ def convert(options: argparse.Namespace) -> list[str]:
 
 
 def _to_portable(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.portable import SHARD_BYTES, new_folder, total_bytes, write_portable
-    from vqmoe_ds.checkpoint.shards import parse_size
+    from vqmoe_ds.checkpoint.formats.portable import SHARD_BYTES, new_folder, total_bytes, write_portable
+    from vqmoe_ds.checkpoint.io.shards import parse_size
 
     limit = parse_size(options.max_shard) if options.max_shard else SHARD_BYTES
     check_complete(reader)
@@ -117,9 +117,9 @@ def _to_portable(reader: CheckpointReader, dst: Path, options: argparse.Namespac
 
 
 def _to_discrete_only(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.discrete import DiscreteOnly
     from vqmoe_ds.checkpoint.figures import sizes
-    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+    from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 
     discrete = DiscreteOnly(reader)
     lines = _to_portable(discrete, dst, options)
@@ -132,9 +132,9 @@ def _to_discrete_only(reader: CheckpointReader, dst: Path, options: argparse.Nam
 
 
 def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.portable import new_folder
-    from vqmoe_ds.checkpoint.store import tag_name
-    from vqmoe_ds.checkpoint.tag_writer import TagLayout, bytes_told, write_tag
+    from vqmoe_ds.checkpoint.formats.deepspeed.writer import TagLayout, bytes_told, write_tag
+    from vqmoe_ds.checkpoint.formats.portable import new_folder
+    from vqmoe_ds.checkpoint.resume.store import tag_name
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
     old = reader.layout
@@ -156,7 +156,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
 
 
 def _to_hf(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.huggingface import ExportOptions, export_hf
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 
     more = {"max_shard": options.max_shard} if options.max_shard else {}
     wanted = ExportOptions(
@@ -166,7 +166,7 @@ def _to_hf(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> 
 
 
 def _to_megatron(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.megatron import MegatronOptions, export_megatron
+    from vqmoe_ds.checkpoint.formats.megatron.folder import MegatronOptions, export_megatron
 
     check_complete(reader)
     wanted = MegatronOptions(options.tp, options.ep or 1, options.experts, options.dtype, options.force)
@@ -174,8 +174,8 @@ def _to_megatron(reader: CheckpointReader, dst: Path, options: argparse.Namespac
 
 
 def _to_native(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.native_writer import native_layout, write_native
-    from vqmoe_ds.checkpoint.portable import new_folder, total_bytes
+    from vqmoe_ds.checkpoint.formats.native_moe.writer import native_layout, write_native
+    from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
     layout = native_layout(reader, options.zero, options.ep, options.world, options.precision)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.native_names import expert_name
+from vqmoe_ds.checkpoint.formats.native_moe.names import expert_name
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.flops import forward_flops

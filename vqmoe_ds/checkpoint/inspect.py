@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
-from vqmoe_ds.errors import CheckpointError, UserError
-from vqmoe_ds.files import list_tree
+from vqmoe_ds.runtime.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.files import list_tree
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -55,8 +55,8 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
 
 def _facts(reader: Any, verify: bool) -> dict[str, Any]:
     from vqmoe_ds.checkpoint.figures import health
-    from vqmoe_ds.checkpoint.store import MANIFEST
-    from vqmoe_ds.checkpoint.store import verify as verify_files
+    from vqmoe_ds.checkpoint.resume.store import MANIFEST
+    from vqmoe_ds.checkpoint.resume.store import verify as verify_files
 
     checked = "not compared (--verify)"
     if verify and not (reader.path / MANIFEST).exists():
@@ -86,7 +86,7 @@ def _describe(reader: Any) -> str:
 def _parameters(reader: Any) -> dict[str, int]:
     """``sizes``; of a native model, which does not say how many experts a token visits, what is stored alone."""
     from vqmoe_ds.checkpoint.figures import sizes, stored_numbers
-    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 
     if "native" in reader.config:
         return {"stored": stored_numbers(reader.shapes)}

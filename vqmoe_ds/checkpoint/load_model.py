@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from vqmoe_ds.checkpoint.adapters import merged
-from vqmoe_ds.checkpoint.huggingface import run_config, tokenizer_of_data
+from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config, tokenizer_of_data
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, open_checkpoint, require_language_model, sound
-from vqmoe_ds.checkpoint.restore import check_same_model, fill_buffers, first_value
-from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer
+from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
+from vqmoe_ds.checkpoint.resume.whereabouts import kept_tokenizer
+from vqmoe_ds.checkpoint.views.adapters import merged
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, are_bytes, load_tokenizer
-from vqmoe_ds.device import check_precision
-from vqmoe_ds.errors import CheckpointError, ConfigError
-from vqmoe_ds.memory import check_room
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.runtime.device import check_precision
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.memory import check_room
 
 _SMALL = 1 << 24
 """Values that may be built in vain: ``check_same_model`` says which tensor differs."""

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.archive import Stored
-from vqmoe_ds.checkpoint.store import MANIFEST, find_newest, read_manifest
-from vqmoe_ds.errors import CheckpointError, UserError, one_line, shown
-from vqmoe_ds.files import why_missing
+from vqmoe_ds.checkpoint.io.archive import Stored
+from vqmoe_ds.checkpoint.resume.store import MANIFEST, find_newest, read_manifest
+from vqmoe_ds.runtime.errors import CheckpointError, UserError, one_line, shown
+from vqmoe_ds.runtime.files import why_missing
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 CHUNK = 1 << 20
@@ -224,12 +224,12 @@ def check_described(config: dict[str, Any], tensors: Sized, path: Path) -> None:
 
 
 def _open(path: Path) -> CheckpointReader:
-    from vqmoe_ds.checkpoint.deepspeed_tag import TagReader
-    from vqmoe_ds.checkpoint.portable import STATE, PortableReader
+    from vqmoe_ds.checkpoint.formats.deepspeed.reader import TagReader
+    from vqmoe_ds.checkpoint.formats.portable import STATE, PortableReader
 
     if not (path / MANIFEST).exists():
         if (path / "config.json").exists():
-            from vqmoe_ds.checkpoint.huggingface import open_hf
+            from vqmoe_ds.checkpoint.formats.huggingface.folder import open_hf
 
             return open_hf(path)
         foreign = _open_foreign(path)
@@ -282,8 +282,8 @@ def describe_classes(reader: CheckpointReader) -> str:
 
 def _open_foreign(path: Path) -> CheckpointReader | None:
     """A Megatron checkpoint or one of native DeepSpeed-MoE layers, which have no manifest."""
-    from vqmoe_ds.checkpoint.megatron import megatron_folder, open_megatron
-    from vqmoe_ds.checkpoint.native_moe import native_folder, open_native
+    from vqmoe_ds.checkpoint.formats.megatron.folder import megatron_folder, open_megatron
+    from vqmoe_ds.checkpoint.formats.native_moe.reader import native_folder, open_native
 
     if megatron_folder(path) is not None:
         return open_megatron(path)

@@ -19,8 +19,8 @@ from vqmoe_ds.config.meanings import IN_DEEPSPEED_JSON, nearest_key
 from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.reading import read_json
 from vqmoe_ds.config.schema import Router, RunConfig
-from vqmoe_ds.device import uses_gpu
-from vqmoe_ds.errors import ConfigError, shown
+from vqmoe_ds.runtime.device import uses_gpu
+from vqmoe_ds.runtime.errors import ConfigError, shown
 
 TOP_LEVEL_KEYS = [
     "train_batch_size",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqmoe_ds.config.meanings import IN_PARAMS, nearest_key
-from vqmoe_ds.errors import ConfigError, shown
+from vqmoe_ds.runtime.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)

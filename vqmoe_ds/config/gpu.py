@@ -11,7 +11,7 @@ from typing import Any
 
 from vqmoe_ds.config.deepspeed_values import OWN_ADAM_ALONE
 from vqmoe_ds.config.schema import Precision, Router, RunConfig
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH_STEP = {"bf16": 8, "fp16": 8, "fp32": 4}
 """16 bytes, in values."""

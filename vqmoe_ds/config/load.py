@@ -14,7 +14,7 @@ from vqmoe_ds.config.meanings import elsewhere, nearest_key
 from vqmoe_ds.config.problems import Problem, first_problem
 from vqmoe_ds.config.reading import LARGEST, check_plain, parse_yaml, read_yaml, to_yaml_text
 from vqmoe_ds.config.schema import RENAMED, RunConfig, with_current_names
-from vqmoe_ds.errors import ConfigError, shown
+from vqmoe_ds.runtime.errors import ConfigError, shown
 
 __all__ = [
     *("FieldRow", "LoadedConfig", "field_table", "load_config", "nearest_key", "parse_override", "preset_names"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from vqmoe_ds.errors import one_line, shown
+from vqmoe_ds.runtime.errors import one_line, shown
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from vqmoe_ds.errors import ConfigError, one_line, shown
-from vqmoe_ds.files import read_small
+from vqmoe_ds.runtime.errors import ConfigError, one_line, shown
+from vqmoe_ds.runtime.files import read_small
 
 LARGEST = 1 << 20
 """Bytes of a file; presets have one thousand, and a megabyte holds the names of ten thousand files."""

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vqmoe_ds.config.problems import first_problem
-from vqmoe_ds.errors import ConfigError, one_line
+from vqmoe_ds.runtime.errors import ConfigError, one_line
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _KINDS = (AssertionError, TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, OSError)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vqmoe_ds.config.load import FieldRow, field_table
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.runtime.files import write_atomically
 
 BEGIN, END = "<!-- fields: begin -->", "<!-- fields: end -->"
 """Lines between which the table stands."""

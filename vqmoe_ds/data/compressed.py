@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import open_regular
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import open_regular
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """What text may be compressed as."""

@@ -20,9 +20,9 @@ import numpy as np
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batch, TrainingBatches, byte_batch
 from vqmoe_ds.data.compressed import DAMAGES, WindowTooLarge, check_content, open_plain, suffix_of
-from vqmoe_ds.errors import DataError, one_line
-from vqmoe_ds.files import list_tree, open_regular, why_missing
-from vqmoe_ds.memory import free_bytes
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.files import list_tree, open_regular, why_missing
+from vqmoe_ds.runtime.memory import free_bytes
 
 _BLOCK = 1 << 20
 STRETCH = 64

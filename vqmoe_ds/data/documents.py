@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 from vqmoe_ds.data.compressed import DAMAGES, WindowTooLarge, check_content, open_plain, without_suffix
 from vqmoe_ds.data.libraries import library
-from vqmoe_ds.errors import DataError, one_line
-from vqmoe_ds.files import list_tree, open_regular, why_missing
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.files import list_tree, open_regular, why_missing
 
 PIECE_BYTES = 64 << 10
 """Longest piece of a document, in bytes of UTF-8."""

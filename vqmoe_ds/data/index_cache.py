@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.errors import DataError, one_line
-from vqmoe_ds.files import read_small, sha256_of, write_atomically
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.files import read_small, sha256_of, write_atomically
 
 SIDECAR = "sealed.json"
 FORMAT = 1

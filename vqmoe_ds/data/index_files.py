@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import open_regular
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import open_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES: dict[int, type[np.number]] = {

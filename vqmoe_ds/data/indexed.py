@@ -25,8 +25,8 @@ from vqmoe_ds.data.batches import MASKED, Batch
 from vqmoe_ds.data.index_files import check_index, check_prefix
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
-from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import read_small
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import read_small
 
 UNKNOWN = "unknown"
 """Stands for the checksum of a tokenizer that nobody told us about."""

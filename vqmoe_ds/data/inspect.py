@@ -13,8 +13,8 @@ import numpy as np
 
 from vqmoe_ds.data.index_files import AGAIN, IndexHeader, check_index, check_prefix, chunks
 from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
-from vqmoe_ds.errors import DataError, UserError
-from vqmoe_ds.files import read_small, sha256_of
+from vqmoe_ds.runtime.errors import DataError, UserError
+from vqmoe_ds.runtime.files import read_small, sha256_of
 
 _SHOWN = 300  # characters of a document
 _READ = 2000  # tokens decoded for them

@@ -23,8 +23,8 @@ from vqmoe_ds.data.tokenizers import (
     read_file,
     require_utf8,
 )
-from vqmoe_ds.errors import DataError, one_line
-from vqmoe_ds.files import read_small
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.files import read_small
 
 FILE = "tokenizer.json"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -21,9 +21,9 @@ import numpy as np
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
 from vqmoe_ds.data.documents import read_json
 from vqmoe_ds.data.libraries import library
-from vqmoe_ds.errors import DataError, one_line, shown
-from vqmoe_ds.files import why_missing
-from vqmoe_ds.memory import free_bytes
+from vqmoe_ds.runtime.errors import DataError, one_line, shown
+from vqmoe_ds.runtime.files import why_missing
+from vqmoe_ds.runtime.memory import free_bytes
 
 Split = Literal["train", "validation", "test"]
 OnError = Literal["fail", "skip"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 
 def library(module: str, package: str, purpose: str) -> Any:

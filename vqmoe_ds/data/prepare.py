@@ -19,9 +19,9 @@ from vqmoe_ds.data import spread
 from vqmoe_ds.data.documents import Document, OnError, SourceOptions, Unit, plan_units
 from vqmoe_ds.data.parts import Counts, Parts, disk_errors, merge
 from vqmoe_ds.data.tokenizers import load_tokenizer
-from vqmoe_ds.errors import DataError, UserError
-from vqmoe_ds.files import make_folder
-from vqmoe_ds.terminal import exit_code_of
+from vqmoe_ds.runtime.errors import DataError, UserError
+from vqmoe_ds.runtime.files import make_folder
+from vqmoe_ds.runtime.terminal import exit_code_of
 
 _ENOUGH = 1_000_000  # tokens after which the share of unknown symbols is known well enough to stop early
 

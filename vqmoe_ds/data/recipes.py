@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqmoe_ds.data.libraries import library
-from vqmoe_ds.errors import DataError
-from vqmoe_ds.files import read_small, sha256_of
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import read_small, sha256_of
 
 
 class RecipeRow(NamedTuple):

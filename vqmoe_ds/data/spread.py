@@ -20,7 +20,7 @@ from typing import Any
 from vqmoe_ds.data.documents import Unit
 from vqmoe_ds.data.parts import Counts, Parts
 from vqmoe_ds.data.tokenizers import load_tokenizer
-from vqmoe_ds.errors import DataError
+from vqmoe_ds.runtime.errors import DataError
 
 Done = Callable[[Unit, Counts], None]
 """Called in the first process for every part that is finished; what it raises ends the work."""

@@ -33,9 +33,9 @@ from vqmoe_ds.data.tokenizers import (
     Tokenizer,
     WordTokenizer,
 )
-from vqmoe_ds.errors import DataError, one_line
-from vqmoe_ds.files import why_missing
-from vqmoe_ds.memory import check_room
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.files import why_missing
+from vqmoe_ds.runtime.memory import check_room
 
 KINDS = ("unigram", "bpe", "word")
 READ_AT_MOST = 8

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.errors import DataError, one_line, shown
-from vqmoe_ds.files import make_folder, read_small, why_missing
+from vqmoe_ds.runtime.errors import DataError, one_line, shown
+from vqmoe_ds.runtime.files import make_folder, read_small, why_missing
 
 DESCRIPTION = "tokenizer.json"
 UNKNOWN, NEWLINE, END_OF_DOCUMENT = "<unk>", "<eos>", "<eod>"

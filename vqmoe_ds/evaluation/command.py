@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqmoe_ds.device import asked_accelerator, check_precision, memory_errors
-from vqmoe_ds.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
-from vqmoe_ds.train.console import Console
+from vqmoe_ds.runtime.console import Console
+from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
 from vqmoe_ds.train.job import hear_requests, leave_together, watch_peers
-from vqmoe_ds.train.ranks import Place, find_place, likely_rank
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
 def _evaluate(
     args: argparse.Namespace, corruptions: tuple[Corruption, ...], place: Place, console: Console
 ) -> tuple[Any, float]:
-    from vqmoe_ds.train.allocator import tune_allocator
+    from vqmoe_ds.runtime.allocator import tune_allocator
 
     tune_allocator()
     # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
@@ -168,7 +168,7 @@ def _report(args: argparse.Namespace, result: Any, seconds: float, console: Cons
     if console.rank != 0:
         return
     if args.json is not None:
-        from vqmoe_ds.files import write_atomically
+        from vqmoe_ds.runtime.files import write_atomically
 
         try:
             write_atomically(Path(args.json), json.dumps(result.as_dict(), indent=1) + "\n")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vqmoe_ds.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError
 
 REPLACEMENT = b"AAA"
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"

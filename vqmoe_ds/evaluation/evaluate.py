@@ -18,12 +18,12 @@ import numpy as np
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.data.batches import MASKED
-from vqmoe_ds.errors import ConfigError, DataError
 from vqmoe_ds.evaluation.corruption import Corruption, Damage
 from vqmoe_ds.evaluation.perplexity import bits_per_byte
 from vqmoe_ds.evaluation.texts import Text, still_there
 from vqmoe_ds.evaluation.window import fitting_batch, score, windows_of
 from vqmoe_ds.moe.routers import require_causal
+from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 MODES = ("inputs", "inputs_and_targets")
 Tell = Callable[[int], Any]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.data.tokenizers import Tokenizer
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.cache import Cache
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

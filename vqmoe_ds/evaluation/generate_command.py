@@ -12,8 +12,8 @@ from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.data.compressed import DAMAGES, SUFFIXES, decompressed, kind_of_bytes
-from vqmoe_ds.device import ACCELERATOR, bind_single, memory_errors
-from vqmoe_ds.errors import ConfigError, DataError, UserError, shown
+from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors
+from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError, shown
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.load_model import LoadedModel

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
-from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
 from vqmoe_ds.moe.routers import require_causal
-from vqmoe_ds.terminal import run_tool
+from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
+from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.terminal import run_tool
 
 try:
     from lm_eval.api.model import TemplateLM

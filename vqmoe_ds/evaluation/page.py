@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.evaluation.plots import draw_spectra, draw_usage, pyplot
-from vqmoe_ds.files import make_folder, write_atomically
+from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.files import make_folder, write_atomically
 
 
 def make_report(

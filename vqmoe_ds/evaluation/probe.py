@@ -21,11 +21,11 @@ from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.corpus import open_corpus, open_raw_text
 from vqmoe_ds.data.indexed import IndexedText, IndexedWindows, Reader, open_indexed_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
-from vqmoe_ds.errors import CheckpointError, ConfigError, DataError
 from vqmoe_ds.models.transformer import Block, MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import KnownRoute, Routing
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError
 
 BATCH = 8
 """Windows read at a time."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
-from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.evaluation.balance import busiest, gini, perplexity, variation
 from vqmoe_ds.evaluation.collapse import (
     centred_spectrum,
@@ -28,6 +27,7 @@ from vqmoe_ds.evaluation.probe import BATCH, Rows, check_tokens, load_routed, re
 from vqmoe_ds.evaluation.token_labels import Labels, kinds, parts_of_speech, pieces_of, readable
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.runtime.errors import CheckpointError
 
 STATES = 4096
 """Tokens, drawn evenly, whose states are kept for ranks and scatter."""

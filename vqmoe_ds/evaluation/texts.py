@@ -18,9 +18,9 @@ from vqmoe_ds.data.corpus import Split, open_corpus, split_corpus
 from vqmoe_ds.data.index_files import check_prefix
 from vqmoe_ds.data.indexed import UNKNOWN, IndexedText, members, open_indexed_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
-from vqmoe_ds.errors import DataError
 from vqmoe_ds.evaluation.corruption import Corruption, Damage, Edit, apply
-from vqmoe_ds.memory import check_room
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.memory import check_room
 
 _A_BYTE = 24
 """Bytes of memory for one of raw text: itself, twice, its id and where it begins."""

@@ -28,12 +28,12 @@ from vqmoe_ds.data.labelled_batches import (
     rare_classes,
 )
 from vqmoe_ds.data.tokenizers import Tokenizer
-from vqmoe_ds.errors import one_line
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
-from vqmoe_ds.files import write_atomically
 from vqmoe_ds.finetune.callbacks import BestReport
 from vqmoe_ds.finetune.config import classifier_config
+from vqmoe_ds.runtime.errors import one_line
+from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.train.callbacks import MetricsFile, Validation
 from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.job import Job

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqmoe_ds.config.cli import DS_CONFIG, PREPARED, common_parser
 from vqmoe_ds.config.load import FieldRow, field_table, load_config
 from vqmoe_ds.config.schema import MOST_TOGETHER
-from vqmoe_ds.errors import CheckpointError, ConfigError, shown
 from vqmoe_ds.finetune import defaults
-from vqmoe_ds.train.cli import DS_CONFIG, PREPARED, common_parser
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, shown
 
 MOST_RUNS = 1000
 """Of one command, for each of ``--seeds`` and ``--shots``: each is a folder and a line of the report."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.comparison.measures import number, read_json, readable, whole
-from vqmoe_ds.comparison.page import Page, Table
-from vqmoe_ds.comparison.statistics import mean_of, paired_difference
-from vqmoe_ds.errors import ConfigError, DataError, UserError
 from vqmoe_ds.evaluation.plots import pyplot, save
-from vqmoe_ds.files import list_tree, make_folder, write_atomically
+from vqmoe_ds.experiments.measures import number, read_json, readable, whole
+from vqmoe_ds.experiments.page import Page, Table
+from vqmoe_ds.experiments.statistics import mean_of, paired_difference
 from vqmoe_ds.finetune.report import draw_means, over_shots
+from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
+from vqmoe_ds.runtime.files import list_tree, make_folder, write_atomically
 
 ACCURACY, MACRO_F1, BITS, LOSS = "test_accuracy", "test_macro_f1", "validation_bits_per_byte", "validation_loss"
 BEFORE = "bits_per_byte_before"

@@ -8,17 +8,17 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from vqmoe_ds.checkpoint.discrete import discrete_config
-from vqmoe_ds.checkpoint.huggingface import run_config
+from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.reader import CheckpointReader
-from vqmoe_ds.checkpoint.whereabouts import whole_task, with_whole_paths
+from vqmoe_ds.checkpoint.resume.whereabouts import whole_task, with_whole_paths
+from vqmoe_ds.checkpoint.views.discrete import discrete_config
+from vqmoe_ds.config.cli import overrides_from_args
 from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, Trainable
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
 from vqmoe_ds.models.build import require_peft
-from vqmoe_ds.train.cli import overrides_from_args
+from vqmoe_ds.runtime.errors import ConfigError
 
 COLUMNS = {"text_column": "finetune.text_key", "label_column": "finetune.label_key"}
 """Options and the fields that they set."""

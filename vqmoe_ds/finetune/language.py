@@ -13,11 +13,11 @@ from vqmoe_ds.data.fingerprint import of_data
 from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, nothing_known
 from vqmoe_ds.data.training_data import TrainingData
-from vqmoe_ds.errors import CheckpointError
 from vqmoe_ds.evaluation.perplexity import validate
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.finetune.callbacks import BestReport
 from vqmoe_ds.finetune.config import language_model_config
+from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.train.callbacks import MetricsFile, Validation
 from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.job import Job

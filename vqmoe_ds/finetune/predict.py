@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
 from vqmoe_ds.data.documents import read_json
 from vqmoe_ds.data.labelled import joined
-from vqmoe_ds.errors import CheckpointError, DataError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, DataError, UserError
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -67,9 +67,9 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
         CheckpointError: nothing there, damaged, a language model, or no tokenizer.
         DataError: the tokenizer named cannot be read.
     """
-    from vqmoe_ds.checkpoint.adapters import merged
     from vqmoe_ds.checkpoint.reader import open_checkpoint, sound
-    from vqmoe_ds.checkpoint.store import read_best
+    from vqmoe_ds.checkpoint.resume.store import read_best
+    from vqmoe_ds.checkpoint.views.adapters import merged
 
     best = read_best(Path(path) / "checkpoints")[0]
     reader = merged(open_checkpoint(path if best is None else Path(path) / "checkpoints" / best))
@@ -78,7 +78,7 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
 
 
 def _build(reader: CheckpointReader, tokenizer: str | None) -> tuple[Classifier, Tokenizer]:
-    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
     from vqmoe_ds.checkpoint.load_model import build_model, require_tokenizer
     from vqmoe_ds.models.classifier import Classifier
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.comparison.statistics import Mean, mean_of
 from vqmoe_ds.evaluation.plots import pyplot, save
-from vqmoe_ds.files import write_atomically
+from vqmoe_ds.experiments.statistics import Mean, mean_of
+from vqmoe_ds.runtime.files import write_atomically
 
 MEASURES = {
     "test_accuracy": ("test accuracy", ".2%"),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import LoadedConfig, read_yaml
-from vqmoe_ds.errors import ConfigError
-from vqmoe_ds.files import make_folder
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL, check_options, shots_of
-from vqmoe_ds.train.console import Console
+from vqmoe_ds.runtime.console import Console
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.files import make_folder
+from vqmoe_ds.runtime.ranks import Place, from_first
 from vqmoe_ds.train.job import (
     Job,
     Start,
@@ -28,7 +29,6 @@ from vqmoe_ds.train.job import (
     run_to_the_end,
     show,
 )
-from vqmoe_ds.train.ranks import Place, from_first
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -75,8 +75,8 @@ def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start 
     check_options(args)
     shots = shots_of(args)
     console.capture(Path(os.devnull))  # what comes now imports torch and DeepSpeed, which have much to say
-    from vqmoe_ds.checkpoint.adapters import merged
     from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
+    from vqmoe_ds.checkpoint.views.adapters import merged
     from vqmoe_ds.finetune.config import for_run, starting_config
 
     reader = merged(open_checkpoint(args.checkpoint))
@@ -122,7 +122,7 @@ def check_batch(config: EngineConfig, wanted: int, path: str) -> None:
 
 
 def _open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: LoadedConfig) -> Task:
-    from vqmoe_ds.checkpoint.huggingface import run_config
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
     from vqmoe_ds.checkpoint.load_model import require_tokenizer
 
     run, source = loaded.config, run_config(reader.config, reader.path)
@@ -247,7 +247,7 @@ def _work(job: Job, configs: dict[str, EngineConfig], task: Task, reader: Checkp
 
 
 def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
-    from vqmoe_ds.checkpoint.store import read_manifest
+    from vqmoe_ds.checkpoint.resume.store import read_manifest
     from vqmoe_ds.evaluation.routing import RoutingHealth
     from vqmoe_ds.finetune.callbacks import EarlyStop
     from vqmoe_ds.train import callbacks as cb
@@ -283,9 +283,9 @@ def _fingerprint(job: Job, task: Task, reader: CheckpointReader) -> dict[str, st
 
 def begin(session: Session, reader: CheckpointReader) -> None:
     """Fill a new session with the weights of the pretrained model, whatever layout either has."""
-    from vqmoe_ds.checkpoint.discrete import DiscreteOnly
-    from vqmoe_ds.checkpoint.restore import restore_any_layout, whole_shapes
-    from vqmoe_ds.checkpoint.starting import StartingWeights
+    from vqmoe_ds.checkpoint.resume.restore import restore_any_layout, whole_shapes
+    from vqmoe_ds.checkpoint.resume.starting import StartingWeights
+    from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 
     run = session.config.run
     source = DiscreteOnly(reader) if _discrete(run) else reader

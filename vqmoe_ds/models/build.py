@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import FinetuneConfig, Router, RunConfig, Trainable
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.classifier import Classifier
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers.base import drawn
+from vqmoe_ds.runtime.errors import ConfigError
 
 ADAPTED = r".*\.attention\.(qkv|out)"
 """The attention's matrices, which get LoRA adapters."""

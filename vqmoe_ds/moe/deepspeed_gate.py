@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import make_plans
 from vqmoe_ds.moe.routers import VQRouter
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 class VQGate(nn.Module):

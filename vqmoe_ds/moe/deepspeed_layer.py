@@ -28,8 +28,8 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 class ExpertParallelLayer(AutoEPMoELayer):

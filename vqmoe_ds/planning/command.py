@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqmoe_ds.config.cli import Parser
 from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
-from vqmoe_ds.errors import ConfigError, UserError
 from vqmoe_ds.planning.hardware import MOST_RANKS, NETWORK_GBPS, PROCESSORS, Cluster, find_processor
-from vqmoe_ds.train.cli import Parser
+from vqmoe_ds.runtime.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from vqmoe_ds.planning.layouts import Plan
@@ -80,10 +80,10 @@ def _plan(options: argparse.Namespace) -> int:
     if options.gpu != "cpu":
         check_widths(loaded.config, options.precision, max(options.ep_size, default=cluster.ranks))
     # DeepSpeed and the model only now: bad options have been answered.
-    from vqmoe_ds.files import write_atomically
     from vqmoe_ds.planning import report
     from vqmoe_ds.planning.layouts import Choices, explore, remedies
     from vqmoe_ds.planning.parameters import count
+    from vqmoe_ds.runtime.files import write_atomically
 
     offload = (False, True) if options.offload else (False,)
     choices = Choices(

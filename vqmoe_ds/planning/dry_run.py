@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.refusals import check_by_deepspeed
-from vqmoe_ds.device import ACCELERATOR
-from vqmoe_ds.errors import ConfigError, UserError, shown
 from vqmoe_ds.planning.hardware import MOST_RANKS
-from vqmoe_ds.train.cli import config_from_args
+from vqmoe_ds.runtime.device import ACCELERATOR
+from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
 
 NOT_BUILT = [
     "data (model.vocab_size is that of the configuration)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vqmoe_ds.config.meanings import nearest_key
-from vqmoe_ds.errors import ConfigError, shown
+from vqmoe_ds.runtime.errors import ConfigError, shown
 
 GB = 1e9
 MOST_RANKS = 1 << 18

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.device import uses_gpu
-from vqmoe_ds.errors import ConfigError
-from vqmoe_ds.memory import GIB, total_bytes
+from vqmoe_ds.runtime.device import uses_gpu
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.memory import GIB, total_bytes
 
 if TYPE_CHECKING:
-    from vqmoe_ds.train.ranks import Place
+    from vqmoe_ds.runtime.ranks import Place
 
 
 def check_host_memory(config: EngineConfig, place: Place) -> None:

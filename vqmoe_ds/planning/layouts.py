@@ -10,13 +10,13 @@ from typing import Any
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
 from vqmoe_ds.config.schema import Router, RunConfig
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.planning import memory, speed, traffic
 from vqmoe_ds.planning.hardware import GB, Cluster
 from vqmoe_ds.planning.memory import Memory
 from vqmoe_ds.planning.parameters import Parameters, count
 from vqmoe_ds.planning.speed import Speed
 from vqmoe_ds.planning.traffic import Transfer
+from vqmoe_ds.runtime.errors import ConfigError
 
 USABLE = 0.92
 """Share of a device's memory that a run may fill; the rest is the driver's, NCCL's and fragmentation's."""

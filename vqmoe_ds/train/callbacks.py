@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vqmoe_ds.checkpoint.figures import sizes
-from vqmoe_ds.checkpoint.restore import whole_shapes
-from vqmoe_ds.checkpoint.sealing import Sealing
-from vqmoe_ds.checkpoint.session import begin_save
-from vqmoe_ds.checkpoint.store import forget_best_after, read_best, tag_name, write_best
+from vqmoe_ds.checkpoint.resume.restore import whole_shapes
+from vqmoe_ds.checkpoint.resume.sealing import Sealing
+from vqmoe_ds.checkpoint.resume.session import begin_save
+from vqmoe_ds.checkpoint.resume.store import forget_best_after, read_best, tag_name, write_best
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
-from vqmoe_ds.errors import TrainingHalted
 from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
-from vqmoe_ds.files import write_atomically
 from vqmoe_ds.moe.routers import why_not_causal
-from vqmoe_ds.train.console import Console
+from vqmoe_ds.runtime.console import Console
+from vqmoe_ds.runtime.errors import TrainingHalted
+from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.stopping import STOP, Interrupted
 from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
-from vqmoe_ds.train.stopping import STOP, Interrupted
 
 PATIENCE = 10.0
 """Seconds without a word to the user, at most."""

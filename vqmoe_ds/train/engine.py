@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
-from vqmoe_ds.device import bind, make_deterministic, uses_gpu
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.planning.host import check_host_memory
-from vqmoe_ds.train.meeting import meet
-from vqmoe_ds.train.ranks import Place
-from vqmoe_ds.train.stopping import STOP, Interrupted
+from vqmoe_ds.runtime.device import bind, make_deterministic, uses_gpu
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.meeting import meet
+from vqmoe_ds.runtime.ranks import Place
+from vqmoe_ds.runtime.stopping import STOP, Interrupted
 from vqmoe_ds.train.zero import import_optimizers, spare_passes
 
 

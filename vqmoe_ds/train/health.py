@@ -16,7 +16,7 @@ import deepspeed.comm
 import torch
 import torch.distributed as dist
 
-from vqmoe_ds.train.ranks import Place
+from vqmoe_ds.runtime.ranks import Place
 
 TIMED = (
     "all_reduce",

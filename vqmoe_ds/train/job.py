@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import to_yaml
-from vqmoe_ds.errors import TRY_AGAIN, ConfigError, TrainingHalted, UserError
-from vqmoe_ds.files import make_folder, write_atomically
-from vqmoe_ds.importing import quickly
-from vqmoe_ds.train.console import Console
-from vqmoe_ds.train.lock import RunLock
-from vqmoe_ds.train.parents import watch_launcher
-from vqmoe_ds.train.ranks import Place, find_place, from_first, likely_rank
-from vqmoe_ds.train.stopping import STOP
+from vqmoe_ds.runtime.console import Console
+from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, TrainingHalted, UserError
+from vqmoe_ds.runtime.files import make_folder, write_atomically
+from vqmoe_ds.runtime.importing import quickly
+from vqmoe_ds.runtime.lock import RunLock
+from vqmoe_ds.runtime.parents import watch_launcher
+from vqmoe_ds.runtime.ranks import Place, find_place, from_first, likely_rank
+from vqmoe_ds.runtime.stopping import STOP
 
 if TYPE_CHECKING:
     import torch
@@ -109,11 +109,11 @@ def launch(args: argparse.Namespace, prepare: Prepare) -> int:
 
 
 def _work(start: Start, job: Job) -> int:
-    from vqmoe_ds.train.allocator import tune_allocator
+    from vqmoe_ds.runtime.allocator import tune_allocator
 
     tuned = tune_allocator()
     with quickly():  # heavy imports only now: bad input has been answered, and their chatter goes to the log
-        from vqmoe_ds.device import memory_errors
+        from vqmoe_ds.runtime.device import memory_errors
         from vqmoe_ds.train.engine import set_up_torch
 
     if tuned:
@@ -141,8 +141,8 @@ def check_device(job: Job, device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    from vqmoe_ds.device import check_precision, total_memory
     from vqmoe_ds.planning.fit import too_large
+    from vqmoe_ds.runtime.device import check_precision, total_memory
 
     remedy = (
         f'in DeepSpeed config {job.json_path} set "fp16": {{"enabled": true}}, or "bf16": {{"enabled": false}} for fp32'
@@ -154,8 +154,8 @@ def check_device(job: Job, device: torch.device) -> None:
 
 
 def _what_would_fit(job: Job, device: torch.device) -> str:
-    from vqmoe_ds.device import total_memory
     from vqmoe_ds.planning.fit import advice
+    from vqmoe_ds.runtime.device import total_memory
 
     return advice(job.config, job.place.rank, total_memory(device))
 
@@ -163,7 +163,7 @@ def _what_would_fit(job: Job, device: torch.device) -> str:
 def _on_gpu(config: EngineConfig, device: torch.device) -> list[str]:
     """What the user should know of a run on GPUs: the card, and the choices that are made for it."""
     from vqmoe_ds.config.gpu import attention_hint
-    from vqmoe_ds.device import describe
+    from vqmoe_ds.runtime.device import describe
 
     params, exact = config.deepspeed["optimizer"].get("params", {}), config.run.train.deterministic
     adam = ", fused Adam" if params.get("fused") else ""
@@ -202,7 +202,7 @@ class Opened:
 def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
     """The checkpoint to resume from, checked against configuration and data (None: the run starts anew), and the job
     with the schedule that follows from it."""
-    from vqmoe_ds.checkpoint.session import check_data, check_fits, choose
+    from vqmoe_ds.checkpoint.resume.session import check_data, check_fits, choose
 
     tag, passed_over = choose(job.checkpoints, job.resume, job.place.rank)
     for reason in passed_over[:10]:
@@ -219,7 +219,7 @@ def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
 
 
 def _with_schedule(job: Job, tag: Path) -> Job:
-    from vqmoe_ds.checkpoint.store import read_manifest
+    from vqmoe_ds.checkpoint.resume.store import read_manifest
     from vqmoe_ds.train.schedule import continued
 
     manifest, run = read_manifest(tag), job.config.run
@@ -243,8 +243,8 @@ def open_session(
     job: Job, tag: Path | None, fingerprint: dict[str, str], begin: Callable[[Session], Any] | None = None
 ) -> Opened:
     """Build the session and fill it from ``tag``; or else let ``begin`` fill it, where weights come from elsewhere."""
-    from vqmoe_ds.checkpoint.session import consumed_samples, load
-    from vqmoe_ds.checkpoint.whereabouts import keep_tokenizer
+    from vqmoe_ds.checkpoint.resume.session import consumed_samples, load
+    from vqmoe_ds.checkpoint.resume.whereabouts import keep_tokenizer
     from vqmoe_ds.moe.kernels import build
     from vqmoe_ds.train.compiling import before_compiling
     from vqmoe_ds.train.engine import build_session
@@ -323,8 +323,8 @@ def watch_peers(
     """In this context a missing rank ends the others within ``seconds``, with a sentence that names it."""
     if place.world_size == 1:
         return nullcontext()
-    from vqmoe_ds.train.meeting import PeerLost
-    from vqmoe_ds.train.watchdog import Watchdog
+    from vqmoe_ds.runtime.meeting import PeerLost
+    from vqmoe_ds.runtime.watchdog import Watchdog
 
     def leave(lost: PeerLost) -> None:
         os._exit(leave_together(console.fail(lost), place))
@@ -333,7 +333,7 @@ def watch_peers(
 
 
 def hear_requests(place: Place, console: Console, remedy: str = "the same command goes on") -> None:
-    """From now on a signal, or the end of the launcher, ends the process with ``TRY_AGAIN`` (``train/stopping.py``)."""
+    """Let a signal, or the end of the launcher, end the process with ``TRY_AGAIN`` (``runtime/stopping.py``)."""
 
     def leave(reason: str) -> None:
         console.close_progress()

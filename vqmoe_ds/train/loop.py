@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.data.batches import MASKED, Batch, Batches
-from vqmoe_ds.errors import TrainingHalted
+from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.train.engine import (
     Session,
     apply_step,

@@ -8,14 +8,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
+from vqmoe_ds.checkpoint.resume.whereabouts import with_whole_paths
+from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.training_data import TrainingData
-from vqmoe_ds.errors import ConfigError
-from vqmoe_ds.train.cli import config_from_args
-from vqmoe_ds.train.console import Console
+from vqmoe_ds.runtime.console import Console
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.ranks import Place, from_first
 from vqmoe_ds.train.job import (
     Job,
     Start,
@@ -27,7 +28,6 @@ from vqmoe_ds.train.job import (
     run_to_the_end,
     show,
 )
-from vqmoe_ds.train.ranks import Place, from_first
 
 
 def main(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from vqmoe_ds.importing import quickly, step_without_dynamo, uncompiled
+from vqmoe_ds.runtime.importing import quickly, step_without_dynamo, uncompiled
 
 BLOCK, CHUNK = 4096, 65536
 """Gradient values per block of the norm, and per copy in float32 on a CPU."""

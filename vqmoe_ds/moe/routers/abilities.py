@@ -11,8 +11,8 @@ from vqmoe_ds.config.schema import (
     RouterConfig,
     RunConfig,
 )
-from vqmoe_ds.errors import ConfigError
 from vqmoe_ds.moe.routers.frozen import final_top_k
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 def routes_ahead(config: MoEConfig, book: CodebookConfig) -> bool:

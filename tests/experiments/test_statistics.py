@@ -1,0 +1,53 @@
+"""Means, paired intervals and verdicts against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vqmoe_ds.experiments.statistics import Difference, mean_of, paired_difference
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    mean = mean_of([1.0, 2.0, 3.0, 6.0])
+    assert mean.mean == 3.0
+    assert mean.error == pytest.approx((14 / 3) ** 0.5 / 2), "sum of squares 14, 3 degrees of freedom, 4 values"
+    assert mean_of([2.5]).error is None
+
+
+def test_a_paired_interval_worked_out_by_hand():
+    ours = {1: 2.00, 2: 2.10, 3: 1.90, 9: 7.0}
+    theirs = {1: 2.05, 2: 2.12, 3: 1.98, 8: 0.0}
+    found = paired_difference(ours, theirs)
+    # differences -0.05, -0.02, -0.08: mean -0.05, s = 0.03, t(0.975; 2) = 4.302653
+    assert found.pairs == 3, "seeds that only one of them has do not count"
+    assert found.mean == pytest.approx(-0.05)
+    reach = 4.302653 * 0.03 / 3**0.5
+    assert (found.low, found.high) == (pytest.approx(-0.05 - reach), pytest.approx(-0.05 + reach))
+    assert found.verdict == "cannot be told", "the interval reaches over zero though every seed was better"
+
+
+def test_pairs_decide_what_means_alone_could_not():
+    ours, theirs = {1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.1, 2: 2.11, 3: 3.09}
+    assert paired_difference(ours, theirs).verdict == "better"
+    assert paired_difference(theirs, ours).verdict == "worse"
+    assert mean_of(list(ours.values())).error > 0.5, "five times the difference"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-2.0, -1.0, "better"),
+        (1.0, 2.0, "worse"),
+        (-1.0, 1.0, "cannot be told"),
+        (0.0, 1.0, "cannot be told"),
+        (-1.0, 0.0, "cannot be told"),
+        (None, None, "cannot be told"),
+    ],
+)
+def test_nobody_wins_where_the_interval_contains_zero(low, high, verdict):
+    assert Difference(-1.0, low, high, 3).verdict == verdict
+
+
+def test_one_pair_has_no_interval_and_none_no_difference():
+    assert paired_difference({1: 1.0}, {1: 2.0}) == Difference(-1.0, None, None, 1)
+    assert paired_difference({1: 1.0}, {2: 2.0}) is None

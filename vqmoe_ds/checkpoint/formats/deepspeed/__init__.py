@@ -1,0 +1,1 @@
+"""DeepSpeed's tags of any ZeRO stage and layout."""

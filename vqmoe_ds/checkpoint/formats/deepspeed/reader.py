@@ -1,0 +1,350 @@
+"""DeepSpeed's own checkpoint files, of any ZeRO stage, expert-parallel size and world size, as whole tensors.
+
+What lies where (DeepSpeed 0.19.8, experts as AutoEP layers):
+
+* stage 0: weights in ``mp_rank_00_model_states.pt`` and one file an expert, optimizer in one file an expert-parallel
+  rank (numbered in the order of its groups: matrices, vectors, experts), in half precision with the master weights.
+* stages 1 and 2: one file a rank with a flat stretch of each group; ``param_slice_mappings`` names its fragments.
+* stage 3: one file a rank with a flat row of each group, every parameter cut into equal parts, the last one padded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.runtime.errors import CheckpointError
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
+DEEPSPEED_KEYS = {
+    *COUNTERS,
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
+    *("frozen_param_fragments", "data_sampler", "random_ltd", "dp_world_size", "mp_world_size", "ds_config"),
+    *("checkpoint_parallel_dimensions", "ds_version", "num_experts", "ds_autoep_layers", "universal_checkpoint_info"),
+}
+
+
+class _Fragment(NamedTuple):
+    """``length`` values at ``begin`` of one rank's flat group: those of ``name`` from ``start`` on (whole tensor)."""
+
+    name: str
+    rank: int
+    group: int
+    begin: int
+    start: int
+    length: int
+
+
+class TagReader(CheckpointReader):
+    """A sealed tag folder. Args: the folder and its manifest."""
+
+    kind = "deepspeed"
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.step = path, int(manifest["step"])
+        self.config, self.layout = manifest["config"], manifest["layout"]
+        self._world, self._ep = int(self.layout["world_size"]), int(self.layout["ep_size"])
+        self._stage = int(self.layout["zero_stage"])
+        self._archives: dict[str, Any] = {}
+        self._pieces: dict[str, dict[str, list[Piece]]] = {}
+        first = "zero_pp_rank_0_mp_rank_00_model_states.pt" if self._stage == 3 else "mp_rank_00_model_states.pt"
+        self._model = self._load(first)
+        self.client_state = {key: value for key, value in self._model.items() if key not in DEEPSPEED_KEYS}
+        self.counters = {key: self._model.get(key) for key in COUNTERS}
+        self.frozen = frozenset(self.client_state.get("vqmoe_ds", {}).get("frozen", ()))
+        self._experts = _expert_shapes(self._model.get("ds_autoep_layers") or [])
+        self._check_same_run()
+        self._shapes = self._find_shapes()
+        self.counters["adam"] = self._adam_options()
+
+    # ------------------------------------------------------------------ what there is
+
+    @property
+    def has_optimizer(self) -> bool:
+        return bool(self._adam(self._optimizer(0))["state"])
+
+    def optimizer_step(self) -> int:
+        adam = self._adam(self._optimizer(0))
+        return _adam_step(adam)
+
+    def _adam_options(self) -> dict[str, Any]:
+        """Options of the optimizer itself; what the run configuration sets is not among them."""
+        group = self._adam(self._optimizer(0))["param_groups"][0]
+        ours = ("params", "name", "moe", "lr", "weight_decay", "step")
+        return {k: v for k, v in group.items() if k not in ours and not isinstance(v, (dict, Stored))}
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: self._model["module"][name].whole() for name in self._model["buffer_names"]}
+
+    def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
+        if kind not in self._pieces:
+            self._pieces[kind] = self._flat_pieces(kind) if self._flat else self._stage0_pieces(kind)
+            for each in self.names_of(kind):
+                self._check_covered(each, kind)
+        if kind != "fp32" and name in self.frozen:
+            raise CheckpointError(f"{self.path} holds no {kind} of {name}, which was frozen")
+        return self._pieces[kind][name]
+
+    def _find_shapes(self) -> dict[str, tuple[int, ...]]:
+        module, buffers = self._model["module"], set(self._model["buffer_names"])
+        groups = [*(self._model.get("param_shapes") or []), self._model.get("frozen_param_shapes") or {}]
+        recorded = {n: tuple(s) for group in groups for n, s in group.items()}
+        dense = {name: recorded.get(name, stored.shape) for name, stored in module.items() if name not in buffers}
+        dense = {name: shape for name, shape in dense.items() if name not in self._experts}
+        return _in_model_order(dense, self._experts)
+
+    def _check_same_run(self) -> None:
+        """One tag's files agree on the step and the experts."""
+        saved = self.client_state.get("vqmoe_ds", {}).get("step", self.step)
+        if saved != self.step:
+            raise CheckpointError(
+                f"{self.path} mixes tags: its manifest is of step {self.step}, its weights of step {saved}"
+            )
+        experts = self.config.get("moe", {}).get("num_experts")
+        for name, shape in self._experts.items():
+            if shape[0] != experts:
+                raise CheckpointError(
+                    f"{self.path} contradicts itself: {name} has {shape[0]} experts, its configuration says {experts}"
+                )
+
+    def _check_covered(self, name: str, kind: str) -> None:
+        reached = 0
+        for piece in self._pieces[kind].get(name, []):
+            if piece.start != reached or piece.begin + piece.length > piece.stored.numel:
+                break
+            reached += piece.length
+        total = math.prod(self.shape(name))
+        if reached != total:
+            raise CheckpointError(
+                f"{self.path}: {kind} of {name} is there up to value {reached} of {total}; a shard is missing or is of "
+                "another layout"
+            )
+
+    # ------------------------------------------------------------------ files
+
+    def _load(self, name: str) -> Any:
+        if name not in self._archives:
+            self._archives[name] = load_archive(self.path / name)
+        return self._archives[name]
+
+    @property
+    def _flat(self) -> bool:
+        return self._stage > 0 or (self.path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").exists()
+
+    def _optimizer(self, rank: int) -> dict[str, Any]:
+        """Optimizer state written by a data-parallel rank, or at stage 0 by an expert-parallel one."""
+        if self._flat:
+            prefix = "" if (self.path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").exists() else "bf16_"
+            name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            state: dict[str, Any] = self._load(name)["optimizer_state_dict"]
+            self._check_shard(name, state)
+            return state
+        if not self._experts:
+            plain: dict[str, Any] = self._model["optimizer"]
+            return plain
+        alone: dict[str, Any] = self._load(f"expp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer"]
+        return alone
+
+    def _check_shard(self, name: str, state: dict[str, Any]) -> None:
+        stage = state["zero_stage"].args[0] if "zero_stage" in state else self._stage
+        if stage != self._stage:
+            raise CheckpointError(f"{self.path} mixes tags: {name} is of ZeRO stage {stage}, not {self._stage}")
+        count = state.get("partition_count")
+        count = count[0] if isinstance(count, list) else count
+        if count not in (None, self._world):
+            raise CheckpointError(f"{self.path} mixes tags: {name} is one of {count} shards, not of {self._world}")
+
+    def _adam(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        for key in ("base_optimizer_state", "optimizer_state_dict"):
+            if key in optimizer:
+                inner: dict[str, Any] = optimizer[key]
+                return inner
+        return optimizer
+
+    def _check_adam(self, rank: int, adam: dict[str, Any]) -> None:
+        step, expected = _adam_step(adam), self.optimizer_step()
+        if step != expected:
+            raise CheckpointError(
+                f"{self.path} mixes tags: the optimizer of rank {rank} is at step {step}, that of rank 0 at {expected}"
+            )
+
+    # ------------------------------------------------------------------ stage 0
+
+    def _stage0_pieces(self, kind: str) -> dict[str, list[Piece]]:
+        plain = self.layout["precision"] == "fp32"
+        found: dict[str, list[Piece]] = {name: [] for name in self.names()}
+        if kind == "fp32":
+            for name in self.names() if plain else self.frozen:
+                found[name] = self._weights(name)
+        if kind == "fp32" and plain:
+            return found
+        for rank in range(self._ep if self._experts else 1):
+            optimizer = self._optimizer(rank)
+            adam = self._adam(optimizer)
+            self._check_adam(rank, adam)
+            for name, place in zip(self._optimizer_order(), self._by_number(optimizer, adam, kind), strict=True):
+                stored, begin, count = place
+                if name in self._experts or rank == 0:
+                    found[name].append(Piece(rank * count if name in self._experts else 0, count, stored, begin))
+        return found
+
+    def _weights(self, name: str) -> list[Piece]:
+        """The weights that the model ran on, which at stage 3 only frozen parameters have beside their masters."""
+        if name in self._experts:
+            return self._expert_files(name)
+        if self._stage < 3:
+            return [_all_of(self._model["module"][name])]
+        pieces, total = [], math.prod(self.shape(name))
+        part = -(-total // self._world)
+        for rank in range(self._world):
+            file = self._load(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            mine = max(0, min(part, total - rank * part))
+            if mine:
+                pieces.append(Piece(rank * part, mine, file["frozen_param_fragments"][name], 0))
+        return pieces
+
+    def _expert_files(self, name: str) -> list[Piece]:
+        prefix, total = name.rsplit(".", 1)[0], math.prod(self._experts[name])
+        layer = [entry["expert_key_prefix"] for entry in self._model["ds_autoep_layers"]].index(prefix)
+        count = self._experts[name][0]
+        each = total // count
+        pieces = []
+        for expert in range(count):
+            file = self._load(f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
+            pieces.append(Piece(expert * each, each, file[f"{name}.{expert}"], 0))
+        return pieces
+
+    def _optimizer_order(self) -> list[str]:
+        """Names as the optimizer numbers them, see ``vqmoe_ds.train.engine.parameter_groups``."""
+        learned = self.names_of("exp_avg")
+        dense = [name for name in learned if name not in self._experts]
+        matrices = [name for name in dense if len(self.shape(name)) >= 2]
+        vectors = [name for name in dense if len(self.shape(name)) < 2]
+        return [*matrices, *vectors, *(name for name in learned if name in self._experts)]
+
+    def _by_number(
+        self, optimizer: dict[str, Any], adam: dict[str, Any], kind: str
+    ) -> Iterator[tuple[Stored, int, int]]:
+        """(file place, first value, number of values) of each parameter in the optimizer's order."""
+        counts = [self._local_count(name) for name in self._optimizer_order()]
+        if "fp32_groups_flat" in optimizer:  # fused half-precision optimizer: one flat row a group
+            tensors = optimizer["fp32_groups_flat"]
+            if kind != "fp32":
+                tensors = [adam["state"][number][kind] for number in sorted(adam["state"])]
+            yield from _cut(tensors, counts)
+            return
+        if kind == "fp32":
+            tensors = [tensor for group in optimizer["fp32_groups"] for tensor in group]
+        else:
+            tensors = [adam["state"][number][kind] for number in sorted(adam["state"])]
+        if [tensor.numel for tensor in tensors] != counts:
+            raise CheckpointError(f"{self.path}: the optimizer's parameters are not those of the model")
+        yield from ((tensor, 0, tensor.numel) for tensor in tensors)
+
+    def _local_count(self, name: str) -> int:
+        return math.prod(self.shape(name)) // (self._ep if name in self._experts else 1)
+
+    # ------------------------------------------------------------------ stages 1 to 3
+
+    def _flat_pieces(self, kind: str) -> dict[str, list[Piece]]:
+        found: dict[str, list[Piece]] = {name: [] for name in self.names()}
+        fragments = self._stage3_fragments() if self._stage == 3 else self._stage12_fragments()
+        for f in fragments:
+            if f.name not in found:
+                raise CheckpointError(f"{self.path}: {f.name} has an optimizer but no weight")
+            optimizer = self._optimizer(f.rank)
+            if kind == "fp32":
+                masters = optimizer["fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"]
+                stored = masters[f.group]
+            else:
+                stored = self._adam(optimizer)["state"][f.group][kind]
+            found[f.name].append(Piece(f.start, f.length, stored, f.begin))
+        for name in self.frozen if kind == "fp32" else ():
+            found[name] = self._weights(name)
+        for rank in range(self._world):
+            self._check_adam(rank, self._adam(self._optimizer(rank)))
+        return {name: sorted(pieces, key=lambda piece: piece.start) for name, pieces in found.items()}
+
+    def _ep_rank(self, rank: int) -> int:
+        if self._model["ds_config"].get("use_data_before_expert_parallelism"):
+            return rank // (self._world // self._ep)
+        return rank % self._ep
+
+    def _base(self, name: str, rank: int) -> int:
+        """Where the experts of a rank begin in the whole tensor."""
+        return self._ep_rank(rank) * self._local_count(name) if name in self._experts else 0
+
+    def _stage12_fragments(self) -> Iterator[_Fragment]:
+        reached: dict[tuple[str, int], int] = {}
+        for rank in range(self._world):
+            for group, mapping in enumerate(self._optimizer(rank)["param_slice_mappings"]):
+                for name, address in mapping.items():
+                    base = self._base(name, rank)
+                    done = reached.get((name, base), 0)  # ranks hold consecutive stretches
+                    yield _Fragment(name, rank, group, address.start, base + done, address.numel)
+                    reached[name, base] = done + address.numel
+
+    def _stage3_fragments(self) -> Iterator[_Fragment]:
+        for rank in range(self._world):
+            partitions = self._optimizer(rank).get("ds_zero_partition_groups")
+            for group, shapes in enumerate(self._model["param_shapes"]):
+                count, place = self._world, rank
+                if partitions is not None:
+                    count, place = partitions[group]["partition_count"], partitions[group]["partition_rank"]
+                begin = 0
+                for name, shape in shapes.items():
+                    total = math.prod(shape)
+                    part = -(-total // count)
+                    mine = max(0, min(part, total - place * part))
+                    if mine:
+                        yield _Fragment(name, rank, group, begin, self._base(name, rank) + place * part, mine)
+                    begin += part
+
+
+def _adam_step(adam: dict[str, Any]) -> int:
+    if not adam["state"]:
+        return 0
+    step = next(iter(adam["state"].values())).get("step", adam["param_groups"][0].get("step", 0))
+    return int(step.whole()) if isinstance(step, Stored) else int(step)
+
+
+def _all_of(stored: Stored) -> Piece:
+    return Piece(0, stored.numel, stored, 0)
+
+
+def _cut(flat: list[Stored], counts: list[int]) -> Iterator[tuple[Stored, int, int]]:
+    group, begin = 0, 0
+    for count in counts:
+        if begin + count > flat[group].numel:
+            group, begin = group + 1, 0
+        yield flat[group], begin, count
+        begin += count
+
+
+def _expert_shapes(layers: list[dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Whole shape ``[N, …]`` of every stacked expert weight, from DeepSpeed's record of its expert layers."""
+    shapes = {}
+    for entry in layers:
+        for name, record in entry["affine_maps"]["params"].items():
+            shapes[name] = tuple(int(n) for n in record["logical_shape"])
+    return shapes
+
+
+def _in_model_order(
+    dense: dict[str, tuple[int, ...]], experts: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Experts stand first in their layer, as in ``named_parameters``, after what comes before it in the block."""
+    names = list(dense)
+    for name in experts:
+        layer = name.rsplit(".experts.", 1)[0] + "."
+        block = layer.rsplit(".", 2)[0] + "."
+        later = [i for i, other in enumerate(names) if other.startswith(layer) and ".experts." not in other]
+        same = [i for i, other in enumerate(names) if other.startswith(block)]
+        names.insert(later[0] if later else same[-1] + 1, name)
+    return {name: experts.get(name, dense.get(name, ())) for name in names}

@@ -1,0 +1,444 @@
+"""One table of names and one of options: what a tensor or an option of ours is called in a Hugging Face folder.
+
+Two architectures: ``vqmoe``, our own model there, and ``mixtral``, stock Mixtral, which models with a top-k router of
+two or more experts in every block are equal to. Both tables are read in both directions.
+
+Legend: D width, H expert hidden width, N experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vqmoe_ds.checkpoint.io.archive import Stored
+from vqmoe_ds.config.schema import QKNorm, Router, RunConfig, SoftmaxOver
+from vqmoe_ds.moe.routers.abilities import rows_per_token, why_not_exported
+from vqmoe_ds.moe.routers.base import softmax_over_all
+from vqmoe_ds.runtime.errors import CheckpointError
+
+ARCHITECTURES = ("vqmoe", "mixtral")
+CODE_FILES = ("configuration_vqmoe.py", "routing_vqmoe.py", "modeling_vqmoe.py")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a Hugging Face folder: a tensor of ours, or its rows ``first`` to ``end``, or one expert of it."""
+
+    name: str
+    source: str
+    rows: tuple[int, int] | None = None
+    expert: int | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the part of a tensor of shape ``whole``."""
+        if self.expert is not None:
+            return whole[1:]
+        return whole if self.rows is None else (self.rows[1] - self.rows[0], *whole[1:])
+
+    def start(self, whole: tuple[int, ...]) -> int:
+        """Place of its first value in the flattened whole; its values follow each other there."""
+        first = self.expert if self.expert is not None else (self.rows or (0, 0))[0]
+        return first * math.prod(whole[1:])
+
+
+INFERENCE_BUFFERS = {
+    "bank.codes_LKC": "model.codebook.codes",
+    "bank.code_map_LK": "model.codebook.code_map",
+    "bank.projection_DC": "model.codebook.projection",
+    "source.table_VD": "model.codebook.source_table",
+    "token_table_LV": "model.token_table",
+}
+"""Buffers that routes follow from; the others serve the learning of codes and go to a file of their own."""
+
+
+def parts_of(config: RunConfig, arch: str) -> list[Part]:
+    """Every parameter of the folder, those of one source side by side."""
+    parts = [Part("model.embed_tokens.weight", "embed.weight")]
+    for block in range(config.model.layers):
+        parts += _block_parts(config, block, arch)
+    head = "score" if config.finetune.classes else "lm_head"
+    return [*parts, Part("model.norm.weight", "norm.weight"), Part(f"{head}.weight", "head.weight")]
+
+
+def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
+    ours, theirs, inner = f"blocks.{block}.", f"model.layers.{block}.", config.model.attention_width
+    yield Part(theirs + "input_layernorm.weight", ours + "attention_norm.weight")
+    for place, letter in enumerate("qkv"):
+        rows = (place * inner, (place + 1) * inner)
+        yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", rows)
+    yield Part(theirs + "self_attn.o_proj.weight", ours + "attention.out.weight")
+    if config.model.qk_norm is not QKNorm.NONE:
+        for letter in "qk":
+            yield Part(f"{theirs}self_attn.{letter}_norm.weight", f"{ours}attention.{letter}_norm.weight")
+    yield Part(theirs + "post_attention_layernorm.weight", ours + "mlp_norm.weight")
+    if not is_sparse(config, block):
+        for name in ("gate", "up", "down"):
+            yield Part(f"{theirs}mlp.{name}_proj.weight", f"{ours}mlp.{name}.weight")
+    elif arch == "mixtral":
+        for name in ("w1", "w2", "w3"):
+            for expert in range(config.moe.num_experts):
+                expert_name = f"{theirs}block_sparse_moe.experts.{expert}.{name}.weight"
+                yield Part(expert_name, f"{ours}mlp.experts.{name}", expert=expert)
+        yield Part(theirs + "block_sparse_moe.gate.weight", ours + "mlp.router.gate.weight")
+    else:
+        for name, our_name in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            yield Part(f"{theirs}mlp.experts.{name}_proj", f"{ours}mlp.experts.{our_name}")
+        yield from _router_parts(config, ours + "mlp.router.", theirs + "mlp.")
+
+
+def _router_parts(config: RunConfig, ours: str, theirs: str) -> Iterator[Part]:
+    if config.moe.router is Router.TOPK:
+        yield Part(theirs + "gate.weight", ours + "gate.weight")
+    elif config.moe.router is Router.VQ and config.moe.top_k:
+        yield Part(theirs + "gate.weight", ours + "continuous.gate.weight")
+        yield Part(theirs + "path_gate.weight", ours + "path_gate.weight")
+        yield Part(theirs + "path_gate.bias", ours + "path_gate.bias")
+
+
+def unstacked(weights: dict[str, Stored], arch: str) -> dict[str, Stored]:
+    """Weights by the names of transformers 4, expert by expert, where transformers 5 stacked all experts of a block.
+
+    That writes ``mlp.experts.gate_up_proj`` ``[N, 2 H, D]`` and ``mlp.experts.down_proj`` ``[N, D, H]`` under
+    ``save_original_format=False``.
+
+    Args:
+        weights: of ``read_weights``.
+        arch: ``model_type``; Mixtral has names of its own.
+
+    Raises:
+        CheckpointError: a stack that is none.
+    """
+    mixtral, found = arch == "mixtral", dict(weights)
+    gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
+    for name in [name for name in weights if name.endswith(".mlp.experts.gate_up_proj")]:
+        block = name.removesuffix("experts.gate_up_proj")
+        ours = block.replace(".mlp.", ".block_sparse_moe.") if mixtral else block
+        both, last = found.pop(name), found.pop(block + "experts.down_proj", None)
+        if last is None or len(both.shape) != 3 or last.shape != (both.shape[0], both.shape[2], both.shape[1] // 2):
+            raise CheckpointError(f"{both.path}: {name} has no experts.down_proj of its shape beside it; copy it again")
+        hidden = last.shape[2]
+        for expert in range(both.shape[0]):
+            for matrix, stack, rows in (
+                (gate, both, (0, hidden)),
+                (up, both, (hidden, 2 * hidden)),
+                (down, last, None),
+            ):
+                found[f"{ours}experts.{expert}.{matrix}.weight"] = _slice_of(stack, expert, rows)
+        if mixtral and block + "gate.weight" in found:
+            found[ours + "gate.weight"] = found.pop(block + "gate.weight")
+    return found
+
+
+def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Stored:
+    """One expert of a stack, or rows of it."""
+    part = Part("", "", expert=expert)
+    shape, start = part.shape(stack.shape), part.start(stack.shape)
+    if rows is not None:
+        start += rows[0] * math.prod(shape[1:])
+        shape = rows[1] - rows[0], *shape[1:]
+    return Stored(stack.path, stack.offset + start * stack.dtype.itemsize, stack.dtype, shape)
+
+
+def is_sparse(config: RunConfig, block: int) -> bool:
+    """Whether a block has experts."""
+    every = config.model.moe_every
+    return config.moe.router is not Router.DENSE and block % every == every - 1
+
+
+def moe_every_of(sparse: list[int], layers: int) -> int | None:
+    """``model.moe_every`` of a model whose blocks ``sparse`` have experts; None where ours cannot have them there."""
+    every = sparse[0] + 1 if sparse else 0
+    return every if every and sparse == list(range(every - 1, layers, every)) else None
+
+
+def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of our model, by its name at expert-parallel size 1."""
+    model, moe = config.model, config.moe
+    width, hidden, experts, inner = model.width, moe.expert_hidden, moe.num_experts, model.attention_width
+    normed = inner if model.qk_norm is QKNorm.FULL else inner // model.heads
+    endings = {
+        "attention.q_norm.weight": (normed,),
+        "attention.k_norm.weight": (normed,),
+        "embed.weight": (model.vocab_size, width),
+        "head.weight": (len(config.finetune.classes) or model.vocab_size, width),
+        "norm.weight": (width,),
+        "attention.qkv.weight": (3 * inner, width),
+        "attention.out.weight": (width, inner),
+        "mlp.gate.weight": (dense_hidden(config), width),
+        "mlp.up.weight": (dense_hidden(config), width),
+        "mlp.down.weight": (width, dense_hidden(config)),
+        "experts.w1": (experts, hidden, width),
+        "experts.w2": (experts, width, hidden),
+        "experts.w3": (experts, hidden, width),
+        "router.gate.weight": (experts, width),
+        "continuous.gate.weight": (experts, width),
+        "path_gate.weight": (2, width),
+        "path_gate.bias": (2,),
+    }
+    names = dict.fromkeys(part.source for part in parts_of(config, "vqmoe"))
+    return {name: next(shape for end, shape in endings.items() if name.endswith(end)) for name in names}
+
+
+EXPERT_TABLES = ("model.codebook.code_map", "model.token_table")
+"""Buffers of a folder that hold numbers of experts."""
+
+
+def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of every buffer that routes of a ``vqmoe`` folder follow from, by its name there.
+
+    Args:
+        config: of the run.
+        source_table: as of ``hf_options``.
+    """
+    model, moe, book = config.model, config.moe, config.codebook
+    layers = sum(is_sparse(config, block) for block in range(model.layers))
+    if moe.router is Router.HASH_TOKEN:
+        return {"model.token_table": (layers, model.vocab_size)}
+    if moe.router is not Router.VQ:
+        return {}
+    codes = book.num_codes or moe.num_experts
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.codebook.codes": (layers, codes, book.code_dim or model.width),
+        "model.codebook.code_map": (layers, codes),
+    }
+    if book.code_dim:
+        shapes["model.codebook.projection"] = (model.width, book.code_dim)
+    if source_table:
+        shapes["model.codebook.source_table"] = (model.vocab_size, model.width)
+    return shapes
+
+
+def dense_hidden(config: RunConfig) -> int:
+    """Hidden width of the dense MLPs, as the model computes it."""
+    return config.model.dense_hidden or config.moe.expert_hidden * rows_per_token(config.moe, config.router)
+
+
+# ---------------------------------------------------------------- options
+
+_SAME = {
+    "vocab_size": "model.vocab_size",
+    "hidden_size": "model.width",
+    "num_hidden_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "qk_norm": "model.qk_norm",
+    "max_position_embeddings": "model.sequence_length",
+    "rope_theta": "model.rope_theta",
+    "moe_every": "model.moe_every",
+    "moe_intermediate_size": "moe.expert_hidden",
+    "router": "moe.router",
+    "num_experts": "moe.num_experts",
+    "num_experts_per_tok": "moe.top_k",
+    "code_blend": "moe.code_blend",
+    "router_aux_loss_coef": "moe.balance_weight",
+    "router_z_loss_coef": "moe.z_loss_weight",
+    "code_source": "codebook.source",
+    "context_window": "codebook.context_window",
+    "context_decay": "codebook.context_decay",
+    "position_weight": "codebook.position_weight",
+    "source_block": "codebook.source_block",
+    "normalize_source": "codebook.normalize_source",
+    "code_dim": "codebook.code_dim",
+    "code_distance": "codebook.distance",
+    "soft_output": "codebook.soft_output",
+    "commitment_coef": "codebook.commitment_weight",
+}
+NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None}
+"""Options that folders of earlier versions lack, and what they mean there."""
+NORM_EPS = 1e-6
+
+
+def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict[str, Any]:
+    """``config.json`` without tokens and number type.
+
+    Args:
+        config: of the run.
+        arch: one of ``ARCHITECTURES``.
+        source_table: whether codes look at a moving average of the embeddings (the average has begun).
+
+    Raises:
+        CheckpointError: the architecture cannot compute what this model computes; the option is named.
+    """
+    if arch == "mixtral":
+        return _mixtral_options(config)
+    if reason := why_not_exported(config):
+        raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
+    run = config.model_dump(mode="json")
+    options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
+    classes = dict(enumerate(config.finetune.classes))
+    labels = {
+        "id2label": {str(number): name for number, name in classes.items()},
+        "label2id": {name: number for number, name in classes.items()},
+        "classifier_pool": config.finetune.pool.value,
+        "problem_type": "single_label_classification",
+    }
+    model = "VQMoEForSequenceClassification" if classes else "VQMoEForCausalLM"
+    return {
+        "architectures": [model],
+        "model_type": "vqmoe",
+        "auto_map": {
+            "AutoConfig": "configuration_vqmoe.VQMoEConfig",
+            "AutoModel": "modeling_vqmoe.VQMoEModel",
+            f"AutoModelFor{model.removeprefix('VQMoEFor')}": f"modeling_vqmoe.{model}",
+        },
+        **options,
+        **(labels if classes else {}),
+        "head_dim": config.model.attention_width // config.model.heads,
+        "norm_topk_prob": not softmax_over_all(config.router.softmax_over, config.moe.top_k),
+        "intermediate_size": dense_hidden(config),
+        "num_codes": config.codebook.num_codes or config.moe.num_experts,
+        "source_table": source_table,
+        "rms_norm_eps": NORM_EPS,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of a run configuration that describe the model, from a ``config.json`` of the ``vqmoe`` kind.
+
+    Raises:
+        CheckpointError: an option is missing, or has a value that the trainer cannot compute.
+    """
+    for name, only in (("rms_norm_eps", NORM_EPS), ("tie_word_embeddings", False)):
+        if options.get(name, only) != only:
+            raise CheckpointError(f"config.json has {name}={options[name]}, but this trainer knows only {only}")
+    options = {**NEWER, **options}
+    sections: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "codebook": {}, "router": {}}
+    try:
+        for name, path in _SAME.items():
+            section, field = path.split(".")
+            sections[section][field] = options[name]
+        sections["model"]["head_width"] = head_width_of(options)
+        sections["model"]["dense_hidden"] = options["intermediate_size"]
+        sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
+        sections["codebook"]["num_codes"] = options["num_codes"]
+        sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None
+    if is_classifier(options):
+        sections["finetune"] = {"classes": _classes(options), "pool": options.get("classifier_pool", "mean")}
+    return sections
+
+
+def is_classifier(options: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a classifier of texts."""
+    return any(str(name).endswith("ForSequenceClassification") for name in options.get("architectures") or [])
+
+
+def _classes(options: dict[str, Any]) -> list[str]:
+    names = options.get("id2label")
+    if not isinstance(names, dict) or sorted(names) != sorted(str(number) for number in range(len(names))):
+        raise CheckpointError("config.json has no id2label that names the classes 0, 1, ...; export the model again")
+    return [str(names[str(number)]) for number in range(len(names))]
+
+
+def head_width_of(options: dict[str, Any]) -> int:
+    """``model.head_width``: 0 where the heads share the width evenly."""
+    head_dim, heads = options.get("head_dim"), options.get("num_attention_heads")
+    if isinstance(head_dim, int) and isinstance(heads, int) and head_dim * heads == options.get("hidden_size"):
+        return 0
+    return head_dim or 0
+
+
+def softmax_over_of(norm_topk_prob: bool | None, top_k: int) -> SoftmaxOver:
+    """``router.softmax_over`` of experts whose weights sum to 1, or not, or (None) as with us."""
+    if norm_topk_prob is None or norm_topk_prob != softmax_over_all(SoftmaxOver.AUTO, top_k):
+        return SoftmaxOver.AUTO
+    return SoftmaxOver.CHOSEN if norm_topk_prob else SoftmaxOver.ALL
+
+
+def _mixtral_options(config: RunConfig) -> dict[str, Any]:
+    model, moe = config.model, config.moe
+    reason = _why_not_mixtral(config)
+    if reason:
+        raise CheckpointError(f"Mixtral cannot stand for this model: {reason}; export with --arch vqmoe")
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": moe.expert_hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.heads,
+        "head_dim": model.attention_width // model.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.sequence_length,
+        "rms_norm_eps": NORM_EPS,
+        "rope_theta": model.rope_theta,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": moe.balance_weight,
+        "output_router_logits": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def _why_not_mixtral(config: RunConfig) -> str | None:
+    moe = config.moe
+    if config.finetune.classes:
+        return "it is a classifier, which pools its states otherwise"
+    if moe.router is not Router.TOPK:
+        return f"moe.router={moe.router.value} is not its linear router (topk)"
+    if config.model.moe_every != 1:
+        return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
+    if config.model.qk_norm is not QKNorm.NONE:
+        return f"model.qk_norm={config.model.qk_norm.value} norms queries and keys, and it does not"
+    if softmax_over_all(config.router.softmax_over, moe.top_k) and moe.num_experts > 1:
+        over = "moe.top_k=1" if moe.top_k == 1 else "router.softmax_over=all"
+        return f"with {over} experts are weighted by their probabilities among all here, among the chosen there"
+    return None
+
+
+def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sections of a run configuration that describe the model, from a Mixtral ``config.json``.
+
+    Raises:
+        CheckpointError: it computes something that this trainer cannot; the option is named.
+    """
+    heads, width = options.get("num_attention_heads"), options.get("hidden_size", 0)
+    rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
+    needed = {
+        "num_key_value_heads": heads,
+        "rms_norm_eps": NORM_EPS,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+    }
+    for name, value in needed.items():
+        if options.get(name) not in (value, None):
+            raise CheckpointError(
+                f"this Mixtral has {name}={options[name]}, but this trainer knows only {value}; "
+                "tools/upcycle.py converts more"
+            )
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise CheckpointError("this Mixtral scales its rotary positions, which this trainer does not")
+    try:
+        return {
+            "model": {
+                "vocab_size": options["vocab_size"],
+                "layers": options["num_hidden_layers"],
+                "width": width,
+                "heads": heads,
+                "head_width": head_width_of(options),
+                "sequence_length": options["max_position_embeddings"],
+                "rope_theta": rope.get("rope_theta", options.get("rope_theta", 1e6)),
+            },
+            "moe": {
+                "router": "topk",
+                "num_experts": options["num_local_experts"],
+                "expert_hidden": options["intermediate_size"],
+                "top_k": options["num_experts_per_tok"],
+                "balance_weight": options.get("router_aux_loss_coef", 0.01),
+            },
+            "codebook": {},
+            "router": {"softmax_over": softmax_over_of(True, options["num_experts_per_tok"])},
+        }
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None

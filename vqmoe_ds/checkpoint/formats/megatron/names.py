@@ -1,0 +1,216 @@
+"""What a parameter of ours is called, and how it lies, in a megatron-core ``GPTModel`` (0.16, local layer spec).
+
+Megatron keeps the rows of q, k and v of one head side by side, gate and up projection in one matrix (``linear_fc1``),
+and gives every tensor-parallel rank whole heads, both halves of its share of ``linear_fc1``, columns of ``linear_fc2``.
+
+Legend: D width, A heads, H hidden width, N experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.formats.huggingface.names import (
+    NORM_EPS,
+    dense_hidden,
+    head_width_of,
+    is_sparse,
+    moe_every_of,
+    softmax_over_of,
+)
+from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
+from vqmoe_ds.moe.routers.base import softmax_over_all
+from vqmoe_ds.runtime.errors import CheckpointError
+
+VOCAB_MULTIPLE = 128
+"""Megatron-LM's default ``--make-vocab-size-divisible-by``."""
+
+
+def padded_vocab(vocab: int, tp: int) -> int:
+    """Rows of the embedding as Megatron-LM pads it."""
+    unit = VOCAB_MULTIPLE * tp
+    return -(-vocab // unit) * unit
+
+
+def dense_names(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Megatron's name of every tensor but experts -> ours; two of ours where Megatron keeps them in one."""
+    names: dict[str, tuple[str, ...]] = {"embedding.word_embeddings.weight": ("embed.weight",)}
+    for block in range(config.model.layers):
+        ours, theirs = f"blocks.{block}.", f"decoder.layers.{block}."
+        names[theirs + "input_layernorm.weight"] = (ours + "attention_norm.weight",)
+        names[theirs + "self_attention.linear_proj.weight"] = (ours + "attention.out.weight",)
+        names[theirs + "self_attention.linear_qkv.weight"] = (ours + "attention.qkv.weight",)
+        if config.model.qk_norm is not QKNorm.NONE:
+            for letter in "qk":
+                name = f"{theirs}self_attention.{letter}_layernorm.weight"
+                names[name] = (f"{ours}attention.{letter}_norm.weight",)
+        names[theirs + "pre_mlp_layernorm.weight"] = (ours + "mlp_norm.weight",)
+        if is_sparse(config, block):
+            router = _router_name(config)
+            names[theirs + "mlp.router.weight"] = (ours + router,) if router else ()
+        else:
+            names[theirs + "mlp.linear_fc1.weight"] = (ours + "mlp.gate.weight", ours + "mlp.up.weight")
+            names[theirs + "mlp.linear_fc2.weight"] = (ours + "mlp.down.weight",)
+    return names | {"decoder.final_layernorm.weight": ("norm.weight",), "output_layer.weight": ("head.weight",)}
+
+
+def sparse_blocks(config: RunConfig) -> list[int]:
+    return [block for block in range(config.model.layers) if is_sparse(config, block)]
+
+
+def _router_name(config: RunConfig) -> str | None:
+    """Our linear router; None where there is none, and Megatron is given one of zeros."""
+    if config.moe.router is Router.TOPK:
+        return "mlp.router.gate.weight"
+    return "mlp.router.continuous.gate.weight" if config.moe.router is Router.VQ and config.moe.top_k else None
+
+
+# ---------------------------------------------------------------- how a tensor lies
+
+
+def share(name: str, tensors: list[Tensor], heads: int, tp: int, rank: int) -> Tensor:
+    """A tensor-parallel rank's part of Megatron's tensor ``name``, from whole tensors of ours."""
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
+    (whole,) = tensors
+    if name.endswith("linear_qkv.weight"):
+        whole = whole.view(3, heads, -1, whole.shape[1]).transpose(0, 1).reshape(whole.shape)
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return whole.chunk(tp, dim=1)[rank].contiguous()
+    if name.startswith(("embedding.", "output_layer.")) or name.endswith("linear_qkv.weight"):
+        return whole.chunk(tp)[rank]
+    return whole
+
+
+def join(name: str, shares: list[Tensor], heads: int) -> list[Tensor]:
+    """The inverse of ``share``: whole tensors of ours from every rank's part."""
+    if name.endswith("linear_fc1.weight"):
+        halves = [part.chunk(2) for part in shares]
+        return [torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return [torch.cat(shares, dim=1)]
+    if name.endswith("linear_qkv.weight"):
+        whole = torch.cat(shares)
+        return [whole.view(heads, 3, -1, whole.shape[1]).transpose(0, 1).reshape(whole.shape)]
+    if name.startswith(("embedding.", "output_layer.")):
+        return [torch.cat(shares)]
+    return [shares[0]]
+
+
+def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
+    """Shape of ``share``."""
+    width, inner, vocab = config.model.width, config.model.attention_width, padded_vocab(config.model.vocab_size, tp)
+    head = (inner // config.model.heads,)
+    shapes = {
+        "q_layernorm.weight": head,
+        "k_layernorm.weight": head,
+        "word_embeddings.weight": (vocab // tp, width),
+        "output_layer.weight": (vocab // tp, width),
+        "linear_qkv.weight": (3 * inner // tp, width),
+        "linear_proj.weight": (width, inner // tp),
+        "router.weight": (config.moe.num_experts, width),
+        "mlp.linear_fc1.weight": (2 * dense_hidden(config) // tp, width),
+        "mlp.linear_fc2.weight": (width, dense_hidden(config) // tp),
+    }
+    return next((shape for end, shape in shapes.items() if name.endswith(end)), (width,))
+
+
+# ---------------------------------------------------------------- options
+
+
+def why_not_megatron(config: RunConfig) -> str | None:
+    """Why a ``GPTModel`` has no place for this model or computes another one; None where it does not."""
+    moe = config.moe
+    if config.model.qk_norm is QKNorm.FULL:
+        return "it norms queries and keys over all heads together (model.qk_norm=full), Megatron each head alone"
+    single = moe.router is Router.TOPK and moe.top_k == 1 < moe.num_experts
+    if single and not softmax_over_all(config.router.softmax_over, 1):
+        return "it weights a single expert by 1 (router.softmax_over=chosen), Megatron by its probability"
+    return None
+
+
+def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: torch.dtype) -> Namespace:
+    """The arguments of Megatron-LM that build this model, by its names (``--use-checkpoint-args`` reads them)."""
+    model, moe = config.model, config.moe
+    sparse = sparse_blocks(config)
+    options: dict[str, Any] = {
+        **{"num_layers": model.layers, "hidden_size": model.width, "num_attention_heads": model.heads},
+        **{"group_query_attention": False, "num_query_groups": model.heads},
+        **{"kv_channels": model.attention_width // model.heads, "qk_layernorm": model.qk_norm is QKNorm.HEADS},
+        **{"ffn_hidden_size": dense_hidden(config), "seq_length": model.sequence_length},
+        **{"max_position_embeddings": model.sequence_length, "position_embedding_type": "rope"},
+        **{"rotary_base": model.rope_theta, "rotary_percent": 1.0, "rotary_interleaved": False},
+        **{"add_position_embedding": True, "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
+        **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
+        **{"vocab_size": model.vocab_size, "padded_vocab_size": padded_vocab(model.vocab_size, tp)},
+        **{"make_vocab_size_divisible_by": VOCAB_MULTIPLE, "transformer_impl": "local", "params_dtype": dtype},
+        **{"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": ep},
+        **{"num_experts": moe.num_experts if sparse else None, "attention_dropout": 0.0, "hidden_dropout": 0.0},
+    }
+    if sparse:
+        options |= {
+            **{"moe_router_topk": max(1, moe.top_k), "moe_ffn_hidden_size": moe.expert_hidden},
+            **{"moe_grouped_gemm": grouped, "moe_use_legacy_grouped_gemm": grouped},
+            **{"moe_layer_freq": [int(block in sparse) for block in range(model.layers)]},
+            # The weight of a single expert is its probability among all, that of several among the chosen.
+            **{"moe_router_pre_softmax": moe.top_k <= 1 or softmax_over_all(config.router.softmax_over, moe.top_k)},
+            **{"moe_router_score_function": "softmax"},
+            **{"moe_aux_loss_coeff": moe.balance_weight, "moe_router_load_balancing_type": "aux_loss"},
+            **{"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"},
+        }
+    return Namespace(**options)
+
+
+def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The sections of a run configuration that describe the model, from the arguments in a Megatron-LM checkpoint.
+
+    Raises:
+        CheckpointError: it computes something that this trainer cannot; the option is named.
+    """
+    heads, experts, top_k = args.get("num_attention_heads"), args.get("num_experts"), args.get("moe_router_topk", 2)
+    shape = {"head_dim": args.get("kv_channels"), "num_attention_heads": heads, "hidden_size": args.get("hidden_size")}
+    needed = {
+        **{"num_query_groups": heads if args.get("group_query_attention") else args.get("num_query_groups")},
+        **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
+        **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
+        **{"rotary_percent": 1.0, "rotary_interleaved": False},
+        **({"moe_router_score_function": "softmax"} if experts else {}),
+        **({"moe_shared_expert_intermediate_size": None} if experts else {}),
+    }
+    for name, value in needed.items():
+        if args.get(name, value) != value:
+            raise CheckpointError(f"{where} has {name}={args[name]}, but this trainer knows only {value}")
+    moe: dict[str, Any] = {"router": "dense"}
+    if experts:
+        hidden = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size")
+        moe = {"router": "topk", "num_experts": experts, "expert_hidden": hidden, "top_k": top_k}
+        moe["balance_weight"] = args.get("moe_aux_loss_coeff") or 0.0
+    try:
+        model = {
+            **{"vocab_size": args.get("vocab_size") or args["padded_vocab_size"], "layers": args["num_layers"]},
+            **{"width": args["hidden_size"], "heads": args["num_attention_heads"]},
+            **{"head_width": head_width_of(shape), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
+            **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
+            **{"moe_every": _every(args, where) if experts else 1, "dense_hidden": args["ffn_hidden_size"]},
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{where} records no {error.args[0]}, so its model is not known") from None
+    normalised = not args.get("moe_router_pre_softmax", False) if experts else None
+    return {"model": model, "moe": moe, "router": {"softmax_over": softmax_over_of(normalised, top_k)}}
+
+
+def _every(args: dict[str, Any], where: str) -> int:
+    """``model.moe_every`` of Megatron's ``moe_layer_freq``: a number n means blocks 0, n, 2n, …; a list says it."""
+    frequency, layers = args.get("moe_layer_freq", 1), args["num_layers"]
+    if not isinstance(frequency, list):
+        frequency = [int(block % frequency == 0) for block in range(layers)]
+    every = moe_every_of([block for block, sparse in enumerate(frequency) if sparse], layers)
+    if every is None:
+        raise CheckpointError(
+            f"{where} has experts in blocks {frequency}; this trainer has them in the last of every n blocks"
+        )
+    return every

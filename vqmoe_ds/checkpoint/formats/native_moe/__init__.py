@@ -1,0 +1,1 @@
+"""Checkpoints of models with native ``deepspeed.moe.layer.MoE`` layers."""

@@ -1,0 +1,1 @@
+"""Archives, safetensors files and shards, read and written in streams."""

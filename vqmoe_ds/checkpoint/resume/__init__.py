@@ -1,0 +1,1 @@
+"""Checkpoints of a running training: saved, sealed, kept, found and resumed."""

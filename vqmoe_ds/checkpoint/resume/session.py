@@ -1,0 +1,244 @@
+"""Saving and resuming a running session through DeepSpeed's own checkpoint files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.resume.recovery import write_script
+from vqmoe_ds.checkpoint.resume.restore import restore_any_layout
+from vqmoe_ds.checkpoint.resume.restricted import without_pickles
+from vqmoe_ds.checkpoint.resume.retention import clear_leftovers
+from vqmoe_ds.checkpoint.resume.sealing import Sealing, as_halted, written_to
+from vqmoe_ds.checkpoint.resume.store import Found, find_newest, read_manifest, tag_name, tags, verify
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.indexed import UNKNOWN
+from vqmoe_ds.data.tokenizers import nothing_known
+from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.ranks import from_first
+from vqmoe_ds.train.engine import Session
+
+STRUCTURE = {
+    "model": None,
+    "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend"),
+    "router": ("softmax_over", "low_dim", "statistics", "scaling"),
+    "codebook": ("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning"),
+}
+"""Fields that decide whether a checkpoint fits a model (None: the whole section)."""
+
+
+def save(
+    session: Session, folder: Path, step: int, keep_last: int, samples: int | None = None, keep_every: int = 0
+) -> Path:
+    """``begin_save``, and wait until the checkpoint is sealed; returns its path."""
+    sealing = begin_save(session, folder, step, keep_last, samples, keep_every)
+    sealing.finish()
+    return sealing.tag
+
+
+def begin_save(
+    session: Session,
+    folder: Path,
+    step: int,
+    keep_last: int,
+    samples: int | None = None,
+    keep_every: int = 0,
+    on_sealed: Callable[[], None] | None = None,
+) -> Sealing:
+    """Write a checkpoint of all ranks; it is sealed and made current while training goes on.
+
+    The last one's sealing must have ended. Old checkpoints go when this one reads back whole.
+
+    Args:
+        step: optimizer steps finished.
+        keep_last: as ``run.keep_last``.
+        samples: training samples consumed; None: ``step`` batches.
+        keep_every: as ``run.keep_every``.
+        on_sealed: called on rank 0, in a thread, when the checkpoint exists.
+
+    Raises:
+        TrainingHalted: the files could not be written; what was saved before is untouched.
+    """
+    tag = folder / tag_name(step)
+    if session.place.rank == 0:
+        clear_leftovers(folder)
+    _barrier()
+    config = session.config
+    consumed = step * config.run.train.batch_size if samples is None else samples
+    run = config.run.model_dump(mode="json")
+    state = {"step": step, "samples": consumed, "layout": config.layout(), "config": run}
+    if session.fingerprint:
+        state["data"] = session.fingerprint
+    frozen = [name for name, param in session.model.named_parameters() if not param.requires_grad]
+    if frozen:
+        state["frozen"] = frozen
+    engine = session.engine
+    engine._copy_recovery_script = write_script
+    try:
+        name = written_to(tag).name
+        engine.save_checkpoint(str(folder), tag=name, client_state={"vqmoe_ds": state}, save_latest=False)
+        if engine.checkpoint_engine.is_decoupled():  # its files are whole once they are committed
+            engine._commit_decoupled_checkpoint()
+        _barrier()
+    except (OSError, RuntimeError) as error:
+        raise as_halted(error, tag) from error
+    return Sealing(tag, state, session.place, keep_last, keep_every, on_sealed)
+
+
+def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]]:
+    """The checkpoint ``--resume`` means, the same on all ranks, and what was passed over.
+
+    Args:
+        folder: the run's checkpoint folder.
+        resume: ``auto`` (newest that verifies, if any), ``never``, or the path of a tag or of a run folder.
+        rank: rank 0 reads and verifies; the others are told.
+    """
+    answer: list[Any] = [None, [], None]
+    if rank == 0 and resume != "never":
+        try:
+            answer = [*_choose_here(folder, resume), None]
+        except CheckpointError as error:
+            answer[2] = str(error)
+    answer = from_first(answer)
+    if answer[2] is not None:
+        raise CheckpointError(answer[2])
+    return answer[0], answer[1]
+
+
+def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    if resume == "auto":
+        found = _newest_or_refuse(folder)
+        return found.path, found.passed_over
+    path = Path(resume)
+    for candidates in (path, path / "checkpoints"):
+        found = _newest_or_refuse(candidates)
+        if found.path is not None:
+            return found.path, found.passed_over
+    if not path.exists():
+        raise CheckpointError(f"--resume {resume}: no such folder")
+    verify(path)
+    return path, []
+
+
+def _newest_or_refuse(folder: Path) -> Found:
+    """``find_newest``; a folder without any tag is a new run's, but one of damaged tags is for its user to judge.
+
+    Raises:
+        CheckpointError: there are tags, and none verifies.
+    """
+    found = find_newest(folder)
+    if found.path is None and found.passed_over:
+        names = [tag.name for tag in tags(folder)]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} verifies ({', '.join(names[:5])}{more}; the newest: "
+            f"{found.passed_over[0]}); give --resume the path of another checkpoint, or start anew with --resume never "
+            "and another --run_dir"
+        )
+    return found
+
+
+def load(session: Session, tag: Path) -> int:
+    """Restore weights, optimizer, codebooks and step from a tag of any layout; returns the step.
+
+    DeepSpeed's own loading is left to fp16, whose loss scale only it restores: it takes the same layout only.
+
+    Raises:
+        CheckpointError: ``check_fits`` or the files say why it cannot be.
+    """
+    check_fits(session.config, tag)
+    if session.config.precision == "fp16":
+        open_checkpoint(tag)  # its sentences come first
+        with without_pickles():
+            session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
+        return int(read_manifest(tag)["step"])
+    return restore_any_layout(session, open_checkpoint(tag))
+
+
+def consumed_samples(tag: Path) -> int:
+    """Training samples consumed before a tag was written."""
+    manifest = read_manifest(tag)
+    return int(manifest.get("samples", manifest["step"] * manifest["config"]["train"]["batch_size"]))
+
+
+def check_fits(config: EngineConfig, tag: Path) -> None:
+    """Refuse, by name, a tag of another tokenizer or another architecture, and in fp16 one of another layout.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    manifest = read_manifest(tag)
+    check_tokenizer(config.run, manifest["config"], tag)
+    check_structure(config.run, manifest["config"], tag)
+    for name, value in config.layout().items() if config.precision == "fp16" else ():
+        if manifest["layout"][name] != value:
+            raise CheckpointError(
+                f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; fp16 resumes "
+                "on the layout it was written with only"
+            )
+
+
+def check_data(here: dict[str, str], tag: Path, allowed: bool) -> str | None:
+    """Compare what this run reads with what the run of a checkpoint read.
+
+    Args:
+        here: as ``Session.fingerprint``.
+        allowed: a change is meant.
+
+    Returns:
+        A sentence for the user where it changed and may; None: it is the same, or the checkpoint does not know.
+
+    Raises:
+        CheckpointError: it changed.
+    """
+    there = read_manifest(tag).get("data")
+    if not isinstance(there, dict):
+        return None
+    changed = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+    if not changed:
+        return None
+    if allowed:
+        return f"{', '.join(changed)}: not what {tag.name} was trained with; it goes on at the same number of samples"
+    raise CheckpointError(
+        f"{tag} was trained with other inputs (changed: {', '.join(changed)}), and its run would go on in the middle "
+        "of these; bring them back, start in another --run_dir, or say --allow_changed_data if that is meant"
+    )
+
+
+def check_tokenizer(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
+    """Refuse a checkpoint whose ids mean something else than those of this run's data."""
+    theirs, ours = saved.get("data", {}).get("tokenizer_sha256"), run.data.tokenizer_sha256
+    if theirs != ours and not (ours and nothing_known(theirs, run.model.vocab_size)):
+        raise CheckpointError(
+            f"{tag} was trained on {_ids_of(theirs)}, this run's data is made of {_ids_of(ours)}; give data of the "
+            "same tokenizer or start in another --run_dir"
+        )
+
+
+def _ids_of(checksum: str | None) -> str:
+    if checksum is None:
+        return "raw bytes"
+    return "ids of an unknown tokenizer" if checksum == UNKNOWN else f"ids of the tokenizer {checksum[:12]}"
+
+
+def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
+    """Refuse a checkpoint whose model differs, naming the first field; one older than a field has its default."""
+    here, defaults = run.model_dump(mode="json"), RunConfig().model_dump(mode="json")
+    for section, names in STRUCTURE.items():
+        for name in names or here[section]:
+            theirs, ours = saved.get(section, {}).get(name, defaults[section][name]), here[section][name]
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{tag} holds another model: {section}.{name}={theirs} there, {ours} here; "
+                    f"set {section}.{name}={theirs} or start in another --run_dir"
+                )
+
+
+def _barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

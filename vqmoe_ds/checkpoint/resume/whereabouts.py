@@ -1,0 +1,69 @@
+"""What a run folder needs to be of use from any directory, and after it was moved: whole paths, and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.indexed import UNKNOWN, weighted_entry
+from vqmoe_ds.data.labelled import KNOWN_SETS
+from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from vqmoe_ds.runtime.errors import UserError
+
+FOLDER = "tokenizer"
+"""Of a run folder: a copy of its tokenizer."""
+
+
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """The configuration with every path of data, tokenizer and source as seen from the root of the file system."""
+    data, tuned = config.data, config.finetune
+    paths: dict[str, Any] = {name: _whole(getattr(data, name)) for name in ("path", "valid_path", "cache_dir")}
+    if data.tokenizer not in (None, ByteTokenizer.kind):
+        paths["tokenizer"] = os.path.abspath(str(data.tokenizer))
+    about = {"checkpoint": _whole(tuned.checkpoint), "task": whole_task(tuned.task)}
+    sections = {"data": data.model_copy(update=paths), "finetune": tuned.model_copy(update=about)}
+    return config.model_copy(update=sections)
+
+
+def whole_task(task: str | None) -> str | None:
+    """``NAME=PATH`` or the path of a labelled set with the whole path; what is known by name alone as it is."""
+    if task is None or task == "lm" or task in KNOWN_SETS:
+        return task
+    name, equals, place = task.partition("=")
+    return f"{name}={os.path.abspath(place)}" if equals else os.path.abspath(task)
+
+
+def _whole(path: Any) -> Any:
+    if path is None or isinstance(path, list):
+        return path and [_whole(each) for each in path]
+    prefix, weight = weighted_entry(path)
+    return os.path.abspath(path) if weight is None else f"{weight}:{os.path.abspath(prefix)}"
+
+
+def keep_tokenizer(config: RunConfig, run_dir: Path, most_bytes: int = 64 << 20) -> None:
+    """Copy the tokenizer of a run's data into its folder, if it is known and of no more than ``most_bytes``.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    from vqmoe_ds.checkpoint.formats.huggingface.folder import tokenizer_of_data
+
+    checksum = config.data.tokenizer_sha256
+    if checksum in (None, UNKNOWN, ByteTokenizer.checksum) or kept_tokenizer(run_dir, checksum) is not None:
+        return
+    tokenizer = tokenizer_of_data(config.data.model_dump(mode="json"), str(checksum))
+    if tokenizer is not None and tokenizer.size <= most_bytes:
+        tokenizer.save(run_dir / FOLDER)
+
+
+def kept_tokenizer(path: Path, checksum: str | None) -> Tokenizer | None:
+    """The copy with this checksum in a run folder, given that folder or a checkpoint in it; or None."""
+    for folder in (path, *path.absolute().parents[:2]):
+        try:
+            if (folder / FOLDER).is_dir() and (tokenizer := load_tokenizer(folder / FOLDER)).checksum == checksum:
+                return tokenizer
+        except (UserError, OSError):  # the recorded path is asked next
+            continue
+    return None

@@ -1,0 +1,1 @@
+"""Checkpoints seen as another model: the discrete path alone, adapters merged."""

@@ -1,0 +1,120 @@
+"""The command of ``tools/compare_routers.py``: check the whole grid, run what is missing, write the report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.config.load import nearest_key
+from vqmoe_ds.experiments.grid import Grid, group_of, read_grid, runs_of
+from vqmoe_ds.experiments.runs import Job, Runner, check_folders, jobs_of
+from vqmoe_ds.moe.routers import require_causal
+from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, UserError
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    add = parser.add_argument
+    add("grid", metavar="GRID.yaml", help="entries, seeds, corpora, groups (docs/results.md)")
+    add("--out", required=True, metavar="DIR", help="run folders and report")
+    add("--only", nargs="+", metavar="NAME", help="run only these entries (the report shows all)")
+    add("--index", type=int, metavar="I", help="run only the run of this index of --list, without a report")
+    add("--list", action="store_true", help="print the index, state and folder of every run, and stop")
+    add("--report_only", action="store_true", help="write the report of what is finished, and stop")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    add("--prefix", default="", metavar="WORDS", help="put before every command, such as 'nice -n 10' or 'srun -n 1'")
+    add(
+        "--changed",
+        choices=("refuse", "rerun"),
+        default="refuse",
+        help="what to do with a run that was made with another configuration (rerun throws it away)",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run a grid; returns the exit code: 0 done, 1 a run failed, 2 bad input, 75 interrupted."""
+    try:
+        grid = read_grid(args.grid)
+        jobs = jobs_of(grid, runs_of(grid, Path(args.out)))
+        if args.list:
+            print("\n".join(f"{job.run.index} {job.state():<10} {job.run} {job.run.folder}" for job in jobs))
+            return 0
+        _check_causality(grid, jobs)
+        budgets = _budgets(grid, jobs)
+        chosen = _chosen(jobs, args)
+        if not args.report_only:
+            check_folders(chosen, args.changed == "rerun")
+            failures = Runner(chosen, max(1, args.jobs), args.prefix, lambda line: print(line, flush=True)).run()
+        else:
+            failures = []
+    except UserError as error:
+        return error.report()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return TRY_AGAIN
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if args.index is None:
+        try:
+            _report(grid, jobs, budgets, Path(args.out), Path(args.grid).stem)
+        except UserError as error:
+            return error.report()
+        except OSError as error:
+            return ConfigError(f"the report cannot be written to {args.out} ({error.strerror}); name another").report()
+    return 1 if failures else 0
+
+
+def _chosen(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
+    if args.index is not None:
+        if not 0 <= args.index < len(jobs):
+            raise ConfigError(f"--index {args.index}: the grid has runs 0 to {len(jobs) - 1}")
+        return [jobs[args.index]]
+    names = list(dict.fromkeys(job.run.entry.name for job in jobs))
+    for name in args.only or []:
+        if name not in names:
+            raise ConfigError(f"--only {name}: the grid has no such entry; {nearest_key(name, names)}")
+    return [job for job in jobs if not args.only or job.run.entry.name in args.only]
+
+
+def _check_causality(grid: Grid, jobs: list[Job]) -> None:
+    """Losses of routers that look ahead compare with no causal one's, and such models cannot generate text."""
+    for job in jobs:
+        run, entry = job.config.run, job.run.entry
+        if not group_of(grid, entry).noncausal:
+            require_causal(run, f"entry {entry.name} in group {entry.group!r}, which is not marked noncausal: true,")
+        if run.run.sample_tokens and "run.sample_tokens" in {**grid.overrides, **entry.overrides}:
+            require_causal(run, f"entry {entry.name} with run.sample_tokens={run.run.sample_tokens}, generating text,")
+
+
+def _budgets(grid: Grid, jobs: list[Job]) -> dict[str, Any]:
+    """Budget of each entry, with the vocabulary of its first corpus; printed, and checked group by group."""
+    from vqmoe_ds.experiments.budget import Budget, budget_of, check_group
+
+    budgets: dict[str, Budget] = {}
+    for job in jobs:
+        if job.run.entry.name not in budgets:
+            budgets[job.run.entry.name] = budget_of(job.config.run)
+    print(f"{len(jobs)} runs; stored numbers and FLOPs a token of every entry:")
+    for entry in grid.entries:
+        budget = budgets[entry.name]
+        print(f"  {entry.group} | {entry.name}: {budget.stored:,} | {budget.flops:,} ({budget.router_flops:,} routing)")
+    for group in dict.fromkeys(entry.group for entry in grid.entries):
+        members = {entry.name: budgets[entry.name] for entry in grid.entries if entry.group == group}
+        settings = group_of(grid, next(entry for entry in grid.entries if entry.group == group))
+        check_group(group, members, (settings.baselines or list(members))[0], settings.tolerance)
+    return budgets
+
+
+def _report(grid: Grid, jobs: list[Job], budgets: dict[str, Any], out: Path, name: str) -> None:
+    from vqmoe_ds.experiments.report import collect, write_report
+
+    sections = collect(grid, jobs, budgets)
+    if not sections:
+        print("no run is finished; there is nothing to report")
+        return
+    write_report(out, f"Comparison: {name}", sections)
+    print(f"report: {out / 'report.html'}, report.md, report.json")

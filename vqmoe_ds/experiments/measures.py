@@ -1,0 +1,131 @@
+"""What is read out of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmoe_ds.runtime.errors import DataError, UserError, one_line, shown
+from vqmoe_ds.runtime.files import read_small
+
+Rows = list[dict[str, Any]]
+
+CLEAN = "clean"
+EVALUATION = "evaluation.json"
+
+
+def _worst_layer(rows: Rows, name: str, worst: Callable[..., Any]) -> float | None:
+    """Mean over the second half of the run, layer by layer, and of these the worst."""
+    values = [row[name] for row in rows if row.get(name)]
+    return float(worst(np.mean(values[len(values) // 2 :], axis=0))) if values else None
+
+
+HEALTH: dict[str, Callable[[Rows], float | None]] = {
+    "tokens_per_second": lambda rows: float(np.median([row["tokens_per_second"] for row in rows])),
+    "busiest_expert": lambda rows: _worst_layer(rows, "busiest_expert", np.max),
+    "load_variation": lambda rows: _worst_layer(rows, "load_variation", np.max),
+    "code_perplexity": lambda rows: _worst_layer(rows, "code_perplexity", np.min),
+    "fluctuation": lambda rows: _worst_layer(rows, "fluctuation", np.max),
+}
+"""Measures beside the losses; those of routing are of the layer where they are worst."""
+
+
+LARGEST_METRICS = 1 << 28
+"""Bytes of a run's metrics that are read."""
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Inside, a run folder whose files hold something else than a run writes is one sentence.
+
+    Raises:
+        DataError: it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
+        raise DataError(f"the results in {folder} cannot be read ({reason}); make them again") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of a run holds.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read.
+    """
+    return json.loads(read_small(path))
+
+
+def number(value: Any) -> float:
+    """A number; of a run that diverged it may be none that is finite.
+
+    Raises:
+        ValueError: something else.
+    """
+    if type(value) not in (int, float) or (type(value) is int and abs(value) >= 1 << 63):
+        raise ValueError(f"{shown(value)} is no number")
+    return float(value)
+
+
+def whole(value: Any) -> int:
+    """A whole number.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not number(value).is_integer():
+        raise ValueError(f"{shown(value)} is no whole number")
+    return int(value)
+
+
+def losses(folder: Path) -> tuple[dict[str, float], str]:
+    """Clean and corrupted losses of a run, and their unit: bits a byte, or nats a token where bytes are unknown."""
+    with readable(folder):
+        summary = read_json(folder / "summary.json")
+        known = summary["validation_bits_per_byte"] is not None
+        clean = number(summary["validation_bits_per_byte" if known else "validation_loss"])
+        return {CLEAN: clean, **corrupted(folder, known)}, "bits/byte" if known else "nats/token"
+
+
+def corrupted(folder: Path, in_bits: bool) -> dict[str, float]:
+    """Losses on damaged text that ``launchers/evaluate.py`` left in the run folder, and their rise, by name."""
+    file = folder / EVALUATION
+    if not file.exists():
+        return {}
+    unit, values = "bits_per_byte" if in_bits else "nats_per_token", {}
+    for row in read_json(file)["corrupted"]:
+        name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
+        values[name], values[f"{name}: rise"] = number(row["mean"][unit]), number(row["mean"][f"{unit}_rise"])
+    return values
+
+
+def health(folder: Path) -> dict[str, float]:
+    """The measures of ``HEALTH`` that the run has."""
+    with readable(folder):
+        rows = [row for row in metrics(folder) if "tokens_per_second" in row]
+        values = {name: measure(rows) for name, measure in HEALTH.items()} if rows else {}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def curve(folder: Path, in_bits: bool) -> dict[int, float]:
+    """Training loss by step."""
+    name = "bits_per_byte" if in_bits else "loss"
+    with readable(folder):
+        rows = [row for row in metrics(folder) if row.get(name) is not None]
+        return {whole(row["step"]): number(row[name]) for row in rows}
+
+
+def metrics(folder: Path) -> Rows:
+    """The rows of ``metrics.jsonl``."""
+    rows = [json.loads(line) for line in read_small(folder / "metrics.jsonl", LARGEST_METRICS).decode().splitlines()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("metrics.jsonl has rows that are no objects")
+    return rows

@@ -1,0 +1,301 @@
+"""Running the runs of a grid: what is finished is kept, what was killed goes on, what changed is not mixed in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.checkpoint.resume.whereabouts import with_whole_paths
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.reading import read_yaml
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.corpus import RawText, open_raw_text
+from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.evaluation.corruption import parse_corruption
+from vqmoe_ds.evaluation.evaluate import checked_stride
+from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
+from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
+from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, one_line
+from vqmoe_ds.runtime.files import make_folder, open_regular
+from vqmoe_ds.train.pretrain import fit_to_tokenizer
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that would make a run part of another one."""
+_LAST = 1 << 20
+"""Bytes of the end of a run's log that are read."""
+
+
+class State(StrEnum):
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    TRAINED = "trained"
+    """Finished, but not evaluated as the grid asks."""
+    FINISHED = "finished"
+    CHANGED = "changed"
+    """Made with another configuration than the grid has now."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and the configuration it resolves to."""
+
+    run: Run
+    config: EngineConfig
+    arguments: list[str]
+    """Of ``launchers/pretrain.py``."""
+    wanted: Evaluation | None
+    """How it is to be scored once it is trained."""
+
+    @property
+    def summary(self) -> Path:
+        return self.run.folder / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.run.folder / EVALUATION
+
+    @property
+    def finished(self) -> bool:
+        """Trained to the end with this configuration."""
+        return self.state() in (State.TRAINED, State.FINISHED)
+
+    def state(self) -> State:
+        """What is in the run folder."""
+        recorded = self.run.folder / "config.yaml"
+        if not recorded.exists():
+            return State.NEW
+        if self.difference() is not None:
+            return State.CHANGED
+        if not self.summary.exists():
+            return State.UNFINISHED
+        return State.FINISHED if self.wanted is None or self.evaluated(self.wanted) else State.TRAINED
+
+    def evaluated(self, wanted: Evaluation) -> bool:
+        """Whether the run has been scored in just this way."""
+        if not self.evaluation.exists():
+            return False
+        stride = checked_stride(wanted.stride, self.config.run.model.sequence_length)
+        asked = {(*parse_corruption(spec), wanted.seeds) for spec in wanted.corrupt}
+        try:
+            recorded = read_json(self.evaluation)
+            damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in recorded["corrupted"]}
+            return damage == asked and bool(recorded["setting"]["stride"] == stride)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return False  # it is scored again
+
+    def difference(self) -> str | None:
+        """The first field in which the recorded run differs from the grid, as a clause; None where none does."""
+        try:
+            recorded = RunConfig.model_validate(read_yaml(str(self.run.folder / "config.yaml"), "configuration"))
+            engine = read_json(self.run.folder / "ds_config.json")
+        except (OSError, ValueError, UserError, RecursionError) as error:
+            return f"a configuration that cannot be read ({one_line(str(error).partition(chr(10))[0], 200)})"
+        there, here = (_fields(with_whole_paths(config)) for config in (recorded, self.config.run))
+        for name, value in here.items():
+            if there.get(name) != value:
+                return f"{name}={there.get(name)}, the grid says {value}"
+        return None if engine == self.config.deepspeed else "another DeepSpeed configuration"
+
+
+def jobs_of(grid: Grid, runs: list[Run]) -> list[Job]:
+    """The runs with their configurations.
+
+    Raises:
+        UserError: of the first configuration or data that cannot work; its entry is named.
+    """
+    return [_job(grid, run) for run in runs]
+
+
+def _job(grid: Grid, run: Run) -> Job:
+    overrides, preset = overrides_of(grid, run), run.entry.preset or grid.preset
+    try:
+        loaded = load_config(preset, None, overrides)
+        config = resolve(grid.ds_config, loaded, world_size=1)
+        prepared = open_indexed_text(config.run)
+        data = prepared or open_raw_text(config.run)
+        size, checksum = (RawText if prepared is None else data).vocab_size, data.tokenizer_sha256
+        config = fit_to_tokenizer(config, size, checksum, loaded.explicit)
+    except UserError as error:
+        raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
+    sets = [f"--set={name}={json.dumps(value)}" for name, value in overrides.items()]
+    arguments = ["--ds_config", grid.ds_config, "--preset", preset, *sets, "--resume", "auto"]
+    return Job(run, config, arguments, grid.evaluate)
+
+
+def _fields(config: RunConfig) -> dict[str, Any]:
+    """Dotted name -> value of all that decides a result."""
+    sections = config.model_dump(mode="json")
+    fields = {f"{section}.{name}": value for section, part in sections.items() for name, value in part.items()}
+    return {name: value for name, value in fields.items() if name not in ("run.run_dir", "data.cache_dir")}
+
+
+def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
+    """Refuse what cannot be continued; folders of another configuration are removed where that was asked for.
+
+    Raises:
+        ConfigError: a run was made with another configuration.
+        CheckpointError: a finished run is to be evaluated, and its checkpoint is gone.
+    """
+    for job in jobs:
+        state = job.state()
+        if state is State.CHANGED and not rerun_changed:
+            raise ConfigError(
+                f"run {job.run} in {job.run.folder} was made with {job.difference()}; --changed rerun trains it anew, "
+                "another --out keeps both"
+            )
+        checkpoints = job.run.folder / "checkpoints"
+        if state is State.TRAINED and not list(checkpoints.glob("*/manifest.json")):
+            raise CheckpointError(
+                f"run {job.run} is to be evaluated on corrupted text, but {checkpoints} holds no checkpoint any more; "
+                f"remove {job.run.folder} to train it again, or evaluate: from the grid"
+            )
+
+
+class Runner:
+    """Runs jobs as processes, ``workers`` at a time.
+
+    Args:
+        prefix: words before every command, such as ``nice -n 10`` or ``srun -n 1``.
+        say: prints a line.
+    """
+
+    def __init__(self, jobs: list[Job], workers: int, prefix: str, say: Any) -> None:
+        self.jobs, self.workers, self.prefix, self.say = jobs, workers, shlex.split(prefix), say
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self) -> list[str]:
+        """Run what is not finished; returns a sentence for each run that failed."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                return [answer for answer in pool.map(self._run_one, self.jobs) if answer]
+            except KeyboardInterrupt:
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """Runs save and leave; the same command goes on."""
+        self._stopped = True
+        for process in list(self._running):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    def _run_one(self, job: Job) -> str | None:
+        if self._stopped or job.state() is State.FINISHED:
+            return None
+        try:
+            make_folder(job.run.folder)
+        except OSError as error:
+            raise ConfigError(f"run folder {job.run.folder} cannot be made ({error.strerror})") from None
+        with _lock(job.run.folder) as lock:
+            if lock is None:
+                self.say(f"{job.run}: another process is at it")
+                return None
+            if job.state() is State.CHANGED:
+                _empty(job.run.folder)
+            started = time.time()
+            failure = self._train_and_evaluate(job, lock)
+        if failure is None:
+            self.say(f"{job.run}: {_result(job)} in {time.time() - started:.0f} s")
+        return failure
+
+    def _train_and_evaluate(self, job: Job, lock: int) -> str | None:
+        log = job.run.folder / "run.log"
+        if not job.summary.exists():
+            failure = self._execute(job, [str(LAUNCHERS / "pretrain.py"), *job.arguments], log, lock)
+            if failure is not None:
+                return failure
+        if job.wanted is not None and not job.evaluated(job.wanted):
+            return self._execute(job, _evaluation_command(job, job.wanted), log, lock)
+        return None
+
+    def _execute(self, job: Job, command: list[str], log: Path, lock: int) -> str | None:
+        """Run a launcher to its end; returns a sentence if it failed."""
+        environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+        if self.workers > 1:  # else the launcher takes all cores
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
+        with log.open("ab") as output:
+            # The child holds the lock too: a killed tool leaves no second process in the same folder.
+            process = subprocess.Popen(
+                [*self.prefix, sys.executable, *command],
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=(lock,),
+                start_new_session=True,  # Ctrl-C reaches it through _stop alone
+            )
+            os.truncate(lock, 0)
+            os.pwrite(lock, f"{process.pid}\n".encode(), 0)
+            self._running.add(process)
+            if self._stopped:  # while it was being started
+                self._stop()
+            code = process.wait()
+            self._running.discard(process)
+        if code == 0:
+            return None
+        if code == TRY_AGAIN or self._stopped:
+            return f"{job.run}: stopped; the same command goes on"
+        return f"{job.run}: exit code {code}, {_last_words(log)} ({log})"
+
+
+def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
+    corrupt = [part for spec in wanted.corrupt for part in ("--corrupt", spec)]
+    stride = [] if wanted.stride is None else ["--stride", str(wanted.stride)]
+    options = [*corrupt, *stride, "--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
+    return [str(LAUNCHERS / "evaluate.py"), str(job.run.folder), *options]
+
+
+def _last_words(log: Path) -> str:
+    """The last line that names an error, else the last line."""
+    with open_regular(log) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST))
+        lines = file.read(_LAST).decode(errors="replace").strip().splitlines() or ["without a word"]
+    errors = [line for line in lines if re.match(r"error:|\w*(Error|Halted)\b", line)]
+    return (errors or lines)[-1]
+
+
+def _result(job: Job) -> str:
+    values, unit = losses(job.run.folder)
+    return f"{values[CLEAN]:.4f} {unit}"
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[int | None]:
+    """A lock on a run folder, as a file descriptor; None where another process holds it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(folder / ".lock", flags, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {folder} cannot be locked ({error.strerror}); remove {folder / '.lock'}"
+        ) from None
+    with open(descriptor, "wb") as file:  # whose pid it holds, stays
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield file.fileno()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name == ".lock":
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,1 @@
+"""Ranks, launchers, watchdog, lock, console, files and errors: under everything that runs."""

@@ -1,0 +1,113 @@
+"""One job at a time in a run folder.
+
+Rank 0 holds a POSIX record lock on ``run.lock`` for as long as it lives. The kernel frees it however the process
+ends, on file systems that carry such locks between hosts (NFS, Lustre with ``flock``, GPFS, BeeGFS with ACLs) on all
+of them. Where a file system keeps locks to one host, or knows none, the holder's heartbeat decides: it touches the file
+every ``BEAT`` seconds, and a newcomer from another host watches it for ``PATIENCE`` seconds. No clocks are compared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.runtime.errors import ConfigError
+
+BEAT, PATIENCE = 5.0, 15.0
+
+
+class RunLock:
+    """The lock of a run folder, held from construction until ``release`` or the end of the process.
+
+    Raises:
+        ConfigError: another job that lives holds it.
+    """
+
+    def __init__(self, run_dir: Path, beat: float = BEAT, patience: float = PATIENCE) -> None:
+        self.run_dir, self.beat = run_dir, beat
+        # Not inherited by fork, and not by programs that are started.
+        self._file = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal(self._holder()) from None
+        except OSError:
+            pass  # this file system knows no locks: only the heartbeat speaks
+        holder = self._holder()
+        if holder and not self._same_place(holder) and self._beats(patience):
+            raise self._refusal(holder)
+        self._write({**_identity(), "since": datetime.now().isoformat(timespec="seconds")})
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="run lock")
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let the next job in at once."""
+        self._stopped.set()
+        self._thread.join()
+        self._write({})
+        os.close(self._file)
+
+    def _keep_beating(self) -> None:
+        while not self._stopped.wait(self.beat):
+            with suppress(OSError):  # a full or read-only disk: the loop meets it too, and says so
+                os.utime(self._file)
+
+    def _beats(self, patience: float) -> bool:
+        before, deadline = os.stat(self._file).st_mtime_ns, time.monotonic() + patience
+        while time.monotonic() < deadline:
+            time.sleep(min(0.2, patience))
+            if os.stat(self._file).st_mtime_ns != before:
+                return True
+        return False
+
+    def _same_place(self, holder: dict[str, Any]) -> bool:
+        """Whether the lock, which was free, speaks for the holder's death: within a host it always does.
+
+        So does a restart of the same SLURM job, which ends the job before it.
+        """
+        mine = _identity()
+        same_job = mine["slurm_job"] is not None and mine["slurm_job"] == holder.get("slurm_job")
+        return same_job or (holder.get("host") == mine["host"] and not _alive(holder.get("pid")))
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            holder = json.loads(os.pread(self._file, 10_000, 0) or b"{}")
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _refusal(self, holder: dict[str, Any]) -> ConfigError:
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
+        if holder.get("slurm_job"):
+            who += f" (SLURM job {holder['slurm_job']})"
+        since = f" since {holder['since']}" if "since" in holder else ""
+        return ConfigError(
+            f"run folder {self.run_dir} is in use by {who}{since}; wait for its end or choose another --run_dir"
+        )
+
+    def _write(self, holder: dict[str, Any]) -> None:
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(holder).encode() if holder else b"", 0)
+
+
+def _identity() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, TypeError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

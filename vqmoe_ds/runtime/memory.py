@@ -1,0 +1,66 @@
+"""This machine's memory, asked before anything is made that may not fit it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vqmoe_ds.runtime.errors import UserError
+
+GIB = 1 << 30
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = ("memory.max", "memory.limit_in_bytes")
+"""Of control groups of version 2 and 1."""
+
+
+def total_bytes() -> int:
+    """Bytes that the processes of this machine, or of this container, may have together."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(limit for limit, _ in _groups())])
+
+
+def free_bytes() -> int:
+    """Bytes that this process may still take: what the machine has left, within its control groups."""
+    free = _number(1 << 62, "MemAvailable:", "/proc/meminfo") << 10
+    return min([free, *(max(0, limit - _number(0, "anon ", group / "memory.stat")) for limit, group in _groups())])
+
+
+def check_room(needed: float, what: str, remedy: str, kind: type[UserError]) -> None:
+    """Refuse what would not fit.
+
+    Args:
+        needed: bytes.
+        what: subject of the sentence.
+        remedy: its end.
+        kind: of the error.
+
+    Raises:
+        UserError: of that kind.
+    """
+    free = free_bytes()
+    if needed > free:
+        raise kind(f"{what} needs {_gib(needed)} of memory, this machine has {_gib(free)} left; {remedy}")
+
+
+def _groups() -> list[tuple[int, Path]]:
+    """Limit and folder of every control group that this process is in and that has one."""
+    own = _CGROUP / _read("/proc/self/cgroup").partition("0::/")[2].strip()
+    folders = [*dict.fromkeys((own, *own.parents)), _CGROUP / "memory"]
+    found = [(_read(folder / name).strip(), folder) for folder in folders for name in _LIMITS]
+    return [(int(text), folder) for text, folder in found if text.isdigit()]
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count < 1 << 70 else f"more than {1 << 40:,} GiB"
+
+
+def _number(otherwise: int, name: str, path: str | Path) -> int:
+    """The number after a name at the start of a line."""
+    found = [line.split()[1] for line in _read(path).splitlines() if line.startswith(name)]
+    return int(found[0]) if found else otherwise
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,92 @@
+"""How every command of one process meets its terminal and its end (``tools/*.py``).
+
+Trainings and evaluations of several ranks have ``runtime/console.py`` and ``runtime/stopping.py`` instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Any
+
+from vqmoe_ds.runtime.errors import UserError
+from vqmoe_ds.runtime.files import drop_output
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds as Ctrl-C does, so that every ``finally`` clears what is half-written."""
+
+
+def run_tool(main: Callable[[], int]) -> int:
+    """Run a command; its exit code: that of ``main``, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Characters that the terminal's encoding lacks are printed as escapes; a reader that has seen enough (``| head``) is
+    no error.
+
+    Args:
+        main: reads the command line and does the work.
+    """
+    for stream, instead in ((sys.stdin, "surrogateescape"), (sys.stdout, ESCAPES), (sys.stderr, ESCAPES)):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=instead)
+    try:
+        with _termination():
+            code = main()
+            sys.stdout.flush()
+            return code
+    except UserError as error:
+        return error.report()
+    except BrokenPipeError:
+        drop_output()
+        return 0
+    except OSError as error:  # of a file that we know by name, whoever opened it has said it
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        drop_output()
+        return UserError(f"the output cannot be written ({error.strerror}); free some room").report()
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop)
+
+
+ESCAPES = "backslashreplace"
+"""For characters that the terminal's encoding does not have."""
+
+
+def exit_code_of(stop: KeyboardInterrupt) -> int:
+    """128 and the number of the signal, as shells count."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+def _interrupted(stop: KeyboardInterrupt) -> int:
+    code = exit_code_of(stop)
+    with suppress(OSError):
+        print(str(stop) or "interrupted", file=sys.stderr, flush=True)
+    if threading.active_count() > 1:  # a library that still computes would be waited for, or torn down as it runs
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Raise ``Terminated`` at SIGTERM, unless whoever started this process had it ignored."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated

@@ -1,0 +1,1 @@
+"""Dense and stock MoE models turned into VQMoE models."""

@@ -1,0 +1,464 @@
+"""Upcycling: a dense Hugging Face model of the Llama family becomes a VQMoE that computes the same function.
+
+Every expert starts as a copy of the block's MLP, so whatever the router picks, the layer gives what the MLP gave;
+training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (grouped
+queries, tied embeddings, another epsilon of the norms) or refused by name.
+
+Sources with experts of their own (``ROUTED``) are in ``upcycle_moe.py``.
+
+Legend: D width, H expert hidden width, N experts, G slices an MLP is cut into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.formats.huggingface.names import NORM_EPS, head_width_of, is_sparse, shapes_of, unstacked
+from vqmoe_ds.checkpoint.io.archive import Stored
+from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
+from vqmoe_ds.checkpoint.reader import Piece, WeightsReader, check_described, sound
+from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
+from vqmoe_ds.data.json_tokenizer import data_of_folder
+from vqmoe_ds.moe.routers.abilities import why_not_exported
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+
+DENSE, ROUTED = ("llama", "mistral", "qwen3"), ("mixtral", "olmoe", "qwen3_moe")
+QK_NORMS = {"qwen3": QKNorm.HEADS, "qwen3_moe": QKNorm.HEADS, "olmoe": QKNorm.FULL}
+IGNORED = "rotary_emb.inv_freq"
+MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """How the experts are made.
+
+    Attributes:
+        granularity: G, slices that every copy of the MLP is cut into, each an expert of its own.
+        noise: standard deviation of what is added to experts, relative to that of each matrix; 0 keeps the function.
+    """
+
+    granularity: int = 1
+    noise: float = 0.0
+
+
+class DenseSource:
+    """A dense model of the Llama family in a Hugging Face folder, read tensor by tensor.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: not of that family, damaged, or with a part that our transformer cannot represent.
+    """
+
+    model_types: tuple[str, ...] = DENSE
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.options = read_json(self.path / "config.json")
+        self.kind = str(self.options.get("model_type"))
+        self.weights: dict[str, Stored] = unstacked(read_weights(self.path), self.kind)
+        if self.kind not in self.model_types:
+            raise CheckpointError(
+                f"{self.path} holds a model of type {self.kind}; those that can be upcycled are "
+                + ", ".join(DENSE + ROUTED)
+            )
+        self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
+        self.width, self.layers = self._number("hidden_size"), self._number("num_hidden_layers")
+        check_described({"model": {"layers": self.layers}}, self.weights, self.path)
+        self.heads = self._number("num_attention_heads")
+        self.kv_heads = int(self.options.get("num_key_value_heads") or self.heads)
+        self.hidden = self._number("intermediate_size")
+        self.rope = self.options.get("rope_parameters") or self.options.get("rope_scaling") or {}
+        self._refuse_what_is_lacking()
+
+    @property
+    def stream_scale(self) -> float:
+        """Factor on everything that is written to the residual stream.
+
+        ``x / sqrt(mean(x^2) + eps)`` with ``c x`` for ``x`` is the same with ``eps / c^2`` for ``eps``; all norms read
+        the stream, so scaling it turns any epsilon into ours.
+        """
+        eps = float(self.options.get("rms_norm_eps", NORM_EPS))
+        return math.sqrt(NORM_EPS / eps)
+
+    def data_section(self) -> dict[str, Any]:
+        """The tokenizer of the source, so that data of another one is refused."""
+        return {f"data.{name}": value for name, value in data_of_folder(self.path).items()}
+
+    def model_section(self) -> dict[str, Any]:
+        """What the source decides of the run configuration."""
+        return {
+            "model.vocab_size": self._number("vocab_size"),
+            "model.layers": self.layers,
+            "model.width": self.width,
+            "model.heads": self.heads,
+            "model.head_width": head_width_of(self.options),
+            "model.qk_norm": self.qk_norm.value,
+            "model.rope_theta": float(self.rope.get("rope_theta", self.options.get("rope_theta", 10000.0))),
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in float32.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if name not in self.weights:
+            raise CheckpointError(f"{self.path}: {name} is missing; does config.json belong to these weights?")
+        return self.weights[name].whole().float()
+
+    def _number(self, name: str) -> int:
+        try:
+            return int(self.options[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise CheckpointError(f"{self.path / 'config.json'} has no number {name}") from None
+
+    def _refuse_what_is_lacking(self) -> None:
+        options, clip = self.options, self.options.get("clip_qkv")
+        scaling = self.rope.get("rope_type", self.rope.get("type", "default"))
+        partial = self.rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
+        quantised = options.get("quantization_config")
+        problems = {
+            "its weights are quantised (quantization_config); dequantise them first": quantised is not None,
+            f"queries, keys and values are clipped (clip_qkv={clip})": clip is not None,
+            f"rotary positions are scaled ({scaling})": scaling != "default",
+            f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
+            f"hidden_act={options.get('hidden_act')} is not silu": options.get("hidden_act", "silu") != "silu",
+            "heads cannot be shared evenly among key-value heads": self.heads % self.kv_heads != 0,
+        }
+        for problem, there in problems.items():
+            if there:
+                raise CheckpointError(f"{self.path} cannot be represented: {problem}")
+        known = set(self._known())
+        for name, stored in self.weights.items():
+            if name in known or name.endswith(IGNORED):
+                continue
+            if name.endswith(".bias") and not stored.whole().any():
+                continue
+            what = "a bias that is not zero" if name.endswith(".bias") else "which our transformer lacks"
+            raise CheckpointError(f"{self.path} cannot be represented: it has {name}, {what}")
+
+    def _known(self) -> list[str]:
+        names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+        for layer in range(self.layers):
+            start = f"model.layers.{layer}."
+            names += [f"{start}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
+            names += [f"{start}self_attn.{letter}_proj.weight" for letter in "qkvo"]
+            if self.qk_norm is not QKNorm.NONE:
+                names += [f"{start}self_attn.{letter}_norm.weight" for letter in "qk"]
+            names += [start + name for name in self.mlp_names(layer)]
+        return names
+
+    def mlp_names(self, layer: int) -> list[str]:
+        """Weights of one block's MLP."""
+        return [f"mlp.{name}.weight" for name in MATRICES.values()]
+
+    def check_length(self, length: int) -> None:
+        """Refuse a context that reaches past a sliding window, which our attention does not have."""
+        window = self.options.get("sliding_window")
+        if window and self.options.get("use_sliding_window", True) and length > int(window):
+            raise CheckpointError(
+                f"{self.path} attends to the last {window} tokens alone (sliding_window), so longer contexts cannot be "
+                f"represented; set model.sequence_length={window} or less"
+            )
+
+
+def upcycled_config(
+    source: DenseSource, options: UpcycleOptions, overrides: dict[str, Any], file: str | None = None
+) -> RunConfig:
+    """The run configuration of the new model: the source's shape, ``moe`` and the rest as asked.
+
+    Unless set, the router is vq with top_k 2 over 8 experts (for every slice), and the context that of the source.
+
+    Raises:
+        ConfigError: a field contradicts the source, or with it the function could not be preserved.
+    """
+    from vqmoe_ds.config.load import load_config
+
+    slices = options.granularity
+    if slices < 1 or source.hidden % slices:
+        raise ConfigError(f"--granularity {slices} does not divide the MLP's hidden width {source.hidden}")
+    forced = source.model_section() | {"moe.expert_hidden": source.hidden // slices}
+    asked = load_config("tiny", file, {**overrides, **forced})
+    sparse_everywhere = asked.config.moe.router is not Router.DENSE and asked.config.model.moe_every == 1
+    forced["model.dense_hidden"] = 0 if sparse_everywhere else source.hidden
+    for name, value in forced.items():
+        if overrides.get(name, value) != value:
+            raise ConfigError(f"{name}={overrides[name]} contradicts the source, whose model has {value}; leave it out")
+    length = int(source.options.get("max_position_embeddings", 2048))
+    defaults = {"moe.num_experts": 8 * slices, "moe.top_k": 2 * slices, "model.sequence_length": length}
+    defaults |= source.data_section()
+    free = {name: value for name, value in defaults.items() if name not in asked.explicit}
+    config = load_config("tiny", file, {**overrides, **free, **forced}).config
+    source.check_length(config.model.sequence_length)
+    _check_function(config, slices)
+    return config
+
+
+def _check_function(config: RunConfig, slices: int) -> None:
+    moe = config.moe
+    linear = moe.router is Router.TOPK or (moe.router is Router.VQ and moe.top_k > 0)
+    if linear and moe.top_k == 1 and moe.num_experts > 1:
+        raise ConfigError(
+            "with moe.top_k=1 the linear router weights its expert by a probability under 1, so copies of the MLP "
+            "would not give its function; set moe.top_k to 2 or more, or to 0 with moe.router=vq"
+        )
+    if moe.router is Router.VQ and (moe.code_blend or config.codebook.soft_output):
+        raise ConfigError(
+            "moe.code_blend and codebook.soft_output change what experts give, so the function would not be "
+            "preserved; set both to 0"
+        )
+    if slices > 1 and moe.router is not Router.TOPK:
+        raise ConfigError(
+            f"--granularity {slices} needs moe.router=topk: a code names one expert, and one slice is not the whole MLP"
+        )
+    if moe.top_k % slices or moe.num_experts % slices:
+        raise ConfigError(
+            f"with --granularity {slices} moe.top_k={moe.top_k} and moe.num_experts={moe.num_experts} must be "
+            f"multiples of {slices}, so that a token's experts make up whole MLPs"
+        )
+
+
+class UpcycledReader(WeightsReader):
+    """The new model as a checkpoint of step 0 without an optimizer; one matrix is in memory at a time.
+
+    Args:
+        source: the dense model.
+        config: of ``upcycled_config``.
+        options: how experts are made.
+    """
+
+    kind = "upcycled"
+
+    def __init__(self, source: DenseSource, config: RunConfig, options: UpcycleOptions) -> None:
+        super().__init__()
+        self.path, self.step, self._source, self._options = source.path, 0, source, options
+        self._run = config
+        self.config = config.model_dump(mode="json")
+        self._shapes = shapes_of(config)
+        self._unit = lru_cache(maxsize=2)(self._make_unit)
+
+    def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
+        raise CheckpointError(f"{name} is computed, not stored")
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Fresh codebooks: random codes that are placed on data at ``codebook.birth_step``."""
+        return fresh_buffers(self._run)
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        if kind != "fp32":
+            raise CheckpointError(f"an upcycled model has no {kind} of {name}")
+        whole = self._shapes[name]
+        unit = math.prod(whole[1:]) if ".experts." in name else math.prod(whole)  # an expert, or the whole tensor
+        stretches = []
+        for index in range(start // unit, -(-(start + count) // unit)):
+            first, last = max(start - index * unit, 0), min(start + count - index * unit, unit)
+            stretches.append(self._unit(name, index)[first:last])
+        return torch.cat(stretches)
+
+    def _make_unit(self, name: str, index: int) -> Tensor:
+        """One expert's matrix, or the whole of any other tensor, flat."""
+        if name in ("embed.weight", "head.weight", "norm.weight"):
+            made = self._outside(name)
+        else:
+            _, block, part = name.split(".", 2)
+            made = self._inside(int(block), part, index)
+        want = self._shapes[name][1:] if ".experts." in name else self._shapes[name]
+        if tuple(made.shape) != want:
+            raise CheckpointError(f"{self.path}: what becomes {name} has shape {list(made.shape)}, not {list(want)}")
+        return made.contiguous().flatten()
+
+    def _outside(self, name: str) -> Tensor:
+        source = self._source
+        if name == "norm.weight":
+            return source.tensor("model.norm.weight")
+        if name == "embed.weight":
+            return source.tensor("model.embed_tokens.weight") * source.stream_scale
+        tied = source.options.get("tie_word_embeddings", False) or "lm_head.weight" not in source.weights
+        return source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def _inside(self, block: int, part: str, index: int) -> Tensor:
+        source, start = self._source, f"model.layers.{block}."
+        if part == "attention_norm.weight":
+            return source.tensor(start + "input_layernorm.weight")
+        if part == "mlp_norm.weight":
+            return source.tensor(start + "post_attention_layernorm.weight")
+        if part == "attention.out.weight":
+            return source.tensor(start + "self_attn.o_proj.weight") * source.stream_scale
+        if part == "attention.qkv.weight":
+            return torch.cat([self._heads(f"{start}self_attn.{letter}_proj.weight", letter) for letter in "qkv"])
+        if part in ("attention.q_norm.weight", "attention.k_norm.weight"):
+            name = part.removeprefix("attention.")
+            return self._heads(f"{start}self_attn.{name}", name[0] if source.qk_norm is QKNorm.FULL else "q")
+        if not is_sparse(self._run, block):
+            matrix = source.tensor(f"{start}mlp.{part.split('.')[1]}_proj.weight")
+            return matrix * source.stream_scale if part == "mlp.down.weight" else matrix
+        if part.startswith("mlp.experts."):
+            return self._expert(start, part.removeprefix("mlp.experts."), block, index)
+        return self._router(part, block)
+
+    def _heads(self, name: str, letter: str) -> Tensor:
+        """Query, key or value weights with one key-value head for every query head.
+
+        Copies leave the mean square over all heads as it is. Queries and keys that are normed are scaled, which turns
+        the epsilon of their norm into ours; see ``DenseSource.stream_scale``.
+        """
+        source, weight = self._source, self._source.tensor(name)
+        if source.qk_norm is not QKNorm.NONE and letter != "v" and weight.dim() > 1:
+            weight = weight * source.stream_scale
+        if letter == "q" or source.kv_heads == source.heads:
+            return weight
+        heads = weight.view(source.kv_heads, -1, *weight.shape[1:])
+        return heads.repeat_interleave(source.heads // source.kv_heads, dim=0).flatten(0, 1)
+
+    def _expert(self, start: str, matrix: str, block: int, expert: int) -> Tensor:
+        """Slice ``expert mod G`` of the MLP.
+
+        A token's k experts are weighted by 1/k on average and make up k/G whole MLPs, so a slice gives G times its own.
+        """
+        slices, weight = self._options.granularity, self._source.tensor(f"{start}mlp.{MATRICES[matrix]}.weight")
+        if matrix == "w2":
+            weight = weight.chunk(slices, dim=1)[expert % slices] * (slices * self._source.stream_scale)
+        else:
+            weight = weight.chunk(slices, dim=0)[expert % slices]
+        if self._options.noise:
+            generator = self._generator(block, list(MATRICES).index(matrix), expert)
+            noise = torch.randn(weight.shape, generator=generator)
+            weight = weight + self._options.noise * weight.std() * noise
+        return weight
+
+    def _router(self, part: str, block: int) -> Tensor:
+        """Small random weights; slices of one copy share a row, so that they are chosen together."""
+        shape = self._shapes[f"blocks.{block}.{part}"]
+        if part.endswith(".bias"):
+            return torch.zeros(shape)
+        generator = self._generator(block, 7, int("path_gate" in part))
+        slices = 1 if "path_gate" in part else self._options.granularity
+        rows = torch.randn(shape[0] // slices, *shape[1:], generator=generator) * shape[-1] ** -0.5
+        return rows.repeat_interleave(slices, dim=0)
+
+    def _generator(self, *place: int) -> torch.Generator:
+        seed = self._run.train.seed
+        for number in place:
+            seed = (seed * 1_000_003 + number + 1) % 2**62
+        return torch.Generator().manual_seed(seed)
+
+
+def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
+    """The persistent buffers that a new model of this configuration has.
+
+    Raises:
+        CheckpointError: a router whose state cannot be made here.
+    """
+    from vqmoe_ds.moe.codebook import CodebookBank
+    from vqmoe_ds.moe.routers import hash_of_tokens
+    from vqmoe_ds.moe.sources import EmbeddingSource
+
+    if reason := why_not_exported(config):
+        raise CheckpointError(f"a dense model cannot start as this one: {reason.replace('exported', 'upcycled')}")
+    model, moe, book, seed = config.model, config.moe, config.codebook, config.train.seed
+    layers = sum(is_sparse(config, block) for block in range(model.layers))
+    if moe.router is Router.HASH_TOKEN:
+        return {"token_table_LV": hash_of_tokens(model.vocab_size, moe.num_experts, layers, seed)}
+    if moe.router is not Router.VQ:
+        return {}
+    bank = CodebookBank(book, layers, moe.num_experts, model.width, seed)
+    source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
+    buffers = {f"bank.{name}": tensor for name, tensor in bank.state_dict().items()}
+    return buffers | {f"source.{name}": tensor for name, tensor in source.state_dict().items()}
+
+
+# ---------------------------------------------------------------- the tool
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder of a Hugging Face model (safetensors): " + ", ".join(DENSE + ROUTED))
+    add("target", metavar="DST", help="portable checkpoint to write")
+    add("--config", metavar="YAML", help="run configuration of the new model; its shape comes from SRC")
+    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
+    add("--granularity", type=int, default=1, metavar="G", help="cut every copy of the MLP into G experts (topk only)")
+    add("--noise", type=float, default=0.0, metavar="S", help="noise on the experts, relative to each matrix")
+    add("--force", action="store_true", help="replace DST if it exists")
+    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen3-MoE): each gets a code")
+    experts.add_argument("--calibration", metavar="FILE", help="UTF-8 text like that of training (needed)")
+    experts.add_argument(
+        "--calibration_tokens", type=int, default=100_000, metavar="N", help="tokens of it that are read"
+    )
+    experts.add_argument("--tokenizer", metavar="TOKENIZER", help="of the model (default: the one in SRC)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert, or say in one sentence why not; the exit code."""
+    from vqmoe_ds.config.load import parse_override
+
+    try:
+        overrides = dict(parse_override(text) for text in args.set)
+        with sound(args.source):
+            return _run(args, overrides)
+    except UserError as error:
+        return error.report()
+
+
+def _run(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    if read_json(Path(args.source) / "config.json").get("model_type") in ROUTED:
+        from vqmoe_ds.upcycle.routed import from_command_line
+
+        return from_command_line(args, overrides)
+    if args.calibration:
+        raise ConfigError("--calibration is for a source with experts, and SRC is dense; leave it out")
+    options = UpcycleOptions(args.granularity, args.noise)
+    reader = upcycle(args.source, args.target, options, overrides, args.config, args.force)
+    moe = RunConfig(**reader.config).moe
+    print(
+        f"{args.target}: {moe.num_experts} experts of hidden width {moe.expert_hidden} a layer, router "
+        f"{moe.router.value} with top_k {moe.top_k}, "
+        + ("function preserved" if not options.noise else f"noise {options.noise} on the experts")
+    )
+    return 0
+
+
+def upcycle(
+    source: str | Path,
+    target: str | Path,
+    options: UpcycleOptions,
+    overrides: dict[str, Any] | None = None,
+    file: str | None = None,
+    force: bool = False,
+) -> UpcycledReader:
+    """Write a portable checkpoint of step 0 made of a dense model.
+
+    Args:
+        source: Hugging Face folder.
+        target: the portable folder; it appears whole or not at all.
+        options: how experts are made.
+        overrides: dotted names of the run configuration and their values.
+        file: YAML of a run configuration, below ``overrides``.
+        force: replace a target that exists.
+
+    Raises:
+        CheckpointError: SRC cannot be represented or DST exists.
+        ConfigError: options that contradict SRC or would change the function.
+    """
+    from tqdm import tqdm
+
+    from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
+
+    dense = DenseSource(source)
+    reader = UpcycledReader(dense, upcycled_config(dense, options, overrides or {}, file), options)
+    target = Path(target)
+    bar = tqdm(total=total_bytes(reader), unit="B", unit_scale=True, desc=target.name, disable=None)
+    with new_folder(target, force) as folder, bar:
+        write_portable(reader, folder, bar.update)
+    return reader
