@@ -32,7 +32,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from vqmoe_ds.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from vqmoe_ds.data.labelled_batches import LabelledTexts
 from vqmoe_ds.data.tokenizers import ByteTokenizer
-from vqmoe_ds.experiments.statistics import mean_of
+from vqmoe_ds.evaluation.statistics import mean_of
 from vqmoe_ds.finetune.classification import TaskTexts, open_texts
 from vqmoe_ds.runtime.errors import ConfigError, UserError
 

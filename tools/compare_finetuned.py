@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vqmoe_ds.finetune.compare import build_parser, main
+from vqmoe_ds.experiments.finetuned import build_parser, main
 from vqmoe_ds.runtime.terminal import run_tool
 
 if __name__ == "__main__":

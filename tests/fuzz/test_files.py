@@ -62,7 +62,7 @@ from vqmoe_ds.data.tokenizer_training import train_pieces, train_words
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.evaluation import generate_command
 from vqmoe_ds.experiments import measures
-from vqmoe_ds.finetune.compare import read_bag_of_words, read_runs, report
+from vqmoe_ds.experiments.finetuned import read_bag_of_words, read_runs, report
 from vqmoe_ds.finetune.predict import _texts
 from vqmoe_ds.runtime.errors import UserError
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.evaluation.plots import plot_curves, plot_differences
+from vqmoe_ds.evaluation.statistics import Difference, Mean, mean_of, paired_difference
 from vqmoe_ds.experiments import measures
 from vqmoe_ds.experiments.budget import Budget
 from vqmoe_ds.experiments.grid import Grid, group_of
 from vqmoe_ds.experiments.page import Heading, Page, Picture, Table
 from vqmoe_ds.experiments.runs import Job
-from vqmoe_ds.experiments.statistics import Difference, Mean, mean_of, paired_difference
 from vqmoe_ds.runtime.files import write_atomically
 
 METHOD = (

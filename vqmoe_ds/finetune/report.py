@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.evaluation.plots import pyplot, save
-from vqmoe_ds.experiments.statistics import Mean, mean_of
+from vqmoe_ds.evaluation.statistics import Mean, mean_of
 from vqmoe_ds.runtime.files import write_atomically
 
 MEASURES = {

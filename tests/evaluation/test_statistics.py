@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vqmoe_ds.experiments.statistics import Difference, mean_of, paired_difference
+from vqmoe_ds.evaluation.statistics import Difference, mean_of, paired_difference
 
 
 def test_the_standard_error_is_that_of_the_mean():

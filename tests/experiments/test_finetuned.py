@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_ds.finetune.compare import build_parser, main
+from vqmoe_ds.experiments.finetuned import build_parser, main
 
 
 def _finish(folder: Path, seed: int, shots: int, accuracy: float, task: str = "sst2") -> None:

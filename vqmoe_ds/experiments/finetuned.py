@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.evaluation.plots import pyplot, save
+from vqmoe_ds.evaluation.statistics import mean_of, paired_difference
 from vqmoe_ds.experiments.measures import number, read_json, readable, whole
 from vqmoe_ds.experiments.page import Page, Table
-from vqmoe_ds.experiments.statistics import mean_of, paired_difference
 from vqmoe_ds.finetune.report import draw_means, over_shots
 from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
 from vqmoe_ds.runtime.files import list_tree, make_folder, write_atomically
