@@ -177,7 +177,7 @@ def open_bench(options: argparse.Namespace, folder: Path, lines: list[Line], wri
 
     from vqmoe_ds.runtime.errors import ConfigError
     from vqmoe_ds.runtime.ranks import find_place
-    from vqmoe_ds.train.engine import set_up_torch
+    from vqmoe_ds.runtime.torch_setup import set_up_torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(

@@ -35,9 +35,11 @@ from vqmoe_ds.evaluation.perplexity import bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.statistics import mean_of, paired_difference
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import ConfigError, UserError
 from vqmoe_ds.runtime.ranks import find_place
-from vqmoe_ds.train.engine import Session, build_session, set_up_torch
+from vqmoe_ds.runtime.torch_setup import set_up_torch
+from vqmoe_ds.train.engine import build_session
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

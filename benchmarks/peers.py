@@ -28,7 +28,7 @@ from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, Router
 from vqmoe_ds.models.transformer import DenseMLP
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.train.engine import build_no_shared_memory_op
+from vqmoe_ds.runtime.torch_setup import build_no_shared_memory_op
 
 PEERS = ("deepspeed MoE, drops", "deepspeed MoE, dropless", "deepspeed AutoEP")
 

@@ -46,12 +46,12 @@ import vqmoe_ds.moe.experts as experts
 import vqmoe_ds.moe.kernels.combine as combine
 import vqmoe_ds.moe.layer as layer
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.runtime.allocator import tune_allocator
-from vqmoe_ds.train.engine import parameter_groups
 from vqmoe_ds.train.zero import spare_passes
 
 OURS = {"ours": CodeSource.CONTEXT, "ours, layer by layer": CodeSource.LAYER_STATE}

@@ -19,11 +19,11 @@ from peers import PEERS, WithoutAux, build_layer, build_on
 from torch import nn
 
 from vqmoe_ds.config.schema import CodebookConfig, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.sources import EmbeddingSource
-from vqmoe_ds.train.engine import parameter_groups
 
 from .frame import Bench, Clock, Finding, as_its_users, attempt, peak_memory
 from .report import FAILED, MEASURED, MET, MISSED, SKIPPED

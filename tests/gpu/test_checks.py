@@ -24,7 +24,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from gpu_checks.frame import Bench
 
     from vqmoe_ds.runtime.ranks import find_place
-    from vqmoe_ds.train.engine import set_up_torch
+    from vqmoe_ds.runtime.torch_setup import set_up_torch
 
     place = find_place()
     return Bench(set_up_torch(place), False, tmp_path_factory.mktemp("gpu"), place)

@@ -137,8 +137,7 @@ def test_devices_that_do_not_go_together_are_one_sentence(seats, sentence):
 
 def _set_up(rank: int, world: int, port: int, folder: Path, gpus: dict[str, Any], nccl: str | None, leave: Any) -> None:
     """What ``set_up_torch`` did on this rank, in order, or the sentence it raised."""
-    from vqmoe_ds.runtime import meeting
-    from vqmoe_ds.train import engine
+    from vqmoe_ds.runtime import meeting, torch_setup
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     with fake_gpus(**gpus) as events:
@@ -156,13 +155,13 @@ def _set_up(rank: int, world: int, port: int, folder: Path, gpus: dict[str, Any]
             events.append("meets")
             real_meet(*args)
 
-        real_meet, engine.meet = meeting.meet, meet
+        real_meet, torch_setup.meet = meeting.meet, meet
         meeting.dist = SimpleNamespace(**{**vars(dist), "init_process_group": start})
         accelerator = SimpleNamespace(communication_backend_name=lambda: "nccl" if uses_gpu() else "gloo")
-        engine.get_accelerator = lambda: accelerator
-        engine.deepspeed = SimpleNamespace(init_distributed=lambda **_: None, ops=engine.deepspeed.ops)
+        torch_setup.get_accelerator = lambda: accelerator
+        torch_setup.deepspeed = SimpleNamespace(init_distributed=lambda **_: None, ops=torch_setup.deepspeed.ops)
         try:
-            events.append(str(engine.set_up_torch(Place(rank, world, rank, world), 20.0)))
+            events.append(str(torch_setup.set_up_torch(Place(rank, world, rank, world), 20.0)))
         except ConfigError as error:
             events.append(f"{error.local} {error}")
         (folder / f"{rank}.json").write_text(json.dumps(events))
@@ -283,10 +282,11 @@ def _job(place: Place) -> Any:
 
 
 def test_the_start_up_line_names_card_precision_and_determinism(monkeypatch, capsys):
-    from vqmoe_ds.train import engine, job
+    from vqmoe_ds.runtime import torch_setup
+    from vqmoe_ds.train import job
 
     asked: list[Any] = []
-    monkeypatch.setattr(engine, "set_up_torch", lambda *args: asked.append(args) or torch.device("cuda", 0))
+    monkeypatch.setattr(torch_setup, "set_up_torch", lambda *args: asked.append(args) or torch.device("cuda", 0))
     here = _job(Place(0, 1, 0, 1))
     with fake_gpus(1):
         assert job._work(SimpleNamespace(work=lambda job: 0), here) == 0
@@ -296,14 +296,15 @@ def test_the_start_up_line_names_card_precision_and_determinism(monkeypatch, cap
 
 
 def test_running_out_of_memory_says_what_would_fit(monkeypatch):
-    from vqmoe_ds.train import engine, job
+    from vqmoe_ds.runtime import torch_setup
+    from vqmoe_ds.train import job
 
     def work(job: Any) -> int:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
         )
 
-    monkeypatch.setattr(engine, "set_up_torch", lambda *args: torch.device("cuda", 0))
+    monkeypatch.setattr(torch_setup, "set_up_torch", lambda *args: torch.device("cuda", 0))
     here = _job(Place(0, 1, 0, 1))
     with fake_gpus(1, memory=1.2e9), pytest.raises(ConfigError) as caught:
         job._work(SimpleNamespace(work=work), here)
@@ -333,7 +334,7 @@ def test_other_errors_pass_through():
 def test_evaluation_takes_the_gpu_that_the_rank_is_bound_to(monkeypatch, count, device):
     from vqmoe_ds.checkpoint import load_model
     from vqmoe_ds.evaluation import command
-    from vqmoe_ds.train import engine
+    from vqmoe_ds.runtime import torch_setup
 
     class Reached(Exception):
         pass
@@ -343,9 +344,9 @@ def test_evaluation_takes_the_gpu_that_the_rank_is_bound_to(monkeypatch, count, 
 
     monkeypatch.setattr(load_model, "load_model", load)
     monkeypatch.setattr(command, "watch_peers", lambda *args: nullcontext())
-    monkeypatch.setattr(engine, "meet", lambda *args: None)
-    monkeypatch.setattr(engine, "make_deterministic", lambda exact: None)
-    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(torch_setup, "meet", lambda *args: None)
+    monkeypatch.setattr(torch_setup, "make_deterministic", lambda exact: None)
+    monkeypatch.setattr(torch_setup.deepspeed, "init_distributed", lambda **_: None)
     args = command.build_parser("").parse_args(["checkpoint", "--precision", "fp32"])
     with fake_gpus(count), pytest.raises(Reached, match=f"{device} fp32"):
         command._evaluate(args, (), Place(1, 2, 1, 2), SimpleNamespace(rank=1))
@@ -353,13 +354,13 @@ def test_evaluation_takes_the_gpu_that_the_rank_is_bound_to(monkeypatch, count, 
 
 def test_evaluation_refuses_a_gpu_without_bf16_before_the_ranks_meet(monkeypatch):
     from vqmoe_ds.evaluation import command
-    from vqmoe_ds.train import engine
+    from vqmoe_ds.runtime import torch_setup
 
     def meet(place: Place, backend: str, seconds: float, device: torch.device, trouble: str | None) -> None:
         raise ConfigError(trouble)
 
-    monkeypatch.setattr(engine, "meet", meet)
-    monkeypatch.setattr(engine, "make_deterministic", lambda exact: None)
+    monkeypatch.setattr(torch_setup, "meet", meet)
+    monkeypatch.setattr(torch_setup, "make_deterministic", lambda exact: None)
     args = command.build_parser("").parse_args(["checkpoint"])
     with fake_gpus(1, capability=(7, 5)), pytest.raises(ConfigError, match="has no bf16; choose --precision fp32"):
         command._evaluate(args, (), Place(1, 2, 1, 2), SimpleNamespace(rank=1))
@@ -393,7 +394,7 @@ def test_only_exact_runs_on_a_gpu_refuse_what_is_not_deterministic(restored, mon
 def test_the_table_of_operators_is_never_probed(monkeypatch):
     import deepspeed.ops
 
-    from vqmoe_ds.train.engine import build_no_shared_memory_op
+    from vqmoe_ds.runtime.torch_setup import build_no_shared_memory_op
 
     def probe() -> Callable[..., Any]:
         raise AssertionError("probed")

@@ -15,8 +15,8 @@ from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, p
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.runtime.leaving import hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
-from vqmoe_ds.train.job import hear_requests, leave_together, watch_peers
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def _evaluate(
 
     tune_allocator()
     # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
-    from vqmoe_ds.train.engine import set_up_torch
+    from vqmoe_ds.runtime.torch_setup import set_up_torch
 
     check = partial(check_precision, precision=args.precision or "bf16", remedy="choose --precision fp32")
     device = set_up_torch(place, check=check)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.data.batches import MASKED, Batch, Windows
-from vqmoe_ds.train.engine import Session
+from vqmoe_ds.models.session import Session
 
 
 @dataclass(frozen=True)

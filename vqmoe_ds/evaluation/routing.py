@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.evaluation.balance import busiest, gini, perplexity, variation
-from vqmoe_ds.train.engine import Session
+from vqmoe_ds.models.session import Session
 
 
 class RoutingHealth:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import islice
 
 from vqmoe_ds.evaluation.generate import Sampling, generate
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.moe.routers import require_causal
-from vqmoe_ds.train.engine import Session
 
 
 def sample_tokens(

@@ -14,11 +14,11 @@ from vqmoe_ds.checkpoint.resume.session import load
 from vqmoe_ds.checkpoint.resume.store import read_best
 from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.runtime.ranks import from_first
 from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
-from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 

@@ -32,10 +32,10 @@ from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.finetune.callbacks import BestReport
 from vqmoe_ds.finetune.config import classifier_config
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import one_line
 from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.train.callbacks import MetricsFile, Validation
-from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loop import Callback
 

@@ -17,9 +17,9 @@ from vqmoe_ds.evaluation.perplexity import validate
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.finetune.callbacks import BestReport
 from vqmoe_ds.finetune.config import language_model_config
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.train.callbacks import MetricsFile, Validation
-from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loop import Callback
 from vqmoe_ds.train.pretrain import index_folder

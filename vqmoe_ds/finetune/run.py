@@ -33,8 +33,8 @@ from vqmoe_ds.train.job import (
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
     from vqmoe_ds.data.batches import Batches, Windows
+    from vqmoe_ds.models.session import Session
     from vqmoe_ds.train.callbacks import Callback, MetricsFile
-    from vqmoe_ds.train.engine import Session
 
 SAME = {
     "finetune": (

@@ -125,7 +125,7 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
     from deepspeed.utils import groups
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from vqmoe_ds.train.engine import build_no_shared_memory_op
+    from vqmoe_ds.runtime.torch_setup import build_no_shared_memory_op
 
     build_no_shared_memory_op()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
@@ -161,7 +161,7 @@ def _optimizer_groups(model: Any, config: EngineConfig) -> list[int]:
     """Values of each of the optimizer's groups, split by DeepSpeed as the engine does."""
     from deepspeed.moe.utils import configure_moe_param_groups
 
-    from vqmoe_ds.train.engine import parameter_groups
+    from vqmoe_ds.models.parameter_groups import parameter_groups
 
     named = parameter_groups(model, config.run.train.weight_decay)
     split = configure_moe_param_groups(named) if model.moe_layers() else named

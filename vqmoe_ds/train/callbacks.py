@@ -23,12 +23,12 @@ from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.runtime.stopping import STOP, Interrupted
-from vqmoe_ds.train.engine import Session
 from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 

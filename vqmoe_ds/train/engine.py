@@ -1,134 +1,26 @@
-"""Set-up of torch, DeepSpeed and the model, and the few engine internals the loop needs."""
+"""Set-up of model and DeepSpeed engine, and the few engine internals the loop needs."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
 from vqmoe_ds.models.build import build_model
-from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.models.parameter_groups import parameter_groups
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
 from vqmoe_ds.moe.router_sync import RouterSync
 from vqmoe_ds.planning.host import check_host_memory
-from vqmoe_ds.runtime.device import bind, make_deterministic, uses_gpu
+from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
-from vqmoe_ds.runtime.meeting import meet
 from vqmoe_ds.runtime.ranks import Place
-from vqmoe_ds.runtime.stopping import STOP, Interrupted
 from vqmoe_ds.train.zero import import_optimizers, spare_passes
-
-
-@dataclass
-class Session:
-    """Everything a training loop holds on to."""
-
-    config: EngineConfig
-    place: Place
-    engine: Any
-    model: MoETransformer
-    sync: CodebookSync | RouterSync | None
-    """Moves what is learned from statistics of all ranks: codebooks, or routers with state."""
-
-    fingerprint: dict[str, str] = field(default_factory=dict)
-    """Of what the run reads (``data/fingerprint.py``), for its checkpoints."""
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.engine.device)
-
-    @property
-    def round_size(self) -> int:
-        """Sequences in one micro-batch of every rank."""
-        return self.config.micro_batch * self.place.world_size
-
-    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Average over all ranks, on the device; NaN on one rank is NaN on all."""
-        return self.sum_over_ranks(tensor) / self.place.world_size
-
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        if self.place.world_size > 1:
-            deepspeed.comm.all_reduce(total)
-        return total
-
-    def on_any_rank(self, here: bool) -> bool:
-        """Whether it is so on this rank or another; all ranks call it together."""
-        if self.place.world_size == 1:
-            return here
-        return float(self.sum_over_ranks(torch.tensor([float(here)], device=self.device))) > 0
-
-    def go_on(self) -> None:
-        """All ranks call it between the parts of a measurement that may take long.
-
-        Raises:
-            Interrupted: a rank was asked to stop.
-        """
-        if self.on_any_rank(STOP.reason is not None):
-            raise Interrupted
-
-
-def set_up_torch(
-    place: Place,
-    start_timeout: float = 300.0,
-    exact: bool = False,
-    check: Callable[[torch.device], None] | None = None,
-) -> torch.device:
-    """Threads, quiet libraries, this rank's device and the process group. Call before building anything.
-
-    Args:
-        start_timeout: as ``run.start_timeout``.
-        exact: as ``train.deterministic``.
-        check: of the device, by this rank; a ``ConfigError`` of it is that of all ranks.
-
-    Returns:
-        The device of this rank, the current one from now on.
-
-    Raises:
-        ConfigError: the ranks' devices do not go together, or one of them cannot do what is asked.
-        PeerLost: the ranks do not find each other in that time.
-    """
-    warnings.filterwarnings("ignore")
-    if not uses_gpu() and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // place.local_world_size))
-    make_deterministic(exact)
-    device, trouble = torch.device("cpu"), None
-    try:
-        device = bind(place)
-        if check is not None:
-            check(device)
-    except ConfigError as error:
-        trouble = str(error)
-    build_no_shared_memory_op()
-    if not dist.is_initialized():
-        backend = get_accelerator().communication_backend_name()
-        meet(place, backend, start_timeout, device, trouble)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    elif trouble is not None:
-        raise ConfigError(trouble)
-    return device
-
-
-def build_no_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce of CPUs (a minute of g++ at the first launch).
-
-    Gloo serves. DeepSpeed looks the operator up in a table that it makes by probing every operator at the first look;
-    a table of our own, with this entry alone, is never made.
-    """
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def build_session(config: EngineConfig, place: Place, json_path: str) -> Session:
@@ -162,17 +54,6 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     if sync is not None:
         sync.broadcast()
     return Session(config, place, engine, model, sync)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two named groups of what learns: matrices decay, vectors do not. DeepSpeed splits experts off each by itself."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
-        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.runtime.console import Console
-from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, TrainingHalted, UserError
+from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, UserError
 from vqmoe_ds.runtime.files import make_folder, write_atomically
 from vqmoe_ds.runtime.importing import quickly
+from vqmoe_ds.runtime.leaving import cannot_write, hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.lock import RunLock
-from vqmoe_ds.runtime.parents import watch_launcher
 from vqmoe_ds.runtime.ranks import Place, find_place, from_first, likely_rank
-from vqmoe_ds.runtime.stopping import STOP
 
 if TYPE_CHECKING:
     import torch
 
     from vqmoe_ds.data.batches import Batches
+    from vqmoe_ds.models.session import Session
     from vqmoe_ds.train.callbacks import MetricsFile
-    from vqmoe_ds.train.engine import Session
     from vqmoe_ds.train.loop import Callback, Trainer
 
 
@@ -113,8 +111,9 @@ def _work(start: Start, job: Job) -> int:
 
     tuned = tune_allocator()
     with quickly():  # heavy imports only now: bad input has been answered, and their chatter goes to the log
+        import vqmoe_ds.train.engine  # noqa: F401
         from vqmoe_ds.runtime.device import memory_errors
-        from vqmoe_ds.train.engine import set_up_torch
+        from vqmoe_ds.runtime.torch_setup import set_up_torch
 
     if tuned:
         job.console.say(tuned)
@@ -312,53 +311,3 @@ def show(config: EngineConfig, place: Place, console: Console) -> None:
     if place.rank == 0:
         text = to_yaml(config.run) + "deepspeed: " + json.dumps(config.deepspeed, indent=2)
         print(text, file=console.out, flush=True)
-
-
-# ---------------------------------------------------------------- leaving
-
-
-def watch_peers(
-    place: Place, console: Console, seconds: float, mend: str = "the same command goes on from the last checkpoint"
-) -> AbstractContextManager[Any]:
-    """In this context a missing rank ends the others within ``seconds``, with a sentence that names it."""
-    if place.world_size == 1:
-        return nullcontext()
-    from vqmoe_ds.runtime.meeting import PeerLost
-    from vqmoe_ds.runtime.watchdog import Watchdog
-
-    def leave(lost: PeerLost) -> None:
-        os._exit(leave_together(console.fail(lost), place))
-
-    return Watchdog(place, seconds, leave, mend)
-
-
-def hear_requests(place: Place, console: Console, remedy: str = "the same command goes on") -> None:
-    """Let a signal, or the end of the launcher, end the process with ``TRY_AGAIN`` (``runtime/stopping.py``)."""
-
-    def leave(reason: str) -> None:
-        console.close_progress()
-        console.say(f"stopped by {reason}; {remedy}")
-        if STOP.announce is not None:
-            STOP.announce(reason)
-        os._exit(leave_together(TRY_AGAIN, place))
-
-    STOP.listen(leave)
-    watch_launcher(STOP.request)
-
-
-def cannot_write(error: OSError, state: str) -> UserError:
-    """The sentence for a disk that is full, a file system that became read-only, a run folder that was moved."""
-    where = error.filename or "a file of the run"
-    halted = TrainingHalted(
-        f"{where} cannot be read or written ({error.strerror or error}); {state}; make room or bring it back, "
-        "and start the same command again"
-    )
-    halted.local = True
-    return halted
-
-
-def leave_together(code: int, place: Place) -> int:
-    """Give rank 0 time to print before the launcher, seeing one rank gone, ends the others."""
-    if place.rank != 0:
-        time.sleep(1.5)
-    return code

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.data.batches import MASKED, Batch, Batches
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.train.engine import (
-    Session,
     apply_step,
     checks_gradients,
     gradients_bad,

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.train.engine import Session
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

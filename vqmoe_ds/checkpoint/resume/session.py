@@ -19,9 +19,9 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.tokenizers import nothing_known
+from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.ranks import from_first
-from vqmoe_ds.train.engine import Session
 
 STRUCTURE = {
     "model": None,

@@ -221,7 +221,7 @@ class TagReader(CheckpointReader):
         return pieces
 
     def _optimizer_order(self) -> list[str]:
-        """Names as the optimizer numbers them, see ``vqmoe_ds.train.engine.parameter_groups``."""
+        """Names as the optimizer numbers them, see ``vqmoe_ds.models.parameter_groups``."""
         learned = self.names_of("exp_avg")
         dense = [name for name in learned if name not in self._experts]
         matrices = [name for name in dense if len(self.shape(name)) >= 2]

@@ -1,0 +1,66 @@
+"""A model on its DeepSpeed engine: what a training loop holds, and what measures and saves it read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.runtime.ranks import Place
+from vqmoe_ds.runtime.stopping import STOP, Interrupted
+
+
+@dataclass
+class Session:
+    """Everything a training loop holds on to."""
+
+    config: EngineConfig
+    place: Place
+    engine: Any
+    model: MoETransformer
+    sync: CodebookSync | RouterSync | None
+    """Moves what is learned from statistics of all ranks: codebooks, or routers with state."""
+
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    """Of what the run reads (``data/fingerprint.py``), for its checkpoints."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    @property
+    def round_size(self) -> int:
+        """Sequences in one micro-batch of every rank."""
+        return self.config.micro_batch * self.place.world_size
+
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Average over all ranks, on the device; NaN on one rank is NaN on all."""
+        return self.sum_over_ranks(tensor) / self.place.world_size
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        if self.place.world_size > 1:
+            deepspeed.comm.all_reduce(total)
+        return total
+
+    def on_any_rank(self, here: bool) -> bool:
+        """Whether it is so on this rank or another; all ranks call it together."""
+        if self.place.world_size == 1:
+            return here
+        return float(self.sum_over_ranks(torch.tensor([float(here)], device=self.device))) > 0
+
+    def go_on(self) -> None:
+        """All ranks call it between the parts of a measurement that may take long.
+
+        Raises:
+            Interrupted: a rank was asked to stop.
+        """
+        if self.on_any_rank(STOP.reason is not None):
+            raise Interrupted
