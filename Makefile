@@ -1,5 +1,5 @@
 # make pretrain   train the default model (one command from a bare machine)
-# make test       the default test suite, ruff and mypy
+# make test       the default test suite, ruff, mypy and the order of imports
 # make test-all   everything, the slow tests included
 # make test-layouts   a checkpoint of every layout goes on in every other one
 # make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
@@ -49,7 +49,7 @@ compare-smoke: setup
 	@$(BIN)/python tools/compare_routers.py benchmarks/grids/smoke.yaml --out runs/compare-smoke --jobs 2 $(ARGS)
 
 lint: setup-dev
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 
 bench: setup
 	@$(BIN)/python benchmarks/layer.py && $(BIN)/python benchmarks/step.py
