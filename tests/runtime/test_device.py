@@ -289,7 +289,7 @@ def test_the_start_up_line_names_card_precision_and_determinism(monkeypatch, cap
     monkeypatch.setattr(torch_setup, "set_up_torch", lambda *args: asked.append(args) or torch.device("cuda", 0))
     here = _job(Place(0, 1, 0, 1))
     with fake_gpus(1):
-        assert job._work(SimpleNamespace(work=lambda job: 0), here) == 0
+        assert job._run(SimpleNamespace(run=lambda job: 0), here) == 0
     assert asked[0][2] is True
     line = "GPU: Fake GPU, 80 GB; bf16, fused Adam; deterministic (bit-exact resume)"
     assert line in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_running_out_of_memory_says_what_would_fit(monkeypatch):
     monkeypatch.setattr(torch_setup, "set_up_torch", lambda *args: torch.device("cuda", 0))
     here = _job(Place(0, 1, 0, 1))
     with fake_gpus(1, memory=1.2e9), pytest.raises(ConfigError) as caught:
-        job._work(SimpleNamespace(work=work), here)
+        job._run(SimpleNamespace(run=work), here)
     assert "cuda:0 has too little memory (CUDA out of memory: Tried to allocate 2.00 GiB); what would fit: " in str(
         caught.value
     )

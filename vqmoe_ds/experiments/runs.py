@@ -129,9 +129,10 @@ def _job(grid: Grid, run: Run) -> Job:
         loaded = load_config(preset, None, overrides)
         config = resolve(grid.ds_config, loaded, world_size=1)
         prepared = open_indexed_text(config.run)
-        data = prepared or open_raw_text(config.run)
-        size, checksum = (RawText if prepared is None else data).vocab_size, data.tokenizer_sha256
-        config = fit_to_tokenizer(config, size, checksum, loaded.explicit)
+        if prepared is None:
+            open_raw_text(config.run)  # refused now, not by the run
+        known = prepared or RawText
+        config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, loaded.explicit)
     except UserError as error:
         raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
     sets = [f"--set={name}={json.dumps(value)}" for name, value in overrides.items()]

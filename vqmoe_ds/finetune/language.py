@@ -22,7 +22,7 @@ from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.train.callbacks import MetricsFile, Validation
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loop import Callback
-from vqmoe_ds.train.pretrain import index_folder
+from vqmoe_ds.train.run_folder import index_folder
 
 
 class TextTask:

@@ -18,17 +18,8 @@ from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.files import make_folder
 from vqmoe_ds.runtime.ranks import Place, from_first
-from vqmoe_ds.train.job import (
-    Job,
-    Start,
-    find_tag,
-    first_free,
-    has_run,
-    launch,
-    open_session,
-    run_to_the_end,
-    show,
-)
+from vqmoe_ds.train.job import Job, Start, TrainingCommand, launch, show
+from vqmoe_ds.train.run_folder import first_free, has_run
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -68,40 +59,104 @@ class Task(Protocol):
 
 def main(args: argparse.Namespace) -> int:
     """Run one fine-tuning command; returns the exit code of the process."""
-    return launch(args, partial(_prepare, args))
+    return launch(FineTuning(args))
 
 
-def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start | None:
-    check_options(args)
-    shots = shots_of(args)
-    console.capture(Path(os.devnull))  # what comes now imports torch and DeepSpeed, which have much to say
-    from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
-    from vqmoe_ds.checkpoint.views.adapters import merged
-    from vqmoe_ds.finetune.config import for_run, starting_config
+class FineTuning(TrainingCommand):
+    """Trains a pretrained model further: one run, or one for each seed and number of shots."""
 
-    reader = merged(open_checkpoint(args.checkpoint))
-    require_language_model(reader, "fine-tuning")
-    loaded = starting_config(args, reader)
-    loaded = _with_numbers_of_json(loaded, args, place)
-    run_dir = _choose_run_dir(loaded, args.resume)
-    check_kind(run_dir, several=bool(shots or args.seeds))
-    task = _open_task(args, reader, loaded)
-    seeds = range(1, args.seeds + 1) if args.seeds else [loaded.config.train.seed]
-    configs: dict[str, EngineConfig] = {}
-    for number in shots or [loaded.config.finetune.shots]:
-        for seed in seeds:
-            parts = [f"shots-{number}"] * bool(shots) + [f"seed-{seed}"] * bool(shots or args.seeds)
-            one = task.configure(for_run(loaded, seed, number))
-            config = configs["/".join(parts)] = resolve(args.ds_config, one, place.world_size, args.ep_size)
-            check_batch(config, one.config.train.batch_size, args.ds_config)
-    first = next(iter(configs.values()))
-    if args.print_config:
-        show(first, place, console)
-        return None
-    for name, config in configs.items():
-        _check_finished(run_dir / name, config)
-    work = partial(_work, configs=configs, task=task, reader=reader)
-    return Start(first, run_dir, work, _greeting(first, task, reader, run_dir))
+    reader: CheckpointReader
+    task: Task
+    configs: dict[str, EngineConfig]
+    """Of each run, by its folder within that of the command; ``""`` is that folder itself."""
+
+    def prepare(self, place: Place, console: Console) -> Start | None:
+        args = self.args
+        check_options(args)
+        shots = shots_of(args)
+        console.capture(Path(os.devnull))  # what comes now imports torch and DeepSpeed, which have much to say
+        from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
+        from vqmoe_ds.checkpoint.views.adapters import merged
+        from vqmoe_ds.finetune.config import starting_config
+
+        self.reader = merged(open_checkpoint(args.checkpoint))
+        require_language_model(self.reader, "fine-tuning")
+        loaded = starting_config(args, self.reader)
+        loaded = _with_numbers_of_json(loaded, args, place)
+        run_dir = _choose_run_dir(loaded, args.resume)
+        check_kind(run_dir, several=bool(shots or args.seeds))
+        self.task = _open_task(args, self.reader, loaded)
+        self.configs = self._configure(loaded, shots, place)
+        first = next(iter(self.configs.values()))
+        if args.print_config:
+            show(first, place, console)
+            return None
+        for name, config in self.configs.items():
+            _check_finished(run_dir / name, config)
+        return Start(first, run_dir, _greeting(first, self.task, self.reader, run_dir))
+
+    def _configure(self, loaded: LoadedConfig, shots: list[int], place: Place) -> dict[str, EngineConfig]:
+        from vqmoe_ds.finetune.config import for_run
+
+        args, configs = self.args, {}
+        seeds = range(1, args.seeds + 1) if args.seeds else [loaded.config.train.seed]
+        for number in shots or [loaded.config.finetune.shots]:
+            for seed in seeds:
+                parts = [f"shots-{number}"] * bool(shots) + [f"seed-{seed}"] * bool(shots or args.seeds)
+                one = self.task.configure(for_run(loaded, seed, number))
+                config = configs["/".join(parts)] = resolve(args.ds_config, one, place.world_size, args.ep_size)
+                check_batch(config, one.config.train.batch_size, args.ds_config)
+        return configs
+
+    def run(self, job: Job) -> int:
+        from vqmoe_ds.finetune.report import write_report
+
+        several = len(self.configs) > 1 or "" not in self.configs
+        for name, config in self.configs.items():
+            one = replace(job, config=config, run_dir=job.run_dir / name)
+            if _summary(one.run_dir) is not None:
+                job.console.say(f"{one.run_dir} is finished already")
+                continue
+            if several:
+                job.console.say(f"--- {name}")
+            make_folder(one.run_dir)
+            code = self._run_one(one)
+            if code:
+                return code
+            job = replace(job, started=time.time())
+        if several and job.place.rank == 0:
+            for line in write_report(job.run_dir, list(self.configs)):
+                job.console.say(line)
+        return 0
+
+    def _run_one(self, job: Job) -> int:
+        from vqmoe_ds.checkpoint.resume.store import read_manifest
+        from vqmoe_ds.evaluation.routing import RoutingHealth
+        from vqmoe_ds.finetune.callbacks import EarlyStop
+        from vqmoe_ds.train import callbacks as cb
+        from vqmoe_ds.train.opening import find_tag, open_session
+
+        task, reader = self.task, self.reader
+        fingerprint = from_first(_fingerprint(job, task, reader) if job.place.rank == 0 else {})
+        tag, job = find_tag(job, fingerprint)
+        if tag is not None:
+            check_same(tag, read_manifest(tag)["config"], job.config)
+        batches, probe = task.open(job)
+        opened = open_session(job, tag, fingerprint, partial(begin, reader=reader))
+        file = opened.metrics_file()
+        health = RoutingHealth(opened.session, probe, job.config.run.run.probe_tokens)
+        validation, report = task.callbacks(job, file, health)
+        callbacks = [
+            cb.Metrics(job.console, file, health),
+            validation,
+            EarlyStop(job.console, file, job.config.run.finetune.patience),
+            cb.Checkpoints(job.console, job.checkpoints),
+            cb.Signals(),
+            report,
+        ]
+        code = opened.train(batches, callbacks, file)
+        opened.session.engine.destroy()
+        return code
 
 
 def _with_numbers_of_json(loaded: LoadedConfig, args: argparse.Namespace, place: Place) -> LoadedConfig:
@@ -219,59 +274,6 @@ def _discrete(run: Any) -> bool:
     from vqmoe_ds.config.schema import Router
 
     return run.moe.router is Router.VQ and run.finetune.discrete
-
-
-# ---------------------------------------------------------------- the work
-
-
-def _work(job: Job, configs: dict[str, EngineConfig], task: Task, reader: CheckpointReader) -> int:
-    from vqmoe_ds.finetune.report import write_report
-
-    several = len(configs) > 1 or "" not in configs
-    for name, config in configs.items():
-        one = replace(job, config=config, run_dir=job.run_dir / name)
-        if _summary(one.run_dir) is not None:
-            job.console.say(f"{one.run_dir} is finished already")
-            continue
-        if several:
-            job.console.say(f"--- {name}")
-        make_folder(one.run_dir)
-        code = _run(one, task, reader)
-        if code:
-            return code
-        job = replace(job, started=time.time())
-    if several and job.place.rank == 0:
-        for line in write_report(job.run_dir, list(configs)):
-            job.console.say(line)
-    return 0
-
-
-def _run(job: Job, task: Task, reader: CheckpointReader) -> int:
-    from vqmoe_ds.checkpoint.resume.store import read_manifest
-    from vqmoe_ds.evaluation.routing import RoutingHealth
-    from vqmoe_ds.finetune.callbacks import EarlyStop
-    from vqmoe_ds.train import callbacks as cb
-
-    fingerprint = from_first(_fingerprint(job, task, reader) if job.place.rank == 0 else {})
-    tag, job = find_tag(job, fingerprint)
-    if tag is not None:
-        check_same(tag, read_manifest(tag)["config"], job.config)
-    batches, probe = task.open(job)
-    opened = open_session(job, tag, fingerprint, partial(begin, reader=reader))
-    file = opened.metrics_file(job)
-    health = RoutingHealth(opened.session, probe, job.config.run.run.probe_tokens)
-    validation, report = task.callbacks(job, file, health)
-    callbacks = [
-        cb.Metrics(job.console, file, health),
-        validation,
-        EarlyStop(job.console, file, job.config.run.finetune.patience),
-        cb.Checkpoints(job.console, job.checkpoints),
-        cb.Signals(),
-        report,
-    ]
-    code = run_to_the_end(job, opened.trainer(batches), callbacks, file)
-    opened.session.engine.destroy()
-    return code
 
 
 def _fingerprint(job: Job, task: Task, reader: CheckpointReader) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from vqmoe_ds.checkpoint.resume.whereabouts import with_whole_paths
@@ -17,70 +16,69 @@ from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import Place, from_first
-from vqmoe_ds.train.job import (
-    Job,
-    Start,
-    find_tag,
-    first_free,
-    has_run,
-    launch,
-    open_session,
-    run_to_the_end,
-    show,
-)
+from vqmoe_ds.train.job import Job, Start, TrainingCommand, launch, show
+from vqmoe_ds.train.run_folder import first_free, has_run, index_folder
 
 
 def main(args: argparse.Namespace) -> int:
     """Run one pretraining; returns the exit code of the process."""
-    return launch(args, partial(_prepare, args))
+    return launch(Pretraining(args))
 
 
-def _prepare(args: argparse.Namespace, place: Place, console: Console) -> Start | None:
-    loaded = config_from_args(args)
-    config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
-    if loaded.config.finetune != type(loaded.config.finetune)():
-        raise ConfigError("the section finetune belongs to launchers/finetune.py; leave it out, or use that launcher")
-    prepared = open_indexed_text(config.run)
-    vocab_size, checksum = RawText.vocab_size, RawText.tokenizer_sha256
-    if prepared is not None:
-        vocab_size, checksum = prepared.vocab_size, prepared.tokenizer_sha256
-    config = fit_to_tokenizer(config, vocab_size, checksum, loaded.explicit)
-    if args.print_config:
-        show(config, place, console)
-        return None
-    run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
-    data: TrainingData = prepared or open_raw_text(config.run)
-    folders = [index_folder(config, run_dir)] if prepared is not None else []
-    config = replace(config, run=with_whole_paths(config.run))  # of use from wherever it is resumed or read
-    return Start(config, run_dir, partial(_work, data=data), _greeting(config, data, run_dir), folders)
+class Pretraining(TrainingCommand):
+    """Trains a model from scratch on raw or prepared text."""
 
+    data: TrainingData
 
-def _work(job: Job, data: TrainingData) -> int:
-    from vqmoe_ds.data.fingerprint import of_data, of_optimizer
-    from vqmoe_ds.evaluation.perplexity import validate
-    from vqmoe_ds.evaluation.routing import RoutingHealth
-    from vqmoe_ds.moe.routers import why_not_causal
-    from vqmoe_ds.train import callbacks as cb
+    def prepare(self, place: Place, console: Console) -> Start | None:
+        args = self.args
+        loaded = config_from_args(args)
+        config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
+        if loaded.config.finetune != type(loaded.config.finetune)():
+            raise ConfigError(
+                "the section finetune belongs to launchers/finetune.py; leave it out, or use that launcher"
+            )
+        prepared = open_indexed_text(config.run)
+        known = prepared or RawText
+        config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, loaded.explicit)
+        if args.print_config:
+            show(config, place, console)
+            return None
+        run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
+        self.data = prepared or open_raw_text(config.run)
+        folders = [index_folder(config, run_dir)] if prepared is not None else []
+        config = replace(config, run=with_whole_paths(config.run))  # of use from wherever it is resumed or read
+        return Start(config, run_dir, _greeting(config, self.data, run_dir), folders)
 
-    config, console = job.config, job.console
-    reason = why_not_causal(config.run)
-    if reason is not None:
-        console.say(f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample")
-    fingerprint = from_first({**of_data(data), **of_optimizer(config.deepspeed)} if job.place.rank == 0 else {})
-    tag, job = find_tag(job, fingerprint)
-    config = job.config
-    batches, windows = data.open(config.run, index_folder(config, job.run_dir))
-    opened = open_session(job, tag, fingerprint)
-    file = opened.metrics_file(job)
-    health = RoutingHealth(opened.session, windows, config.run.run.probe_tokens)
-    callbacks = [
-        cb.Metrics(console, file, health),
-        cb.Validation(console, file, lambda session, most: validate(session, windows, most * session.round_size)),
-        cb.Checkpoints(console, job.checkpoints),
-        cb.Signals(),
-        cb.FinalReport(console, file, data, windows, health, job.run_dir),
-    ]
-    return run_to_the_end(job, opened.trainer(batches), callbacks, file)
+    def run(self, job: Job) -> int:
+        from vqmoe_ds.data.fingerprint import of_data, of_optimizer
+        from vqmoe_ds.evaluation.perplexity import validate
+        from vqmoe_ds.evaluation.routing import RoutingHealth
+        from vqmoe_ds.moe.routers import why_not_causal
+        from vqmoe_ds.train import callbacks as cb
+        from vqmoe_ds.train.opening import find_tag, open_session
+
+        config, console, data = job.config, job.console, self.data
+        reason = why_not_causal(config.run)
+        if reason is not None:
+            console.say(
+                f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample"
+            )
+        fingerprint = from_first({**of_data(data), **of_optimizer(config.deepspeed)} if job.place.rank == 0 else {})
+        tag, job = find_tag(job, fingerprint)
+        config = job.config
+        batches, windows = data.open(config.run, index_folder(config, job.run_dir))
+        opened = open_session(job, tag, fingerprint)
+        file = opened.metrics_file()
+        health = RoutingHealth(opened.session, windows, config.run.run.probe_tokens)
+        callbacks = [
+            cb.Metrics(console, file, health),
+            cb.Validation(console, file, lambda session, most: validate(session, windows, most * session.round_size)),
+            cb.Checkpoints(console, job.checkpoints),
+            cb.Signals(),
+            cb.FinalReport(console, file, data, windows, health, job.run_dir),
+        ]
+        return opened.train(batches, callbacks, file)
 
 
 def fit_to_tokenizer(
@@ -120,11 +118,6 @@ def fit_to_tokenizer(
         )
     data = data.model_copy(update={"tokenizer_sha256": checksum})
     return replace(config, run=config.run.model_copy(update={"model": model, "data": data}))
-
-
-def index_folder(config: EngineConfig, run_dir: Path) -> Path:
-    """Where the order of prepared data is kept."""
-    return Path(config.run.data.cache_dir or run_dir / "data_index")
 
 
 def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:

@@ -1,0 +1,130 @@
+"""The opening of a run: the checkpoint it goes on from, its session, and training to the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vqmoe_ds.checkpoint.resume.session import check_data, check_fits, choose, consumed_samples, load
+from vqmoe_ds.checkpoint.resume.store import read_manifest
+from vqmoe_ds.checkpoint.resume.whereabouts import keep_tokenizer
+from vqmoe_ds.config.load import to_yaml
+from vqmoe_ds.data.batches import Batches
+from vqmoe_ds.models.session import Session
+from vqmoe_ds.moe.kernels import build
+from vqmoe_ds.runtime.errors import TRY_AGAIN
+from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.leaving import cannot_write
+from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
+from vqmoe_ds.train.compiling import before_compiling
+from vqmoe_ds.train.engine import build_session
+from vqmoe_ds.train.job import Job
+from vqmoe_ds.train.loop import Callback, Trainer
+from vqmoe_ds.train.schedule import continued
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session that is ready to train, and where its run stands."""
+
+    job: Job
+    session: Session
+    tag: Path | None
+    """The checkpoint it was resumed from."""
+    step: int = 0
+    samples: int = 0
+
+    def metrics_file(self) -> MetricsFile:
+        job = self.job
+        file = MetricsFile(job.run_dir, job.place.rank, -1 if self.tag is None else self.step)
+        file.note("configuration", f"```yaml\n{to_yaml(job.config.run)}\n```", self.step)
+        return file
+
+    def train(self, batches: Batches, callbacks: list[Callback], file: MetricsFile) -> int:
+        """Train to the end, or until a request to stop; returns the exit code.
+
+        Raises:
+            TrainingHalted: a file of the run cannot be written.
+        """
+        job, train, at = self.job, self.job.config.run.train, (self.step, self.samples)
+        last = str(self.tag) if self.tag else None
+        trainer = Trainer(self.session, batches, callbacks, self.step, at, last_checkpoint=last)
+        counts, seconds = parameter_counts(trainer), time.time() - job.started
+        job.console.say(
+            f"{counts['stored']:,} parameters, {counts['active']:,} used by a token; ready in {seconds:.0f} s"
+        )
+        if train.steps <= train.warmup_steps and "scheduler" not in job.config.deepspeed:
+            job.console.say(
+                f"train.steps={train.steps} end within the warm-up of train.warmup_steps={train.warmup_steps}: the "
+                "learning rate never reaches its peak"
+            )
+        try:
+            trainer.run()
+            file.close()
+        except OSError as error:
+            raise cannot_write(error, f"training stopped at step {trainer.step}, {trainer.what_is_left()}") from error
+        job.console.close_progress()
+        return TRY_AGAIN if trainer.stop_reason else 0
+
+
+def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
+    """The checkpoint to resume from, checked against configuration and data (None: the run starts anew), and the job
+    with the schedule that follows from it."""
+    tag, passed_over = choose(job.checkpoints, job.resume, job.place.rank)
+    for reason in passed_over[:10]:
+        job.console.say(f"passed over: {reason}")
+    if len(passed_over) > 10:
+        job.console.say(f"passed over: {len(passed_over) - 10} more that do not verify")
+    if tag is not None:
+        check_fits(job.config, tag)
+        changed = check_data(fingerprint, tag, job.allow_changed_data)
+        if changed is not None:
+            job.console.say(changed)
+        job = _with_schedule(job, tag)
+    return tag, job
+
+
+def _with_schedule(job: Job, tag: Path) -> Job:
+    manifest, run = read_manifest(tag), job.config.run
+    saved = manifest["config"]["train"]
+    changed = [
+        f"train.{name}={getattr(run.train, name):g} ({saved[name]:g} before)"
+        for name in ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip")
+        if saved.get(name, getattr(run.train, name)) != getattr(run.train, name)
+    ]
+    if changed:
+        job.console.say(f"goes on with {', '.join(changed)}")
+    if "scheduler" in job.config.deepspeed:
+        return job
+    train, sentence = continued(saved, int(manifest["step"]), run.train)
+    if sentence is not None:
+        job.console.say(sentence)
+    return replace(job, config=replace(job.config, run=run.model_copy(update={"train": train})))
+
+
+def open_session(
+    job: Job, tag: Path | None, fingerprint: dict[str, str], begin: Callable[[Session], Any] | None = None
+) -> Opened:
+    """Build the session and fill it from ``tag``; or else let ``begin`` fill it, where weights come from elsewhere."""
+    compiling = before_compiling(job.config.deepspeed)
+    if compiling is not None:
+        job.console.say(compiling)
+    session = build_session(job.config, job.place, job.json_path)
+    session.fingerprint = fingerprint
+    if session.device.type == "cpu" and session.model.moe_layers():
+        job.console.say(build.describe())
+    opened = Opened(job, session, tag)
+    if tag is not None:
+        opened = Opened(job, session, tag, load(session, tag), consumed_samples(tag))
+        job.console.say(f"resumed from {tag} at step {opened.step}")
+    elif begin is not None:
+        begin(session)
+    if job.place.rank == 0:
+        write_atomically(job.run_dir / "config.yaml", to_yaml(job.config.run))
+        write_atomically(job.run_dir / "ds_config.json", json.dumps(job.config.deepspeed, indent=2) + "\n")
+        keep_tokenizer(job.config.run, job.run_dir)
+    return opened

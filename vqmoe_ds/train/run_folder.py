@@ -1,0 +1,26 @@
+"""Folders of runs: which are free, and what lies where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+
+
+def first_free(wanted: Path, taken: Callable[[Path], bool]) -> Path:
+    """The first of ``NAME``, ``NAME-2``, … that is not taken."""
+    number, folder = 1, wanted
+    while taken(folder):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def has_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+
+
+def index_folder(config: EngineConfig, run_dir: Path) -> Path:
+    """Where the order of prepared data is kept."""
+    return Path(config.run.data.cache_dir or run_dir / "data_index")
