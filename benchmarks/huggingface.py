@@ -32,8 +32,8 @@ from vqmoe_ds.checkpoint.formats.huggingface.folder import DTYPES, ExportOptions
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.reader import open_checkpoint
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import Split, open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import Split, TrainingBatches, split_corpus
 from vqmoe_ds.upcycle.routed import RoutedSource, calibration_ids, routed_config, with_codes
 
 PROMPT, NEW_TOKENS = b"The method returns ", 110

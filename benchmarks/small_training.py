@@ -12,8 +12,8 @@ from peers import join_group
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
 from vqmoe_ds.runtime.allocator import tune_allocator
 from vqmoe_ds.runtime.ranks import Place
 from vqmoe_ds.train.engine import build_session

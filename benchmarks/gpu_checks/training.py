@@ -15,8 +15,8 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.resume import session as checkpoints
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
 from vqmoe_ds.train.engine import build_session
 from vqmoe_ds.train.loop import Trainer
 

@@ -29,8 +29,8 @@ VARIANTS = [
 
 
 def _session(rank: int, world: int, folder: str, variant: dict[str, Any], ep_size: int) -> Any:
-    from vqmoe_ds.data.batches import TrainingBatches
-    from vqmoe_ds.data.corpus import open_corpus, split_corpus
+    from vqmoe_ds.data.corpus import open_corpus
+    from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
     from vqmoe_ds.runtime.ranks import Place
     from vqmoe_ds.train.engine import build_session
     from vqmoe_ds.train.loop import Trainer

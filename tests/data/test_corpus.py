@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from vqmoe_ds.data import corpus as corpus_module
-from vqmoe_ds.data.corpus import STRETCH, Corpus, open_corpus, split_corpus, whole_corpus
+from vqmoe_ds.data.corpus import Corpus, open_corpus
+from vqmoe_ds.data.raw_text import STRETCH, split_corpus, whole_corpus
 from vqmoe_ds.runtime.errors import DataError
 
 

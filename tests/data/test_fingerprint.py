@@ -11,11 +11,11 @@ import pytest
 from tests.prepared import write_texts
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data import fingerprint
-from vqmoe_ds.data.corpus import open_raw_text
 from vqmoe_ds.data.fingerprint import of_checkpoint, of_data, of_optimizer, of_pieces
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.labelled import open_labelled
 from vqmoe_ds.data.labelled_batches import encode_texts
+from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer
 
 

@@ -15,7 +15,8 @@ from tests.distributed import run_ranks
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import MASKED, Batch
-from vqmoe_ds.data.indexed import IndexedBatches, IndexedText, members, open_indexed_text, split_shares
+from vqmoe_ds.data.indexed import IndexedBatches, IndexedText, open_indexed_text, split_shares
+from vqmoe_ds.data.portions import members
 from vqmoe_ds.runtime.errors import DataError
 
 LENGTH, BATCH = 8, 16

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
-from vqmoe_ds.data.tokenizers import SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import SentencePieceTokenizer, WordTokenizer, load_tokenizer
 from vqmoe_ds.runtime.errors import DataError
 
 WIKITEXT = " \n = Homarus gammarus = \n \n A large <unk> , about 60 @.@ 5 cm ( 24 in ) . \n"

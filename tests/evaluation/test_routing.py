@@ -9,7 +9,8 @@ import torch
 
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
-from vqmoe_ds.data.corpus import open_corpus, whole_corpus
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import whole_corpus
 from vqmoe_ds.evaluation.balance import busiest, gini, variation
 from vqmoe_ds.evaluation.routing import RoutingHealth
 

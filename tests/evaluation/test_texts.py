@@ -13,9 +13,10 @@ from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import write_tokenizer
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.corpus import open_raw_text
 from vqmoe_ds.data.json_tokenizer import read_json_tokenizer
-from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer, WordTokenizer
+from vqmoe_ds.data.raw_text import open_raw_text
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, WordTokenizer
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, Edit
 from vqmoe_ds.evaluation.texts import encode, open_texts, still_there
 from vqmoe_ds.runtime.errors import CheckpointError, DataError

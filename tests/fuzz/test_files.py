@@ -47,7 +47,7 @@ from vqmoe_ds.checkpoint.resume.store import (
     write_sealed,
 )
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.documents import SourceOptions, plan_units, read_unit
 from vqmoe_ds.data.index_cache import SIDECAR, seal, why_unsound
 from vqmoe_ds.data.indexed import open_indexed_text
@@ -57,6 +57,7 @@ from vqmoe_ds.data.labelled import open_labelled
 from vqmoe_ds.data.parts import Parts
 from vqmoe_ds.data.prepare import build_parser as prepare_parser
 from vqmoe_ds.data.prepare import prepare
+from vqmoe_ds.data.raw_text import split_corpus
 from vqmoe_ds.data.recipes import Recipe, _kept
 from vqmoe_ds.data.tokenizer_training import train_pieces, train_words
 from vqmoe_ds.data.tokenizers import load_tokenizer

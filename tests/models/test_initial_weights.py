@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.prepared import write_texts
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.corpus import open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.models.transformer import MoETransformer
 
 ROUTERS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from torch import Tensor
 from tests.checkpoint.layouts import MODEL, Layout
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
 
 SKIPPED = 2
 """Steps before the counted one: codes are born at the end of the first, the second looks whether any has died."""

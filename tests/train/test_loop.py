@@ -15,8 +15,9 @@ from tests.prepared import write_texts
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import TrainConfig
-from vqmoe_ds.data.batches import MASKED, TrainingBatches
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.data.batches import MASKED
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
 from vqmoe_ds.evaluation.perplexity import validate
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.runtime.errors import TrainingHalted

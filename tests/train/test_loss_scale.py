@@ -13,8 +13,8 @@ from tests.distributed import run_ranks
 from tests.train.test_loop import SMALL
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
 
 
 def _trainer(rank: int, world: int, folder: str, values: dict[str, Any]) -> Any:

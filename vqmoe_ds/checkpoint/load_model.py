@@ -24,7 +24,8 @@ from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
-from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, are_bytes, load_tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, load_tokenizer
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.runtime.device import check_precision

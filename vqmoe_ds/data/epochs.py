@@ -18,8 +18,8 @@ import numpy as np
 import torch.distributed as dist
 
 from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
-from vqmoe_ds.data.indexed import HELD_OUT, Portion, members
 from vqmoe_ds.data.libraries import library
+from vqmoe_ds.data.portions import HELD_OUT, Portion, members
 from vqmoe_ds.runtime.errors import DataError
 
 with warnings.catch_warnings():

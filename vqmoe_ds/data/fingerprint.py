@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.corpus import FilePiece, RawText
-from vqmoe_ds.data.indexed import IndexedText, Portion
+from vqmoe_ds.data.corpus import FilePiece
+from vqmoe_ds.data.indexed import IndexedText
 from vqmoe_ds.data.labelled_batches import LabelledTexts
+from vqmoe_ds.data.portions import Portion
+from vqmoe_ds.data.raw_text import RawText
 
 WHOLE = 16 << 20
 BLOCKS, BLOCK = 256, 64 << 10

@@ -8,13 +8,11 @@ Legend: B windows, S positions of a window (``sequence_length``), V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ from vqmoe_ds.config.schema import DataConfig, RunConfig
 from vqmoe_ds.data.batches import MASKED, Batch
 from vqmoe_ds.data.index_files import check_index, check_prefix
 from vqmoe_ds.data.libraries import library
-from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
+from vqmoe_ds.data.portions import HELD_OUT, Portion, Prefix
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import read_small
 
@@ -34,77 +34,7 @@ UNKNOWN = "unknown"
 BLEND = 1 << 16
 """Samples after which the pattern of a weighted blend starts again."""
 
-HELD_OUT = (0, 0, 0)
-"""Stands for (seed, portion, epoch) of what is validated on."""
-
 _WEIGHTED = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:inf|nan)):(.+)")
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """One prepared corpus, ``PREFIX.bin`` and ``PREFIX.idx``."""
-
-    path: str
-    weight: float | None
-    lengths: np.ndarray = field(repr=False)
-    """Tokens of each stored sequence, int32, memory-mapped."""
-    tokenizer: dict[str, Any] | None
-    """What ``PREFIX.json`` says about it."""
-
-    def tokens_of(self, share: tuple[float, float]) -> int:
-        """Tokens of the stored sequences of a share."""
-        return int(self.lengths[members(len(self.lengths), share)].sum(dtype=np.int64))
-
-
-def members(count: int, share: tuple[float, float]) -> np.ndarray:
-    """The stored sequences of a share, int32, in order: as many as megatron-core takes, but spread over the corpus.
-
-    Its own shares are stretches, so that the end of a joined corpus, another kind of text with other lengths, would be
-    all that is validated on. Multiples of the golden ratio spread evenly whatever the shares are.
-    """
-    if share == (0.0, 1.0):
-        return np.arange(count, dtype=np.int32)
-    first, last = round(share[0] * float(count)), round(share[1] * float(count))
-    order = np.argsort(np.arange(count) * ((5**0.5 - 1) / 2) % 1, kind="stable")
-    return np.sort(order[first:last]).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Portion:
-    """The same share of one or more corpora, read together: one epoch has every window of all of them once.
-
-    The last tokens of a corpus, too few for a window, are left out; other ones every epoch, as sequences are shuffled.
-    """
-
-    prefixes: tuple[Prefix, ...]
-    share: tuple[float, float]
-    sequence_length: int
-
-    @cached_property
-    def windows(self) -> list[int]:
-        """Windows of each corpus."""
-        return [max(0, (tokens - 1) // self.sequence_length) for tokens in self.tokens]
-
-    @cached_property
-    def tokens(self) -> list[int]:
-        return [prefix.tokens_of(self.share) for prefix in self.prefixes]
-
-    def __len__(self) -> int:
-        return sum(self.windows)
-
-    def without_empty(self) -> Portion:
-        """Only the corpora that have a window."""
-        kept = tuple(p for p, n in zip(self.prefixes, self.windows, strict=True) if n)
-        return Portion(kept, self.share, self.sequence_length)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with whatever the order of the windows follows from, seed and epoch aside."""
-        digest = hashlib.sha256(repr(["spread", self.share, self.sequence_length]).encode())
-        for prefix in self.prefixes:
-            digest.update(repr([prefix.path, len(prefix.lengths)]).encode())
-            digest.update(prefix.lengths.data)
-        return digest.hexdigest()[:16]
 
 
 class IndexedBatches:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.data.index_files import AGAIN, IndexHeader, check_index, check_prefix, chunks
-from vqmoe_ds.data.tokenizers import Tokenizer, load_tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.runtime.errors import DataError, UserError
 from vqmoe_ds.runtime.files import read_small, sha256_of
 

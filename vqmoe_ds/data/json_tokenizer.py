@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.tokenizers import (
+from vqmoe_ds.data.tokenizer_base import (
     MOST_IDS,
     SPACE_MARK,
     Tokenizer,

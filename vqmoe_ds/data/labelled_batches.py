@@ -11,7 +11,7 @@ import numpy as np
 
 from vqmoe_ds.data.batches import PADDING, Batch
 from vqmoe_ds.data.labelled import LabelledSet
-from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 POOL = 32

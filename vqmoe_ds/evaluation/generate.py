@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.models.cache import Cache
 from vqmoe_ds.runtime.errors import ConfigError
 

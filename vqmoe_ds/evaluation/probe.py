@@ -18,9 +18,11 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.data.batches import Windows
-from vqmoe_ds.data.corpus import open_corpus, open_raw_text
+from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.indexed import IndexedText, IndexedWindows, Reader, open_indexed_text
-from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
+from vqmoe_ds.data.raw_text import open_raw_text
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.models.transformer import Block, MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.layer import MoELayer

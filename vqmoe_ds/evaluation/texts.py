@@ -14,10 +14,13 @@ import numpy as np
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.corpus import Split, open_corpus, split_corpus
+from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.index_files import check_prefix
-from vqmoe_ds.data.indexed import UNKNOWN, IndexedText, members, open_indexed_text
-from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer
+from vqmoe_ds.data.indexed import UNKNOWN, IndexedText, open_indexed_text
+from vqmoe_ds.data.portions import members
+from vqmoe_ds.data.raw_text import Split, split_corpus
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.evaluation.corruption import Corruption, Damage, Edit, apply
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.memory import check_room

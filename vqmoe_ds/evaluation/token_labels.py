@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
 
 
 class Labels(NamedTuple):

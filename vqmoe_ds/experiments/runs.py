@@ -25,8 +25,8 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.reading import read_yaml
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.data.raw_text import RawText, open_raw_text
 from vqmoe_ds.evaluation.corruption import parse_corruption
 from vqmoe_ds.evaluation.evaluate import checked_stride
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of

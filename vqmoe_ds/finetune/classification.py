@@ -27,7 +27,7 @@ from vqmoe_ds.data.labelled_batches import (
     hold_out,
     rare_classes,
 )
-from vqmoe_ds.data.tokenizers import Tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.finetune.callbacks import BestReport

@@ -8,9 +8,9 @@ from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batches, Windows
-from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.fingerprint import of_data
 from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
+from vqmoe_ds.data.raw_text import RawText, open_raw_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, nothing_known
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.evaluation.perplexity import validate

@@ -21,7 +21,7 @@ from vqmoe_ds.runtime.errors import CheckpointError, DataError, UserError
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
-    from vqmoe_ds.data.tokenizers import Tokenizer
+    from vqmoe_ds.data.tokenizer_base import Tokenizer
     from vqmoe_ds.models.classifier import Classifier
 
 TEXTS_AT_ONCE = 32

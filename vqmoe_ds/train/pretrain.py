@@ -10,8 +10,8 @@ from pathlib import Path
 from vqmoe_ds.checkpoint.resume.whereabouts import with_whole_paths
 from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
-from vqmoe_ds.data.corpus import RawText, open_raw_text
 from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.data.raw_text import RawText, open_raw_text
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import ConfigError

@@ -9,7 +9,8 @@ from typing import Any
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN, weighted_entry
 from vqmoe_ds.data.labelled import KNOWN_SETS
-from vqmoe_ds.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from vqmoe_ds.runtime.errors import UserError
 
 FOLDER = "tokenizer"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer, byte_symbols
-from vqmoe_ds.data.tokenizers import SPACE_MARK, ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from vqmoe_ds.data.tokenizer_base import SPACE_MARK, Tokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from vqmoe_ds.runtime.errors import CheckpointError
 
 END, PAD = "<|endofdocument|>", "<|pad|>"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vqmoe_ds.data.batches import TrainingBatches
-from vqmoe_ds.data.corpus import Corpus, Split
+from vqmoe_ds.data.corpus import Corpus
+from vqmoe_ds.data.raw_text import Split, TrainingBatches
 
 WINDOWS, BATCH = 21, 8
 

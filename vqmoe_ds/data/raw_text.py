@@ -1,0 +1,156 @@
+"""Raw text, trained on byte by byte: windows of a corpus, held out and shuffled.
+
+Legend: B windows, S positions of a window (``sequence_length``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.batches import Batch
+from vqmoe_ds.data.corpus import Corpus, open_corpus
+from vqmoe_ds.runtime.errors import DataError
+
+STRETCH = 64
+"""Windows in one stretch of text; stretches are dealt to training and validation whole."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows of one corpus for one purpose."""
+
+    corpus: Corpus
+    sequence_length: int
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, positions: np.ndarray) -> np.ndarray:
+        """Windows at ``positions``, int64 ``[len(positions), sequence_length + 1]``."""
+        rows = [self.corpus.window(int(self.indices[p]), self.sequence_length) for p in positions]
+        return np.stack(rows).astype(np.int64)
+
+    def read(self, positions: np.ndarray) -> Batch:
+        """Windows at ``positions`` with their targets."""
+        return byte_batch(self.batch(positions))
+
+
+def split_corpus(corpus: Corpus, sequence_length: int, holdout_every: int) -> tuple[Split, Split]:
+    """(training, validation): every ``holdout_every``-th stretch of 64 windows is held out.
+
+    Small corpora use shorter stretches, so that there are at least ``holdout_every`` of them.
+
+    Raises:
+        DataError: too short for one window of each kind.
+    """
+    count = corpus.num_windows(sequence_length)
+    if count < holdout_every:
+        raise DataError(
+            f"{corpus.name} has {corpus.num_bytes} bytes, fewer than the {holdout_every * sequence_length + 1} that "
+            f"data.holdout_every={holdout_every} windows of model.sequence_length={sequence_length} take; "
+            "give more text or a shorter sequence"
+        )
+    stretch = max(1, min(STRETCH, count // holdout_every))
+    windows = np.arange(count)
+    held_out = (windows // stretch) % holdout_every == holdout_every - 1
+    return (
+        Split(corpus, sequence_length, windows[~held_out]),
+        Split(corpus, sequence_length, windows[held_out]),
+    )
+
+
+def whole_corpus(corpus: Corpus, sequence_length: int) -> Split:
+    """All windows of a corpus."""
+    count = corpus.num_windows(sequence_length)
+    if count == 0:
+        raise DataError(f"{corpus.name} has {corpus.num_bytes} bytes, too few for one window of {sequence_length + 1}")
+    return Split(corpus, sequence_length, np.arange(count))
+
+
+class TrainingBatches:
+    """Shuffled training windows of raw text, dealt out by global sample number.
+
+    Sample ``i`` is entry ``i mod n`` of the permutation of epoch ``i div n``, drawn from (seed, epoch). Micro-batch
+    ``m`` of rank ``r`` takes block ``m * world + r`` of the step's samples, so the global batch does not depend on
+    how many ranks and accumulation steps share it.
+    """
+
+    masked = False
+
+    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
+        """All micro-batches of one rank, of the global batch from sample ``first`` on."""
+        starts = range(first + rank * size, first + self.batch_size, world * size)
+        return [byte_batch(self._windows(start, size)) for start in starts]
+
+    def micro_batch(self, step: int, micro: int, rank: int, world: int, size: int) -> np.ndarray:
+        """Windows of one micro-batch, int64 ``[size, sequence_length + 1]``; ``step`` counts from 0."""
+        return self._windows(step * self.batch_size + (micro * world + rank) * size, size)
+
+    def epoch(self, samples: int) -> float:
+        """Epochs that ``samples`` are."""
+        return samples / len(self.split)
+
+    def _windows(self, first: int, size: int) -> np.ndarray:
+        return self.split.batch(np.array([self._position(i) for i in range(first, first + size)]))
+
+    def _position(self, sample: int) -> int:
+        epoch, place = divmod(sample, len(self.split))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
+        return int(self._order[place])
+
+
+def byte_batch(windows: np.ndarray) -> Batch:
+    """Inputs and targets of windows of bytes, ``[B, S + 1]``; nothing is masked."""
+    targets_BS = windows[:, 1:]
+    return Batch(windows[:, :-1], targets_BS, np.full(len(windows), targets_BS.shape[1]))
+
+
+@dataclass(frozen=True)
+class RawText:
+    """Text that is trained on as it is, byte by byte: the ids are the bytes."""
+
+    train: Split
+    valid: Split
+    vocab_size: ClassVar[int | None] = 256
+    tokenizer_sha256: ClassVar[str | None] = None
+
+    def summary(self) -> str:
+        """Name and size, for the user."""
+        windows = f"{len(self.train)} training and {len(self.valid)} held-out windows of {self.train.sequence_length}"
+        return f"{self.train.corpus.name}, {self.train.corpus.num_bytes:,} bytes ({windows})"
+
+    def open(self, config: RunConfig, cache: Path) -> tuple[TrainingBatches, Split]:
+        """Training batches and held-out windows; nothing is cached."""
+        return TrainingBatches(self.train, config.train.batch_size, config.train.seed), self.valid
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i % 256 for i in ids).decode(errors="replace")
+
+
+def open_raw_text(config: RunConfig) -> RawText:
+    """Training and validation windows of raw text as the configuration asks.
+
+    Raises:
+        DataError: nothing there, unreadable, or too short.
+    """
+    data, length = config.data, config.model.sequence_length
+    assert not isinstance(data.path, list) and not isinstance(data.valid_path, list)
+    corpus = open_corpus(data.path)
+    if data.valid_path is None:
+        return RawText(*split_corpus(corpus, length, data.holdout_every))
+    return RawText(whole_corpus(corpus, length), whole_corpus(open_corpus(data.valid_path), length))
