@@ -92,7 +92,8 @@ def make_text(path: Path, megabytes: int, recipe: str | None) -> Path:
 
 def _documents(recipe: str | None) -> Iterator[str]:
     if recipe:
-        from vqmoe_ds.data.documents import SourceOptions, plan_units, read_unit
+        from vqmoe_ds.data.documents import plan_units, read_unit
+        from vqmoe_ds.data.units import SourceOptions
 
         for unit in plan_units([f"recipe:{recipe}"], SourceOptions()):
             yield from (piece.text for piece in read_unit(unit))

@@ -86,10 +86,10 @@ GUARDED = {
         "raw numbers of a type and a shape that were checked against the file's size",
     ),
     "load_dataset": (
-        ["vqmoe_ds/data/documents.py", "vqmoe_ds/data/labelled.py", "vqmoe_ds/data/recipes.py"],
+        ["vqmoe_ds/data/tables.py", "vqmoe_ds/data/labelled.py", "vqmoe_ds/data/recipes.py"],
         "datasets 5 runs no scripts of a data set and reads no pickles; the user names the data set",
     ),
-    "ParquetFile": (["vqmoe_ds/data/documents.py"], "columns of plain types"),
+    "ParquetFile": (["vqmoe_ds/data/tables.py"], "columns of plain types"),
     "input_stream": (["vqmoe_ds/data/compressed.py"], "decompresses in stretches of a bounded size"),
     "SentencePieceProcessor": (["vqmoe_ds/data/tokenizers.py"], "a protocol buffer, from bytes"),
     "FromString": (["vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py", "vqmoe_ds/data/tokenizers.py"], "as above"),

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vqmoe_ds.data.documents import SourceOptions
 from vqmoe_ds.data.tokenizer_training import KINDS, check_output, train_tokenizer
+from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.runtime.terminal import run_tool
 
 

@@ -20,8 +20,9 @@ import pytest
 from vqmoe_ds.data import corpus
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
 from vqmoe_ds.data.corpus import open_corpus
-from vqmoe_ds.data.documents import DAMAGED, WINDOW, Skips, SourceOptions, plan_units, read_unit
+from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.labelled import open_labelled
+from vqmoe_ds.data.units import DAMAGED, WINDOW, Skips, SourceOptions
 from vqmoe_ds.evaluation import generate_command
 from vqmoe_ds.finetune import predict
 from vqmoe_ds.runtime.errors import DataError

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vqmoe_ds.data import documents as documents_module
-from vqmoe_ds.data.documents import PIECE_BYTES, Skips, SourceOptions, plan_units, read_unit
+from vqmoe_ds.data import json_lines
+from vqmoe_ds.data.documents import plan_units, read_unit
+from vqmoe_ds.data.units import PIECE_BYTES, Skips, SourceOptions
 from vqmoe_ds.runtime.errors import DataError
 
 
@@ -300,7 +301,7 @@ def test_what_is_no_file_is_passed_over_or_refused(tmp_path: Path, capsys: pytes
 
 
 def test_a_json_line_has_a_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "LONGEST_JSON", 3 << 20)
+    monkeypatch.setattr(json_lines, "LONGEST_JSON", 3 << 20)
     long = json.dumps({"text": "x" * (4 << 20)})
     for name, end in (("a.jsonl", "\n"), ("b.jsonl", "")):
         path = tmp_path / name

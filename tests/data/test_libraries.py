@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from vqmoe_ds.data.documents import _hub_data
 from vqmoe_ds.data.labelled import KNOWN_SETS, _hub_rows
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.recipes import _hub
+from vqmoe_ds.data.tables import _hub_data
 from vqmoe_ds.runtime.errors import DataError
 
 

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from vqmoe_ds.data.documents import SourceOptions, plan_units
+from vqmoe_ds.data.documents import plan_units
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer, byte_symbols
 from vqmoe_ds.data.parts import Parts
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, WordTokenizer
+from vqmoe_ds.data.units import SourceOptions
 
 LINES = "".join(f"alpha beta  gamma, delta {i} é日\n" for i in range(40_000))
 TEXT = LINES + "one line " * 12_000 + "\n" + "noborder" * 30_000 + "日本" * 40_000

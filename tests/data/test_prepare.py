@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqmoe_ds.data.documents import SourceOptions, plan_units
+from vqmoe_ds.data.documents import plan_units
 from vqmoe_ds.data.index_files import check_prefix
 from vqmoe_ds.data.prepare import build_parser, main
 from vqmoe_ds.data.spread import deal
+from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.runtime.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from vqmoe_ds.data import tokenizer_training
-from vqmoe_ds.data.documents import Piece, Skips, SourceOptions, Unit, plan_units, read_unit
+from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.tokenizer_training import check_output, sample_pieces, split_sample, train_tokenizer
 from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.data.units import Piece, Skips, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"

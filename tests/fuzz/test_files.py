@@ -48,7 +48,7 @@ from vqmoe_ds.checkpoint.resume.store import (
 )
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import open_corpus
-from vqmoe_ds.data.documents import SourceOptions, plan_units, read_unit
+from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.index_cache import SIDECAR, seal, why_unsound
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.inspect import _text as text_of_data
@@ -61,6 +61,7 @@ from vqmoe_ds.data.raw_text import split_corpus
 from vqmoe_ds.data.recipes import Recipe, _kept
 from vqmoe_ds.data.tokenizer_training import train_pieces, train_words
 from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.evaluation import generate_command
 from vqmoe_ds.experiments import measures
 from vqmoe_ds.experiments.finetuned import read_bag_of_words, read_runs, report

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
-from vqmoe_ds.data.documents import read_json
+from vqmoe_ds.data.json_lines import read_json
 from vqmoe_ds.data.libraries import library
 from vqmoe_ds.runtime.errors import DataError, one_line, shown
 from vqmoe_ds.runtime.files import why_missing

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.documents import EMPTY, Piece, Place, Skips, Unit, read_unit, text_before
+from vqmoe_ds.data.documents import read_unit, text_before
 from vqmoe_ds.data.index_files import HashedFile, smallest_dtype, write_index
 from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.units import EMPTY, Piece, Place, Skips, Unit
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import read_small, sha256_of
 

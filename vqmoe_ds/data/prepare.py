@@ -16,9 +16,10 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from vqmoe_ds.data import spread
-from vqmoe_ds.data.documents import Document, OnError, SourceOptions, Unit, plan_units
+from vqmoe_ds.data.documents import plan_units
 from vqmoe_ds.data.parts import Counts, Parts, disk_errors, merge
 from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.data.units import Document, OnError, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError, UserError
 from vqmoe_ds.runtime.files import make_folder
 from vqmoe_ds.runtime.terminal import exit_code_of

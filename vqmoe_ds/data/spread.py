@@ -17,9 +17,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from vqmoe_ds.data.documents import Unit
 from vqmoe_ds.data.parts import Counts, Parts
 from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.data.units import Unit
 from vqmoe_ds.runtime.errors import DataError
 
 Done = Callable[[Unit, Counts], None]

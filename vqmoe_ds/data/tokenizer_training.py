@@ -23,9 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vqmoe_ds.data.documents import Skips, SourceOptions, Unit, plan_units, read_unit
+from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.tokenizer_base import MOST_IDS, Tokenizer
 from vqmoe_ds.data.tokenizers import END_OF_DOCUMENT, NEWLINE, UNKNOWN, SentencePieceTokenizer, WordTokenizer
+from vqmoe_ds.data.units import Skips, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError, one_line
 from vqmoe_ds.runtime.files import why_missing
 from vqmoe_ds.runtime.memory import check_room

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
-from vqmoe_ds.data.documents import read_json
+from vqmoe_ds.data.json_lines import read_json
 from vqmoe_ds.data.labelled import joined
 from vqmoe_ds.runtime.errors import CheckpointError, DataError, UserError
 
