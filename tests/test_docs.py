@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,23 @@ def test_the_readme_begins_with_results_a_picture_and_five_lines():
     assert "![" in head and len(head.splitlines()) < 25
     commands = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("    ")]
     assert len(commands) == 5
+
+
+def test_the_architecture_has_the_rooms_in_the_order_that_is_linted():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    rooms = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    picture, _, page = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## The rooms")
+    assert re.findall(r"^    (\w+) {3,}", picture, re.MULTILINE) == rooms
+    assert re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE) == rooms
+
+
+def test_the_way_of_a_batch_names_functions_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `([\w.]+)` \|", page, re.MULTILINE)
+    assert len(steps) == 14
+    for file, name in steps:
+        scope = ast.parse((ROOT / "vqmoe_ds" / file).read_text("utf-8")).body
+        for part in name.split("."):
+            found = [node for node in scope if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part]
+            assert found, f"{file} has no {name}"
+            scope = found[0].body
