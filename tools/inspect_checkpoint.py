@@ -1,18 +1,12 @@
 #!/usr/bin/env python
-"""Show what a checkpoint holds: layout, sizes, health of codes and experts (docs/checkpoints.md).
-
-python tools/inspect_checkpoint.py runs/pretrain
-python tools/inspect_checkpoint.py runs/pretrain --verify --json
-python tools/inspect_checkpoint.py runs/one runs/two              # and how the second differs
-"""
+"""``vqmoe-inspect-checkpoint`` from a checkout; ``--help`` says what it does."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # an installed package comes first
 
-from vqmoe_ds.checkpoint.inspect import build_parser, main
-from vqmoe_ds.runtime.terminal import run_tool
+from vqmoe_ds.commands.inspect_checkpoint import main
 
 if __name__ == "__main__":
-    sys.exit(run_tool(lambda: main(build_parser(__doc__ or "").parse_args())))
+    sys.exit(main())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vqmoe_ds.config.deepspeed_json import SHIPPED
 from vqmoe_ds.config.load import (
     FieldRow,
     LoadedConfig,
@@ -20,7 +21,7 @@ from vqmoe_ds.config.load import (
 from vqmoe_ds.config.schema import Precision
 from vqmoe_ds.runtime.errors import ConfigError, one_line, shown
 
-DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+DS_CONFIG = SHIPPED / "zero2.json"
 """The default of ``--ds_config``, from whatever folder a launcher is started."""
 SHORT_NAMES = {
     "data": "data.path",

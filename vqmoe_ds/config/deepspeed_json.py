@@ -7,7 +7,9 @@ here each is one sentence before anything heavy is imported.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +24,9 @@ from vqmoe_ds.config.schema import Router, RunConfig
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
+PACKAGE = Path(__file__).resolve().parents[1]
+SHIPPED = (PACKAGE if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent) / "ds_configs"
+"""The shipped JSON files: a wheel has them in the package (setup.py), a checkout beside it."""
 TOP_LEVEL_KEYS = [
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -125,8 +130,14 @@ class EngineConfig:
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The JSON as a dictionary; unknown or unsupported top-level keys and values of another kind are refused."""
-    values = read_json(path, "DeepSpeed config")
+    """The JSON as a dictionary; unknown or unsupported top-level keys and values of another kind are refused.
+
+    ``ds_configs/NAME`` is a shipped file wherever there is no other of that name.
+    """
+    folder, name = os.path.split(path)
+    shipped = SHIPPED / name
+    here = folder != "ds_configs" or os.path.exists(path) or not os.path.isfile(shipped)
+    values = read_json(path if here else str(shipped), "DeepSpeed config")
     if not isinstance(values, dict):
         raise ConfigError(f"DeepSpeed config {path} must be a JSON object, not {shown(values)}")
     for key in values:

@@ -35,7 +35,8 @@ from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, Use
 from vqmoe_ds.runtime.files import make_folder, open_regular
 from vqmoe_ds.train.pretrain import fit_to_tokenizer
 
-LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+ROOT = Path(__file__).resolve().parents[2]
+"""Where Python finds the package."""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make a run part of another one."""
 _LAST = 1 << 20
@@ -59,7 +60,7 @@ class Job:
     run: Run
     config: EngineConfig
     arguments: list[str]
-    """Of ``launchers/pretrain.py``."""
+    """Of ``vqmoe_ds.commands.pretrain``."""
     wanted: Evaluation | None
     """How it is to be scored once it is trained."""
 
@@ -219,7 +220,7 @@ class Runner:
     def _train_and_evaluate(self, job: Job, lock: int) -> str | None:
         log = job.run.folder / "run.log"
         if not job.summary.exists():
-            failure = self._execute(job, [str(LAUNCHERS / "pretrain.py"), *job.arguments], log, lock)
+            failure = self._execute(job, ["vqmoe_ds.commands.pretrain", *job.arguments], log, lock)
             if failure is not None:
                 return failure
         if job.wanted is not None and not job.evaluated(job.wanted):
@@ -227,14 +228,15 @@ class Runner:
         return None
 
     def _execute(self, job: Job, command: list[str], log: Path, lock: int) -> str | None:
-        """Run a launcher to its end; returns a sentence if it failed."""
+        """Run a module to its end; returns a sentence if it failed."""
         environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
         if self.workers > 1:  # else the launcher takes all cores
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
         with log.open("ab") as output:
             # The child holds the lock too: a killed tool leaves no second process in the same folder.
             process = subprocess.Popen(
-                [*self.prefix, sys.executable, *command],
+                [*self.prefix, sys.executable, "-P", "-m", *command],  # -P: the modules of this folder are not ours
                 stdout=output,
                 stderr=output,
                 env=environment,
@@ -259,7 +261,7 @@ def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
     corrupt = [part for spec in wanted.corrupt for part in ("--corrupt", spec)]
     stride = [] if wanted.stride is None else ["--stride", str(wanted.stride)]
     options = [*corrupt, *stride, "--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
-    return [str(LAUNCHERS / "evaluate.py"), str(job.run.folder), *options]
+    return ["vqmoe_ds.commands.evaluate", str(job.run.folder), *options]
 
 
 def _last_words(log: Path) -> str:

@@ -19,7 +19,8 @@ INTERVAL = 1.0
 """Seconds between two looks."""
 _LAUNCHER = re.compile(
     r"(.*/)?(deepspeed|deepspeed.pt|ds|torchrun|mpirun|mpiexec|mpiexec.hydra|orterun|prterun|orted|prted|hydra_pmi_proxy"
-    r"|hydra_bstrap_proxy|accelerate|slurm/node\.py|tools/compare_routers\.py)"
+    r"|hydra_bstrap_proxy|accelerate|slurm/node\.py|tools/compare_routers\.py"
+    r"|vqmoe-compare-routers|vqmoe_ds\.commands\.compare_routers)"
     r"|.*/deepspeed/launcher/(launch|runner)\.py|deepspeed\.launcher\.(launch|runner)|torch\.distributed\.(run|launch)"
 )
 _NODE_OF_DEEPSPEED = re.compile(r"deepspeed\.launcher\.launch|.*/deepspeed/launcher/launch\.py")

@@ -1,0 +1,44 @@
+"""Commands: ``vqmoe-a-b`` is the module ``vqmoe_ds.commands.a_b``, which a file of ``launchers/`` or ``tools/`` calls."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from vqmoe_ds.runtime.terminal import run_tool
+
+
+def run(command: ModuleType, doc: str | None) -> int:
+    """Run a command of one process; its exit code.
+
+    Args:
+        command: has ``build_parser(description)`` and ``main(options)``.
+        doc: what the command is for, with examples, as ``usage`` takes it.
+    """
+    return run_tool(lambda: command.main(command.build_parser(usage(doc)).parse_args()))
+
+
+def usage(doc: str | None) -> str:
+    """The docstring of a command, whose examples start it as this process was started.
+
+    They are written for an installed package: ``vqmoe-NAME``, after ``deepspeed --no_python`` for several ranks. A file
+    of a checkout, or a module (``python -m``), is shown in place of that.
+    """
+    started = Path(sys.argv[0])
+    if started.suffix != ".py":
+        return doc or ""
+    if started.parent.name == "commands":
+        name, alone, ranks = started.stem, "python -m ", "--module "
+        target = f"{__name__}.{name}"
+    else:
+        name, alone, ranks = DOORS.get(started.name, started.stem), "python ", ""
+        target = f"{started.resolve().parent.name}/{started.name}"
+    command = f"vqmoe-{name.replace('_', '-')}"
+    text = (doc or "").replace(f"--no_python {command}", ranks + target)
+    return re.sub(rf"{command}(?![\w-])", alone + target, text)
+
+
+DOORS = {"convert_checkpoint.py": "convert", "prepare_data.py": "prepare"}
+"""Files of ``tools/`` whose command has a shorter name."""
