@@ -92,7 +92,7 @@ GUARDED = {
     "ParquetFile": (["vqmoe_ds/data/tables.py"], "columns of plain types"),
     "input_stream": (["vqmoe_ds/data/compressed.py"], "decompresses in stretches of a bounded size"),
     "SentencePieceProcessor": (["vqmoe_ds/data/tokenizers.py"], "a protocol buffer, from bytes"),
-    "FromString": (["vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py", "vqmoe_ds/data/tokenizers.py"], "as above"),
+    "FromString": (["vqmoe_ds/data/tokenizers.py"], "as above"),
     "from_str": (
         ["vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py", "vqmoe_ds/data/json_tokenizer.py"],
         "JSON, parsed in Rust",
@@ -102,14 +102,7 @@ GUARDED = {
         "lm-evaluation-harness's own command: its tasks are code (!function), and the user's to choose",
     ),
     "import_module": (
-        [
-            *(
-                "vqmoe_ds/checkpoint/formats/huggingface/tokenizer.py",
-                "vqmoe_ds/data/libraries.py",
-                "vqmoe_ds/data/tokenizers.py",
-            ),
-            "vqmoe_ds/models/build.py",
-        ],
+        ["vqmoe_ds/runtime/extras.py"],
         "installed packages by names that stand in the source",
     ),
 }

@@ -1,4 +1,4 @@
-"""Commands: ``vqmoe-a-b`` is the module ``vqmoe_ds.commands.a_b``, which a file of ``launchers/`` or ``tools/`` calls."""
+"""Commands: ``vqmoe-a-b`` is the module ``vqmoe_ds.commands.a_b``; files of ``launchers/`` and ``tools/`` call it."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import open_regular
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -169,8 +170,7 @@ def _after_padding(data: bytes, file: BinaryIO) -> bytes:
 
 
 def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    import pyarrow as pa
-
+    pa = library("pyarrow", "reading Zstandard", DataError)
     try:
         with pa.input_stream(file, compression="zstd") as stream:
             while block := stream.read(_MOST):

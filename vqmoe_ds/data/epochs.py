@@ -18,13 +18,13 @@ import numpy as np
 import torch.distributed as dist
 
 from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
-from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.portions import HELD_OUT, Portion, members
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.extras import library
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about optional GPU libraries
-    library("megatron.core", "megatron-core<0.17", "prepared data")
+    library("megatron.core", "prepared data", DataError)
     from megatron.core.datasets import blended_dataset, gpt_dataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig

@@ -21,11 +21,11 @@ import numpy as np
 from vqmoe_ds.config.schema import DataConfig, RunConfig
 from vqmoe_ds.data.batches import MASKED, Batch
 from vqmoe_ds.data.index_files import check_index, check_prefix
-from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.portions import HELD_OUT, Portion, Prefix
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small
 
 UNKNOWN = "unknown"
@@ -389,7 +389,7 @@ def _pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Whose turn it is (int16), and its how many-th (int64), for every sample of a blend until it starts again."""
     if len(weights) == 1:
         return np.zeros(1, dtype=np.int16), np.zeros(1, dtype=np.int64)
-    helpers = library("megatron.core.datasets.helpers", "megatron-core<0.17", "blending prepared data")
+    helpers = library("megatron.core.datasets.helpers", "blending prepared data", DataError)
     turns, numbers = np.zeros(BLEND, dtype=np.int16), np.zeros(BLEND, dtype=np.int64)
     shares = np.array(weights) / sum(weights)
     helpers.build_blending_indices(turns, numbers, shares, len(weights), BLEND, False)

@@ -24,6 +24,7 @@ from vqmoe_ds.data.tokenizer_base import (
     require_utf8,
 )
 from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small
 
 FILE = "tokenizer.json"
@@ -51,10 +52,9 @@ class JsonTokenizer(Tokenizer):
         self, content: str, eod: int | None = None, checksum: str | None = None, name: str | Path = FILE
     ) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-        from tokenizers import Tokenizer as Fast
-
+        self._reader = library("tokenizers", "reading tokenizer.json", DataError).Tokenizer
         try:
-            self._fast, options = Fast.from_str(content), json.loads(content)
+            self._fast, options = self._reader.from_str(content), json.loads(content)
             self._read_options(options)
         except BaseException as error:
             if not _of_library(error):
@@ -98,13 +98,11 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def _inside(self) -> Any:
         """The same tokenizer that puts nothing before a text."""
-        from tokenizers import Tokenizer as Fast
-
         options = json.loads(self.content)
         parts = {name: _unprefixed(options.get(name)) for name in ("normalizer", "pre_tokenizer")}
         if all(options.get(name) == part for name, part in parts.items()):
             return self._fast
-        return _as_text(Fast.from_str(json.dumps(options | parts)))
+        return _as_text(self._reader.from_str(json.dumps(options | parts)))
 
     def _encode(self, fast: Any, text: str) -> np.ndarray:
         try:

@@ -20,8 +20,8 @@ import numpy as np
 
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
 from vqmoe_ds.data.json_lines import read_json
-from vqmoe_ds.data.libraries import library
 from vqmoe_ds.runtime.errors import DataError, one_line, shown
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import why_missing
 from vqmoe_ds.runtime.memory import free_bytes
 
@@ -418,7 +418,7 @@ def _json_rows(path: Path, lines: Iterator[str], columns: Columns) -> Iterator[_
 
 
 def _hub_rows(known: KnownSet, split: Split, cache_dir: str | None) -> Iterator[_Row]:
-    load_dataset = library("datasets", "datasets<6", "reading from the Hugging Face hub").load_dataset
+    load_dataset = library("datasets", "reading from the Hugging Face hub", DataError).load_dataset
     try:
         rows = load_dataset(known.hub, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and datasets' errors derive from these

@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqmoe_ds.data.libraries import library
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small, sha256_of
 
 
@@ -323,7 +323,7 @@ def _grouped(lines: Iterable[str], starts: re.Pattern[str]) -> Iterator[str]:
 
 def _hub(*source: str, **options: Any) -> Iterator[str]:
     """The ``text`` of each row of a data set, streamed."""
-    load_dataset = library("datasets", "datasets<6", "reading from the Hugging Face hub").load_dataset
+    load_dataset = library("datasets", "reading from the Hugging Face hub", DataError).load_dataset
     try:
         for row in load_dataset(*source, streaming=True, **options):
             yield row["text"]

@@ -21,6 +21,7 @@ from vqmoe_ds.data.parts import Counts, Parts
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import Unit
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.extras import library
 
 Done = Callable[[Unit, Counts], None]
 """Called in the first process for every part that is finished; what it raises ends the work."""
@@ -118,6 +119,7 @@ def world(ranks: int) -> Any:
         DataError: mpi4py is missing, or made for another MPI than the launcher's.
     """
     try:
+        library("mpi4py", "preparing data on several ranks", DataError)
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

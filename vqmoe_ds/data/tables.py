@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from vqmoe_ds.data.libraries import library
 from vqmoe_ds.data.units import (
     BAD_UTF8,
     DAMAGED,
@@ -26,6 +25,7 @@ from vqmoe_ds.data.units import (
     some_of,
 )
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import open_regular
 
 
@@ -83,8 +83,7 @@ def read_parquet(span: Span, options: SourceOptions, skips: Skips) -> Iterator[P
 
 @contextmanager
 def _parquet(path: str) -> Iterator[Any]:
-    import pyarrow.parquet as pq
-
+    pq = library("pyarrow.parquet", "reading Parquet", DataError)
     with open_regular(path, links=True) as stream, pq.ParquetFile(stream) as file:
         yield file
 
@@ -137,7 +136,7 @@ def read_hub(span: Span, options: SourceOptions, skips: Skips) -> Iterator[Piece
 
 @lru_cache(maxsize=4)
 def _hub_data(path: str, streaming: bool, cache_dir: str | None) -> Any:
-    datasets = library("datasets", "datasets<6", "reading from the Hugging Face hub")
+    datasets = library("datasets", "reading from the Hugging Face hub", DataError)
     name, config, split = [*path.removeprefix("hub:").split(":", 2), "", ""][:3]
     datasets.disable_progress_bars()
     try:

@@ -25,7 +25,14 @@ from tqdm import tqdm
 
 from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.tokenizer_base import MOST_IDS, Tokenizer
-from vqmoe_ds.data.tokenizers import END_OF_DOCUMENT, NEWLINE, UNKNOWN, SentencePieceTokenizer, WordTokenizer
+from vqmoe_ds.data.tokenizers import (
+    END_OF_DOCUMENT,
+    NEWLINE,
+    UNKNOWN,
+    SentencePieceTokenizer,
+    WordTokenizer,
+    sentencepiece,
+)
 from vqmoe_ds.data.units import Skips, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError, one_line
 from vqmoe_ds.runtime.files import why_missing
@@ -187,12 +194,10 @@ def train_words(texts: Iterable[str], vocab_size: int) -> WordTokenizer:
 
 def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
     """A lossless SentencePiece model: ``decode(encode(text)) == text`` for every text."""
-    from sentencepiece import SentencePieceTrainer
-
     model = io.BytesIO()
     try:
         _interruptible(
-            SentencePieceTrainer.train,
+            sentencepiece().SentencePieceTrainer.train,
             sentence_iterator=_lines(texts),
             model_writer=model,
             model_type=kind,

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from importlib import import_module
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from vqmoe_ds.data.tokenizer_base import (
     require_utf8,
 )
 from vqmoe_ds.runtime.errors import DataError, shown
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import why_missing
 
 UNKNOWN, NEWLINE, END_OF_DOCUMENT = "<unk>", "<eos>", "<eod>"
@@ -62,14 +62,13 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, name: str = "the SentencePiece model") -> None:
-        from sentencepiece import SentencePieceProcessor
-
+        library = sentencepiece()
         try:
-            self._pieces = SentencePieceProcessor(model_proto=model)
+            self._pieces = library.SentencePieceProcessor(model_proto=model)
             size = self._pieces.get_piece_size() if model else 0
             self._bytes = [i for i in range(size) if self._pieces.is_byte(i)]
             self._words = _word_cache(self._pieces, model) if len(self._bytes) == 256 else None
-            spec = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model).normalizer_spec
+            spec = sentencepiece_proto(model).normalizer_spec
             self._puts_space, self._drops_spaces = spec.add_dummy_prefix, spec.remove_extra_whitespaces
         except Exception:  # whatever the libraries say of a damaged file
             size = 0
@@ -112,7 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _other(self) -> SentencePieceTokenizer:
         """The same model that puts a space before a text where this one does not, and does not where this one does."""
-        proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(self._model)
+        proto = sentencepiece_proto(self._model)
         proto.normalizer_spec.add_dummy_prefix = not self._puts_space
         return SentencePieceTokenizer(proto.SerializeToString())
 
@@ -168,9 +167,24 @@ class _WordCache(dict[str, bytes]):
         return np.frombuffer(b"".join(map(self.__getitem__, self.WORD.findall(text))), dtype=np.int32)
 
 
+def sentencepiece() -> Any:
+    """The library, its protocol buffers loaded too.
+
+    Raises:
+        DataError: it is not installed, or protobuf is not.
+    """
+    library("sentencepiece.sentencepiece_model_pb2", "a SentencePiece tokenizer", DataError)
+    return library("sentencepiece", "a SentencePiece tokenizer", DataError)
+
+
+def sentencepiece_proto(model: bytes) -> Any:
+    """A SentencePiece model, as its protocol buffer describes it."""
+    return sentencepiece().sentencepiece_model_pb2.ModelProto.FromString(model)
+
+
 def _word_cache(pieces: Any, model: bytes) -> _WordCache | None:
     """A cache for BPE models that leave the text as it is and never join two words or a word and a line break."""
-    proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model)
+    proto = sentencepiece_proto(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     changes_text = (
         normalizer.precompiled_charsmap

@@ -22,16 +22,17 @@ from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, win
 from vqmoe_ds.moe.routers import require_causal
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.terminal import run_tool
 
 try:
+    library("lm_eval", "this command")
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-except ModuleNotFoundError:
-    sentence = "the lm-evaluation-harness is not installed; pip install '.[eval]'"
+except ConfigError as error:
     if __name__ == "__main__":
-        sys.exit(f"error: {sentence}")
-    raise ModuleNotFoundError(sentence, name="lm_eval") from None
+        sys.exit(error.report())
+    raise
 
 
 @register_model("vqmoe")

@@ -30,6 +30,7 @@ def make_report(
     """
     folder = Path(out)
     try:
+        pyplot()  # without which there is no page
         with _writable(folder):
             make_folder(folder)
         report = measure()

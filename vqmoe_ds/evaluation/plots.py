@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.extras import library
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito, Color Universal Design (2008); yellow last, for it is faint on white."""
 LINES = ("-", "--", ":", "-.")
 """One after the other, each time the colours are used up."""
+
+
+class NoPictures(ConfigError):
+    """Matplotlib is not installed."""
+
+
+@contextmanager
+def drawing(say: Callable[[str], None]) -> Iterator[None]:
+    """In this context pictures are drawn, or where Matplotlib is missing left out, which is said."""
+    try:
+        yield
+    except NoPictures as missing:
+        say(f"pictures are left out: {missing}")
 
 
 def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token", data: str = "") -> None:
@@ -59,10 +77,10 @@ def draw_usage(counts_LN: Tensor, usage_LK: Tensor | None) -> Any:
 
     White is the mean, red more and blue less; the deepest blue is a choice that no token takes.
     """
+    plt = pyplot()
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
-    plt = pyplot()
     parts = [("expert", counts_LN)] + ([("code", usage_LK)] if usage_LK is not None else [])
     height = sum(1.2 + 0.3 * len(counts) for _, counts in parts)
     figure, all_axes = plt.subplots(len(parts), 2, figsize=(9, height), squeeze=False, width_ratios=(50, 1))
@@ -146,10 +164,11 @@ def pyplot() -> Any:
     """Matplotlib, loaded at its first use and without a display, with the settings of all figures.
 
     No text is taken for a formula: names of runs, classes and files may have dollar signs.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
+    Raises:
+        NoPictures: it is not installed.
+    """
+    library("matplotlib", "drawing", NoPictures).use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=OKABE_ITO)

@@ -6,12 +6,15 @@ Legend: B windows, S positions, V vocabulary.
 from __future__ import annotations
 
 import re
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.extras import library
 
 
 class Labels(NamedTuple):
@@ -99,8 +102,9 @@ def parts_of_speech(tokens_BS: Tensor, pieces: list[bytes]) -> Labels | None:
     package, so nothing is downloaded.
     """
     try:
-        import textblob.en  # noqa: F401
-    except ModuleNotFoundError:
+        library("textblob.en", "part of speech is left out, for it")
+    except ConfigError as missing:
+        print(missing, file=sys.stderr)
         return None
     rows = [_tag_window([pieces[i] for i in row]) for row in tokens_BS.tolist()]
     return Labels(torch.tensor([[_NAMES.index(name) for name in row] for row in rows]), _NAMES)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.evaluation.plots import pyplot, save
+from vqmoe_ds.evaluation.plots import drawing, pyplot, save
 from vqmoe_ds.evaluation.statistics import mean_of, paired_difference
 from vqmoe_ds.experiments.measures import number, read_json, readable, whole
 from vqmoe_ds.experiments.page import Page, Table
@@ -63,10 +63,11 @@ def main(options: argparse.Namespace) -> int:
             folder = Path(options.out)
             make_folder(folder)
             write_atomically(folder / "table.md", page.markdown())
-            if len({run.shots for run in runs if ACCURACY in run.values}) > 1:
-                plot_shots(folder / "shots.png", runs)
-            if any(run.curve for run in runs):
-                plot_steps(folder / "steps.png", runs)
+            with drawing(print):
+                if len({run.shots for run in runs if ACCURACY in run.values}) > 1:
+                    plot_shots(folder / "shots.png", runs)
+                if any(run.curve for run in runs):
+                    plot_steps(folder / "steps.png", runs)
     except UserError as error:
         return error.report()
     except OSError as error:

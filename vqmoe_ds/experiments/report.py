@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.evaluation.plots import plot_curves, plot_differences
+from vqmoe_ds.evaluation.plots import drawing, plot_curves, plot_differences
 from vqmoe_ds.evaluation.statistics import Difference, Mean, mean_of, paired_difference
 from vqmoe_ds.experiments import measures
 from vqmoe_ds.experiments.budget import Budget
@@ -182,6 +182,11 @@ def _show(page: Page, section: dict[str, Any], folder: Path, number: int) -> Non
     _show_differences(page, section)
     page.add(HEALTH_NOTE)
     page.add(_health_table(section))
+    with drawing(page.add):
+        _draw(page, section, folder, number)
+
+
+def _draw(page: Page, section: dict[str, Any], folder: Path, number: int) -> None:
     curves, forest = f"curves-{number}.png", f"differences-{number}.png"
     entries = section["entries"]
     plot_curves(folder / curves, {name: entry["curve"] for name, entry in entries.items()}, section["unit"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from vqmoe_ds.data.labelled_batches import (
     rare_classes,
 )
 from vqmoe_ds.data.tokenizer_base import Tokenizer
-from vqmoe_ds.evaluation.plots import pyplot, save
+from vqmoe_ds.evaluation.plots import NoPictures, pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.finetune.callbacks import BestReport
 from vqmoe_ds.finetune.config import classifier_config
@@ -191,7 +192,8 @@ def report(session: Session, splits: Splits, folder: Path) -> tuple[dict[str, An
     found = judge(test, splits.test.classes)
     if session.place.rank == 0:
         write_predictions(folder / "predictions.csv", splits.test, test)
-        plot_confusion(folder / "confusion.png", test, splits.test.classes)
+        with suppress(NoPictures):  # said where the losses are drawn
+            plot_confusion(folder / "confusion.png", test, splits.test.classes)
     summary = {**validation.row(), "test_loss": test.loss, **{f"test_{name}": value for name, value in found.items()}}
     return summary, f"test accuracy {test.accuracy:.2%}, macro-F1 {found['macro_f1']:.4f}; validation {validation}"
 

@@ -17,8 +17,8 @@ from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, Trainable
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
-from vqmoe_ds.models.build import require_peft
 from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.extras import library
 
 COLUMNS = {"text_column": "finetune.text_key", "label_column": "finetune.label_key"}
 """Options and the fields that they set."""
@@ -62,7 +62,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
     loaded = load_config(file=args.config, overrides=overrides, base=base)
     check_sizes(loaded, source, args.checkpoint)
     if loaded.config.finetune.lora_rank:
-        require_peft()
+        library("peft", "finetune.lora_rank")
     return loaded
 
 

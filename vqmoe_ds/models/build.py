@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from vqmoe_ds.config.schema import FinetuneConfig, Router, RunConfig, Trainable
 from vqmoe_ds.models.classifier import Classifier
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers.base import drawn
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.extras import library
 
 ADAPTED = r".*\.attention\.(qkv|out)"
 """The attention's matrices, which get LoRA adapters."""
@@ -77,20 +75,8 @@ def learns(name: str, config: RunConfig) -> bool:
     return (".mlp." if config.moe.router is Router.DENSE else ".experts.") in name
 
 
-def require_peft() -> None:
-    """Raises: ConfigError: the package peft is missing."""
-    try:
-        import_module("peft")
-    except ImportError:
-        raise ConfigError(
-            "finetune.lora_rank needs the Python package peft; pip install '.[lora]', or set it to 0"
-        ) from None
-
-
 def _add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
     """LoRA (Hu 2021) on every attention: ``W x + alpha / r B A x``."""
-    require_peft()
-    from peft import LoraConfig, inject_adapter_in_model
-
-    options = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=ADAPTED)
-    inject_adapter_in_model(options, model)
+    peft = library("peft", "finetune.lora_rank")
+    options = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=ADAPTED)
+    peft.inject_adapter_in_model(options, model)

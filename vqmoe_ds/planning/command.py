@@ -85,6 +85,8 @@ def _plan(options: argparse.Namespace) -> int:
     from vqmoe_ds.planning.parameters import count
     from vqmoe_ds.runtime.files import write_atomically
 
+    if options.figure:
+        report.pyplot()
     offload = (False, True) if options.offload else (False,)
     choices = Choices(
         *(options.zero, options.ep_size, options.micro_batch, options.precision),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqmoe_ds.runtime.errors import ConfigError, shown
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.parents import process
 
 
@@ -263,8 +264,7 @@ def _ask_mpi(place: Place) -> tuple[str, int]:
     """Rank 0 takes a free port and tells the others through MPI, which then has done its duty."""
     mend = "set MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
     try:
-        import mpi4py
-
+        mpi4py = library("mpi4py", "mpirun without MASTER_ADDR and MASTER_PORT")
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -20,13 +20,14 @@ from vqmoe_ds.checkpoint.resume.store import forget_best_after, read_best, tag_n
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
-from vqmoe_ds.evaluation.plots import plot_loss, plot_usage
+from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.runtime.console import Console
-from vqmoe_ds.runtime.errors import TrainingHalted
+from vqmoe_ds.runtime.errors import ConfigError, TrainingHalted
+from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.runtime.stopping import STOP, Interrupted
 from vqmoe_ds.train.health import CommunicationMeter, health_line
@@ -39,7 +40,7 @@ PATIENCE = 10.0
 class MetricsFile:
     """``metrics.jsonl`` and TensorBoard events, written by rank 0; on resume, rows past the checkpoint are dropped."""
 
-    def __init__(self, run_dir: Path, rank: int, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, rank: int, resumed_step: int, say: Callable[[str], None]) -> None:
         self.path, self.writing = run_dir / "metrics.jsonl", rank == 0
         self.rows: list[dict[str, Any]] = []
         self._board: Any = None
@@ -48,6 +49,11 @@ class MetricsFile:
         if self.path.exists():
             self.rows = [row for row in _read_rows(self.path) if row["step"] <= resumed_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        try:
+            library("tensorboard", "that")
+        except ConfigError as missing:
+            say(f"events for TensorBoard are left out: {missing}")
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
@@ -61,6 +67,8 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that presupposes it
+        if self._board is None:
+            return
         for name, value in row.items():
             if isinstance(value, list):
                 for layer, entry in enumerate(value):
@@ -329,7 +337,8 @@ class FinalReport(Callback):
         self.console.say(f"validation {score} on {told} held-out windows")
         if text:
             self.console.say(f"--- sample ---\n{text}\n--------------")
-        self.console.say(f"everything is in {self.run_dir} (start with summary.json, loss.png, usage.png)")
+        found = [name for name in ("summary.json", "loss.png", "usage.png") if (self.run_dir / name).exists()]
+        self.console.say(f"everything is in {self.run_dir} (start with {', '.join(found)})")
 
     def _tell_at_times(self) -> Callable[[int, int], None]:
         """Says how far the closing validation is, every ten seconds."""
@@ -364,9 +373,10 @@ class FinalReport(Callback):
             "last_metrics": trainer.last_metrics,
             "sample": text,
         }
-        plot_loss(self.run_dir / "loss.png", self.file.rows, data=self.data.summary())
-        if session.model.moe_layers():
-            plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
+        with drawing(self.console.say):
+            plot_loss(self.run_dir / "loss.png", self.file.rows, data=self.data.summary())
+            if session.model.moe_layers():
+                plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
         # Last, for it says that the run is finished.
         write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
 

@@ -40,7 +40,7 @@ class Opened:
 
     def metrics_file(self) -> MetricsFile:
         job = self.job
-        file = MetricsFile(job.run_dir, job.place.rank, -1 if self.tag is None else self.step)
+        file = MetricsFile(job.run_dir, job.place.rank, -1 if self.tag is None else self.step, job.console.say)
         file.note("configuration", f"```yaml\n{to_yaml(job.config.run)}\n```", self.step)
         return file
 

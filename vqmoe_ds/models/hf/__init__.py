@@ -4,7 +4,13 @@ The files beside this one are the very files that exported folders carry, so the
 without this package.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from vqmoe_ds.runtime.extras import library
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+except ModuleNotFoundError:
+    library("transformers", "the Hugging Face model")  # says where it comes from
+    raise
 
 from vqmoe_ds.models.hf.configuration_vqmoe import VQMoEConfig
 from vqmoe_ds.models.hf.modeling_vqmoe import VQMoEForCausalLM, VQMoEForSequenceClassification, VQMoEModel

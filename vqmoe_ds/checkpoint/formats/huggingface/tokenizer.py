@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer, byte_symbols
 from vqmoe_ds.data.tokenizer_base import SPACE_MARK, Tokenizer
-from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, sentencepiece_proto
 from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.extras import library
 
 END, PAD = "<|endofdocument|>", "<|pad|>"
 UNUSED_BYTE = 255
@@ -72,6 +72,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_len
     Raises:
         CheckpointError: a kind of tokenizer, or a model, that has no equal there.
     """
+    library("tokenizers", "a tokenizer for Hugging Face", CheckpointError)
     pieces: list[str] = []
     if isinstance(tokenizer, ByteTokenizer):
         fast, names = _byte_level(vocab_size > tokenizer.eod), {"pad_token": PAD}
@@ -138,7 +139,7 @@ def _from_sentencepiece(source: SentencePieceTokenizer) -> tuple[Any, dict[str, 
     Raises:
         CheckpointError: there is none, for a reason that is known.
     """
-    proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(source._model)
+    proto = sentencepiece_proto(source._model)
     _refuse_what_is_known(proto, source)
     return *_converted(proto, source), [piece.piece.replace(SPACE_MARK, " ") for piece in proto.pieces]
 
