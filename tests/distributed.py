@@ -89,7 +89,7 @@ def _gather(answers: list[Connection], deadline: float, timeout: float) -> list[
         for answer in ready:
             rank = next(r for r, a in enumerate(answers) if a is answer)
             try:
-                succeeded, payload = pickle.loads(answer.recv_bytes())  # type: ignore[union-attr]
+                succeeded, payload = pickle.loads(answer.recv_bytes())
             except EOFError:
                 raise RankFailure(f"rank {rank} died without an answer") from None
             if not succeeded:

@@ -126,7 +126,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_commands_of_a_wheel_in_an_empty_folder(installed, folder):
     where = "import vqmoe_ds; print(vqmoe_ds.__file__)"
-    assert str(installed.parent) in _run(installed, folder, "python", "-c", where)
+    package = Path(_run(installed, folder, "python", "-c", where)).parent
+    assert installed.parent in package.parents and (package / "py.typed").exists()
     assert {path.name for path in installed.glob("vqmoe-*")} == set(PROJECT["scripts"])
     _run(installed, folder, "vqmoe-pretrain", *OPTIONS, "--run_dir", "alone")
     assert json.loads((folder / "alone/summary.json").read_text())["steps"] == 2

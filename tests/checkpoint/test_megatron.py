@@ -88,7 +88,7 @@ def let_megatron_run_on_cpu() -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     torch._dynamo.config.disable = True  # its fused activations would be compiled
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[return-value]
     CudaRNGStatesTracker.fork = lambda self, name=None: nullcontext()
     utils.te_general_gemm = None
     grouped.assert_grouped_gemm_is_available = lambda: None

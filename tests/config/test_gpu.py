@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from launchers.pretrain import build_parser as pretrain_parser
-from launchers.pretrain import dry_run
+from vqmoe_ds.config.cli import build_parser as pretrain_parser
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.gpu import WIDTH_STEP, attention_hint, check_widths
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.planning import command as plan
+from vqmoe_ds.planning import dry_run
 from vqmoe_ds.runtime.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -45,6 +45,6 @@ def test_a_defect_of_this_package_keeps_its_traceback():
     from vqmoe_ds.runtime.errors import one_line
 
     with pytest.raises(TypeError), refusals("ds.json"):
-        one_line(5)  # type: ignore[arg-type]
+        one_line(5)
     with pytest.raises(MemoryError), refusals("ds.json"):
         raise MemoryError

@@ -247,7 +247,9 @@ def test_forged_values_that_lead_nowhere_are_a_sentence(kind: str, value: int, c
 # ------------------------------------------------------------------ what stays
 
 
-def _run_on(rank: int, world: int, config: RunConfig, cache: str, first: int, batches: int) -> list[np.ndarray]:
+def _run_on(
+    rank: int, world: int, config: RunConfig, cache: str, first: int, batches: int
+) -> list[tuple[np.ndarray, list[str]]]:
     """Inputs of the batches from sample ``first`` on, and after each the names of the folders that are there."""
     stream = open_indexed_text(config).open(config, Path(cache))[0]
     found = []

@@ -89,7 +89,7 @@ def test_a_text_has_the_logits_it_would_have_alone(case):
 
 
 def _measure_on_two(rank: int, world: int, cases: list[str]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    return [tuple(_measure(config_of(case), width, world, rank) for width in (9, 16)) for case in cases]  # type: ignore[misc]
+    return [tuple(_measure(config_of(case), width, world, rank) for width in (9, 16)) for case in cases]
 
 
 def test_nothing_depends_on_the_padding_with_experts_on_two_ranks():

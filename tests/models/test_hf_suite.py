@@ -126,7 +126,7 @@ MAPPINGS = {
 }
 
 
-class _Suite(ModelTesterMixin, GenerationTesterMixin):  # type: ignore[misc, valid-type]
+class _Suite(ModelTesterMixin, GenerationTesterMixin):  # type: ignore[valid-type]
     options: ClassVar[dict[str, Any]]
     all_model_classes = (VQMoEModel, VQMoEForCausalLM, VQMoEForSequenceClassification)
     all_generative_model_classes = (VQMoEForCausalLM,)

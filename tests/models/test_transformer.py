@@ -125,7 +125,7 @@ def test_one_plan_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls == want, case
 
 
-def _train_step(case: str, recompute: bool) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor]:
+def _train_step(case: str, recompute: bool) -> tuple[Tensor, dict[str, Tensor | None], Tensor, Tensor, Tensor]:
     model = MoETransformer(_config(case, {"activation_checkpointing": recompute}))
     tokens_BS = _tokens()
     loss, aux = model(tokens_BS[:, :-1], tokens_BS[:, 1:])

@@ -242,7 +242,8 @@ def _early_and_late(rank: int, world: int, rule: str) -> dict[str, bool]:
         dist.all_reduce(gradient)  # backward's own, on the same group
         found["gradients"] &= bool((gradient == world * step + sum(range(world))).all())
         taken = step % 5 != 3
-        for sync in (*syncs, *router_syncs):
+        both: list[CodebookSync | RouterSync] = [*syncs, *router_syncs]
+        for sync in both:
             sync.step() if taken else sync.skip()
         pending = [banks[1].pending, routers[1].pending]
         if not taken:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ WIDTH, HIDDEN, EXPERTS, TOKENS = 12, 10, 4, 24
 # Lookups, gates and code offsets are float32 by design; where none takes part, float64 goes all the way.
 FLOAT32, FLOAT64 = 2e-6, 1e-12
 
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "discrete only": ({"top_k": 0}, {}),
     "discrete only, blended": ({"top_k": 0, "code_blend": 0.5}, {}),
     "discrete only, the paper's input": ({"top_k": 0, "code_blend": 1.0}, {"commitment_weight": 0.25}),

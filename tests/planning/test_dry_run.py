@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from launchers.pretrain import build_parser, dry_run
+from vqmoe_ds.config.cli import build_parser
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.planning import memory
+from vqmoe_ds.planning import dry_run, memory
 from vqmoe_ds.planning.parameters import count, meta_model
 from vqmoe_ds.planning.speed import members
 from vqmoe_ds.planning.traffic import Over

@@ -373,11 +373,12 @@ def test_evaluation_refuses_a_gpu_without_bf16_before_the_ranks_meet(monkeypatch
 def restored() -> Any:
     """PyTorch's switches as they were."""
     mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn, fill = torch.backends.cuda.cudnn_sdp_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    cudnn, fill = torch.backends.cuda.cudnn_sdp_enabled(), deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(mode, warn_only=warns)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.mark.parametrize(("gpus", "exact", "strict"), [(1, True, True), (1, False, False), (0, True, False)])

@@ -53,7 +53,7 @@ print("ended by", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), STOP.reaso
 
 
 def _start(code: str, **more: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", _HEAR + code], stdout=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
+    return subprocess.Popen([sys.executable, "-c", _HEAR + code], stdout=subprocess.PIPE, text=True, **more)
 
 
 def _ready(process: subprocess.Popen[str]) -> None:

@@ -10,12 +10,12 @@ A folder holds one run, or those of --seeds and --shots. The first name is the m
 import sys
 
 from vqmoe_ds.commands import run
-from vqmoe_ds.finetune import compare
+from vqmoe_ds.experiments import finetuned
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
-    return run(compare, __doc__)
+    return run(finetuned, __doc__)
 
 
 if __name__ == "__main__":
