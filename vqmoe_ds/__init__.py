@@ -3,7 +3,7 @@
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Idle OpenMP threads spin for milliseconds by default and take the cores from the threads that run the experts on CPU
 # (moe/workers.py). OpenMP reads this when torch is first imported, so it is set here, before that.
