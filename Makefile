@@ -9,6 +9,7 @@
 # make test-gpu   on a machine with a GPU, with its own python3: that what only a GPU runs is right (docs/gpu.md)
 # make bench-gpu  the same machine: all ten checks of benchmarks/gpu.py, in 8 minutes; ARGS='--checks 0 4 7 8 9' leaves
 #                 out those that test-gpu runs, so that both together take about 9 minutes
+# make docs       the site of docs/ with the reference of the API, in site/; no warning passes
 # make bench      the first tables of docs/performance.md: a layer (benchmarks/layer.py), whole steps (benchmarks/step.py)
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 MINUTES ?= 30
 
-.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster test-gpu compare-smoke fuzz lint bench bench-gpu clean
+.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster test-gpu compare-smoke fuzz lint docs bench bench-gpu clean
 
 pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
@@ -51,6 +52,9 @@ compare-smoke: setup
 lint: setup-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache --no-logo
 
+docs: $(VENV)-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
+
 bench: setup
 	@$(BIN)/python benchmarks/layer.py && $(BIN)/python benchmarks/step.py
 
@@ -63,5 +67,8 @@ $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml tools/setup_
 $(VENV)/.installed-dev: requirements.txt requirements-dev.txt constraints.txt pyproject.toml tools/setup_venv.sh
 	@PYTHON=$(PYTHON) sh tools/setup_venv.sh $(VENV) requirements-dev.txt && touch $@ $(VENV)/.installed
 
+$(VENV)-docs/.installed: requirements-docs.txt
+	@$(PYTHON) -m venv $(VENV)-docs && $(VENV)-docs/bin/pip install --quiet -r requirements-docs.txt && touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-docs site build *.egg-info
