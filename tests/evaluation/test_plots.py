@@ -99,3 +99,11 @@ def test_more_lines_than_colours_differ_in_their_style(drawn, tmp_path):
     drawn[0].canvas.draw()
     legend, area = axes.get_legend().get_window_extent(), axes.get_window_extent()
     assert legend.x0 > area.x1 and legend.x1 <= drawn[0].bbox.width, "beside the lines, and whole"
+
+
+def test_rows_of_differences_lie_within_the_frame(drawn, tmp_path):
+    rows = {name: {"mean": mean, "low": mean - 0.1, "high": None} for name, mean in (("a", 0.2), ("b", -0.3))}
+    plots.plot_differences(tmp_path / "differences.png", rows, "bits/byte")
+    (axes,) = drawn[0].axes
+    low, high = axes.get_ylim()
+    assert (low, high) == (-0.5, 1.5) and list(axes.get_yticks()) == [0, 1], "half a row above and below"

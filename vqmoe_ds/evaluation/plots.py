@@ -154,6 +154,7 @@ def plot_differences(path: Path, rows: dict[str, dict[str, Any]], label: str) ->
         axes.plot([low, high], [place, place], color="C0", linewidth=2)
         axes.plot(row["mean"], place, "o", color="C0", markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_ylim(-0.5, len(ordered) - 0.5)  # else the outer rows lie on the frame
     axes.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=8)
     axes.set(xlabel=label)
     axes.grid(alpha=0.3, axis="x")
