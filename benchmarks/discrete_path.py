@@ -31,7 +31,7 @@ import numpy as np
 from measuring import peak_bytes, seconds, table, write_json
 
 from vqmoe_ds.config.load import load_config, preset_names
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import DataError, UserError
 
 TASKS = ("forward", "generate", "train")
@@ -112,7 +112,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for number, path in enumerate(options.checkpoints):
         paths[path] = path
         moe = open_checkpoint(path).config["moe"]
-        if moe["router"] == Router.VQ and moe["top_k"]:
+        if moe["router"] == "vq" and moe["top_k"]:
             paths[path + AFTER] = discrete(path, folder / str(number))
     rows = []
     for name, path in paths.items():
@@ -209,20 +209,18 @@ def _generate(loaded: Any, tokens_BS: Any, options: argparse.Namespace) -> Calla
 def _train(loaded: Any, tokens_BS: Any, options: argparse.Namespace) -> Callable[[], Any]:
     import torch
 
-    from vqmoe_ds.moe.codebook_sync import CodebookSync
-    from vqmoe_ds.moe.router_sync import RouterSync
+    from vqmoe_ds.moe.state_sync import StateSync
 
     model = loaded.model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    sync: Any = CodebookSync(model.bank) if model.bank is not None else RouterSync.of(model)
+    sync = StateSync(model)
 
     def step() -> None:
         loss, aux_loss = model(tokens_BS[:, :-1], tokens_BS[:, 1:])
         (loss + aux_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if sync is not None:
-            sync.step()
+        sync.step()
 
     return step
 

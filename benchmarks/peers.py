@@ -24,10 +24,12 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, Router
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.models.transformer import DenseMLP
 from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.runtime.torch_setup import build_no_shared_memory_op
 
 PEERS = ("deepspeed MoE, drops", "deepspeed MoE, dropless", "deepspeed AutoEP")
@@ -73,15 +75,15 @@ class OurLayer(nn.Module):
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
-        moe = MoEConfig(router=Router.VQ, num_experts=experts, expert_hidden=hidden, top_k=0)
+        moe = MoEConfig(router="vq", num_experts=experts, expert_hidden=hidden, top_k=0)
         book = CodebookConfig(source=CodeSource.LAYER_STATE)
-        self.layer = MoELayer(width, 0, moe, book)
+        self.layer = MoELayer(LayerConfig(width, moe, codebook=book, shared_codebook=True))
         self.bank = CodebookBank(book, 1, experts, width, seed=0)
         # As long as the vectors they are compared with, as learned codes are; else the shortest would win most tokens.
         self.bank.codes_LKC.copy_(F.rms_norm(self.bank.codes_LKC, (width,)))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        y_BSD: Tensor = self.layer(x_BSD, None, self.bank)[0]
+        y_BSD: Tensor = self.layer(x_BSD, RoutingContext(codebooks=self.bank))[0]
         self.bank.clear_statistics()
         return y_BSD
 

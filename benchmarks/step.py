@@ -45,12 +45,13 @@ import vqmoe_ds.moe.dispatch as dispatch
 import vqmoe_ds.moe.experts as experts
 import vqmoe_ds.moe.kernels.combine as combine
 import vqmoe_ds.moe.layer as layer
-from vqmoe_ds.config.schema import CodebookConfig, CodeSource, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource, ModelConfig, MoEConfig, RunConfig
 from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
 from vqmoe_ds.moe.sources import EmbeddingSource
+from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.allocator import tune_allocator
 from vqmoe_ds.train.zero import spare_passes
 
@@ -143,9 +144,8 @@ class Variant:
             model=model, model_parameters=parameter_groups(model, 0.1), config=settings, dist_init_required=False
         )
         spare_passes(self.engine)
-        self.sync = CodebookSync(model.bank) if model.bank is not None else None
-        if self.sync is not None:
-            self.sync.broadcast()
+        self.sync = StateSync(model)
+        self.sync.broadcast()
 
     def step(self, seed: int) -> None:
         """Forward, backward, optimizer and codebook on this rank's part of batch ``seed``."""
@@ -153,14 +153,12 @@ class Variant:
         shape = (self.options.tokens // self.options.sequence // self.ranks, self.options.sequence + 1)
         tokens = torch.randint(256, shape, generator=generator)
         loss, aux_loss = self.engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        if self.sync is not None:
-            self.sync.start()
+        self.sync.start()
         self.engine.backward(loss + aux_loss)
         with self.clock("optimizer and ZeRO"):
             self.engine.step()
-        if self.sync is not None:
-            with self.clock(SYNC):
-                self.sync.step()
+        with self.clock(SYNC):
+            self.sync.step()
 
 
 def build_model(name: str, options: argparse.Namespace, ranks: int, rank: int) -> MoETransformer:
@@ -170,14 +168,14 @@ def build_model(name: str, options: argparse.Namespace, ranks: int, rank: int) -
             layers=options.layers, width=options.width, sequence_length=options.sequence, dense_hidden=options.hidden
         ),
         moe=MoEConfig(
-            router=Router.VQ if ours else Router.DENSE,
+            router="vq" if ours else "dense",
             num_experts=options.experts,
             expert_hidden=options.hidden,
             top_k=0 if ours else 1,
         ),
         codebook=CodebookConfig(source=OURS[name]) if ours else CodebookConfig(),
     )
-    model = MoETransformer(config, ranks, rank)
+    model = MoETransformer(config, ranks, rank, DeepSpeedMoELayer)
     if not ours:
         for block in model.blocks:
             block.mlp = WithoutAux(peer(name, options, ranks, rank))

@@ -19,9 +19,9 @@ from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import recomputing
-from vqmoe_ds.moe.codebook_sync import CodebookSync
-from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.state_sync import StateSync
 
 MICRO_BATCHES, MICRO_SIZE, VOCAB = 4, 2, 64
 EXPERTS, LEARNING_RATE, CLIP = 8, 3e-3, 0.4
@@ -113,7 +113,7 @@ def _plain(config: RunConfig, steps: int, one_expert: int | None = None) -> Run:
     """The reference: no DeepSpeed, no process group."""
     assert not dist.is_initialized()
     run, model = Run(), _prepared(MoETransformer(config), one_expert)
-    sync = CodebookSync(model.bank, MICRO_BATCHES) if model.bank is not None else None
+    sync = StateSync(model, MICRO_BATCHES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     recorder = _RouteRecorder(run, model)
     for step in range(steps):
@@ -128,8 +128,7 @@ def _plain(config: RunConfig, steps: int, one_expert: int | None = None) -> Run:
         run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
         optimizer.zero_grad()
-        if sync is not None:
-            sync.step()
+        sync.step()
         run.losses.append(total / MICRO_BATCHES)
     run.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     run.codes = _codes(model)
@@ -161,7 +160,7 @@ class Layout:
 
 def _engine_run(rank: int, world: int, config: RunConfig, layout: Layout, steps: int, one_expert: int | None) -> Run:
     accumulation = MICRO_BATCHES // world
-    run, model = Run(), MoETransformer(config, layout.ep_size, rank % layout.ep_size)
+    run, model = Run(), MoETransformer(config, layout.ep_size, rank % layout.ep_size, DeepSpeedMoELayer)
     model = _prepared(model, one_expert)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
@@ -169,9 +168,8 @@ def _engine_run(rank: int, world: int, config: RunConfig, layout: Layout, steps:
         config=_engine_config(layout.stage, accumulation, **dict(layout.more)),
     )
     clip_over_all_experts(engine)
-    sync = CodebookSync(model.bank, accumulation) if model.bank is not None else None
-    if sync is not None:
-        sync.broadcast()
+    sync = StateSync(model, accumulation)
+    sync.broadcast()
     recorder = _RouteRecorder(run, model)
     for step in range(steps):
         total = torch.zeros(())
@@ -184,16 +182,15 @@ def _engine_run(rank: int, world: int, config: RunConfig, layout: Layout, steps:
             if step == 0 and micro == accumulation - 1 and layout.stage == 0:
                 run.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             engine.step()
-        if sync is not None:
-            sync.step()
+        sync.step()
         dist.all_reduce(total)
         run.losses.append(total.item() / MICRO_BATCHES)
         run.norms.append(float(engine.get_global_grad_norm()))
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=layout.stage == 3):
         run.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     run.codes = _codes(model)
-    if sync is not None:
-        run.facts["in step"] = sync.in_step()
+    run.facts["in step"] = sync.in_step()
+    if model.bank is not None:
         run.facts["pending"] = model.bank.pending.dtype
     run.facts["offload"] = bool(engine.zero_cpu_offload())
     run.facts["counted"] = [int(layer.tokens_per_expert.sum()) for layer in model.moe_layers()]

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.config.schema import CodebookConfig, MoEConfig, Router
+from vqmoe_ds.config.schema import MoEConfig
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import KnownRoute
+from vqmoe_ds.moe.routers import RoutingContext
 
 from .frame import Bench, Finding, attempt, attempt_within, poisons, relative_error
 from .report import MEASURED
@@ -66,8 +67,8 @@ def _product_errors(bench: Bench, dtype: torch.dtype, counts: list[int]) -> dict
 
 def _experts_errors(bench: Bench, dtype: torch.dtype, counts: list[int]) -> dict[str, float]:
     """Our layer with routes known ahead: rows come sorted already, so that it is the experts alone."""
-    config = MoEConfig(router=Router.HASH_TOKEN, num_experts=EXPERTS, expert_hidden=HIDDEN)
-    layer = MoELayer(WIDTH, 0, config, CodebookConfig())
+    config = MoEConfig(router="hash_token", num_experts=EXPERTS, expert_hidden=HIDDEN)
+    layer = MoELayer(LayerConfig(WIDTH, config))
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(dtype)
     x_PD, g_PD = _rows(sum(counts), WIDTH, 1).to(dtype), _rows(sum(counts), WIDTH, 3).to(dtype)
@@ -75,7 +76,7 @@ def _experts_errors(bench: Bench, dtype: torch.dtype, counts: list[int]) -> dict
     layer.to(bench.device)
     ids_P = torch.arange(EXPERTS).repeat_interleave(torch.tensor(counts)).to(bench.device)
     here_PD = x_PD.to(bench.device, copy=True).requires_grad_()
-    y_BSD, _ = layer(here_PD.unsqueeze(0), KnownRoute(ids_P))
+    y_BSD, _, _ = layer(here_PD.unsqueeze(0), RoutingContext(ids_P))
     leaves = [here_PD, layer.experts.w1, layer.experts.w2, layer.experts.w3]
     got = [y_BSD.squeeze(0), *torch.autograd.grad(y_BSD, leaves, g_PD.to(bench.device).unsqueeze(0))]
 

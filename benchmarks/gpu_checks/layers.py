@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from peers import PEERS, build_layer, build_on
 from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import CodebookConfig, MoEConfig, Router
-from vqmoe_ds.moe.dispatch import DispatchPlan, combine, expand_rows, make_plans
+from vqmoe_ds.config.schema import MoEConfig
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.dispatch import Ahead, DispatchPlan, combine, expand_rows, make_plans
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import KnownRoute
+from vqmoe_ds.moe.routers import RoutingContext
 
 from .frame import Bench, Clock, Finding, Rates, as_its_users, attempt, peak_memory
 from .report import FAILED, MEASURED, MET, MISSED, SKIPPED
@@ -182,11 +183,11 @@ class RoutesAhead(nn.Module):
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
-        config = MoEConfig(router=Router.HASH_TOKEN, num_experts=experts, expert_hidden=hidden)
-        self.layer = MoELayer(width, 0, config, CodebookConfig())
+        config = MoEConfig(router="hash_token", num_experts=experts, expert_hidden=hidden)
+        self.layer = MoELayer(LayerConfig(width, config))
 
     def forward(self, x_BSD: Tensor, route: Route) -> Tensor:
-        y_BSD: Tensor = self.layer(x_BSD, KnownRoute(route[0], route[1]))[0]
+        y_BSD: Tensor = self.layer(x_BSD, RoutingContext(route[0]), Ahead(route[1]))[0]
         return y_BSD
 
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.oracle import OracleLayer
-from vqmoe_ds.config.schema import CodebookConfig, CodeMap, CodeSource, MoEConfig, Router, RouterConfig
+from vqmoe_ds.config.routers import routers
+from vqmoe_ds.config.schema import CodebookConfig, CodeMap, CodeSource, MoEConfig
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.router_sync import RouterSync
-from vqmoe_ds.moe.routers import KnownRoute
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.state_sync import StateSync
 
 from .frame import Bench, Finding, attempt, attempt_within, relative_error, within
 from .report import FAILED
@@ -52,9 +53,9 @@ def run(bench: Bench) -> Iterator[Finding]:
         for case, options in VQ_CASES.items():
             what = f"vq against the float64 oracle, {case}, {name}"
             yield from attempt_within(what, _vq_errors, limit, bench, dtype, *options)
-        for router in Router:
-            if router not in (Router.VQ, Router.DENSE):
-                what = f"{router.value} against the CPU, {name}"
+        for router in routers():
+            if router not in ("vq", "dense"):
+                what = f"{router} against the CPU, {name}"
                 yield from attempt_within(what, _router_errors, limit, bench, dtype, router)
     yield from attempt_within("search and sums of codes against float64", _code_errors, 1e-5, bench)
     yield from attempt("codebook", lambda: _codebook(bench))
@@ -69,7 +70,7 @@ def _vq_errors(bench: Bench, dtype: torch.dtype, moe: dict[str, Any], book: dict
     direction_TD = _draw(tuple(x_TD.shape), 2, dtype)
     layer, bank = layer.to(bench.device), bank.to(bench.device)
     here_TD = x_TD.to(bench.device, dtype, copy=True).requires_grad_()
-    y_BSD, aux = layer(here_TD.unsqueeze(0), bank=bank)
+    y_BSD, aux, _ = layer(here_TD.unsqueeze(0), RoutingContext(codebooks=bank))
     loss = (y_BSD.squeeze(0) * direction_TD.to(bench.device, dtype)).sum()
     (loss if aux is None else loss + 3 * aux).backward()
     there_TD = x_TD.double().requires_grad_()
@@ -98,7 +99,7 @@ def _vq_pair(
     """A layer whose weights are of ``dtype``, on the CPU, and its oracle with the same numbers."""
     config = MoEConfig(num_experts=EXPERTS, expert_hidden=HIDDEN, **moe)
     options = CodebookConfig(**{"source": CodeSource.LAYER_STATE, "normalize_source": False, **book})
-    layer = MoELayer(WIDTH, 0, config, options, seed=3)
+    layer = MoELayer(LayerConfig(WIDTH, config, codebook=options, seed=3, shared_codebook=True))
     _redraw(layer, dtype)
     bank = CodebookBank(options, 1, EXPERTS, WIDTH, seed=5)
     parts: Any = layer.router
@@ -138,11 +139,11 @@ def _clear_tokens(x_TD: Tensor, oracle: OracleLayer) -> Tensor:
 # ---------------------------------------------------------------- the other routers
 
 
-def _router_errors(bench: Bench, dtype: torch.dtype, router: Router) -> dict[str, float]:
+def _router_errors(bench: Bench, dtype: torch.dtype, router: str) -> dict[str, float]:
     """Outputs, losses, gradients and state over two steps, on the device and on the CPU in float32."""
     config = MoEConfig(router=router, top_k=2, num_experts=EXPERTS, expert_hidden=HIDDEN, z_loss_weight=0.1)
-    options = RouterConfig(low_dim=8, decay=0.8)
-    there = MoELayer(WIDTH, 1, config, CodebookConfig(), 5, options=options, vocab_size=VOCAB, steps=20)
+    options = {"low_dim": 8, "decay": 0.8}
+    there = MoELayer(LayerConfig(WIDTH, config, options, layer=1, seed=5, vocab_size=VOCAB, steps=20))
     _redraw(there, dtype)
     here = copy.deepcopy(there).to(bench.device)
     for parameter in there.parameters():
@@ -168,14 +169,13 @@ def _one_step(layer: MoELayer, x_TD: Tensor, direction_TD: Tensor, step: int) ->
     }
     x_TD = x_TD.to(device, copy=True).requires_grad_()
     layer.zero_grad()
-    y_BSD, aux = layer(x_TD.view(2, -1, WIDTH), KnownRoute(**cast(dict[str, Any], ids)))
+    y_BSD, aux, _ = layer(x_TD.view(2, -1, WIDTH), RoutingContext(**cast(dict[str, Any], ids)))
     loss = (y_BSD.view(TOKENS, WIDTH) * direction_TD.to(device)).sum()
     (loss if aux is None else loss + aux).backward()
     found = {"output": y_BSD, "input gradient": x_TD.grad, "loss": aux}
     found |= {f"gradient of {name}": parameter.grad for name, parameter in layer.named_parameters()}
-    sync = RouterSync.of(layer)
-    if sync is not None:
-        sync.step()
+    sync = StateSync(layer)
+    sync.step()
     return found | {f"state {name}": buffer.clone() for name, buffer in layer.named_buffers() if "router." in name}
 
 
@@ -211,7 +211,7 @@ def _codebook(bench: Bench) -> Iterator[Finding]:
     there = CodebookBank(book, 2, 8, 32, seed=1)
     here = copy.deepcopy(there).to(bench.device)
     banks, halved = (there, here), False
-    syncs = [CodebookSync(bank) for bank in banks]
+    syncs = [StateSync(bank) for bank in banks]
     centres_GC = _draw((24, 32), 7, torch.float32) * 3
     for step in range(1, 11):  # birth at the end of the first, halving at that of the tenth
         generator = torch.Generator().manual_seed(step)

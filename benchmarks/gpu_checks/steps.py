@@ -18,12 +18,12 @@ import torch
 from peers import PEERS, WithoutAux, build_layer, build_on
 from torch import nn
 
-from vqmoe_ds.config.schema import CodebookConfig, ModelConfig, MoEConfig, Router, RunConfig
+from vqmoe_ds.config.schema import CodebookConfig, ModelConfig, MoEConfig, RunConfig
 from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.sources import EmbeddingSource
+from vqmoe_ds.moe.state_sync import StateSync
 
 from .frame import Bench, Clock, Finding, as_its_users, attempt, peak_memory
 from .report import FAILED, MEASURED, MET, MISSED, SKIPPED
@@ -94,7 +94,7 @@ class Steps:
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, 0.1), config=settings, dist_init_required=False
         )
-        self.sync = CodebookSync(model.bank) if isinstance(model.bank, CodebookBank) else None
+        self.sync = StateSync(model)
         self.engine.train()
 
     def step(self, tokens: int, mark: Callable[[], Any] = lambda: None) -> list[Any]:
@@ -104,14 +104,12 @@ class Steps:
         marks = [mark()]
         loss, aux_loss = self.engine(ids_BS[:, :-1].contiguous(), ids_BS[:, 1:].contiguous())
         marks.append(mark())
-        if self.sync is not None:
-            self.sync.start()
+        self.sync.start()
         self.engine.backward(loss + aux_loss)
         marks.append(mark())
         self.engine.step()
         marks.append(mark())
-        if self.sync is not None:
-            self.sync.step()
+        self.sync.step()
         return [*marks, mark()]
 
 
@@ -165,7 +163,7 @@ def _codebook_share(bench: Bench, steps: Steps, tokens: int) -> Finding:
 def _timing_codes(clock: Clock, inside: list[tuple[Any, Any]]) -> Iterator[None]:
     """Mark the outermost calls of all methods of source, codebooks and their synchronisation."""
     depth, kept = [0], list[tuple[Any, str, Any]]()
-    owners: tuple[Any, ...] = (EmbeddingSource, CodebookBank, CodebookSync)
+    owners: tuple[Any, ...] = (EmbeddingSource, CodebookBank, StateSync)
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,7 +202,7 @@ def _model(name: str, sizes: Sizes) -> nn.Module:
             dense_hidden=sizes.hidden,
         ),
         moe=MoEConfig(
-            router=Router.VQ if ours else Router.DENSE,
+            router="vq" if ours else "dense",
             num_experts=sizes.experts,
             expert_hidden=sizes.hidden,
             top_k=int(name == OURS_1),

@@ -123,7 +123,6 @@ def _place() -> Place:
     last = next((frame for frame in reversed(frames) if frame.filename.startswith(PACKAGES)), frames[-1])
     end = "/".join(Path(last.filename).parts[-2:])
     stepping = any(
-        frame.name in ("apply_step", "_step_routers") or frame.filename.endswith(("codebook_sync.py", "router_sync.py"))
-        for frame in frames
+        frame.name in ("apply_step", "_step_routers") or frame.filename.endswith("state_sync.py") for frame in frames
     )
     return "step" if stepping else "micro-batch", f"{end}:{last.lineno} {last.name}: {(last.line or '').strip()[:80]}"

@@ -28,8 +28,8 @@ from vqmoe_ds.checkpoint.inspect import inspect
 from vqmoe_ds.checkpoint.inspect import main as inspect_main
 from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, open_checkpoint
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
-from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_gate import VQGate, vq_gates
+from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.errors import CheckpointError
 
 WIDTH, EXPERTS, VOCAB, BATCH, SAVED_AT, STEPS = 8, 4, 24, 8, 3, 3
@@ -145,7 +145,7 @@ def engine_of(layout: Native, rank: int) -> Any:
 
 
 def train(engine: Any, layout: Native, rank: int, steps: range) -> list[float]:
-    syncs = [CodebookSync(gate.bank) for gate in vq_gates(engine.module)]
+    syncs = [StateSync(gate.bank) for gate in vq_gates(engine.module)]
     losses = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)

@@ -5,6 +5,8 @@ Legend: T tokens, D width, N experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ def _by_autograd(visit: Visit, rows_of_one: int) -> torch.Tensor:
     """One backward pass for every output feature through the public module; tokens of a layer are independent."""
     layer, width = visit.layer, visit.x_TD.shape[1]
     x_TD = visit.x_TD.clone().requires_grad_()
-    y_TD = layer(x_TD.view(-1, rows_of_one, width), visit.known, visit.bank)[0].view_as(x_TD)
+    y_TD = layer(x_TD.view(-1, rows_of_one, width), visit.context)[0].view_as(x_TD)
     rows = [torch.autograd.grad(y_TD[:, d].sum(), x_TD, retain_graph=True)[0] for d in range(width)]
     return torch.stack(rows, dim=1).double()
 
@@ -81,7 +83,7 @@ def test_the_discrete_path_by_finite_differences(straight_through):
     model = model_of("vq, part of the code", top_k=0)
     model.bank.config = model.bank.config.model_copy(update={"soft_output": 0.0})
     for layer in model.moe_layers():
-        layer.router.book = model.bank.config
+        layer.router.config = replace(layer.router.config, codebook=model.bank.config)
     visit, blend = visit_layers(model, tokens_of())[2], 0.3
     codes_TD = model.bank.codes_LKC[2][visit.codes_T].double()
     want = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)

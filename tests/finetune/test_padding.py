@@ -13,6 +13,7 @@ from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import PADDING
 from vqmoe_ds.models.build import build_model
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
 
 CASES: dict[str, dict[str, Any]] = {
     "vq": {"moe.top_k": 0},
@@ -57,7 +58,7 @@ def _tokens(width: int) -> torch.Tensor:
 
 def _measure(config: RunConfig, width: int, ep_size: int = 1, ep_rank: int = 0) -> list[torch.Tensor]:
     """Logits, auxiliary loss, loads of all experts, statistics of codebook or routers, and a gradient."""
-    model = build_model(config, ep_size, ep_rank)
+    model = build_model(config, ep_size, ep_rank, DeepSpeedMoELayer)
     for layer in model.moe_layers() if ep_size > 1 else ():
         layer.set_deepspeed_parallelism()
     logits_BC, aux = model(_tokens(width))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.host_reads import host_reads
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.routers import routers
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.codebook_sync import CodebookSync
-from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.moe.state_sync import StateSync
 
 LENGTH, BATCH = 8, 3
-CASES: dict[str, dict[str, Any]] = {router.value: {"moe": {"router": router.value}} for router in Router}
+CASES: dict[str, dict[str, Any]] = {router: {"moe": {"router": router}} for router in routers()}
 CASES["vq, discrete only"] = {"moe": {"router": "vq", "top_k": 0}}
 CASES["vq, top-2"] = {"moe": {"router": "vq", "top_k": 2}}
 for source in ("layer_state", "token_embedding", "position_embedding", "early_block"):
@@ -57,19 +57,14 @@ def _run(model: MoETransformer) -> None:
     (loss + aux).backward()
 
 
-def _sync(model: MoETransformer) -> CodebookSync | RouterSync | None:
-    return CodebookSync(model.bank) if model.bank is not None else RouterSync.of(model)
-
-
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_micro_batch_reads_nothing(case: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MoETransformer(_config(case, recompute))
-    sync = _sync(model)
+    sync = StateSync(model)
     for _ in range(2):  # codes are born, tables filled; counters are known to the host
         _run(model)
-        if sync is not None:
-            sync.step()
+        sync.step()
     if model.source is not None and model.source.follows:
         model.source.follow(model.embed.weight)
     _run(model)
@@ -86,8 +81,7 @@ WITHOUT_STATE = ("dense", "topk", "xmoe", "hash_token", "expert_choice")
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT_STATE])
 def test_an_optimizer_step_reads_at_most_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MoETransformer(_config(case, False))
-    sync = _sync(model)
-    assert sync is not None
+    sync = StateSync(model)
     for _ in range(3):
         _run(model)
         sync.step()

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models import transformer as transformer_module
-from vqmoe_ds.models.transformer import DenseMLP, MoETransformer, moe_block_indices, rows_per_token
-from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.models.transformer import DenseMLP, MoETransformer, moe_block_indices
 from vqmoe_ds.moe.dispatch import sort_rows
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.state_sync import StateSync
 
 VOCAB, LENGTH = 50, 16
 
@@ -80,8 +80,7 @@ def _layer_by_layer(model: MoETransformer, tokens_BS: Tensor) -> Tensor:
         normed = block.mlp_norm(x_BSD)
         z_TC = bank.prepare(source_BSD.flatten(0, 1))
         experts_T = bank.code_map_LK[index][bank.lookup(index, z_TC)]
-        known = transformer_module.KnownRoute(experts_T, None)
-        x_BSD = x_BSD + block.mlp(normed, known, bank)[0]
+        x_BSD = x_BSD + block.mlp(normed, RoutingContext(experts_T))[0]
         if config.codebook.source == "early_block" and index == config.codebook.source_block:
             source_BSD = x_BSD
     return model.head(model.norm(x_BSD))
@@ -134,7 +133,7 @@ def _train_step(case: str, recompute: bool) -> tuple[Tensor, dict[str, Tensor | 
     counted = torch.stack([layer.tokens_per_expert for layer in model.moe_layers()])
     statistics = model.bank.pending if model.bank else torch.zeros(0)
     if model.bank is not None:
-        CodebookSync(model.bank).step()
+        StateSync(model.bank).step()
     codes = model.bank.codes_LKC if model.bank else torch.zeros(0)
     return torch.stack([loss, aux]).detach(), gradients, statistics, counted, codes
 
@@ -147,7 +146,7 @@ def test_activation_checkpointing_changes_no_bit(case: str) -> None:
         assert torch.equal(gradient, recomputed[1][name]), name
     for a, b in zip(plain[2:], recomputed[2:], strict=True):
         assert torch.equal(a, b)
-    rows = rows_per_token(_config(case).moe)
+    rows = _config(case).rows_per_token
     assert plain[3].sum(dim=1).tolist() == [3 * LENGTH * rows] * 4
 
 
@@ -201,8 +200,8 @@ def test_an_moe_layer_in_every_second_block(case: str) -> None:
     loss, aux = model(tokens_BS[:, :-1], tokens_BS[:, 1:])
     (loss + aux).backward()
     for layer in model.moe_layers():
-        assert layer.tokens_per_expert.sum() == 3 * LENGTH * rows_per_token(model.config.moe)
-    assert model.blocks[0].mlp.gate.weight.shape[0] == 12 * rows_per_token(model.config.moe)
+        assert layer.tokens_per_expert.sum() == 3 * LENGTH * model.config.rows_per_token
+    assert model.blocks[0].mlp.gate.weight.shape[0] == 12 * model.config.rows_per_token
 
 
 def test_blocks_with_experts() -> None:

@@ -14,7 +14,7 @@ from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe import placement
 from vqmoe_ds.moe.clustering import kmeans, split_crowded
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.state_sync import StateSync
 
 WIDTH = 16
 
@@ -151,7 +151,7 @@ def test_samples_are_spread_over_the_micro_batch() -> None:
 
 def test_no_samples_are_kept_for_steps_that_need_none() -> None:
     bank = _bank(dead_below=0.2, reseed_until=3, kmeans_samples=64, crowded_above=0.0)
-    sync, kept = CodebookSync(bank), []
+    sync, kept = StateSync(bank), []
     for _ in range(5):
         _observe(bank, torch.randn(40, WIDTH))
         kept.append(len(bank._samples[0]))
@@ -189,7 +189,7 @@ IDLE = [{"dead_below": 0.0}, {"reseed_until": 500}, {"freeze_step": 400}, {"free
 def test_a_step_that_looks_for_no_codes_reads_nothing_back(options: dict) -> None:
     bank = _without_memory(_bank(**options), 500, 0)
     _observe(bank, torch.randn(30, WIDTH, device="meta"))
-    CodebookSync(bank).step()
+    StateSync(bank).step()
     assert bank.steps_taken == 501
 
 
@@ -202,7 +202,7 @@ def test_a_step_reads_one_small_tensor_back(dead: int, moved: list[int], monkeyp
     reseeded, original = [], bank.reseed
     bank.reseed = lambda dead_LK, new_LSC: (reseeded.append(new_LSC.shape[1]), original(dead_LK, new_LSC))
     _observe(bank, torch.randn(30, WIDTH, device="meta"))
-    CodebookSync(bank).step()
+    StateSync(bank).step()
     assert [tensor.numel() for tensor in read] == [2]
     assert reseeded == moved
 
@@ -237,7 +237,7 @@ def test_decay_rises_linearly() -> None:
 
 def test_unused_code_keeps_its_place_for_ever() -> None:
     bank = _bank(num_layers=1, birth_step=10**6, dead_below=0.0, decay=0.5, decay_final=0.5)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     bank.codes_LKC[0, 3] = bank.ema_sum_LKC[0, 3] = 100.0
     for _ in range(150):  # 0.5^150 is far below the smallest float32
         _observe(bank, torch.randn(40, WIDTH))
@@ -250,7 +250,7 @@ def test_unused_code_keeps_its_place_for_ever() -> None:
 @pytest.mark.parametrize("learning", ["ema", "gradient"])
 def test_cosine_codes_stay_on_the_sphere(learning: str) -> None:
     bank = _bank(distance="cosine", learning=learning, learning_rate=0.1, kmeans_samples=64)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     for _ in range(10):
         _observe(bank, torch.randn(40, WIDTH))
         sync.step()
@@ -260,7 +260,7 @@ def test_cosine_codes_stay_on_the_sphere(learning: str) -> None:
 
 def test_freezing_stops_the_codes_but_not_the_count() -> None:
     bank = _bank(freeze_step=4, kmeans_samples=64)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     history = []
     for _ in range(7):
         _observe(bank, torch.randn(40, WIDTH))
@@ -274,7 +274,7 @@ def test_freezing_stops_the_codes_but_not_the_count() -> None:
 
 def test_frozen_codes_never_move_nor_are_born() -> None:
     bank = _bank(learning="frozen")
-    before, sync = bank.codes_LKC.clone(), CodebookSync(bank)
+    before, sync = bank.codes_LKC.clone(), StateSync(bank)
     for _ in range(3):
         _observe(bank, torch.randn(40, WIDTH))
         sync.step()
@@ -285,7 +285,7 @@ def test_frozen_codes_never_move_nor_are_born() -> None:
 def test_state_continues_bit_for_bit_from_a_state_dict() -> None:
     for learning in ("ema", "gradient"):
         banks = [_bank(learning=learning, learning_rate=0.05, kmeans_samples=64, seed=seed) for seed in (1, 2)]
-        syncs = [CodebookSync(bank) for bank in banks]
+        syncs = [StateSync(bank) for bank in banks]
         for step in range(8):
             if step == 4:
                 banks[1].load_state_dict(banks[0].state_dict())
@@ -307,7 +307,7 @@ def _clusters(count: int = 4, per_cluster: int = 20) -> Tensor:
 @pytest.mark.parametrize("birth_step", [1, 3])
 def test_codes_are_born_on_the_data(birth_step: int) -> None:
     bank = _bank(normalize_source=False, birth_step=birth_step, kmeans_samples=80, dead_below=0.0)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     for step in range(1, 5):
         _observe(bank, _clusters())
         sync.step()
@@ -321,7 +321,7 @@ def test_random_birth_takes_samples_as_they_are() -> None:
     bank = _bank(init="random", normalize_source=False, kmeans_samples=80)
     source_TD = _clusters()
     _observe(bank, source_TD)
-    CodebookSync(bank).step()
+    StateSync(bank).step()
     assert all((source_TD == code_C).all(dim=1).any() for code_C in bank.codes_LKC.flatten(0, 1))
 
 
@@ -331,7 +331,7 @@ def test_birth_gives_codes_the_weight_of_their_clusters() -> None:
     source_TD = 4 * torch.eye(4, WIDTH).repeat_interleave(weights, dim=0).repeat(4, 1)
     source_TD = source_TD + 0.01 * torch.randn_like(source_TD)
     _observe(bank, source_TD)
-    CodebookSync(bank).step()
+    StateSync(bank).step()
     counts_K = bank.ema_count_LK[0]
     assert sorted(counts_K.tolist()) == pytest.approx([12.0, 16.0, 24.0, 28.0])
     means_KC = bank.ema_sum_LKC[0] / counts_K.unsqueeze(1)
@@ -343,7 +343,7 @@ def test_balanced_map_is_drawn_at_birth() -> None:
     weights = torch.tensor([130, 110, 50, 40, 30, 20, 10, 10])
     source_TD = 4 * torch.eye(8, WIDTH).repeat_interleave(weights, dim=0) + 0.01 * torch.randn(400, WIDTH)
     _observe(bank, source_TD)
-    CodebookSync(bank).step()
+    StateSync(bank).step()
     counts_K = torch.bincount(_observe(bank, source_TD)[0], minlength=8)
     by_code = torch.arange(8) % 2
     balanced, hashed = (int((counts_K * (table == 0)).sum()) for table in (bank.code_map_LK[0], by_code))
@@ -356,7 +356,7 @@ def test_a_code_that_becomes_crowded_after_birth_is_halved(crowded_above: float,
     """The batch of birth may be unlike the text: a place that was rare then may hold half of all tokens later."""
     options = {"num_layers": 1, "normalize_source": False, "dead_below": 0.0, "crowded_above": crowded_above}
     bank, places = _bank(num_codes=8, kmeans_samples=400, **options), 4 * torch.eye(8, WIDTH)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     _observe(bank, places.repeat(50, 1) + 0.2 * torch.randn(400, WIDTH))
     sync.step()
     weights = torch.tensor([200] + 7 * [30])
@@ -375,7 +375,7 @@ def _scattered(places_KD: Tensor, weights_K: Tensor) -> Tensor:
 @pytest.mark.parametrize("learning", ["ema", "gradient"])
 def test_dead_codes_are_moved_onto_tokens_and_stay_there(learning: str) -> None:
     bank = _bank(learning=learning, normalize_source=False, kmeans_samples=80, dead_below=0.2, num_layers=1)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     for _ in range(3):
         _observe(bank, _clusters())
         sync.step()
@@ -450,7 +450,7 @@ def test_birth_and_halving_by_copies_on_the_host(layers: slice, monkeypatch: pyt
 
 def test_reseeding_stops_when_told() -> None:
     bank = _bank(normalize_source=False, kmeans_samples=80, dead_below=0.2, num_layers=1, reseed_until=2)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     for step in range(60):
         _observe(bank, _clusters())
         sync.step()

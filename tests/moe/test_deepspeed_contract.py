@@ -23,14 +23,16 @@ from deepspeed.utils import groups
 from torch import nn
 
 from tests.distributed import RankFailure, run_ranks
-from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.config.schema import MoEConfig, RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer, clip_over_all_experts
-from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
 
 
-def _layer(ep_size: int = 2, ep_rank: int = 1) -> ExpertParallelLayer:
-    return ExpertParallelLayer(StackedExperts(6, 10, 8 // ep_size, 4 * ep_rank), 8, ep_size, ep_rank)
+def _layer(ep_size: int = 2, ep_rank: int = 1) -> DeepSpeedMoELayer:
+    return DeepSpeedMoELayer(
+        LayerConfig(6, MoEConfig(router="topk", num_experts=8, expert_hidden=10), ep_size=ep_size, ep_rank=ep_rank)
+    )
 
 
 def _engine_functions() -> dict[str, ast.FunctionDef]:
@@ -163,7 +165,7 @@ def _model(ep_size: int, rank: int) -> MoETransformer:
         model={"layers": 2, "width": 16, "heads": 2, "sequence_length": 8, "vocab_size": 16},
         moe={"num_experts": 4, "expert_hidden": 8, "top_k": 0},
     )
-    return MoETransformer(config, ep_size, rank % ep_size)
+    return MoETransformer(config, ep_size, rank % ep_size, DeepSpeedMoELayer)
 
 
 def _engine(model: MoETransformer, stage: int, **more: Any) -> DeepSpeedEngine:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
-from vqmoe_ds.moe.codebook_sync import CodebookSync
 from vqmoe_ds.moe.deepspeed_gate import VQGate, vq_gates
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH, EXPERTS, VOCAB, LENGTH = 16, 4, 32, 12
@@ -27,7 +28,7 @@ def test_the_seven_answers(top_k: int) -> None:
     gate = VQGate(WIDTH, EXPERTS, MoEConfig(top_k=top_k), BOOK)
     x_TD = torch.randn(40, WIDTH)
     aux, capacity, experts, ids_RT, places_RT, weights_RT, counts_N = gate(x_TD, None, True, False)
-    routing = gate.router(x_TD, None, gate.bank)
+    routing = gate.router(x_TD, RoutingContext(codebooks=gate.bank))
     assert experts == EXPERTS and ids_RT.shape == places_RT.shape == weights_RT.shape == (top_k + 1, 40)
     assert ids_RT.dtype == places_RT.dtype == torch.int32 and weights_RT.dtype == torch.float32
     assert torch.equal(ids_RT.t().long(), routing.expert_ids_TR)
@@ -92,7 +93,7 @@ def _tokens(step: int, rank: int) -> Tensor:
     return (start + torch.randint(1, 4, (8, 1), generator=generator) * torch.arange(LENGTH)) % VOCAB
 
 
-def _engine(top_k: int, stage: int = 2) -> tuple[Any, list[CodebookSync]]:
+def _engine(top_k: int, stage: int = 2) -> tuple[Any, list[StateSync]]:
     torch.manual_seed(3)
     model = _Model(2, top_k, seed=10 * dist.get_rank())  # codes start apart
     config = {
@@ -102,7 +103,7 @@ def _engine(top_k: int, stage: int = 2) -> tuple[Any, list[CodebookSync]]:
         "zero_optimization": {"stage": stage},
     }
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    syncs = [CodebookSync(gate.bank) for gate in vq_gates(model)]
+    syncs = [StateSync(gate.bank) for gate in vq_gates(model)]
     for sync in syncs:
         assert not sync.in_step()
         sync.broadcast()
@@ -110,7 +111,7 @@ def _engine(top_k: int, stage: int = 2) -> tuple[Any, list[CodebookSync]]:
     return engine, syncs
 
 
-def _steps(engine: Any, syncs: list[CodebookSync], rank: int, steps: range) -> list[float]:
+def _steps(engine: Any, syncs: list[StateSync], rank: int, steps: range) -> list[float]:
     losses = []
     for step in steps:
         loss = engine(_tokens(step, rank))
@@ -150,7 +151,7 @@ def _train_save_load(rank: int, world: int, folder: str, top_k: int) -> dict[str
         "buffers": [name for name in loaded if ".bank." in name],
         "onward": onward,
         "resumed": _steps(other, other_syncs, rank, range(30, 36)),
-        "born": all(bool(sync.bank.born) for sync in other_syncs),
+        "born": all(gate.bank.born for gate in vq_gates(other.module)),
     }
 
 
@@ -180,7 +181,7 @@ def _layer_against_loop(rank: int, world: int) -> float:
         x_TD = x_TD * torch.tensor([1.0, 5.0])[rank]
         with torch.no_grad():
             y_TD, _, _ = moe(x_TD)
-            routing = moe.deepspeed_moe.gate.router(x_TD, None, moe.deepspeed_moe.gate.bank)
+            routing = moe.deepspeed_moe.gate.router(x_TD, RoutingContext(codebooks=moe.deepspeed_moe.gate.bank))
             for t, x_D in enumerate(x_TD):
                 weights_R = torch.ones(1) if routing.weights_TR is None else routing.weights_TR[t]
                 want_D = sum(

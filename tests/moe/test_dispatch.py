@@ -13,6 +13,8 @@ from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe import dispatch as dispatch_module
 from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
 from vqmoe_ds.moe.dispatch import (
     DispatchPlan,
     expand_rows,
@@ -23,8 +25,7 @@ from vqmoe_ds.moe.dispatch import (
     sort_rows,
 )
 from vqmoe_ds.moe.kernels.combine import PermuteRows
-from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import KnownRoute
+from vqmoe_ds.moe.routers import RoutingContext
 
 WIDTH = 6
 
@@ -174,10 +175,11 @@ def _check_exchange(rank: int, world: int) -> int:
     return checked
 
 
-def _layer(ep_size: int, ep_rank: int, top_k: int) -> tuple[MoELayer, CodebookBank]:
+def _layer(ep_size: int, ep_rank: int, top_k: int) -> tuple[DeepSpeedMoELayer, CodebookBank]:
     moe = MoEConfig(num_experts=EXPERTS, expert_hidden=5, top_k=top_k)
     book = CodebookConfig(source=CodeSource.LAYER_STATE, num_codes=12)
-    layer = MoELayer(WIDTH, 0, moe, book, seed=1, ep_size=ep_size, ep_rank=ep_rank)
+    config = LayerConfig(WIDTH, moe, codebook=book, seed=1, ep_size=ep_size, ep_rank=ep_rank, shared_codebook=True)
+    layer = DeepSpeedMoELayer(config)
     bank = CodebookBank(book, 1, EXPERTS, WIDTH, seed=2)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -197,10 +199,11 @@ def _check_layer(rank: int, world: int) -> None:
         first = rank * (EXPERTS // world)
         assert torch.equal(spread.experts.w2, home.experts.w2[first : first + EXPERTS // world])
         x_TD = _rank_tokens(rank).unsqueeze(0).requires_grad_()
-        y_spread, _ = spread(x_TD, bank=bank)
+        context = RoutingContext(codebooks=bank)
+        y_spread, _, _ = spread(x_TD, context)
         # The same rows in the same blocks on one machine: bit-equal where a product sees equally many rows.
         everyone = [_rank_tokens(r).unsqueeze(0).requires_grad_() for r in range(world)]
-        outputs = [home(x, bank=bank)[0] for x in everyone]
+        outputs = [home(x, context)[0] for x in everyone]
         assert torch.allclose(y_spread, outputs[rank], rtol=1e-5, atol=1e-6)
         y_spread.square().sum().backward()
         sum(y.square().sum() for y in outputs).backward()
@@ -209,10 +212,10 @@ def _check_layer(rank: int, world: int) -> None:
             got, want = getattr(spread.experts, name).grad, getattr(home.experts, name).grad
             assert torch.allclose(got, want[first : first + EXPERTS // world], rtol=1e-4, atol=1e-6), name
         # One row more in a product may change its last bit; the rows of this rank alone do not.
-        known = KnownRoute(torch.full((TOKENS,), first), None)
+        known = RoutingContext(torch.full((TOKENS,), first))
         if top_k == 0:
-            stay_home, _ = spread(x_TD, known=known, bank=bank)
-            at_home, _ = home(x_TD, known=known, bank=bank)
+            stay_home, _, _ = spread(x_TD, known)
+            at_home, _, _ = home(x_TD, known)
             assert torch.equal(stay_home, at_home)
 
 
@@ -226,12 +229,14 @@ def _check_one_counts_exchange(rank: int, world: int) -> None:
         return read(self)
 
     dispatch_module._HostCopy._read = counted
-    original = dispatch_module.dist.all_to_all_single
-    dispatch_module.dist.all_to_all_single = lambda *args, **kwargs: (exchanges.append(1), original(*args, **kwargs))[1]
+    original = dispatch_module.comm().all_to_all_single
+    dispatch_module.comm().all_to_all_single = lambda *args, **kwargs: (exchanges.append(1), original(*args, **kwargs))[
+        1
+    ]
     try:
         plans = make_plans(_ids(6, TOKENS, 1, EXPERTS, seed=rank), EXPERTS, dist.group.WORLD)
     finally:
-        dispatch_module.dist.all_to_all_single = original
+        dispatch_module.comm().all_to_all_single = original
     assert len(plans) == 6
     assert len(exchanges) == 1
     assert copies == []  # nobody has asked yet

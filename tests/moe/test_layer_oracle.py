@@ -11,8 +11,10 @@ from torch import Tensor
 from tests.oracle import OracleAdam, OracleEMA, OracleLayer
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.state_sync import StateSync
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 12, 10, 4, 24
 # Lookups, gates and code offsets are float32 by design; where none takes part, float64 goes all the way.
@@ -44,7 +46,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def _build(moe: dict, book: dict) -> tuple[MoELayer, CodebookBank, OracleLayer]:
     moe_config = MoEConfig(num_experts=EXPERTS, expert_hidden=HIDDEN, **moe)
     book_config = CodebookConfig(**{"source": CodeSource.LAYER_STATE, "normalize_source": False, **book})
-    layer = MoELayer(WIDTH, 0, moe_config, book_config, seed=3).double()
+    config = LayerConfig(WIDTH, moe_config, codebook=book_config, seed=3, shared_codebook=True)
+    layer = MoELayer(config).double()
     bank = CodebookBank(book_config, 1, EXPERTS, WIDTH, seed=5)
     router, gate = layer.router.continuous, layer.router.path_gate
     with torch.no_grad():
@@ -91,7 +94,7 @@ def test_output_gradients_and_losses(case: str) -> None:
     routed = {oracle.table_K[oracle.nearest(x_D)] for x_D in x_TD}
     assert len(routed) >= 3, "the case would not exercise routing"
 
-    y_BSD, aux = layer(x_BSD, bank=bank)
+    y_BSD, aux, _ = layer(x_BSD, RoutingContext(codebooks=bank))
     expected_TD, expected_aux = oracle.forward(x_TD)
     direction = torch.randn(y_BSD.shape, dtype=torch.float64)
     ((y_BSD * direction).sum() + 3 * aux).backward()
@@ -124,7 +127,7 @@ def test_plain_routing_by_code_is_the_expert_of_k_mod_n() -> None:
     x_BSD = _tokens()
     with torch.no_grad():
         layer.experts.w2[2].zero_()
-        silent_T = layer(x_BSD, bank=bank)[0].reshape(-1, WIDTH).abs().sum(-1) == 0
+        silent_T = layer(x_BSD, RoutingContext(codebooks=bank))[0].reshape(-1, WIDTH).abs().sum(-1) == 0
     codes_T = torch.tensor([oracle.nearest(x_D) for x_D in x_BSD.reshape(-1, WIDTH)])
     assert silent_T.any()
     assert torch.equal(silent_T, codes_T % EXPERTS == 2)
@@ -138,17 +141,17 @@ LEARNING = {
 }
 
 
-def _learning_layer(book: dict) -> tuple[MoELayer, CodebookBank, OracleLayer, CodebookSync]:
+def _learning_layer(book: dict) -> tuple[MoELayer, CodebookBank, OracleLayer, StateSync]:
     never_reborn = {"birth_step": 1000, "dead_below": 0.0}
     layer, bank, oracle = _build({"top_k": 0}, {**never_reborn, **book})
-    return layer, bank, oracle, CodebookSync(bank)
+    return layer, bank, oracle, StateSync(bank)
 
 
 def _step(layer: MoELayer, bank: CodebookBank, oracle: OracleLayer, seed: int) -> tuple[Tensor, list[int]]:
     """One training forward; the source vectors and codes the oracle sees, with the codes of this moment."""
     x_BSD = _tokens(seed)
     oracle.codes_KC = bank.codes_LKC[0].double()
-    layer(x_BSD, bank=bank)
+    layer(x_BSD, RoutingContext(codebooks=bank))
     flat = x_BSD.reshape(-1, WIDTH)
     assert min(oracle.margin(x_D) for x_D in flat) > 1e-5
     return torch.stack([oracle.source(x_D) for x_D in flat]), [oracle.nearest(x_D) for x_D in flat]
@@ -200,11 +203,11 @@ def test_evaluation_and_skipped_steps_leave_no_statistics() -> None:
     before = bank.codes_LKC.clone()
     bank.eval()
     layer.eval()
-    layer(_tokens(), bank=bank)
+    layer(_tokens(), RoutingContext(codebooks=bank))
     assert bank.pending.abs().sum() == 0 and layer.tokens_per_expert.sum() == 0
     bank.train()
     layer.train()
-    layer(_tokens(), bank=bank)
+    layer(_tokens(), RoutingContext(codebooks=bank))
     assert bank.pending[..., -1].sum() == TOKENS == layer.tokens_per_expert.sum()
     sync.skip()
     assert bank.pending.abs().sum() == 0

@@ -5,23 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, Router
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, RunConfig
 from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import (
-    KnownRoute,
-    TopKRouter,
-    VQRouter,
-    build_router,
-    hash_of_tokens,
-    routes_ahead,
-)
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.routers.hash_token import hash_of_tokens
+from vqmoe_ds.moe.routers.topk import TopKRouter
+from vqmoe_ds.moe.routers.vq import VQRouter
+from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH, EXPERTS = 16, 6
 
 
 def _topk(**options: object) -> TopKRouter:
-    return TopKRouter(WIDTH, MoEConfig(router=Router.TOPK, num_experts=EXPERTS, **options))
+    return TopKRouter(LayerConfig(WIDTH, MoEConfig(router="topk", num_experts=EXPERTS, **options)))
+
+
+def _vq(moe: MoEConfig, book: CodebookConfig) -> tuple[VQRouter, CodebookBank]:
+    config = LayerConfig(WIDTH, moe, codebook=book, shared_codebook=True)
+    return VQRouter(config), CodebookBank(book, 1, EXPERTS, WIDTH, 0)
 
 
 def test_top1_weight_is_the_probability_and_more_are_normalised() -> None:
@@ -71,9 +74,9 @@ def test_router_works_in_float32_under_bfloat16() -> None:
 
 def test_discrete_row_stands_last_with_the_gate_of_its_path() -> None:
     moe, book = MoEConfig(num_experts=EXPERTS, top_k=2), CodebookConfig(source=CodeSource.LAYER_STATE)
-    router, bank = VQRouter(WIDTH, 0, moe, book), CodebookBank(book, 1, EXPERTS, WIDTH, 0)
+    router, bank = _vq(moe, book)
     x_TD = torch.randn(30, WIDTH)
-    routing = router(x_TD, None, bank)
+    routing = router(x_TD, RoutingContext(codebooks=bank))
     gates_T2 = router.path_gate(x_TD).softmax(-1)
     codes_T = bank.lookup(0, bank.prepare(x_TD))
     assert torch.equal(routing.expert_ids_TR[:, 2], bank.code_map_LK[0][codes_T])
@@ -84,9 +87,9 @@ def test_discrete_row_stands_last_with_the_gate_of_its_path() -> None:
 
 def test_known_experts_are_taken_as_they_are() -> None:
     moe, book = MoEConfig(num_experts=EXPERTS, top_k=1), CodebookConfig()
-    router, bank = VQRouter(WIDTH, 0, moe, book), CodebookBank(book, 1, EXPERTS, WIDTH, 0)
+    router, bank = _vq(moe, book)
     ids_T = torch.arange(30) % EXPERTS
-    routing = router(torch.randn(30, WIDTH), KnownRoute(ids_T), bank)
+    routing = router(torch.randn(30, WIDTH), RoutingContext(ids_T, codebooks=bank))
     assert torch.equal(routing.expert_ids_TR[:, -1], ids_T)
     assert bank.pending.sum() == 0, "who plans ahead observes ahead"
 
@@ -94,9 +97,9 @@ def test_known_experts_are_taken_as_they_are() -> None:
 def test_offset_moves_only_the_discrete_row() -> None:
     moe = MoEConfig(num_experts=EXPERTS, top_k=1, code_blend=0.25)
     book = CodebookConfig(source=CodeSource.LAYER_STATE, normalize_source=False)
-    router, bank = VQRouter(WIDTH, 0, moe, book), CodebookBank(book, 1, EXPERTS, WIDTH, 0)
+    router, bank = _vq(moe, book)
     x_TD = torch.randn(30, WIDTH, requires_grad=True)
-    routing = router(x_TD, None, bank)
+    routing = router(x_TD, RoutingContext(codebooks=bank))
     codes_T = bank.lookup(0, bank.prepare(x_TD))
     assert torch.allclose(routing.discrete_offset_TD, 0.25 * (bank.codes_LKC[0][codes_T] - x_TD), atol=1e-6)
     assert not routing.discrete_offset_TD.requires_grad
@@ -114,23 +117,58 @@ def test_token_hash_is_balanced_and_differs_between_layers() -> None:
 @pytest.mark.parametrize(
     "router, source, ahead",
     [
-        (Router.VQ, CodeSource.CONTEXT, True),
-        (Router.VQ, CodeSource.TOKEN_EMBEDDING, True),
-        (Router.VQ, CodeSource.POSITION_EMBEDDING, True),
-        (Router.VQ, CodeSource.LAYER_STATE, False),
-        (Router.VQ, CodeSource.EARLY_BLOCK, False),
-        (Router.HASH_TOKEN, CodeSource.LAYER_STATE, True),
-        (Router.TOPK, CodeSource.CONTEXT, False),
+        ("vq", CodeSource.CONTEXT, True),
+        ("vq", CodeSource.TOKEN_EMBEDDING, True),
+        ("vq", CodeSource.POSITION_EMBEDDING, True),
+        ("vq", CodeSource.LAYER_STATE, False),
+        ("vq", CodeSource.EARLY_BLOCK, False),
+        ("hash_token", CodeSource.LAYER_STATE, True),
+        ("topk", CodeSource.CONTEXT, False),
     ],
 )
-def test_which_routes_are_known_ahead(router: Router, source: CodeSource, ahead: bool) -> None:
-    assert routes_ahead(MoEConfig(router=router), CodebookConfig(source=source)) is ahead
+def test_which_routes_are_known_ahead(router: str, source: CodeSource, ahead: bool) -> None:
+    run = RunConfig(moe={"router": router}, codebook={"source": source})
+    assert run.moe.facts.known_ahead(run) is ahead
 
 
 def test_layers_refuse_to_guess() -> None:
-    book, x_BSD = CodebookConfig(), torch.randn(1, 4, WIDTH)
-    with pytest.raises(ValueError, match="CodebookBank"):
-        MoELayer(WIDTH, 0, MoEConfig(num_experts=4), book)(x_BSD)
-    assert build_router(WIDTH, 0, MoEConfig(router=Router.HASH_TOKEN), book) is None
-    with pytest.raises(ValueError, match="known ahead"):
-        MoELayer(WIDTH, 0, MoEConfig(router=Router.HASH_TOKEN, num_experts=4), book)(x_BSD)
+    book, x_BSD = CodebookConfig(source=CodeSource.LAYER_STATE), torch.randn(1, 4, WIDTH)
+    with pytest.raises(ValueError, match="needs codebooks"):
+        MoELayer(LayerConfig(WIDTH, MoEConfig(num_experts=4), codebook=book, shared_codebook=True))(x_BSD)
+    with pytest.raises(ValueError, match=r"needs RoutingContext\.expert_ids_T"):
+        MoELayer(LayerConfig(WIDTH, MoEConfig(router="hash_token", num_experts=4)))(x_BSD)
+    third = LayerConfig(WIDTH, MoEConfig(num_experts=4), codebook=book, layer=2, shared_codebook=True)
+    two = CodebookBank(book, 2, 4, WIDTH, 0)
+    with pytest.raises(ValueError, match=r"layer 2 has no place among the 2 codebook\(s\)"):
+        MoELayer(third)(x_BSD, RoutingContext(codebooks=two))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"moe": MoEConfig(router="fancy")}, "moe.router='fancy' is unknown"),
+        ({"moe": MoEConfig(router="dense")}, "has no experts"),
+        ({"moe": MoEConfig(router="topk", top_k=0)}, "leaves moe.router=topk without experts"),
+        ({"moe": MoEConfig(router="xmoe"), "options": {"low_dims": 3}}, "low_dims"),
+        ({"codebook": CodebookConfig()}, "codebook.source=context looks at more than the layer's input"),
+        ({"moe": MoEConfig(num_experts=6), "ep_size": 4}, "ep_size=4 does not divide num_experts=6"),
+        ({"ep_size": 2, "ep_rank": 2}, "ep_rank=2 is no place among the 2 rank(s)"),
+        ({"moe": MoEConfig(router="stablemoe")}, "set LayerConfig.vocab_size"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused_in_a_sentence(options: dict, part: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        MoELayer(LayerConfig(WIDTH, **options))
+    assert part in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_layer_of_codes_has_a_codebook_of_its_own() -> None:
+    layer = MoELayer(LayerConfig(WIDTH, MoEConfig(num_experts=4, top_k=0), layer=3))
+    experts_TR = layer(torch.randn(2, 5, WIDTH))[2]
+    assert experts_TR.shape == (10, 1) and layer.router.own_codebook.pending[0, :, -1].sum() == 10
+
+
+def test_spread_experts_need_a_group() -> None:
+    layer = MoELayer(LayerConfig(WIDTH, MoEConfig(router="topk", num_experts=4), ep_size=2))
+    with pytest.raises(ConfigError, match=r"call bind\(group\)"):
+        layer(torch.randn(1, 4, WIDTH))

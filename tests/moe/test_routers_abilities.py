@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from vqmoe_ds.checkpoint.formats.huggingface.names import why_not_exported
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.config.schema import MoEConfig, Router, RouterConfig, RunConfig
+from vqmoe_ds.config.routers import routers
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.router_sync import RouterSync
-from vqmoe_ds.moe.routers import require_causal, rows_per_token, why_not_causal, why_not_exported
+from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.errors import ConfigError
 
 VOCAB, LENGTH = 40, 16
 NOT_CAUSAL = [("expert_choice", {}), ("adaptive_clustering", {"statistics": "batch"})]
-CAUSAL = [(r.value, {}) for r in Router if r is not Router.EXPERT_CHOICE]
+CAUSAL = [(name, {}) for name in routers() if name != "expert_choice"]
 
 
 def _config(router: str, options: dict[str, Any] | None = None, **moe: Any) -> RunConfig:
@@ -30,7 +31,7 @@ def _config(router: str, options: dict[str, Any] | None = None, **moe: Any) -> R
 def _leak(config: RunConfig) -> float:
     """Change of the first nine positions' logits when later tokens change, after some steps of training."""
     model = MoETransformer(config)
-    sync = RouterSync.of(model)
+    sync = StateSync(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(2)
     for _ in range(4):
@@ -38,8 +39,7 @@ def _leak(config: RunConfig) -> float:
         sum(model(tokens_BS[:, :-1], tokens_BS[:, 1:])).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if sync is not None:
-            sync.step()
+        sync.step()
     model.eval()
     other_BS = tokens_BS[:, :LENGTH].clone()
     other_BS[:, 9:] = (other_BS[:, 9:] + 7) % VOCAB
@@ -51,8 +51,8 @@ def _leak(config: RunConfig) -> float:
 @pytest.mark.parametrize(("router", "options"), CAUSAL, ids=lambda value: str(value))
 def test_causal_routers_see_no_later_token(router: str, options: dict[str, Any]) -> None:
     config = _config(router, options)
-    assert why_not_causal(config) is None
-    require_causal(config, "anything")
+    assert config.looks_ahead is None
+    config.require_causal("anything")
     assert _leak(config) < 1e-5, "float32 rounding is all there may be"
 
 
@@ -75,23 +75,23 @@ def test_neighbours_in_a_batch_matter_to_batch_statistics_alone() -> None:
         assert bool((together - alone).abs().max() > 1e-4) is apart, router
 
 
-@pytest.mark.parametrize("router", list(Router))
-def test_every_parameter_learns_and_counts_are_those_announced(router: Router) -> None:
-    config = _config(router.value, {"final_top_k": 2})
+@pytest.mark.parametrize("router", list(routers()))
+def test_every_parameter_learns_and_counts_are_those_announced(router: str) -> None:
+    config = _config(router, {"final_top_k": 2})
     model = MoETransformer(config)
     tokens_BS = torch.randint(0, VOCAB, (8, LENGTH + 1), generator=torch.Generator().manual_seed(2))
     sum(model(tokens_BS[:, :-1], tokens_BS[:, 1:])).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     for layer in model.moe_layers():
-        assert layer.tokens_per_expert.sum() == 8 * LENGTH * rows_per_token(config.moe, config.router)
+        assert layer.tokens_per_expert.sum() == 8 * LENGTH * config.rows_per_token
 
 
 def test_expert_calls_of_a_growing_k_are_its_mean() -> None:
-    moe = MoEConfig(router=Router.SMOE_DROPOUT, num_experts=16, top_k=1)
-    assert rows_per_token(moe, RouterConfig(final_top_k=3)) == 2
-    assert rows_per_token(moe) == 9
-    assert rows_per_token(MoEConfig(router=Router.EXPERT_CHOICE, top_k=2)) == 2
+    growing = {"num_experts": 16, "top_k": 1}
+    assert _config("smoe_dropout", {"final_top_k": 3}, **growing).rows_per_token == 2
+    assert _config("smoe_dropout", **growing).rows_per_token == 9
+    assert _config("expert_choice").rows_per_token == 2
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_expert_calls_of_a_growing_k_are_its_mean() -> None:
         ({"moe.router": "adaptive_clustering", "model.moe_every": 4}, "or lower model.moe_every=4"),
         ({"router.temperature": 0}, "configuration field router.temperature=0"),
         ({"router.statistic": "batch"}, "did you mean router.statistics?"),
-        ({"moe.router": "kmeans"}, "configuration field moe.router='kmeans'"),
+        ({"moe.router": "kmeans"}, "moe.router='kmeans' is unknown; "),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(overrides: dict[str, Any], part: str) -> None:
@@ -116,11 +116,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(overrides: dict[str, Any], part
 
 
 def test_export_names_the_router_it_does_not_know() -> None:
-    for router in Router:
-        reason = why_not_exported(_config(router.value))
-        exported = router in (Router.VQ, Router.TOPK, Router.HASH_TOKEN, Router.DENSE)
+    for router in routers():
+        reason = why_not_exported(_config(router).moe)
+        exported = router in ("vq", "topk", "hash_token", "dense")
         assert (reason is None) is exported
-        assert exported or f"moe.router={router.value} is not among" in str(reason)
+        assert exported or f"moe.router={router} is not among" in str(reason)
     transformers = pytest.importorskip("transformers")
     assert transformers
     from vqmoe_ds.models.hf import VQMoEConfig

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from tests import router_oracle as oracle
-from vqmoe_ds.config.schema import (
-    ClusterStatistics,
-    CodebookConfig,
-    FeatureScaling,
-    MoEConfig,
-    Router,
-    RouterConfig,
-)
+from vqmoe_ds.config.routers import routers
+from vqmoe_ds.config.schema import MoEConfig
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.router_sync import RouterSync
-from vqmoe_ds.moe.routers import KnownRoute, StableMoERouter
-from vqmoe_ds.moe.routers.adaptive_clustering import feature_weights
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.routers.adaptive_clustering import FeatureScaling, feature_weights
+from vqmoe_ds.moe.routers.stablemoe import StableMoERouter
+from vqmoe_ds.moe.state_sync import StateSync
 
 WIDTH, EXPERTS, SEQUENCE, SEQUENCES, VOCAB, SEED = 12, 6, 10, 3, 9, 5
 TOKENS = SEQUENCE * SEQUENCES
@@ -36,8 +32,10 @@ Reference = Callable[[dict[str, Tensor], Tensor], tuple[oracle.Rows, Tensor]]
 def _layer(router: str, top_k: int, layer: int = 1, steps: int = 100, **options: Any) -> MoELayer:
     moe = {"router": router, "top_k": top_k, "num_experts": EXPERTS, "expert_hidden": 8}
     losses = {"balance_weight": 0.3, "z_loss_weight": 0.2}
-    config, book = MoEConfig(**moe, **losses), CodebookConfig()
-    made = MoELayer(WIDTH, layer, config, book, SEED, options=RouterConfig(**options), vocab_size=VOCAB, steps=steps)
+    config = LayerConfig(
+        WIDTH, MoEConfig(**moe, **losses), options, layer=layer, seed=SEED, vocab_size=VOCAB, steps=steps
+    )
+    made = MoELayer(config)
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -55,11 +53,11 @@ def _ids(high: int, seed: int = 0) -> Tensor:
     return torch.randint(0, high, (TOKENS,), generator=torch.Generator().manual_seed(50 + seed))
 
 
-def _compare(layer: MoELayer, reference: Reference, known: KnownRoute | None = None) -> None:
+def _compare(layer: MoELayer, reference: Reference, known: RoutingContext | None = None) -> None:
     x_TD = _states()
     here_TD, there_TD = x_TD.clone().requires_grad_(), x_TD.double().requires_grad_()
     probe_TD = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
-    y_BSD, aux = layer(here_TD.view(SEQUENCES, SEQUENCE, WIDTH), known)
+    y_BSD, aux, _ = layer(here_TD.view(SEQUENCES, SEQUENCE, WIDTH), known)
     loss = (y_BSD.view(TOKENS, WIDTH) * probe_TD).sum()
     (loss if aux is None else loss + aux).backward()
 
@@ -112,7 +110,7 @@ def test_expert_bias(top_k: int) -> None:
 
 def test_expert_bias_moves_against_the_load_once_a_step() -> None:
     layer, bias_N = _layer("expert_bias", 2, bias_rate=0.05), [0.0] * EXPERTS
-    sync, gate_ND = RouterSync.of(layer), layer.router.gate.weight.detach().double()
+    sync, gate_ND = StateSync(layer), layer.router.gate.weight.detach().double()
     busiest = []
     for step in range(30):
         loads = [0] * EXPERTS
@@ -144,7 +142,7 @@ def test_frozen_gates(router: str, top_k: int) -> None:
 
 def test_smoe_dropout_grows_linearly_and_reads_a_saved_counter() -> None:
     layer = _layer("smoe_dropout", 2, steps=8, final_top_k=6)
-    sync, counts = RouterSync.of(layer), []
+    sync, counts = StateSync(layer), []
     for _ in range(11):
         layer(_states().unsqueeze(0))
         counts.append(round(float(layer.tokens_per_expert.sum()) / TOKENS))
@@ -154,9 +152,7 @@ def test_smoe_dropout_grows_linearly_and_reads_a_saved_counter() -> None:
     again = _layer("smoe_dropout", 2, steps=8, final_top_k=6)
     again.load_state_dict(layer.state_dict())
     assert again.router.top_k == 6
-    layer.watch = True
-    layer(_states().unsqueeze(0))
-    assert layer.watched.shape == (TOKENS, 2), "what is compared between steps keeps its shape"
+    assert layer(_states().unsqueeze(0))[2].shape == (TOKENS, 2), "what is compared between steps keeps its shape"
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -179,7 +175,7 @@ def test_xmoe(top_k: int) -> None:
 def test_stablemoe(stage: int, top_k: int) -> None:
     layer, ids_T = _layer("stablemoe", top_k, low_dim=3, distil_steps=1, distil_weight=0.7), _ids(VOCAB)
     if stage == 2:
-        RouterSync.of(layer).step()
+        StateSync(layer).step()
 
     def reference(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
         names = ("gate.weight", "light.words_VP", "light.experts_NP")
@@ -189,7 +185,7 @@ def test_stablemoe(stage: int, top_k: int) -> None:
             return rows, torch.zeros((), dtype=torch.float64)
         return rows, oracle.auxiliary(scores, rows, 0.3, 0.2) + 0.7 * distillation
 
-    _compare(layer, reference, KnownRoute(token_ids_T=ids_T))
+    _compare(layer, reference, RoutingContext(token_ids_T=ids_T))
 
 
 def test_stablemoe_freezes_what_it_distilled() -> None:
@@ -198,17 +194,16 @@ def test_stablemoe_freezes_what_it_distilled() -> None:
     x_TD = words_VD[ids_T]  # states that follow from their tokens can be distilled
     light, rest = layer.router.light.parameters(), [layer.router.gate.weight, *layer.experts.parameters()]
     groups = [{"params": list(light)}, {"params": rest, "lr": 0.0}]  # a gate that stands still has routes to learn
-    optimizer, sync = torch.optim.AdamW(groups, lr=0.3, weight_decay=0.01), RouterSync.of(layer)
-    layer.watch = True
+    optimizer, sync = torch.optim.AdamW(groups, lr=0.3, weight_decay=0.01), StateSync(layer)
     chosen = []
     for step in range(30):
         optimizer.param_groups[1]["lr"] = 0.1 * (step >= 25)
-        y_BSD, aux = layer(x_TD.unsqueeze(0), KnownRoute(token_ids_T=ids_T))
+        y_BSD, aux, experts_TR = layer(x_TD.unsqueeze(0), RoutingContext(token_ids_T=ids_T))
         (0.01 * y_BSD.square().mean() + aux).backward()
         optimizer.step()
         optimizer.zero_grad()
         sync.step()
-        chosen.append(layer.watched[:, 0])
+        chosen.append(experts_TR[:, 0])
     assert isinstance(layer.router, StableMoERouter) and layer.router.frozen
     assert torch.equal(chosen[24], chosen[25]), "the light router learned the routes"
     assert len(chosen[25].unique()) > 2
@@ -219,14 +214,14 @@ def test_stablemoe_freezes_what_it_distilled() -> None:
 @pytest.mark.parametrize("steps_then", [3, 90])
 def test_stablemoe_changes_stage_once_though_the_run_goes_on_with_another_length(steps_then: int) -> None:
     first = _layer("stablemoe", 1, distil_steps=9)
-    known, sync = KnownRoute(token_ids_T=_ids(VOCAB)), RouterSync.of(first)
+    known, sync = RoutingContext(token_ids_T=_ids(VOCAB)), StateSync(first)
     for _ in range(6 if steps_then == 3 else 12):
         first(_states().unsqueeze(0), known)
         sync.step()
     then = _layer("stablemoe", 1, distil_steps=steps_then)
     then.load_state_dict(first.state_dict())
     assert bool(then.router.frozen) is (steps_then == 90)
-    RouterSync.of(then).step()
+    StateSync(then).step()
     assert bool(then.router.frozen)
     assert torch.equal(then.router.table_Vk, then.router.light.table(1))
 
@@ -246,7 +241,7 @@ def test_online_kmeans(top_k: int) -> None:
 def test_online_kmeans_follows_the_states_it_is_sent() -> None:
     layer = _layer("online_kmeans", 2, decay=0.7)
     layer.router.means_ND[3] = -10 * _states().sum(0)  # far from all: an expert without tokens stays
-    sync, means_ND = RouterSync.of(layer), layer.router.means_ND.double()
+    sync, means_ND = StateSync(layer), layer.router.means_ND.double()
     for step in range(6):
         x_TD = _states(step).abs()
         rows = oracle.softmax_rows(oracle.online_kmeans_scores(x_TD.double(), means_ND, 0.3), 2, False)
@@ -266,12 +261,12 @@ def test_expert_choice(top_k: int) -> None:
         rows = oracle.expert_choice(x_TD, weights["gate.weight"], top_k, SEQUENCE)
         return rows, oracle.auxiliary(scores, [[(0, torch.ones(()))]], 0.0, 0.2)
 
-    layer.watch = True
     _compare(layer, reference)
     each = SEQUENCES * math.ceil(SEQUENCE * top_k / EXPERTS)
     assert layer.tokens_per_expert.tolist() == [each] * EXPERTS, "equal loads by construction"
     weights = {"gate.weight": layer.router.gate.weight.detach().double()}
-    for seen_N, row in zip(layer.watched.tolist(), reference(weights, _states().double())[0], strict=True):
+    seen_TN = layer(_states().view(SEQUENCES, SEQUENCE, WIDTH))[2]
+    for seen_N, row in zip(seen_TN.tolist(), reference(weights, _states().double())[0], strict=True):
         assert [e for e in seen_N if e >= 0] == [e for e, _ in row]
 
 
@@ -300,9 +295,9 @@ def test_adaptive_clustering_of_the_batch(top_k: int, scaling: FeatureScaling, c
 
     if clusters == "one for all" and scaling is FeatureScaling.PER_FEATURE:
         with pytest.raises(AssertionError):  # the mean over one cluster is that cluster: weights are 1
-            _compare(layer, reference, KnownRoute(previous_T=clusters_T))
+            _compare(layer, reference, RoutingContext(previous_T=clusters_T))
         return
-    _compare(layer, reference, KnownRoute(previous_T=clusters_T))
+    _compare(layer, reference, RoutingContext(previous_T=clusters_T))
 
 
 def test_weights_of_clusters_that_say_nothing_are_one_and_leave_the_others_alone() -> None:
@@ -323,11 +318,11 @@ def test_weights_of_clusters_that_say_nothing_are_one_and_leave_the_others_alone
 @pytest.mark.parametrize("scaling", list(FeatureScaling))
 def test_adaptive_clustering_of_earlier_steps(scaling: FeatureScaling) -> None:
     layer = _layer("adaptive_clustering", 2, scaling=scaling, decay=0.6, feature_clip=2.0)
-    sync, running = RouterSync.of(layer), oracle.RunningClusters(EXPERTS, WIDTH)
+    sync, running = StateSync(layer), oracle.RunningClusters(EXPERTS, WIDTH)
     for step in range(6):
         x_TD, clusters_T = _states(step), CLUSTERS["empty and single" if step % 2 else "mixed"]
         for half_TD, half_T in zip(x_TD.chunk(2), clusters_T.chunk(2), strict=True):
-            layer(half_TD.unsqueeze(0), KnownRoute(previous_T=half_T))
+            layer(half_TD.unsqueeze(0), RoutingContext(previous_T=half_T))
         sync.step()
         running.step(x_TD.double(), clusters_T.tolist(), min(0.6, step / (step + 1)))
         want_KD = running.weights(scaling.value, 2.0)
@@ -341,16 +336,16 @@ def test_adaptive_clustering_of_earlier_steps(scaling: FeatureScaling) -> None:
         return rows, oracle.auxiliary(scores, rows, 0.3, 0.2)
 
     layer.zero_grad()
-    _compare(layer, reference, KnownRoute(previous_T=CLUSTERS["mixed"]))
+    _compare(layer, reference, RoutingContext(previous_T=CLUSTERS["mixed"]))
 
 
 def test_the_control_of_adaptive_clustering_differs_in_the_weights_alone() -> None:
-    known, x_BSD = KnownRoute(previous_T=CLUSTERS["mixed"]), _states().unsqueeze(0)
+    known, x_BSD = RoutingContext(previous_T=CLUSTERS["mixed"]), _states().unsqueeze(0)
     control = _layer("adaptive_clustering", 2, statistics="none")
     fresh = _layer("adaptive_clustering", 2, statistics="running")
     assert torch.equal(control(x_BSD, known)[0], fresh(x_BSD, known)[0]), "before the first step weights are 1"
     for layer in (control, fresh):
-        sync = RouterSync.of(layer)
+        sync = StateSync(layer)
         for step in range(3):
             layer(_states(step).unsqueeze(0), known)
             sync.step()
@@ -367,14 +362,14 @@ def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_no
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.dtype == torch.bfloat16:
                 module._buffers[name] = buffer.float()
-    known = KnownRoute(token_ids_T=_ids(VOCAB), previous_T=_ids(EXPERTS))
-    x_BSD, sync = _states().bfloat16().unsqueeze(0), RouterSync.of(layer)
+    known = RoutingContext(token_ids_T=_ids(VOCAB), previous_T=_ids(EXPERTS))
+    x_BSD, sync = _states().bfloat16().unsqueeze(0), StateSync(layer)
     before = {name: buffer.clone() for name, buffer in layer.router.named_buffers()}
     layer.eval()
     layer(x_BSD, known)
     assert layer.router.pending.abs().sum() == 0
     layer.train()
-    y_BSD, _ = layer(x_BSD, known)
+    y_BSD, _, _ = layer(x_BSD, known)
     assert y_BSD.dtype == torch.bfloat16 and layer.router.pending.dtype == torch.float64
     sync.skip()
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.router.named_buffers())
@@ -382,7 +377,6 @@ def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_no
 
 
 def test_every_router_is_here() -> None:
-    here = {Router(name) for name in Router if f"test_{name.value}" in globals()}
-    others = {Router.VQ, Router.DENSE, Router.HASH_TOKEN, Router.RANDOM_FROZEN, Router.SMOE_DROPOUT}
-    assert here | others | {Router.ADAPTIVE_CLUSTERING} == set(Router)
-    assert ClusterStatistics("none") is ClusterStatistics.NONE
+    here = {name for name in routers() if f"test_{name}" in globals()}
+    others = {"vq", "dense", "hash_token", "random_frozen", "smoe_dropout", "adaptive_clustering"}
+    assert here | others == set(routers())

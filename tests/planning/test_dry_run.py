@@ -12,6 +12,7 @@ import pytest
 from vqmoe_ds.config.cli import build_parser
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
 from vqmoe_ds.planning import dry_run, memory
 from vqmoe_ds.planning.parameters import count, meta_model
 from vqmoe_ds.planning.speed import members
@@ -77,7 +78,7 @@ def test_data_before_experts_puts_the_all_to_all_across_nodes(tmp_path):
 
 def test_planned_groups_are_those_of_deepspeed():
     config = job("zero2-ep8", "256e", 64)
-    model = meta_model(config.run, config.ep_size, 0)
+    model = meta_model(config.run, config.ep_size, 0, DeepSpeedMoELayer)
     with dry_run.fake_ranks(0, 64):
         dry_run._bind_groups(model, config, 0)
         real = dry_run._optimizer_groups(model, config)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.test_commands import SMALL
-from vqmoe_ds.data.documents import _hub_data, _parquet
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.labelled import KNOWN_SETS, _hub_rows
 from vqmoe_ds.data.recipes import _hub
 from vqmoe_ds.data.spread import world
+from vqmoe_ds.data.tables import _hub_data, _parquet
 from vqmoe_ds.data.tokenizers import sentencepiece
 from vqmoe_ds.evaluation.plots import pyplot
 from vqmoe_ds.runtime.errors import ConfigError, DataError

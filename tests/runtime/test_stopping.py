@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from vqmoe_ds.runtime import parents
 
 _HEAR = """
 import os, signal, sys, time
@@ -178,6 +181,26 @@ def test_ranks_leave_in_a_container_whose_first_process_is_of_their_session() ->
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", name]
     inside = subprocess.run(["unshare", "-pf", "--mount-proc", *pytest_], capture_output=True, text=True, timeout=120)
     assert inside.returncode == 0 and "1 passed" in inside.stdout, inside.stdout
+
+
+def test_a_launcher_that_is_still_exiting_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its end and the adoption of its children a process has no command line and no environment."""
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    look = parents.process
+
+    def process(pid: int) -> parents.Process | None:
+        found = look(pid)
+        return replace(found, words=("",)) if found is not None and pid == os.getppid() else found
+
+    monkeypatch.setattr(parents, "process", process)
+    monkeypatch.setattr(parents, "_was_started_with", lambda variable, pid: False)
+    reasons: list[str] = []
+    parents.watch_launcher(reasons.append)
+    deadline = time.monotonic() + 10
+    while not reasons and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reasons == ["the end of its launcher"]
 
 
 def test_a_wrapper_between_a_launcher_and_its_rank_is_no_orphan(tmp_path: Path) -> None:

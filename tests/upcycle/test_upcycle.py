@@ -27,7 +27,6 @@ from transformers import (
 
 from tests.huggingface import load_back, tokens_of
 from vqmoe_ds.checkpoint.reader import open_checkpoint
-from vqmoe_ds.config.schema import Router
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
@@ -299,7 +298,7 @@ def _text(tmp_path: Path) -> Path:
 def test_the_routed_source_is_itself_under_a_linear_router(family: str, tmp_path: Path) -> None:
     theirs = _routed(tmp_path / "moe", **FAMILIES[family])
     source = RoutedSource(tmp_path / "moe")
-    model = load_back(RoutedReader(source, routed_config(source, {}, router=Router.TOPK)))
+    model = load_back(RoutedReader(source, routed_config(source, {}, router="topk")))
     assert model.config.moe.router == "topk" and _distance(theirs, model) < 1e-5
     sparse = [hasattr(layer.mlp, "gate") for layer in theirs.model.layers]
     assert model.moe_blocks == [block for block, there in enumerate(sparse) if there]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.runtime.errors import CheckpointError, UserError
 from vqmoe_ds.runtime.files import why_missing
 
@@ -45,6 +46,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     hf.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     hf.add_argument("--arch", choices=("vqmoe", "mixtral"), default="vqmoe", help="stock Mixtral where it is equal")
     hf.add_argument("--tokenizer", default="auto", help="auto (that of the run's data), none, or a tokenizer's path")
+    add_plugin_option(parser)
     return parser
 
 

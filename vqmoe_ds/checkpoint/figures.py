@@ -15,7 +15,6 @@ from vqmoe_ds.checkpoint.formats.native_moe.names import expert_name
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.flops import forward_flops
-from vqmoe_ds.moe.routers.abilities import rows_per_token
 
 
 def sizes(shapes: dict[str, tuple[int, ...]], run: RunConfig) -> dict[str, int]:
@@ -23,7 +22,7 @@ def sizes(shapes: dict[str, tuple[int, ...]], run: RunConfig) -> dict[str, int]:
 
     The embedding counts as stored and as active; operations are those of ``forward_flops``.
     """
-    active, calls = 0, rows_per_token(run.moe, run.router)
+    active, calls = 0, run.rows_per_token
     for name, shape in shapes.items():
         active += math.prod(shape[1:]) * calls if ".experts." in name else math.prod(shape)
     flops = forward_flops(run).total

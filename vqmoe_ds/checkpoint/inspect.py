@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.runtime.errors import CheckpointError, UserError
 from vqmoe_ds.runtime.files import list_tree
 
@@ -19,6 +20,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("other", metavar="OTHER", nargs="?", help="a second checkpoint to compare the first with")
     parser.add_argument("--verify", action="store_true", help="compare every file with the checksum of the manifest")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_plugin_option(parser)
     return parser
 
 

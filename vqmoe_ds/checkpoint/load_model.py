@@ -21,13 +21,14 @@ from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, f
 from vqmoe_ds.checkpoint.resume.whereabouts import kept_tokenizer
 from vqmoe_ds.checkpoint.views.adapters import merged
 from vqmoe_ds.config.gpu import check_widths
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import FILE, read_json_tokenizer
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, load_tokenizer
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.device import check_precision
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 from vqmoe_ds.runtime.memory import check_room
@@ -132,7 +133,7 @@ def _load(
     model.to(device)
     if ep_size > 1:
         for layer in model.moe_layers():
-            layer.set_deepspeed_parallelism()
+            layer.set_deepspeed_parallelism()  # type: ignore[operator]
     return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind)
 
 
@@ -155,7 +156,12 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
         CheckpointError: tensors are missing or of other shapes.
     """
     check_size(config, reader)
-    model = bare_model(config, ep_size, ep_rank).eval().requires_grad_(False)
+    layer_class: type[MoELayer] = MoELayer
+    if ep_size > 1:  # DeepSpeed makes their groups
+        from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
+
+        layer_class = DeepSpeedMoELayer
+    model = bare_model(config, ep_size, ep_rank, layer_class).eval().requires_grad_(False)
     check_same_model(model, ep_size, reader)
     for name, param in model.named_parameters():
         flat, first = param.data.view(-1), first_value(name, param, ep_rank)
@@ -174,7 +180,7 @@ def check_size(config: RunConfig, reader: CheckpointReader) -> None:
     """
     model, moe, book, path = config.model, config.moe, config.codebook, reader.path
     stored = sum(math.prod(shape) for shape in reader.shapes.values())
-    layers = 0 if moe.router is Router.DENSE else model.layers // model.moe_every
+    layers = 0 if not moe.facts.has_experts else model.layers // model.moe_every
     experts = 3 * layers * moe.num_experts * moe.expert_hidden * model.width
     values = model.vocab_size * model.width + 4 * model.layers * model.width * model.attention_width + experts
     if values > stored + _SMALL:

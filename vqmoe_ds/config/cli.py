@@ -18,6 +18,7 @@ from vqmoe_ds.config.load import (
     parse_override,
     preset_names,
 )
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.config.schema import Precision
 from vqmoe_ds.runtime.errors import ConfigError, one_line, shown
 
@@ -123,6 +124,7 @@ def common_parser(
     told = f"DeepSpeed configuration: ZeRO, offload (default: the shipped {Path(ds_config).name})"
     add("--ds_config", default=str(ds_config), metavar="JSON", help=told)
     add("--ep_size", type=int, metavar="N", help="expert-parallel ranks (or autoep_size in the JSON; give it once)")
+    add_plugin_option(parser.further)
     add("--allow_changed_data", action="store_true", help="resume on other data than the checkpoint was trained on")
     add("--print_config", action="store_true", help="show what would run, and stop")
     add("-h", "--help", action="help", help="show this, and stop")

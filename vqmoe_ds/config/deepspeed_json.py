@@ -20,7 +20,7 @@ from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.meanings import IN_DEEPSPEED_JSON, nearest_key
 from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.reading import read_json
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
@@ -285,7 +285,7 @@ def _expert_parallel_size(values: dict[str, Any], path: str, from_command_line: 
 def _check_expert_parallel(size: int, world: int, run: RunConfig) -> None:
     if size < 1 or world % size:
         raise ConfigError(f"expert-parallel size {shown(size)} does not divide the {world} ranks of this run")
-    if run.moe.router is not Router.DENSE and run.moe.num_experts % size:
+    if run.moe.facts.has_experts and run.moe.num_experts % size:
         raise ConfigError(f"expert-parallel size {size} does not divide moe.num_experts={run.moe.num_experts}")
 
 

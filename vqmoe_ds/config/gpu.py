@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from vqmoe_ds.config.deepspeed_values import OWN_ADAM_ALONE
-from vqmoe_ds.config.schema import Precision, Router, RunConfig
+from vqmoe_ds.config.schema import Precision, RunConfig
 from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH_STEP = {"bf16": 8, "fp16": 8, "fp32": 4}
@@ -31,7 +31,7 @@ def check_widths(run: RunConfig, precision: str, ep_size: int = 1) -> None:
     Raises:
         ConfigError: a width that is no multiple of 16 bytes (the next one is named), or too many experts a GPU.
     """
-    if run.moe.router is Router.DENSE:
+    if not run.moe.facts.has_experts:
         return
     model, step, local = run.model, WIDTH_STEP[precision], run.moe.num_experts // ep_size
     good = step if model.head_width else math.lcm(step, 2 * model.heads)  # heads take an even share each

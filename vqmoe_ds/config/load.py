@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from vqmoe_ds.config.meanings import elsewhere, nearest_key
 from vqmoe_ds.config.problems import Problem, first_problem
 from vqmoe_ds.config.reading import LARGEST, check_plain, parse_yaml, read_yaml, to_yaml_text
+from vqmoe_ds.config.routers import RouterOptions, routers
 from vqmoe_ds.config.schema import RENAMED, RunConfig, with_current_names
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
@@ -114,11 +116,34 @@ def field_table(config: RunConfig | None = None) -> list[FieldRow]:
     rows = []
     for section in RunConfig.model_fields:
         values: BaseModel = getattr(config, section)
+        if isinstance(values, RouterOptions):
+            rows += _router_rows(values)
+            continue
         for name, info in type(values).model_fields.items():
-            extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-            default, unit = _written(getattr(values, name)), str(extra.get("unit", ""))
-            rows.append(FieldRow(f"{section}.{name}", default, unit, info.description or "", _choices(info.annotation)))
+            rows.append(_row(f"{section}.{name}", info, getattr(values, name)))
     return rows
+
+
+def _router_rows(values: RouterOptions) -> list[FieldRow]:
+    """Fields of all routers, each once, with the routers that read it."""
+    readers: dict[str, dict[str, list[str]]] = {}
+    infos: dict[str, FieldInfo] = {}
+    for router, kind in routers().items():
+        for name, info in kind.Options.model_fields.items():
+            readers.setdefault(name, {}).setdefault(info.description or "", []).append(router)
+            infos.setdefault(name, info)
+    rows = []
+    for name, info in infos.items():
+        told = "; ".join(f"{', '.join(names)}: {meaning}" for meaning, names in readers[name].items())
+        row = _row(f"router.{name}", info, getattr(values, name, info.default))
+        rows.append(row._replace(meaning=told))
+    return rows
+
+
+def _row(name: str, info: FieldInfo, value: Any) -> FieldRow:
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    choices = tuple(routers()) if name == "moe.router" else _choices(info.annotation)
+    return FieldRow(name, _written(value), str(extra.get("unit", "")), info.description or "", choices)
 
 
 def _written(value: Any) -> str:

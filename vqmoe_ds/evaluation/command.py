@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
@@ -58,6 +59,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="a rank that shows no life for so long is missing: the others leave (default 120)",
     )
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    add_plugin_option(parser)
     return parser
 
 

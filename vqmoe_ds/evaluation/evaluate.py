@@ -22,7 +22,6 @@ from vqmoe_ds.evaluation.corruption import Corruption, Damage
 from vqmoe_ds.evaluation.perplexity import bits_per_byte
 from vqmoe_ds.evaluation.texts import Text, still_there
 from vqmoe_ds.evaluation.window import fitting_batch, score, windows_of
-from vqmoe_ds.moe.routers import require_causal
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 MODES = ("inputs", "inputs_and_targets")
@@ -107,7 +106,7 @@ def evaluate(
         DataError: damage was asked for, and no text is known to damage.
     """
     options = options or Options()
-    require_causal(loaded.config, "scoring text")
+    loaded.config.require_causal("scoring text")
     if options.corruptions and any(text.tokenizer is None for text in texts):
         raise DataError("the tokenizer of the data is unknown, so its text cannot be damaged; name it with --tokenizer")
     passes = _Passes(loaded, texts, options, rank, world, progress)
@@ -255,6 +254,6 @@ def _about(loaded: LoadedModel) -> dict[str, Any]:
     moe = loaded.config.moe
     return {
         **{"checkpoint": str(loaded.path), "kind": loaded.kind, "step": loaded.step},
-        **{"router": moe.router.value, "experts": moe.num_experts, "top_k": moe.top_k},
+        **{"router": moe.router, "experts": moe.num_experts, "top_k": moe.top_k},
         **{"tokenizer": loaded.tokenizer.kind if loaded.tokenizer else None},
     }

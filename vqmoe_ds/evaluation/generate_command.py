@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.data.compressed import DAMAGES, SUFFIXES, decompressed, kind_of_bytes
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors
 from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError, shown
@@ -39,6 +40,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--no_cache", action="store_true", help="read the whole context anew for every token")
     add("--timing", action="store_true", help="tokens a second of every text, on standard error")
+    add_plugin_option(parser)
     return parser
 
 
@@ -71,11 +73,10 @@ class _Writer:
 
     def _load(self) -> LoadedModel:
         from vqmoe_ds.checkpoint.load_model import load_model
-        from vqmoe_ds.moe.routers import require_causal
 
         options = self.options
         loaded = load_model(options.checkpoint, options.tokenizer, device=self.device, precision=options.precision)
-        require_causal(loaded.config, "generating text")
+        loaded.config.require_causal("generating text")
         loaded.need_tokenizer()
         return loaded
 

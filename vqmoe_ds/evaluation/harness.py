@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
-from vqmoe_ds.moe.routers import require_causal
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError, UserError
 from vqmoe_ds.runtime.extras import library
@@ -71,7 +70,7 @@ class HarnessModel(TemplateLM):
             self._device = torch.device(device)
         self.loaded = load_model(checkpoint, tokenizer, device=self._device, precision=precision)
         self._tokenizer = self.loaded.need_tokenizer()
-        require_causal(self.loaded.config, "the harness")
+        self.loaded.config.require_causal("the harness")
         self.context = self.loaded.config.model.sequence_length
         self.vocab_size = min(self._tokenizer.vocab_size, self.loaded.config.model.vocab_size)
         number = str(batch_size or "auto").partition(":")[0]

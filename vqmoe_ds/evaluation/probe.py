@@ -26,7 +26,7 @@ from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.models.transformer import Block, MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import KnownRoute, Routing
+from vqmoe_ds.moe.routers import Routing, RoutingContext
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError
 
 BATCH = 8
@@ -78,8 +78,7 @@ class Visit:
     index: int
     """Among the MoE layers."""
     layer: MoELayer
-    known: KnownRoute
-    bank: CodebookBank | None
+    context: RoutingContext
     stream_TD: Tensor
     """Residual stream before the layer's norm."""
     x_TD: Tensor
@@ -92,7 +91,8 @@ class Visit:
 
     def route(self, x_TD: Tensor) -> Routing:
         """The router's answer to other states of the same tokens."""
-        return self.layer.route(x_TD, self.known, self.bank)
+        routing: Routing = self.layer.router(x_TD, self.context)
+        return routing
 
 
 @torch.no_grad()
@@ -110,12 +110,12 @@ def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
         streams.append(args[0].flatten(0, 1))
 
     def keep_visit(module: Any, args: Any, output: Any) -> None:
-        x_BSD, known, bank = args
-        known = replace(known or KnownRoute(), sequence=x_BSD.shape[1])
+        x_BSD, context, _ = args
+        context = replace(context, sequence=x_BSD.shape[1])
         x_TD, index = x_BSD.flatten(0, 1), len(visits)
-        routing = module.route(x_TD, known, bank)
+        routing = module.router(x_TD, context)
         y_TD = output[0].flatten(0, 1)
-        visits.append(Visit(index, module, known, bank, streams[-1], x_TD, y_TD, routing, codes.get(index)))
+        visits.append(Visit(index, module, context, streams[-1], x_TD, y_TD, routing, codes.get(index)))
 
     blocks = [block for block in model.blocks if isinstance(block, Block) and isinstance(block.mlp, MoELayer)]
     handles = [block.mlp_norm.register_forward_pre_hook(keep_stream) for block in blocks]

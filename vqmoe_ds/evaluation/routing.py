@@ -57,7 +57,7 @@ class RoutingHealth:
         for name, measure in (("busiest_expert", busiest), ("load_variation", variation), ("load_gini", gini)):
             report[name] = _rounded(measure(counts_LN))
         if model.bank is not None:
-            usage_LK = model.bank.usage_LK  # already summed over ranks by CodebookSync
+            usage_LK = model.bank.usage_LK  # already summed over ranks by StateSync
             report["code_perplexity"] = [round(v, 3) for v in perplexity(usage_LK)]
             report["dead_codes"] = [int(n) for n in usage_LK.eq(0).sum(dim=1)]
         report.update(self._fluctuation())
@@ -72,14 +72,16 @@ class RoutingHealth:
         if self._probe_BS is None:
             return {}
         engine, layers = self.session.engine, self.session.model.moe_layers()
-        for layer in layers:
-            layer.watch = True
+        seen: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda _layer, _args, outputs: seen.append(outputs[2])) for layer in layers
+        ]
         engine.eval()
         engine(self._probe_BS)
         engine.train()
-        routes_LTR = torch.stack([layer.watched for layer in layers if layer.watched is not None])
-        for layer in layers:
-            layer.watch = False
+        for hook in hooks:
+            hook.remove()
+        routes_LTR = torch.stack(seen)
         last, self._last_LTR = self._last_LTR, routes_LTR
         if last is None:
             return {}

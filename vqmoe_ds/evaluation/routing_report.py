@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.balance import busiest, gini, perplexity, variation
 from vqmoe_ds.evaluation.collapse import (
     centred_spectrum,
@@ -46,6 +47,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--tokens", type=int, default=16384, help="tokens of the text to read (default 16384)")
     add("--tokenizer", metavar="PATH", help="the model's tokenizer, where it is not found beside checkpoint or data")
     add("--out", metavar="DIR", required=True, help="folder for routing.html and routing.json")
+    add_plugin_option(parser)
     return parser
 
 
@@ -111,7 +113,7 @@ def about(loaded: LoadedModel) -> dict[str, Any]:
         "path": str(loaded.path),
         "kind": loaded.kind,
         "step": loaded.step,
-        "router": config.moe.router.value,
+        "router": config.moe.router,
         "top_k": config.moe.top_k,
         "num_experts": config.moe.num_experts,
         "num_codes": bank.num_codes if bank is not None else None,

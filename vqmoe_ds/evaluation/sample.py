@@ -6,7 +6,6 @@ from itertools import islice
 
 from vqmoe_ds.evaluation.generate import Sampling, generate
 from vqmoe_ds.models.session import Session
-from vqmoe_ds.moe.routers import require_causal
 
 
 def sample_tokens(
@@ -19,7 +18,7 @@ def sample_tokens(
     Raises:
         ConfigError: the router looks at later tokens.
     """
-    require_causal(session.config.run, "generating text")
+    session.config.run.require_causal("generating text")
     sampling, context = Sampling(temperature, seed=seed), session.config.run.model.sequence_length
     session.engine.eval()
     new = generate(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.flops import forward_flops
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.routers import rows_per_token
 from vqmoe_ds.planning.parameters import meta_model
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -31,7 +30,7 @@ def budget_of(config: RunConfig) -> Budget:
     """Stored numbers are counted on the model itself, FLOPs follow from the shapes."""
     network, flops = meta_model(config), forward_flops(config)
     stored = sum(t.numel() for t in [*network.parameters(), *_state(network)])
-    return Budget(stored, flops.total, flops.routing, rows_per_token(config.moe, config.router))
+    return Budget(stored, flops.total, flops.routing, config.rows_per_token)
 
 
 def check_group(name: str, budgets: dict[str, Budget], yardstick: str, tolerance: float) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.config.load import nearest_key
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.experiments.grid import Grid, group_of, read_grid, runs_of
 from vqmoe_ds.experiments.runs import Job, Runner, check_folders, jobs_of
-from vqmoe_ds.moe.routers import require_causal
 from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, UserError
 
 
@@ -32,6 +32,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         default="refuse",
         help="what to do with a run that was made with another configuration (rerun throws it away)",
     )
+    add_plugin_option(parser)
     return parser
 
 
@@ -85,9 +86,9 @@ def _check_causality(grid: Grid, jobs: list[Job]) -> None:
     for job in jobs:
         run, entry = job.config.run, job.run.entry
         if not group_of(grid, entry).noncausal:
-            require_causal(run, f"entry {entry.name} in group {entry.group!r}, which is not marked noncausal: true,")
+            run.require_causal(f"entry {entry.name} in group {entry.group!r}, which is not marked noncausal: true,")
         if run.run.sample_tokens and "run.sample_tokens" in {**grid.overrides, **entry.overrides}:
-            require_causal(run, f"entry {entry.name} with run.sample_tokens={run.run.sample_tokens}, generating text,")
+            run.require_causal(f"entry {entry.name} with run.sample_tokens={run.run.sample_tokens}, generating text,")
 
 
 def _budgets(grid: Grid, jobs: list[Job]) -> dict[str, Any]:

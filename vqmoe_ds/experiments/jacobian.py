@@ -28,7 +28,6 @@ from vqmoe_ds.evaluation.collapse import effective_rank, numerical_rank, run_exp
 from vqmoe_ds.evaluation.probe import Rows, Visit, rows_of
 from vqmoe_ds.moe.experts import StackedExperts
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import VQRouter
 
 RANK_THRESHOLDS = (1e-2, 1e-5)
 """Shares of the largest singular value above which one counts: what matters, and what is there at all in float32."""
@@ -98,9 +97,8 @@ def _rows_and_inputs(visit: Visit, straight_through: bool) -> tuple[Rows, Tensor
         discrete_M = rows.slots_M == rows.slots_M.max()
         inputs_MD = inputs_MD + torch.where(discrete_M.unsqueeze(1), offset_TD[rows.tokens_M], 0.0)
         if not straight_through:
-            router = visit.layer.router
-            assert isinstance(router, VQRouter), "only codes have an offset"
-            factors_M = torch.where(discrete_M, (1 - router.config.code_blend) * factors_M, factors_M)
+            blend = visit.layer.config.moe.code_blend
+            factors_M = torch.where(discrete_M, (1 - blend) * factors_M, factors_M)
     return rows, inputs_MD, factors_M
 
 
@@ -137,7 +135,7 @@ def gate_share(layer: MoELayer, router_DD: Tensor) -> float | None:
 
     Of ``g = softmax(W_g x)`` with two entries, both gradients are multiples of ``W_g[0] - W_g[1]``.
     """
-    gate = layer.router.path_gate if isinstance(layer.router, VQRouter) else None
+    gate = getattr(layer.router, "path_gate", None)
     if gate is None or not router_DD.any():
         return None
     direction_D = F.normalize((gate.weight[0] - gate.weight[1]).double(), dim=0)

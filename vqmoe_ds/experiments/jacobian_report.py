@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.page import make_report
 from vqmoe_ds.evaluation.probe import BATCH, check_tokens, load_routed, read_probe, visit_layers
 from vqmoe_ds.evaluation.routing_report import about
@@ -32,6 +33,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="PATH", help="the models' tokenizer, where it is not found beside checkpoints or data")
     add("--exact", action="store_true", help="with moe.code_blend > 0: the exact derivative, not straight-through")
     add("--out", metavar="DIR", required=True, help="folder for jacobian.html and jacobian.json")
+    add_plugin_option(parser)
     return parser
 
 

@@ -90,7 +90,7 @@ class BestReport(Callback):
         summary = {
             **found,
             **self.facts,
-            "router": run.moe.router.value,
+            "router": run.moe.router,
             "seed": run.train.seed,
             "steps": trainer.step,
             "bad_steps": trainer.bad_steps,

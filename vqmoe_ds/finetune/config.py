@@ -14,7 +14,7 @@ from vqmoe_ds.checkpoint.resume.whereabouts import whole_task, with_whole_paths
 from vqmoe_ds.checkpoint.views.discrete import discrete_config
 from vqmoe_ds.config.cli import overrides_from_args
 from vqmoe_ds.config.load import LoadedConfig, load_config
-from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, Trainable
+from vqmoe_ds.config.schema import CodeSource, RunConfig, Trainable
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
 from vqmoe_ds.runtime.errors import ConfigError
@@ -56,7 +56,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
     kept = ("model", "moe", "router", "codebook") + (() if args.task == LANGUAGE_MODEL else ("data",))
     base = {**source.model_dump(mode="json", include=set(kept)), **DEFAULTS}
     loaded = load_config(file=args.config, overrides=overrides, base=base)
-    if loaded.config.moe.router is Router.VQ and loaded.config.finetune.discrete:
+    if loaded.config.moe.facts.uses_codebook and loaded.config.finetune.discrete:
         base = {**base, **_discrete_sections(base, loaded)}
     base["router"] = _schedules_of(source)
     loaded = load_config(file=args.config, overrides=overrides, base=base)
@@ -94,10 +94,8 @@ def _discrete_sections(base: dict[str, Any], loaded: LoadedConfig) -> dict[str, 
 
 def _schedules_of(source: RunConfig) -> dict[str, Any]:
     """Options of routers whose schedules go by the steps of a run: those of the pretraining stay."""
-    router = source.router.model_dump(mode="json")
-    router["growth_steps"] = router["growth_steps"] or source.train.steps
-    router["distil_steps"] = router["distil_steps"] or max(1, source.train.steps // 10)
-    return router
+    options = source.moe.facts.with_schedules(source.router, source.train.steps)
+    return dict(options.model_dump(mode="json"))
 
 
 def classifier_config(loaded: LoadedConfig, classes: tuple[str, ...], rows: int) -> LoadedConfig:

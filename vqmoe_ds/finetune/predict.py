@@ -14,6 +14,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
 from vqmoe_ds.data.json_lines import read_json
 from vqmoe_ds.data.labelled import joined
@@ -43,6 +44,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="key of the text in --file, or several with commas (default text)",
     )
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
+    add_plugin_option(parser)
     return parser
 
 

@@ -222,9 +222,9 @@ def check_can_run(config: EngineConfig) -> None:
     Raises:
         ConfigError: frozen experts at ZeRO-3, which it cannot save.
     """
-    from vqmoe_ds.config.schema import Router, Trainable
+    from vqmoe_ds.config.schema import Trainable
 
-    frozen = config.run.finetune.trainable is Trainable.HEAD and config.run.moe.router is not Router.DENSE
+    frozen = config.run.finetune.trainable is Trainable.HEAD and config.run.moe.facts.has_experts
     if frozen and config.zero_stage == 3:
         raise ConfigError(
             "finetune.trainable=head freezes the experts, and DeepSpeed cannot save frozen experts at ZeRO-3; "
@@ -260,7 +260,7 @@ def check_same(folder: Path, saved: dict[str, Any], config: EngineConfig) -> Non
 
 def _greeting(config: EngineConfig, task: Task, reader: CheckpointReader, run_dir: Path) -> list[str]:
     run, moe = config.run, config.run.moe
-    route = f"{moe.router.value}, {moe.num_experts} experts" + (", discrete path alone" if _discrete(run) else "")
+    route = f"{moe.router}, {moe.num_experts} experts" + (", discrete path alone" if _discrete(run) else "")
     lora = f" and LoRA of rank {run.finetune.lora_rank}" if run.finetune.lora_rank else ""
     return [
         f"VQMoE fine-tuning of {reader.path} (step {reader.step}): {route}; {config.world_size} rank(s), "
@@ -271,9 +271,8 @@ def _greeting(config: EngineConfig, task: Task, reader: CheckpointReader, run_di
 
 
 def _discrete(run: Any) -> bool:
-    from vqmoe_ds.config.schema import Router
 
-    return run.moe.router is Router.VQ and run.finetune.discrete
+    return run.moe.facts.uses_codebook and run.finetune.discrete
 
 
 def _fingerprint(job: Job, task: Task, reader: CheckpointReader) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import FinetuneConfig, Router, RunConfig, Trainable
+from vqmoe_ds.config.schema import FinetuneConfig, RunConfig, Trainable
 from vqmoe_ds.models.classifier import Classifier
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers.base import drawn
 from vqmoe_ds.runtime.extras import library
 
@@ -17,13 +18,15 @@ HEAD_SCALE = 0.02
 """Standard deviation of a new head's weights."""
 
 
-def build_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+def build_model(
+    config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
+) -> MoETransformer:
     """The model of a run, its frozen parameters without gradient; arguments as of ``MoETransformer``.
 
     Raises:
         ConfigError: ``finetune.lora_rank`` without the package peft.
     """
-    model = bare_model(config, ep_size, ep_rank)
+    model = bare_model(config, ep_size, ep_rank, layer_class)
     if config.finetune.checkpoint is None:
         return model
     if config.finetune.lora_rank:
@@ -36,9 +39,11 @@ def build_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETra
     return model
 
 
-def bare_model(config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+def bare_model(
+    config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
+) -> MoETransformer:
     """Language model or classifier, without adapters and with nothing frozen; arguments as of ``MoETransformer``."""
-    return (Classifier if config.finetune.classes else MoETransformer)(config, ep_size, ep_rank)
+    return (Classifier if config.finetune.classes else MoETransformer)(config, ep_size, ep_rank, layer_class)
 
 
 def fresh(name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor | None:
@@ -72,7 +77,7 @@ def learns(name: str, config: RunConfig) -> bool:
         return True
     if config.finetune.trainable is Trainable.HEAD:
         return False
-    return (".mlp." if config.moe.router is Router.DENSE else ".experts.") in name
+    return (".experts." if config.moe.facts.has_experts else ".mlp.") in name
 
 
 def _add_adapters(model: nn.Module, config: FinetuneConfig) -> None:

@@ -13,6 +13,7 @@ from vqmoe_ds.config.schema import Pool, RunConfig
 from vqmoe_ds.data.batches import MASKED, PADDING
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.transformer import MoETransformer, real_tokens
+from vqmoe_ds.moe.layer import MoELayer
 
 
 class Classifier(MoETransformer):
@@ -25,8 +26,10 @@ class Classifier(MoETransformer):
         config: as of ``MoETransformer``; ``finetune.classes`` are the classes.
     """
 
-    def __init__(self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
-        super().__init__(config, ep_size, ep_rank)
+    def __init__(
+        self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
+    ) -> None:
+        super().__init__(config, ep_size, ep_rank, layer_class)
         self.head = Linear(config.model.width, len(config.finetune.classes))
 
     def forward(self, tokens_BS: Tensor, labels_B: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]

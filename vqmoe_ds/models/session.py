@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.codebook_sync import CodebookSync
-from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.ranks import Place
 from vqmoe_ds.runtime.stopping import STOP, Interrupted
 
@@ -25,7 +24,7 @@ class Session:
     place: Place
     engine: Any
     model: MoETransformer
-    sync: CodebookSync | RouterSync | None
+    sync: StateSync
     """Moves what is learned from statistics of all ranks: codebooks, or routers with state."""
 
     fingerprint: dict[str, str] = field(default_factory=dict)

@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, Router, RunConfig
+from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, RunConfig
 from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.models.rotary import rotate, rotate_qkv
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.dispatch import Kept, make_plans, sort_rows
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, sort_rows
 from vqmoe_ds.moe.layer import MoELayer
-from vqmoe_ds.moe.routers import KnownRoute, hash_of_tokens, routes_ahead, rows_per_token
-from vqmoe_ds.moe.routers.base import draw_linear_maps, drawn
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.routers.base import drawn
 from vqmoe_ds.moe.sources import EmbeddingSource
 
 
@@ -99,6 +100,10 @@ class DenseMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+Route = tuple[Tensor, Ahead]
+"""Of one block: the expert of each token that is known ahead, and what is known of the dispatch."""
+
+
 class Block(nn.Module):
     """Attention and one feed-forward part, sparse or dense, each on the normalised stream."""
 
@@ -110,19 +115,24 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        known: KnownRoute | None,
-        bank: CodebookBank | None,
+        context: RoutingContext,
+        ahead: Ahead,
         past: BlockCache | None = None,
         real_M: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the stream ``[B, S, D]``, and of an MoE layer the auxiliary loss and the chosen experts ``[T, R]``."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past)
         rows = self.mlp_norm(x_BSD)
         if real_M is not None:  # padding reaches no expert: to those the real tokens are one sequence
             rows = real_tokens(rows, real_M).unsqueeze(0)
-        y, aux_loss = self.mlp(rows, known, bank) if isinstance(self.mlp, MoELayer) else (self.mlp(rows), None)
+        aux_loss, experts_TR = None, None
+        if isinstance(self.mlp, MoELayer):
+            y, aux_loss, experts_TR = self.mlp(rows, context, ahead)
+        else:
+            y = self.mlp(rows)
         if real_M is not None:
             y = torch.zeros_like(x_BSD).flatten(0, 1).index_copy(0, real_M, y.squeeze(0)).view_as(x_BSD)
-        return x_BSD + y, aux_loss
+        return x_BSD + y, aux_loss, experts_TR
 
 
 class MoETransformer(nn.Module):
@@ -132,27 +142,26 @@ class MoETransformer(nn.Module):
         config: the run configuration; ``train.seed`` fixes every initial weight, whatever the layout.
         ep_size: expert-parallel ranks; must divide ``moe.num_experts``.
         ep_rank: this rank's place among them.
+        layer_class: of the MoE layers; ``DeepSpeedMoELayer`` where DeepSpeed's engine trains the model.
     """
 
     token_table_LV: Tensor | None
 
-    def __init__(self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> None:
+    def __init__(
+        self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
+    ) -> None:
         super().__init__()
-        model, moe, book = config.model, config.moe, config.codebook
+        model, moe, book, facts = config.model, config.moe, config.codebook, config.moe.facts
         self.config = config
         self.embed = nn.Embedding(model.vocab_size, model.width)
-        self.moe_blocks = [] if moe.router is Router.DENSE else moe_block_indices(model)
-        out_scale = (2 * model.layers) ** -0.5
+        self.moe_blocks = moe_block_indices(model) if facts.has_experts else []
         self.blocks = nn.ModuleList()
         for index in range(model.layers):
             if index in self.moe_blocks:
                 layer = self.moe_blocks.index(index)
-                mlp: nn.Module = MoELayer(
-                    *(model.width, layer, moe, book, config.train.seed, ep_size, ep_rank, out_scale),
-                    *(config.router, model.vocab_size, config.train.steps),
-                )
+                mlp: nn.Module = layer_class(LayerConfig.of(config, layer, ep_size, ep_rank))
             else:
-                hidden = model.dense_hidden or moe.expert_hidden * rows_per_token(moe, config.router)
+                hidden = model.dense_hidden or moe.expert_hidden * facts.rows_per_token(moe, config.router)
                 mlp = DenseMLP(model.width, hidden)
             self.blocks.append(Block(model, mlp))
         self.norm = RMSNorm(model.width)
@@ -160,16 +169,14 @@ class MoETransformer(nn.Module):
         layers = len(self.moe_blocks)
         self.bank: CodebookBank | None = None
         self.source: EmbeddingSource | None = None
-        if moe.router is Router.VQ:
+        if facts.uses_codebook:
             self.bank = CodebookBank(book, layers, moe.num_experts, model.width, config.train.seed)
             self.source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
-        table = None
-        if moe.router is Router.HASH_TOKEN:
-            table = hash_of_tokens(model.vocab_size, moe.num_experts, layers, config.train.seed)
-        self.register_buffer("token_table_LV", table)
-        self._initialise(config.train.seed, out_scale)
+        table_LV = facts.token_table(config, layers)
+        self.register_buffer("token_table_LV", table_LV)
+        self._initialize(config.train.seed, (2 * model.layers) ** -0.5)
 
-    def _initialise(self, seed: int, out_scale: float) -> None:
+    def _initialize(self, seed: int, out_scale: float) -> None:
         """Normal weights of 1/sqrt(fan in), smaller where they write to the stream; embeddings of unit size.
 
         Each follows from the seed and its name: models that differ in their router are equal in everything else.
@@ -181,8 +188,6 @@ class MoETransformer(nn.Module):
                     scale = module.in_features**-0.5 * scales.get(name.rsplit(".", 1)[-1], 1.0)
                     module.weight.copy_(drawn(tuple(module.weight.shape), scale, seed, name))
             self.embed.weight.copy_(drawn(tuple(self.embed.weight.shape), 1.0, seed, "embed"))
-        for layer in self.moe_layers():
-            draw_linear_maps(layer.router, seed, layer.layer)
 
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, cache: Cache | None = None
@@ -210,28 +215,30 @@ class MoETransformer(nn.Module):
         """
         real_M = None if real_BS is None else real_BS.flatten().nonzero().squeeze(1)
         x_BSD = self.embed(tokens_BS)
-        known = self._routes_ahead(tokens_BS, x_BSD, cache, real_M)
-        if real_BS is not None and self.config.moe.router is Router.EXPERT_CHOICE:
-            known = dict.fromkeys(self.moe_blocks, KnownRoute(lengths=tuple(real_BS.sum(dim=1).tolist())))
+        routes = self._routes_ahead(tokens_BS, x_BSD, cache, real_M)
+        context = RoutingContext(
+            token_ids_T=real_tokens(tokens_BS, real_M),
+            lengths=None if real_BS is None else self._lengths(real_BS),
+            codebooks=self.bank,
+        )
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
         recompute = self.config.train.activation_checkpointing and self.training
         early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
-        previous_T: Tensor | None = None
         for index, block in enumerate(self.blocks):
-            route = known.get(index)
-            if previous_T is not None:
-                route = KnownRoute(previous_T=previous_T)
+            experts_T, ahead = routes.get(index, (None, Ahead()))
+            known = replace(context, expert_ids_T=experts_T)
             if recompute:
-                route = replace(route or KnownRoute(), kept=Kept())
-                x_BSD, aux = checkpoint(block, x_BSD, route, self.bank, None, real_M, use_reentrant=False)
+                ahead = replace(ahead, kept=Kept())
+                x_BSD, aux, experts_TR = checkpoint(block, x_BSD, known, ahead, None, real_M, use_reentrant=False)
             else:
-                x_BSD, aux = block(x_BSD, route, self.bank, None if cache is None else cache.blocks[index], real_M)
+                past = None if cache is None else cache.blocks[index]
+                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M)
             if aux is not None:
                 aux_loss = aux_loss + aux
-            if isinstance(block.mlp, MoELayer):
-                previous_T = block.mlp.first_choice_T
+            if experts_TR is not None:
+                context = replace(context, previous_T=experts_TR[:, 0])
             if early and index == self.config.codebook.source_block:
-                known = self._plan_from_source(real_tokens(x_BSD, real_M), first_block=index + 1)
+                routes = self._plan_from_source(real_tokens(x_BSD, real_M), first_block=index + 1)
         if cache is not None:
             cache.advance(tokens_BS)
         return self.norm(x_BSD), aux_loss
@@ -244,19 +251,17 @@ class MoETransformer(nn.Module):
 
     def _routes_ahead(
         self, tokens_BS: Tensor, embedded_BSD: Tensor, cache: Cache | None, real_M: Tensor | None
-    ) -> dict[int, KnownRoute]:
+    ) -> dict[int, Route]:
         """Routes of the blocks whose experts follow from the tokens, by block index."""
-        moe, book = self.config.moe, self.config.codebook
+        book = self.config.codebook
         tokens_M = real_tokens(tokens_BS, real_M)
         if self.token_table_LV is not None:
             return self._plans(self.token_table_LV[:, tokens_M], list(self.moe_blocks))
-        if moe.router is Router.STABLEMOE:
-            return dict.fromkeys(self.moe_blocks, KnownRoute(token_ids_T=tokens_M))
         if self.bank is None or self.source is None:
             return {}
         if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
-        if not routes_ahead(moe, book):
+        if not self.config.moe.facts.known_ahead(self.config):
             return {}
         if cache is None:
             alone_M = tokens_M if book.source is CodeSource.TOKEN_EMBEDDING else None
@@ -268,7 +273,7 @@ class MoETransformer(nn.Module):
 
     def _plan_from_source(
         self, source_MD: Tensor, tokens_M: Tensor | None = None, first_block: int = 0, end_block: int | None = None
-    ) -> dict[int, KnownRoute]:
+    ) -> dict[int, Route]:
         assert self.bank is not None
         bank, end = self.bank, len(self.blocks) if end_block is None else end_block
         z_TC = bank.prepare(source_MD)
@@ -280,17 +285,21 @@ class MoETransformer(nn.Module):
         bank.observe_all(layers, z_TC, codes_LT)
         return self._plans(bank.code_map_LK[layers].gather(1, codes_LT), self.moe_blocks[layers])
 
-    def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, KnownRoute]:
+    def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, Route]:
         """Whole dispatch plans where the discrete row is the only one, else its experts and their sort."""
         layer, experts_LT1 = self.moe_layers()[0], experts_LT.unsqueeze(-1)
-        if self.config.moe.router is Router.VQ and self.config.moe.top_k > 0:
+        moe = self.config.moe
+        if moe.facts.rows_per_token(moe, self.config.router) > 1:
             rows = sort_rows(experts_LT1, layer.num_experts)
-            return {
-                block: KnownRoute(ids_T, rows=rows.layer(index))
-                for index, (block, ids_T) in enumerate(zip(blocks, experts_LT, strict=True))
-            }
-        plans = make_plans(experts_LT1, layer.num_experts, layer.exchange_group)
-        return {b: KnownRoute(ids, plan) for b, ids, plan in zip(blocks, experts_LT, plans, strict=True)}
+            aheads = [Ahead(rows=rows.layer(index)) for index in range(len(blocks))]
+        else:
+            aheads = [Ahead(plan) for plan in make_plans(experts_LT1, layer.num_experts, layer.exchange_group)]
+        return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, experts_LT, aheads, strict=True)}
+
+    def _lengths(self, real_BS: Tensor) -> tuple[int, ...] | None:
+        """Real tokens of each sequence, where the router asks for them: the host waits for these numbers."""
+        looks_ahead = self.config.moe.facts.looks_ahead(self.config.router) is not None
+        return tuple(real_BS.sum(dim=1).tolist()) if looks_ahead else None
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers in order."""

@@ -2,7 +2,7 @@
 
 Legend: L MoE layers, K codes, C code width, T tokens, N experts, S samples, U distinct tokens.
 
-Everything here is local to one rank and free of communication; ``CodebookSync`` brings the statistics
+Everything here is local to one rank and free of communication; ``StateSync`` brings the statistics
 of all ranks together once per optimizer step and then calls ``update``. All state is float32 (float64
 for running sums) in *buffers*: DeepSpeed casts parameters to bf16 but leaves buffers alone, and never
 broadcasts, shards or averages them behind our back. On a GPU, no forward and no plain ``update`` waits for
@@ -19,6 +19,7 @@ from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
+from vqmoe_ds.moe.unsynced import Unsynced
 
 
 class CodebookBank(nn.Module):
@@ -67,7 +68,7 @@ class CodebookBank(nn.Module):
         if config.learning == "gradient":
             self.register_buffer("adam_mean_LKC", torch.zeros(shape))
             self.register_buffer("adam_square_LKC", torch.zeros(shape))
-        self._updates, self._born_at = HostMirror(), HostMirror()
+        self._updates, self._born_at, self._unsynced = HostMirror(), HostMirror(), Unsynced()
         self.clear_statistics()
         self.register_buffer("usage_LK", torch.zeros(shape[:2], dtype=torch.float64), persistent=False)
 
@@ -113,6 +114,7 @@ class CodebookBank(nn.Module):
         """Forget what was gathered since the last update (a step that is not taken leaves no trace)."""
         self._pending: Tensor | None = None
         self._samples: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
+        self._unsynced.clear()
 
     @torch.no_grad()
     def observe_all(self, layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
@@ -130,11 +132,13 @@ class CodebookBank(nn.Module):
             return
         if self._pending is None:
             self._pending = self._no_statistics()
+        if layers.start == 0:
+            self._unsynced.count()
         pending_LKC1 = self._pending[layers]
         pending_LKC1[..., -1] += count_ids(codes_LT, self.num_codes)
         if self.moving:
             pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
-        if self.birth_due or self.halving_due or self.reseeding_due:
+        if (self.birth_due or self.halving_due or self.reseeding_due) and not self._unsynced.given_up:
             keep = 4 * self.num_codes if self.born and not self.halving_due else self.config.kmeans_samples
             sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
             for samples in self._samples[layers]:

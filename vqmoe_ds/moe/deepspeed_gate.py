@@ -4,14 +4,14 @@ For models that are already built on DeepSpeed's own MoE layer (``vqmoe_ds.moe.l
 no padding, ZeRO-3, resharding)::
 
     from deepspeed.moe.layer import MoE
-    from vqmoe_ds.moe.codebook_sync import CodebookSync
+    from vqmoe_ds.moe.state_sync import StateSync
     from vqmoe_ds.moe.deepspeed_gate import VQGate
 
     self.moe = MoE(width, expert=MLP(width), num_experts=16, ep_size=4)
     self.moe.deepspeed_moe.gate = VQGate(width, num_experts=16)
     ...
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    syncs = [CodebookSync(gate.bank, engine.gradient_accumulation_steps()) for gate in vq_gates(model)]
+    syncs = [StateSync(gate.bank, engine.gradient_accumulation_steps()) for gate in vq_gates(model)]
     for sync in syncs:
         sync.broadcast()
     ...
@@ -37,8 +37,10 @@ from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe.codebook import CodebookBank
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import make_plans
-from vqmoe_ds.moe.routers import VQRouter
+from vqmoe_ds.moe.routers import RoutingContext
+from vqmoe_ds.moe.routers.vq import VQRouter
 from vqmoe_ds.runtime.errors import ConfigError
 
 
@@ -79,7 +81,7 @@ class VQGate(nn.Module):
             raise ConfigError("a gate cannot change what experts see, so moe.code_blend must be 0 with VQGate")
         moe = MoEConfig(**{**moe.model_dump(), "num_experts": num_experts})
         self.num_experts = num_experts
-        self.router = VQRouter(width, 0, moe, book)
+        self.router = VQRouter(LayerConfig(width, moe, codebook=book, shared_codebook=True))
         self.bank = CodebookBank(book, 1, num_experts, width, seed)
         self.ep_group: Any = None
 
@@ -98,7 +100,7 @@ class VQGate(nn.Module):
         """
         if used_token is not None or not sparse_routes:
             raise ValueError("VQGate routes every token by indices: used_token and dense masks are not supported")
-        routing = self.router(x_TD, None, self.bank)
+        routing = self.router(x_TD, RoutingContext(codebooks=self.bank))
         ids_TR = routing.expert_ids_TR
         weights_TR = routing.weights_TR
         if weights_TR is None:

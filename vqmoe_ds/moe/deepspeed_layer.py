@@ -28,43 +28,25 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
-from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import ConfigError
 
 
-class ExpertParallelLayer(AutoEPMoELayer):
-    """An ``AutoEPMoELayer`` with experts of our own and a free ``forward``.
+class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
+    """The ``MoELayer`` as DeepSpeed's engine knows it: the engine binds its expert-parallel group."""
 
-    Args:
-        experts: the experts this rank holds.
-        num_experts: experts N of the layer over all ranks.
-        ep_size: ranks that share them.
-        ep_rank: this rank's place among those.
-    """
-
-    tokens_per_expert: Tensor
-
-    def __init__(self, experts: StackedExperts, num_experts: int, ep_size: int, ep_rank: int) -> None:
-        nn.Module.__init__(self)
-        self.ep_size, self.ep_rank = ep_size, ep_rank
-        self.num_experts, self.num_local_experts = num_experts, num_experts // ep_size
-        self.hidden_size = experts.width
-        self.ep_group_name = f"ep_size_{ep_size}"
-        self.ep_group: Any = None  # bound by set_deepspeed_parallelism, called by the engine
+    def __init__(self, config: LayerConfig) -> None:
+        MoELayer.__init__(self, config)
+        self.hidden_size = config.width
+        self.ep_group_name = f"ep_size_{self.ep_size}"
         self.folding_group_handles = None
         self.tp_group = None
         self.comm_backend = "comm"
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
-            num_experts, self.num_local_experts, ep_size
+            self.num_experts, self.num_local_experts, self.ep_size
         )
-        self.experts = experts
         self._tag_experts()
-        self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.float64), persistent=False)
-
-    @property
-    def exchange_group(self) -> Any:
-        """Group of the all-to-all, or None where rows stay at home."""
-        return self.ep_group if self.ep_size > 1 else None
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
@@ -74,7 +56,7 @@ class ExpertParallelLayer(AutoEPMoELayer):
         Raises:
             ConfigError: the group orders its ranks otherwise than the experts were dealt out.
         """
-        super().set_deepspeed_parallelism(use_data_before_expert_parallel_, folding_group_handles)
+        AutoEPMoELayer.set_deepspeed_parallelism(self, use_data_before_expert_parallel_, folding_group_handles)
         place = dist.get_rank(group=self.ep_group)
         if place != self.ep_rank:
             raise ConfigError(
@@ -125,7 +107,7 @@ def clip_gradients(module: nn.Module, limit: float) -> Tensor:
 
     The norm stays on the device.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, ExpertParallelLayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, DeepSpeedMoELayer)]
     gradients: dict[bool, list[Tensor]] = {False: [], True: []}
     for param in module.parameters():
         if param.grad is not None:

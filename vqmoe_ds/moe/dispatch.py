@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
 from vqmoe_ds.moe.codebook import recomputing
+from vqmoe_ds.moe.communication import comm
 from vqmoe_ds.moe.kernels import combine as kernels
 from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
@@ -110,6 +110,18 @@ class Kept:
     """Rows as they came out of an all-to-all."""
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of a layer's dispatch before the states of its tokens are."""
+
+    plan: DispatchPlan | None = None
+    """The whole of it, where the router adds no rows of its own."""
+    rows: SortedRows | None = None
+    """The discrete rows, sorted, where it does."""
+    kept: Kept | None = None
+    """Where a forward that will be recomputed leaves what other ranks told it."""
+
+
 # ---------------------------------------------------------------- plans
 
 
@@ -160,7 +172,7 @@ def _side_by_side(first: SortedRows, a_LM: Tensor, second: SortedRows, b_LM: Ten
 @torch.no_grad()
 def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
     """Plans from sorted rows, with one exchange of counts for all layers if ``group`` has several ranks."""
-    ranks = dist.get_world_size(group=group) if group is not None else 1
+    ranks = comm().get_world_size(group=group) if group is not None else 1
     layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
     if ranks == 1:
         return [DispatchPlan(rows.routes, order, inverse, ends, ends) for order, inverse, ends in layers]
@@ -178,7 +190,7 @@ def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
 
 def _exchange_counts(send_GLE: Tensor, group: Any) -> Tensor:
     received_GLE = torch.empty_like(send_GLE)
-    dist.all_to_all_single(received_GLE, send_GLE, group=group)
+    comm().all_to_all_single(received_GLE, send_GLE, group=group)
     return received_GLE
 
 
@@ -283,5 +295,6 @@ class _AllToAll(torch.autograd.Function):
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     out = rows.new_empty(sum(receive), rows.shape[1])
-    dist.all_to_all_single(out, rows.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
+    splits = {"output_split_sizes": receive, "input_split_sizes": send}
+    comm().all_to_all_single(out, rows.contiguous(), **splits, group=group)
     return out

@@ -1,19 +1,21 @@
 """The MoE layer: router -> dispatcher -> experts -> weighted sum.
 
-Legend: B batch, S sequence, T = B * S tokens, D width, R routed rows per token.
+Legend: B batch, S sequence, T = B * S tokens, D width, N experts, E local experts, R routed rows per token.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import CodebookConfig, MoEConfig, Router, RouterConfig
-from vqmoe_ds.moe.codebook import CodebookBank, recomputing
-from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
+from vqmoe_ds.moe.codebook import recomputing
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import (
+    Ahead,
     DispatchPlan,
     combine,
     expand_rows,
@@ -24,94 +26,120 @@ from vqmoe_ds.moe.dispatch import (
     sort_rows,
 )
 from vqmoe_ds.moe.experts import StackedExperts
-from vqmoe_ds.moe.routers import KnownRoute, Routing, SMoEDropoutRouter, VQRouter, build_router
+from vqmoe_ds.moe.routers import Routing, RoutingContext, build_router
+from vqmoe_ds.runtime.errors import ConfigError
 
 
-class MoELayer(ExpertParallelLayer):
-    """Sparse SwiGLU experts under any router of ``build_router``.
+class MoELayer(nn.Module):
+    """Sparse SwiGLU experts under any registered router.
+
+    In place of a block's MLP, in any training loop:
+
+    >>> import torch
+    >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer
+    >>> moe = MoEConfig(router="topk", num_experts=4, expert_hidden=32, top_k=2)
+    >>> layer = MoELayer(LayerConfig(width=16, moe=moe))
+    >>> y_BSD, aux_loss, expert_ids_TR = layer(torch.randn(2, 8, 16))
+    >>> y_BSD.shape, expert_ids_TR.shape
+    (torch.Size([2, 8, 16]), torch.Size([16, 2]))
 
     Args:
-        width: model width D.
-        layer: index among the MoE layers; part of the experts' seed and the codebook's index in the bank.
-        config: experts and router.
-        book: codebook options (read by the vq router).
-        seed: of the run; experts are drawn from (seed, layer, global expert id).
-        ep_size: expert-parallel ranks; must divide ``config.num_experts``.
-        ep_rank: this rank's place among them.
-        out_scale: factor on the initial down projections.
-        options: of the routers beside vq.
-        vocab_size: of the model (read by stablemoe).
-        steps: optimizer steps of the run (read by routers with a schedule).
+        config: width, experts, router and layout.
+        group: process group of the ``config.ep_size`` ranks that share the experts; may be bound later.
+
+    Raises:
+        ConfigError: contradictions in ``config``, or a group that does not fit its layout.
     """
 
-    def __init__(
-        self,
-        width: int,
-        layer: int,
-        config: MoEConfig,
-        book: CodebookConfig,
-        seed: int = 0,
-        ep_size: int = 1,
-        ep_rank: int = 0,
-        out_scale: float = 1.0,
-        options: RouterConfig | None = None,
-        vocab_size: int = 0,
-        steps: int = 1,
-    ) -> None:
-        num_local = config.num_experts // ep_size
-        experts = StackedExperts(
-            width, config.expert_hidden, num_local, ep_rank * num_local, layer, seed, width**-0.5, out_scale
+    tokens_per_expert: Tensor
+    """Rows that each of the N experts got from this rank in training, float64 ``[N]``; whoever reads it may zero it."""
+
+    def __init__(self, config: LayerConfig, group: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.config, self.layer = config, config.layer
+        self.ep_size, self.ep_rank, self.ep_group = config.ep_size, config.ep_rank, None
+        self.num_experts = config.moe.num_experts
+        self.num_local_experts = self.num_experts // self.ep_size
+        self.experts = StackedExperts(
+            width=config.width,
+            hidden=config.moe.expert_hidden,
+            num_local=self.num_local_experts,
+            first_expert=self.ep_rank * self.num_local_experts,
+            layer=config.layer,
+            seed=config.seed,
+            std=config.width**-0.5,
+            out_scale=config.out_scale,
         )
-        super().__init__(experts, config.num_experts, ep_size, ep_rank)
-        self.layer = layer
-        self.router = build_router(width, layer, config, book, options, seed, vocab_size, steps)
-        self.watch = False
-        self.watched: Tensor | None = None
-        self.tells_first_choice = config.router is Router.ADAPTIVE_CLUSTERING
-        self.first_choice_T: Tensor | None = None
+        self.router = build_router(config)
+        self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts, dtype=torch.float64), persistent=False)
+        if group is not None:
+            self.bind(group)
+
+    def bind(self, group: Any) -> None:
+        """Exchange rows within a process group from now on.
+
+        Raises:
+            ConfigError: it has another number of ranks, or another order, than the experts were dealt out for.
+        """
+        ranks, place = dist.get_world_size(group), dist.get_rank(group)
+        if (ranks, place) != (self.ep_size, self.ep_rank):
+            raise ConfigError(
+                f"the layer was built with ep_size={self.ep_size} and ep_rank={self.ep_rank}, but this rank is number "
+                f"{place} of a group of {ranks}; build it with ep_size={ranks} and ep_rank={place}"
+            )
+        self.ep_group = group
+
+    @property
+    def exchange_group(self) -> Any:
+        """Group of the all-to-all, or None where rows stay at home."""
+        if self.ep_size == 1:
+            return None
+        if self.ep_group is None:
+            raise ConfigError(
+                f"the layer shares its experts with {self.ep_size - 1} other rank(s) and has no process group: give "
+                "MoELayer(config, group), call bind(group), or let DeepSpeed's engine bind it"
+            )
+        return self.ep_group
 
     def forward(
-        self, x_BSD: Tensor, known: KnownRoute | None = None, bank: CodebookBank | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the layer's output ``[B, S, D]`` and its auxiliary loss (scalar, or None).
+        self, x_BSD: Tensor, context: RoutingContext | None = None, ahead: Ahead | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return outputs ``[B, S, D]``, the auxiliary loss (scalar float32) and the chosen experts, int64 ``[T, R]``.
 
         Args:
             x_BSD: normalised hidden states.
-            known: the part of the route that is known ahead, if any.
-            bank: codebooks; needed by the vq router when codes are looked up in the layer's own state.
+            context: what else the router may know of these tokens.
+            ahead: what is known of the dispatch before these states are.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        known = replace(known or KnownRoute(), sequence=x_BSD.shape[1])
-        routing = self.route(x_TD, known, bank)
-        plan = self._plan(routing, known)
-        if self.watch:  # diagnostics ask which experts each token went to
-            self.watched = self._experts_of_tokens(routing, len(x_TD))
-        if self.tells_first_choice:
-            self.first_choice_T = routing.expert_ids_TR[:, 0]
+        ahead = ahead or Ahead()
+        routing = self.router(x_TD, replace(context or RoutingContext(), sequence=x_BSD.shape[1]))
+        plan = self._plan(routing, ahead)
         if self.training and not recomputing():
             self.tokens_per_expert += plan.sent_counts_N
         chosen = routing.tokens_M
         rows_MD = expand_rows(x_TD if chosen is None else x_TD.index_select(0, chosen), plan)
         if routing.discrete_offset_TD is not None:
             rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
-        group, kept = self.exchange_group, known.kept
+        group, kept = self.exchange_group, ahead.kept
         rows_PD = self.experts(send_rows(rows_MD, plan, group, kept), plan.ends_E)
         rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=routing.weights_TR is not None)
         y_TD = combine(rows_MD, plan, routing.weights_TR)
         if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
             y_TD = torch.zeros_like(x_TD).index_add(0, chosen, y_TD)
-        return y_TD.view_as(x_BSD), routing.aux_loss
+        aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
+        return y_TD.view_as(x_BSD), aux_loss, self.router.experts_of_tokens(routing, len(x_TD))
 
-    def _plan(self, routing: Routing, known: KnownRoute) -> DispatchPlan:
+    def _plan(self, routing: Routing, ahead: Ahead) -> DispatchPlan:
         """The plan that is known ahead or kept from the first forward; else made here, from what is sorted ahead."""
-        kept = known.kept
-        if known.plan is not None:
-            return known.plan
+        kept = ahead.kept
+        if ahead.plan is not None:
+            return ahead.plan
         if kept is not None and kept.plan is not None and recomputing():
             return kept.plan
         ids_LTR = routing.expert_ids_TR.unsqueeze(0)
-        if isinstance(self.router, VQRouter) and self.router.continuous is not None:
-            discrete = known.rows or sort_rows(ids_LTR[..., -1:], self.num_experts)
+        if routing.last_is_discrete:
+            discrete = ahead.rows or sort_rows(ids_LTR[..., -1:], self.num_experts)
             rows = merge_rows(sort_rows(ids_LTR[..., :-1], self.num_experts), discrete)
         else:
             rows = sort_rows(ids_LTR, self.num_experts)
@@ -119,31 +147,6 @@ class MoELayer(ExpertParallelLayer):
         if kept is not None:
             kept.plan = plan
         return plan
-
-    def route(self, x_TD: Tensor, known: KnownRoute, bank: CodebookBank | None) -> Routing:
-        """The router's answer alone; arguments as of ``forward``, with ``known.sequence`` filled in."""
-        if isinstance(self.router, VQRouter):
-            if bank is None:
-                raise ValueError("the vq router needs the CodebookBank of its model")
-            return self.router(x_TD, known, bank)
-        if self.router is None:
-            if known.expert_ids_T is None:
-                raise ValueError("this layer has no router, so its experts must be known ahead")
-            return Routing(known.expert_ids_T.unsqueeze(1))
-        routing: Routing = self.router(x_TD, known)
-        return routing
-
-    def _experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
-        """Experts of each token, of one shape over the whole run.
-
-        Of a k that grows, the first ``moe.top_k``; of experts that choose, all N columns, -1 where not chosen.
-        """
-        ids_TR = routing.expert_ids_TR
-        if routing.tokens_M is not None:
-            experts_TN = ids_TR.new_full((tokens, self.num_experts), -1)
-            experts_TN[routing.tokens_M, ids_TR[:, 0]] = ids_TR[:, 0]
-            return experts_TN
-        return ids_TR[:, : self.router.config.top_k] if isinstance(self.router, SMoEDropoutRouter) else ids_TR
 
 
 def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:

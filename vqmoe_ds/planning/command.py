@@ -13,6 +13,7 @@ from vqmoe_ds.config.cli import Parser
 from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
+from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.planning.hardware import MOST_RANKS, NETWORK_GBPS, PROCESSORS, Cluster, find_processor
 from vqmoe_ds.runtime.errors import ConfigError, UserError
 
@@ -57,6 +58,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--top", type=int, default=12, help="layouts shown (default 12)")
     add("--json", metavar="FILE", nargs="?", const="-", help="write everything as JSON, to the terminal without a name")
     add("--figure", metavar="PNG", help="draw memory by part and tokens a second of the layouts shown")
+    add_plugin_option(parser)
     return parser
 
 

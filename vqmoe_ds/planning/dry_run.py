@@ -87,12 +87,13 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     # Heavy imports only now: bad input has been answered.
     import torch
 
+    from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
     from vqmoe_ds.planning import memory, meta_forward
     from vqmoe_ds.planning.parameters import count, meta_model
 
     with fake_ranks(rank, world):
         check_by_deepspeed(config.deepspeed, json_path)
-        model = meta_model(config.run, config.ep_size, config.ep_rank(rank))
+        model = meta_model(config.run, config.ep_size, config.ep_rank(rank), DeepSpeedMoELayer)
         ep_group, edp_group = _bind_groups(model, config, rank)
         _optimizer_groups(model, config)
         loss = meta_forward.run(model, meta_forward.cast_weights(model, torch.bfloat16), config.micro_batch)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.config.schema import Router
 from vqmoe_ds.planning import memory
 from vqmoe_ds.planning.hardware import GB
 from vqmoe_ds.planning.layouts import USABLE
@@ -93,7 +92,7 @@ def _recomputing(config: EngineConfig) -> Iterator[Change]:
 
 def _spread_experts(config: EngineConfig) -> Iterator[Change]:
     size, experts = 2 * config.ep_size, config.run.moe.num_experts
-    while config.run.moe.router is not Router.DENSE and config.world_size % size == 0 and experts % size == 0:
+    while config.run.moe.facts.has_experts and config.world_size % size == 0 and experts % size == 0:
         yield f"expert-parallel size {size}", replace(config, ep_size=size)
         size *= 2
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.planning import memory, speed, traffic
 from vqmoe_ds.planning.hardware import GB, Cluster
 from vqmoe_ds.planning.memory import Memory
@@ -139,7 +139,7 @@ def engine_config(
 
 def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
     experts, ranks = run.moe.num_experts, cluster.ranks
-    if run.moe.router is Router.DENSE:
+    if not run.moe.facts.has_experts:
         experts = 1
     for size in choices.ep_sizes:
         if size < 1 or ranks % size:

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.config.schema import CodeSource, Router, RunConfig
-from vqmoe_ds.moe.routers.abilities import rows_per_token
+from vqmoe_ds.config.schema import CodeSource, RunConfig
 from vqmoe_ds.planning import meta_forward
 from vqmoe_ds.planning.parameters import Parameters, Weight, thin_model
 
@@ -198,12 +197,12 @@ def _buckets(parameters: Parameters, config: EngineConfig, gradients: int, freed
 def rows_of(config: EngineConfig) -> int:
     """Routed rows of one MoE layer, rank and micro-batch."""
     run = config.run
-    return config.micro_batch * run.model.sequence_length * rows_per_token(run.moe, run.router)
+    return config.micro_batch * run.model.sequence_length * run.rows_per_token
 
 
 def moe_layers(run: RunConfig) -> int:
     """MoE layers L of the model."""
-    return 0 if run.moe.router is Router.DENSE else run.model.layers // run.model.moe_every
+    return run.model.layers // run.model.moe_every if run.moe.facts.has_experts else 0
 
 
 def dispatch_rows(config: EngineConfig, imbalance: float) -> int:
@@ -229,10 +228,7 @@ def exchanged(config: EngineConfig, imbalance: float) -> int:
     run = config.run
     if config.ep_size == 1 or not run.train.activation_checkpointing:
         return 0
-    soft = run.codebook.soft_output > 0 and run.codebook.source is CodeSource.LAYER_STATE
-    discrete = run.moe.router is Router.VQ and run.moe.top_k == 0 and not soft
-    unweighted = run.moe.router is Router.HASH_TOKEN or discrete
-    sides = imbalance if unweighted else 1 + imbalance  # weights ask for the returned rows too
+    sides = 1 + imbalance if run.moe.facts.weights_rows(run) else imbalance  # weights ask for the returned rows too
     return round(moe_layers(run) * rows_of(config) * sides * run.model.width * width_of(config))
 
 
@@ -257,7 +253,7 @@ def _kept(run_json: str, dtype: torch.dtype, imbalance: float) -> tuple[list[int
 def codebook(config: EngineConfig, parameters: Parameters) -> int:
     """Buffers, float64 statistics of a step with room for their update, and samples kept for birth or re-seeding."""
     run = config.run
-    if run.moe.router is not Router.VQ:
+    if not run.moe.facts.uses_codebook:
         return parameters.buffer_bytes
     layers, codes, width = code_shape(run)
     tokens = config.micro_batch * run.model.sequence_length

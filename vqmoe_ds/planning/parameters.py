@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 
 from vqmoe_ds.checkpoint.figures import sizes
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.deepspeed_layer import ExpertParallelLayer
+from vqmoe_ds.moe.layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,21 @@ class Parameters:
         return list(dict.fromkeys(w.group for w in self.weights))
 
 
-def meta_model(run: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+def meta_model(
+    run: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
+) -> MoETransformer:
     """The real model class without memory: shapes and types, no values."""
     with torch.device("meta"):
-        return MoETransformer(run, ep_size, ep_rank)
+        return MoETransformer(run, ep_size, ep_rank, layer_class)
 
 
 @functools.cache
 def _thin(run_json: str) -> MoETransformer:
     run = RunConfig.model_validate_json(run_json)
-    with patch.object(ExpertParallelLayer, "_tag_experts"):  # for checkpoints; 0.3 ms an expert of the whole model
-        return meta_model(run, 1 if run.moe.router is Router.DENSE else run.moe.num_experts)
+    model = meta_model(run, run.moe.num_experts if run.moe.facts.has_experts else 1)
+    for layer in model.moe_layers():
+        layer.ep_size = 1  # there is nobody to exchange rows with
+    return model
 
 
 def thin_model(run: RunConfig) -> MoETransformer:

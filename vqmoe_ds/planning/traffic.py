@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.config.schema import Router
 from vqmoe_ds.planning.memory import (
     Group,
     accumulates_in_fp32,
@@ -57,7 +56,7 @@ def transfers(parameters: Parameters, config: EngineConfig) -> list[Transfer]:
     found = _expert_rows(config)
     for part in (_gradients, _weights, _bookkeeping):
         found += part(groups, config)
-    if config.run.moe.router is Router.VQ:
+    if config.run.moe.facts.uses_codebook:
         found.append(Transfer("codebook", "all_reduce", Over.ALL, code_statistics(config.run), 1))
     return [t for t in found if t.payload and group_size(config, t.over) > 1]
 

@@ -42,6 +42,11 @@ class Process:
     words: tuple[str, ...]
 
     @property
+    def exiting(self) -> bool:
+        """Whether its memory is gone already, while its children still name it as their parent."""
+        return not any(self.words)
+
+    @property
     def launches(self) -> bool:
         return any(_LAUNCHER.fullmatch(word) for word in self.words)
 
@@ -105,7 +110,7 @@ def _gone_already(watched: list[Process]) -> str | None:
     if oldest is None or variable is None or (watched and not watched[-1].is_deepspeed_node):
         return None
     heir = process(oldest.parent)
-    gone = oldest.parent == 1 if heir is None else heir.session != oldest.session
+    gone = oldest.parent == 1 if heir is None else heir.exiting or heir.session != oldest.session
     if not watched:  # In a container process 1 is often of this session; a wrapper may have a session of its own.
         gone = (gone or oldest.parent == 1) and not _was_started_with(variable, oldest.parent)
     return "the end of its launcher" if gone else None

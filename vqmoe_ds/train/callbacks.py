@@ -24,7 +24,6 @@ from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.session import Session
-from vqmoe_ds.moe.routers import why_not_causal
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import ConfigError, TrainingHalted
 from vqmoe_ds.runtime.extras import library
@@ -119,7 +118,7 @@ class Metrics(Callback):
         if "slowest_rank" in row:
             self.console.say(health_line(row))
         sync = trainer.session.sync
-        if sync is not None and not sync.in_step():
+        if not sync.in_step():
             raise TrainingHalted(
                 f"codebooks or routers of the ranks differ at step {result.step}; training stopped before they diverge"
             )
@@ -354,7 +353,7 @@ class FinalReport(Callback):
 
     def _sample(self, trainer: Trainer, length: int) -> str:
         prompt, size = self.data.encode("The "), self.data.vocab_size
-        if not length or not prompt or size is None or why_not_causal(trainer.session.config.run):
+        if not length or not prompt or size is None or trainer.session.config.run.looks_ahead is not None:
             return ""
         return self.data.decode(sample_tokens(trainer.session, prompt, length, size))
 

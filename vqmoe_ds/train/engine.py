@@ -13,9 +13,8 @@ from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
 from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.session import Session
-from vqmoe_ds.moe.codebook_sync import CodebookSync
-from vqmoe_ds.moe.deepspeed_layer import clip_over_all_experts
-from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
+from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.planning.host import check_host_memory
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
@@ -34,7 +33,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     check_by_deepspeed(config.deepspeed, json_path)
     check_host_memory(config, place)
     torch.manual_seed(config.run.train.seed)
-    model = build_model(config.run, config.ep_size, config.ep_rank(place.rank))
+    model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), DeepSpeedMoELayer)
     import_optimizers(config.deepspeed["optimizer"]["type"])
     with refusals(json_path):
         engine, *_ = deepspeed.initialize(
@@ -48,11 +47,8 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
         clip_over_all_experts(engine)
     if config.precision == "fp16":
         fix_loss_scaling(engine)
-    sync: CodebookSync | RouterSync | None = RouterSync.of(model)
-    if model.bank is not None:
-        sync = CodebookSync(model.bank, config.accumulation_steps)
-    if sync is not None:
-        sync.broadcast()
+    sync = StateSync(model, config.accumulation_steps)
+    sync.broadcast()
     return Session(config, place, engine, model, sync)
 
 

@@ -158,7 +158,7 @@ class Trainer:
             lm_loss, aux_loss = engine(self._tensor(batch.inputs_BS), self._tensor(batch.targets_BS))
             if weights is not None:
                 lm_loss = lm_loss * weights[micro].to(lm_loss.dtype)
-            if micro == rounds - 1 and session.sync is not None:
+            if micro == rounds - 1:
                 session.sync.start()  # all statistics are in: their reduction runs beside backward
             engine.backward(lm_loss + aux_loss)
             sums += torch.stack([lm_loss.detach(), aux_loss.detach()])
@@ -204,8 +204,6 @@ class Trainer:
 
     def _step_routers(self, taken: bool) -> None:
         session = self.session
-        if session.sync is None:
-            return
         if not taken:
             session.sync.skip()
             return

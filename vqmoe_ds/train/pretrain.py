@@ -54,15 +54,14 @@ class Pretraining(TrainingCommand):
         from vqmoe_ds.data.fingerprint import of_data, of_optimizer
         from vqmoe_ds.evaluation.perplexity import validate
         from vqmoe_ds.evaluation.routing import RoutingHealth
-        from vqmoe_ds.moe.routers import why_not_causal
         from vqmoe_ds.train import callbacks as cb
         from vqmoe_ds.train.opening import find_tag, open_session
 
         config, console, data = job.config, job.console, self.data
-        reason = why_not_causal(config.run)
-        if reason is not None:
+        ahead = config.run.looks_ahead
+        if ahead is not None:
             console.say(
-                f"not causal: {reason}; its losses compare with no causal router's, and there is no text sample"
+                f"not causal: {ahead.reason}; its losses compare with no causal router's, and there is no text sample"
             )
         fingerprint = from_first({**of_data(data), **of_optimizer(config.deepspeed)} if job.place.rank == 0 else {})
         tag, job = find_tag(job, fingerprint)
@@ -151,7 +150,7 @@ def _steps_done(folder: Path) -> int:
 
 def _greeting(config: EngineConfig, data: TrainingData, run_dir: Path) -> list[str]:
     moe, run = config.run.moe, config.run
-    route = f"{moe.router.value}, {moe.num_experts} experts, {run.model.layers} layers of width {run.model.width}"
+    route = f"{moe.router}, {moe.num_experts} experts, {run.model.layers} layers of width {run.model.width}"
     return [
         f"VQMoE pretraining: {route}; {config.world_size} rank(s), EP {config.ep_size}, "
         f"ZeRO-{config.zero_stage}, {config.precision}",

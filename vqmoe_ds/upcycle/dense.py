@@ -21,13 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.huggingface.names import NORM_EPS, head_width_of, is_sparse, shapes_of, unstacked
+from vqmoe_ds.checkpoint.formats.huggingface.names import (
+    NORM_EPS,
+    head_width_of,
+    is_sparse,
+    shapes_of,
+    unstacked,
+    why_not_exported,
+)
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
 from vqmoe_ds.checkpoint.reader import Piece, WeightsReader, check_described, sound
-from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
+from vqmoe_ds.config.schema import QKNorm, RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
-from vqmoe_ds.moe.routers.abilities import why_not_exported
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 
 DENSE, ROUTED = ("llama", "mistral", "qwen3"), ("mixtral", "olmoe", "qwen3_moe")
@@ -189,7 +195,7 @@ def upcycled_config(
         raise ConfigError(f"--granularity {slices} does not divide the MLP's hidden width {source.hidden}")
     forced = source.model_section() | {"moe.expert_hidden": source.hidden // slices}
     asked = load_config("tiny", file, {**overrides, **forced})
-    sparse_everywhere = asked.config.moe.router is not Router.DENSE and asked.config.model.moe_every == 1
+    sparse_everywhere = asked.config.moe.facts.has_experts and asked.config.model.moe_every == 1
     forced["model.dense_hidden"] = 0 if sparse_everywhere else source.hidden
     for name, value in forced.items():
         if overrides.get(name, value) != value:
@@ -206,18 +212,18 @@ def upcycled_config(
 
 def _check_function(config: RunConfig, slices: int) -> None:
     moe = config.moe
-    linear = moe.router is Router.TOPK or (moe.router is Router.VQ and moe.top_k > 0)
+    linear = moe.facts.linear_gate(moe) is not None
     if linear and moe.top_k == 1 and moe.num_experts > 1:
         raise ConfigError(
             "with moe.top_k=1 the linear router weights its expert by a probability under 1, so copies of the MLP "
             "would not give its function; set moe.top_k to 2 or more, or to 0 with moe.router=vq"
         )
-    if moe.router is Router.VQ and (moe.code_blend or config.codebook.soft_output):
+    if moe.facts.uses_codebook and (moe.code_blend or config.codebook.soft_output):
         raise ConfigError(
             "moe.code_blend and codebook.soft_output change what experts give, so the function would not be "
             "preserved; set both to 0"
         )
-    if slices > 1 and moe.router is not Router.TOPK:
+    if slices > 1 and not moe.facts.is_stock:
         raise ConfigError(
             f"--granularity {slices} needs moe.router=topk: a code names one expert, and one slice is not the whole MLP"
         )
@@ -360,16 +366,15 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
         CheckpointError: a router whose state cannot be made here.
     """
     from vqmoe_ds.moe.codebook import CodebookBank
-    from vqmoe_ds.moe.routers import hash_of_tokens
     from vqmoe_ds.moe.sources import EmbeddingSource
 
-    if reason := why_not_exported(config):
+    if reason := why_not_exported(config.moe):
         raise CheckpointError(f"a dense model cannot start as this one: {reason.replace('exported', 'upcycled')}")
     model, moe, book, seed = config.model, config.moe, config.codebook, config.train.seed
     layers = sum(is_sparse(config, block) for block in range(model.layers))
-    if moe.router is Router.HASH_TOKEN:
-        return {"token_table_LV": hash_of_tokens(model.vocab_size, moe.num_experts, layers, seed)}
-    if moe.router is not Router.VQ:
+    if moe.facts.uses_token_table:
+        return {"token_table_LV": moe.facts.token_table(config, layers)}
+    if not moe.facts.uses_codebook:
         return {}
     bank = CodebookBank(book, layers, moe.num_experts, model.width, seed)
     source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
@@ -423,7 +428,7 @@ def _run(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     moe = RunConfig(**reader.config).moe
     print(
         f"{args.target}: {moe.num_experts} experts of hidden width {moe.expert_hidden} a layer, router "
-        f"{moe.router.value} with top_k {moe.top_k}, "
+        f"{moe.router} with top_k {moe.top_k}, "
         + ("function preserved" if not options.noise else f"noise {options.noise} on the experts")
     )
     return 0

@@ -25,7 +25,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.formats.huggingface.folder import settled_codebook
 from vqmoe_ds.checkpoint.formats.huggingface.names import moe_every_of, softmax_over_of
 from vqmoe_ds.checkpoint.load_model import build_model
-from vqmoe_ds.config.schema import CodeSource, Router, RunConfig, SoftmaxOver
+from vqmoe_ds.config.schema import CodeSource, RunConfig, SoftmaxOver
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers import Routing
@@ -170,7 +170,7 @@ def _percent(shares: list[float]) -> str:
 
 
 def routed_config(
-    source: RoutedSource, overrides: dict[str, Any], file: str | None = None, router: Router = Router.VQ
+    source: RoutedSource, overrides: dict[str, Any], file: str | None = None, router: str = "vq"
 ) -> RunConfig:
     """The run configuration: the source's shape and experts; unless set, its top_k and codes in the layer's state.
 
@@ -181,12 +181,12 @@ def routed_config(
     from vqmoe_ds.config.load import load_config
 
     forced = source.model_section() | {
-        "moe.router": router.value,
+        "moe.router": router,
         "codebook.num_codes": source.experts,
         "codebook.code_map": "mod",
     }
     for name, value in forced.items():
-        if router is Router.VQ and overrides.get(name, value) != value:
+        if router == "vq" and overrides.get(name, value) != value:
             raise ConfigError(f"{name}={overrides[name]} contradicts what SRC becomes ({value}); leave it out")
     asked = load_config("tiny", file, {**overrides, **forced})
     length = int(source.options.get("max_position_embeddings", 2048))
@@ -194,7 +194,7 @@ def routed_config(
     defaults = routing | {"codebook.source": "layer_state", "model.sequence_length": min(length, 4096)}
     defaults |= source.data_section()
     free = {name: value for name, value in defaults.items() if name not in asked.explicit}
-    if router is Router.TOPK:
+    if router == "topk":
         forced |= routing
     config = load_config("tiny", file, {**overrides, **free, **forced}).config
     source.check_length(config.model.sequence_length)
@@ -223,7 +223,7 @@ def with_codes(source: RoutedSource, config: RunConfig, ids: Tensor) -> tuple[Ro
         raise DataError(f"{len(ids)} calibration tokens are too few; give at least {2 * (length + 1)}")
     held = torch.arange(len(windows)) % min(HELD_OUT, len(windows)) == 1
     report = Report(int((~held).sum()) * length)
-    old = _load(RoutedReader(source, routed_config(source, _same_shape(config), router=Router.TOPK)))
+    old = _load(RoutedReader(source, routed_config(source, _same_shape(config), router="topk")))
     means = _means(old, config, windows[~held])
     codes_LKC, report.unused = means.codes_LKC, means.unused
     buffers = settled_codebook(config, codes_LKC, torch.arange(source.experts).repeat(len(codes_LKC), 1))

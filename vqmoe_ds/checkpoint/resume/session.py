@@ -26,10 +26,9 @@ from vqmoe_ds.runtime.ranks import from_first
 STRUCTURE = {
     "model": None,
     "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend"),
-    "router": ("softmax_over", "low_dim", "statistics", "scaling"),
     "codebook": ("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning"),
 }
-"""Fields that decide whether a checkpoint fits a model (None: the whole section)."""
+"""Fields that decide whether a checkpoint fits a model (None: the whole section); routers add theirs."""
 
 
 def save(
@@ -229,8 +228,11 @@ def _ids_of(checksum: str | None) -> str:
 def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
     """Refuse a checkpoint whose model differs, naming the first field; one older than a field has its default."""
     here, defaults = run.model_dump(mode="json"), RunConfig().model_dump(mode="json")
-    for section, names in STRUCTURE.items():
-        for name in names or here[section]:
+    facts = run.moe.facts
+    defaults["router"] = facts.Options().model_dump(mode="json")
+    parts = STRUCTURE | {"router": facts.structure} | ({} if facts.uses_codebook else {"codebook": ()})
+    for section, names in parts.items():
+        for name in here[section] if names is None else names:
             theirs, ours = saved.get(section, {}).get(name, defaults[section][name]), here[section][name]
             if theirs != ours:
                 raise CheckpointError(

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
+from vqmoe_ds.config.routers import options_for
 from vqmoe_ds.config.schema import MoEConfig
-from vqmoe_ds.moe.routers.abilities import rows_per_token
 from vqmoe_ds.runtime.errors import CheckpointError
 
 DROPPED = (".router.continuous.", ".router.path_gate.")
@@ -51,13 +51,18 @@ class DiscreteOnly(WeightsReader):
         return self.source.read(name, kind, start, count)
 
 
+def _calls(config: dict[str, Any]) -> int:
+    moe = MoEConfig(**config["moe"])
+    return moe.facts.rows_per_token(moe, options_for(moe.router, config.get("router", {})))
+
+
 def discrete_config(config: dict[str, Any]) -> dict[str, Any]:
     """The run configuration of the discrete path: ``moe.top_k=0``, ``codebook.learning=frozen``."""
     config = copy.deepcopy(config)
     model, moe = config["model"], config["moe"]
     # The width of dense blocks follows the number of expert calls, which falls now, unless it is written out.
     if model["moe_every"] > 1:
-        model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * rows_per_token(MoEConfig(**moe))
+        model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * _calls(config)
     moe["top_k"] = 0
     config["codebook"].update(learning="frozen", commitment_weight=0.0)
     return config

@@ -5,15 +5,23 @@ Legend: T tokens, D width, N experts, k experts chosen; K = N clusters, the expe
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import ClusterStatistics, FeatureScaling, MoEConfig, RouterConfig
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, option
+from vqmoe_ds.config.routers import LooksAhead, register_router
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import (
-    KnownRoute,
+    Router,
     Routing,
+    RoutingContext,
     StatefulRouter,
+    TopKOptions,
     auxiliary_loss,
     choose,
     count_experts,
@@ -21,9 +29,21 @@ from vqmoe_ds.moe.routers.base import (
     softmax_over_all,
     sum_by_expert,
 )
+from vqmoe_ds.moe.routers.topk import TopKRouter
 
 SMALLEST = 1e-4
 """Added to deviations before they are inverted, as released."""
+
+
+class ClusterStatistics(StrEnum):
+    RUNNING = "running"
+    BATCH = "batch"
+    NONE = "none"
+
+
+class FeatureScaling(StrEnum):
+    PER_FEATURE = "per_feature"
+    GLOBAL = "global"
 
 
 class DirectionScores(nn.Module):
@@ -37,6 +57,7 @@ class DirectionScores(nn.Module):
         return x_TD.float() @ F.normalize(self.experts_ND.float(), dim=-1).t()
 
 
+@register_router("adaptive_clustering")
 class AdaptiveClusteringRouter(StatefulRouter):
     """AC router of *Tight Clusters Make Specialized Experts* (Nielsen 2025, ACMoE; definitions 1 and 2).
 
@@ -47,34 +68,70 @@ class AdaptiveClusteringRouter(StatefulRouter):
     ``router.statistics`` says whose tokens: ``running``, those of earlier optimizer steps (deviations from the running
     mean, summed over all ranks; causal); ``batch``, as published, those of this micro-batch, later positions included,
     **not causal**; ``none``, M = 1, the control that differs in nothing else. A cluster without two tokens, or whose
-    tokens are all alike, has M = 1 and takes no part in clip and scale.
+    tokens are all alike, has M = 1 and takes no part in clip and scale. The first MoE layer has no layer before it: its
+    router is the linear one.
     """
+
+    class Options(TopKOptions):
+        decay: float = option(0.99, "decay of running statistics per step", ge=0, lt=1)
+        statistics: ClusterStatistics = option(
+            ClusterStatistics.RUNNING,
+            "running (causal), batch (as published, not causal), none (all weights 1, the control)",
+        )
+        scaling: FeatureScaling = option(
+            FeatureScaling.PER_FEATURE, "mean weight 1 per feature over clusters, or global over both"
+        )
+        feature_clip: float = option(10.0, "largest weight, as a multiple of the mean", gt=1, le=LARGEST_WEIGHT)
+
+    structure = ("softmax_over", "statistics", "scaling")
 
     weights_KD: Tensor
     totals_KS: Tensor
 
-    def __init__(self, width: int, config: MoEConfig, options: RouterConfig, seed: int, layer: int) -> None:
-        clusters = config.num_experts
+    def __init__(self, config: LayerConfig) -> None:
+        clusters, width = config.moe.num_experts, config.width
         # Of each cluster: tokens, their sum; tokens that had a mean to deviate from, the sum of deviations.
-        super().__init__(clusters, 2 * width + 2)
-        self.config, self.options, self.width = config, options, width
-        self.over_all = softmax_over_all(options.softmax_over, config.top_k)
-        self.scores = DirectionScores(width, config.num_experts, seed, layer)
+        super().__init__(config, clusters, 2 * width + 2)
+        self.width = width
+        self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
+        self.scores = DirectionScores(width, clusters, config.seed, config.layer)
         self.register_buffer("weights_KD", torch.ones(clusters, width))
         self.register_buffer("totals_KS", torch.zeros(clusters, 2 * width + 2, dtype=torch.float64))
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
-        if known is None or known.previous_T is None:
+    @classmethod
+    def build(cls, config: LayerConfig) -> Router:
+        return cls(config) if config.layer > 0 else TopKRouter(config)
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        model = run.model
+        if model.layers // model.moe_every < 2:
+            raise ValueError(
+                "moe.router=adaptive_clustering looks at the choices of the MoE layer before, so it needs two or more: "
+                f"raise model.layers={model.layers} or lower model.moe_every={model.moe_every}"
+            )
+
+    @classmethod
+    def looks_ahead(cls, options: Any) -> LooksAhead | None:
+        if options.statistics is not ClusterStatistics.BATCH:
+            return None
+        return LooksAhead(
+            "router.statistics=batch looks at all tokens of a batch, later ones included",
+            "train with router.statistics=running",
+        )
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        if context.previous_T is None:
             raise ValueError("the adaptive_clustering router needs the choices of the MoE layer before it")
-        logits_TN = self.scores(x_TD.float() * self._feature_weights(x_TD.detach().float(), known.previous_T))
-        ids_Tk, weights_Tk = choose(logits_TN, self.config.top_k, self.over_all)
-        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.config))
+        logits_TN = self.scores(x_TD.float() * self._feature_weights(x_TD.detach().float(), context.previous_T))
+        ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe))
 
     @torch.no_grad()
     def _feature_weights(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
         """Diagonal of M for each token, ``[T, D]``."""
         if self.options.statistics is ClusterStatistics.BATCH:
-            deviations_KD, counts_K = _deviations(x_TD, clusters_T, self.config.num_experts)
+            deviations_KD, counts_K = _deviations(x_TD, clusters_T, self.moe.num_experts)
             return self._weigh(deviations_KD, counts_K)[clusters_T]
         if self.options.statistics is ClusterStatistics.RUNNING and self.observing:
             self.observe(self._statistics(x_TD, clusters_T))
@@ -84,7 +141,7 @@ class AdaptiveClusteringRouter(StatefulRouter):
         return feature_weights(deviations_KD, counts_K, self.options.scaling, self.options.feature_clip)
 
     def _statistics(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
-        clusters = self.config.num_experts
+        clusters = self.moe.num_experts
         counts_K = count_experts(clusters_T, clusters).double()
         known_K = self.totals_KS[:, 0] > 0
         apart_TD = (x_TD - self._means()[clusters_T].float()).abs()

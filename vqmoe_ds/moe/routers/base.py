@@ -1,4 +1,4 @@
-"""What all routers share: their question, their answer, state that moves once a step, and the usual losses.
+"""The base classes of routers: what they are asked and answer, state that moves once per step, and the usual losses.
 
 Legend: T tokens, D width, N experts, R routed rows per token, k experts chosen, M routed rows.
 """
@@ -12,51 +12,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqmoe_ds.config.fields import option
+from vqmoe_ds.config.routers import RouterFacts, RouterOptions
 from vqmoe_ds.config.schema import MoEConfig, SoftmaxOver
-from vqmoe_ds.moe.codebook import recomputing
-from vqmoe_ds.moe.dispatch import DispatchPlan, Kept, SortedRows
+from vqmoe_ds.moe.codebook import CodebookBank, recomputing
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.kernels.codes import sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
+from vqmoe_ds.moe.unsynced import Unsynced
 
 
 @dataclass(frozen=True)
-class KnownRoute:
-    """What is known of a layer's routing before its own state is: codes, experts, perhaps the whole plan.
+class RoutingContext:
+    """What a router may know beside the states of its tokens; None where nobody knows it.
 
     All of it enters a block as an argument, so that the recomputation of activation checkpointing sees it again.
     """
 
     expert_ids_T: Tensor | None = None
-    plan: DispatchPlan | None = None
-    rows: SortedRows | None = None
-    """The rows of ``expert_ids_T``, sorted ahead, where a router adds rows of its own."""
-    kept: Kept | None = None
-    """Where a forward that will be recomputed leaves what other ranks told it."""
+    """Expert of each token, int64, where it is known ahead: from codes or a table."""
     token_ids_T: Tensor | None = None
-    """Read by stablemoe."""
+    """Ids of the tokens, int64."""
     previous_T: Tensor | None = None
-    """First choice of the MoE layer before, read by adaptive_clustering."""
+    """First choice of the MoE layer before, int64."""
     sequence: int | None = None
-    """Tokens of one sequence; filled in by the layer, read by expert_choice. None: all tokens are one sequence."""
+    """Tokens of one sequence; filled in by the layer. None: all tokens are one sequence."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of each sequence where they differ, read by expert_choice."""
+    """Tokens of each sequence where they differ."""
+    codebooks: CodebookBank | None = None
+    """The codebooks of all layers of the model."""
 
 
 @dataclass(frozen=True)
 class Routing:
     """A router's answer.
 
-    ``weights_TR`` None means 1 everywhere. ``discrete_offset_TD``, without gradient, is added to the input of the
-    last of the R rows: with straight-through the discrete expert sees ``x + c sg(v - x)``. With ``tokens_M`` a token
-    may have any number of rows: ids and weights are ``[M, 1]``, and ``tokens_M`` says whose they are.
+    With ``tokens_M`` a token may have any number of rows: ids and weights are ``[M, 1]``, and ``tokens_M`` says whose.
     """
 
     expert_ids_TR: Tensor
+    """Experts of each token, int64 in ``[0, N)``."""
     weights_TR: Tensor | None = None
+    """Weights of their outputs, float32; None: 1 everywhere."""
     aux_loss: Tensor | None = None
-    discrete_offset_TD: Tensor | None = None
+    """Scalar that is added to the loss."""
     tokens_M: Tensor | None = None
+    last_is_discrete: bool = False
+    """Whether the last of several rows is that of a code: it may be sorted ahead, and stands behind the others."""
+    discrete_offset_TD: Tensor | None = None
+    """Added to the input of the last row, without gradient: a straight-through expert sees ``x + c sg(v - x)``."""
+
+
+class Router(RouterFacts, nn.Module):
+    """A router of one MoE layer; subclasses implement ``route`` and are named by ``register_router``.
+
+    Args:
+        config: of its layer.
+    """
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.config, self.moe, self.options = config, config.moe, config.options
+
+    @classmethod
+    def build(cls, config: LayerConfig) -> Router:
+        """The router of a layer; a class may leave some layers to another."""
+        return cls(config)
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Choose experts.
+
+        Args:
+            x_TD: normalised states of the tokens, in the model's type.
+            context: what else is known of them.
+        """
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """``route``, with the hooks that engines put around a module's call."""
+        return self.route(x_TD, context or RoutingContext())
+
+    def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
+        """Experts of each of T tokens for diagnostics, int64 of one shape over the whole run; -1: none."""
+        ids_TR = routing.expert_ids_TR
+        if routing.tokens_M is None:
+            return ids_TR
+        experts_TN = ids_TR.new_full((tokens, self.moe.num_experts), -1)
+        experts_TN[routing.tokens_M, ids_TR[:, 0]] = ids_TR[:, 0]
+        return experts_TN
+
+
+class TopKOptions(RouterOptions):
+    """Options of routers that weigh the experts they choose."""
+
+    softmax_over: SoftmaxOver = option(
+        SoftmaxOver.AUTO,
+        "weights of the chosen experts: softmax over chosen or all; "
+        "auto: over all for learned routers at top_k 1, else over the chosen",
+    )
 
 
 class Float32Linear(nn.Linear):
@@ -72,25 +126,26 @@ class Float32Linear(nn.Linear):
         return F.linear(x_TD.float(), self.weight.float())
 
 
-class StatefulRouter(nn.Module):
-    """A router with state in buffers that moves once an optimizer step.
+class StatefulRouter(Router):
+    """A router with state in buffers that moves once per optimizer step.
 
-    ``forward`` adds to ``pending``; ``RouterSync`` sums it over all ranks at the step boundary and calls ``update``.
-    So neither ranks, nor accumulation, nor recomputation change what is learned. ``updates`` counts optimizer steps and
-    is saved: whatever depends on the step reads it.
+    ``route`` adds to ``pending`` by ``observe``; ``StateSync`` sums it over all ranks at the step boundary and calls
+    ``update``. So neither ranks, nor accumulation, nor recomputation change what is learned. ``updates`` counts
+    optimizer steps and is saved: whatever depends on the step reads it.
 
     Args:
+        config: of its layer.
         statistics: shape of the statistics; ``(0,)`` where none are needed.
     """
 
     updates: Tensor
     _pending: Tensor | None
 
-    def __init__(self, *statistics: int) -> None:
-        super().__init__()
-        self._shape = statistics
+    def __init__(self, config: LayerConfig, *statistics: int) -> None:
+        super().__init__(config)
+        self._shape = statistics or (0,)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self._updates = HostMirror()
+        self._updates, self._unsynced = HostMirror(), Unsynced()
         self.clear_statistics()
 
     @property
@@ -113,11 +168,13 @@ class StatefulRouter(nn.Module):
     @torch.no_grad()
     def observe(self, statistics: Tensor) -> None:
         """Add those of one micro-batch."""
+        self._unsynced.count()
         self._pending = self.pending + statistics.double()
 
     def clear_statistics(self) -> None:
         """Forget what was gathered since the last update (a step that is not taken leaves no trace)."""
         self._pending = None
+        self._unsynced.clear()
 
     @torch.no_grad()
     def update(self, statistics: Tensor) -> None:
@@ -152,14 +209,19 @@ def auxiliary_loss(logits_TN: Tensor, ids_Tk: Tensor, config: MoEConfig) -> Tens
 
     ``f_e`` is the share of all T k choices that went to expert e, ``P_e`` its mean probability.
     """
-    aux = logits_TN.new_zeros(())
+    aux = z_loss(logits_TN, config)
     if config.balance_weight:
         share_N = count_experts(ids_Tk, config.num_experts) / ids_Tk.numel()
         mean_N = logits_TN.softmax(dim=-1).mean(dim=0)
         aux = aux + config.balance_weight * config.num_experts * (share_N * mean_N).sum()
-    if config.z_loss_weight:
-        aux = aux + config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
     return aux
+
+
+def z_loss(logits_TN: Tensor, config: MoEConfig) -> Tensor:
+    """ST-MoE's z-loss ``mean(logsumexp^2)`` by its weight, scalar."""
+    if not config.z_loss_weight:
+        return logits_TN.new_zeros(())
+    return config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
 
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:
@@ -183,9 +245,9 @@ def drawn(shape: tuple[int, ...], scale: float, seed: int, *name: int | str) -> 
 
 
 @torch.no_grad()
-def draw_linear_maps(router: nn.Module | None, seed: int, layer: int) -> None:
+def draw_linear_maps(router: nn.Module, seed: int, layer: int) -> None:
     """Initial weights of a router's linear maps, from (seed, layer, name): all that have a gate have the same."""
-    for name, module in [] if router is None else router.named_modules():
+    for name, module in router.named_modules():
         if isinstance(module, nn.Linear):
             shape, role = tuple(module.weight.shape), name.rsplit(".", 1)[-1]
             module.weight.copy_(drawn(shape, module.in_features**-0.5, seed, layer, role))

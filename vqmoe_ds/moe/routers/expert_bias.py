@@ -8,10 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqmoe_ds.config.schema import MoEConfig, RouterConfig, SoftmaxOver
-from vqmoe_ds.moe.routers.base import Float32Linear, KnownRoute, Routing, StatefulRouter, count_experts
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, option
+from vqmoe_ds.config.routers import register_router
+from vqmoe_ds.config.schema import SoftmaxOver
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.routers.base import (
+    Float32Linear,
+    Routing,
+    RoutingContext,
+    StatefulRouter,
+    TopKOptions,
+    count_experts,
+    z_loss,
+)
 
 
+@register_router("expert_bias")
 class ExpertBiasRouter(StatefulRouter):
     """Loss-free balancing (Wang 2024, DeepSeek-V3).
 
@@ -22,30 +34,29 @@ class ExpertBiasRouter(StatefulRouter):
     At k = 1 the normalised weight would be the constant 1 and the gate would never learn: there it is ``s_i``.
     """
 
+    class Options(TopKOptions):
+        bias_rate: float = option(0.001, "how far the bias of an expert moves per step", gt=0, le=LARGEST_WEIGHT)
+
+    structure = ("softmax_over",)
     bias_N: Tensor
 
-    def __init__(self, width: int, config: MoEConfig, options: RouterConfig) -> None:
-        super().__init__(config.num_experts)
-        self.config, self.rate = config, options.bias_rate
-        over = options.softmax_over
-        self.normalised = config.top_k > 1 if over is SoftmaxOver.AUTO else over is SoftmaxOver.CHOSEN
-        self.gate = Float32Linear(width, config.num_experts)
-        self.register_buffer("bias_N", torch.zeros(config.num_experts))
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config, config.moe.num_experts)
+        over = self.options.softmax_over
+        self.normalised = self.moe.top_k > 1 if over is SoftmaxOver.AUTO else over is SoftmaxOver.CHOSEN
+        self.gate = Float32Linear(config.width, self.moe.num_experts)
+        self.register_buffer("bias_N", torch.zeros(self.moe.num_experts))
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
-        config = self.config
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.gate(x_TD)
         scores_TN = logits_TN.sigmoid()
-        ids_Tk = (scores_TN.detach() + self.bias_N).topk(config.top_k, dim=-1).indices
+        ids_Tk = (scores_TN.detach() + self.bias_N).topk(self.moe.top_k, dim=-1).indices
         weights_Tk = scores_TN.gather(1, ids_Tk)
         if self.normalised:
             weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
         if self.observing:
-            self.observe(count_experts(ids_Tk, config.num_experts))
-        aux = logits_TN.new_zeros(())
-        if config.z_loss_weight:
-            aux = config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
-        return Routing(ids_Tk, weights_Tk, aux)
+            self.observe(count_experts(ids_Tk, self.moe.num_experts))
+        return Routing(ids_Tk, weights_Tk, z_loss(logits_TN, self.moe))
 
     def learn(self, statistics: Tensor) -> None:
-        self.bias_N += self.rate * (statistics.mean() - statistics).sign().to(self.bias_N.dtype)
+        self.bias_N += self.options.bias_rate * (statistics.mean() - statistics).sign().to(self.bias_N.dtype)

@@ -6,14 +6,18 @@ M = B N C routed rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqmoe_ds.config.schema import MoEConfig
-from vqmoe_ds.moe.routers.base import Float32Linear, KnownRoute, Routing
+from vqmoe_ds.config.routers import LooksAhead, register_router
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.routers.base import Float32Linear, Router, Routing, RoutingContext, z_loss
 
 
-class ExpertChoiceRouter(nn.Module):
+@register_router("expert_choice")
+class ExpertChoiceRouter(Router):
     """Expert Choice (Zhou 2022): expert i takes the C tokens with the largest ``P_ti``, ``P_t = softmax(W x_t)``.
 
     ``C = ceil(S k / N)``, so ``moe.top_k`` is the mean number of experts a token has (the paper's capacity factor);
@@ -23,32 +27,33 @@ class ExpertChoiceRouter(nn.Module):
     the whole batch as published, so that at least neighbours in a batch, its size and its split do not matter.
     """
 
-    def __init__(self, width: int, config: MoEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = Float32Linear(width, config.num_experts)
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.gate = Float32Linear(config.width, self.moe.num_experts)
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
-        config, tokens = self.config, len(x_TD)
-        length = known.sequence if known is not None and known.sequence else tokens
-        lengths = known.lengths if known is not None else None
+    @classmethod
+    def looks_ahead(cls, options: Any) -> LooksAhead | None:
+        return LooksAhead(
+            "moe.router=expert_choice lets experts choose among all tokens of a sequence, later ones included"
+        )
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        length, lengths = context.sequence or len(x_TD), context.lengths
         logits_TN = self.gate(x_TD)
         probs_TN = logits_TN.softmax(dim=-1)
         if lengths is None:
-            parts = [self._choose(probs_TN.view(-1, length, config.num_experts), 0)]
+            parts = [self._choose(probs_TN.view(-1, length, self.moe.num_experts), 0)]
         else:
             starts = [sum(lengths[:row]) for row in range(len(lengths))]
             parts = [self._choose(p.unsqueeze(0), s) for p, s in zip(probs_TN.split(lengths), starts, strict=True)]
         experts_M, weights_M, tokens_M = (torch.cat(column) for column in zip(*parts, strict=True))
-        aux = logits_TN.new_zeros(())
-        if config.z_loss_weight:
-            aux = config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
-        return Routing(experts_M.unsqueeze(1), weights_M.unsqueeze(1), aux, tokens_M=tokens_M)
+        aux_loss = z_loss(logits_TN, self.moe)
+        return Routing(experts_M.unsqueeze(1), weights_M.unsqueeze(1), aux_loss, tokens_M)
 
     def _choose(self, probs_BSN: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Experts, weights and tokens of the rows of some sequences of one length, whose first token is ``first``."""
         rows, length, experts = probs_BSN.shape
-        capacity = -(-length * self.config.top_k // experts)
+        capacity = -(-length * self.moe.top_k // experts)
         weights_BCN, places_BCN = probs_BSN.topk(capacity, dim=1)
         starts_B11 = first + length * torch.arange(rows, device=probs_BSN.device).view(-1, 1, 1)
         experts_BCN = torch.arange(experts, device=probs_BSN.device).expand_as(places_BCN)

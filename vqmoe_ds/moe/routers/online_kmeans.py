@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.config.schema import MoEConfig, RouterConfig
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, option
+from vqmoe_ds.config.routers import register_router
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import (
-    KnownRoute,
     Routing,
+    RoutingContext,
     StatefulRouter,
+    TopKOptions,
     choose,
     drawn,
     softmax_over_all,
@@ -21,6 +24,7 @@ from vqmoe_ds.moe.routers.base import (
 )
 
 
+@register_router("online_kmeans")
 class OnlineKMeansRouter(StatefulRouter):
     """Online k-means (Ahrac, Hochwald and Geva 2026, arXiv 2605.12476): TopK of ``cos(x, c_i)``; no parameters.
 
@@ -30,21 +34,26 @@ class OnlineKMeansRouter(StatefulRouter):
     chosen; our choice, as only the paper's abstract was read.
     """
 
+    class Options(TopKOptions):
+        temperature: float = option(0.3, "of the cosines in the weights", gt=0, le=LARGEST_WEIGHT)
+        decay: float = option(0.99, "decay of running statistics per step", ge=0, lt=1)
+
+    structure = ("softmax_over",)
     means_ND: Tensor
 
-    def __init__(self, width: int, config: MoEConfig, options: RouterConfig, seed: int, layer: int) -> None:
-        super().__init__(config.num_experts, width)
-        self.config, self.options = config, options
-        self.over_all = softmax_over_all(options.softmax_over, config.top_k, learned=False)
-        self.register_buffer("means_ND", drawn((config.num_experts, width), width**-0.5, seed, layer, "means"))
+    def __init__(self, config: LayerConfig) -> None:
+        shape = (config.moe.num_experts, config.width)
+        super().__init__(config, *shape)
+        self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k, learned=False)
+        self.register_buffer("means_ND", drawn(shape, config.width**-0.5, config.seed, config.layer, "means"))
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         # Weights carry a gradient to x; the choice and the means have none.
         cosines_TN = F.normalize(x_TD.float(), dim=-1) @ F.normalize(self.means_ND, dim=-1).t()
-        ids_Tk, weights_Tk = choose(cosines_TN / self.options.temperature, self.config.top_k, self.over_all)
+        ids_Tk, weights_Tk = choose(cosines_TN / self.options.temperature, self.moe.top_k, self.over_all)
         if self.observing:
-            states_MD = x_TD.detach().float().repeat_interleave(self.config.top_k, dim=0)
-            self.observe(sum_by_expert(states_MD, ids_Tk.flatten(), self.config.num_experts))
+            states_MD = x_TD.detach().float().repeat_interleave(self.moe.top_k, dim=0)
+            self.observe(sum_by_expert(states_MD, ids_Tk.flatten(), self.moe.num_experts))
         return Routing(ids_Tk, weights_Tk)
 
     def learn(self, statistics: Tensor) -> None:

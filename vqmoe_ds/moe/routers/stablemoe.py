@@ -6,21 +6,26 @@ Legend: T tokens, D width, P low dimension, N experts, V vocabulary, k experts c
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import MoEConfig, RouterConfig
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, MOST_FEATURES, MOST_STEPS, option
+from vqmoe_ds.config.routers import RouterOptions, register_router
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.routers.base import (
     Float32Linear,
-    KnownRoute,
     Routing,
+    RoutingContext,
     StatefulRouter,
     auxiliary_loss,
     drawn,
 )
+from vqmoe_ds.runtime.errors import ConfigError
 
 LIGHT_DIM = 50
 """Width of the light router's word embeddings unless ``router.low_dim`` is set."""
@@ -45,6 +50,7 @@ class LightRouter(nn.Module):
             return (self.words_VP.float() @ self.experts_NP.float().t()).topk(top_k, dim=-1).indices
 
 
+@register_router("stablemoe")
 class StableMoERouter(StatefulRouter):
     """StableMoE (Dai 2022).
 
@@ -56,52 +62,64 @@ class StableMoERouter(StatefulRouter):
     decay can move it any more.
     """
 
+    class Options(RouterOptions):
+        low_dim: int = option(
+            0, "width of the light router's word embeddings; 0: 50", "features", ge=0, le=MOST_FEATURES
+        )
+        distil_steps: int = option(0, "steps of the first stage; 0: a tenth of the run", "steps", ge=0, le=MOST_STEPS)
+        distil_weight: float = option(1.0, "weight of the distillation loss", gt=0, le=LARGEST_WEIGHT)
+
+    structure = ("low_dim",)
+    needs_token_ids = True
     table_Vk: Tensor
     frozen: Tensor
     """Whether stage 2 has begun. Kept, because a longer or shorter run that goes on has another ``distil_steps``."""
 
-    def __init__(
-        self,
-        width: int,
-        config: MoEConfig,
-        options: RouterConfig,
-        seed: int,
-        layer: int,
-        vocab_size: int,
-        steps: int,
-    ) -> None:
-        super().__init__(0)
-        self.config, self.options = config, options
-        self.distil_steps = options.distil_steps or max(1, steps // 10)
-        self.gate = Float32Linear(width, config.num_experts)
-        self.light = LightRouter(vocab_size, options.low_dim or LIGHT_DIM, config.num_experts, seed, layer)
-        self.register_buffer("table_Vk", torch.zeros(vocab_size, config.top_k, dtype=torch.int64))
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        if config.vocab_size < 1:
+            raise ConfigError(
+                "the stablemoe router keeps a table of tokens: set LayerConfig.vocab_size to their number"
+            )
+        experts, low_dim = self.moe.num_experts, self.options.low_dim or LIGHT_DIM
+        self.distil_steps = self.with_schedules(self.options, config.steps).distil_steps
+        self.gate = Float32Linear(config.width, experts)
+        self.light = LightRouter(config.vocab_size, low_dim, experts, config.seed, config.layer)
+        self.register_buffer("table_Vk", torch.zeros(config.vocab_size, self.moe.top_k, dtype=torch.int64))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))
         self._frozen = HostMirror()
+
+    @classmethod
+    def flops(cls, run: RunConfig, layer: int) -> int:
+        return super().flops(run, layer) + 2 * (getattr(run.router, "low_dim", 0) or LIGHT_DIM) * run.moe.num_experts
+
+    @classmethod
+    def with_schedules(cls, options: Any, steps: int) -> Any:
+        return options.model_copy(update={"distil_steps": options.distil_steps or max(1, steps // 10)})
 
     @property
     def in_second_stage(self) -> bool:
         """``frozen`` as a truth value."""
         return bool(self._frozen.read(self.frozen))
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
-        if known is None or known.token_ids_T is None:
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        if context.token_ids_T is None:
             raise ValueError("the stablemoe router needs the token ids of its layer's input")
         scores_TN = self.gate(x_TD)
-        log_light_TN = self.light(known.token_ids_T).log_softmax(dim=-1)
+        log_light_TN = self.light(context.token_ids_T).log_softmax(dim=-1)
         if self.in_second_stage:
-            ids_Tk = self.table_Vk[known.token_ids_T]
+            ids_Tk = self.table_Vk[context.token_ids_T]
             # Nothing, with a gradient of 0: engines wait for the gradient of every weight.
             aux = 0.0 * log_light_TN.sum()
         else:
-            ids_Tk = scores_TN.topk(self.config.top_k, dim=-1).indices
+            ids_Tk = scores_TN.topk(self.moe.top_k, dim=-1).indices
             distillation = -log_light_TN.gather(1, ids_Tk).mean()
-            aux = auxiliary_loss(scores_TN, ids_Tk, self.config) + self.options.distil_weight * distillation
+            aux = auxiliary_loss(scores_TN, ids_Tk, self.moe) + self.options.distil_weight * distillation
         return Routing(ids_Tk, scores_TN.gather(1, ids_Tk).sigmoid(), aux)
 
     def learn(self, statistics: Tensor) -> None:
         if not self.in_second_stage and self.steps_taken + 1 >= self.distil_steps:
-            self.table_Vk.copy_(self.light.table(self.config.top_k))
+            self.table_Vk.copy_(self.light.table(self.moe.top_k))
             self._frozen.write(self.frozen, 1)
 
 

@@ -5,20 +5,25 @@ Legend: T tokens, D width, N experts, k experts chosen.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqmoe_ds.config.schema import MoEConfig, RouterConfig
+from vqmoe_ds.config.routers import register_router
+from vqmoe_ds.config.schema import MoEConfig
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import (
     Float32Linear,
-    KnownRoute,
+    Router,
     Routing,
+    RoutingContext,
+    TopKOptions,
     auxiliary_loss,
     choose,
     softmax_over_all,
 )
 
 
-class TopKRouter(nn.Module):
+@register_router("topk")
+class TopKRouter(Router):
     """Linear router: the k largest of ``softmax(W x)`` (Shazeer 2017; Switch, Fedus 2021: k = 1; GLaM, Du 2021: k = 2).
 
     Unless ``router.softmax_over`` says otherwise, the weight is the full-softmax probability at k = 1, so that the
@@ -26,14 +31,21 @@ class TopKRouter(nn.Module):
     z-loss ST-MoE's ``mean(logsumexp^2)``.
     """
 
-    def __init__(self, width: int, config: MoEConfig, options: RouterConfig | None = None) -> None:
-        super().__init__()
-        self.config = config
-        over = (options or RouterConfig()).softmax_over
-        self.over_all = softmax_over_all(over, config.top_k)
-        self.gate = Float32Linear(width, config.num_experts)
+    Options = TopKOptions
+    structure = ("softmax_over",)
+    is_stock = True
+    exportable = True
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
+        self.gate = Float32Linear(config.width, self.moe.num_experts)
+
+    @classmethod
+    def linear_gate(cls, moe: MoEConfig) -> str | None:
+        return "gate.weight"
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.gate(x_TD)
-        ids_Tk, weights_Tk = choose(logits_TN, self.config.top_k, self.over_all)
-        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.config))
+        ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe))

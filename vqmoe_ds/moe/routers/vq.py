@@ -5,60 +5,149 @@ Legend: T tokens, D width, C code width, K codes, R routed rows per token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import CodebookConfig, MoEConfig, RouterConfig
+from vqmoe_ds.config.routers import register_router
+from vqmoe_ds.config.schema import CodeSource, MoEConfig, RunConfig
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.routers.base import KnownRoute, Routing
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext, TopKOptions
 from vqmoe_ds.moe.routers.topk import TopKRouter
 
 
-class VQRouter(nn.Module):
+@register_router("vq")
+class VQRouter(Router):
     """Discrete codes beside an optional linear router (paper Eq. 4).
 
     ``y = g_c f_SMoE(x) + g_d E_{map(k)}(q)`` with ``k`` the nearest code, ``g = softmax(W_g x)`` and
     ``q = x + c sg(v_k - x)``. With ``top_k = 0`` only the discrete path remains, ``y = E_{map(k)}(q)``.
     """
 
-    def __init__(
-        self, width: int, layer: int, config: MoEConfig, book: CodebookConfig, options: RouterConfig | None = None
-    ) -> None:
-        super().__init__()
-        self.layer, self.config, self.book = layer, config, book
-        self.continuous = TopKRouter(width, config, options) if config.top_k else None
-        self.path_gate = nn.Linear(width, 2) if config.top_k else None
+    Options = TopKOptions
+    structure = ("softmax_over",)
+    needs_top_k = False
+    uses_codebook = True
+    exportable = True
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None, bank: CodebookBank) -> Routing:
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        top_k, width = self.moe.top_k, config.width
+        self.continuous = TopKRouter(config) if top_k else None
+        self.path_gate = nn.Linear(width, 2) if top_k else None
+        self.own_codebook: CodebookBank | None = None
+        self.index = config.layer
+        if not config.shared_codebook:
+            self.own_codebook = CodebookBank(config.codebook, 1, self.moe.num_experts, width, config.seed)
+            self.index = 0
+
+    # ------------------------------------------------------------ what is known of it
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        book, model = run.codebook, run.model
+        in_layer_space = (
+            book.source is CodeSource.LAYER_STATE
+            and not book.code_dim
+            and not book.normalize_source
+            and book.distance == "euclidean"
+        )
+        for option, purpose in (
+            ("moe.code_blend", "feeds code vectors to experts, so they must live among the layer's states: set"),
+            ("codebook.commitment_weight", "pulls layer states toward codes: it needs"),
+        ):
+            value = run.moe.code_blend if option == "moe.code_blend" else book.commitment_weight
+            if value > 0 and not in_layer_space:
+                raise ValueError(
+                    f"{option}>0 {purpose} codebook.source=layer_state, codebook.normalize_source=false, "
+                    "codebook.distance=euclidean and codebook.code_dim=0"
+                )
+        if book.source is CodeSource.EARLY_BLOCK and book.source_block >= model.layers - 1:
+            raise ValueError(
+                f"codebook.source_block={book.source_block} must be under model.layers - 1 = {model.layers - 1}"
+            )
+        if book.code_dim > model.width:
+            raise ValueError(f"codebook.code_dim={book.code_dim} exceeds model.width={model.width}")
+        if book.source_momentum and book.source in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK):
+            raise ValueError(
+                "codebook.source_momentum works on embeddings, not on codebook.source=" + book.source.value
+            )
+
+    @classmethod
+    def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
+        return moe.top_k + 1
+
+    @classmethod
+    def weights_rows(cls, run: RunConfig) -> bool:
+        soft = run.codebook.soft_output > 0 and run.codebook.source is CodeSource.LAYER_STATE
+        return run.moe.top_k > 0 or soft
+
+    @classmethod
+    def flops(cls, run: RunConfig, layer: int) -> int:
+        """Distances to all codes, and the linear routers; a projection, which all layers share, counts once.
+
+        Where codes follow from tokens alone each token of a batch is looked up once, so there it is an upper bound.
+        """
+        book, width = run.codebook, run.model.width
+        codes, code_width = book.num_codes or run.moe.num_experts, book.code_dim or width
+        lookup = 2 * codes * code_width + (2 * width * book.code_dim if layer == 0 else 0)
+        return lookup + (super().flops(run, layer) + 4 * width if run.moe.top_k else 0)
+
+    @classmethod
+    def known_ahead(cls, run: RunConfig) -> bool:
+        return run.codebook.source not in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK)
+
+    @classmethod
+    def linear_gate(cls, moe: MoEConfig) -> str | None:
+        return "continuous.gate.weight" if moe.top_k else None
+
+    # ------------------------------------------------------------ routing
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        moe, book = self.moe, self.config.codebook
         offset, aux, soft_T = None, x_TD.new_zeros((), dtype=torch.float32), None
-        if known is not None and known.expert_ids_T is not None:
-            discrete_T = known.expert_ids_T
+        if context.expert_ids_T is not None:
+            discrete_T = context.expert_ids_T
         else:
+            bank = self._codebook(context)
             discrete_T, codes_TC = self._lookup(x_TD, bank)
-            if self.config.code_blend:
-                offset = (self.config.code_blend * (codes_TC - x_TD.detach().float())).to(x_TD.dtype)
-            if self.book.commitment_weight:
-                aux = aux + self.book.commitment_weight * (x_TD.float() - codes_TC).square().mean()
-            if self.book.soft_output:
+            if moe.code_blend:
+                offset = (moe.code_blend * (codes_TC - x_TD.detach().float())).to(x_TD.dtype)
+            if book.commitment_weight:
+                aux = aux + book.commitment_weight * (x_TD.float() - codes_TC).square().mean()
+            if book.soft_output:
                 soft_T = self._soft_weight(x_TD, bank)
         if self.continuous is None or self.path_gate is None:
             weights_TR = None if soft_T is None else soft_T.unsqueeze(1)
-            return Routing(discrete_T.unsqueeze(1), weights_TR, aux, offset)
+            return Routing(discrete_T.unsqueeze(1), weights_TR, aux, discrete_offset_TD=offset)
         smoe = self.continuous(x_TD)
         gates_T2 = self.path_gate(x_TD).float().softmax(dim=-1)
         discrete_weight_T1 = gates_T2[:, 1:] if soft_T is None else gates_T2[:, 1:] * soft_T.unsqueeze(1)
         weights_TR = torch.cat([gates_T2[:, :1] * smoe.weights_TR, discrete_weight_T1], dim=1)
         ids_TR = torch.cat([smoe.expert_ids_TR, discrete_T.unsqueeze(1)], dim=1)
-        return Routing(ids_TR, weights_TR, aux + smoe.aux_loss, offset)
+        return Routing(ids_TR, weights_TR, aux + smoe.aux_loss, last_is_discrete=True, discrete_offset_TD=offset)
+
+    def _codebook(self, context: RoutingContext) -> CodebookBank:
+        bank = self.own_codebook if context.codebooks is None else context.codebooks
+        if bank is None:
+            raise ValueError(
+                "the vq router needs codebooks: give them in RoutingContext.codebooks, or leave "
+                "LayerConfig.shared_codebook at False, and the layer has one of its own"
+            )
+        if self.index >= bank.num_layers:
+            raise ValueError(f"layer {self.index} has no place among the {bank.num_layers} codebook(s) it was given")
+        return bank
 
     @torch.no_grad()
     def _lookup(self, x_TD: Tensor, bank: CodebookBank) -> tuple[Tensor, Tensor]:
         z_TC = bank.prepare(x_TD)
-        codes_T = bank.lookup(self.layer, z_TC)
-        bank.observe(self.layer, z_TC, codes_T)
-        return bank.code_map_LK[self.layer][codes_T], bank.codes_LKC[self.layer][codes_T]
+        codes_T = bank.lookup(self.index, z_TC)
+        bank.observe(self.index, z_TC, codes_T)
+        return bank.code_map_LK[self.index][codes_T], bank.codes_LKC[self.index][codes_T]
 
     def _soft_weight(self, x_TD: Tensor, bank: CodebookBank) -> Tensor:
         """Softmax probability of the nearest code: the road on which gradients reach the code choice."""
-        distances_TK = torch.cdist(bank.compared(x_TD), bank.codes_LKC[self.layer]).square()
-        return (-distances_TK / self.book.soft_output).softmax(dim=-1).amax(dim=-1)
+        distances_TK = torch.cdist(bank.compared(x_TD), bank.codes_LKC[self.index]).square()
+        return (-distances_TK / self.config.codebook.soft_output).softmax(dim=-1).amax(dim=-1)

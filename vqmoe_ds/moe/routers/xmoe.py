@@ -6,13 +6,26 @@ Legend: T tokens, D width, P low dimension, N experts, k experts chosen.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqmoe_ds.config.schema import MoEConfig, RouterConfig
-from vqmoe_ds.moe.routers.base import KnownRoute, Routing, auxiliary_loss, choose, drawn, softmax_over_all
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, MOST_FEATURES, option
+from vqmoe_ds.config.routers import register_router
+from vqmoe_ds.config.schema import MoEConfig, RunConfig
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.routers.base import (
+    Router,
+    Routing,
+    RoutingContext,
+    TopKOptions,
+    auxiliary_loss,
+    choose,
+    drawn,
+    softmax_over_all,
+)
 
 
 class CosineScores(nn.Module):
@@ -32,21 +45,37 @@ class CosineScores(nn.Module):
         return cosines_TN / self.log_temperature.float().exp().clamp_min(0.01)
 
 
-class XMoERouter(nn.Module):
+@register_router("xmoe")
+class XMoERouter(Router):
     """X-MoE (Chi 2022): TopK of ``softmax(cos(A x, e_i) / tau)``, ``A`` to a low dimension, tau learned.
 
     Both sides are normalised and tau is learned, as the paper has it; the baseline in the VQMoE release normalises
     the expert side only and has no temperature.
     """
 
-    def __init__(self, width: int, config: MoEConfig, options: RouterConfig, seed: int, layer: int) -> None:
-        super().__init__()
-        low_dim = options.low_dim or max(1, config.num_experts // 2)
-        self.config = config
-        self.over_all = softmax_over_all(options.softmax_over, config.top_k)
-        self.scores = CosineScores(width, low_dim, config.num_experts, options.temperature, seed, layer)
+    class Options(TopKOptions):
+        low_dim: int = option(0, "width of the routing space; 0: half the experts", "features", ge=0, le=MOST_FEATURES)
+        temperature: float = option(0.3, "of the cosines, at the start (it is learned)", gt=0, le=LARGEST_WEIGHT)
 
-    def forward(self, x_TD: Tensor, known: KnownRoute | None = None) -> Routing:
+    structure = ("softmax_over", "low_dim")
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        low_dim, options = _low_dim(self.moe, self.options), self.options
+        self.over_all = softmax_over_all(options.softmax_over, self.moe.top_k)
+        self.scores = CosineScores(
+            config.width, low_dim, self.moe.num_experts, options.temperature, config.seed, config.layer
+        )
+
+    @classmethod
+    def flops(cls, run: RunConfig, layer: int) -> int:
+        return 2 * _low_dim(run.moe, run.router) * (run.model.width + run.moe.num_experts)
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.scores(x_TD)
-        ids_Tk, weights_Tk = choose(logits_TN, self.config.top_k, self.over_all)
-        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.config))
+        ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe))
+
+
+def _low_dim(moe: MoEConfig, options: Any) -> int:
+    return options.low_dim or max(1, moe.num_experts // 2)

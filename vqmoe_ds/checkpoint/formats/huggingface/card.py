@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.config.schema import CodeSource, QKNorm, Router, RunConfig
-from vqmoe_ds.moe.routers.base import softmax_over_all
+from vqmoe_ds.checkpoint.formats.huggingface.names import weighs_over_all
+from vqmoe_ds.config.schema import CodeSource, QKNorm, RunConfig
 
 SOURCES = {
     CodeSource.CONTEXT: "a mix of the embeddings of the token and of those before it (window {window}, decay {decay})",
@@ -33,7 +33,7 @@ def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] 
     kind = "classifier of texts" if config.finetune.classes else "language model"
     sections = [
         _header(config, arch),
-        f"# A Mixture-of-Experts {kind} ({moe.router.value} routing)\n",
+        f"# A Mixture-of-Experts {kind} ({moe.router} routing)\n",
         f"{model.layers} blocks of width {model.width}, {heads}, {_experts(config)}, "
         f"vocabulary {model.vocab_size}, trained with a context of {model.sequence_length} tokens for {step} steps.\n",
         "## Use\n",
@@ -84,7 +84,7 @@ def _norms(config: RunConfig) -> str:
 def _experts(config: RunConfig) -> str:
     every = config.model.moe_every
     where = "every block" if every == 1 else f"every {every}. block"
-    if config.moe.router is Router.DENSE:
+    if not config.moe.facts.has_experts:
         return "no experts"
     return f"{config.moe.num_experts} experts of hidden width {config.moe.expert_hidden} in {where}"
 
@@ -112,15 +112,15 @@ print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50, do_samp
 
 def _routing(config: RunConfig) -> str:
     moe, book = config.moe, config.codebook
-    if moe.router is Router.DENSE:
+    if not moe.facts.has_experts:
         return "There are no experts: this is the dense yardstick of its family.\n"
-    if moe.router is Router.HASH_TOKEN:
+    if moe.facts.uses_token_table:
         return "A fixed random table gives every token id one expert in every layer (Hash Layers, Roller 2021).\n"
-    over_all = softmax_over_all(config.router.softmax_over, moe.top_k)
+    over_all = weighs_over_all(config)
     weights = "the softmax over all experts" if over_all else "the softmax over the chosen"
     chosen = "the best expert" if moe.top_k == 1 else f"the {moe.top_k} best experts"
     linear = f"A linear router picks {chosen} for the layer's input, weighted by {weights}."
-    if moe.router is Router.TOPK:
+    if moe.facts.is_stock:
         return linear + " No token is dropped.\n"
     source = SOURCES[book.source].format(window=book.context_window, decay=book.context_decay, block=book.source_block)
     codes = book.num_codes or moe.num_experts

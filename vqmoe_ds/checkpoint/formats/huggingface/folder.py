@@ -43,7 +43,7 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.data.tokenizers import nothing_known
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
@@ -314,7 +314,7 @@ class HFReader(WeightsReader):
             ours: self._weights[theirs].whole() for ours, theirs in INFERENCE_BUFFERS.items() if theirs in self._weights
         }
         settled: dict[str, Tensor] = {}
-        if self._run.moe.router is Router.VQ:
+        if self._run.moe.facts.uses_codebook:
             settled = settled_codebook(self._run, found["bank.codes_LKC"], found["bank.code_map_LK"])
         if (self.path / TRAINING_BUFFERS).exists():
             for name, stored in read_header(self.path / TRAINING_BUFFERS).items():

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqmoe_ds.checkpoint.io.archive import Stored
-from vqmoe_ds.config.schema import QKNorm, Router, RunConfig, SoftmaxOver
-from vqmoe_ds.moe.routers.abilities import rows_per_token, why_not_exported
+from vqmoe_ds.config.routers import routers
+from vqmoe_ds.config.schema import MoEConfig, QKNorm, RunConfig, SoftmaxOver
 from vqmoe_ds.moe.routers.base import softmax_over_all
 from vqmoe_ds.runtime.errors import CheckpointError
 
@@ -90,10 +90,11 @@ def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
 
 
 def _router_parts(config: RunConfig, ours: str, theirs: str) -> Iterator[Part]:
-    if config.moe.router is Router.TOPK:
-        yield Part(theirs + "gate.weight", ours + "gate.weight")
-    elif config.moe.router is Router.VQ and config.moe.top_k:
-        yield Part(theirs + "gate.weight", ours + "continuous.gate.weight")
+    facts = config.moe.facts
+    gate = facts.linear_gate(config.moe)
+    if gate is not None:
+        yield Part(theirs + "gate.weight", ours + gate)
+    if gate is not None and facts.uses_codebook:
         yield Part(theirs + "path_gate.weight", ours + "path_gate.weight")
         yield Part(theirs + "path_gate.bias", ours + "path_gate.bias")
 
@@ -145,7 +146,7 @@ def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Store
 def is_sparse(config: RunConfig, block: int) -> bool:
     """Whether a block has experts."""
     every = config.model.moe_every
-    return config.moe.router is not Router.DENSE and block % every == every - 1
+    return config.moe.facts.has_experts and block % every == every - 1
 
 
 def moe_every_of(sparse: list[int], layers: int) -> int | None:
@@ -195,9 +196,9 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
     """
     model, moe, book = config.model, config.moe, config.codebook
     layers = sum(is_sparse(config, block) for block in range(model.layers))
-    if moe.router is Router.HASH_TOKEN:
+    if moe.facts.uses_token_table:
         return {"model.token_table": (layers, model.vocab_size)}
-    if moe.router is not Router.VQ:
+    if not moe.facts.uses_codebook:
         return {}
     codes = book.num_codes or moe.num_experts
     shapes: dict[str, tuple[int, ...]] = {
@@ -211,9 +212,22 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
     return shapes
 
 
+def why_not_exported(moe: MoEConfig) -> str | None:
+    """Why the Hugging Face model cannot compute the router; None where it can."""
+    if moe.facts.exportable:
+        return None
+    names = ", ".join(name for name, kind in routers().items() if kind.exportable)
+    return f"moe.router={moe.router} is not among the routers of the exported model ({names})"
+
+
+def weighs_over_all(config: RunConfig) -> bool:
+    """Whether the linear router's experts are weighted by their probabilities among all; else among the chosen."""
+    return softmax_over_all(getattr(config.router, "softmax_over", SoftmaxOver.AUTO), config.moe.top_k)
+
+
 def dense_hidden(config: RunConfig) -> int:
     """Hidden width of the dense MLPs, as the model computes it."""
-    return config.model.dense_hidden or config.moe.expert_hidden * rows_per_token(config.moe, config.router)
+    return config.model.dense_hidden or config.moe.expert_hidden * config.rows_per_token
 
 
 # ---------------------------------------------------------------- options
@@ -263,7 +277,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
     """
     if arch == "mixtral":
         return _mixtral_options(config)
-    if reason := why_not_exported(config):
+    if reason := why_not_exported(config.moe):
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
     options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
@@ -286,7 +300,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         **options,
         **(labels if classes else {}),
         "head_dim": config.model.attention_width // config.model.heads,
-        "norm_topk_prob": not softmax_over_all(config.router.softmax_over, config.moe.top_k),
+        "norm_topk_prob": not weighs_over_all(config),
         "intermediate_size": dense_hidden(config),
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
         "source_table": source_table,
@@ -384,13 +398,13 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
     moe = config.moe
     if config.finetune.classes:
         return "it is a classifier, which pools its states otherwise"
-    if moe.router is not Router.TOPK:
-        return f"moe.router={moe.router.value} is not its linear router (topk)"
+    if not moe.facts.is_stock:
+        return f"moe.router={moe.router} is not its linear router (topk)"
     if config.model.moe_every != 1:
         return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
     if config.model.qk_norm is not QKNorm.NONE:
         return f"model.qk_norm={config.model.qk_norm.value} norms queries and keys, and it does not"
-    if softmax_over_all(config.router.softmax_over, moe.top_k) and moe.num_experts > 1:
+    if weighs_over_all(config) and moe.num_experts > 1:
         over = "moe.top_k=1" if moe.top_k == 1 else "router.softmax_over=all"
         return f"with {over} experts are weighted by their probabilities among all here, among the chosen there"
     return None

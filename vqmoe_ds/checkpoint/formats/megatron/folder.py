@@ -42,7 +42,7 @@ from vqmoe_ds.checkpoint.io.safetensors_io import read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, read_json, write_json
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, check_described, sound
-from vqmoe_ds.config.schema import Router, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import read_small
 
@@ -107,10 +107,11 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
 
 def _remarks(config: RunConfig) -> list[str]:
     lines = ["load it with --finetune, or --no-load-optim --no-load-rng: Megatron-LM gets weights, not Adam's moments"]
-    if config.moe.router not in (Router.TOPK, Router.DENSE):
-        which = "its own continuous router" if config.moe.router is Router.VQ and config.moe.top_k else "one of zeros"
+    facts = config.moe.facts
+    if facts.has_experts and not facts.is_stock:
+        which = "one of zeros" if facts.linear_gate(config.moe) is None else "its own continuous router"
         lines.append(
-            f"Megatron has no moe.router={config.moe.router.value}: it computes this model with a linear router alone, "
+            f"Megatron has no moe.router={config.moe.router}: it computes this model with a linear router alone, "
             f"{which}"
         )
     return lines

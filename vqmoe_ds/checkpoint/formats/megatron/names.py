@@ -21,9 +21,9 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     is_sparse,
     moe_every_of,
     softmax_over_of,
+    weighs_over_all,
 )
-from vqmoe_ds.config.schema import QKNorm, Router, RunConfig
-from vqmoe_ds.moe.routers.base import softmax_over_all
+from vqmoe_ds.config.schema import QKNorm, RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 
 VOCAB_MULTIPLE = 128
@@ -64,9 +64,8 @@ def sparse_blocks(config: RunConfig) -> list[int]:
 
 def _router_name(config: RunConfig) -> str | None:
     """Our linear router; None where there is none, and Megatron is given one of zeros."""
-    if config.moe.router is Router.TOPK:
-        return "mlp.router.gate.weight"
-    return "mlp.router.continuous.gate.weight" if config.moe.router is Router.VQ and config.moe.top_k else None
+    gate = config.moe.facts.linear_gate(config.moe)
+    return None if gate is None else f"mlp.router.{gate}"
 
 
 # ---------------------------------------------------------------- how a tensor lies
@@ -127,8 +126,8 @@ def why_not_megatron(config: RunConfig) -> str | None:
     moe = config.moe
     if config.model.qk_norm is QKNorm.FULL:
         return "it norms queries and keys over all heads together (model.qk_norm=full), Megatron each head alone"
-    single = moe.router is Router.TOPK and moe.top_k == 1 < moe.num_experts
-    if single and not softmax_over_all(config.router.softmax_over, 1):
+    single = moe.facts.is_stock and moe.top_k == 1 < moe.num_experts
+    if single and not weighs_over_all(config):
         return "it weights a single expert by 1 (router.softmax_over=chosen), Megatron by its probability"
     return None
 
@@ -157,7 +156,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
             **{"moe_grouped_gemm": grouped, "moe_use_legacy_grouped_gemm": grouped},
             **{"moe_layer_freq": [int(block in sparse) for block in range(model.layers)]},
             # The weight of a single expert is its probability among all, that of several among the chosen.
-            **{"moe_router_pre_softmax": moe.top_k <= 1 or softmax_over_all(config.router.softmax_over, moe.top_k)},
+            **{"moe_router_pre_softmax": moe.top_k <= 1 or weighs_over_all(config)},
             **{"moe_router_score_function": "softmax"},
             **{"moe_aux_loss_coeff": moe.balance_weight, "moe_router_load_balancing_type": "aux_loss"},
             **{"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"},

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed import run_ranks
-from vqmoe_ds.config.schema import CodebookConfig
-from vqmoe_ds.moe import codebook_sync
+from vqmoe_ds.config.schema import CodebookConfig, MoEConfig
+from vqmoe_ds.moe import state_sync
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.codebook_sync import CodebookSync, fingerprint
-from vqmoe_ds.moe.router_sync import RouterSync
+from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import StatefulRouter
+from vqmoe_ds.moe.state_sync import StateSync, fingerprint
 
 WIDTH, EXPERTS, TOKENS, STEPS = 12, 4, 48, 50
 
@@ -57,11 +57,11 @@ def _identical(bank: CodebookBank) -> bool:
 
 def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> dict[str, Any]:
     bank = CodebookBank(_config(rule), 2, EXPERTS, WIDTH, seed=seed)
-    sync = CodebookSync(bank, accumulation)
+    sync = StateSync(bank, accumulation)
     reseeded, original = [], bank.reseed
     bank.reseed = lambda dead_LK, candidates: (reseeded.append(int(dead_LK.sum())), original(dead_LK, candidates))
-    halved, halve = [], codebook_sync.halve_crowded
-    codebook_sync.halve_crowded = lambda *args: (halved.append(1), halve(*args))
+    halved, halve = [], state_sync.halve_crowded
+    state_sync.halve_crowded = lambda *args: (halved.append(1), halve(*args))
     started_equal = world == 1 or _identical(bank)
     sync.broadcast()
     identical = True
@@ -71,7 +71,7 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
         sync.step()
         if world > 1 and (step < 12 or step % 6 == 0 or step == STEPS - 1):
             identical &= _identical(bank) and sync.in_step()
-    codebook_sync.halve_crowded = halve
+    state_sync.halve_crowded = halve
     state = {name: buffer.clone() for name, buffer in bank.named_buffers()}
     counts = {"reseeded": sum(reseeded), "halved": sum(halved)}
     return {"started_equal": started_equal, "identical": identical, **counts, "state": state}
@@ -123,7 +123,7 @@ def _two_ranks() -> dict[str, Any]:
 
 def _fingerprints(rank: int, world: int) -> dict[str, bool]:
     bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5)
-    sync = CodebookSync(bank)
+    sync = StateSync(bank)
     found = {"equal": sync.in_step()}
     bits = bank.codes_LKC.view(torch.int32)
     for place in ((0, 0, 0), (1, 7, 11), (1, 3, 2)):
@@ -155,12 +155,12 @@ def _subgroup(rank: int, world: int) -> tuple[bool, bool]:
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group = groups[rank // 2]
     bank = CodebookBank(_config("ema"), 1, EXPERTS, WIDTH, seed=rank)
-    sync = CodebookSync(bank, group=group)
+    sync = StateSync(bank, group=group)
     sync.broadcast()
     for step in range(12):
         _observe(bank, _micro_batch(step, rank))
         sync.step()
-    return sync.in_step(), CodebookSync(bank).in_step()
+    return sync.in_step(), StateSync(bank).in_step()
 
 
 def test_groups_keep_to_themselves() -> None:
@@ -169,7 +169,7 @@ def test_groups_keep_to_themselves() -> None:
 
 def _one_all_reduce(rank: int, world: int) -> list[int]:
     bank = CodebookBank(_config("ema").model_copy(update={"dead_below": 0.0}), 6, EXPERTS, WIDTH, seed=5)
-    sync, counts, original = CodebookSync(bank), [], dist.all_reduce
+    sync, counts, original = StateSync(bank), [], dist.all_reduce
     for step in range(3):
         _observe(bank, _micro_batch(step, rank))
         calls: list[int] = []
@@ -185,17 +185,17 @@ def test_all_layers_share_one_all_reduce() -> None:
 
 
 def _unlike_processors(rank: int, world: int) -> tuple[bool, Tensor]:
-    original = codebook_sync.give_birth
+    original = state_sync.give_birth
 
     def birth_with_rounding(bank: CodebookBank, *args: Any) -> None:
         original(bank, *args)
         bank.codes_LKC.mul_(1 + 1e-3 * rank)
         bank.ema_sum_LKC.mul_(1 + 1e-3 * rank)
 
-    codebook_sync.give_birth = birth_with_rounding
+    state_sync.give_birth = birth_with_rounding
     bank = CodebookBank(_config("ema"), 3, EXPERTS, WIDTH, seed=5)
     _observe(bank, _micro_batch(0, rank))
-    CodebookSync(bank).step()
+    StateSync(bank).step()
     return bank.born and _identical(bank), bank.codes_LKC
 
 
@@ -203,7 +203,7 @@ def test_ranks_share_out_the_layers_and_survive_unlike_rounding() -> None:
     alone = CodebookBank(_config("ema"), 3, EXPERTS, WIDTH, seed=5)
     for number in range(2):
         _observe(alone, _micro_batch(0, number))
-    CodebookSync(alone, accumulation_steps=2).step()
+    StateSync(alone, accumulation_steps=2).step()
     alone.codes_LKC[1] *= 1.001  # the layer that rank 1 placed
     for identical, codes_LKC in run_ranks(2, _unlike_processors):
         assert identical
@@ -217,7 +217,7 @@ class _Means(StatefulRouter):
     """Remembers all that it was told."""
 
     def __init__(self) -> None:
-        super().__init__(5)
+        super().__init__(LayerConfig(4, MoEConfig(router="expert_bias")), 5)
         self.register_buffer("sums", torch.zeros(5, dtype=torch.float64))
 
     def learn(self, statistics: Tensor) -> None:
@@ -228,8 +228,8 @@ def _early_and_late(rank: int, world: int, rule: str) -> dict[str, bool]:
     """Two banks and two routers with equal batches; the all-reduce of the second is on its way through backward."""
     banks = [CodebookBank(_config(rule), 2, EXPERTS, WIDTH, seed=5) for _ in range(2)]
     routers = [_Means() for _ in range(2)]
-    syncs = [CodebookSync(bank) for bank in banks]
-    router_syncs = [RouterSync([router]) for router in routers]
+    syncs = [StateSync(bank) for bank in banks]
+    router_syncs = [StateSync(router) for router in routers]
     found = dict.fromkeys(("codes", "routers", "gradients", "skipped"), True)
     for step in range(30):
         source_TD = _micro_batch(step, rank)
@@ -242,7 +242,7 @@ def _early_and_late(rank: int, world: int, rule: str) -> dict[str, bool]:
         dist.all_reduce(gradient)  # backward's own, on the same group
         found["gradients"] &= bool((gradient == world * step + sum(range(world))).all())
         taken = step % 5 != 3
-        both: list[CodebookSync | RouterSync] = [*syncs, *router_syncs]
+        both: list[StateSync] = [*syncs, *router_syncs]
         for sync in both:
             sync.step() if taken else sync.skip()
         pending = [banks[1].pending, routers[1].pending]
@@ -264,7 +264,7 @@ def test_an_early_start_changes_no_bit_and_a_skip_leaves_nothing(rule: str) -> N
 def _begins(rank: int, world: int) -> list[bool]:
     """Whether the all-reduce has begun: before start, after it, after step; after another start, after skip."""
     bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5)
-    sync, begun = CodebookSync(bank), []
+    sync, begun = StateSync(bank), []
     _observe(bank, _micro_batch(0, rank))
     for action in (lambda: None, sync.start, sync.step, sync.start, sync.skip):
         action()
@@ -283,8 +283,8 @@ def _numbers_after_broadcast(rank: int, world: int) -> tuple[int, bool, int]:
         bank.updates.fill_(9)
         bank.born_at.fill_(2)
         router.updates.fill_(4)
-    CodebookSync(bank).broadcast()
-    RouterSync([router]).broadcast()
+    StateSync(bank).broadcast()
+    StateSync(router).broadcast()
     return bank.steps_taken, bank.born, router.steps_taken
 
 

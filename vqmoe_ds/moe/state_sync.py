@@ -1,4 +1,4 @@
-"""Keeps the codebooks of all ranks in step: one fused all-reduce per optimizer step, for all layers."""
+"""Keeps the state of routers and codebooks in step on all ranks: one fused all-reduce per optimizer step."""
 
 from __future__ import annotations
 
@@ -6,37 +6,53 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.placement import give_birth, halve_crowded, placed
+from vqmoe_ds.moe.routers.base import StatefulRouter
 
 
-class CodebookSync:
-    """Applies the statistics of all data-parallel ranks to a ``CodebookBank`` at the optimizer-step boundary.
+class StateSync:
+    """Applies the statistics of all data-parallel ranks to codebooks and routers at the optimizer-step boundary.
 
-    How a batch is split over ranks and accumulation steps does not change the codes: sums travel in float64 and
-    samples are taken by global micro-batch number ``m * world + rank``.
+    To be made once; then ``step`` follows every step of the optimizer:
 
-    The device is waited for once a step, to learn how many codes are dead or crowded, and not at all in steps that look
-    for neither.
+    >>> import torch
+    >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync
+    >>> layer = MoELayer(LayerConfig(width=16, moe=MoEConfig(router="expert_bias", num_experts=4, top_k=2)))
+    >>> optimizer, sync = torch.optim.AdamW(layer.parameters()), StateSync(layer)
+    >>> y, aux_loss, _ = layer(torch.randn(2, 8, 16))
+    >>> (y.square().mean() + aux_loss).backward()
+    >>> optimizer.step()
+    >>> sync.step()
+    >>> layer.router.steps_taken
+    1
+
+    How a batch is split over ranks and accumulation steps does not change what is learned: sums travel in float64 and
+    a codebook's samples are taken by global micro-batch number ``m * world + rank``. The device is waited for once per
+    step, to learn how many codes are dead or crowded, and not at all in steps that look for neither.
 
     Args:
-        bank: the codebooks.
-        accumulation_steps: micro-batches each rank runs an optimizer step.
+        model: any module; the ``CodebookBank`` and every ``StatefulRouter`` in it are kept in step.
+        accumulation_steps: micro-batches that each rank runs per optimizer step.
         group: ranks that see different tokens (all of them under expert parallelism; None: the default group).
     """
 
-    def __init__(self, bank: CodebookBank, accumulation_steps: int = 1, group: Any = None) -> None:
-        self.bank, self.accumulation_steps, self.group = bank, accumulation_steps, group
-        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+    def __init__(self, model: nn.Module, accumulation_steps: int = 1, group: Any = None) -> None:
+        self.group = group
+        self._states: list[_Codebooks | _Router] = []
+        for module in model.modules():
+            if isinstance(module, CodebookBank):
+                self._states.append(_Codebooks(module, accumulation_steps, group))
+            elif isinstance(module, StatefulRouter):
+                self._states.append(_Router(module))
         self._sum = SumOverRanks(group)
 
     def broadcast(self) -> None:
-        """Give every rank the codes of rank 0; to be called once after ``deepspeed.initialize``."""
-        broadcast_all(list(self.bank.buffers()), self.group)
+        """Give every rank the state of rank 0; to be called once, after ``deepspeed.initialize`` or its like."""
+        broadcast_all([buffer for state in self._states for buffer in state.module.buffers()], self.group)
 
     def start(self) -> None:
         """Begin the all-reduce of the statistics while the host goes on to backward; ``step`` or ``skip`` ends it.
@@ -45,36 +61,80 @@ class CodebookSync:
         collectives of the group. It takes its turn on the group's own communicator, ahead of the gradients: same order,
         same bits as ``step`` alone, and no memory for a second communicator.
         """
-        if not self._sum.begun:
-            pending_LKC1 = self.bank.pending
-            self._sum.begin(pending_LKC1 if self.bank.moving else pending_LKC1[..., -1:].contiguous())
+        if self._states and not self._sum.begun:
+            mine = [state.statistics() for state in self._states]
+            self._sum.begin(mine[0] if len(mine) == 1 else torch.cat([part.flatten() for part in mine]))
 
     def step(self) -> None:
-        """All-reduce the statistics, learn, and where due give birth or re-seed dead codes."""
-        bank = self.bank
+        """All-reduce the statistics, and let every router and codebook learn from them."""
+        if not self._states:
+            return
         self.start()
-        stats_LKC1 = self._sum.finish()
-        if not bank.moving:
-            bank.count(stats_LKC1[..., -1])
-        elif bank.birth_due:
-            give_birth(bank, self._all_samples(), self._my_layers())
-            self._broadcast_layers()
-            bank.count(stats_LKC1[..., -1])
-        else:
-            halving_due, reseeding_due = bank.halving_due, bank.reseeding_due
-            bank.update(stats_LKC1)
-            self._rescue(halving_due, reseeding_due)
-        bank.clear_statistics()
+        shapes = [state.statistics().shape for state in self._states]
+        parts = self._sum.finish().flatten().split([shape.numel() for shape in shapes])
+        for state, shape, part in zip(self._states, shapes, parts, strict=True):
+            state.learn(part.view(shape))
 
     def skip(self) -> None:
         """Drop the statistics of a step that the optimizer did not take, also where their all-reduce has begun."""
         if self._sum.begun:
             self._sum.finish()
-        self.bank.clear_statistics()
+        for state in self._states:
+            state.module.clear_statistics()
 
     def in_step(self) -> bool:
-        """Whether all ranks hold bit-identical codes and tables (one small all-reduce)."""
-        return equal_on_all_ranks([self.bank.codes_LKC, self.bank.code_map_LK], self.group)
+        """Whether all ranks hold bit-identical state (one small all-reduce)."""
+        compared = [tensor for state in self._states for tensor in state.compared()]
+        return not compared or equal_on_all_ranks(compared, self.group)
+
+
+class _Router:
+    """A router with state, as ``StateSync`` sees it."""
+
+    def __init__(self, module: StatefulRouter) -> None:
+        self.module = module
+
+    def statistics(self) -> Tensor:
+        return self.module.pending
+
+    def learn(self, total: Tensor) -> None:
+        self.module.update(total)
+
+    def compared(self) -> list[Tensor]:
+        return list(self.module.buffers())
+
+
+class _Codebooks:
+    """The codebooks of a model, as ``StateSync`` sees them; placing codes takes samples of all ranks besides."""
+
+    def __init__(self, module: CodebookBank, accumulation_steps: int, group: Any) -> None:
+        self.module = self.bank = module
+        self.accumulation_steps, self.group = accumulation_steps, group
+        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+
+    def statistics(self) -> Tensor:
+        pending_LKC1 = self.bank.pending
+        return pending_LKC1 if self.bank.moving else pending_LKC1[..., -1:].contiguous()
+
+    def learn(self, total: Tensor) -> None:
+        """Learn, and where due place all codes, split crowded ones or re-seed dead ones."""
+        bank = self.bank
+        if not bank.moving:
+            bank.count(total[..., -1])
+        elif bank.birth_due:
+            bank.pending.copy_(total)  # the counts of all ranks, which it reads
+            give_birth(bank, self._all_samples(), self._my_layers())
+            self._broadcast_layers()
+            bank.count(total[..., -1])
+        else:
+            halving_due, reseeding_due = bank.halving_due, bank.reseeding_due
+            bank.update(total)
+            self._rescue(halving_due, reseeding_due)
+        bank.clear_statistics()
+
+    def compared(self) -> list[Tensor]:
+        return [self.bank.codes_LKC, self.bank.code_map_LK]
 
     def _rescue(self, halving_due: bool, reseeding_due: bool) -> None:
         """Halve crowded codes and re-seed dead ones: the same on every rank, for all see the same counts."""

@@ -1,0 +1,59 @@
+"""Fields of configuration sections: what they have in common, and the bounds of their values with reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+LONGEST_PATH = 4096
+"""Characters of a text: what Linux takes for a path (``PATH_MAX``)."""
+MOST_LAYERS = 1024
+"""The deepest published transformers have a thousand blocks; a plan looks at every one."""
+MOST_EXPERTS = 1 << 14
+"""Of a layer; the largest published count is 2,048. Each is an object of its own, with a name in checkpoints."""
+MOST_EXPERTS_IN_ALL = 1 << 17
+"""Of all layers; some 0.3 ms of every start go into naming one."""
+MOST_CODES = 1 << 20
+"""Of a layer; distances of every token to every code are computed."""
+MOST_FEATURES = 1 << 20
+"""Of any width: the widest published models have some 20,000."""
+MOST_TOKENS = 1 << 24
+"""Of one sequence; positions are kept as float32, which counts to 2^24."""
+MOST_IDS = 1 << 31
+"""Ids of tokens are kept in 32 bits."""
+MOST_STEPS = 10**12
+"""Steps, and intervals of them: thirty years at a thousand a second. Counters have 64 bits."""
+MOST_TOGETHER = 1 << 30
+"""Sequences of a batch, vectors of a sample and the like: indices into them have 32 bits."""
+LARGEST_SEED = (1 << 32) - 1
+"""NumPy's and most libraries' generators take 32 bits."""
+LONGEST_WAIT = 7 * 86400.0
+"""Seconds; no queue or network needs a week, and libraries take no more than 292 years."""
+LARGEST_WEIGHT = 1e6
+"""Of factors, weights and temperatures: low-precision sums of losses overflow past it."""
+
+
+class Section(BaseModel):
+    """Options with bounds; unknown names are refused, and nothing changes after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=LONGEST_PATH)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
+            raise PydanticCustomError("number", "Input should be a number")
+        return value
+
+
+def option(default: Any, meaning: str, unit: str = "", **bounds: Any) -> Any:
+    """A field of a section.
+
+    Args:
+        meaning: what ``--help`` and docs/config.md say of it.
+        unit: of its value.
+        bounds: as pydantic's ``Field`` takes them (``ge``, ``gt``, ``le``, ``lt``).
+    """
+    return Field(default, description=meaning, json_schema_extra={"unit": unit} if unit else None, **bounds)

@@ -1,0 +1,251 @@
+"""Routers by name: their options, and what the rest of the house must know of one without building it.
+
+A router is one class in one file, registered by ``register_router``. Built-in ones live in ``vqmoe_ds/moe/routers``;
+others come from installed packages (entry points of the group ``vqmoe_ds.routers``) and from files (``--plugin``).
+docs/add-a-router.md shows how to write one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+from vqmoe_ds.config.fields import Section
+from vqmoe_ds.config.meanings import nearest_key
+from vqmoe_ds.runtime.errors import ConfigError, shown
+from vqmoe_ds.runtime.importing import quickly
+
+if TYPE_CHECKING:
+    from vqmoe_ds.config.schema import MoEConfig, RunConfig
+
+BUILT_IN = "vqmoe_ds.moe.routers"
+"""Imported by name at the first question for a router: the configuration does not depend on the room above it."""
+ENTRY_POINTS = "vqmoe_ds.routers"
+PLUGINS = "VQMOE_PLUGINS"
+"""Environment variable: plug-in files, separated as in PATH; ``--plugin`` adds to it for the processes it starts."""
+
+
+class RouterOptions(Section):
+    """Options of the router that ``moe.router`` names; those of other routers are checked and left out."""
+
+
+class LooksAhead(NamedTuple):
+    """Why a router is not causal."""
+
+    reason: str
+    """As a clause: "router.statistics=batch looks at all tokens of a batch, later ones included"."""
+    remedy: str = "use another"
+
+
+class RouterFacts:
+    """What the configuration, planning, checkpoints, exports and reports ask of a router; answered by its class."""
+
+    name: ClassVar[str] = ""
+    """Value of ``moe.router``; set by ``register_router``."""
+    Options: ClassVar[type[RouterOptions]] = RouterOptions
+    structure: ClassVar[tuple[str, ...]] = ()
+    """Options that decide whether a checkpoint fits a model, beside those of every router."""
+    has_experts: ClassVar[bool] = True
+    needs_top_k: ClassVar[bool] = True
+    """Whether ``moe.top_k=0`` would leave tokens without experts."""
+    uses_codebook: ClassVar[bool] = False
+    needs_token_ids: ClassVar[bool] = False
+    """Whether it reads ``RoutingContext.token_ids_T``."""
+    uses_token_table: ClassVar[bool] = False
+    """Whether ``token_table`` of its class names the experts of every token."""
+    is_stock: ClassVar[bool] = False
+    """Whether it is the linear router that stock formats (Mixtral, Megatron) compute."""
+    exportable: ClassVar[bool] = False
+    """Whether the Hugging Face model computes it."""
+
+    @classmethod
+    def check(cls, run: RunConfig) -> None:
+        """Look for contradictions.
+
+        Raises:
+            ValueError: one sentence with the fields that contradict and the remedy.
+        """
+
+    @classmethod
+    def looks_ahead(cls, options: Any) -> LooksAhead | None:
+        """Why the experts of a token may depend on later tokens; None where they do not."""
+        return None
+
+    @classmethod
+    def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
+        """Expert calls of a token in one layer; the mean over the run, rounded up, where that varies."""
+        return max(1, moe.top_k)
+
+    @classmethod
+    def weights_rows(cls, run: RunConfig) -> bool:
+        """Whether expert outputs are weighted; else each counts as 1."""
+        return True
+
+    @classmethod
+    def flops(cls, run: RunConfig, layer: int) -> int:
+        """Operations per token of the matrix products of one layer's router."""
+        return 2 * run.model.width * run.moe.num_experts
+
+    @classmethod
+    def known_ahead(cls, run: RunConfig) -> bool:
+        """Whether the experts of all layers are known before the first block."""
+        return False
+
+    @classmethod
+    def token_table(cls, run: RunConfig, layers: int) -> Any:
+        """Experts of all tokens of the vocabulary where they are known before training: a tensor, int64 ``[L, V]``."""
+        return None
+
+    @classmethod
+    def linear_gate(cls, moe: MoEConfig) -> str | None:
+        """Name of the weight ``[N, D]`` of a plain linear router within it, which stock formats have too."""
+        return None
+
+    @classmethod
+    def with_schedules(cls, options: Any, steps: int) -> Any:
+        """Options in which schedules that go by the steps of the run are written out for a run of so many steps."""
+        return options
+
+
+Facts = TypeVar("Facts", bound=type[RouterFacts])
+_ROUTERS: dict[str, type[RouterFacts]] = {}
+_loaded = False
+
+
+def register_router(name: str) -> Callable[[Facts], Facts]:
+    """Class decorator: make a router known as ``moe.router=name``.
+
+    Raises:
+        ValueError: the name is no lower-case word, or taken by another class.
+        TypeError: it is no router.
+    """
+
+    def register(kind: Facts) -> Facts:
+        if not (isinstance(kind, type) and issubclass(kind, RouterFacts)):
+            raise TypeError(f"router {name!r}: {kind!r} is no subclass of vqmoe_ds.moe.Router")
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
+            raise ValueError(f"router {shown(name)}: a name is lower-case letters, digits and _, as in my_router")
+        known = _ROUTERS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(f"router {name!r} is {known.__module__}.{known.__qualname__} already; choose another name")
+        kind.name = name
+        _ROUTERS[name] = kind
+        return kind
+
+    return register
+
+
+def routers() -> Mapping[str, type[RouterFacts]]:
+    """All registered routers by name.
+
+    Raises:
+        ConfigError: a plug-in cannot be imported.
+    """
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        with quickly():
+            importlib.import_module(BUILT_IN)
+        for point in entry_points(group=ENTRY_POINTS):
+            _guarded(f"entry point {point.name} = {point.value}", point.load)
+        for path in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
+            _import_file(Path(path))
+    return MappingProxyType(_ROUTERS)
+
+
+def router_class(name: str) -> type[RouterFacts]:
+    """The router of a name.
+
+    Raises:
+        ValueError: there is none; the sentence has the nearest one, and how plug-ins are given.
+    """
+    known = routers()
+    if name not in known:
+        raise ValueError(
+            f"moe.router={shown(name)} is unknown; {nearest_key(str(name), list(known))} (others come with "
+            "--plugin FILE.py or an installed package)"
+        )
+    return known[name]
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a Python file that registers routers, here and in the processes that this one starts.
+
+    Raises:
+        ConfigError: it cannot be read or run, or a name is taken.
+    """
+    routers()
+    file = Path(path).absolute()
+    _import_file(file)
+    others = [known for known in os.environ.get(PLUGINS, "").split(os.pathsep) if known not in ("", str(file))]
+    os.environ[PLUGINS] = os.pathsep.join([*others, str(file)])
+
+
+def add_plugin_option(parser: Any) -> None:
+    """Give a command the option ``--plugin FILE.py``, which is loaded as it is read."""
+    parser.add_argument(
+        "--plugin",
+        action=_LoadPlugin,
+        metavar="FILE.py",
+        help=f"Python file that registers routers, for this command and those it starts (or {PLUGINS}=FILE.py)",
+    )
+
+
+class _LoadPlugin(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            load_plugin(values)
+        except ConfigError as error:
+            parser.error(str(error))
+
+
+def _import_file(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"plug-in {path} does not exist; --plugin takes a Python file")
+    name = f"vqmoe_plugin_{path.stem}"
+    if getattr(sys.modules.get(name), "__file__", None) == str(path):
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    loader = None if spec is None else spec.loader
+    if spec is None or loader is None:
+        raise ConfigError(f"plug-in {path} is no Python file; --plugin takes FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where pydantic looks up the names of annotations
+    _guarded(f"plug-in {path}", lambda: loader.exec_module(module), name)
+
+
+def _guarded(what: str, work: Callable[[], Any], module: str | None = None) -> None:
+    try:
+        work()
+    except Exception as error:  # anybody's code
+        sys.modules.pop(module or "", None)
+        raise ConfigError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def options_for(name: str, given: Any) -> RouterOptions:
+    """Options of a router from a section ``router``, in which fields of other routers are checked and left out.
+
+    Raises:
+        ValueError: no such router, or a field that no router has (pydantic's ``ValidationError``).
+    """
+    kind = router_class(name).Options
+    if isinstance(given, RouterOptions):
+        if type(given) is kind:
+            return given
+        given = given.model_dump()
+    if isinstance(given, dict):
+        elsewhere = {field: other.Options for other in routers().values() for field in other.Options.model_fields}
+        foreign = [field for field in given if field in elsewhere and field not in kind.model_fields]
+        for field in foreign:
+            elsewhere[field].model_validate({field: given[field]})
+        given = {field: value for field, value in given.items() if field not in foreign}
+    return kind.model_validate(given)
