@@ -58,8 +58,6 @@ class RouterFacts:
     needs_top_k: ClassVar[bool] = True
     """Whether ``moe.top_k=0`` would leave tokens without experts."""
     uses_codebook: ClassVar[bool] = False
-    needs_token_ids: ClassVar[bool] = False
-    """Whether it reads ``RoutingContext.token_ids_T``."""
     uses_token_table: ClassVar[bool] = False
     """Whether ``token_table`` of its class names the experts of every token."""
     is_stock: ClassVar[bool] = False
