@@ -106,7 +106,7 @@ def count(name: str, config: RunConfig) -> dict[str, Any]:
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of all checkpoints, vq ones a second time with their discrete path alone."""
     from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
-    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.open import open_checkpoint
 
     paths: dict[str, str] = {}
     for number, path in enumerate(options.checkpoints):

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
 from vqmoe_ds.checkpoint.formats.huggingface.folder import DTYPES, ExportOptions, export_hf
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.raw_text import Split, TrainingBatches, split_corpus

@@ -115,7 +115,7 @@ class Watch(Callback):
 
 def run(name: str, spec: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Send one model through the stream; its curve and what ``Watch`` saw."""
-    from vqmoe_ds.checkpoint.reader import open_checkpoint
+    from vqmoe_ds.checkpoint.open import open_checkpoint
     from vqmoe_ds.finetune.cli import build_parser
     from vqmoe_ds.finetune.config import language_model_config, starting_config
     from vqmoe_ds.finetune.run import begin

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.evaluation.generate import Sampling, generate
 
 from . import training

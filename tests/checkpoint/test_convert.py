@@ -22,7 +22,7 @@ from vqmoe_ds.checkpoint.convert import build_parser, main
 from vqmoe_ds.checkpoint.formats.deepspeed.writer import TagLayout, bytes_told, write_tag
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.safetensors_io import read_header
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.store import read_manifest, verify, write_manifest
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.tokenizers import load_tokenizer

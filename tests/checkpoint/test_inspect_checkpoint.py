@@ -14,7 +14,7 @@ from vqmoe_ds.checkpoint.convert import build_parser as convert_parser
 from vqmoe_ds.checkpoint.convert import main as convert
 from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.checkpoint.inspect import build_parser, inspect, main
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer

@@ -29,7 +29,8 @@ from vqmoe_ds.checkpoint.formats.megatron.folder import (
     open_megatron,
 )
 from vqmoe_ds.checkpoint.inspect import inspect
-from vqmoe_ds.checkpoint.reader import CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 

@@ -26,7 +26,8 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.inspect import build_parser as inspect_parser
 from vqmoe_ds.checkpoint.inspect import inspect
 from vqmoe_ds.checkpoint.inspect import main as inspect_main
-from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe.deepspeed_gate import VQGate, vq_gates
 from vqmoe_ds.moe.state_sync import StateSync

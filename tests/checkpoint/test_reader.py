@@ -15,7 +15,8 @@ import torch
 from tests.checkpoint.layouts import SAVED_AT, Layout, Training, write_one
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.io.archive import load_archive
-from vqmoe_ds.checkpoint.reader import KINDS, open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.checkpoint.reader import FORMATS, KINDS, WeightsReader, register_format
 from vqmoe_ds.checkpoint.resume.store import MANIFEST, read_manifest, write_manifest
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.runtime.errors import CheckpointError
@@ -317,3 +318,37 @@ def test_a_wrong_layout_in_the_manifest_leaves_a_gap_that_is_named(tag):
     reseal(tag, layout={**layout, "world_size": 1})
     with pytest.raises(CheckpointError, match="one of 2 shards, not of 1"):
         open_checkpoint(tag).tensor("head.weight")
+
+
+def test_what_a_folder_is_does_not_depend_on_the_order_of_imports(saved, tmp_path, monkeypatch):
+    folder = tmp_path / "megatron"
+    (folder / "mp_rank_00").mkdir(parents=True)
+    (folder / "mp_rank_00" / "model_optim_rng.pt").touch()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    for known in (dict(FORMATS), dict(reversed(FORMATS.items()))):
+        monkeypatch.setattr("vqmoe_ds.checkpoint.open.FORMATS", known)
+        assert open_checkpoint(saved[0] / str(LAYOUTS[0])).kind == "deepspeed"
+        with pytest.raises(CheckpointError, match="holds a model of type None"):
+            open_checkpoint(folder)
+
+
+def test_a_format_registered_from_outside_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqmoe_ds.checkpoint.open.FORMATS", formats := dict(FORMATS))
+    monkeypatch.setattr("vqmoe_ds.checkpoint.reader.FORMATS", formats)
+    (tmp_path / "weights.mine").touch()
+    register_format("mine", lambda path: (path / "weights.mine").exists(), Mine)
+    assert open_checkpoint(tmp_path).kind == "mine"
+
+
+class Mine(WeightsReader):
+    kind, step = "mine", 3
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.config, self._shapes = path, {}, {}
+
+    def buffers(self):
+        return {}
+
+    def pieces(self, name, kind="fp32"):
+        return []

@@ -10,7 +10,8 @@ import torch
 
 from tests.checkpoint.layouts import ALL, SAVED_AT, Layout, Training, load_natively, move, write_sources
 from tests.distributed import RankFailure, run_ranks
-from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader
 
 STEPS = 10
 PAIRS = [

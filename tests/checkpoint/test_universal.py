@@ -10,7 +10,7 @@ import torch
 
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 
 
 class Universal(Layout):

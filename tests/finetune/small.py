@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.checkpoint.layouts import MODEL, Layout
-from vqmoe_ds.checkpoint.reader import CheckpointReader, open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.data.labelled_batches import LabelledBatches, LabelledTexts

@@ -11,7 +11,7 @@ from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.finetune.small import FIXED_BS, Finetuning
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.views.adapters import merged
 from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 

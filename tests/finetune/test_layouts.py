@@ -11,7 +11,7 @@ import torch
 from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.finetune.small import CLASSES, Finetuning, tensors
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 
 SOURCES: dict[str, dict[str, Any]] = {
     "vq": {"codebook.source_momentum": 0.0},

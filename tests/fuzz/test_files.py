@@ -37,7 +37,7 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.inspect import _text as text_of_checkpoint
 from vqmoe_ds.checkpoint.inspect import inspect as inspect_checkpoint
 from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.store import (
     MANIFEST,
     find_newest,

@@ -19,8 +19,8 @@ from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _free_port, _wa
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.data.prepare import build_parser as prepare_parser
 from vqmoe_ds.data.prepare import main as prepare_main
-from vqmoe_ds.upcycle.dense import build_parser as upcycle_parser
-from vqmoe_ds.upcycle.dense import main as upcycle_main
+from vqmoe_ds.upcycle.command import build_parser as upcycle_parser
+from vqmoe_ds.upcycle.command import main as upcycle_main
 
 
 @pytest.fixture(scope="module")

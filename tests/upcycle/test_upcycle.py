@@ -26,19 +26,12 @@ from transformers import (
 )
 
 from tests.huggingface import load_back, tokens_of
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
-from vqmoe_ds.upcycle.dense import (
-    DenseSource,
-    UpcycledReader,
-    UpcycleOptions,
-    build_parser,
-    main,
-    upcycle,
-    upcycled_config,
-)
+from vqmoe_ds.upcycle.command import build_parser, main
+from vqmoe_ds.upcycle.dense import DenseSource, UpcycledReader, UpcycleOptions, upcycle, upcycled_config
 from vqmoe_ds.upcycle.routed import RoutedReader, RoutedSource, calibration_ids, routed_config, with_codes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -71,7 +71,8 @@ def convert(options: argparse.Namespace) -> list[str]:
         CheckpointError: SRC is damaged or of another kind, DST exists, options contradict each other, the disk is full.
             Nothing is left at DST then.
     """
-    from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
+    from vqmoe_ds.checkpoint.open import open_checkpoint
+    from vqmoe_ds.checkpoint.reader import require_language_model
     from vqmoe_ds.checkpoint.resume.store import MANIFEST, verify
     from vqmoe_ds.checkpoint.views.adapters import merged
 

@@ -45,7 +45,8 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
     Raises:
         CheckpointError: it cannot be opened, a file is not what the manifest says, or there is none to verify by.
     """
-    from vqmoe_ds.checkpoint.reader import open_checkpoint, sound
+    from vqmoe_ds.checkpoint.open import open_checkpoint
+    from vqmoe_ds.checkpoint.reader import sound
 
     reader = open_checkpoint(path)
     with sound(reader.path):

@@ -7,7 +7,6 @@ comes down to that, so any stretch can be read on its own and no reader holds mo
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -19,9 +18,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.io.archive import Stored
-from vqmoe_ds.checkpoint.resume.store import MANIFEST, find_newest, read_manifest
 from vqmoe_ds.runtime.errors import CheckpointError, UserError, one_line, shown
-from vqmoe_ds.runtime.files import why_missing
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 CHUNK = 1 << 20
@@ -169,6 +166,31 @@ class CheckpointReader(ABC):
             yield self.read(name, kind, start, min(CHUNK, total - start))
 
 
+class Format(NamedTuple):
+    """A kind of checkpoint that ``open_checkpoint`` knows.
+
+    Attributes:
+        recognises: whether a folder holds one; reads little.
+        open: the reader of such a folder; of a sealed one, given its manifest as well.
+        sealed: it has a manifest of this trainer.
+    """
+
+    recognises: Callable[[Path], bool]
+    open: Callable[..., CheckpointReader]
+    sealed: bool
+
+
+FORMATS: dict[str, Format] = {}
+"""By ``CheckpointReader.kind``; every module of ``formats`` that reads a format enters it here."""
+
+
+def register_format(
+    kind: str, recognises: Callable[[Path], bool], open: Callable[..., CheckpointReader], sealed: bool = False
+) -> None:
+    """Let ``open_checkpoint`` know a format; see ``Format``."""
+    FORMATS[kind] = Format(recognises, open, sealed)
+
+
 class WeightsReader(CheckpointReader):
     """A checkpoint of weights and buffers alone."""
 
@@ -181,27 +203,6 @@ class WeightsReader(CheckpointReader):
 
     def optimizer_step(self) -> int:
         return 0
-
-
-def open_checkpoint(path: str | Path) -> CheckpointReader:
-    """Recognise and open a tag folder, a portable, Hugging Face, Megatron or native one, or a run folder.
-
-    Of a run folder it is the newest tag that verifies.
-
-    Raises:
-        CheckpointError: nothing there, damaged, of a newer format, or of a kind that is not known.
-    """
-    path = Path(path)
-    if not os.path.isdir(path):
-        if os.path.lexists(path):
-            what = "is a file" if os.path.isfile(path) else why_missing(path)
-            raise CheckpointError(f"{path} {what}; give a run folder, or the folder of a checkpoint")
-        raise CheckpointError(f"{path}: no such checkpoint folder")
-    with sound(path):
-        reader = _open(path)
-        check_described(reader.config, reader.shapes, reader.path)
-        _ = reader.samples, reader.has_optimizer, reader.optimizer_step()
-    return reader
 
 
 def check_described(config: dict[str, Any], tensors: Sized, path: Path) -> None:
@@ -221,36 +222,6 @@ def check_described(config: dict[str, Any], tensors: Sized, path: Path) -> None:
         raise CheckpointError(
             f"{path} has a run configuration that cannot be: model.layers={shown(layers)}, and {len(tensors)} tensors"
         )
-
-
-def _open(path: Path) -> CheckpointReader:
-    from vqmoe_ds.checkpoint.formats.deepspeed.reader import TagReader
-    from vqmoe_ds.checkpoint.formats.portable import STATE, PortableReader
-
-    if not (path / MANIFEST).exists():
-        if (path / "config.json").exists():
-            from vqmoe_ds.checkpoint.formats.huggingface.folder import open_hf
-
-            return open_hf(path)
-        foreign = _open_foreign(path)
-        if foreign is not None:
-            return foreign
-        path = _newest_under(path)
-    manifest = read_manifest(path)
-    for key in ("step", "layout", "config", "files"):
-        if key not in manifest:
-            raise CheckpointError(f"{path / MANIFEST} says nothing of {key}: it is not a manifest of this trainer")
-    for name, expected in manifest["files"].items():
-        check_inside(path, name)
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != expected["bytes"]:
-            state = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
-            raise CheckpointError(f"{path}: {name} {state}; copy it again, or take an earlier checkpoint")
-    if (path / STATE).exists():
-        return PortableReader(path, manifest)
-    if not any(path.glob("*_states.pt")):
-        raise CheckpointError(f"{path} holds neither a DeepSpeed checkpoint nor a portable one")
-    return TagReader(path, manifest)
 
 
 def require_language_model(reader: CheckpointReader, purpose: str) -> None:
@@ -278,33 +249,3 @@ def describe_classes(reader: CheckpointReader) -> str:
     """Number and first names of a classifier's classes."""
     classes = classes_of(reader)
     return f"a classifier of {len(classes)} classes ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})"
-
-
-def _open_foreign(path: Path) -> CheckpointReader | None:
-    """A Megatron checkpoint or one of native DeepSpeed-MoE layers, which have no manifest."""
-    from vqmoe_ds.checkpoint.formats.megatron.folder import megatron_folder, open_megatron
-    from vqmoe_ds.checkpoint.formats.native_moe.reader import native_folder, open_native
-
-    if megatron_folder(path) is not None:
-        return open_megatron(path)
-    return open_native(path) if native_folder(path) is not None else None
-
-
-def _newest_under(path: Path) -> Path:
-    reasons: list[str] = []
-    for folder in (path, path / "checkpoints"):
-        found = find_newest(folder)
-        if found.path is not None:
-            return found.path
-        reasons += found.passed_over
-    if reasons:
-        raise CheckpointError(f"{path} holds no checkpoint that verifies; the newest: {reasons[0]}")
-    raise CheckpointError(
-        f"{path} holds no finished checkpoint of this trainer: give a folder global_step… or the run folder above it"
-    )
-
-
-def check_inside(folder: Path, name: str) -> None:
-    """Refuse a file name, read from an index, that leads out of its folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder} is refused: its index names {name!r}, which lies outside the folder")

@@ -12,12 +12,12 @@ Of a dense model the new one computes the function until it is trained; --noise 
 import sys
 
 from vqmoe_ds.commands import run
-from vqmoe_ds.upcycle import dense
+from vqmoe_ds.upcycle import command
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
-    return run(dense, __doc__)
+    return run(command, __doc__)
 
 
 if __name__ == "__main__":

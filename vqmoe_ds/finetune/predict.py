@@ -69,7 +69,8 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
         CheckpointError: nothing there, damaged, a language model, or no tokenizer.
         DataError: the tokenizer named cannot be read.
     """
-    from vqmoe_ds.checkpoint.reader import open_checkpoint, sound
+    from vqmoe_ds.checkpoint.open import open_checkpoint
+    from vqmoe_ds.checkpoint.reader import sound
     from vqmoe_ds.checkpoint.resume.store import read_best
     from vqmoe_ds.checkpoint.views.adapters import merged
 

@@ -75,7 +75,8 @@ class FineTuning(TrainingCommand):
         check_options(args)
         shots = shots_of(args)
         console.capture(Path(os.devnull))  # what comes now imports torch and DeepSpeed, which have much to say
-        from vqmoe_ds.checkpoint.reader import open_checkpoint, require_language_model
+        from vqmoe_ds.checkpoint.open import open_checkpoint
+        from vqmoe_ds.checkpoint.reader import require_language_model
         from vqmoe_ds.checkpoint.views.adapters import merged
         from vqmoe_ds.finetune.config import starting_config
 

@@ -4,14 +4,13 @@ Every expert starts as a copy of the block's MLP, so whatever the router picks, 
 training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (grouped
 queries, tied embeddings, another epsilon of the norms) or refused by name.
 
-Sources with experts of their own (``ROUTED``) are in ``upcycle_moe.py``.
+Sources with experts of their own (``ROUTED``) are in ``routed.py``.
 
 Legend: D width, H expert hidden width, N experts, G slices an MLP is cut into.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.formats.huggingface.names import (
     NORM_EPS,
@@ -29,12 +29,14 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     unstacked,
     why_not_exported,
 )
+from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
-from vqmoe_ds.checkpoint.reader import Piece, WeightsReader, check_described, sound
+from vqmoe_ds.checkpoint.reader import Piece, WeightsReader, check_described
+from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import QKNorm, RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
-from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 DENSE, ROUTED = ("llama", "mistral", "qwen3"), ("mixtral", "olmoe", "qwen3_moe")
 QK_NORMS = {"qwen3": QKNorm.HEADS, "qwen3_moe": QKNorm.HEADS, "olmoe": QKNorm.FULL}
@@ -188,8 +190,6 @@ def upcycled_config(
     Raises:
         ConfigError: a field contradicts the source, or with it the function could not be preserved.
     """
-    from vqmoe_ds.config.load import load_config
-
     slices = options.granularity
     if slices < 1 or source.hidden % slices:
         raise ConfigError(f"--granularity {slices} does not divide the MLP's hidden width {source.hidden}")
@@ -382,58 +382,6 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
     return buffers | {f"source.{name}": tensor for name, tensor in source.state_dict().items()}
 
 
-# ---------------------------------------------------------------- the tool
-
-
-def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("source", metavar="SRC", help="folder of a Hugging Face model (safetensors): " + ", ".join(DENSE + ROUTED))
-    add("target", metavar="DST", help="portable checkpoint to write")
-    add("--config", metavar="YAML", help="run configuration of the new model; its shape comes from SRC")
-    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override one field; repeatable")
-    add("--granularity", type=int, default=1, metavar="G", help="cut every copy of the MLP into G experts (topk only)")
-    add("--noise", type=float, default=0.0, metavar="S", help="noise on the experts, relative to each matrix")
-    add("--force", action="store_true", help="replace DST if it exists")
-    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen3-MoE): each gets a code")
-    experts.add_argument("--calibration", metavar="FILE", help="UTF-8 text like that of training (needed)")
-    experts.add_argument(
-        "--calibration_tokens", type=int, default=100_000, metavar="N", help="tokens of it that are read"
-    )
-    experts.add_argument("--tokenizer", metavar="TOKENIZER", help="of the model (default: the one in SRC)")
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
-    """Convert, or say in one sentence why not; the exit code."""
-    from vqmoe_ds.config.load import parse_override
-
-    try:
-        overrides = dict(parse_override(text) for text in args.set)
-        with sound(args.source):
-            return _run(args, overrides)
-    except UserError as error:
-        return error.report()
-
-
-def _run(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    if read_json(Path(args.source) / "config.json").get("model_type") in ROUTED:
-        from vqmoe_ds.upcycle.routed import from_command_line
-
-        return from_command_line(args, overrides)
-    if args.calibration:
-        raise ConfigError("--calibration is for a source with experts, and SRC is dense; leave it out")
-    options = UpcycleOptions(args.granularity, args.noise)
-    reader = upcycle(args.source, args.target, options, overrides, args.config, args.force)
-    moe = RunConfig(**reader.config).moe
-    print(
-        f"{args.target}: {moe.num_experts} experts of hidden width {moe.expert_hidden} a layer, router "
-        f"{moe.router} with top_k {moe.top_k}, "
-        + ("function preserved" if not options.noise else f"noise {options.noise} on the experts")
-    )
-    return 0
-
-
 def upcycle(
     source: str | Path,
     target: str | Path,
@@ -456,10 +404,6 @@ def upcycle(
         CheckpointError: SRC cannot be represented or DST exists.
         ConfigError: options that contradict SRC or would change the function.
     """
-    from tqdm import tqdm
-
-    from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
-
     dense = DenseSource(source)
     reader = UpcycledReader(dense, upcycled_config(dense, options, overrides or {}, file), options)
     target = Path(target)

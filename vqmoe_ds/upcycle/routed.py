@@ -12,10 +12,8 @@ Legend: T tokens, S sequence, C code width, D width, N experts (and codes), L la
 
 from __future__ import annotations
 
-import argparse
 import io
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.formats.huggingface.folder import settled_codebook
 from vqmoe_ds.checkpoint.formats.huggingface.names import moe_every_of, softmax_over_of
 from vqmoe_ds.checkpoint.load_model import build_model
+from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import CodeSource, RunConfig, SoftmaxOver
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.models.transformer import MoETransformer
@@ -178,8 +177,6 @@ def routed_config(
         ConfigError: a field contradicts the source, or the code source has no meaning before training.
         CheckpointError: blocks with and without experts follow each other as they cannot with us.
     """
-    from vqmoe_ds.config.load import load_config
-
     forced = source.model_section() | {
         "moe.router": router,
         "codebook.num_codes": source.experts,
@@ -322,27 +319,6 @@ def _compare(model: MoETransformer, config: RunConfig, codes_LKC: Tensor, window
 def _loss(model: MoETransformer, windows: Tensor) -> float:
     losses = [float(model(batch[:, :-1], batch[:, 1:])[0]) * len(batch) for batch in windows.split(4)]
     return sum(losses) / len(windows)
-
-
-# ---------------------------------------------------------------- the tool
-
-
-def from_command_line(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    """What ``tools/upcycle.py`` does with a source that has experts; the exit code."""
-    from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
-
-    if args.granularity != 1 or args.noise:
-        raise ConfigError("--granularity and --noise are for dense sources; SRC has experts of its own")
-    if not args.calibration:
-        raise ConfigError("SRC has experts, so its codes need --calibration FILE, a text like that of training")
-    source = RoutedSource(args.source)
-    config = routed_config(source, overrides, args.config)
-    ids = calibration_ids(args.calibration, args.tokenizer or args.source, args.calibration_tokens, config)
-    with new_folder(Path(args.target), args.force) as folder:
-        reader, report = with_codes(source, config, ids)
-        write_portable(reader, folder)
-    print("\n".join([f"{args.target}: {source.experts} experts a layer, one code for each", *report.lines()]))
-    return 0
 
 
 def calibration_ids(file: str, tokenizer: str, count: int, config: RunConfig) -> Tensor:

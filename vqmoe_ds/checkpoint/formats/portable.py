@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_shards, write_json, write_shards
-from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece, register_format
 from vqmoe_ds.checkpoint.resume.store import write_manifest
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import sha256_of
@@ -82,6 +82,9 @@ class PortableReader(CheckpointReader):
         if stored is None or stored.shape != self.shape(name):
             raise CheckpointError(f"{self.path} holds no {kind} of {name} in its shape")
         return [Piece(0, stored.numel, stored, 0)]
+
+
+register_format("portable", lambda path: (path / STATE).exists(), PortableReader, sealed=True)
 
 
 def write_portable(

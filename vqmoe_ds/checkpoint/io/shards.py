@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
-from vqmoe_ds.checkpoint.reader import check_inside
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import read_small, write_atomically
 
@@ -42,6 +41,12 @@ def write_shards(
     total = sum(entry.nbytes for shard in shards for entry in shard)
     write_json(index_of(folder, part), {"metadata": {"total_size": total}, "weight_map": places})
     return files
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a file name, read from an index, that leads out of its folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{folder} is refused: its index names {name!r}, which lies outside the folder")
 
 
 def read_shards(folder: Path, part: str) -> dict[str, Stored]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vqmoe_ds.checkpoint.reader import open_checkpoint
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.recovery import write_script
 from vqmoe_ds.checkpoint.resume.restore import restore_any_layout
 from vqmoe_ds.checkpoint.resume.restricted import without_pickles

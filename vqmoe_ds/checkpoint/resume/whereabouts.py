@@ -49,14 +49,25 @@ def keep_tokenizer(config: RunConfig, run_dir: Path, most_bytes: int = 64 << 20)
     Raises:
         DataError: it cannot be written.
     """
-    from vqmoe_ds.checkpoint.formats.huggingface.folder import tokenizer_of_data
-
     checksum = config.data.tokenizer_sha256
     if checksum in (None, UNKNOWN, ByteTokenizer.checksum) or kept_tokenizer(run_dir, checksum) is not None:
         return
     tokenizer = tokenizer_of_data(config.data.model_dump(mode="json"), str(checksum))
     if tokenizer is not None and tokenizer.size <= most_bytes:
         tokenizer.save(run_dir / FOLDER)
+
+
+def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
+    """The tokenizer with this checksum that the run's data names or that lies beside it, or None."""
+    paths = data.get("path") or []
+    prefixes = [paths] if isinstance(paths, str) else list(paths)
+    places = [data.get("tokenizer"), *(f"{prefix.rpartition(':')[2]}.tokenizer" for prefix in prefixes)]
+    for place in places:
+        if place and (place == "bytes" or Path(place).exists()):
+            tokenizer = load_tokenizer(place)
+            if tokenizer.checksum == checksum:
+                return tokenizer
+    return None
 
 
 def kept_tokenizer(path: Path, checksum: str | None) -> Tokenizer | None:

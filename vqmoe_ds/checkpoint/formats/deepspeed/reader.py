@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from vqmoe_ds.checkpoint.formats.portable import STATE
 from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, register_format
 from vqmoe_ds.runtime.errors import CheckpointError
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
@@ -305,6 +306,13 @@ class TagReader(CheckpointReader):
                     if mine:
                         yield _Fragment(name, rank, group, begin, self._base(name, rank) + place * part, mine)
                     begin += part
+
+
+def _is_tag(path: Path) -> bool:
+    return any(path.glob("*_states.pt")) and not (path / STATE).exists()
+
+
+register_format("deepspeed", _is_tag, TagReader, sealed=True)
 
 
 def _adam_step(adam: dict[str, Any]) -> int:

@@ -42,10 +42,12 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
 from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader, register_format
+from vqmoe_ds.checkpoint.resume.whereabouts import kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import data_of_folder
-from vqmoe_ds.data.tokenizers import nothing_known
+from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer, nothing_known
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
 
 TRAINING, TRAINING_BUFFERS = "vqmoe_training.json", "vqmoe_training.safetensors"
@@ -217,10 +219,6 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
     Raises:
         CheckpointError: the tokenizer asked for is not that of the model.
     """
-    from vqmoe_ds.checkpoint.resume.whereabouts import kept_tokenizer
-    from vqmoe_ds.data.indexed import UNKNOWN
-    from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
-
     if choice == "none":
         return None, ["without tokenizer files, as asked"]
     checksum = config.model_dump(mode="json")["data"].get("tokenizer_sha256")
@@ -246,21 +244,6 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
             f"{config.model.vocab_size}) was trained with; name that one, or export without (--tokenizer none)"
         )
     return tokenizer, []
-
-
-def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
-    """The tokenizer with this checksum that the run's data names or that lies beside it, or None."""
-    from vqmoe_ds.data.tokenizers import load_tokenizer
-
-    paths = data.get("path") or []
-    prefixes = [paths] if isinstance(paths, str) else list(paths)
-    places = [data.get("tokenizer"), *(f"{prefix.rpartition(':')[2]}.tokenizer" for prefix in prefixes)]
-    for place in places:
-        if place and (place == "bytes" or Path(place).exists()):
-            tokenizer = load_tokenizer(place)
-            if tokenizer.checksum == checksum:
-                return tokenizer
-    return None
 
 
 # ---------------------------------------------------------------- back again
@@ -365,6 +348,9 @@ def _check_tables(tables: dict[str, Tensor], config: RunConfig, path: Path) -> N
 def open_hf(path: str | Path) -> HFReader:
     """Open a folder that ``export_hf`` or ``save_pretrained`` wrote; see ``HFReader``."""
     return HFReader(path)
+
+
+register_format("hf", lambda path: (path / "config.json").exists(), open_hf)
 
 
 def _merged_config(options: dict[str, Any], training: dict[str, Any], arch: str, path: Path) -> RunConfig:

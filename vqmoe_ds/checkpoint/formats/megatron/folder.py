@@ -41,7 +41,7 @@ from vqmoe_ds.checkpoint.io.archive import Record, Stored, load_archive
 from vqmoe_ds.checkpoint.io.safetensors_io import read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, read_json, write_json
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, check_described, sound
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, check_described, register_format, sound
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import read_small
@@ -471,3 +471,6 @@ class MegatronReader(WeightsReader):
             else:
                 shares.append(model[f"{prefix}local_experts.{local}.linear_fc{number}.weight"].whole().float())
         return join(f"linear_fc{number}.weight", shares, self._run.model.heads)
+
+
+register_format("megatron", lambda path: megatron_folder(path) is not None, open_megatron)

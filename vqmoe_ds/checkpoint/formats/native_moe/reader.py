@@ -33,7 +33,7 @@ from vqmoe_ds.checkpoint.formats.native_moe.names import (
     pattern_of,
 )
 from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, sound
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, register_format, sound
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import read_small
 
@@ -298,6 +298,9 @@ class NativeReader(CheckpointReader):
                 raise CheckpointError(
                     f"{self.path} mixes tags: the weights of {name} are not those of its optimizer; copy it again"
                 )
+
+
+register_format("native", lambda path: native_folder(path) is not None, open_native)
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,0 +1,86 @@
+"""Opening a checkpoint of any kind: the formats register themselves, and the folder tells which of them it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import vqmoe_ds.checkpoint.formats.deepspeed.reader
+import vqmoe_ds.checkpoint.formats.huggingface.folder
+import vqmoe_ds.checkpoint.formats.megatron.folder
+import vqmoe_ds.checkpoint.formats.native_moe.reader
+import vqmoe_ds.checkpoint.formats.portable  # noqa: F401 (each registers its format)
+from vqmoe_ds.checkpoint.io.shards import check_inside
+from vqmoe_ds.checkpoint.reader import FORMATS, CheckpointReader, Format, check_described, sound
+from vqmoe_ds.checkpoint.resume.store import MANIFEST, find_newest, read_manifest
+from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.files import why_missing
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """Recognise and open a tag folder, a portable, Hugging Face, Megatron or native one, or a run folder.
+
+    Of a run folder it is the newest tag that verifies.
+
+    Raises:
+        CheckpointError: nothing there, damaged, of a newer format, or of a kind that is not known.
+    """
+    path = Path(path)
+    if not os.path.isdir(path):
+        if os.path.lexists(path):
+            what = "is a file" if os.path.isfile(path) else why_missing(path)
+            raise CheckpointError(f"{path} {what}; give a run folder, or the folder of a checkpoint")
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    with sound(path):
+        reader = _open(path)
+        check_described(reader.config, reader.shapes, reader.path)
+        _ = reader.samples, reader.has_optimizer, reader.optimizer_step()
+    return reader
+
+
+def _open(path: Path) -> CheckpointReader:
+    if not (path / MANIFEST).exists():
+        foreign = _format_of(path, sealed=False)
+        if foreign is not None:
+            return foreign.open(path)
+        path = _newest_under(path)
+    manifest = _checked_manifest(path)
+    ours = _format_of(path, sealed=True)
+    if ours is None:
+        raise CheckpointError(f"{path} holds neither a DeepSpeed checkpoint nor a portable one")
+    return ours.open(path, manifest)
+
+
+def _format_of(path: Path, sealed: bool) -> Format | None:
+    """The format of a folder, by the names of the formats where several recognise it, so that import order is free."""
+    known = (entry for _, entry in sorted(FORMATS.items()) if entry.sealed is sealed)
+    return next((entry for entry in known if entry.recognises(path)), None)
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    for key in ("step", "layout", "config", "files"):
+        if key not in manifest:
+            raise CheckpointError(f"{path / MANIFEST} says nothing of {key}: it is not a manifest of this trainer")
+    for name, expected in manifest["files"].items():
+        check_inside(path, name)
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != expected["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
+            raise CheckpointError(f"{path}: {name} {state}; copy it again, or take an earlier checkpoint")
+    return manifest
+
+
+def _newest_under(path: Path) -> Path:
+    reasons: list[str] = []
+    for folder in (path, path / "checkpoints"):
+        found = find_newest(folder)
+        if found.path is not None:
+            return found.path
+        reasons += found.passed_over
+    if reasons:
+        raise CheckpointError(f"{path} holds no checkpoint that verifies; the newest: {reasons[0]}")
+    raise CheckpointError(
+        f"{path} holds no finished checkpoint of this trainer: give a folder global_step… or the run folder above it"
+    )
