@@ -23,7 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vqmoe_ds.checkpoint.formats.deepspeed.writer import TagLayout, write_tag
+from vqmoe_ds.checkpoint.formats.deepspeed.writer import write_tag
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
 from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece
 from vqmoe_ds.config.load import load_config
 

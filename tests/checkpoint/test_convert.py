@@ -19,8 +19,10 @@ from tests.checkpoint.layouts import MODEL, Layout, Training, load_natively, mov
 from tests.checkpoint.test_restore import assert_equal_state
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser, main
-from vqmoe_ds.checkpoint.formats.deepspeed.writer import TagLayout, bytes_told, write_tag
+from vqmoe_ds.checkpoint.formats.deepspeed.writer import bytes_told, write_tag
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
+from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.io.safetensors_io import read_header
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.store import read_manifest, verify, write_manifest
@@ -118,6 +120,17 @@ def test_progress_ends_where_it_said(layout, run, portable, tmp_path):
     told.clear()
     write_portable(open_checkpoint(portable), tmp_path / "p", told.append)
     assert sum(told) == total_bytes(open_checkpoint(portable))
+
+
+def test_a_group_smaller_than_its_ranks_is_padded_as_deepspeed_pads_it(portable, tmp_path):
+    reader = open_checkpoint(portable)
+    write_tag(reader, tmp_path, TagLayout(1, 1, 64))
+    shards = [load_archive(path)["optimizer_state_dict"] for path in tmp_path.glob("zero_pp_rank_*")]
+    assert len(shards) == 64
+    vectors = sum(math.prod(shape) for shape in reader.shapes.values() if len(shape) < 2)
+    held = [shard["single_partition_of_fp32_groups"][1].numel for shard in shards]
+    assert vectors < 63 * max(held) and sum(held) == vectors
+    assert all(shard["group_paddings"][1] == max(held) - there for shard, there in zip(shards, held, strict=True))
 
 
 NATIVE = [

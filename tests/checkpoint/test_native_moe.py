@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser, main
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import LARGEST_GROUP
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
-from vqmoe_ds.checkpoint.formats.native_moe.names import LARGEST_GROUP, expand, match_names, merge_split, numbered
+from vqmoe_ds.checkpoint.formats.native_moe.names import expand, match_names, merge_split, numbered
 from vqmoe_ds.checkpoint.formats.native_moe.reader import NativeReader, open_native
 from vqmoe_ds.checkpoint.formats.native_moe.writer import native_layout, write_native
 from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable

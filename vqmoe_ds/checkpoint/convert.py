@@ -135,7 +135,8 @@ def _to_discrete_only(reader: CheckpointReader, dst: Path, options: argparse.Nam
 
 
 def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.formats.deepspeed.writer import TagLayout, bytes_told, write_tag
+    from vqmoe_ds.checkpoint.formats.deepspeed.writer import bytes_told, check_layout, write_tag
+    from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
     from vqmoe_ds.checkpoint.formats.portable import new_folder
     from vqmoe_ds.checkpoint.resume.store import tag_name
 
@@ -147,7 +148,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
         options.world or old.get("world_size", 1),
         options.precision or old.get("precision", "fp32"),
     )
-    layout.check(reader)
+    check_layout(reader, layout)
     check_complete(reader)
     with new_folder(dst, options.force) as folder, _bar(bytes_told(reader, layout), dst) as tell:
         tag = folder / tag_name(reader.step)

@@ -24,10 +24,12 @@ class Skeleton:
     Attributes:
         name: of the file in its folder.
         tree: what ``torch.save`` is to write; built of ``empty`` tensors.
+        nbytes: bytes of the values that whoever fills it in counts, and of ``small`` tensors.
     """
 
     name: str
     tree: Any = None
+    nbytes: int = 0
     _jobs: list[tuple[tuple[Any, ...], int, Values]] = field(default_factory=list)
 
     def empty(self, place: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -48,6 +50,7 @@ class Skeleton:
 
     def small(self, place: tuple[Any, ...], value: Tensor) -> Tensor:
         """A tensor that is in memory."""
+        self.nbytes += value.nbytes
         return self.tensor(place, tuple(value.shape), value.dtype, lambda: [value])
 
     def write(self, folder: Path, tell: Callable[[int], Any] | None, inert: Callable[[str, str], bool]) -> None:

@@ -273,9 +273,8 @@ class TagReader(CheckpointReader):
         return {name: sorted(pieces, key=lambda piece: piece.start) for name, pieces in found.items()}
 
     def _ep_rank(self, rank: int) -> int:
-        if self._model["ds_config"].get("use_data_before_expert_parallelism"):
-            return rank // (self._world // self._ep)
-        return rank % self._ep
+        data_first = bool(self._model["ds_config"].get("use_data_before_expert_parallelism"))
+        return ep_place(rank, self._world, self._ep, data_first)[0]
 
     def _base(self, name: str, rank: int) -> int:
         """Where the experts of a rank begin in the whole tensor."""
@@ -306,6 +305,16 @@ class TagReader(CheckpointReader):
                     if mine:
                         yield _Fragment(name, rank, group, begin, self._base(name, rank) + place * part, mine)
                     begin += part
+
+
+def ep_place(rank: int, world: int, ep_size: int, data_first: bool) -> tuple[int, int]:
+    """A rank's place among the ranks that share experts, and among those that hold the same ones.
+
+    Args:
+        data_first: the engine's ``use_data_before_expert_parallelism``.
+    """
+    replicas = world // ep_size
+    return (rank // replicas, rank % replicas) if data_first else (rank % ep_size, rank // ep_size)
 
 
 def _is_tag(path: Path) -> bool:

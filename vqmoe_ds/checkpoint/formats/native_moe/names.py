@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import LARGEST_GROUP
 from vqmoe_ds.runtime.errors import CheckpointError
 
 EXPERT = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+|\*)\.(.+)")
-LARGEST_GROUP = 178_956_971
-"""Values at which DeepSpeed cuts a group of experts in two (``max_group_size``)."""
 MOST_WAYS = 100_000
 """Ways to deal out names that are followed at a time; a model's own groups leave a handful."""
 
@@ -136,13 +135,3 @@ def match_names(
         dealt[path[0]].insert(0, name)
         path = path[1]
     return dealt
-
-
-def ep_place(rank: int, world: int, ep_size: int, data_first: bool) -> tuple[int, int]:
-    """A rank's place among the ranks that share experts, and among those that hold the same ones.
-
-    Args:
-        data_first: the engine's ``use_data_before_expert_parallelism``.
-    """
-    replicas = world // ep_size
-    return (rank // replicas, rank % replicas) if data_first else (rank % ep_size, rank // ep_size)

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.deepspeed.reader import COUNTERS, DEEPSPEED_KEYS
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import COUNTERS, DEEPSPEED_KEYS, ep_place
 from vqmoe_ds.checkpoint.formats.native_moe.files import MODEL, NativeFiles
 from vqmoe_ds.checkpoint.formats.native_moe.names import (
-    ep_place,
     expand,
     expert_name,
     match_names,

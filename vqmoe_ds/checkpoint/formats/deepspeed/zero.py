@@ -1,0 +1,276 @@
+"""Optimizer files as DeepSpeed 0.19.8's ZeRO stages 0 to 2 write them, laid out without starting a rank.
+
+Which parameters there are, what they are called and how they are grouped is for the writer of a format to say
+(``ZeroWriter.groups``). Each file is first saved as a skeleton, all structure and no values, and the values are then
+poured in a few megabytes at a time; memory stays flat whatever the size of a rank's share.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import ep_place
+from vqmoe_ds.checkpoint.io.skeleton import Skeleton
+from vqmoe_ds.checkpoint.reader import CHUNK, KINDS, CheckpointReader
+from vqmoe_ds.runtime.errors import CheckpointError
+
+ALIGNMENT = 2
+"""ZeRO 1 and 2 pad a group to a multiple of this times its ranks."""
+LARGEST_GROUP = 178_956_971
+"""Values at which DeepSpeed cuts a group of experts in two (``max_group_size``)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TagLayout:
+    """Where a tag is to be resumed. ``precision`` is ``fp32`` or ``bf16`` (with float32 master weights)."""
+
+    zero_stage: int
+    ep_size: int
+    world_size: int
+    precision: str = "fp32"
+
+    def check_ranks(self) -> None:
+        """Raises: CheckpointError: the expert-parallel size does not divide the world size."""
+        if self.world_size % self.ep_size:
+            raise CheckpointError(f"--ep {self.ep_size} does not divide --world {self.world_size}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world_size,
+            "ep_size": self.ep_size,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+        }
+
+
+class Member(NamedTuple):
+    """A parameter as a rank has it before ZeRO cuts it.
+
+    Attributes:
+        local: its name on the rank.
+        source: its name in the checkpoint that is read.
+        first: where the rank's share begins in the values of ``source``.
+        shape: of the share.
+    """
+
+    local: str
+    source: str
+    first: int
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Group(NamedTuple):
+    """An optimizer group of a rank: its options as the optimizer saves them, what is in it, whether that is experts."""
+
+    options: dict[str, Any]
+    members: list[Member]
+    moe: bool
+
+
+class Run(NamedTuple):
+    """``length`` values of ``member`` from value ``start`` of its share on, to stand at ``begin``."""
+
+    member: Member
+    start: int
+    length: int
+    begin: int
+
+
+def whole(member: Member) -> Run:
+    """All values of a member, to stand alone."""
+    return Run(member, 0, member.numel, 0)
+
+
+class ZeroWriter(ABC):
+    """Lays out the optimizer files of a tag; a format adds its groups and the files of the model.
+
+    Args:
+        reader: of the checkpoint to write.
+        layout: to write.
+        clip_grad: gradient clipping, which the optimizer's files record.
+        data_first: the engine's ``use_data_before_expert_parallelism``.
+    """
+
+    def __init__(self, reader: CheckpointReader, layout: TagLayout, clip_grad: float, data_first: bool = False) -> None:
+        self.reader, self.layout, self.clip_grad, self.data_first = reader, layout, clip_grad, data_first
+        self.dtype = DTYPES[layout.precision]
+        self.half = self.dtype is not torch.float32
+        self.step = torch.tensor(float(reader.optimizer_step()))
+        self.buffers = reader.buffers()
+
+    @abstractmethod
+    def groups(self, ep_rank: int) -> list[Group]:
+        """The optimizer groups of an expert-parallel rank, in the order of its optimizer."""
+
+    # ------------------------------------------------------------------ tensors
+
+    def tensor(
+        self, file: Skeleton, place: tuple[Any, ...], shape: tuple[int, ...], runs: list[Run], kind: str | None = None
+    ) -> Tensor:
+        """A tensor with these values in it; moments that the reader lacks stay zero, as Adam starts anew at step 0.
+
+        Args:
+            kind: of ``KINDS``, in float32; None: a weight, in the precision of the layout.
+        """
+        dtype = torch.float32 if kind else self.dtype
+        for run in runs:
+            if kind in (None, "fp32") or self.reader.has_optimizer:
+                file.fill(place, run.begin, partial(self._values, run, kind or "fp32"))
+                file.nbytes += run.length * dtype.itemsize
+        return file.empty(place, shape, dtype)
+
+    def _values(self, run: Run, kind: str) -> Iterator[Tensor]:
+        start = run.member.first + run.start
+        for first in range(start, start + run.length, CHUNK):
+            yield self.reader.read(run.member.source, kind, first, min(CHUNK, start + run.length - first))
+
+    def _adam_state(
+        self, file: Skeleton, place: tuple[Any, ...], shape: tuple[int, ...], runs: list[Run]
+    ) -> dict[str, Tensor]:
+        state = {"step": file.small((*place, "step"), self.step)}
+        return state | {kind: self.tensor(file, (*place, kind), shape, runs, kind) for kind in KINDS[1:]}
+
+    # ------------------------------------------------------------------ files
+
+    def engine_state(self) -> dict[str, Any]:
+        """What the model file says of the engine, as far as it follows from the reader."""
+        counters = self.reader.counters
+        steps = counters.get("global_steps") or self.reader.step
+        batch = self.reader.config.get("train", {}).get("batch_size", 0)
+        return {
+            "lr_scheduler": counters.get("lr_scheduler"),
+            "data_sampler": None,
+            "random_ltd": None,
+            "skipped_steps": counters.get("skipped_steps") or 0,
+            "global_steps": steps,
+            "global_samples": counters.get("global_samples") or steps * batch,
+            "dp_world_size": self.layout.world_size,
+            "mp_world_size": 1,
+        }
+
+    def param_shapes(self) -> list[OrderedDict[str, torch.Size]]:
+        """Names and shapes of every group, as the model file of stages 1 to 3 has them."""
+        return [OrderedDict((m.local, torch.Size(m.shape)) for m in group.members) for group in self.filled_groups(0)]
+
+    def filled_groups(self, ep_rank: int) -> list[Group]:
+        """The groups that have members: ZeRO has no others."""
+        return [group for group in self.groups(ep_rank) if group.members]
+
+    def ranks_of(self, group: Group) -> int:
+        """Number of ranks that share a group."""
+        return self.layout.world_size // (self.layout.ep_size if group.moe else 1)
+
+    def ep_place(self, rank: int) -> tuple[int, int]:
+        """A rank's place among the expert-parallel ranks, and among those that hold the same experts."""
+        return ep_place(rank, self.layout.world_size, self.layout.ep_size, self.data_first)
+
+    def optimizer_file(self, rank: int) -> Skeleton:
+        """Stages 1 to 3: the file of a rank, empty."""
+        return Skeleton(f"{'bf16_' if self.half else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+    def whole_file(self, ep_rank: int) -> Skeleton:
+        """Stage 0: the optimizer of an expert-parallel rank."""
+        file = Skeleton(f"expp_rank_{ep_rank}_mp_rank_00_optim_states.pt")
+        file.tree = {"optimizer": self.whole_optimizer(file, ep_rank)}
+        return file
+
+    def whole_optimizer(self, file: Skeleton, ep_rank: int) -> dict[str, Any]:
+        """Every parameter by number, to stand at ``optimizer`` in a file."""
+        inner = ("optimizer", "optimizer_state_dict") if self.half else ("optimizer",)
+        state: dict[int, Any] = {}
+        rows: list[dict[str, Any]] = []
+        masters: list[list[Tensor]] = []
+        for g, group in enumerate(self.groups(ep_rank)):
+            rows.append({**group.options, "params": list(range(len(state), len(state) + len(group.members)))})
+            masters.append([])
+            for i, member in enumerate(group.members):
+                number, runs = len(state), [whole(member)]
+                state[number] = self._adam_state(file, (*inner, "state", number), member.shape, runs)
+                if self.half:
+                    place = ("optimizer", "fp32_groups", g, i)
+                    masters[g].append(self.tensor(file, place, member.shape, runs, "fp32"))
+        adam = {"state": state, "param_groups": rows}
+        scale = {"dynamic_loss_scale": False, "cur_scale": 1.0, "cur_iter": self.reader.step}
+        return {**scale, "optimizer_state_dict": adam, "fp32_groups": masters} if self.half else adam
+
+    def flat_adam(
+        self, file: Skeleton, key: str, groups: list[Group], rows: list[tuple[int, list[Run]]]
+    ) -> dict[str, Any]:
+        """Adam's state over one flat row for each group, given by its length and what stands in it."""
+        place = ("optimizer_state_dict", key, "state")
+        state = {g: self._adam_state(file, (*place, g), (length,), runs) for g, (length, runs) in enumerate(rows)}
+        return {"state": state, "param_groups": [{**group.options, "params": [g]} for g, group in enumerate(groups)]}
+
+    def flat_file(self, rank: int) -> Skeleton:
+        """Stages 1 and 2: a rank's stretch of every group."""
+        import deepspeed
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        file, (ep_rank, replica) = self.optimizer_file(rank), self.ep_place(rank)
+        groups = self.filled_groups(ep_rank)
+        rows, mappings, paddings, masters = [], [], [], []
+        for g, group in enumerate(groups):
+            total = sum(member.numel for member in group.members)
+            length = -(-total // (ALIGNMENT * self.ranks_of(group))) * ALIGNMENT
+            start = (replica if group.moe else rank) * length
+            runs = list(_stretch(group.members, start, length))
+            rows.append((length, runs))
+            mappings.append(OrderedDict((run.member.local, fragment_address(run.length, run.begin)) for run in runs))
+            paddings.append(length - max(0, min(length, total - start)))
+            place = ("optimizer_state_dict", "single_partition_of_fp32_groups", g)
+            masters.append(self.tensor(file, place, (length - paddings[-1],), runs, "fp32"))
+        state = {
+            "loss_scaler": LossScaler(scale=1.0),
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "clip_grad": self.clip_grad,
+            "base_optimizer_state": self.flat_adam(file, "base_optimizer_state", groups, rows),
+            "single_partition_of_fp32_groups": masters,
+            "zero_stage": ZeroStageEnum(self.layout.zero_stage),
+            "group_paddings": paddings,
+            "param_alignment_paddings": [[0] * len(group.members) for group in groups],
+            "partition_count": [self.ranks_of(group) for group in groups],
+            "ds_version": deepspeed.__version__,
+            "param_slice_mappings": mappings,
+        }
+        file.tree = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": deepspeed.__version__}
+        return file
+
+
+def cut_experts(members: list[Member]) -> list[list[Member]]:
+    """Experts as DeepSpeed cuts them into groups of at most ``LARGEST_GROUP`` values."""
+    parts: list[list[Member]] = []
+    room = 0
+    for member in members:
+        if member.numel > room:
+            parts.append([])
+            room = max(LARGEST_GROUP, member.numel)
+        parts[-1].append(member)
+        room -= member.numel
+    return parts
+
+
+def _stretch(members: list[Member], start: int, length: int) -> Iterator[Run]:
+    """What of a group, laid end to end, falls into ``length`` values from ``start`` on."""
+    reached = 0
+    for member in members:
+        first, last = max(start, reached), min(start + length, reached + member.numel)
+        if first < last:
+            yield Run(member, first - reached, last - first, first - start)
+        reached += member.numel
