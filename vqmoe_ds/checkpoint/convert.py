@@ -24,7 +24,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="tag folder, run folder (newest tag), portable, Hugging Face, Megatron or native DeepSpeed-MoE folder",
+        help="tag folder, run folder (newest tag; of a fine-tuning the best validated), portable, Hugging Face, "
+        "Megatron or native DeepSpeed-MoE folder",
     )
     parser.add_argument("dst", metavar="DST", help="folder to make")
     parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")

@@ -92,7 +92,7 @@ def load_model(
     """Load a run folder, a DeepSpeed tag of any layout, a portable, Hugging Face, Megatron or native folder.
 
     Args:
-        path: anything ``open_checkpoint`` takes; of a run folder it is the newest tag that verifies.
+        path: anything ``open_checkpoint`` takes; of a run folder it is the tag that that one takes.
         tokenizer: what ``load_tokenizer`` takes, or a Hugging Face folder; None: that of the checkpoint or of
             the run's data, if it is still there.
         ep_size: ranks over which the experts are spread; above 1 the default process group must be up, all its ranks

@@ -13,7 +13,7 @@ import vqmoe_ds.checkpoint.formats.native_moe.reader
 import vqmoe_ds.checkpoint.formats.portable  # noqa: F401 (each registers its format)
 from vqmoe_ds.checkpoint.io.shards import check_inside
 from vqmoe_ds.checkpoint.reader import FORMATS, CheckpointReader, Format, check_described, sound
-from vqmoe_ds.checkpoint.resume.store import MANIFEST, find_newest, read_manifest
+from vqmoe_ds.checkpoint.resume.store import MANIFEST, best_of, find_newest, read_manifest, tags, why_not_whole
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import why_missing
 
@@ -21,7 +21,8 @@ from vqmoe_ds.runtime.files import why_missing
 def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Recognise and open a tag folder, a portable, Hugging Face, Megatron or native one, or a run folder.
 
-    Of a run folder it is the newest tag that verifies.
+    Of a run folder, or its ``checkpoints``, it is the newest tag that verifies; of a fine-tuning's it is the one that
+    validated best, as in the report of that run, or the newest where none was validated.
 
     Raises:
         CheckpointError: nothing there, damaged, of a newer format, or of a kind that is not known.
@@ -44,7 +45,7 @@ def _open(path: Path) -> CheckpointReader:
         foreign = _format_of(path, sealed=False)
         if foreign is not None:
             return foreign.open(path)
-        path = _newest_under(path)
+        path = _tag_under(path)
     manifest = _checked_manifest(path)
     ours = _format_of(path, sealed=True)
     if ours is None:
@@ -72,9 +73,11 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _newest_under(path: Path) -> Path:
+def _tag_under(path: Path) -> Path:
     reasons: list[str] = []
     for folder in (path, path / "checkpoints"):
+        if (best := _best_of_finetuning(folder)) is not None:
+            return best
         found = find_newest(folder)
         if found.path is not None:
             return found.path
@@ -84,3 +87,32 @@ def _newest_under(path: Path) -> Path:
     raise CheckpointError(
         f"{path} holds no finished checkpoint of this trainer: give a folder global_step… or the run folder above it"
     )
+
+
+def _best_of_finetuning(folder: Path) -> Path | None:
+    """The tag that validated best; None: none was validated, or the run is no fine-tuning.
+
+    Raises:
+        CheckpointError: the mark of the best, or the tag itself, is damaged; another must not pass for it.
+    """
+    if not _is_finetuning(folder):
+        return None
+    try:
+        name = best_of(folder)[0]
+        reason = why_not_whole(folder / name) if name is not None else None
+    except CheckpointError as error:
+        reason = str(error)
+    if reason is not None:
+        raise CheckpointError(f"{reason}; it is what validated best: copy it again, or name another checkpoint")
+    return folder / name if name is not None else None
+
+
+def _is_finetuning(folder: Path) -> bool:
+    for tag in tags(folder):
+        try:
+            config = read_manifest(tag).get("config")
+        except CheckpointError:
+            continue
+        section = config.get("finetune") if isinstance(config, dict) else None
+        return isinstance(section, dict) and section.get("checkpoint") is not None
+    return False

@@ -62,7 +62,7 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
     """A classifier in evaluation mode, adapters merged in, and its tokenizer.
 
     Args:
-        path: anything ``open_checkpoint`` takes; of a run folder it is the checkpoint that validated best.
+        path: anything ``open_checkpoint`` takes.
         tokenizer: as of ``load_model``.
 
     Raises:
@@ -71,11 +71,9 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
     """
     from vqmoe_ds.checkpoint.open import open_checkpoint
     from vqmoe_ds.checkpoint.reader import sound
-    from vqmoe_ds.checkpoint.resume.store import read_best
     from vqmoe_ds.checkpoint.views.adapters import merged
 
-    best = read_best(Path(path) / "checkpoints")[0]
-    reader = merged(open_checkpoint(path if best is None else Path(path) / "checkpoints" / best))
+    reader = merged(open_checkpoint(path))
     with sound(reader.path):
         return _build(reader, tokenizer)
 

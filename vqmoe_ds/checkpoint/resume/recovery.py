@@ -13,8 +13,8 @@ _SCRIPT = '''#!/usr/bin/env python
 
     python zero_to_fp32.py CHECKPOINTS OUTPUT [--tag global_step0000012]
 
-CHECKPOINTS is this folder; without --tag the newest checkpoint is taken. It needs vqmoe_ds: installed, or where it was
-when the checkpoint was written.
+CHECKPOINTS is this folder; without --tag the newest checkpoint is taken, of a fine-tuning the one that validated best.
+It needs vqmoe_ds: installed, or where it was when the checkpoint was written.
 """
 
 import argparse
@@ -26,7 +26,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("checkpoint_dir", metavar="CHECKPOINTS")
 parser.add_argument("output_dir", metavar="OUTPUT")
-parser.add_argument("-t", "--tag", help="name of a checkpoint in the folder (default: the newest)")
+parser.add_argument("-t", "--tag", help="name of a checkpoint in the folder (default: as above)")
 parser.add_argument("--safe_serialization", action="store_true", help="always so")
 args = parser.parse_args()
 try:
