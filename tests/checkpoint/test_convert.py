@@ -291,10 +291,10 @@ def _negative(header):
 @pytest.mark.parametrize(
     "change, part",
     [
-        (_bigger, "lies about the type, shape or size of head.weight"),
+        (_bigger, "mismatch of type, shape or size of head.weight"),
         (_beyond, "overlap or leaves gaps"),
         (_overlapping, "overlap or leaves gaps"),
-        (_negative, "lies about the type, shape or size of norm.weight"),
+        (_negative, "mismatch of type, shape or size of norm.weight"),
         (lambda header: b"[1, 2]", "not a JSON object"),
         (lambda header: b"{" * 1000, "not valid JSON"),
     ],

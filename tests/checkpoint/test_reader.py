@@ -200,7 +200,11 @@ def test_a_bare_pickle_is_not_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "numel, shape, part",
-    [(10**9, (4,), "lies about its size"), (4, (10**6,), "outside its storage"), (-4, (4,), "lies about its size")],
+    [
+        (10**9, (4,), "size mismatch"),
+        (4, (10**6,), "outside its storage"),
+        (-4, (4,), "size mismatch"),
+    ],
 )
 def test_tensors_that_lie_about_their_size_are_refused(numel, shape, part, tmp_path):
     class Pickler(pickle.Pickler):

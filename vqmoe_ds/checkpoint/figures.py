@@ -1,4 +1,4 @@
-"""What a checkpoint weighs and how its codes and experts are doing.
+"""Sizes of a checkpoint, and the state of its codes and experts.
 
 Legend: L MoE layers, K codes, N experts.
 """

@@ -235,7 +235,7 @@ def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Pat
 
 
 def require_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Path | None = None) -> Tokenizer:
-    """As ``find_tokenizer``; one that is not to be found is a ``CheckpointError`` as well."""
+    """``find_tokenizer``, where one that is not to be found is a ``CheckpointError`` as well."""
     found = find_tokenizer(reader, config, given)
     if found is None:
         raise _not_found(reader.path, config)

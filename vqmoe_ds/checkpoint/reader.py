@@ -1,4 +1,4 @@
-"""One face for every kind of checkpoint: whole tensors by name, whatever layout wrote them.
+"""Base class of every kind of checkpoint: whole tensors by name, whatever layout wrote them.
 
 A parameter is a row of pieces: stretches of its flattened values, each lying somewhere in a file. Every layout
 comes down to that, so any stretch can be read on its own and no reader holds more than it is asked for.
@@ -78,7 +78,7 @@ class CheckpointReader(ABC):
     """
 
     def __init_subclass__(cls) -> None:
-        """What reads later than ``open_checkpoint`` meets the same damage."""
+        """Guard the methods that read later than ``open_checkpoint``: they meet the same damage."""
         for name in {"buffers", "pieces", "read"} & vars(cls).keys():
             setattr(cls, name, _guarded(vars(cls)[name]))
 
@@ -109,7 +109,7 @@ class CheckpointReader(ABC):
     @property
     @abstractmethod
     def has_optimizer(self) -> bool:
-        """Whether Adam's moments are there."""
+        """True if Adam's moments are there."""
 
     @abstractmethod
     def optimizer_step(self) -> int:
@@ -121,7 +121,7 @@ class CheckpointReader(ABC):
 
     @abstractmethod
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
-        """Where the values of a parameter lie, in order and without a gap.
+        """Pieces of a parameter in the files, in order and without a gap.
 
         Raises:
             CheckpointError: a shard is missing, or there is no such tensor.

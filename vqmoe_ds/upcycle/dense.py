@@ -46,7 +46,7 @@ MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """How the experts are made.
+    """Options for making the experts.
 
     Attributes:
         granularity: G, slices that every copy of the MLP is cut into, each an expert of its own.
@@ -103,7 +103,7 @@ class DenseSource:
         return {f"data.{name}": value for name, value in data_of_folder(self.path).items()}
 
     def model_section(self) -> dict[str, Any]:
-        """What the source decides of the run configuration."""
+        """Fields of the run configuration that the source decides."""
         return {
             "model.vocab_size": self._number("vocab_size"),
             "model.layers": self.layers,
@@ -257,7 +257,7 @@ class UpcycledReader(WeightsReader):
         raise CheckpointError(f"{name} is computed, not stored")
 
     def buffers(self) -> dict[str, Tensor]:
-        """Fresh codebooks: random codes that are placed on data at ``codebook.birth_step``."""
+        """Fresh codebooks: random codes that are initialized from data at ``codebook.birth_step``."""
         return fresh_buffers(self._run)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:

@@ -137,7 +137,7 @@ class RoutedReader(UpcycledReader):
 
 @dataclass
 class Report:
-    """What the change of routers did, on held-out calibration text.
+    """Effect of the change of routers, on held-out calibration text.
 
     Attributes:
         tokens: that the codes were made of.
@@ -155,7 +155,7 @@ class Report:
     unused: list[int] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For the user."""
+        """Lines to print for the user."""
         return [
             f"codes are means of {self.tokens:,} tokens; experts without a token, by layer: {self.unused}",
             f"the code names the router's first choice for {_percent(self.first_choice)} of tokens, by layer",
@@ -261,7 +261,7 @@ class _Watcher:
 
     @torch.no_grad()
     def run(self, tokens_BS: Tensor) -> list[tuple[Tensor, Routing]]:
-        """For every layer what is compared with codes, ``[T, C]``, and the router's choices, best first."""
+        """Vectors that are compared with codes, ``[T, C]``, and the router's choices, best first, for every layer."""
         self.model(tokens_BS)
         seen = [self._seen[index] for index in range(len(self.layers))]
         sources = [x_TD for x_TD, _ in seen]

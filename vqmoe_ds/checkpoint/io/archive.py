@@ -61,7 +61,7 @@ OPCODES = b"".join(
         *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD, pickle.BINPERSID),
     ]
 )
-"""What the pickles of ``torch.save`` are made of (protocols 2 to 4)."""
+"""Opcodes that the pickles of ``torch.save`` are made of (protocols 2 to 4)."""
 
 LONGEST_PICKLE = 8 << 20
 """Bytes of a pickle: some 40,000 tensors. Each byte costs up to about 100 bytes of objects."""
@@ -237,7 +237,7 @@ def _records(archive: zipfile.ZipFile, file: Any, size: int) -> dict[str, tuple[
         offset = info.header_offset + 30 + int.from_bytes(header[26:28], "little")
         offset += int.from_bytes(header[28:30], "little")
         if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > size:
-            raise CheckpointError(f"{archive.filename}: record {info.filename} is compressed or lies about its size")
+            raise CheckpointError(f"{archive.filename}: record {info.filename} is compressed or of a mismatched size")
         places[info.filename] = (offset, info.file_size)
     return places
 
@@ -303,7 +303,7 @@ class _Unpickler(pickle._Unpickler):
         return rebuild(*args)
 
     def _enum_member(self, owner: Any, name: Any) -> Record:
-        """What early releases of Python 3.11 (3.11.2 for one) write for ``ZeroStageEnum(2)``: the member's name.
+        """Stand-in for what early Python 3.11 (3.11.2 for one) writes for ``ZeroStageEnum(2)``: the member's name.
 
         Nothing else is looked up.
         """
@@ -374,7 +374,7 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it names a storage in an unknown way")
         offset, size = self.records[f"{self.folder}data/{key}"]
         if numel < 0 or numel * dtype.itemsize > size:
-            raise CheckpointError(f"{self.path} is refused: storage {key[:100]} lies about its size")
+            raise CheckpointError(f"{self.path} is refused: size mismatch of storage {key[:100]}")
         return dtype, offset, numel
 
     def _tensor(self, storage: Any, start: int, shape: Any, stride: Any, *_: Any) -> Stored:

@@ -37,7 +37,7 @@ OTHER_DTYPES = {
     *("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
     *("C64", "U16", "U32", "U64"),
 }
-"""What the format has besides, and nothing here computes with."""
+"""The other types of the format, with which nothing here computes."""
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 32 << 20
 """Bytes of a header: some 300,000 tensors. Each byte costs up to 20 bytes of objects."""
@@ -123,7 +123,7 @@ def _blocks(entry: Entry) -> Iterator[memoryview]:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Where every tensor of a file lies; nothing else of it is read.
+    """Read the header of a file: the place of every tensor; nothing else of it is read.
 
     Raises:
         CheckpointError: no such file, cut short, or a header whose sizes cannot be true.
@@ -170,4 +170,4 @@ def _stored(path: Path, name: str, entry: Any, base: int) -> Stored:
             return Stored(str(path), base + first, dtype, tuple(shape))
     except (KeyError, TypeError, ValueError):
         pass
-    raise CheckpointError(f"{path} is refused: its header lies about the type, shape or size of {name[:200]}")
+    raise CheckpointError(f"{path} is refused: mismatch of type, shape or size of {name[:200]} in its header")

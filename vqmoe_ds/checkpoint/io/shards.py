@@ -50,7 +50,7 @@ def check_inside(folder: Path, name: str) -> None:
 
 
 def read_shards(folder: Path, part: str) -> dict[str, Stored]:
-    """Where each tensor of a part lies.
+    """Read the index of a part: the place of each tensor.
 
     Raises:
         CheckpointError: a shard that is missing, damaged or outside the folder, or an index that is missing or wrong.
@@ -83,7 +83,7 @@ def write_weights(folder: Path, entries: list[Entry], limit: int, tell: Callable
 
 
 def read_weights(folder: Path) -> dict[str, Stored]:
-    """Where each weight of a Hugging Face folder lies, in one file or in shards.
+    """Find the place of each weight of a Hugging Face folder, in one file or in shards.
 
     Raises:
         CheckpointError: no safetensors there, damaged, or as in ``read_shards``.

@@ -203,7 +203,7 @@ def _stage3_slots(optimizer: Any, place: Any) -> Iterator[_Slot]:
 
 
 def first_value(name: str, param: Tensor, ep_rank: int) -> int:
-    """Where this rank's share of a parameter begins in the whole: nowhere but at 0, except for experts."""
+    """First value of this rank's share of a parameter in the whole tensor: 0, except for experts."""
     return ep_rank * int(getattr(param, "ds_numel", param.numel())) if ".experts." in name else 0
 
 
@@ -272,7 +272,7 @@ def fill_buffers(model: nn.Module, reader: CheckpointReader) -> None:
 
 
 def _set_counters(engine: Any, reader: CheckpointReader) -> None:
-    """As ``engine.load_checkpoint`` does."""
+    """Set the engine's counters as ``engine.load_checkpoint`` does."""
     engine.global_steps = int(reader.counters.get("global_steps") or reader.step)
     samples = reader.counters.get("global_samples")
     engine.global_samples = int(samples) if samples else engine.global_steps * engine.train_batch_size()

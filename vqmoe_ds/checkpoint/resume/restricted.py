@@ -52,7 +52,7 @@ def without_pickles() -> Iterator[None]:
 
 
 def _in_torch_load(error: Exception) -> bool:
-    """Whether it comes out of ``torch.load``, which raises half a dozen kinds for what is no sound file."""
+    """Tell whether ``torch.load`` raised it, which has half a dozen kinds for a damaged file."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
 
@@ -64,7 +64,7 @@ def _reason(error: Exception) -> str:
 
 
 def _names() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What a pickle may ask for beyond tensors, and what it is given instead of the real thing."""
+    """Names that a pickle may ask for beyond tensors, each with its harmless stand-in."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -100,7 +100,7 @@ def _stage(number: Any) -> Any:
 
 
 def _member(owner: Any, name: Any) -> Any:
-    """What early releases of Python 3.11 write for a stage, as in archive.py."""
+    """Stand-in for what early releases of Python 3.11 write for a stage, as in archive.py."""
     if owner is not _stage or name not in ZERO_STAGES:
         raise pickle.UnpicklingError("an attribute")
     return _stage(ZERO_STAGES[name])

@@ -1,4 +1,4 @@
-"""Which checkpoints a folder keeps, and how names in it change hands.
+"""Retention: the checkpoints that a folder keeps, and how names in it change hands.
 
 Only what a run in this folder wrote is ever deleted: its tags' manifests hold the ``owner`` of the folder. A folder
 that is being written or removed has another name than a tag's, so that a tag is there whole or not at all, and what a
@@ -19,11 +19,11 @@ from vqmoe_ds.runtime.files import kind_of, open_regular, sync_folder, write_ato
 
 LATEST = "latest"
 SAVING, REMOVING, ASIDE = ".saving-", ".removing-", "set-aside-"
-"""What stands before the name of a tag that is being written, is being removed, or was in the way of a new one."""
+"""Prefixes of a tag that is being written, is being removed, or was in the way of a new one."""
 
 
 def owner_of(folder: Path) -> str:
-    """What the manifests of all tags written in a folder share; made on first use."""
+    """The name that the manifests of all tags written in a folder share; made on first use."""
     text = _read_line(folder / "owner")
     if not re.fullmatch("[0-9a-f]{32}", text):
         text = uuid.uuid4().hex

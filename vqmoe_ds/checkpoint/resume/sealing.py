@@ -58,7 +58,7 @@ class Sealing:
         self._thread.start()
 
     def done_within(self, seconds: float) -> bool:
-        """Whether ``finish`` would return, or raise, at once; waits for it for so long."""
+        """Wait for at most ``seconds``; returns whether ``finish`` would now return, or raise, at once."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -109,7 +109,7 @@ class Sealing:
 
 
 def written_to(tag: Path) -> Path:
-    """Where the files of a tag are until it is sealed."""
+    """Folder of the files of a tag until it is sealed."""
     return tag.with_name(SAVING + tag.name)
 
 
@@ -121,7 +121,7 @@ def sync_files(folder: Path, part: int, parts: int) -> None:
 
 
 def as_halted(error: Exception, tag: Path) -> Exception:
-    """What training tells its user; the error itself where a peer was lost, which is not the checkpoint's fault."""
+    """The error to raise in training: the same where a peer was lost, else one that names the checkpoint."""
     if of_communication(error) or not isinstance(error, (OSError, RuntimeError)):
         return error
     reason = str(error).splitlines()[0]

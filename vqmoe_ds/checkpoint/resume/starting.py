@@ -34,7 +34,7 @@ class StartingWeights(WeightsReader):
         }
 
     def buffers(self) -> dict[str, Tensor]:
-        """Those of the source; where codes look at a copy of the embeddings that never moves, the copy is made here."""
+        """Buffers of the source; where codes look at a copy of the embeddings that never moves, it is made here."""
         buffers = self.source.buffers()
         ready = bool(buffers.get("source.table_ready", torch.tensor(False))) and "source.table_VD" in buffers
         if self.run.codebook.source_momentum == 1 and not ready:

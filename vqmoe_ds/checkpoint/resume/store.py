@@ -50,7 +50,7 @@ def step_of(name: str) -> int | None:
 
 
 def tags(folder: Path) -> list[Path]:
-    """Whatever bears a tag's name in a folder, the highest step first; none where there is no such folder.
+    """Paths in a folder that bear a tag's name, the highest step first; none where there is no such folder.
 
     Raises:
         CheckpointError: the folder cannot be listed.
@@ -107,7 +107,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What ``write_sealed`` was given, or the JSON object of format 1 without a checksum.
+    """Read what ``write_sealed`` was given, or the JSON object of format 1 without a checksum.
 
     Raises:
         FileNotFoundError: there is none.
@@ -211,7 +211,7 @@ def _malformed(manifest: dict[str, Any]) -> str | None:
 
 
 def _damage(path: Path, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file, as the end of a sentence that its name begins."""
+    """The damage of a file, as the end of a sentence that its name begins; None: it is sound."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -228,7 +228,7 @@ def _damage(path: Path, expected: dict[str, Any]) -> str | None:
 
 
 def _stamps(tag: Path) -> list[tuple[Any, ...]]:
-    """What changes when a file of a tag is touched: names, sizes, times."""
+    """Stamps that change when a file of a tag is touched: names, sizes, times."""
     files, others = list_tree(tag, hidden=True)
     paths = sorted(tag / name for name in (*files, *others))
     return [(path, (at := os.lstat(path)).st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path in paths]
@@ -246,7 +246,7 @@ def read_best(folder: Path) -> tuple[str | None, float]:
 
 
 def best_of(folder: Path) -> tuple[str | None, float]:
-    """As ``read_best``, of a mark that is none or readable.
+    """``read_best``, of a mark that is absent or readable.
 
     Raises:
         CheckpointError: there is a mark that cannot be read, so that any tag may be the best.

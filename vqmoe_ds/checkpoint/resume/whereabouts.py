@@ -1,4 +1,4 @@
-"""What a run folder needs to be of use from any directory, and after it was moved: whole paths, and its tokenizer."""
+"""Absolute paths and the tokenizer of a run, so that its folder is of use from any directory and after a move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from vqmoe_ds.runtime.errors import UserError
 
 FOLDER = "tokenizer"
-"""Of a run folder: a copy of its tokenizer."""
+"""Folder in a run folder with a copy of its tokenizer."""
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:

@@ -40,7 +40,7 @@ class MergedAdapters(WeightsReader):
         return self.source.buffers()
 
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
-        """Of an adapted matrix, where it lies without its adapter: ``read`` has the values."""
+        """Pieces of the source; of an adapted matrix those without its adapter, ``read`` has the values."""
         return self.source.pieces(self._names[name], kind)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:

@@ -46,7 +46,7 @@ class DiscreteOnly(WeightsReader):
         return self.source.pieces(name)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        """As the source puts values together, which of Megatron's or of adapted weights are more than pieces."""
+        """Read through the source, which puts the values of Megatron's and of adapted weights together."""
         self.pieces(name, kind)
         return self.source.read(name, kind, start, count)
 

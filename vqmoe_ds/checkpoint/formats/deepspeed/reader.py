@@ -277,7 +277,7 @@ class TagReader(CheckpointReader):
         return ep_place(rank, self._world, self._ep, data_first)[0]
 
     def _base(self, name: str, rank: int) -> int:
-        """Where the experts of a rank begin in the whole tensor."""
+        """First value of a rank's experts in the whole tensor."""
         return self._ep_rank(rank) * self._local_count(name) if name in self._experts else 0
 
     def _stage12_fragments(self) -> Iterator[_Fragment]:

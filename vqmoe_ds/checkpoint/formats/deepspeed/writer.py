@@ -57,7 +57,7 @@ def write_tag(reader: CheckpointReader, folder: Path, layout: TagLayout, tell: T
 
 
 def bytes_told(reader: CheckpointReader, layout: TagLayout) -> int:
-    """What ``tell`` of ``write_tag`` will have been told at the end."""
+    """Bytes that ``tell`` of ``write_tag`` will have been told at the end."""
     return sum(file.nbytes for file in _TagWriter(reader, layout).files())
 
 

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TagLayout:
-    """Where a tag is to be resumed. ``precision`` is ``fp32`` or ``bf16`` (with float32 master weights)."""
+    """Layout that a tag is to be resumed on. ``precision`` is ``fp32`` or ``bf16`` (with float32 master weights)."""
 
     zero_stage: int
     ep_size: int
@@ -147,7 +147,7 @@ class ZeroWriter(ABC):
     # ------------------------------------------------------------------ files
 
     def engine_state(self) -> dict[str, Any]:
-        """What the model file says of the engine, as far as it follows from the reader."""
+        """Entries of the model file that describe the engine."""
         counters = self.reader.counters
         steps = counters.get("global_steps") or self.reader.step
         batch = self.reader.config.get("train", {}).get("batch_size", 0)
@@ -267,7 +267,7 @@ def cut_experts(members: list[Member]) -> list[list[Member]]:
 
 
 def _stretch(members: list[Member], start: int, length: int) -> Iterator[Run]:
-    """What of a group, laid end to end, falls into ``length`` values from ``start`` on."""
+    """Runs of a group, laid end to end, that fall into ``length`` values from ``start`` on."""
     reached = 0
     for member in members:
         first, last = max(start, reached), min(start + length, reached + member.numel)

@@ -64,7 +64,7 @@ LOGITS = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How ``export_hf`` writes.
+    """Options of ``export_hf``.
 
     Attributes:
         dtype: of the weights, ``float32`` or ``bfloat16``; codes are always float32.
@@ -381,9 +381,9 @@ _NOT_STRUCTURE = {
 
 
 def settled_codebook(config: RunConfig, codes_LKC: Tensor, code_map_LK: Tensor) -> dict[str, Tensor]:
-    """Buffers of a codebook whose codes are given: born, past its schedules, every code of the same weight.
+    """Buffers of a codebook whose codes are given: initialized, past its schedules, every code of the same weight.
 
-    Left unborn, the codes would be drawn anew at the first step.
+    Not marked as initialized, the codes would be drawn anew at the first step.
     """
     from vqmoe_ds.moe.codebook import CodebookBank
 

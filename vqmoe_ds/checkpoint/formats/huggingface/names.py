@@ -144,7 +144,7 @@ def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Store
 
 
 def is_sparse(config: RunConfig, block: int) -> bool:
-    """Whether a block has experts."""
+    """Tell whether a block has experts."""
     every = config.model.moe_every
     return config.moe.facts.has_experts and block % every == every - 1
 
@@ -338,7 +338,7 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_classifier(options: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` is of a classifier of texts."""
+    """Tell whether a ``config.json`` is of a classifier of texts."""
     return any(str(name).endswith("ForSequenceClassification") for name in options.get("architectures") or [])
 
 

@@ -54,7 +54,7 @@ PARTS = (
         "1",
     ),
 )
-"""What conversions are known to stumble over; probes are made of these and of the model's own pieces."""
+"""Texts that conversions are known to stumble over; probes are made of these and of the model's own pieces."""
 MOST_PIECES, PROBE_LENGTH = 40_000, 40
 
 

@@ -54,7 +54,7 @@ RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 
 @dataclass(frozen=True)
 class MegatronOptions:
-    """How ``export_megatron`` writes.
+    """Options of ``export_megatron``.
 
     Attributes:
         tp: tensor-parallel size, of experts too.
@@ -218,7 +218,7 @@ class _Writer:
             yield self._expert(block, number, expert, rank)[0].t().contiguous()
 
     def write_extra(self, folder: Path) -> None:
-        """What Megatron has no place for: path gates, codebooks, tables, and the run configuration without paths."""
+        """Write what Megatron has no place for: path gates, codebooks, tables, the run configuration without paths."""
         run: dict[str, Any] = {name: some for name, some in self.reader.config.items() if name not in ("data", "run")}
         checksum = self.reader.config.get("data", {}).get("tokenizer_sha256")
         if checksum is not None:

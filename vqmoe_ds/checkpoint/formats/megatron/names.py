@@ -1,4 +1,4 @@
-"""What a parameter of ours is called, and how it lies, in a megatron-core ``GPTModel`` (0.16, local layer spec).
+"""Names and layout of our parameters in a megatron-core ``GPTModel`` (0.16, local layer spec).
 
 Megatron keeps the rows of q, k and v of one head side by side, gate and up projection in one matrix (``linear_fc1``),
 and gives every tensor-parallel rank whole heads, both halves of its share of ``linear_fc1``, columns of ``linear_fc2``.

@@ -96,7 +96,7 @@ class NativeFiles:
             )
 
     def _find_layout(self) -> None:
-        """Which optimizer files there are, and how many ranks and stages wrote them."""
+        """Find the optimizer files, and the number of ranks and the stage that wrote them."""
         world = int(self.model["dp_world_size"])
         config = self.model.get("ds_config") or {}
         stage = int((config.get("zero_optimization") or {}).get("stage") or 0)

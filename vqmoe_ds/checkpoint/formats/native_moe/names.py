@@ -98,7 +98,7 @@ def merge_split(groups: list[dict[str, Any]], counts: dict[str, int]) -> list[di
 def match_names(
     names: list[str], shapes: dict[str, tuple[int, ...]], groups: list[list[tuple[int, ...]]], where: str
 ) -> list[list[str]]:
-    """Which name stands where in optimizer groups that record shapes alone (ZeRO stage 0).
+    """Match names with the places of optimizer groups that record shapes alone (ZeRO stage 0).
 
     Every group keeps the order of the model, so the names are dealt out in order; there must be one way to do it.
 

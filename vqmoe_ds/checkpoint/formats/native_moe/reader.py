@@ -313,7 +313,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a value."""
+    """The part of a value that JSON can hold."""
     if not _is_plain(value):
         return None
     if isinstance(value, dict):
