@@ -102,8 +102,12 @@ GUARDED = {
         "lm-evaluation-harness's own command: its tasks are code (!function), and the user's to choose",
     ),
     "import_module": (
-        ["vqmoe_ds/runtime/extras.py"],
+        ["vqmoe_ds/config/routers.py", "vqmoe_ds/runtime/extras.py"],
         "installed packages by names that stand in the source",
+    ),
+    "spec_from_file_location": (
+        ["vqmoe_ds/config/routers.py"],
+        "the file of --plugin or VQMOE_PLUGINS: the user's own; no checkpoint or configuration names one",
     ),
 }
 """Function of a library -> (the files that use it, what keeps it from running what it reads)."""

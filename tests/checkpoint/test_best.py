@@ -11,10 +11,10 @@ from tests.huggingface import ModelReader, config_of, model_of
 from vqmoe_ds.checkpoint import convert
 from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.inspect import inspect
+from vqmoe_ds.checkpoint.io.store import tag_name, write_best
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.session import choose
-from vqmoe_ds.checkpoint.resume.store import tag_name, write_best
 from vqmoe_ds.config.schema import FinetuneConfig
 from vqmoe_ds.finetune.predict import load_classifier
 from vqmoe_ds.models.classifier import Classifier

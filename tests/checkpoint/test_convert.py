@@ -24,8 +24,8 @@ from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.io.safetensors_io import read_header
+from vqmoe_ds.checkpoint.io.store import read_manifest, verify, write_manifest
 from vqmoe_ds.checkpoint.open import open_checkpoint
-from vqmoe_ds.checkpoint.resume.store import read_manifest, verify, write_manifest
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.runtime.errors import CheckpointError, UserError

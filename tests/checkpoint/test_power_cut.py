@@ -24,9 +24,9 @@ import pytest
 
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
+from vqmoe_ds.checkpoint.io.store import find_newest, step_of, tags, verify
 from vqmoe_ds.checkpoint.resume import sealing
 from vqmoe_ds.checkpoint.resume.session import begin_save
-from vqmoe_ds.checkpoint.resume.store import find_newest, step_of, tags, verify
 from vqmoe_ds.runtime.errors import CheckpointError, TrainingHalted
 
 MINUTES = float(os.environ.get("VQMOE_FUZZ_MINUTES", "0"))

@@ -15,9 +15,9 @@ import torch
 from tests.checkpoint.layouts import SAVED_AT, Layout, Training, write_one
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.io.archive import load_archive
+from vqmoe_ds.checkpoint.io.store import MANIFEST, read_manifest, write_manifest
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import FORMATS, KINDS, WeightsReader, register_format
-from vqmoe_ds.checkpoint.resume.store import MANIFEST, read_manifest, write_manifest
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.runtime.errors import CheckpointError
 

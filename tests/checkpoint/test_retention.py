@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.test_store import STATE, make
+from vqmoe_ds.checkpoint.io.store import MANIFEST, find_newest, read_best, tag_name, write_best, write_manifest
 from vqmoe_ds.checkpoint.resume import retention
 from vqmoe_ds.checkpoint.resume.retention import clear_leftovers, owner_of, publish, remove, retired
 from vqmoe_ds.checkpoint.resume.sealing import written_to
-from vqmoe_ds.checkpoint.resume.store import MANIFEST, find_newest, read_best, tag_name, write_best, write_manifest
 
 
 def ours(folder, step, text="weights"):

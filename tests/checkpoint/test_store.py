@@ -7,8 +7,7 @@ import threading
 
 import pytest
 
-from vqmoe_ds.checkpoint.resume.session import check_fits, choose, consumed_samples
-from vqmoe_ds.checkpoint.resume.store import (
+from vqmoe_ds.checkpoint.io.store import (
     LARGEST,
     MANIFEST,
     checksums,
@@ -21,6 +20,7 @@ from vqmoe_ds.checkpoint.resume.store import (
     write_best,
     write_manifest,
 )
+from vqmoe_ds.checkpoint.resume.session import check_fits, choose, consumed_samples
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.runtime.errors import CheckpointError

@@ -14,7 +14,7 @@ from tests.data.test_tokenizers import ODD
 from tests.huggingface import ModelReader, config_of, model_of
 from tests.prepared import write_texts
 from vqmoe_ds.checkpoint.load_model import find_tokenizer
-from vqmoe_ds.checkpoint.resume.whereabouts import FOLDER, keep_tokenizer, kept_tokenizer, whole_task, with_whole_paths
+from vqmoe_ds.checkpoint.whereabouts import FOLDER, keep_tokenizer, kept_tokenizer, whole_task, with_whole_paths
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import WordTokenizer

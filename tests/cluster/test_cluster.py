@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_ds.checkpoint.resume.store import tag_name
+from vqmoe_ds.checkpoint.io.store import tag_name
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = str(Path(__file__).with_name("cluster.sh"))

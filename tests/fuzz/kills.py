@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.checkpoint.resume.store import find_newest, step_of, verify
+from vqmoe_ds.checkpoint.io.store import find_newest, step_of, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60

@@ -36,9 +36,7 @@ from vqmoe_ds.checkpoint.convert import build_parser, check_complete, convert
 from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.inspect import _text as text_of_checkpoint
 from vqmoe_ds.checkpoint.inspect import inspect as inspect_checkpoint
-from vqmoe_ds.checkpoint.load_model import load_model
-from vqmoe_ds.checkpoint.open import open_checkpoint
-from vqmoe_ds.checkpoint.resume.store import (
+from vqmoe_ds.checkpoint.io.store import (
     MANIFEST,
     find_newest,
     read_best,
@@ -46,6 +44,8 @@ from vqmoe_ds.checkpoint.resume.store import (
     write_manifest,
     write_sealed,
 )
+from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.documents import plan_units, read_unit

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _wait_for, environment, losses
-from vqmoe_ds.checkpoint.resume.store import find_newest, verify
+from vqmoe_ds.checkpoint.io.store import find_newest, verify
 
 ENDLESS = ["--train_steps", "1000000", "--set", "run.log_every=5", "--set", "run.save_every=50"]
 

@@ -146,7 +146,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_75(small, finished, tmp_path
 
 
 def test_a_full_disk_stops_with_a_sentence_and_leaves_earlier_checkpoints_whole(small, tmp_path):
-    from vqmoe_ds.checkpoint.resume.store import verify
+    from vqmoe_ds.checkpoint.io.store import verify
 
     run_dir = tmp_path / "run"
     first = run([*small, "--run_dir", str(run_dir), "--train_steps", "4"])

@@ -72,9 +72,9 @@ def convert(options: argparse.Namespace) -> list[str]:
         CheckpointError: SRC is damaged or of another kind, DST exists, options contradict each other, the disk is full.
             Nothing is left at DST then.
     """
+    from vqmoe_ds.checkpoint.io.store import MANIFEST, verify
     from vqmoe_ds.checkpoint.open import open_checkpoint
     from vqmoe_ds.checkpoint.reader import require_language_model
-    from vqmoe_ds.checkpoint.resume.store import MANIFEST, verify
     from vqmoe_ds.checkpoint.views.adapters import merged
 
     dst = Path(options.dst)
@@ -139,7 +139,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
     from vqmoe_ds.checkpoint.formats.deepspeed.writer import bytes_told, check_layout, write_tag
     from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
     from vqmoe_ds.checkpoint.formats.portable import new_folder
-    from vqmoe_ds.checkpoint.resume.store import tag_name
+    from vqmoe_ds.checkpoint.io.store import tag_name
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
     old = reader.layout

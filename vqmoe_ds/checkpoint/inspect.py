@@ -58,8 +58,8 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
 
 def _facts(reader: Any, verify: bool) -> dict[str, Any]:
     from vqmoe_ds.checkpoint.figures import health
-    from vqmoe_ds.checkpoint.resume.store import MANIFEST
-    from vqmoe_ds.checkpoint.resume.store import verify as verify_files
+    from vqmoe_ds.checkpoint.io.store import MANIFEST
+    from vqmoe_ds.checkpoint.io.store import verify as verify_files
 
     checked = "not compared (--verify)"
     if verify and not (reader.path / MANIFEST).exists():

@@ -19,8 +19,8 @@ from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, require_language_model, sound
 from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
-from vqmoe_ds.checkpoint.resume.whereabouts import kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.checkpoint.views.adapters import merged
+from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN

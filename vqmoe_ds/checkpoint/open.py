@@ -12,8 +12,8 @@ import vqmoe_ds.checkpoint.formats.megatron.folder
 import vqmoe_ds.checkpoint.formats.native_moe.reader
 import vqmoe_ds.checkpoint.formats.portable  # noqa: F401 (each registers its format)
 from vqmoe_ds.checkpoint.io.shards import check_inside
+from vqmoe_ds.checkpoint.io.store import MANIFEST, best_of, find_newest, read_manifest, tags, why_not_whole
 from vqmoe_ds.checkpoint.reader import FORMATS, CheckpointReader, Format, check_described, sound
-from vqmoe_ds.checkpoint.resume.store import MANIFEST, best_of, find_newest, read_manifest, tags, why_not_whole
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import why_missing
 

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.checkpoint.resume.whereabouts import with_whole_paths
+from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.reading import read_yaml

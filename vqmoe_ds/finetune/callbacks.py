@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vqmoe_ds.checkpoint.io.store import read_best
 from vqmoe_ds.checkpoint.resume.restore import whole_shapes
 from vqmoe_ds.checkpoint.resume.session import load
-from vqmoe_ds.checkpoint.resume.store import read_best
 from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.models.session import Session

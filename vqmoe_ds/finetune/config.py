@@ -10,8 +10,8 @@ from typing import Any
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.reader import CheckpointReader
-from vqmoe_ds.checkpoint.resume.whereabouts import whole_task, with_whole_paths
 from vqmoe_ds.checkpoint.views.discrete import discrete_config
+from vqmoe_ds.checkpoint.whereabouts import whole_task, with_whole_paths
 from vqmoe_ds.config.cli import overrides_from_args
 from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, RunConfig, Trainable

@@ -131,7 +131,7 @@ class FineTuning(TrainingCommand):
         return 0
 
     def _run_one(self, job: Job) -> int:
-        from vqmoe_ds.checkpoint.resume.store import read_manifest
+        from vqmoe_ds.checkpoint.io.store import read_manifest
         from vqmoe_ds.evaluation.routing import RoutingHealth
         from vqmoe_ds.finetune.callbacks import EarlyStop
         from vqmoe_ds.train import callbacks as cb

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vqmoe_ds.checkpoint.figures import sizes
+from vqmoe_ds.checkpoint.io.store import forget_best_after, read_best, tag_name, write_best
 from vqmoe_ds.checkpoint.resume.restore import whole_shapes
 from vqmoe_ds.checkpoint.resume.sealing import Sealing
 from vqmoe_ds.checkpoint.resume.session import begin_save
-from vqmoe_ds.checkpoint.resume.store import forget_best_after, read_best, tag_name, write_best
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate

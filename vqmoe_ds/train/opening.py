@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.checkpoint.io.store import read_manifest
 from vqmoe_ds.checkpoint.resume.session import check_data, check_fits, choose, consumed_samples, load
-from vqmoe_ds.checkpoint.resume.store import read_manifest
-from vqmoe_ds.checkpoint.resume.whereabouts import keep_tokenizer
+from vqmoe_ds.checkpoint.whereabouts import keep_tokenizer
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.data.batches import Batches
 from vqmoe_ds.models.session import Session

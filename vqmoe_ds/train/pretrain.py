@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from vqmoe_ds.checkpoint.resume.whereabouts import with_whole_paths
+from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.data.indexed import open_indexed_text

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_shards, write_json, write_shards
+from vqmoe_ds.checkpoint.io.store import write_manifest
 from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece, register_format
-from vqmoe_ds.checkpoint.resume.store import write_manifest
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import sha256_of
 

@@ -13,7 +13,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from vqmoe_ds.checkpoint.resume.store import MANIFEST, best_of, read_manifest, step_of, tags, why_not_whole
+from vqmoe_ds.checkpoint.io.store import MANIFEST, best_of, read_manifest, step_of, tags, why_not_whole
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import kind_of, open_regular, sync_folder, write_atomically
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vqmoe_ds.checkpoint.io.store import checksums, files_of, known_whole, write_manifest
 from vqmoe_ds.checkpoint.resume.retention import SAVING, owner_of, publish, remove, retired
-from vqmoe_ds.checkpoint.resume.store import checksums, files_of, known_whole, write_manifest
 from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.runtime.files import sync_folder
 from vqmoe_ds.runtime.ranks import Place, from_first

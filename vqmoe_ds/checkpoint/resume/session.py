@@ -8,13 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vqmoe_ds.checkpoint.io.store import Found, find_newest, read_manifest, tag_name, tags, verify
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.recovery import write_script
 from vqmoe_ds.checkpoint.resume.restore import restore_any_layout
 from vqmoe_ds.checkpoint.resume.restricted import without_pickles
 from vqmoe_ds.checkpoint.resume.retention import clear_leftovers
 from vqmoe_ds.checkpoint.resume.sealing import Sealing, as_halted, written_to
-from vqmoe_ds.checkpoint.resume.store import Found, find_newest, read_manifest, tag_name, tags, verify
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN

@@ -43,7 +43,7 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader, register_format
-from vqmoe_ds.checkpoint.resume.whereabouts import kept_tokenizer, tokenizer_of_data
+from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import data_of_folder

@@ -27,8 +27,8 @@ from vqmoe_ds.checkpoint.formats.native_moe.files import MODEL
 from vqmoe_ds.checkpoint.formats.native_moe.names import expand, expert_name, numbered
 from vqmoe_ds.checkpoint.formats.portable import Tell
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
+from vqmoe_ds.checkpoint.io.store import tag_name
 from vqmoe_ds.checkpoint.reader import CheckpointReader
-from vqmoe_ds.checkpoint.resume.store import tag_name
 from vqmoe_ds.runtime.errors import CheckpointError
 
 
