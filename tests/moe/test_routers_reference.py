@@ -378,5 +378,5 @@ def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_no
 
 def test_every_router_is_here() -> None:
     here = {name for name in routers() if f"test_{name}" in globals()}
-    others = {"vq", "dense", "hash_token", "random_frozen", "smoe_dropout", "adaptive_clustering"}
+    others = {"vq", "dense", "hash_token", "token_table", "random_frozen", "smoe_dropout", "adaptive_clustering"}
     assert here | others == set(routers())

@@ -24,7 +24,14 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
     if data.tokenizer not in (None, ByteTokenizer.kind):
         paths["tokenizer"] = os.path.abspath(str(data.tokenizer))
     about = {"checkpoint": _whole(tuned.checkpoint), "task": whole_task(tuned.task)}
-    sections = {"data": data.model_copy(update=paths), "finetune": tuned.model_copy(update=about)}
+    router = config.router
+    if "path" in type(router).model_fields:
+        router = router.model_copy(update={"path": _whole(getattr(router, "path", None))})
+    sections: dict[str, Any] = {
+        "router": router,
+        "data": data.model_copy(update=paths),
+        "finetune": tuned.model_copy(update=about),
+    }
     return config.model_copy(update=sections)
 
 

@@ -62,8 +62,8 @@ class RouterFacts:
     """Whether ``token_table`` of its class names the experts of every token."""
     is_stock: ClassVar[bool] = False
     """Whether it is the linear router that stock formats (Mixtral, Megatron) compute."""
-    exportable: ClassVar[bool] = False
-    """Whether the Hugging Face model computes it."""
+    exported_as: ClassVar[str | None] = None
+    """Router of the Hugging Face model that computes it; None: there is none."""
 
     @classmethod
     def check(cls, run: RunConfig) -> None:
@@ -102,6 +102,14 @@ class RouterFacts:
     def token_table(cls, run: RunConfig, layers: int) -> Any:
         """Experts of all tokens of the vocabulary where they are known before training: a tensor, int64 ``[L, V]``."""
         return None
+
+    @classmethod
+    def check_start(cls, run: RunConfig, layers: int) -> None:
+        """Look for what a training from scratch reads, of L MoE layers; a resumed one has it in its checkpoint.
+
+        Raises:
+            ConfigError: it is missing, or not of this model.
+        """
 
     @classmethod
     def linear_gate(cls, moe: MoEConfig) -> str | None:

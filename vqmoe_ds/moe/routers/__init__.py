@@ -18,6 +18,7 @@ from vqmoe_ds.moe.routers import (  # noqa: F401  # isort: skip  # in the order 
     stablemoe,
     frozen,
     hash_token,
+    token_table,
     online_kmeans,
     expert_choice,
     adaptive_clustering,

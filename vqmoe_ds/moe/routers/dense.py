@@ -14,7 +14,7 @@ class Dense(RouterFacts):
 
     has_experts = False
     needs_top_k = False
-    exportable = True
+    exported_as = "dense"
 
     @classmethod
     def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:

@@ -21,7 +21,7 @@ class HashTokenRouter(Router):
 
     needs_top_k = False
     uses_token_table = True
-    exportable = True
+    exported_as = "hash_token"
 
     @classmethod
     def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:

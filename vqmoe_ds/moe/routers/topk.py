@@ -34,7 +34,7 @@ class TopKRouter(Router):
     Options = TopKOptions
     structure = ("softmax_over",)
     is_stock = True
-    exportable = True
+    exported_as = "topk"
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)

@@ -30,7 +30,7 @@ class VQRouter(Router):
     structure = ("softmax_over",)
     needs_top_k = False
     uses_codebook = True
-    exportable = True
+    exported_as = "vq"
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)

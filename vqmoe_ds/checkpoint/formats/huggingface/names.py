@@ -214,9 +214,9 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
 
 def why_not_exported(moe: MoEConfig) -> str | None:
     """Why the Hugging Face model cannot compute the router; None where it can."""
-    if moe.facts.exportable:
+    if moe.facts.exported_as is not None:
         return None
-    names = ", ".join(name for name, kind in routers().items() if kind.exportable)
+    names = ", ".join(name for name, kind in routers().items() if kind.exported_as is not None)
     return f"moe.router={moe.router} is not among the routers of the exported model ({names})"
 
 
@@ -280,6 +280,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
     if reason := why_not_exported(config.moe):
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
+    run["moe"]["router"] = config.moe.facts.exported_as
     options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
     classes = dict(enumerate(config.finetune.classes))
     labels = {

@@ -1,0 +1,76 @@
+"""Experts from a table of token ids that the user gives.
+
+Legend: L MoE layers, V vocabulary, N experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqmoe_ds.config.fields import option
+from vqmoe_ds.config.routers import RouterOptions, register_router
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.moe.routers.hash_token import HashTokenRouter
+from vqmoe_ds.runtime.errors import ConfigError
+
+NAME = "token_table"
+"""Of the tensor in a file, integers ``[L, V]``; ``[V]`` is the same table for every layer. Further ids do no harm."""
+
+
+@register_router("token_table")
+class TokenTableRouter(HashTokenRouter):
+    """Expert of a token by a table, as ``hash_token`` with one of the user's (``tools/make_token_table.py``).
+
+    The table lives in the checkpoint: only a training from scratch reads the file.
+    """
+
+    class Options(RouterOptions):
+        path: str | None = option(None, "safetensors file with the table of every layer, token_table [L, V]")
+
+    @classmethod
+    def check_start(cls, run: RunConfig, layers: int) -> None:
+        path = getattr(run.router, "path", None)
+        if path is None:
+            raise ConfigError(
+                "moe.router=token_table needs a table: make one with tools/make_token_table.py and set router.path"
+            )
+        read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+
+    @classmethod
+    def token_table(cls, run: RunConfig, layers: int) -> Tensor | None:
+        path = getattr(run.router, "path", None)
+        if path is None or not Path(path).is_file():  # a checkpoint brings its own
+            return torch.zeros(layers, run.model.vocab_size, dtype=torch.int64)
+        return read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+
+
+def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int) -> Tensor:
+    """A table from its file, int64 ``[L, V]``.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or the table is of another model.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            shape = tuple(file.get_slice(NAME).get_shape())
+            if len(shape) not in (1, 2) or shape[:-1] not in ((layers,), ()) or shape[-1] < vocab_size:
+                raise ConfigError(
+                    f"router.path={path}: {NAME} is {list(shape)}, and the model has {layers} MoE layer(s) and "
+                    f"{vocab_size} token ids; make a table for it (tools/make_token_table.py)"
+                )
+            table: Tensor = file.get_tensor(NAME)
+    except (OSError, SafetensorError) as error:
+        reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise ConfigError(f"router.path={path} cannot be read as a token table: {reason}") from None
+    if table.is_floating_point() or table.is_complex():
+        raise ConfigError(f"router.path={path}: {NAME} holds {table.dtype}, not whole numbers")
+    least, most = int(table.min()), int(table.max())
+    if least < 0 or most >= num_experts:
+        raise ConfigError(
+            f"router.path={path}: {NAME} names expert {least if least < 0 else most}, and moe.num_experts={num_experts}"
+        )
+    return table.long().expand(layers, -1)[:, :vocab_size].clone()
