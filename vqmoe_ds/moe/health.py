@@ -35,8 +35,8 @@ def codebook_health(model: nn.Module, reset: bool = False) -> list[CodebookHealt
     >>> sync = StateSync(layer)
     >>> outputs = layer(torch.randn(4, 8, 16))
     >>> sync.step()
-    >>> [health.codes for health in codebook_health(layer)]
-    [4]
+    >>> codebook_health(layer)[0].codes
+    4
 
     Args:
         reset: whether to begin a new count.
