@@ -1,0 +1,82 @@
+"""Routes of two ways to run a model: equal where they must be, counted where they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evaluation.routed_models import CASES, model_of, tokens_of
+from vqmoe_ds.experiments import routes
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("expert_choice")])
+def test_decoding_with_a_cache_routes_as_the_whole_forward_pass(case: str) -> None:
+    model, tokens_BS = model_of(case), tokens_of()
+    whole, cached = routes.routes_of(model, tokens_BS), routes.routes_with_cache(model, tokens_BS)
+    found = routes.against(whole, cached, "cached")
+    assert found.tokens == tokens_BS.numel() and found.differing == 0
+
+
+def test_what_differs_is_counted_as_sets() -> None:
+    reference_LTR = torch.tensor([[[0, 1], [2, 3], [1, 2]], [[0, 1], [0, 1], [0, 1]]])
+    other_LTR = torch.tensor([[[1, 0], [2, 0], [1, 2]], [[0, 1], [0, 2], [3, 1]]])
+    found = routes.against(reference_LTR, other_LTR, "other", discrete_apart=True)
+    assert (found.differing, found.touched) == (pytest.approx(3 / 6), pytest.approx(2 / 3))
+    assert found.by_layer == pytest.approx([1 / 3, 2 / 3]) and found.discrete == pytest.approx(3 / 6)
+    assert "33.33% 66.67%" in routes.table([found])
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a dual path, with checkpoints of two steps."""
+    folder = tmp_path_factory.mktemp("routes")
+    (folder / "text.txt").write_text(" ".join(f"{i} words make {i * i % 97} stories." for i in range(900)))
+    (folder / "small.yaml").write_text(
+        "model: {layers: 2, width: 16, heads: 2, sequence_length: 16}\n"
+        "moe: {num_experts: 4, expert_hidden: 16, top_k: 1}\n"
+        "train: {batch_size: 4, steps: 4}\nrun: {probe_tokens: 0, sample_tokens: 0, save_every: 2}\n"
+    )
+    command = ["launchers/pretrain.py", "--config", "small.yaml", "--data", "text.txt", "--run_dir", "run"]
+    words = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
+    return folder / "run"
+
+
+def _ran(*words: str) -> int:
+    return routes.main(routes.build_parser("").parse_args(list(words)))
+
+
+def test_the_command_compares_precisions_caches_exports_and_older_policies(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    older = str(run / "checkpoints" / "global_step0000002")
+    report, figure = tmp_path / "routes.json", tmp_path / "routes.png"
+    words = [str(run), older, "--ways", "bf16", "cached", "hf", "--tokens", "256"]
+    assert _ran(*words, "--json", str(report), "--figure", str(figure)) == 0
+    found = {Path(one["way"]).name: one for one in json.loads(report.read_text())["comparisons"]}
+    assert list(found) == ["bf16", "cached", "hf", "global_step0000002"]
+    assert found["cached"]["differing"] == found["hf"]["differing"] == 0
+    assert all(one["tokens"] == 256 and one["discrete"] is not None for one in found.values())
+    assert figure.stat().st_size > 1000
+
+
+def test_what_cannot_be_compared_is_one_sentence(run: Path, capsys: Any) -> None:
+    for words, part in (
+        ((str(run), "--ways"), "nothing to compare with"),
+        ((str(run), "--ways", "mixtral"), "not its linear router (topk)"),
+        ((str(run), str(run / "nothing")), "nothing"),
+        ((str(run), "--tokens", "0"), "leaves nothing to read"),
+    ):
+        assert _ran(*words) == 2
+        said = capsys.readouterr().err
+        assert part in said and said.count("\n") == 1

@@ -1,0 +1,23 @@
+"""Compare the routes of two ways to run a model: precisions, caches, exports, older policies (docs/routes.md).
+
+vqmoe-compare-routes runs/pretrain                                       # bf16, and decoding with a cache
+vqmoe-compare-routes runs/pretrain --ways bf16 cached hf --data my_text/ --figure routes.png
+vqmoe-compare-routes runs/pretrain runs/pretrain/checkpoints/global_step0000990  # a policy ten steps older
+"""
+
+import os
+import sys
+
+from vqmoe_ds.commands import run
+
+
+def main() -> int:
+    """Run the command that was given; the exit code."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
+    from vqmoe_ds.experiments import routes
+
+    return run(routes, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""``tools/compare_routes.py``: do two ways to run a model send its tokens to the same experts?
+
+Where training and inference route differently, a policy is optimized through experts that did not produce its samples.
+Ways are precisions, key-value caches, exported models and other checkpoints of the same run; routes are compared as
+sets of experts, token by token and layer by layer.
+
+Legend: L MoE layers, B windows, S positions, T = B * S tokens, R routed rows per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
+from vqmoe_ds.checkpoint.io.shards import write_json
+from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
+from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.config.routers import add_plugin_option
+from vqmoe_ds.evaluation.plots import drawing, pyplot, save
+from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.runtime.extras import library
+
+REFERENCE = "fp32"
+WAYS = ("bf16", "cached", "hf", "mixtral")
+"""bf16: weights in bfloat16; cached: token after token from a cache; hf, mixtral: the exported model in fp32."""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run folder or checkpoint; its fp32 forward pass is the reference")
+    add("others", nargs="*", metavar="OTHER", help="checkpoints of the same model, such as a policy some steps older")
+    add("--ways", nargs="*", choices=WAYS, default=["bf16", "cached"], help="of MODEL (default bf16 cached)")
+    add("--data", metavar="SPEC", help="text or prepared data (default: what MODEL's run held out)")
+    add("--tokens", type=int, default=4096, help="tokens to read (default 4096)")
+    add("--tokenizer", metavar="TOKENIZER", help="of MODEL (default: the one it knows)")
+    add("--json", metavar="FILE", help="write the figures")
+    add("--figure", metavar="FILE.png", help="draw the shares by layer")
+    add_plugin_option(parser)
+    return parser
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Routes of one way against the reference."""
+
+    way: str
+    tokens: int
+    differing: float
+    """Share of (token, layer) pairs whose experts differ."""
+    touched: float
+    """Share of tokens that differ in some layer."""
+    by_layer: list[float]
+    discrete: float | None = None
+    """As ``differing``, of the discrete row alone; None where there is none, or it is the only one."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare, print a table and write what is asked for; the exit code."""
+    try:
+        check_tokens(args.tokens)
+        found = compare(args)
+    except UserError as error:
+        return error.report()
+    print(table(found))
+    if args.json:
+        write_json(Path(args.json), {"model": args.model, "comparisons": [asdict(one) for one in found]})
+    if args.figure:
+        with drawing(print):
+            plot(Path(args.figure), found, args.model)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> list[Comparison]:
+    """Routes of every way that is asked for, against those of MODEL in fp32.
+
+    Raises:
+        CheckpointError: a model cannot be loaded or exported, or another one has another shape.
+        DataError: as ``read_probe``.
+    """
+    loaded = load_routed(args.model, args.tokenizer)
+    tokens_BS = read_probe(loaded, args.data, args.tokens)
+    reference_LTR = routes_of(loaded.model, tokens_BS)
+    moe = loaded.config.moe
+    apart = moe.facts.uses_codebook and moe.top_k > 0
+    found = []
+    for way in args.ways:
+        found.append(against(reference_LTR, _routes_by(way, loaded, tokens_BS), way, apart))
+    for other in args.others:
+        model = load_model(other, args.tokenizer).model
+        routes_LTR = routes_of(model, tokens_BS)
+        if routes_LTR.shape != reference_LTR.shape:
+            raise CheckpointError(f"{other} is another model than {args.model}: other layers or experts per token")
+        found.append(against(reference_LTR, routes_LTR, other, apart))
+    if not found:
+        raise ConfigError("there is nothing to compare with; name a way with --ways, or another checkpoint")
+    return found
+
+
+def against(reference_LTR: Tensor, routes_LTR: Tensor, way: str, discrete_apart: bool = False) -> Comparison:
+    """Where two routes differ, as sets of experts."""
+    differs_LT = (reference_LTR.sort(dim=-1).values != routes_LTR.sort(dim=-1).values).any(dim=-1)
+    discrete = None
+    if discrete_apart:
+        discrete = float((reference_LTR[..., -1] != routes_LTR[..., -1]).double().mean())
+    by_layer = [float(share) for share in differs_LT.double().mean(dim=1)]
+    touched = float(differs_LT.any(dim=0).double().mean())
+    return Comparison(way, differs_LT.shape[1], float(differs_LT.double().mean()), touched, by_layer, discrete)
+
+
+# ---------------------------------------------------------------- ways to run a model
+
+
+def _routes_by(way: str, loaded: LoadedModel, tokens_BS: Tensor) -> Tensor:
+    if way == "bf16":
+        return routes_of(load_model(loaded.path, precision="bf16").model, tokens_BS)
+    if way == "cached":
+        loaded.config.require_causal("decoding with a cache")
+        return routes_with_cache(loaded.model, tokens_BS)
+    return routes_of_export(loaded, way, tokens_BS)
+
+
+@torch.no_grad()
+def routes_of(model: Any, tokens_BS: Tensor) -> Tensor:
+    """Experts of every token in one forward pass over each window, int64 ``[L, T, R]``."""
+    with heard(model.moe_layers(), lambda _inputs, outputs: outputs[2]) as seen:
+        model(tokens_BS)
+    return torch.stack(seen)
+
+
+@torch.no_grad()
+def routes_with_cache(model: Any, tokens_BS: Tensor) -> Tensor:
+    """As ``routes_of``, each token read alone after those before it, as at generation."""
+    positions = []
+    cache = model.new_cache()
+    for position in range(tokens_BS.shape[1]):
+        with heard(model.moe_layers(), lambda _inputs, outputs: outputs[2]) as seen:
+            model(tokens_BS[:, position : position + 1], cache=cache)
+        positions.append(torch.stack(seen))
+    return torch.stack(positions, dim=2).flatten(1, 2)  # [L, B, S, R]
+
+
+@torch.no_grad()
+def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor) -> Tensor:
+    """As ``routes_of``, of the Hugging Face export: our class, or stock Mixtral where it computes the model."""
+    transformers = library("transformers", f"--ways {arch}")
+    with tempfile.TemporaryDirectory() as folder:
+        place, kind = Path(folder) / "model", "vqmoe" if arch == "hf" else "mixtral"
+        export_hf(open_checkpoint(loaded.path), place, ExportOptions(arch=kind, tokenizer="none"))
+        if arch == "mixtral":
+            model = transformers.MixtralForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+            logits = model(tokens_BS, output_router_logits=True).router_logits
+            top_k = model.config.num_experts_per_tok
+            return torch.stack([layer_TN.float().softmax(-1).topk(top_k).indices for layer_TN in logits])
+        from vqmoe_ds.models.hf import VQMoEForCausalLM
+        from vqmoe_ds.models.hf.routing_vqmoe import VQMoEExperts
+
+        model = VQMoEForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        experts = [module for module in model.modules() if isinstance(module, VQMoEExperts)]
+        with heard(experts, lambda inputs, _outputs: inputs[1]) as seen:
+            model(tokens_BS, use_cache=False)
+        return torch.stack(seen)
+
+
+@contextmanager
+def heard(layers: list[Any], pick: Callable[[Any, Any], Tensor]) -> Iterator[list[Tensor]]:
+    """In this context what ``pick`` takes of the inputs and outputs of each layer's calls is kept, in order."""
+    seen: list[Tensor] = []
+
+    def keep(_layer: nn.Module, inputs: Any, outputs: Any) -> None:
+        seen.append(pick(inputs, outputs).clone())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def table(found: list[Comparison]) -> str:
+    """One line per way: shares that differ, in percent."""
+    width = max(len(one.way) for one in found)
+    lines = [f"{'way':{width}}  tokens x layers  tokens touched  discrete row  by layer"]
+    for one in found:
+        discrete = "-" if one.discrete is None else f"{one.discrete:.3%}"
+        layers = " ".join(f"{share:.2%}" for share in one.by_layer)
+        lines.append(f"{one.way:{width}}  {one.differing:>15.3%}  {one.touched:>14.3%}  {discrete:>12}  {layers}")
+    return f"routes that differ from the fp32 forward pass, of {found[0].tokens:,} tokens\n" + "\n".join(lines)
+
+
+def plot(path: Path, found: list[Comparison], model: str) -> None:
+    """Shares by layer, a line per way, as PNG."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for one in found:
+        axes.plot(range(len(one.by_layer)), [100 * share for share in one.by_layer], marker="o", label=one.way)
+    axes.set(xlabel="MoE layer", ylabel="tokens whose experts differ, %", title=model)
+    axes.set_xticks(range(len(found[0].by_layer)))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path)
