@@ -73,7 +73,7 @@ def run_rank(rank: int, port: int, folder: str, options: argparse.Namespace, ans
     set_up(rank, port)
     trainers = {layout: build_trainer(*configured(folder, options, layout), rank) for layout in LAYOUTS}
     times: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for repetition in range(options.repeats + 3):  # three to warm up: codes are born at the end of the first
+    for repetition in range(options.repeats + 3):  # three to warm up: codes are initialized at the end of the first
         for layout, trainer in trainers.items():
             dist.barrier()
             start = time.perf_counter()

@@ -100,7 +100,7 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, answ
     lowest = Floors(options, ranks, owned)
     times: dict[str, list[float]] = defaultdict(list)
     parts: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for repetition in range(options.repeats + 3):  # three to warm up: codes are born at the end of the first
+    for repetition in range(options.repeats + 3):  # three to warm up: codes are initialized at the end of the first
         for name, variant in variants.items():
             dist.barrier()
             clock.spent.clear()

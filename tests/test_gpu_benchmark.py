@@ -98,7 +98,7 @@ def test_an_exception_of_one_case_does_not_hide_the_others(tmp_path: Path, monke
     monkeypatch.setattr(oracles, "_vq_errors", wrong)
     findings = list(oracles.run(_bench(tmp_path)))
     bad = [finding for finding in findings if finding.status != "passed"]
-    assert [finding.status for finding in bad] == ["error"] * 2 and findings[-1].case == "codebook, halving"
+    assert [finding.status for finding in bad] == ["error"] * 2 and findings[-1].case == "codebook, splitting"
     assert all(
         "more codes than experts" in finding.case and finding.why.startswith("ValueError: a bug (test_gpu_benchmark.py")
         for finding in bad

@@ -51,7 +51,7 @@ def _config(case: str, **changes: dict[str, Any]) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {
         "model": {"vocab_size": VOCAB, "layers": 2, "width": 32, "heads": 2, "sequence_length": 24},
         "moe": {"num_experts": EXPERTS, "expert_hidden": 16},
-        "codebook": {"birth_step": 2, "kmeans_samples": 128, "dead_below": 0.2},
+        "codebook": {"init_step": 2, "kmeans_samples": 128, "dead_below": 0.2},
         "train": {},
     }
     for section, values in [*CASES[case].items(), *changes.items()]:

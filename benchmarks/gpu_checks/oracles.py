@@ -200,20 +200,20 @@ def _code_errors(bench: Bench) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------- birth and halving
+# ---------------------------------------------------------------- initialization and splitting
 
 
 def _codebook(bench: Bench) -> Iterator[Finding]:
     """Both happen on the same tokens and codes here and there: every step's codes are compared."""
     book = CodebookConfig(
-        source=CodeSource.LAYER_STATE, num_codes=16, code_map=CodeMap.BALANCED, kmeans_samples=512, crowded_above=2.0
+        source=CodeSource.LAYER_STATE, num_codes=16, code_map=CodeMap.BALANCED, kmeans_samples=512, overused_above=2.0
     )
     there = CodebookBank(book, 2, 8, 32, seed=1)
     here = copy.deepcopy(there).to(bench.device)
-    banks, halved = (there, here), False
+    banks, split = (there, here), False
     syncs = [StateSync(bank) for bank in banks]
     centres_GC = _draw((24, 32), 7, torch.float32) * 3
-    for step in range(1, 11):  # birth at the end of the first, halving at that of the tenth
+    for step in range(1, 11):  # initialization at the end of the first, splitting at that of the tenth
         generator = torch.Generator().manual_seed(step)
         crowd = torch.rand(1024, generator=generator) < (0.0 if step == 1 else 0.6)
         group_T = torch.randint(0, 24, (1024,), generator=generator).masked_fill(crowd, 0)
@@ -226,15 +226,15 @@ def _codebook(bench: Bench) -> Iterator[Finding]:
         for sync in syncs:
             sync.step()
         moved = (there.codes_LKC - before_LKC).abs().amax(dim=2)
-        halved |= step == 10 and bool((moved > 1).any())
+        split |= step == 10 and bool((moved > 1).any())
         if step in (1, 5, 10):
-            what = {1: "birth", 5: "five steps", 10: "halving"}[step]
+            what = {1: "initialization", 5: "five steps", 10: "splitting"}[step]
             errors = {"codes": _error(here.codes_LKC, there.codes_LKC)}
             errors["counts"] = _error(here.ema_count_LK, there.ema_count_LK)
             errors["table"] = float((here.code_map_LK.cpu() != there.code_map_LK).sum())
             yield within(f"codebook, {what}", errors, 1e-4)
-    if not halved:
-        yield Finding("codebook, halving", FAILED, why="no code was halved, so the case says nothing")
+    if not split:
+        yield Finding("codebook, splitting", FAILED, why="no code was split, so the case says nothing")
 
 
 # ---------------------------------------------------------------- small parts

@@ -115,11 +115,11 @@ class Steps:
 
 @contextmanager
 def variant(bench: Bench, name: str, adam: str) -> Iterator[Steps]:
-    """A transformer ready to train, with its codes born; its memory is given back afterwards."""
+    """A transformer ready to train, with its codes initialized; its memory is given back afterwards."""
     bench.free()
     steps = Steps(bench, name, adam)
     try:
-        steps.step(steps.sizes.tokens[0])  # kernels compiled, codes born
+        steps.step(steps.sizes.tokens[0])  # kernels compiled, codes initialized
         yield steps
     finally:
         steps.engine.destroy()
@@ -207,8 +207,8 @@ def _model(name: str, sizes: Sizes) -> nn.Module:
             expert_hidden=sizes.hidden,
             top_k=int(name == OURS_1),
         ),
-        # A quick birth; nothing of the steps measured depends on how good the codes are.
-        codebook=CodebookConfig(kmeans_samples=8 * sizes.experts, kmeans_iterations=1, crowded_above=0),
+        # A quick initialization; nothing of the steps measured depends on how good the codes are.
+        codebook=CodebookConfig(kmeans_samples=8 * sizes.experts, kmeans_iterations=1, overused_above=0),
     )
     model = MoETransformer(config)
     if name == AUTO_EP:

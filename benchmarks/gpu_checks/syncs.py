@@ -73,7 +73,7 @@ def _find(bench: Bench, case: str, options: dict[str, Any]) -> Finding:
 def _count(bench: Bench, layers: int, options: dict[str, Any]) -> Counter[Place]:
     run = training.fields(bench, **{"model__layers": layers, **options})
     with training.trainer(bench, run, training.settings(1, "bf16")) as loop:
-        training.losses(loop, 2)  # codes are born, kernels compiled
+        training.losses(loop, 2)  # codes are initialized, kernels compiled
         with watching(bench) as found:
             loop.train_step()
         return found

@@ -169,7 +169,7 @@ def test_what_training_left_out_is_made_anew_with_codes_that_stay(tmp_path: Path
         if not any(word in name for word in ("ema_", "updates", "born_at")):
             assert torch.equal(tensor, back.state_dict()[name]), name
     bank = back.bank
-    assert bank is not None and bank.born and not bank.birth_due and not bank.dead_codes().any()
+    assert bank is not None and bank.initialized and not bank.initialization_due and not bank.dead_codes().any()
     with torch.no_grad():
         assert torch.equal(back(tokens_of())[0], model(tokens_of())[0])
     before = bank.codes_LKC.clone()

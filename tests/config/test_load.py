@@ -1,7 +1,10 @@
 """Presets, files and overrides become one configuration; mistakes become one sentence."""
 
+import warnings
+
 import pytest
 
+from vqmoe_ds.config.fields import RENAMED
 from vqmoe_ds.config.load import field_table, load_config, parse_override, preset_names, to_yaml
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError
@@ -44,6 +47,25 @@ def test_a_field_is_read_under_its_former_name_from_every_source(tmp_path):
     manifest = {"train": {"min_learning_rate": 0.5, "steps": 3}}  # as a checkpoint of before keeps it
     assert RunConfig.model_validate(manifest).train.min_learning_rate_ratio == 0.5
     assert "min_learning_rate_ratio: 0.1" in to_yaml(RunConfig()) and "min_learning_rate:" not in to_yaml(RunConfig())
+
+
+@pytest.mark.parametrize("former", RENAMED)
+def test_every_former_name_is_read_and_noted_once(former, tmp_path):
+    section, name = former.split(".")
+    current = RENAMED[former].split(".")[1]
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{section}: {{{name}: 1}}\n")
+    for loaded in (load_config("tiny", str(file), {former: 1}), load_config("tiny", None, {former: 1})):
+        assert getattr(getattr(loaded.config, section), current) == 1
+        assert loaded.notes == (f"{former} is deprecated: write {RENAMED[former]}",)
+        assert loaded.explicit == {RENAMED[former]}
+        assert name not in loaded.config.model_dump()[section]
+    assert not load_config("tiny", None, {RENAMED[former]: 1}).notes
+    with pytest.warns(DeprecationWarning, match=f"{former} is deprecated"):
+        saved = RunConfig(**{section: {name: 1}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RunConfig(**{section: {current: 1}}) == saved
 
 
 def test_one_field_under_both_its_names_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def _run(model: MoETransformer) -> None:
 def test_a_micro_batch_reads_nothing(case: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MoETransformer(_config(case, recompute))
     sync = StateSync(model)
-    for _ in range(2):  # codes are born, tables filled; counters are known to the host
+    for _ in range(2):  # codes are initialized, tables filled; counters are known to the host
         _run(model)
         sync.step()
     if model.source is not None and model.source.follows:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_crowded
+from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_overused
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -29,15 +29,15 @@ def test_separated_clusters_are_found_with_their_sizes() -> None:
     assert sizes_K[owner_K].tolist() == sizes
 
 
-def test_crowded_clusters_are_split() -> None:
-    """A code's share of the tokens is its expert's load, so no code is born with far more than its share."""
+def test_overused_clusters_are_split() -> None:
+    """A code's share of the tokens is its expert's load, so no code starts with far more than its share."""
     crowd_SC = 0.3 * torch.randn(800, 6)
     far_SC = 3 * torch.randn(6, 6).repeat_interleave(33, dim=0) + 0.1 * torch.randn(198, 6)
     samples_SC = torch.cat([crowd_SC, far_SC])
     for seed in range(5):
         _, seeded_K = kmeans(samples_SC, 16, 0, _generator(seed))
         codes_KC, sizes_K = kmeans(samples_SC, 16, 10, _generator(seed))
-        assert seeded_K.max() > 120, "nothing was crowded to begin with"
+        assert seeded_K.max() > 120, "nothing was overused to begin with"
         assert sizes_K.max() <= 1.5 * 998 / 16
         owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
         assert torch.equal(sizes_K, torch.bincount(owner_S, minlength=16).float()), "sizes are those of the lookup"
@@ -51,11 +51,11 @@ def test_a_crowd_of_equal_samples_cannot_be_split() -> None:
 
 
 def test_copies_of_one_vector_take_no_code_from_others() -> None:
-    """Their mean differs from them by rounding, which must not pass for two halves; frequent tokens are such copies."""
+    """Their mean differs from them by rounding, which must not pass for two places; frequent tokens are such copies."""
     generator = _generator()
     words_KC = F.normalize(torch.randn(40, 128, generator=generator), dim=1)
     counts_K = torch.tensor([351] + [5] * 39)
-    codes_KC, sizes_K = split_crowded(words_KC.repeat_interleave(counts_K, dim=0), words_KC, 4.0)
+    codes_KC, sizes_K = split_overused(words_KC.repeat_interleave(counts_K, dim=0), words_KC, 4.0)
     assert torch.equal(codes_KC, words_KC) and torch.equal(sizes_K, counts_K.float())
 
 
@@ -92,7 +92,7 @@ def test_fewer_distinct_samples_than_codes(samples: int, distinct: int, num_code
         assert torch.isfinite(codes_KC).all()
 
 
-def test_every_code_is_born_alive() -> None:
+def test_no_code_starts_out_dead() -> None:
     for seed in range(40):
         generator = _generator(seed)
         samples_SC = torch.randn(64, 3, generator=generator) ** 3  # heavy tails make Lloyd steps empty clusters

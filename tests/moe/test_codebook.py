@@ -1,4 +1,4 @@
-"""The codebook bank on one rank: lookup, statistics, learning, birth and the rescue of dead codes."""
+"""The codebook bank on one rank: lookup, statistics, learning, initialization and the rescue of dead codes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe import placement
-from vqmoe_ds.moe.clustering import kmeans, split_crowded
+from vqmoe_ds.moe.clustering import kmeans, split_overused
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.state_sync import StateSync
 
@@ -150,7 +150,7 @@ def test_samples_are_spread_over_the_micro_batch() -> None:
 
 
 def test_no_samples_are_kept_for_steps_that_need_none() -> None:
-    bank = _bank(dead_below=0.2, reseed_until=3, kmeans_samples=64, crowded_above=0.0)
+    bank = _bank(dead_below=0.2, reseed_until=3, kmeans_samples=64, overused_above=0.0)
     sync, kept = StateSync(bank), []
     for _ in range(5):
         _observe(bank, torch.randn(40, WIDTH))
@@ -195,7 +195,7 @@ def test_a_step_that_looks_for_no_codes_reads_nothing_back(options: dict) -> Non
 
 @pytest.mark.parametrize(("dead", "moved"), [(0, []), (3, [3])])
 def test_a_step_reads_one_small_tensor_back(dead: int, moved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where dead codes are moved. Step 19 looks for crowded codes too."""
+    """Also where dead codes are moved. Step 19 looks for overused codes too."""
     bank = _without_memory(_bank(), 19, 0)
     read: list[Tensor] = []
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: (read.append(tensor), [0, dead])[1])
@@ -209,18 +209,18 @@ def test_a_step_reads_one_small_tensor_back(dead: int, moved: list[int], monkeyp
 
 def test_numbers_on_the_host_follow_the_buffers() -> None:
     bank, other = _bank(freeze_step=5), _bank(freeze_step=5)
-    assert (bank.steps_taken, bank.born, bank.moving) == (0, False, True)
+    assert (bank.steps_taken, bank.initialized, bank.moving) == (0, False, True)
     bank.updates.fill_(7)
     bank.born_at.zero_()
-    assert (bank.steps_taken, bank.born, bank.moving) == (7, True, False)
+    assert (bank.steps_taken, bank.initialized, bank.moving) == (7, True, False)
     other.load_state_dict(bank.state_dict())
-    assert (other.steps_taken, other.born) == (7, True)
+    assert (other.steps_taken, other.initialized) == (7, True)
     bank.count(torch.zeros(2, 4, dtype=torch.float64))
     assert bank.steps_taken == int(bank.updates) == 8
     bank.updates -= 4
     assert bank.moving
     moved = copy.deepcopy(bank).to(torch.device("cpu"))
-    assert moved.steps_taken == 4 and moved.born
+    assert moved.steps_taken == 4 and moved.initialized
 
 
 # ---------------------------------------------------------------------- learning
@@ -236,7 +236,7 @@ def test_decay_rises_linearly() -> None:
 
 
 def test_unused_code_keeps_its_place_for_ever() -> None:
-    bank = _bank(num_layers=1, birth_step=10**6, dead_below=0.0, decay=0.5, decay_final=0.5)
+    bank = _bank(num_layers=1, init_step=10**6, dead_below=0.0, decay=0.5, decay_final=0.5)
     sync = StateSync(bank)
     bank.codes_LKC[0, 3] = bank.ema_sum_LKC[0, 3] = 100.0
     for _ in range(150):  # 0.5^150 is far below the smallest float32
@@ -254,7 +254,7 @@ def test_cosine_codes_stay_on_the_sphere(learning: str) -> None:
     for _ in range(10):
         _observe(bank, torch.randn(40, WIDTH))
         sync.step()
-    assert bool(bank.born)
+    assert bool(bank.initialized)
     assert (bank.codes_LKC.norm(dim=-1) - 1).abs().max() < 1e-5
 
 
@@ -272,13 +272,13 @@ def test_freezing_stops_the_codes_but_not_the_count() -> None:
     assert int(bank.updates) == 7
 
 
-def test_frozen_codes_never_move_nor_are_born() -> None:
+def test_frozen_codes_never_move_nor_are_initialized() -> None:
     bank = _bank(learning="frozen")
     before, sync = bank.codes_LKC.clone(), StateSync(bank)
     for _ in range(3):
         _observe(bank, torch.randn(40, WIDTH))
         sync.step()
-    assert torch.equal(bank.codes_LKC, before) and not bool(bank.born)
+    assert torch.equal(bank.codes_LKC, before) and not bool(bank.initialized)
     assert bank.usage_LK.sum() == 2 * 3 * 40
 
 
@@ -297,27 +297,27 @@ def test_state_continues_bit_for_bit_from_a_state_dict() -> None:
         assert torch.equal(banks[0].code_map_LK, banks[1].code_map_LK)
 
 
-# ---------------------------------------------------- birth and the rescue of the dead
+# ---------------------------------------------------- initialization and rescue
 
 
 def _clusters(count: int = 4, per_cluster: int = 20) -> Tensor:
     return (4 * torch.eye(count, WIDTH)).repeat(per_cluster, 1) + 0.05 * torch.randn(count * per_cluster, WIDTH)
 
 
-@pytest.mark.parametrize("birth_step", [1, 3])
-def test_codes_are_born_on_the_data(birth_step: int) -> None:
-    bank = _bank(normalize_source=False, birth_step=birth_step, kmeans_samples=80, dead_below=0.0)
+@pytest.mark.parametrize("init_step", [1, 3])
+def test_codes_are_initialized_on_the_data(init_step: int) -> None:
+    bank = _bank(normalize_source=False, init_step=init_step, kmeans_samples=80, dead_below=0.0)
     sync = StateSync(bank)
     for step in range(1, 5):
         _observe(bank, _clusters())
         sync.step()
-        assert bool(bank.born) == (step >= birth_step)
+        assert bool(bank.initialized) == (step >= init_step)
     nearest = torch.cdist(4 * torch.eye(4, WIDTH), bank.codes_LKC[0]).amin(dim=1)
     assert nearest.max() < 0.2
     assert int(bank.updates) == 4
 
 
-def test_random_birth_takes_samples_as_they_are() -> None:
+def test_random_initialization_takes_samples_as_they_are() -> None:
     bank = _bank(init="random", normalize_source=False, kmeans_samples=80)
     source_TD = _clusters()
     _observe(bank, source_TD)
@@ -325,9 +325,9 @@ def test_random_birth_takes_samples_as_they_are() -> None:
     assert all((source_TD == code_C).all(dim=1).any() for code_C in bank.codes_LKC.flatten(0, 1))
 
 
-def test_birth_gives_codes_the_weight_of_their_clusters() -> None:
+def test_initialization_gives_codes_the_weight_of_their_clusters() -> None:
     bank = _bank(normalize_source=False, kmeans_samples=80)
-    weights = torch.tensor([7, 6, 4, 3])  # none crowded, so none is split
+    weights = torch.tensor([7, 6, 4, 3])  # none overused, so none is split
     source_TD = 4 * torch.eye(4, WIDTH).repeat_interleave(weights, dim=0).repeat(4, 1)
     source_TD = source_TD + 0.01 * torch.randn_like(source_TD)
     _observe(bank, source_TD)
@@ -338,7 +338,7 @@ def test_birth_gives_codes_the_weight_of_their_clusters() -> None:
     assert torch.allclose(means_KC, bank.codes_LKC[0], atol=1e-5)
 
 
-def test_balanced_map_is_drawn_at_birth() -> None:
+def test_balanced_map_is_drawn_when_codes_are_initialized() -> None:
     bank = _bank(num_codes=8, normalize_source=False, kmeans_samples=400, code_map="balanced", num_experts=2)
     weights = torch.tensor([130, 110, 50, 40, 30, 20, 10, 10])
     source_TD = 4 * torch.eye(8, WIDTH).repeat_interleave(weights, dim=0) + 0.01 * torch.randn(400, WIDTH)
@@ -351,10 +351,10 @@ def test_balanced_map_is_drawn_at_birth() -> None:
     assert abs(hashed - 200) > 15, "k mod N would have done as well"
 
 
-@pytest.mark.parametrize(("crowded_above", "halved"), [(0.0, False), (3.0, True)])
-def test_a_code_that_becomes_crowded_after_birth_is_halved(crowded_above: float, halved: bool) -> None:
-    """The batch of birth may be unlike the text: a place that was rare then may hold half of all tokens later."""
-    options = {"num_layers": 1, "normalize_source": False, "dead_below": 0.0, "crowded_above": crowded_above}
+@pytest.mark.parametrize(("overused_above", "split"), [(0.0, False), (3.0, True)])
+def test_a_code_that_becomes_overused_after_the_initialization_is_split(overused_above: float, split: bool) -> None:
+    """The first batch may be unlike the text: a place that was rare then may hold half of all tokens later."""
+    options = {"num_layers": 1, "normalize_source": False, "dead_below": 0.0, "overused_above": overused_above}
     bank, places = _bank(num_codes=8, kmeans_samples=400, **options), 4 * torch.eye(8, WIDTH)
     sync = StateSync(bank)
     _observe(bank, places.repeat(50, 1) + 0.2 * torch.randn(400, WIDTH))
@@ -363,7 +363,7 @@ def test_a_code_that_becomes_crowded_after_birth_is_halved(crowded_above: float,
     for _ in range(20):
         load_K = torch.bincount(_observe(bank, _scattered(places, weights))[0], minlength=8)
         sync.step()
-    assert (int(load_K.max()) > 190) != halved
+    assert (int(load_K.max()) > 190) != split
     assert torch.allclose(bank.codes_LKC * bank.ema_count_LK.unsqueeze(-1), bank.ema_sum_LKC, atol=1e-3)
 
 
@@ -417,13 +417,13 @@ def test_dead_codes_take_the_candidates_in_turn() -> None:
 
 
 @pytest.mark.parametrize("layers", [slice(None), slice(1, None, 2)])
-def test_birth_and_halving_by_copies_on_the_host(layers: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_initializing_and_splitting_by_copies_on_the_host(layers: slice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies are one with the bank on the CPU: here they are apart, as on a GPU, and bits are those of each layer."""
     monkeypatch.setattr(Tensor, "cpu", Tensor.clone)
-    bank = _bank(num_layers=4, num_codes=8, distance="cosine", crowded_above=2.0)
+    bank = _bank(num_layers=4, num_codes=8, distance="cosine", overused_above=2.0)
     before, samples_LSC = copy.deepcopy(bank), torch.randn(4, 60, WIDTH) ** 3
     _observe(bank, torch.randn(40, WIDTH))
-    placement.give_birth(bank, samples_LSC, layers)
+    placement.initialize_codes(bank, samples_LSC, layers)
     for layer in range(4):
         assert torch.equal(bank.codes_LKC[layer], before.codes_LKC[layer]) != (layer in range(4)[layers])
     for layer in range(4)[layers]:
@@ -434,13 +434,13 @@ def test_birth_and_halving_by_copies_on_the_host(layers: slice, monkeypatch: pyt
         assert torch.equal(bank.ema_sum_LKC[layer], bank.codes_LKC[layer] * bank.ema_count_LK[layer].unsqueeze(-1))
     bank.ema_count_LK[:, 0] += 100
     samples_LSC = torch.cat([samples_LSC, bank.codes_LKC[:, :1] + 0.1 * torch.randn(4, 60, WIDTH)], dim=1)
-    born = copy.deepcopy(bank)
-    placement.halve_crowded(bank, samples_LSC, layers)
+    initialized = copy.deepcopy(bank)
+    placement.split_overused_codes(bank, samples_LSC, layers)
     for layer in range(4):
-        codes_KC, counts_K = born.codes_LKC[layer], born.ema_count_LK[layer]
+        codes_KC, counts_K = initialized.codes_LKC[layer], initialized.ema_count_LK[layer]
         if layer in range(4)[layers]:
-            codes_KC, sizes_K = split_crowded(samples_LSC[layer], codes_KC, 2.0)
-            moved_K = (codes_KC != born.codes_LKC[layer]).any(dim=1)
+            codes_KC, sizes_K = split_overused(samples_LSC[layer], codes_KC, 2.0)
+            moved_K = (codes_KC != initialized.codes_LKC[layer]).any(dim=1)
             assert moved_K.any() and not moved_K.all()
             counts_K = torch.where(moved_K, sizes_K * (counts_K.sum() / sizes_K.sum()), counts_K)
             assert torch.equal(bank.ema_sum_LKC[layer, moved_K], (codes_KC * counts_K.unsqueeze(-1))[moved_K])

@@ -151,7 +151,7 @@ def _train_save_load(rank: int, world: int, folder: str, top_k: int) -> dict[str
         "buffers": [name for name in loaded if ".bank." in name],
         "onward": onward,
         "resumed": _steps(other, other_syncs, rank, range(30, 36)),
-        "born": all(gate.bank.born for gate in vq_gates(other.module)),
+        "initialized": all(gate.bank.initialized for gate in vq_gates(other.module)),
     }
 
 
@@ -162,7 +162,7 @@ def test_training_and_checkpoint_on_two_ranks(tmp_path: Path, top_k: int) -> Non
         assert answer["in_step"]
         assert answer["differed"] and not answer["changed"]
         assert len(answer["buffers"]) == 2 * 6, answer["buffers"]
-        assert answer["born"]
+        assert answer["initialized"]
         assert answer["resumed"] == answer["onward"], "resumed training is not the one that went on"
 
 

@@ -142,8 +142,8 @@ LEARNING = {
 
 
 def _learning_layer(book: dict) -> tuple[MoELayer, CodebookBank, OracleLayer, StateSync]:
-    never_reborn = {"birth_step": 1000, "dead_below": 0.0}
-    layer, bank, oracle = _build({"top_k": 0}, {**never_reborn, **book})
+    never_placed = {"init_step": 1000, "dead_below": 0.0}
+    layer, bank, oracle = _build({"top_k": 0}, {**never_placed, **book})
     return layer, bank, oracle, StateSync(bank)
 
 

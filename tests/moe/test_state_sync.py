@@ -23,9 +23,9 @@ RULES: dict[str, dict[str, Any]] = {
     "ema": {"learning": "ema"},
     "gradient": {"learning": "gradient", "learning_rate": 0.02},
     "cosine, balanced": {"distance": "cosine", "code_map": "balanced", "num_codes": 10},
-    "late birth, random": {"birth_step": 4, "init": "random", "code_dim": 5},
+    "late initialization, random": {"init_step": 4, "init": "random", "code_dim": 5},
     "frozen later": {"freeze_step": 20, "dead_below": 0.6},
-    "crowded halved": {"crowded_above": 1.5, "decay_steps": 40},
+    "overused split": {"overused_above": 1.5, "decay_steps": 40},
 }
 
 
@@ -60,8 +60,8 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
     sync = StateSync(bank, accumulation)
     reseeded, original = [], bank.reseed
     bank.reseed = lambda dead_LK, candidates: (reseeded.append(int(dead_LK.sum())), original(dead_LK, candidates))
-    halved, halve = [], state_sync.halve_crowded
-    state_sync.halve_crowded = lambda *args: (halved.append(1), halve(*args))
+    splits, split = [], state_sync.split_overused_codes
+    state_sync.split_overused_codes = lambda *args: (splits.append(1), split(*args))
     started_equal = world == 1 or _identical(bank)
     sync.broadcast()
     identical = True
@@ -71,9 +71,9 @@ def _train(rank: int, world: int, accumulation: int, rule: str, seed: int) -> di
         sync.step()
         if world > 1 and (step < 12 or step % 6 == 0 or step == STEPS - 1):
             identical &= _identical(bank) and sync.in_step()
-    state_sync.halve_crowded = halve
+    state_sync.split_overused_codes = split
     state = {name: buffer.clone() for name, buffer in bank.named_buffers()}
-    counts = {"reseeded": sum(reseeded), "halved": sum(halved)}
+    counts = {"reseeded": sum(reseeded), "split": sum(splits)}
     return {"started_equal": started_equal, "identical": identical, **counts, "state": state}
 
 
@@ -87,11 +87,11 @@ def four_ranks() -> list[dict[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_ranks_hold_the_same_bits_through_birth_learning_and_rescue(four_ranks: list, rule: str) -> None:
+def test_ranks_hold_the_same_bits_through_initialization_learning_and_rescue(four_ranks: list, rule: str) -> None:
     for answer in four_ranks:
         assert not answer[rule]["started_equal"], "the ranks must start apart for this to say anything"
         assert answer[rule]["identical"]
-        tried = "halved" if rule == "crowded halved" else "reseeded"
+        tried = "split" if rule == "overused split" else "reseeded"
         assert answer[rule][tried] > 0, f"no code was {tried}, so this says nothing about it"
         assert int(answer[rule]["state"]["born_at"]) >= 0
 
@@ -185,18 +185,18 @@ def test_all_layers_share_one_all_reduce() -> None:
 
 
 def _unlike_processors(rank: int, world: int) -> tuple[bool, Tensor]:
-    original = state_sync.give_birth
+    original = state_sync.initialize_codes
 
-    def birth_with_rounding(bank: CodebookBank, *args: Any) -> None:
+    def initialization_with_rounding(bank: CodebookBank, *args: Any) -> None:
         original(bank, *args)
         bank.codes_LKC.mul_(1 + 1e-3 * rank)
         bank.ema_sum_LKC.mul_(1 + 1e-3 * rank)
 
-    state_sync.give_birth = birth_with_rounding
+    state_sync.initialize_codes = initialization_with_rounding
     bank = CodebookBank(_config("ema"), 3, EXPERTS, WIDTH, seed=5)
     _observe(bank, _micro_batch(0, rank))
     StateSync(bank).step()
-    return bank.born and _identical(bank), bank.codes_LKC
+    return bank.initialized and _identical(bank), bank.codes_LKC
 
 
 def test_ranks_share_out_the_layers_and_survive_unlike_rounding() -> None:
@@ -255,7 +255,7 @@ def _early_and_late(rank: int, world: int, rule: str) -> dict[str, bool]:
     return found
 
 
-@pytest.mark.parametrize("rule", ["ema", "frozen later", "crowded halved"])
+@pytest.mark.parametrize("rule", ["ema", "frozen later", "overused split"])
 def test_an_early_start_changes_no_bit_and_a_skip_leaves_nothing(rule: str) -> None:
     for found in run_ranks(2, _early_and_late, rule):
         assert all(found.values()), found
@@ -285,7 +285,7 @@ def _numbers_after_broadcast(rank: int, world: int) -> tuple[int, bool, int]:
         router.updates.fill_(4)
     StateSync(bank).broadcast()
     StateSync(router).broadcast()
-    return bank.steps_taken, bank.born, router.steps_taken
+    return bank.steps_taken, bank.initialized, router.steps_taken
 
 
 def test_numbers_on_the_host_follow_a_broadcast() -> None:

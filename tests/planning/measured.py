@@ -22,7 +22,7 @@ from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
 
 SKIPPED = 2
-"""Steps before the counted one: codes are born at the end of the first, the second looks whether any has died."""
+"""Steps before the counted one: codes are initialized at the end of the first, the second looks for dead ones."""
 
 SIZED_BY = {
     "all_reduce": 0,

@@ -62,7 +62,7 @@ def _grouped(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[in
 
 def _observe(rank: int, world: int, folder: str, layout: Layout, changes: dict[str, Any]) -> int:
     trainer = build(rank, world, folder, layout, {**LARGER, **changes})
-    trainer.train_step()  # codes are born at its end
+    trainer.train_step()  # codes are initialized at its end
     model = trainer.session.engine.module
     forward, kept = model.forward, {}
 

@@ -153,7 +153,7 @@ def test_the_tool_writes_a_portable_checkpoint_that_trains(tmp_path: Path) -> No
     assert reader.kind == "portable" and reader.step == 0 and not reader.has_optimizer
     model = load_back(reader)
     assert _distance(dense, model) < 1e-5
-    assert model.bank is not None and not model.bank.born, "codes are placed on data at the first step"
+    assert model.bank is not None and not model.bank.initialized, "codes are placed on data at the first step"
     loss, aux = model.train()(tokens_of(), tokens_of(seed=1))
     (loss + aux).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -375,7 +375,7 @@ def test_the_tool_reports_agreement_and_loss(family: str, tmp_path: Path, capsys
     said = capsys.readouterr().out
     assert "one code for each" in said and "first choice for" in said and "before" in said and "after" in said
     model = load_back(open_checkpoint(tmp_path / "new"))
-    assert model.bank is not None and model.bank.born and not model.bank.birth_due
+    assert model.bank is not None and model.bank.initialized and not model.bank.initialization_due
     assert model.config.moe.top_k == 0 and model.config.codebook.num_codes == 4
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 LONGEST_PATH = 4096
@@ -35,10 +36,51 @@ LARGEST_WEIGHT = 1e6
 """Of factors, weights and temperatures: low-precision sums of losses overflow past it."""
 
 
+RENAMED = {
+    "train.min_learning_rate": "train.min_learning_rate_ratio",
+    "codebook.birth_step": "codebook.init_step",
+    "codebook.crowded_above": "codebook.overused_above",
+}
+"""Former names of fields; files and checkpoints that have them are read as if they had the names of today."""
+
+
+def with_current_names(section: str, fields: dict[Any, Any]) -> dict[Any, Any]:
+    """Fields of a section under their names of today.
+
+    Raises:
+        ValueError: one is there under its former name as well.
+    """
+    found: dict[Any, Any] = {}
+    for former, value in fields.items():
+        name = RENAMED.get(f"{section}.{former}", "").partition(".")[2] or former
+        if name in found or (name != former and name in fields):
+            raise ValueError(f"{section}.{former} and {section}.{name} are the same field; give one of them")
+        found[name] = value
+    return found
+
+
+def deprecation(former: str) -> str:
+    """A sentence for who uses the former name of a field (dotted)."""
+    return f"{former} is deprecated: write {RENAMED[former]}"
+
+
 class Section(BaseModel):
     """Options with bounds; unknown names are refused, and nothing changes after it was checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=LONGEST_PATH)
+
+    section: ClassVar[str] = ""
+    """Its name in the run configuration, where fields of it have former names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for former in (f"{cls.section}.{name}" for name in values):
+            if former in RENAMED:
+                warnings.warn(deprecation(former), DeprecationWarning, stacklevel=3)
+        return with_current_names(cls.section, values)
 
     @field_validator("*", mode="before")
     @classmethod

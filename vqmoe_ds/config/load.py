@@ -11,16 +11,24 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from vqmoe_ds.config.fields import RENAMED, deprecation, with_current_names
 from vqmoe_ds.config.meanings import elsewhere, nearest_key
 from vqmoe_ds.config.problems import Problem, first_problem
 from vqmoe_ds.config.reading import LARGEST, check_plain, parse_yaml, read_yaml, to_yaml_text
 from vqmoe_ds.config.routers import RouterOptions, routers
-from vqmoe_ds.config.schema import RENAMED, RunConfig, with_current_names
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
 __all__ = [
-    *("FieldRow", "LoadedConfig", "field_table", "load_config", "nearest_key", "parse_override", "preset_names"),
-    *("read_yaml", "to_yaml"),
+    "FieldRow",
+    "LoadedConfig",
+    "field_table",
+    "load_config",
+    "nearest_key",
+    "parse_override",
+    "preset_names",
+    "read_yaml",
+    "to_yaml",
 ]
 
 
@@ -30,6 +38,8 @@ class LoadedConfig:
 
     config: RunConfig
     explicit: frozenset[str]
+    notes: tuple[str, ...] = ()
+    """Sentences for the user on names of fields that are deprecated."""
 
 
 class FieldRow(NamedTuple):
@@ -73,8 +83,10 @@ def load_config(
     """
     values = _read_preset(preset) if base is None else base
     explicit: set[str] = set()
-    if file is not None:
-        values = _merge(values, _read_sections(file), explicit)
+    given = {} if file is None else _read_sections(file)
+    named = [f"{section}.{name}" for section, part in given.items() if isinstance(part, dict) for name in part]
+    notes = tuple(deprecation(name) for name in dict.fromkeys([*named, *(overrides or {})]) if name in RENAMED)
+    values = _merge(values, given, explicit)
     for name, value in (overrides or {}).items():
         name = RENAMED.get(name, name)
         _check_key(name)
@@ -84,7 +96,7 @@ def load_config(
         values = _merge(values, nested, explicit)
     check_plain(values, "configuration")
     try:
-        return LoadedConfig(RunConfig.model_validate(values), frozenset(explicit))
+        return LoadedConfig(RunConfig.model_validate(values), frozenset(explicit), notes)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
 

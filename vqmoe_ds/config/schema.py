@@ -8,7 +8,7 @@ order. What DeepSpeed owns (ZeRO, precision, offload, expert-parallel size) stay
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, FieldSerializationInfo, ValidationInfo, field_serializer, field_validator, model_validator
 
@@ -30,24 +30,6 @@ from vqmoe_ds.config.fields import (
 )
 from vqmoe_ds.config.routers import LooksAhead, RouterFacts, RouterOptions, options_for, router_class
 from vqmoe_ds.runtime.errors import ConfigError
-
-RENAMED = {"train.min_learning_rate": "train.min_learning_rate_ratio"}
-"""Former names of fields; files and checkpoints that have them are read as if they had the names of today."""
-
-
-def with_current_names(section: str, fields: dict[Any, Any]) -> dict[Any, Any]:
-    """Fields of a section under their names of today.
-
-    Raises:
-        ValueError: one is there under its former name as well.
-    """
-    found: dict[Any, Any] = {}
-    for former, value in fields.items():
-        name = RENAMED.get(f"{section}.{former}", "").partition(".")[2] or former
-        if name in found or (name != former and name in fields):
-            raise ValueError(f"{section}.{former} and {section}.{name} are the same field; give one of them")
-        found[name] = value
-    return found
 
 
 class SoftmaxOver(StrEnum):
@@ -179,7 +161,9 @@ class MoEConfig(Section):
 
 
 class CodebookConfig(Section):
-    """What codes look at, how they are born, how they learn, and when they stop."""
+    """Codes: what they are compared with, how they are initialized, how they learn, and when they stop."""
+
+    section: ClassVar[str] = "codebook"
 
     num_codes: int = option(0, "codes K a layer; 0: as many as experts", "codes", ge=0, le=MOST_CODES)
     source: CodeSource = option(CodeSource.CONTEXT, "the vector that is compared with the codes")
@@ -206,19 +190,25 @@ class CodebookConfig(Section):
     )
     distance: Literal["euclidean", "cosine"] = option("euclidean", "of a source vector to a code")
     code_map: CodeMap = option(
-        CodeMap.MOD, "code to expert: mod (k mod N, the paper's) or balanced by frequency at birth"
+        CodeMap.MOD, "code to expert: mod (k mod N, the paper's) or balanced by frequency when codes are initialized"
     )
-    init: Literal["kmeans", "random"] = option("kmeans", "how codes are placed at birth; random: samples of the source")
-    birth_step: int = option(
-        1, "optimizer step at whose end the codes are placed; before it they are random", "steps", ge=1, le=MOST_STEPS
+    init: Literal["kmeans", "random"] = option("kmeans", "how codes are initialized; random: samples of the source")
+    init_step: int = option(
+        1,
+        "optimizer step at whose end codes are initialized on data; before it they are random",
+        "steps",
+        ge=1,
+        le=MOST_STEPS,
     )
-    kmeans_samples: int = option(8192, "vectors drawn from all ranks at birth", "vectors", ge=1, le=MOST_TOGETHER)
-    kmeans_iterations: int = option(10, "Lloyd iterations at birth", ge=0, le=10_000)
+    kmeans_samples: int = option(
+        8192, "vectors drawn from all ranks for the initialization", "vectors", ge=1, le=MOST_TOGETHER
+    )
+    kmeans_iterations: int = option(10, "Lloyd iterations of the initialization", ge=0, le=10_000)
     learning: Literal["ema", "gradient", "frozen"] = option(
         "ema", "how codes move: ema (running means of their tokens), gradient (the paper's) or frozen (random codes)"
     )
     learning_rate: float = option(3.5e-4, "learning=gradient: Adam step size of the codes", gt=0, le=LARGEST_WEIGHT)
-    decay: float = option(0.9, "learning=ema: decay a step right after birth", ge=0, le=1)
+    decay: float = option(0.9, "learning=ema: decay per step right after the initialization", ge=0, le=1)
     decay_final: float = option(0.999, "learning=ema: decay reached after decay_steps", ge=0, le=1)
     decay_steps: int = option(200, "steps over which the decay rises", "steps", ge=0, le=MOST_STEPS)
     freeze_step: int = option(
@@ -228,8 +218,11 @@ class CodebookConfig(Section):
     reseed_until: int = option(
         0, "last step at which dead codes are re-seeded; 0: no limit", "steps", ge=0, le=MOST_STEPS
     )
-    crowded_above: float = option(
-        4.0, "until decay_steps, halve codes used more than this many times the mean; 0: never", ge=0, le=LARGEST_WEIGHT
+    overused_above: float = option(
+        4.0,
+        "until decay_steps, split codes used more than this many times the mean; 0: never",
+        ge=0,
+        le=LARGEST_WEIGHT,
     )
     commitment_weight: float = option(
         0.0, "weight of the commitment loss a layer (source=layer_state only)", ge=0, le=LARGEST_WEIGHT
@@ -244,6 +237,8 @@ class CodebookConfig(Section):
 
 class TrainConfig(Section):
     """Optimisation. Learning rate, betas, decay, clipping and batch size fill the "auto" of the DeepSpeed JSON."""
+
+    section: ClassVar[str] = "train"
 
     steps: int = option(1000, "optimizer steps of the whole run", "steps", ge=1, le=MOST_STEPS)
     batch_size: int = option(16, "sequences an optimizer step, over all ranks", "sequences", ge=1, le=MOST_TOGETHER)
@@ -273,11 +268,6 @@ class TrainConfig(Section):
         "last bits (on a CPU runs are bit-exact either way)",
     )
     max_bad_steps: int = option(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1, le=MOST_STEPS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _former_names(cls, values: Any) -> Any:
-        return with_current_names("train", values) if isinstance(values, dict) else values
 
 
 class DataConfig(Section):

@@ -94,7 +94,7 @@ class FineTuning(TrainingCommand):
             return None
         for name, config in self.configs.items():
             _check_finished(run_dir / name, config)
-        return Start(first, run_dir, _greeting(first, self.task, self.reader, run_dir))
+        return Start(first, run_dir, [*loaded.notes, *_greeting(first, self.task, self.reader, run_dir)])
 
     def _configure(self, loaded: LoadedConfig, shots: list[int], place: Place) -> dict[str, EngineConfig]:
         from vqmoe_ds.finetune.config import for_run

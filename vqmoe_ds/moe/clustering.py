@@ -10,7 +10,7 @@ from torch import Tensor
 def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from k-means++ seeds.
 
-    A cluster that runs empty takes over a sample of the fullest one, so that every code is born alive.
+    A cluster that runs empty takes over a sample of the fullest one, so that no code starts out dead.
 
     Args:
         samples_SC: float32 samples; fewer than ``num_codes`` distinct ones give duplicate codes.
@@ -18,7 +18,7 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
         iterations: Lloyd steps; 0 keeps the k-means++ seeds.
         generator: CPU generator of the seeding draws.
 
-    Afterwards, unless ``iterations`` is 0, codes move from sparse to crowded places (``split_crowded``): Lloyd
+    Afterwards, unless ``iterations`` is 0, codes move from sparse to dense places (``split_overused``): Lloyd
     minimises distortion, which leaves frequent contexts to one code, and a code's share of tokens is its expert's load.
 
     Returns:
@@ -39,19 +39,19 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
             sizes_K[fullest] = sizes_K[fullest] // 2
         owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
     if iterations:
-        return split_crowded(samples_SC, codes_KC, CROWDED)
+        return split_overused(samples_SC, codes_KC, OVERUSED)
     return codes_KC, torch.bincount(owner_S, minlength=num_codes).float()
 
 
-CROWDED = 1.5
-"""Times the mean size from which a cluster is split at birth."""
+OVERUSED = 1.5
+"""Times the mean size from which the initialization splits a cluster."""
 ALIKE = 1e-6
 """Squared distance from their mean, by squared length, up to which members are one point: copies of a vector differ
 from their mean by rounding, and lookup cannot tell apart what is as near as that."""
 
 
-def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Give the code of the smallest cluster to the largest, cut in halves, until none exceeds ``limit`` mean sizes.
+def split_overused(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Give the code of the smallest cluster to the largest, cut in two, until none exceeds ``limit`` mean sizes.
 
     Clusters of members all alike are left as they are. Stops after 2 K moves at the latest, as two clusters can take
     one code from each other again and again. Lookup stays that of the nearest code.
@@ -68,7 +68,7 @@ def split_crowded(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[T
         largest, smallest = int((sizes_K * splittable_K).argmax()), int(sizes_K.argmin())
         if sizes_K[largest] * num_codes <= limit * len(samples_SC):
             break
-        pair_2C, both = _halves(samples_SC[owner_S == largest]), [largest, smallest]
+        pair_2C, both = _split_at_median(samples_SC[owner_S == largest]), [largest, smallest]
         if pair_2C is None:
             splittable_K[largest] = False
             continue
@@ -90,8 +90,8 @@ def _nearest_again(distances_SK: Tensor, owner_S: Tensor, both: list[int]) -> Te
     return torch.where(nearer_S < nearest_S, codes_2[which_S], owner_S)
 
 
-def _halves(members_MC: Tensor) -> Tensor | None:
-    """Means of the two halves of a cluster along its widest direction, ``[2, C]``; None where members are all alike.
+def _split_at_median(members_MC: Tensor) -> Tensor | None:
+    """Means of the two parts of a cluster along its widest direction, ``[2, C]``; None where members are all alike.
 
     Cut at the median, so that a few members far off cannot take a code for themselves again and again. The direction
     is found by power iteration from the farthest member.

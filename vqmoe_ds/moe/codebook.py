@@ -64,7 +64,8 @@ class CodebookBank(nn.Module):
         hash_table = torch.arange(self.num_codes) % num_experts
         self.register_buffer("code_map_LK", hash_table.repeat(num_layers, 1))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("born_at", torch.full((), -1, dtype=torch.int64))  # update at which codes were placed
+        # Update at which codes were initialized, -1 before. Checkpoints hold it, so it keeps its first name.
+        self.register_buffer("born_at", torch.full((), -1, dtype=torch.int64))
         if config.learning == "gradient":
             self.register_buffer("adam_mean_LKC", torch.zeros(shape))
             self.register_buffer("adam_square_LKC", torch.zeros(shape))
@@ -138,8 +139,8 @@ class CodebookBank(nn.Module):
         pending_LKC1[..., -1] += count_ids(codes_LT, self.num_codes)
         if self.moving:
             pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
-        if (self.birth_due or self.halving_due or self.reseeding_due) and not self._unsynced.given_up:
-            keep = 4 * self.num_codes if self.born and not self.halving_due else self.config.kmeans_samples
+        if (self.initialization_due or self.splitting_due or self.reseeding_due) and not self._unsynced.given_up:
+            keep = 4 * self.num_codes if self.initialized and not self.splitting_due else self.config.kmeans_samples
             sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
             for samples in self._samples[layers]:
                 samples.append(sample_SC)
@@ -169,8 +170,8 @@ class CodebookBank(nn.Module):
         return self._updates.read(self.updates)
 
     @property
-    def born(self) -> bool:
-        """Whether the codes have been placed on data; random before."""
+    def initialized(self) -> bool:
+        """Whether the codes have been initialized on data; random before."""
         return self._born_at.read(self.born_at) >= 0
 
     @property
@@ -180,16 +181,16 @@ class CodebookBank(nn.Module):
         return self.config.learning != "frozen" and (freeze == 0 or self.steps_taken < freeze)
 
     @property
-    def birth_due(self) -> bool:
-        """Whether the codes are placed on data."""
-        return not self.born and self.moving and self.steps_taken + 1 >= self.config.birth_step
+    def initialization_due(self) -> bool:
+        """Whether codes are initialized on data."""
+        return not self.initialized and self.moving and self.steps_taken + 1 >= self.config.init_step
 
     @property
-    def halving_due(self) -> bool:
-        """Whether crowded codes are looked for: every tenth step while codes are young and embeddings move most."""
+    def splitting_due(self) -> bool:
+        """Whether overused codes are looked for: every tenth step while codes are young and embeddings move most."""
         age = self.steps_taken + 1 - self._born_at.read(self.born_at)
-        young = self.born and self.moving and age <= self.config.decay_steps
-        return young and age % 10 == 0 and self.config.crowded_above > 0
+        young = self.initialized and self.moving and age <= self.config.decay_steps
+        return young and age % 10 == 0 and self.config.overused_above > 0
 
     @property
     def reseeding_due(self) -> bool:
@@ -202,9 +203,9 @@ class CodebookBank(nn.Module):
         """Codes whose running count fell under ``dead_below`` of the mean, bool ``[L, K]``."""
         return self.ema_count_LK < self.config.dead_below * self.ema_count_LK.mean(dim=1, keepdim=True)
 
-    def crowded_codes(self) -> Tensor:
-        """Codes whose running count exceeds ``crowded_above`` times the mean, bool ``[L, K]``."""
-        return self.ema_count_LK > self.config.crowded_above * self.ema_count_LK.mean(dim=1, keepdim=True)
+    def overused_codes(self) -> Tensor:
+        """Codes whose running count exceeds ``overused_above`` times the mean, bool ``[L, K]``."""
+        return self.ema_count_LK > self.config.overused_above * self.ema_count_LK.mean(dim=1, keepdim=True)
 
     # -------------------------------------------------------------- learning
 
@@ -233,7 +234,7 @@ class CodebookBank(nn.Module):
         self._updates.write(self.updates, self.steps_taken + 1)
 
     def decay(self) -> float:
-        """EMA decay at this update: from ``decay`` at birth to ``decay_final``, linear over ``decay_steps``."""
+        """EMA decay at this update: from ``decay`` of fresh codes to ``decay_final``, linear over ``decay_steps``."""
         c = self.config
         age = self.steps_taken - max(0, self._born_at.read(self.born_at))
         done = min(1.0, age / c.decay_steps) if c.decay_steps else 1.0
@@ -259,8 +260,8 @@ class CodebookBank(nn.Module):
         self.codes_LKC -= self.config.learning_rate * mean / (square.sqrt() + 1e-8)
         self.ema_count_LK.copy_(0.9 * self.ema_count_LK + 0.1 * counts_LK)
 
-    def mark_born(self) -> None:
-        """Note that the codes stand on data from this step on."""
+    def mark_initialized(self) -> None:
+        """Note that the codes were initialized at this step."""
         self._born_at.write(self.born_at, self.steps_taken)
 
     @torch.no_grad()

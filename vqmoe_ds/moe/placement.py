@@ -1,4 +1,4 @@
-"""Placing codes on data, on the host: all of them at birth, crowded ones in halves.
+"""Places codes on data, on the host: initializes all of them, and splits overused ones.
 
 Legend: L MoE layers, K codes, C code width, S samples.
 
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_crowded
+from vqmoe_ds.moe.clustering import balanced_map, kmeans, split_overused
 from vqmoe_ds.moe.codebook import CodebookBank
 
 ALL_LAYERS = slice(None)
 
 
 def placed(bank: CodebookBank) -> list[Tensor]:
-    """What birth and halving change: codes, running sums and counts, tables; all ``[L, ...]``."""
+    """The buffers that placing changes: codes, running sums and counts, tables; all ``[L, ...]``."""
     return [bank.codes_LKC, bank.ema_sum_LKC, bank.ema_count_LK, bank.code_map_LK]
 
 
 @torch.no_grad()
-def give_birth(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYERS) -> None:
+def initialize_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYERS) -> None:
     """Place all codes by k-means (or at random samples) and, for the balanced map, draw the table."""
     book = bank.config
     iterations = book.kmeans_iterations if book.init == "kmeans" else 0
@@ -39,21 +39,21 @@ def give_birth(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYE
         if book.code_map == "balanced":
             tables_LK[i] = balanced_map(sizes_K, bank.num_experts)
     _from_host(bank, layers, host)
-    bank.mark_born()
+    bank.mark_initialized()
 
 
 @torch.no_grad()
-def halve_crowded(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYERS) -> None:
-    """Cut crowded codes in halves as at birth; codes that moved start with the weight of their new clusters.
+def split_overused_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice = ALL_LAYERS) -> None:
+    """Split overused codes as the initialization does; codes that moved start with the weight of their new clusters.
 
-    Rare tokens gather round codes near the middle of all, which no decay undoes.
+    Rare tokens gather round codes near the middle of all codes, which no decay undoes.
     """
-    crowded_L = bank.crowded_codes()[layers].any(dim=1).tolist()
+    overused_L = bank.overused_codes()[layers].any(dim=1).tolist()
     codes_LKC, sums_LKC, counts_LK, _ = host = _on_host(bank, layers)
     for i, (_, samples_SC) in enumerate(_numbered(bank, samples_LSC, layers)):
-        if not crowded_L[i]:
+        if not overused_L[i]:
             continue
-        codes_KC, sizes_K = split_crowded(samples_SC, codes_LKC[i], bank.config.crowded_above)
+        codes_KC, sizes_K = split_overused(samples_SC, codes_LKC[i], bank.config.overused_above)
         moved_K = (codes_KC != codes_LKC[i]).any(dim=1)
         weight = counts_LK[i].sum() / sizes_K.sum()
         codes_LKC[i] = codes_KC

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from vqmoe_ds.moe.codebook import CodebookBank
-from vqmoe_ds.moe.placement import give_birth, halve_crowded, placed
+from vqmoe_ds.moe.placement import initialize_codes, placed, split_overused_codes
 from vqmoe_ds.moe.routers.base import StatefulRouter
 
 
@@ -32,7 +32,7 @@ class StateSync:
 
     How a batch is split over ranks and accumulation steps does not change what is learned: sums travel in float64 and
     a codebook's samples are taken by global micro-batch number ``m * world + rank``. The device is waited for once per
-    step, to learn how many codes are dead or crowded, and not at all in steps that look for neither.
+    step, to learn how many codes are dead or overused, and not at all in steps that look for neither.
 
     Args:
         model: any module; the ``CodebookBank`` and every ``StatefulRouter`` in it are kept in step.
@@ -118,33 +118,33 @@ class _Codebooks:
         return pending_LKC1 if self.bank.moving else pending_LKC1[..., -1:].contiguous()
 
     def learn(self, total: Tensor) -> None:
-        """Learn, and where due place all codes, split crowded ones or re-seed dead ones."""
+        """Learn; and where due initialize all codes, split overused ones or re-seed dead ones."""
         bank = self.bank
         if not bank.moving:
             bank.count(total[..., -1])
-        elif bank.birth_due:
+        elif bank.initialization_due:
             bank.pending.copy_(total)  # the counts of all ranks, which it reads
-            give_birth(bank, self._all_samples(), self._my_layers())
+            initialize_codes(bank, self._all_samples(), self._my_layers())
             self._broadcast_layers()
             bank.count(total[..., -1])
         else:
-            halving_due, reseeding_due = bank.halving_due, bank.reseeding_due
+            splitting_due, reseeding_due = bank.splitting_due, bank.reseeding_due
             bank.update(total)
-            self._rescue(halving_due, reseeding_due)
+            self._rescue(splitting_due, reseeding_due)
         bank.clear_statistics()
 
     def compared(self) -> list[Tensor]:
         return [self.bank.codes_LKC, self.bank.code_map_LK]
 
-    def _rescue(self, halving_due: bool, reseeding_due: bool) -> None:
-        """Halve crowded codes and re-seed dead ones: the same on every rank, for all see the same counts."""
-        if not (halving_due or reseeding_due):
+    def _rescue(self, splitting_due: bool, reseeding_due: bool) -> None:
+        """Split overused codes and re-seed dead ones: the same on every rank, for all see the same counts."""
+        if not (splitting_due or reseeding_due):
             return
         bank = self.bank
-        seen = torch.stack([bank.crowded_codes().any().long(), bank.dead_codes().sum(dim=1).max()])
-        crowded, most_dead = seen.tolist()  # the one copy to the host
-        if halving_due and crowded:
-            halve_crowded(bank, self._all_samples(), self._my_layers())
+        seen = torch.stack([bank.overused_codes().any().long(), bank.dead_codes().sum(dim=1).max()])
+        overused, most_dead = seen.tolist()  # the one copy to the host
+        if splitting_due and overused:
+            split_overused_codes(bank, self._all_samples(), self._my_layers())
             self._broadcast_layers()
             most_dead = int(bank.dead_codes().sum(dim=1).max())
         if reseeding_due and most_dead:

@@ -78,6 +78,8 @@ def _plan(options: argparse.Namespace) -> int:
     _check_numbers(options)
     cluster = cluster_of(options)
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
     base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
     if options.gpu != "cpu":
         check_widths(loaded.config, options.precision, max(options.ep_size, default=cluster.ranks))

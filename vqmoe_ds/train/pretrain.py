@@ -48,7 +48,8 @@ class Pretraining(TrainingCommand):
         self.data = prepared or open_raw_text(config.run)
         folders = [index_folder(config, run_dir)] if prepared is not None else []
         config = replace(config, run=with_whole_paths(config.run))  # of use from wherever it is resumed or read
-        return Start(config, run_dir, _greeting(config, self.data, run_dir), folders)
+        greeting = [*loaded.notes, *_greeting(config, self.data, run_dir)]
+        return Start(config, run_dir, greeting, folders)
 
     def run(self, job: Job) -> int:
         from vqmoe_ds.data.fingerprint import of_data, of_optimizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vqmoe_ds.config.schema import Extension, TrainConfig, with_current_names
+from vqmoe_ds.config.fields import with_current_names
+from vqmoe_ds.config.schema import Extension, TrainConfig
 
 _FIELDS = ("steps", "learning_rate", "warmup_steps", "min_learning_rate_ratio", "extension")
 
