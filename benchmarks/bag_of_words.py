@@ -98,7 +98,11 @@ def measure(drawn: Draw) -> dict[str, Any]:
     started, (task, shots, seed, train, test) = time.perf_counter(), drawn
     predicted, c = classify(train.texts, train.labels, test.texts)
     row = {
-        **{"task": task, "shots": shots or ALL, "seed": seed, "texts": len(train), "C": c},
+        "task": task,
+        "shots": shots or ALL,
+        "seed": seed,
+        "texts": len(train),
+        "C": c,
         "accuracy": float(accuracy_score(test.labels, predicted)),
         "macro_f1": float(f1_score(test.labels, predicted, average="macro", zero_division=0)),
         "seconds": round(time.perf_counter() - started, 1),

@@ -92,7 +92,10 @@ def count(name: str, config: RunConfig) -> dict[str, Any]:
 
     parameters, flops = count_parameters(config), forward_flops(config)
     return {
-        **{"name": name, "stored": parameters.stored, "active": parameters.active, "flops": flops.total},
+        "name": name,
+        "stored": parameters.stored,
+        "active": parameters.active,
+        "flops": flops.total,
         "weight_bytes": 4 * parameters.stored,
         "experts_share_of_blocks": (flops.experts + flops.dense) / (flops.total - flops.head),
         "experts_share": (flops.experts + flops.dense) / flops.total,
@@ -199,7 +202,7 @@ def _generate(loaded: Any, tokens_BS: Any, options: argparse.Namespace) -> Calla
 
     def step() -> None:
         new = generate(
-            *(loaded.model, prompt, Sampling(), model.sequence_length, model.vocab_size), loaded.model.new_cache
+            loaded.model, prompt, Sampling(), model.sequence_length, model.vocab_size, loaded.model.new_cache
         )
         list(islice(new, options.tokens))
 

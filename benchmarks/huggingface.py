@@ -38,16 +38,28 @@ from vqmoe_ds.upcycle.routed import RoutedSource, calibration_ids, routed_config
 
 PROMPT, NEW_TOKENS = b"The method returns ", 110
 SHAPE: dict[str, Any] = {
-    **{"vocab_size": 256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4},
-    **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.05},
-    **{"num_experts_per_tok": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.05,
+    "num_experts_per_tok": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 FAMILIES: dict[str, Any] = {
     "Mixtral": MixtralConfig(**SHAPE, num_local_experts=8, sliding_window=None, router_aux_loss_coef=0.02),
     "OLMoE": OlmoeConfig(**SHAPE, num_experts=8, router_aux_loss_coef=0.02),
     "Qwen3-MoE": Qwen3MoeConfig(
         **SHAPE,
-        **{"num_experts": 8, "moe_intermediate_size": 192, "head_dim": 64, "norm_topk_prob": True},
+        num_experts=8,
+        moe_intermediate_size=192,
+        head_dim=64,
+        norm_topk_prob=True,
         router_aux_loss_coef=0.02,
     ),
 }
@@ -112,7 +124,10 @@ def speed(model: Any, cached: bool) -> float:
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            **{"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": cached, "pad_token_id": 0},
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            use_cache=cached,
+            pad_token_id=0,
         )
         best = min(best, time.perf_counter() - started)
     return NEW_TOKENS / best

@@ -131,9 +131,11 @@ def run(name: str, spec: str, seed: int, args: argparse.Namespace) -> dict[str, 
     ]
     parsed = build_parser("", DS_CONFIG).parse_args(
         [
-            *("--checkpoint", path, "--task", "lm", "--data", args.domains[0]),
-            *("--train_steps", str(steps)),
-            *("--seed", str(seed)),
+            f"--checkpoint={path}",
+            "--task=lm",
+            f"--data={args.domains[0]}",
+            f"--train_steps={steps}",
+            f"--seed={seed}",
             *(f"--set={text}" for text in common),
         ]
     )

@@ -40,9 +40,14 @@ def configure(
         encoding="utf-8",
     )
     fields = {
-        **{"model.layers": options.layers, "model.width": options.width, "model.sequence_length": sequence_length},
-        **{"moe.num_experts": options.experts, "moe.expert_hidden": options.hidden, "codebook.num_codes": 0},
-        **{"train.batch_size": batch, "codebook.code_map": "mod"},
+        "model.layers": options.layers,
+        "model.width": options.width,
+        "model.sequence_length": sequence_length,
+        "moe.num_experts": options.experts,
+        "moe.expert_hidden": options.hidden,
+        "codebook.num_codes": 0,
+        "train.batch_size": batch,
+        "codebook.code_map": "mod",
     }
     return resolve(str(path), load_config("tiny", None, fields), RANKS, ep), str(path)
 

@@ -19,8 +19,15 @@ from .frame import Bench, Finding
 from .report import FAILED, MEASURED, PASSED, SKIPPED
 
 CLOSURE = (
-    *("train.pretrain", "train.loop", "train.engine", "checkpoint.resume.session", "checkpoint.load_model"),
-    *("checkpoint.formats.portable", "evaluation.generate", "evaluation.evaluate", "moe.layer"),
+    "train.pretrain",
+    "train.loop",
+    "train.engine",
+    "checkpoint.resume.session",
+    "checkpoint.load_model",
+    "checkpoint.formats.portable",
+    "evaluation.generate",
+    "evaluation.evaluate",
+    "moe.layer",
 )
 
 

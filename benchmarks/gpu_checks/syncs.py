@@ -36,8 +36,16 @@ CASES: dict[str, dict[str, Any]] = {
 KNOWN_AHEAD = ("vq, top_k 0, routes ahead", "hash_token")
 LAYERS = (2, 4)
 READS = (
-    *("_local_scalar_dense", "nonzero", "bincount", "masked_select", "repeat_interleave"),
-    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "equal"),
+    "_local_scalar_dense",
+    "nonzero",
+    "bincount",
+    "masked_select",
+    "repeat_interleave",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
 )
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 """These read where an index is a mask."""

@@ -29,9 +29,16 @@ def fields(bench: Bench, **more: Any) -> dict[str, Any]:
     """Of the run configuration; section and field are joined by two underscores."""
     width, hidden, length = (32, 32, 32) if bench.small else (128, 192, 256)
     base = {
-        **{"model.layers": 2, "model.width": width, "model.heads": 2, "model.sequence_length": length},
-        **{"moe.num_experts": 8, "moe.expert_hidden": hidden, "train.batch_size": 8, "train.steps": 100},
-        **{"train.warmup_steps": 2, "codebook.kmeans_samples": 256},
+        "model.layers": 2,
+        "model.width": width,
+        "model.heads": 2,
+        "model.sequence_length": length,
+        "moe.num_experts": 8,
+        "moe.expert_hidden": hidden,
+        "train.batch_size": 8,
+        "train.steps": 100,
+        "train.warmup_steps": 2,
+        "codebook.kmeans_samples": 256,
     }
     return {**base, **{name.replace("__", "."): value for name, value in more.items()}}
 

@@ -83,7 +83,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = common_parser(description, _pretraining_fields)
     presets = preset_names()
     parser.daily.add_argument(
-        *("--preset",), default="tiny", metavar="NAME", help=f"starting point: {', '.join(presets)} (default tiny)"
+        "--preset", default="tiny", metavar="NAME", help=f"starting point: {', '.join(presets)} (default tiny)"
     )
     add = parser.further.add_argument
     add("--dry_run", action="store_true", help="build one rank of a large job, without memory or peers, and report")

@@ -41,19 +41,40 @@ BETAS = Kind(
 )
 
 _SIZES = (
-    *("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"),
-    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
 )
 _FLAGS = (
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "disable_allgather"),
-    *("disable_python_gc", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
-    *("use_data_before_expert_parallelism", "dataloader_drop_last", "managed_gradient_accumulation"),
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "prescale_gradients",
+    "disable_allgather",
+    "disable_python_gc",
+    "sparse_gradients",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "use_data_before_expert_parallelism",
+    "dataloader_drop_last",
+    "managed_gradient_accumulation",
     "zero_optimization.overlap_comm",
 )
 _ADAM_FLAGS = (
-    *("fused", "foreach", "torch_adam", "amsgrad", "maximize", "capturable", "differentiable", "adam_w_mode"),
-    *("bias_correction", "set_grad_none"),
+    "fused",
+    "foreach",
+    "torch_adam",
+    "amsgrad",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "adam_w_mode",
+    "bias_correction",
+    "set_grad_none",
 )
 _ANY_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "adam_w_mode", "torch_adam", "fp32_optimizer_states")
 _TORCH_ADAM = (*_ANY_ADAM, "fused", "foreach", "maximize", "capturable", "differentiable")

@@ -95,7 +95,17 @@ def _launch(
     block_f = block_size(width // 2, _BLOCK)
     block_a = block_size(heads, _BLOCK // block_f)
     _turn_kernel[(batch * length, triton.cdiv(heads, block_a))](
-        *(inputs[0], inputs[1], third[0], outputs[0], outputs[1], third[1], cos_SF, sin_SF, length, heads, width // 2),
+        inputs[0],
+        inputs[1],
+        third[0],
+        outputs[0],
+        outputs[1],
+        third[1],
+        cos_SF,
+        sin_SF,
+        length,
+        heads,
+        width // 2,
         *inputs[0].stride()[:3],
         *outputs[0].stride()[:3],
         BACK=back,
