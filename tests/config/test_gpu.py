@@ -63,7 +63,7 @@ def test_a_width_that_does_not_fit_names_the_next_one(tmp_path):
 
 def test_more_local_experts_than_a_grouped_product_takes_are_refused():
     run = load_config("tiny", None, {"moe.num_experts": 2048}).config
-    with pytest.raises(ConfigError, match="2048 over expert-parallel size 2 leaves 1024 experts a GPU"):
+    with pytest.raises(ConfigError, match="2048 over expert-parallel size 2 leaves 1024 experts per GPU"):
         check_widths(run, "bf16", 2)
     check_widths(run, "bf16", 4)
 

@@ -36,13 +36,13 @@ SHORT_NAMES = {
 }
 """Options that are another name for one field."""
 PREPARED = "file or folder of text, or prepared data as PREFIX ... or WEIGHT:PREFIX ..."
-"""What ``--data`` takes."""
+"""Values of ``--data``, for ``--help``."""
 EXIT_CODES = """exit codes: 0 finished, 1 defect, 2 bad input, 3 training cannot go on, 75 stopped by a signal after \
 saving, 76 a rank went missing"""
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose sentences stay short, whatever they quote."""
+    """An argument parser whose error sentences stay short, whatever they quote."""
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))
@@ -55,7 +55,7 @@ class TrainingParser(Parser):
         """
         Args:
             description: head of ``--help``.
-            fields: what it lists, with the defaults that the command would use, given the words of its line.
+            fields: gives the rows of ``--help``, with the defaults of the command, from the words of its line.
         """
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
         self.daily = self.add_argument_group("daily options")
@@ -89,7 +89,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="build one rank of a large job, without memory or peers, and report")
     add("--world_size", type=int, metavar="N", help="--dry_run: ranks of the job")
     add("--rank", type=int, default=0, metavar="N", help="--dry_run: the one to build (default 0)")
-    add("--gpus_per_node", type=int, default=8, metavar="N", help="--dry_run: ranks a node (default 8)")
+    add("--gpus_per_node", type=int, default=8, metavar="N", help="--dry_run: ranks per node (default 8)")
     add("--json", action="store_true", help="--dry_run: print JSON")
     return parser
 
@@ -100,7 +100,7 @@ def common_parser(
     ds_config: str | Path = DS_CONFIG,
     data: str = f"{PREPARED}; none: the standard library's documentation",
 ) -> TrainingParser:
-    """What all training launchers take.
+    """The parser of the options that all training launchers have.
 
     Args:
         fields: as ``TrainingParser``.
@@ -112,7 +112,7 @@ def common_parser(
     add("--data", nargs="+", metavar="SPEC", help=data)
     add("--run_dir", metavar="DIR", help="folder of everything the run writes")
     add("--train_steps", type=int, metavar="N", help="optimizer steps of the whole run")
-    add("--batch_size", type=int, metavar="N", help="sequences an optimizer step, over all ranks")
+    add("--batch_size", type=int, metavar="N", help="sequences per optimizer step, over all ranks")
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--precision", choices=list(map(str, Precision)), help="of weights and products; auto: as the JSON says")
     add("--seq_len", type=int, metavar="N", help="training context in tokens")
@@ -133,7 +133,7 @@ def common_parser(
 
 
 def config_from_args(args: argparse.Namespace) -> LoadedConfig:
-    """Preset, file, ``--set`` and short names, in that order."""
+    """The configuration from preset, file, ``--set`` and short names, in that order."""
     return load_config(args.preset, args.config, overrides_from_args(args))
 
 
@@ -159,7 +159,7 @@ def overrides_from_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pretraining_fields(words: Sequence[str]) -> list[FieldRow]:
-    """All but those of fine-tuning, with the values of the preset that is named."""
+    """All fields but those of fine-tuning, with the values of the preset that is named."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?", default="tiny")
     preset = parser.parse_known_args(list(words))[0].preset

@@ -89,7 +89,7 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the DeepSpeed JSON and the run configuration say together.
+    """The DeepSpeed JSON and the run configuration, joined.
 
     ``deepspeed`` is the dictionary for ``deepspeed.initialize``: no "auto" left, no ``expert_parallel`` section (our
     layer brings its own groups). ``run`` is the run configuration with the JSON's numbers in it.
@@ -120,7 +120,7 @@ class EngineConfig:
         return rank % self.ep_size
 
     def layout(self) -> dict[str, Any]:
-        """What a checkpoint's files depend on."""
+        """The choices that a checkpoint's files depend on."""
         return {
             "world_size": self.world_size,
             "ep_size": self.ep_size,

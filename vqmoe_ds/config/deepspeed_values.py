@@ -12,7 +12,7 @@ from vqmoe_ds.runtime.errors import ConfigError, shown
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be, in words, and whether it is."""
+    """A kind of value: its words for an error sentence, and the test of a value."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -79,7 +79,7 @@ _ADAM_FLAGS = (
 _ANY_ADAM = ("lr", "betas", "eps", "weight_decay", "amsgrad", "adam_w_mode", "torch_adam", "fp32_optimizer_states")
 _TORCH_ADAM = (*_ANY_ADAM, "fused", "foreach", "maximize", "capturable", "differentiable")
 OWN_ADAM_ALONE = {"bias_correction", "set_grad_none"}
-"""What DeepSpeed's Adam has and PyTorch's does not: named, they choose it."""
+"""Options of DeepSpeed's Adam that PyTorch's does not have; a JSON that gives one gets DeepSpeed's."""
 _OWN_ADAM = (*_ANY_ADAM, *sorted(OWN_ADAM_ALONE))
 _LAMB = ("bias_correction", "eps", "eps_inside_sqrt", "max_coeff", "min_coeff", "amsgrad")
 PARAMS = {

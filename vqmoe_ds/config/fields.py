@@ -13,15 +13,15 @@ LONGEST_PATH = 4096
 MOST_LAYERS = 1024
 """The deepest published transformers have a thousand blocks; a plan looks at every one."""
 MOST_EXPERTS = 1 << 14
-"""Of a layer; the largest published count is 2,048. Each is an object of its own, with a name in checkpoints."""
+"""Per layer; the largest published count is 2,048. Each is an object of its own, with a name in checkpoints."""
 MOST_EXPERTS_IN_ALL = 1 << 17
-"""Of all layers; some 0.3 ms of every start go into naming one."""
+"""Over all layers; naming one takes some 0.3 ms of every start."""
 MOST_CODES = 1 << 20
-"""Of a layer; distances of every token to every code are computed."""
+"""Per layer; distances of every token to every code are computed."""
 MOST_FEATURES = 1 << 20
-"""Of any width: the widest published models have some 20,000."""
+"""Limit of any width; the widest published models have some 20,000."""
 MOST_TOKENS = 1 << 24
-"""Of one sequence; positions are kept as float32, which counts to 2^24."""
+"""Per sequence; positions are kept as float32, which counts to 2^24."""
 MOST_IDS = 1 << 31
 """Ids of tokens are kept in 32 bits."""
 MOST_STEPS = 10**12
@@ -33,7 +33,7 @@ LARGEST_SEED = (1 << 32) - 1
 LONGEST_WAIT = 7 * 86400.0
 """Seconds; no queue or network needs a week, and libraries take no more than 292 years."""
 LARGEST_WEIGHT = 1e6
-"""Of factors, weights and temperatures: low-precision sums of losses overflow past it."""
+"""Limit of factors, weights and temperatures; low-precision sums of losses overflow past it."""
 
 
 RENAMED = {
@@ -94,7 +94,7 @@ def option(default: Any, meaning: str, unit: str = "", **bounds: Any) -> Any:
     """A field of a section.
 
     Args:
-        meaning: what ``--help`` and docs/config.md say of it.
+        meaning: its description in ``--help`` and docs/config.md.
         unit: of its value.
         bounds: as pydantic's ``Field`` takes them (``ge``, ``gt``, ``le``, ``lt``).
     """

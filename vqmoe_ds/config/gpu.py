@@ -1,4 +1,4 @@
-"""What the processor asks of a configuration: fused Adam; on GPUs widths that grouped products take, and bf16.
+"""Requirements of the processor on a configuration: fused Adam; on GPUs widths of grouped products, and bf16.
 
 ``torch._grouped_mm`` (PyTorch 2.11 to 2.13, ``aten/src/ATen/native/GroupedMMUtils.h``) wants rows that start at
 multiples of 16 bytes.
@@ -29,7 +29,7 @@ def check_widths(run: RunConfig, precision: str, ep_size: int = 1) -> None:
         ep_size: ranks over which the experts are spread.
 
     Raises:
-        ConfigError: a width that is no multiple of 16 bytes (the next one is named), or too many experts a GPU.
+        ConfigError: a width that is no multiple of 16 bytes (the next one is named), or too many experts per GPU.
     """
     if not run.moe.facts.has_experts:
         return
@@ -46,13 +46,13 @@ def check_widths(run: RunConfig, precision: str, ep_size: int = 1) -> None:
             )
     if local > MOST_LOCAL_EXPERTS:
         raise ConfigError(
-            f"moe.num_experts={run.moe.num_experts} over expert-parallel size {ep_size} leaves {local} experts a GPU, "
-            f"and grouped products take {MOST_LOCAL_EXPERTS}; raise --ep_size"
+            f"moe.num_experts={run.moe.num_experts} over expert-parallel size {ep_size} leaves {local} experts per "
+            f"GPU, and grouped products take {MOST_LOCAL_EXPERTS}; raise --ep_size"
         )
 
 
 def attention_hint(run: RunConfig, precision: str) -> str | None:
-    """Why attention would keep all scores in memory, in one sentence; None where a fused kernel takes it.
+    """A sentence on why attention would keep all scores in memory; None where a fused kernel takes it.
 
     Flash attention (bf16, fp16) pads heads to multiples of 8; the memory-efficient kernel, the only one for fp32, takes
     multiples of 4 (ATen ``sdp_utils.cpp``). What neither takes is computed, slower, by PyTorch's formula.
@@ -116,7 +116,7 @@ def use_fused_adam(values: dict[str, Any]) -> None:
 
 
 def use_torchs_adam(values: dict[str, Any]) -> None:
-    """Where the JSON asks for Adam and not for whose, take PyTorch's: DeepSpeed's own is compiled at its first use.
+    """Choose PyTorch's Adam where the JSON does not say whose: DeepSpeed's own is compiled at its first use.
 
     One on the host (``offload_optimizer``) stays DeepSpeed's, whose loop is faster there.
     """

@@ -1,4 +1,4 @@
-"""From preset, YAML file and ``--set`` overrides to one ``RunConfig``, with errors a person can act on."""
+"""Joins preset, YAML file and ``--set`` overrides into one ``RunConfig``, with errors a person can act on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LoadedConfig:
 
 
 class FieldRow(NamedTuple):
-    """A field as help and pages show it."""
+    """One field, as help and pages show it."""
 
     name: str
     """Dotted."""

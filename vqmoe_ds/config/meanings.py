@@ -1,4 +1,4 @@
-"""Unknown names: where this trainer keeps what other trainers call so, and the nearest known name."""
+"""Hints on unknown names: the option that other trainers call so, and the nearest known name."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ MEANINGS = {
     **dict.fromkeys(("valid_data", "validation_data", "valid_file", "val_data"), "did you mean data.valid_path?"),
     **dict.fromkeys(("random_seed", "rng_seed"), "did you mean train.seed?"),
 }
-"""By the last part of a name; only looked at where the name is no field of ours."""
+"""Hints by the last part of a name; looked at only where the name is no field of ours."""
 
 IN_DEEPSPEED_JSON = {
     **dict.fromkeys(("lr", "learning_rate"), "did you mean optimizer.params.lr (or train.learning_rate of the run)?"),
@@ -96,7 +96,7 @@ IN_DEEPSPEED_JSON = {
         "it is a section of the run configuration: give it with --config or --set",
     ),
 }
-"""The same for top-level keys of the DeepSpeed JSON."""
+"""Hints on top-level keys of the DeepSpeed JSON."""
 
 IN_PARAMS = {
     **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad"), "write gradient_clipping at the top level"),
@@ -104,7 +104,7 @@ IN_PARAMS = {
     **dict.fromkeys(("beta1", "beta2", "beta"), 'write "betas": [beta1, beta2]'),
     **dict.fromkeys(("wd", "decay"), "did you mean weight_decay?"),
 }
-"""The same for ``optimizer.params``."""
+"""Hints on ``optimizer.params``."""
 
 
 def elsewhere(name: str, before: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in few words."""
+"""Problems that pydantic finds, in few words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Problem:
     """pydantic's, such as ``extra_forbidden``; ``value_error`` is a validator of ours, which says everything."""
     message: str
     value: str
-    """As a sentence quotes it."""
+    """The value as a sentence quotes it."""
 
     def __str__(self) -> str:
         return f"{self.where or 'the whole'}={self.value}: {self.message[0].lower()}{self.message[1:]}"

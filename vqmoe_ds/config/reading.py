@@ -31,7 +31,7 @@ _FLOAT = re.compile(
 
 
 class _Refused(ValueError):
-    """What this file itself finds, with the sentence for it."""
+    """A problem that this file itself finds, with the sentence for it."""
 
 
 class _Loader(_Base):
@@ -82,10 +82,10 @@ _adapt()
 
 
 def read_yaml(path: str, what: str) -> Any:
-    """What a YAML file holds, as ``parse_yaml`` gives it.
+    """The values of a YAML file, as ``parse_yaml`` gives them.
 
     Args:
-        what: it is called in error sentences.
+        what: the name of the file's kind in error sentences.
 
     Raises:
         ConfigError: it cannot be read, or as ``parse_yaml``.
@@ -118,7 +118,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def read_json(path: str, what: str) -> Any:
-    """What a JSON file holds.
+    """The values of a JSON file.
 
     Raises:
         ConfigError: it cannot be read, is no JSON (NaN and Infinity are none), a key stands twice, a number is no

@@ -1,4 +1,4 @@
-"""What DeepSpeed finds wrong with its JSON, late and as an exception of any kind, as one sentence."""
+"""Turns what DeepSpeed finds wrong with its JSON, late and as an exception of any kind, into one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vqmoe_ds.runtime.errors import ConfigError, one_line
 
 _OURS = str(Path(__file__).resolve().parents[1])
 _KINDS = (AssertionError, TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, OSError)
-"""What DeepSpeed 0.19.8 and torch's optimizers raise at values that they do not like."""
+"""Exceptions that DeepSpeed 0.19.8 and torch's optimizers raise at values that they do not take."""
 
 
 def check_by_deepspeed(values: dict[str, Any], path: str) -> None:
@@ -39,8 +39,10 @@ def check_by_deepspeed(values: dict[str, Any], path: str) -> None:
 
 @contextmanager
 def refusals(path: str) -> Iterator[None]:
-    """In this context what DeepSpeed and libraries raise at the JSON at ``path`` is a ``ConfigError``; a defect of this
-    package keeps its traceback."""
+    """Turn what DeepSpeed and libraries raise at the JSON at ``path`` into a ``ConfigError``.
+
+    A defect of this package keeps its traceback.
+    """
     try:
         yield
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Routers by name: their options, and what the rest of the house must know of one without building it.
+"""Routers by name: their options, and what the rest of the package must know of one without building it.
 
 A router is one class in one file, registered by ``register_router``. Built-in ones live in ``vqmoe_ds/moe/routers``;
 others come from installed packages (entry points of the group ``vqmoe_ds.routers``) and from files (``--plugin``).
@@ -39,15 +39,15 @@ class RouterOptions(Section):
 
 
 class LooksAhead(NamedTuple):
-    """Why a router is not causal."""
+    """The reason for which a router is not causal, and the remedy."""
 
     reason: str
-    """As a clause: "router.statistics=batch looks at all tokens of a batch, later ones included"."""
+    """A clause: "router.statistics=batch looks at all tokens of a batch, later ones included"."""
     remedy: str = "use another"
 
 
 class RouterFacts:
-    """What the configuration, planning, checkpoints, exports and reports ask of a router; answered by its class."""
+    """Answers of a router's class to configuration, planning, checkpoints, exports and reports."""
 
     name: ClassVar[str] = ""
     """Value of ``moe.router``; set by ``register_router``."""
@@ -75,7 +75,7 @@ class RouterFacts:
 
     @classmethod
     def looks_ahead(cls, options: Any) -> LooksAhead | None:
-        """Why the experts of a token may depend on later tokens; None where they do not."""
+        """The reason for which the experts of a token may depend on later tokens; None where they do not."""
         return None
 
     @classmethod

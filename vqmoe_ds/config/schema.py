@@ -1,4 +1,4 @@
-"""The typed run configuration: every option, its unit, its default and what it means.
+"""The typed run configuration: every option, its unit, its default and its meaning.
 
 Presets (``config/presets/*.yaml``), ``--config FILE.yaml`` and ``--set section.field=value`` fill it in that
 order. What DeepSpeed owns (ZeRO, precision, offload, expert-parallel size) stays in the DeepSpeed JSON, where
@@ -99,7 +99,11 @@ class ModelConfig(Section):
         1, "an MoE layer in every n-th block (1: all, 2: every second)", "blocks", ge=1, le=MOST_LAYERS
     )
     dense_hidden: int = option(
-        0, "hidden width of the dense MLPs; 0: that of the experts a token uses", "features", ge=0, le=MOST_FEATURES
+        0,
+        "hidden width of the dense MLPs; 0: that of all expert calls of a token",
+        "features",
+        ge=0,
+        le=MOST_FEATURES,
     )
     rope_theta: float = option(10000.0, "base of the rotary frequencies", gt=0, le=1e12)
 
@@ -129,10 +133,10 @@ class MoEConfig(Section):
     """Experts and the router that picks them."""
 
     router: str = option("vq", "the router: vq (codes, and top-k beside them), dense (no experts) or another")
-    num_experts: int = option(16, "experts a layer", "experts", ge=1, le=MOST_EXPERTS)
+    num_experts: int = option(16, "experts per layer", "experts", ge=1, le=MOST_EXPERTS)
     expert_hidden: int = option(192, "hidden width of one SwiGLU expert", "features", ge=1, le=MOST_FEATURES)
     top_k: int = option(
-        1, "experts a token is sent to by the router; 0 with vq: discrete path only", ge=0, le=MOST_EXPERTS
+        1, "experts per token that the router chooses; 0 with vq: discrete path only", ge=0, le=MOST_EXPERTS
     )
     balance_weight: float = option(
         0.01,
@@ -165,7 +169,7 @@ class CodebookConfig(Section):
 
     section: ClassVar[str] = "codebook"
 
-    num_codes: int = option(0, "codes K a layer; 0: as many as experts", "codes", ge=0, le=MOST_CODES)
+    num_codes: int = option(0, "codes K per layer; 0: as many as experts", "codes", ge=0, le=MOST_CODES)
     source: CodeSource = option(CodeSource.CONTEXT, "the vector that is compared with the codes")
     context_window: int = option(
         3, "source=context: tokens whose embeddings are mixed, the current one included", "tokens", ge=1, le=4096
@@ -179,8 +183,8 @@ class CodebookConfig(Section):
     )
     source_momentum: float = option(
         0.0,
-        "look at a moving average of the embedding table with this momentum a step; 0: at the live table; 1: at a copy "
-        "that never moves",
+        "look at a moving average of the embedding table with this momentum per step; 0: at the live table; 1: at a "
+        "copy that never moves",
         ge=0,
         le=1,
     )
@@ -225,7 +229,7 @@ class CodebookConfig(Section):
         le=LARGEST_WEIGHT,
     )
     commitment_weight: float = option(
-        0.0, "weight of the commitment loss a layer (source=layer_state only)", ge=0, le=LARGEST_WEIGHT
+        0.0, "weight of the commitment loss, per layer (source=layer_state only)", ge=0, le=LARGEST_WEIGHT
     )
     soft_output: float = option(
         0.0,
@@ -241,7 +245,7 @@ class TrainConfig(Section):
     section: ClassVar[str] = "train"
 
     steps: int = option(1000, "optimizer steps of the whole run", "steps", ge=1, le=MOST_STEPS)
-    batch_size: int = option(16, "sequences an optimizer step, over all ranks", "sequences", ge=1, le=MOST_TOGETHER)
+    batch_size: int = option(16, "sequences per optimizer step, over all ranks", "sequences", ge=1, le=MOST_TOGETHER)
     learning_rate: float = option(3e-3, "peak learning rate of AdamW", gt=0, le=LARGEST_WEIGHT)
     min_learning_rate_ratio: float = option(0.1, "final learning rate as a share of the peak", ge=0, le=1)
     warmup_steps: int = option(50, "linear warm-up", "steps", ge=0, le=MOST_STEPS)
@@ -271,7 +275,7 @@ class TrainConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the text comes from: raw text, or prepared corpora (``PREFIX.bin`` and ``PREFIX.idx``)."""
+    """The text: raw, or prepared corpora (``PREFIX.bin`` and ``PREFIX.idx``)."""
 
     path: str | list[str] | None = option(
         None,
@@ -297,7 +301,7 @@ class DataConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """What is fine-tuned on what; read by ``launchers/finetune.py`` alone, which fills in the first three."""
+    """Fine-tuning; read by ``launchers/finetune.py`` alone, which fills in the first three."""
 
     checkpoint: str | None = option(None, "where the run started from; none: it is no fine-tuning")
     task: str | None = option(
@@ -329,7 +333,7 @@ class FinetuneConfig(Section):
 
 
 class OutputConfig(Section):
-    """The run folder and what is written to it, and when."""
+    """The run folder, what is written to it, and when."""
 
     run_dir: str = option("runs/pretrain", "folder of everything the run writes")
     log_every: int = option(10, "interval of metrics", "steps", ge=1, le=MOST_STEPS)
@@ -400,7 +404,7 @@ class RunConfig(Section):
 
     @property
     def looks_ahead(self) -> LooksAhead | None:
-        """Why the experts of a token may depend on later tokens; None where they do not."""
+        """The reason for which the experts of a token may depend on later tokens; None where they do not."""
         return self.moe.facts.looks_ahead(self.router)
 
     def require_causal(self, purpose: str) -> None:
