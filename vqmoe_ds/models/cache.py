@@ -1,4 +1,4 @@
-"""What a model keeps of the tokens it has read, so that the next one costs the work of one token.
+"""Keys, values and ids of the tokens that a model has read, so that the next one costs the work of one token.
 
 Legend: B batch, P past tokens, S new tokens, A heads, H width of a head.
 """
@@ -21,7 +21,7 @@ class BlockCache:
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def position_of(self, new: int) -> int:
-        """Where the first of so many new tokens will stand.
+        """Position of the first of so many new tokens.
 
         Raises:
             ValueError: there is no room for them.
@@ -43,7 +43,7 @@ class BlockCache:
 
 
 class Cache:
-    """Of a whole model: keys and values of every block, and the ids, which some codes look back at.
+    """The cache of a whole model: keys and values of every block, and the ids, which some codes look back at.
 
     Args:
         blocks: transformer blocks.

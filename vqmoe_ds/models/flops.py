@@ -12,7 +12,7 @@ from vqmoe_ds.models.transformer import moe_block_indices
 
 
 class Flops(NamedTuple):
-    """Of one token, over all layers, at the mean length of the causal context."""
+    """Operations per token, over all layers, at the mean length of the causal context."""
 
     attention: int
     experts: int
@@ -20,7 +20,7 @@ class Flops(NamedTuple):
     """MLPs of the layers without experts."""
     routing: int
     head: int
-    """A classifier's is used once a text, and not counted."""
+    """A classifier's is used once per text, and not counted."""
 
     @property
     def total(self) -> int:

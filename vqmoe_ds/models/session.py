@@ -28,7 +28,7 @@ class Session:
     """Moves what is learned from statistics of all ranks: codebooks, or routers with state."""
 
     fingerprint: dict[str, str] = field(default_factory=dict)
-    """Of what the run reads (``data/fingerprint.py``), for its checkpoints."""
+    """Checksums of what the run reads (``data/fingerprint.py``), for its checkpoints."""
 
     @property
     def device(self) -> torch.device:

@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class DenseMLP(nn.Module):
-    """One SwiGLU MLP: what an expert is, without the choice."""
+    """One SwiGLU MLP: an expert without a router."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class DenseMLP(nn.Module):
 
 
 Route = tuple[Tensor, Ahead]
-"""Of one block: the expert of each token that is known ahead, and what is known of the dispatch."""
+"""One block's routes: the expert of each token that is known ahead, and what is known of the dispatch."""
 
 
 class Block(nn.Module):

@@ -28,7 +28,7 @@ class CodebookBank(nn.Module):
     Args:
         config: how the codes are looked up and learned.
         num_layers: MoE layers served, each with a codebook of its own.
-        num_experts: experts a layer has; ``code_map_LK`` starts as ``k mod num_experts`` (the
+        num_experts: experts per layer; ``code_map_LK`` starts as ``k mod num_experts`` (the
             paper's hash).
         width: width of the vectors that are looked up, before the optional projection to
             ``config.code_dim``.

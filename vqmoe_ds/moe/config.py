@@ -12,7 +12,7 @@ from vqmoe_ds.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What a ``MoELayer`` and its router are built from.
+    """Configuration of a ``MoELayer`` and its router.
 
     >>> config = LayerConfig(width=64, moe=MoEConfig(router="topk", num_experts=8, expert_hidden=128, top_k=2))
     >>> config.options.softmax_over.value
@@ -72,7 +72,7 @@ class LayerConfig:
 
     @classmethod
     def of(cls, run: RunConfig, layer: int, ep_size: int = 1, ep_rank: int = 0) -> LayerConfig:
-        """That of a layer of the model of a run."""
+        """Configuration of one layer of the model of a run."""
         model = run.model
         return cls(
             width=model.width,

@@ -24,7 +24,7 @@ no padding, ZeRO-3, resharding)::
 
 No name on the path to the MoE layer may contain "expert": DeepSpeed's checkpoint drops such keys in silence.
 
-Legend: T tokens, D width, N experts, R routed rows a token, M = T * R rows.
+Legend: T tokens, D width, N experts, R routed rows per token, M = T * R rows.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class SortedRows(NamedTuple):
     inverse_LM: Tensor
     """Row -> its place among the sorted rows, int64."""
     ends_LN: Tensor
-    """Where the rows of each expert end among the sorted rows, int32."""
+    """End of the rows of each expert among the sorted rows, int32."""
     order_LM: Tensor
     """Inverse of the inverse: place -> row, int64."""
 
@@ -48,7 +48,7 @@ class SortedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where the rows of one layer go. All tensors live with the tokens."""
+    """The way of one layer's rows to their experts and back. All tensors are on the device of the tokens."""
 
     routes: int
     """Rows R per token."""
@@ -57,11 +57,11 @@ class DispatchPlan:
     inverse_M: Tensor
     """Row -> position in the sorted list, int64."""
     sent_ends_N: Tensor
-    """Where the rows of each of the N experts end in the sorted list, int32."""
+    """End of the rows of each of the N experts in the sorted list, int32."""
     ends_E: Tensor
-    """Where the rows of each local expert end among the rows that this rank receives, int32."""
+    """End of the rows of each local expert among the rows that this rank receives, int32."""
     exchange: Exchange | None = None
-    """What the ranks send each other; None where all rows stay at home."""
+    """The all-to-all between the ranks; None where all rows stay at home."""
 
     @property
     def sent_counts_N(self) -> Tensor:
@@ -103,7 +103,7 @@ class Exchange:
 
 @dataclass
 class Kept:
-    """What a forward pass leaves for its recomputation in backward, which then asks the other ranks for nothing."""
+    """Results that a forward pass keeps for its recomputation in backward, which then communicates with nobody."""
 
     plan: DispatchPlan | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -112,14 +112,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What is known of a layer's dispatch before the states of its tokens are."""
+    """The part of a layer's dispatch that is known before the states of its tokens are."""
 
     plan: DispatchPlan | None = None
     """The whole of it, where the router adds no rows of its own."""
     rows: SortedRows | None = None
     """The discrete rows, sorted, where it does."""
     kept: Kept | None = None
-    """Where a forward that will be recomputed leaves what other ranks told it."""
+    """Place for what other ranks told a forward that will be recomputed."""
 
 
 # ---------------------------------------------------------------- plans
@@ -220,7 +220,7 @@ class _HostCopy:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """Where each of several runs of so many rows starts, int64."""
+    """Start of each of several runs of so many rows, int64."""
     ends = counts.cumsum(0)
     return ends - counts
 

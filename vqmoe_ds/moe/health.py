@@ -1,4 +1,4 @@
-"""How the codes of a model are doing, in a few numbers.
+"""Health of the codes of a model, in a few numbers.
 
 Legend: L MoE layers, K codes.
 """
@@ -15,7 +15,7 @@ from vqmoe_ds.moe.codebook import CodebookBank
 
 @dataclass(frozen=True)
 class CodebookHealth:
-    """Of one codebook, by the optimizer steps since it was asked last."""
+    """Use of one codebook over the optimizer steps since the last reset."""
 
     codes: int
     used: int

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Products(NamedTuple):
-    """How products of one number type are computed on this processor."""
+    """The products of one number type, as this processor computes them best."""
 
     mm: Callable[[Tensor, Tensor], Tensor]
     """``a @ b``."""

@@ -1,4 +1,4 @@
-"""Code sources that are known before the first block: what the codes look at.
+"""Code sources that are known before the first block: the vectors that are compared with codes.
 
 Legend: B batch, S sequence, D width, V vocabulary.
 

@@ -159,5 +159,5 @@ class VQMoEConfig(PretrainedConfig):
 
 
 def _scaling(rope: dict[str, Any] | None) -> str:
-    """How rotary positions are scaled."""
+    """Scaling of rotary positions."""
     return str((rope or {}).get("rope_type", (rope or {}).get("type", "default")))

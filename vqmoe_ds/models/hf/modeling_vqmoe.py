@@ -183,7 +183,7 @@ class VQMoEPreTrainedModel(PreTrainedModel):
             module.reset_table()
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As of every model, and with it the tables of this one that have a row for each token."""
+        """Resize the embedding as every model does, and with it the tables that have a row for each token."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.base_model.resize_tables()
         return embeddings
@@ -344,7 +344,7 @@ class VQMoEModel(VQMoEPreTrainedModel):
 
 
 class _Seen:
-    """What the tokens of one call are, and which earlier ones they see.
+    """The tokens of one call, and the earlier ones that they see.
 
     Attributes:
         places_S: where the new tokens stand among all.
@@ -411,7 +411,7 @@ def _sinusoids(positions_BS: Tensor, width: int) -> Tensor:
 
 
 def _share(labels: Tensor, num_items_in_batch: Any) -> Any:
-    """By what an auxiliary loss counts where the Trainer adds up parts of a batch: this part's share of its labels."""
+    """Factor of an auxiliary loss where the Trainer adds up parts of a batch: this part's share of its labels."""
     if num_items_in_batch is None:
         return 1.0
     return labels.ne(-100).sum() / torch.as_tensor(num_items_in_batch, device=labels.device)

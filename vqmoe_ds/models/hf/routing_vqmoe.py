@@ -3,7 +3,7 @@
 Exported folders carry this file. Where the trainer is installed its experts' kernel is used on CPU.
 
 Legend: B batch, S new tokens, P past tokens in the cache, T = B * S tokens, D width, L MoE layers, K codes, C code
-width, N experts, R routed rows a token, M = T * R rows, V vocabulary.
+width, N experts, R routed rows per token, M = T * R rows, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Compiled kernels for CPU: ``experts.cpp``, built once a machine and called through ctypes."""
+"""Compiled kernels for CPU: ``experts.cpp``, built once per machine and called through ctypes."""

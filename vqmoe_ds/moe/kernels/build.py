@@ -38,7 +38,7 @@ _MOST_LINKS = 40
 
 
 class KernelUnavailable(Exception):
-    """Why the compiled kernel cannot be used here, as a clause."""
+    """The compiled kernel cannot be used here; the message is a clause that says why."""
 
 
 def load_kernel() -> ctypes.CDLL | None:
@@ -84,7 +84,7 @@ def _compiler() -> str:
     return compiler
 
 
-# ---------------------------------------------------------------- where it may lie
+# ---------------------------------------------------------------- a safe folder
 
 
 def _cache_folder() -> Path:

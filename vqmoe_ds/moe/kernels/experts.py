@@ -150,7 +150,7 @@ def check_counts(counts_E: list[int], experts: int, rows: int) -> None:
 
 
 def _check_shapes(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
-    """With ``check_counts`` everything that addresses follow from: the kernel itself looks at nothing.
+    """Check, with ``check_counts``, everything that addresses follow from: the kernel itself checks nothing.
 
     Raises:
         ValueError: tensors that do not belong together.

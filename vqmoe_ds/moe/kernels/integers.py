@@ -34,7 +34,7 @@ def invert(order_LM: Tensor) -> Tensor:
 
 
 def count_ids(ids_LM: Tensor, kinds: int) -> Tensor:
-    """How often each of so many kinds occurs in each layer, int64 ``[L, K]``; ids are int64 in ``[0, kinds)``."""
+    """Occurrences of each kind in each layer, int64 ``[L, K]``; ids are int64 in ``[0, kinds)``."""
     counts_LK = ids_LM.new_zeros(len(ids_LM), kinds)
     with _any_order(ids_LM):  # sums of whole numbers are exact
         return counts_LK.scatter_add_(1, ids_LM, torch.ones_like(ids_LM))

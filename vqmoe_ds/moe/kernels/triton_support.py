@@ -55,7 +55,7 @@ def why_no_triton() -> str | None:
     """The reason for which kernels cannot run on the current CUDA device, as a clause; None if they can.
 
     Triton compiles a launcher with the machine's C compiler at the first launch, which may fail in many ways: one tiny
-    kernel is tried once a process, and its failure leaves everything to PyTorch with one line in the log.
+    kernel is tried once per process, and its failure leaves everything to PyTorch with one line in the log.
     """
     reason = "Triton is not installed"
     if triton is not None:

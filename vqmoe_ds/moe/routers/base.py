@@ -1,4 +1,4 @@
-"""The base classes of routers: what they are asked and answer, state that moves once per step, and the usual losses.
+"""Base classes of routers: question and answer, state that moves once per step, and the usual losses.
 
 Legend: T tokens, D width, N experts, R routed rows per token, k experts chosen, M routed rows.
 """
@@ -25,7 +25,7 @@ from vqmoe_ds.moe.unsynced import Unsynced
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a router may know beside the states of its tokens; None where nobody knows it.
+    """Facts that a router may use beside the states of its tokens; None where nobody knows them.
 
     All of it enters a block as an argument, so that the recomputation of activation checkpointing sees it again.
     """
@@ -184,7 +184,7 @@ class StatefulRouter(Router):
         self.clear_statistics()
 
     def learn(self, statistics: Tensor) -> None:
-        """What a router does with them."""
+        """Move the buffers by these sums over ranks and micro-batches."""
 
     def averaging(self, decay: float) -> float:
         """Decay of running statistics: a plain mean over the first steps, which would weigh the start too much."""
@@ -198,7 +198,7 @@ def choose(logits_TN: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tenso
 
 
 def softmax_over_all(over: SoftmaxOver, top_k: int, learned: bool = True) -> bool:
-    """What ``auto`` means: over the chosen; over all where one choice would leave a learned router no gradient."""
+    """Whether softmax is over all experts; ``auto``: where one choice would leave a learned router no gradient."""
     if over is SoftmaxOver.AUTO:
         return learned and top_k == 1
     return over is SoftmaxOver.ALL
@@ -225,7 +225,7 @@ def z_loss(logits_TN: Tensor, config: MoEConfig) -> Tensor:
 
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs, int64 ``[N]``."""
+    """Occurrences of each expert, int64 ``[N]``."""
     return count_ids(ids.reshape(1, -1), num_experts)[0]
 
 

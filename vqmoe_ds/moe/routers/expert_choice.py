@@ -20,7 +20,7 @@ from vqmoe_ds.moe.routers.base import Float32Linear, Router, Routing, RoutingCon
 class ExpertChoiceRouter(Router):
     """Expert Choice (Zhou 2022): expert i takes the C tokens with the largest ``P_ti``, ``P_t = softmax(W x_t)``.
 
-    ``C = ceil(S k / N)``, so ``moe.top_k`` is the mean number of experts a token has (the paper's capacity factor);
+    ``C = ceil(S k / N)``, so ``moe.top_k`` is the mean number of experts per token (the paper's capacity factor);
     a token may have none or all. The weight is ``P_ti``; load is equal by construction, so there is no balance loss.
 
     **Not causal**: whether a token is taken depends on later ones. Tokens compete within their own sequence, not within

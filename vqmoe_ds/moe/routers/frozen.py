@@ -1,4 +1,4 @@
-"""Routers that never learn: a random gate, alone or with more and more experts a token.
+"""Routers that never learn: a random gate, alone or with more and more experts per token.
 
 Legend: T tokens, D width, N experts, k experts chosen.
 """
