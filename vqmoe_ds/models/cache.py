@@ -58,6 +58,7 @@ class Cache:
 
     def advance(self, tokens_BS: Tensor) -> None:
         """A pass over these tokens is over."""
+        # Once per pass and not once per block: sources of all blocks look back from the same position.
         self._ids.append(tokens_BS)
         self.length += tokens_BS.shape[1]
 

@@ -32,6 +32,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         logits_TV: contiguous.
         targets_T: int64 in ``[0, V)`` or ``MASKED``.
     """
+    # Sums of all tokens, divided once below: a mean over the means of chunks would count masked tokens.
     if logits_TV.device.type == "cpu" and logits_TV.element_size() >= 4 and not use_triton(logits_TV):
         total = F.cross_entropy(logits_TV, targets_T, ignore_index=MASKED, reduction="sum")
     else:
@@ -63,6 +64,7 @@ class _Total(torch.autograd.Function):
             return logits_TV, None
         for rows, targets in _chunks(logits_TV, targets_T):
             g = torch.softmax(rows.float(), dim=1)
+            # Masked targets point at column 0 here; the factor 0 below clears their rows.
             g[torch.arange(len(rows), device=rows.device), targets.clamp_min(0)] -= 1
             rows.copy_(g.mul_((targets.ne(MASKED) * grads[0]).unsqueeze(1)))
         return logits_TV, None
@@ -71,6 +73,7 @@ class _Total(torch.autograd.Function):
 def _chunks(logits_TV: Tensor, targets_T: Tensor) -> zip[tuple[Tensor, Tensor]]:
     chunk = _CPU_CHUNK if logits_TV.is_cpu else _GPU_CHUNK
     rows = max(1, chunk // (4 * max(1, logits_TV.shape[1])))
+    # Views, for backward writes the gradient into them.
     return zip(logits_TV.split(rows), targets_T.split(rows), strict=True)
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
-_BLOCK = 2048  # angles a program turns at a time
+_BLOCK = 2048  # angles that a program turns at a time
 
 
 def rotate_qkv(qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,9 @@ def _launch(
     if not inputs[0].numel():
         return
     if not use_triton(inputs[0]):
+        # The gradient of a rotation is the rotation by the opposite angle.
         return _turn_plainly(inputs, outputs, cos_SF, -sin_SF if back else sin_SF)
+    # The kernel goes by one set of strides for all inputs, and by unit steps within a head.
     if any(x.stride() != inputs[0].stride() or x.stride(3) != 1 for x in inputs):
         inputs = tuple(x.contiguous() for x in inputs)
     third = (inputs[2], outputs[2]) if len(inputs) == 3 else (None, None)

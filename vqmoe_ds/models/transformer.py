@@ -70,6 +70,7 @@ class Attention(nn.Module):
         q, k, v = self._turned(qkv, self.cos_SF[start : start + length], self.sin_SF[start : start + length])
         if past is not None:
             k, v = past.append(k, v)
+        # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if start else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -131,6 +132,7 @@ class Block(nn.Module):
         else:
             y = self.mlp(rows)
         if real_M is not None:
+            # No place twice, so the result does not depend on the order of writing.
             y = torch.zeros_like(x_BSD).flatten(0, 1).index_copy(0, real_M, y.squeeze(0)).view_as(x_BSD)
         return x_BSD + y, aux_loss, experts_TR
 
@@ -184,6 +186,7 @@ class MoETransformer(nn.Module):
         scales = {"head": 0.5, "out": out_scale, "down": out_scale}
         with torch.no_grad():
             for name, module in self.named_modules():
+                # Routers draw their own: a router with other maps must leave every other weight as it is.
                 if isinstance(module, nn.Linear) and ".router." not in name:
                     scale = module.in_features**-0.5 * scales.get(name.rsplit(".", 1)[-1], 1.0)
                     module.weight.copy_(drawn(tuple(module.weight.shape), scale, seed, name))
@@ -226,8 +229,10 @@ class MoETransformer(nn.Module):
         early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
         for index, block in enumerate(self.blocks):
             experts_T, ahead = routes.get(index, (None, Ahead()))
+            # All that a router may know enters the block as an argument: a recomputation sees what the forward saw.
             known = replace(context, expert_ids_T=experts_T)
             if recompute:
+                # New in every forward: what an earlier micro-batch kept must not answer this one's recomputation.
                 ahead = replace(ahead, kept=Kept())
                 x_BSD, aux, experts_TR = checkpoint(block, x_BSD, known, ahead, None, real_M, use_reentrant=False)
             else:
@@ -237,6 +242,7 @@ class MoETransformer(nn.Module):
                 aux_loss = aux_loss + aux
             if experts_TR is not None:
                 context = replace(context, previous_T=experts_TR[:, 0])
+            # Outside the checkpointed block, so that lookup and statistics happen once.
             if early and index == self.config.codebook.source_block:
                 routes = self._plan_from_source(real_tokens(x_BSD, real_M), first_block=index + 1)
         if cache is not None:

@@ -28,6 +28,7 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
     owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
     for _ in range(iterations):
         sizes_K = torch.bincount(owner_S, minlength=num_codes)
+        # Sequential on the CPU, in the order of the samples: the same bits in every run.
         sums_KC = torch.zeros_like(codes_KC).index_add_(0, owner_S, samples_SC)
         codes_KC = torch.where(sizes_K.unsqueeze(1) > 0, sums_KC / sizes_K.clamp_min(1).unsqueeze(1), codes_KC)
         for empty in (sizes_K == 0).nonzero().flatten().tolist():
@@ -35,6 +36,7 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
             if sizes_K[fullest] == 0:  # nothing left to split: fewer distinct samples than codes
                 break
             members = (owner_S == fullest).nonzero().flatten()
+            # By the number of the empty code, so that several do not land on one sample.
             codes_KC[empty] = samples_SC[members[empty % len(members)]]
             sizes_K[fullest] = sizes_K[fullest] // 2
         owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
@@ -117,8 +119,10 @@ def _plus_plus_seeds(samples_SC: Tensor, num_codes: int, generator: torch.Genera
     picks = [int(torch.randint(len(samples_SC), (1,), generator=generator))]
     nearest_S = (samples_SC - samples_SC[picks[0]]).square().sum(dim=1)
     for _ in range(num_codes - 1):
+        # In float64: late terms of a float32 sum over thousands would vanish, and their samples could never be drawn.
         cumulative_S = nearest_S.double().clamp_min(1e-12).cumsum(0)
         draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative_S[-1]
+        # Rounding may put the draw past the last sum.
         pick = min(int(torch.searchsorted(cumulative_S, draw)), len(samples_SC) - 1)
         picks.append(pick)
         nearest_S = torch.minimum(nearest_S, (samples_SC - samples_SC[pick]).square().sum(dim=1))
@@ -135,6 +139,7 @@ def balanced_map(sizes_K: Tensor, num_experts: int) -> Tensor:
     room = -(-num_codes // num_experts)
     load, held = [0.0] * num_experts, [0] * num_experts
     table = torch.zeros(num_codes, dtype=torch.int64)
+    # Stable, and ties by the lowest index below: every rank must draw the same table.
     for code in torch.argsort(sizes_K, descending=True, stable=True).tolist():
         open_experts = [e for e in range(num_experts) if held[e] < room]
         expert = min(open_experts, key=lambda e: (load[e], held[e], e))

@@ -52,6 +52,7 @@ class CodebookBank(nn.Module):
         self.num_layers, self.num_codes = num_layers, config.num_codes or num_experts
         code_width = config.code_dim or width
         shape = (num_layers, self.num_codes, code_width)
+        # Drawn on the CPU, whose numbers are the same everywhere: all ranks start from the same bits.
         generator = torch.Generator().manual_seed(seed)
         codes = torch.randn(shape, generator=generator)
         projection = None
@@ -59,6 +60,7 @@ class CodebookBank(nn.Module):
             projection = torch.linalg.qr(torch.randn(width, width, generator=generator))[0][:, : config.code_dim]
         self.register_buffer("projection_DC", projection)
         self.register_buffer("codes_LKC", F.normalize(codes, dim=-1) if config.distance == "cosine" else codes)
+        # Sum over count is the code from the start, so the first EMA step moves it and does not replace it.
         self.register_buffer("ema_sum_LKC", self.codes_LKC.clone())
         self.register_buffer("ema_count_LK", torch.ones(shape[:2]))
         hash_table = torch.arange(self.num_codes) % num_experts
@@ -105,6 +107,7 @@ class CodebookBank(nn.Module):
         """
         if tokens_T is not None and z_TC.device.type == "cpu":
             distinct_U, which_T = tokens_T.unique(return_inverse=True)
+            # Copies of a token write to one place in any order, for their vectors are equal and any of them will do.
             place_U = torch.empty_like(distinct_U).scatter_(0, which_T, torch.arange(len(z_TC), device=z_TC.device))
             return self.lookup_all(z_TC[place_U])[:, which_T]
         return nearest_codes(z_TC, self.codes_LKC)
@@ -133,6 +136,7 @@ class CodebookBank(nn.Module):
             return
         if self._pending is None:
             self._pending = self._no_statistics()
+        # Sources may serve the layers in parts; the one that serves the first counts the micro-batch.
         if layers.start == 0:
             self._unsynced.count()
         pending_LKC1 = self._pending[layers]
@@ -155,11 +159,13 @@ class CodebookBank(nn.Module):
         return self._no_statistics() if self._pending is None else self._pending
 
     def _no_statistics(self) -> Tensor:
+        # float64: the order in which micro-batches and ranks are added must not show in the codes.
         layers, codes, width = self.codes_LKC.shape
         return torch.zeros(layers, codes, width + 1, dtype=torch.float64, device=self.codes_LKC.device)
 
     def samples(self, micro_batch: int, count: int) -> Tensor:
         """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``."""
+        # Evenly spaced instead of drawn: there is no generator to keep in step over ranks and resumes.
         return torch.stack([_evenly(layer_samples[micro_batch], count) for layer_samples in self._samples])
 
     # ------------------------------------------ due at the end of this step
@@ -225,6 +231,7 @@ class CodebookBank(nn.Module):
                 self._ema_step(sums_LKC, counts_LK)
             if self.config.distance == "cosine":
                 self.codes_LKC.copy_(F.normalize(self.codes_LKC, dim=-1))
+        # Last, for decay and bias correction above go by the steps before this one.
         self.count(counts_LK)
 
     @torch.no_grad()
@@ -242,6 +249,7 @@ class CodebookBank(nn.Module):
 
     def _ema_step(self, sums_LKC: Tensor, counts_LK: Tensor) -> None:
         decay = self.decay()
+        # In float64 and rounded once: buffers hold float32.
         self.ema_count_LK.copy_(self.ema_count_LK.double() * decay + counts_LK * (1 - decay))
         self.ema_sum_LKC.copy_(self.ema_sum_LKC.double() * decay + sums_LKC * (1 - decay))
         means_LKC = self.ema_sum_LKC / self.ema_count_LK.clamp_min(1e-12).unsqueeze(-1)
@@ -258,6 +266,7 @@ class CodebookBank(nn.Module):
         mean = self.adam_mean_LKC / (1 - betas[0] ** step)
         square = self.adam_square_LKC / (1 - betas[1] ** step)
         self.codes_LKC -= self.config.learning_rate * mean / (square.sqrt() + 1e-8)
+        # No part of Adam: dead and overused codes are told by the running count.
         self.ema_count_LK.copy_(0.9 * self.ema_count_LK + 0.1 * counts_LK)
 
     def mark_initialized(self) -> None:
@@ -287,4 +296,5 @@ def _evenly(z_TC: Tensor, count: int) -> Tensor:
 
 def recomputing() -> bool:
     """True inside backward, where activation checkpointing repeats the forward (both modes)."""
+    # Checkpointing does not tell a function that it runs again, but it runs it within a backward pass.
     return bool(torch._C._current_graph_task_id() != -1)

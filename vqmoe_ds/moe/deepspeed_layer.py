@@ -57,6 +57,7 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
             ConfigError: the group orders its ranks otherwise than the experts were dealt out.
         """
         AutoEPMoELayer.set_deepspeed_parallelism(self, use_data_before_expert_parallel_, folding_group_handles)
+        # Experts were drawn for ep_rank before the engine made its groups; another order would permute them silently.
         place = dist.get_rank(group=self.ep_group)
         if place != self.ep_rank:
             raise ConfigError(
@@ -77,6 +78,7 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
                 AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
             }
             setattr(param, DS_AUTOEP_UC_META, universal)
+            # allreduce=False: an expert's gradient is averaged over the ranks that hold a copy of it, and no others.
             tags = {
                 "allreduce": False,
                 "group_name": self.ep_group_name,
@@ -114,9 +116,11 @@ def clip_gradients(module: nn.Module, limit: float) -> Tensor:
             gradients[getattr(param, "allreduce", True) is False].append(param.grad)
     zero = torch.zeros((), device=next(module.parameters()).device)
     squares = {key: sum((g.float().square().sum() for g in some), zero) for key, some in gradients.items()}
+    # Dense gradients are equal on all ranks by now, those of experts within a group are of different experts.
     if layers and layers[0].exchange_group is not None:
         dist.all_reduce(squares[True], group=layers[0].exchange_group)
     norm = (squares[False] + squares[True]).sqrt()
+    # No branch on the norm: the host would wait for it. The small number is that of torch's clip_grad_norm_.
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients[False] + gradients[True]:
         gradient.mul_(scale)

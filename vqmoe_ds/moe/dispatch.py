@@ -95,6 +95,7 @@ class Exchange:
         starts_GE = _starts(counts_GE.flatten()).view_as(counts_GE)
         by_expert_EG = counts_GE.t().contiguous()
         goals_GE = _starts(by_expert_EG.flatten()).view_as(by_expert_EG).t()
+        # Rows of an expert stand in the order of their source ranks, so its weight gradient is summed in one order.
         shifts = (goals_GE - starts_GE).flatten()
         shift_P = torch.repeat_interleave(shifts, counts_GE.flatten(), output_size=rows)
         inverse_P = torch.arange(rows, device=counts_GE.device) + shift_P
@@ -142,6 +143,7 @@ def sort_rows(expert_ids_LTR: Tensor, num_experts: int) -> SortedRows:
     """Sort the rows of L layers by expert, int64 ``[L, T, R]`` with values in ``[0, num_experts)``."""
     layers, tokens, routes = expert_ids_LTR.shape
     flat_LM = expert_ids_LTR.reshape(layers, tokens * routes)
+    # Stable: which of two rows of an expert comes first decides the last bits of its weight gradient.
     order_LM, ends_LN = sort_by_kind(flat_LM, num_experts)
     return SortedRows(routes, flat_LM, invert(order_LM), ends_LN, order_LM)
 
@@ -176,6 +178,7 @@ def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
     layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
     if ranks == 1:
         return [DispatchPlan(rows.routes, order, inverse, ends, ends) for order, inverse, ends in layers]
+    # Every rank of the group comes here for the same layers, be it without a row: who skips a collective stops all.
     send_LGE = torch.diff(rows.ends_LN, prepend=rows.ends_LN.new_zeros(len(rows.ends_LN), 1)).unflatten(1, (ranks, -1))
     received_GLE = _exchange_counts(send_LGE.transpose(0, 1).contiguous(), group)
     received_LGE = received_GLE.transpose(0, 1)
@@ -202,6 +205,7 @@ class _HostCopy:
         self._lists: list[tuple[list[int], list[int]]] | None = None
         self._host = sizes_L2G
         if sizes_L2G.is_cuda:
+            # The copy is over when the event is, not when copy_ returns: an earlier read would see old memory.
             self._host = torch.empty(sizes_L2G.shape, dtype=sizes_L2G.dtype, pin_memory=True)
             self._host.copy_(sizes_L2G, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -279,13 +283,14 @@ class _AllToAll(torch.autograd.Function):
         ctx.send, ctx.receive, ctx.group = send, receive, group
         if kept is None:
             return _all_to_all(rows, send, receive, group)
+        # All ranks recompute the same blocks, so all take the same branch and none waits for a collective alone.
         if recomputing() and name is None:  # values that nobody reads
             return rows.new_zeros(sum(receive), rows.shape[1])
         if recomputing() and name in kept.rows:  # once: a second backward through the graph asks the ranks again
             return kept.rows.pop(str(name))
         out = _all_to_all(rows, send, receive, group)
         if name is not None and not recomputing():
-            kept.rows[name] = out.detach()
+            kept.rows[name] = out.detach()  # with its history it would keep the graph that checkpointing frees
         return out
 
     @staticmethod
@@ -294,6 +299,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    # Also without a row to send or receive: the others of the group wait for this rank.
     out = rows.new_empty(sum(receive), rows.shape[1])
     splits = {"output_split_sizes": receive, "input_split_sizes": send}
     comm().all_to_all_single(out, rows.contiguous(), **splits, group=group)

@@ -85,6 +85,7 @@ class StackedExperts(nn.Module):
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:
+    # Other numbers would be another model of the same seed: runs are compared by it.
     return ((seed * 1_000_003 + layer) * 1_000_003 + expert + 17) % 2**64
 
 
@@ -128,6 +129,7 @@ class _PlainExperts(torch.autograd.Function):
             if counts_E[e]:
                 _expert_backward(products, *inputs_E[e])
             else:
+                # Zeros and not nothing: every rank reduces the gradients of all its experts.
                 for gradient in inputs_E[e][-3:]:
                     gradient.zero_()
 
@@ -165,6 +167,7 @@ def _expert_backward(
     products.mm_into(gw2, g.t(), silu * up)
     g_hidden = products.mm(g, w2)
     g_gate = torch.ops.aten.silu_backward(g_hidden * up, gate)
+    # In place only now: the gradient of the gate has read it.
     g_up = g_hidden.mul_(silu)
     gx.copy_(products.mm(g_gate, w1).add_(products.mm(g_up, w3))[: len(gx)])
     products.mm_into(gw1, g_gate.t(), x)

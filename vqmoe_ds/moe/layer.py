@@ -115,6 +115,7 @@ class MoELayer(nn.Module):
         ahead = ahead or Ahead()
         routing = self.router(x_TD, replace(context or RoutingContext(), sequence=x_BSD.shape[1]))
         plan = self._plan(routing, ahead)
+        # A recomputation sees the same tokens again, and each counts once.
         if self.training and not recomputing():
             self.tokens_per_expert += plan.sent_counts_N
         chosen = routing.tokens_M
@@ -122,6 +123,7 @@ class MoELayer(nn.Module):
         if routing.discrete_offset_TD is not None:
             rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
         group, kept = self.exchange_group, ahead.kept
+        # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
         rows_PD = self.experts(send_rows(rows_MD, plan, group, kept), plan.ends_E)
         rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=routing.weights_TR is not None)
         y_TD = combine(rows_MD, plan, routing.weights_TR)
@@ -135,6 +137,7 @@ class MoELayer(nn.Module):
         kept = ahead.kept
         if ahead.plan is not None:
             return ahead.plan
+        # Made again, the plan would exchange counts once more, and the host would wait for them in backward.
         if kept is not None and kept.plan is not None and recomputing():
             return kept.plan
         ids_LTR = routing.expert_ids_TR.unsqueeze(0)
@@ -152,5 +155,6 @@ class MoELayer(nn.Module):
 def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """The offset of each sorted row: that of its token on the discrete (last) slot, zero elsewhere."""
     tokens_M, slots_M = plan.order_M // plan.routes, plan.order_M % plan.routes
+    # The discrete choice is the last slot by the contract of Routing.last_is_discrete.
     discrete_M1 = (slots_M == plan.routes - 1).unsqueeze(1)
     return torch.where(discrete_M1, offset_TD[tokens_M], offset_TD.new_zeros(()))

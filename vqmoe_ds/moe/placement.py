@@ -31,9 +31,11 @@ def initialize_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice = AL
     codes_LKC, sums_LKC, counts_LK, tables_LK = host = _on_host(bank, layers)
     mean_counts_L = (bank.pending[layers][..., -1].sum(dim=1) / bank.num_codes).clamp_min(1.0).cpu()
     for i, (layer, samples_SC) in enumerate(_numbered(bank, samples_LSC, layers)):
+        # Seeded by the layer and not by the rank: whoever clusters a layer draws the same.
         generator = torch.Generator().manual_seed(1000003 * (layer + 1))
         codes_KC, sizes_K = kmeans(samples_SC, bank.num_codes, iterations, generator)
         codes_LKC[i] = F.normalize(codes_KC, dim=-1) if book.distance == "cosine" else codes_KC
+        # Weighted as if these codes had run for long: else the first EMA step would count for more than all samples.
         counts_LK[i] = sizes_K / sizes_K.sum() * bank.num_codes * mean_counts_L[i]
         sums_LKC[i] = codes_LKC[i] * counts_LK[i].unsqueeze(-1)
         if book.code_map == "balanced":
@@ -54,6 +56,7 @@ def split_overused_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice 
         if not overused_L[i]:
             continue
         codes_KC, sizes_K = split_overused(samples_SC, codes_LKC[i], bank.config.overused_above)
+        # Codes that stayed keep their running sums: samples are fewer than the tokens that they have seen.
         moved_K = (codes_KC != codes_LKC[i]).any(dim=1)
         weight = counts_LK[i].sum() / sizes_K.sum()
         codes_LKC[i] = codes_KC

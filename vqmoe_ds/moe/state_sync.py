@@ -43,6 +43,7 @@ class StateSync:
     def __init__(self, model: nn.Module, accumulation_steps: int = 1, group: Any = None) -> None:
         self.group = group
         self._states: list[_Codebooks | _Router] = []
+        # In the order of registration, which is the same on every rank, as the fused all-reduce needs it.
         for module in model.modules():
             if isinstance(module, CodebookBank):
                 self._states.append(_Codebooks(module, accumulation_steps, group))
@@ -70,6 +71,7 @@ class StateSync:
         if not self._states:
             return
         self.start()
+        # Before any state learns: what a codebook sends depends on whether its codes still move.
         shapes = [state.statistics().shape for state in self._states]
         parts = self._sum.finish().flatten().split([shape.numel() for shape in shapes])
         for state, shape, part in zip(self._states, shapes, parts, strict=True):
@@ -128,6 +130,7 @@ class _Codebooks:
             self._broadcast_layers()
             bank.count(total[..., -1])
         else:
+            # Asked before the update, which counts the step.
             splitting_due, reseeding_due = bank.splitting_due, bank.reseeding_due
             bank.update(total)
             self._rescue(splitting_due, reseeding_due)
@@ -153,6 +156,7 @@ class _Codebooks:
     def _candidates(self, count: int) -> Tensor:
         """New places for dead codes, float32 ``[L, count, C]``: from one micro-batch, another at every step."""
         bank = self.bank
+        # Steps are equal on all ranks, so all agree on whose samples are taken, and join the same broadcast.
         micro_batch = bank.steps_taken % (self.world * self.accumulation_steps)
         rank = micro_batch % self.world
         if self.rank == rank:
@@ -227,6 +231,7 @@ def equal_on_all_ranks(tensors: list[Tensor], group: Any) -> bool:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return True
     mark = torch.stack([fingerprint(tensor) for tensor in tensors])
+    # The largest of x and of -x over the ranks are opposite only where all x are equal: one collective tells.
     both = torch.cat([mark, -mark])
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     return bool((both[: len(mark)] == -both[len(mark) :]).all())
@@ -235,5 +240,6 @@ def equal_on_all_ranks(tensors: list[Tensor], group: Any) -> bool:
 def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 number that differs whenever one bit does."""
     types = {4: torch.int32, 8: torch.int64}
+    # Weighted by place, so that exchanged values show; int64 wraps around alike on every device.
     bits = tensor.view(types[tensor.element_size()]).long().flatten()
     return (bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()

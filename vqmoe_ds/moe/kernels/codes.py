@@ -30,6 +30,7 @@ def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
     if not use_triton(z_TC):
         flat_KC = codes_LKC.flatten(0, 1)
         half_norms_K = flat_KC.square().sum(dim=-1) / 2
+        # The square of z is the same for all codes and left out; it would only cost digits.
         distances = torch.addmm(half_norms_K, z_TC, flat_KC.t(), alpha=-1)
         return distances.view(-1, layers, codes).argmin(dim=-1).t().contiguous()
     z_TC, codes_LKC = z_TC.contiguous(), codes_LKC.contiguous()
@@ -55,6 +56,7 @@ def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
     sums_LKC = z_TC.new_zeros(layers, num_codes, width)
     if use_triton(z_TC):
         if tokens:
+            # Sorted first, so that a program adds the rows of one code alone and nothing is added atomically.
             order_LT, ends_LK = sort_by_kind(codes_LT, num_codes)
             block_R, block_C = 16, block_size(width, 128, 16)
             grid = (layers * num_codes, -(-width // block_C))

@@ -90,6 +90,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_MD: Tensor, inverse_M: Tensor, weights_TR: Tensor | None, routes: int) -> Tensor:
         rows_MD = rows_MD.contiguous()
+        # Rows are the largest tensors of a layer; without weights their gradient needs the permutation alone.
         ctx.save_for_backward(inverse_M, weights_TR, rows_MD if ctx.needs_input_grad[2] else None)
         ctx.routes = routes
         return _gather(rows_MD, inverse_M, weights_TR, routes)
@@ -151,6 +152,7 @@ def _gather_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    # Slots in order, in float32, rounded once: the sum does not depend on the block size or the number of programs.
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for slot in tl.static_range(ROUTES):
         place = tl.load(inverse_ptr + token * ROUTES + slot).to(tl.int64)
@@ -175,6 +177,7 @@ def _spread_kernel(
     DOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    # A permutation: no two programs write to one place.
     token = tl.program_id(0).to(tl.int64)
     for slot in tl.static_range(ROUTES):
         place = tl.load(inverse_ptr + token * ROUTES + slot).to(tl.int64)

@@ -45,6 +45,7 @@ class CompiledExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
         _check_shapes(x_PD, w1, w2, w3)
+        # The kernel gets bare addresses: a wrong count would write past the end of memory instead of raising.
         check_counts(counts_E, len(w1), len(x_PD))
         x_PD, w1, w2, w3 = (t.contiguous() for t in (x_PD, w1, w2, w3))
         out_PD = torch.empty_like(x_PD)
@@ -112,6 +113,7 @@ class _Backward:
                 self._run_rows(e, first, end, *(t[own] for t in cut[e]))
 
         run_shared(rows, [piece.end - piece.first for piece in self.pieces])
+        # Only now, for a column reads all rows of its expert. One thread sums each entry, in the order of the rows.
         columns = [(e, c) for e in cut for c in range(0, self.hidden, _COLUMNS)]
 
         def weights(index: int) -> None:

@@ -50,6 +50,7 @@ class GroupedExperts(torch.autograd.Function):
         g_hidden_PH = _rows_by_weights(g_PD, w2_EDH, ends_E)
         g_gate_PH, g_up_PH, hidden_PH = swiglu_backward(g_hidden_PH, gate_PH, up_PH)
         gw2 = _rows_by_rows(g_PD, hidden_PH, ends_E) if needs_w2 else None
+        # Freed before the products that follow take memory of their own.
         del hidden_PH
         gx_PD = None
         if needs_x:

@@ -38,6 +38,7 @@ def swiglu_backward(g_PH: Tensor, gate_PH: Tensor, up_PH: Tensor) -> tuple[Tenso
         g, gate, up = _wide(g_PH), _wide(gate_PH), _wide(up_PH)
         sigmoid, silu = gate.sigmoid(), _silu(gate)
         g_up_PH, hidden_PH = (g * silu).to(g_PH.dtype), (silu * up).to(g_PH.dtype)
+        # Last: in float32 g is g_PH itself.
         return g_PH.copy_(g * up * (sigmoid * (1 + gate * (1 - sigmoid)))), g_up_PH, hidden_PH
     g_up_PH, hidden_PH = torch.empty_like(g_PH), torch.empty_like(g_PH)
     if size := g_PH.numel():
