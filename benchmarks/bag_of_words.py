@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a bag of words reaches on labelled texts, so that a reader knows what a fine-tuned model's figures are worth.
+"""A bag of words on labelled texts: the baseline that tells what a fine-tuned model's figures are worth.
 
     python benchmarks/bag_of_words.py --task sst2=data/sst2 banking77=data/banking77
     python benchmarks/bag_of_words.py --task sst2=data/sst2 --shots 1,4,16,64,all --seeds 3 --json figures.json
@@ -41,11 +41,11 @@ ALL = "all"
 
 
 class Draw(NamedTuple):
-    """What is learned from, and what is asked."""
+    """Texts to learn from, and texts to classify."""
 
     task: str
     shots: int | None
-    """Texts a class; None for all."""
+    """Texts per class; None for all."""
     seed: int
     train: LabelledTexts
     test: LabelledTexts
@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _shots(text: str, seeds: int) -> list[int | None]:
-    """Texts a class; None for all."""
+    """Texts per class; None for all."""
     counts = [None if part == ALL else int(part) if part.isdigit() else 0 for part in text.split(",")]
     if 0 in counts or seeds < 1:
         raise ConfigError(f"--shots {text} --seeds {seeds} must be numbers from 1 on, or --shots all")
@@ -112,7 +112,7 @@ def measure(drawn: Draw) -> dict[str, Any]:
 
 
 def classify(texts: Sequence[str], labels: np.ndarray, asked: Sequence[str]) -> tuple[np.ndarray, float]:
-    """Predicted classes of the texts asked for, and the C taken."""
+    """Predicted classes of the texts to classify, and the C that was chosen."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     features = words.fit_transform(texts)
     regression = LogisticRegression(C=FIXED, max_iter=2000)

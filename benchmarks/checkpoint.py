@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long saving a checkpoint keeps training waiting, by part, on two ranks (docs/cluster.md).
+"""Time that saving a checkpoint keeps training waiting, by part, on two ranks (docs/cluster.md).
 
 python benchmarks/checkpoint.py                     # about 0.2 GB of weights and optimizer
 python benchmarks/checkpoint.py --experts 160 --folder /fast/disk

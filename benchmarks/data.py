@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""From text to indexed files: ours beside the loop of Megatron-LM's preprocessing, in turns, with the same tokenizer.
+"""Text to indexed files: ours beside the loop of Megatron-LM's preprocessing, in turns, with the same tokenizer.
 
     python benchmarks/data.py                                        # bytes, unigram and BPE, two workers
     python benchmarks/data.py --recipe sotu --tokenizer unigram --workers 1 2
@@ -184,7 +184,7 @@ def row(run: dict[str, Any]) -> list[str]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and the children it has waited for."""
+    """Processor time of this process and of the children it has waited for."""
     return sum(os.times()[:4])
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What the discrete path alone saves: parameters, FLOPs, memory and speed, before and after (docs/finetuning.md).
+"""Savings of the discrete path alone: parameters, FLOPs, memory and speed, before and after (docs/finetuning.md).
 
     python benchmarks/discrete_path.py runs/vq runs/topk2                   # a vq run is also measured discrete alone
     python benchmarks/discrete_path.py runs/vq runs/topk2 --repeats 20 --json saves.json
     python benchmarks/discrete_path.py --presets base 64e large             # counts alone, nothing is built
 
 Counted: parameters stored and used by a token, FLOPs of a token's forward pass (``models/flops.py``), bytes of weights.
-Measured, each in a process of its own on held-out text of the first run: tokens a second and peak memory of a forward
+Measured, each in a process of its own on held-out text of the first run: tokens per second and peak memory of a forward
 pass, of text generated with a cache (``tools/generate.py``), and of a training step of all weights (AdamW, without
 DeepSpeed). Models take turns, so that a busy machine slows all of them; speeds are medians. Memory is the peak resident
 size, less that of the process before it loads the model.
@@ -233,7 +233,7 @@ def _train(loaded: Any, tokens_BS: Any, options: argparse.Namespace) -> Callable
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "stored": ("stored", lambda n: f"{n / 1e6:.2f} M"),
     "used by a token": ("active", lambda n: f"{n / 1e6:.2f} M"),
-    "FLOPs a token": ("flops", lambda n: f"{n / 1e6:.2f} M"),
+    "FLOPs per token": ("flops", lambda n: f"{n / 1e6:.2f} M"),
     "in experts": ("experts_share", lambda n: f"{n:.0%}"),
     "in experts, head left out": ("experts_share_of_blocks", lambda n: f"{n:.0%}"),
     "weights MB": ("weight_bytes", lambda n: f"{n / 1e6:.1f}"),
@@ -247,7 +247,7 @@ SHARES = ("experts_share", "experts_share_of_blocks")
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """A row a model, a discrete path with its difference from the model before it."""
+    """One row per model, a discrete path with its difference from the model before it."""
     titles = [title for title, (key, _) in COLUMNS.items() if any(key in row for row in rows)]
     lines = [[row["name"], *(_cell(title, i, rows) for title in titles)] for i, row in enumerate(rows)]
     return table(["", *titles], lines)

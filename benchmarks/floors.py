@@ -1,4 +1,4 @@
-"""What the parts of a training step cannot do without: each alone, by the fastest means there is on this machine.
+"""Least times of the parts of a training step: each alone, by the fastest means there is on this machine.
 
 Products and attention are timed as the model calls them, with nothing around them; what only moves memory is reckoned
 from the bandwidth of a large copy, bytes read plus bytes written. All ranks measure at the same time, for they share

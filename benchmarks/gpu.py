@@ -57,7 +57,7 @@ MODULES = {
     "msgpack": "msgpack",
     "ninja": "ninja",
 }
-"""What is imported, and the package that holds it."""
+"""Modules that are imported, and the packages that hold them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

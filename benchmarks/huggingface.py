@@ -111,12 +111,12 @@ def logits_of(model: Any, inputs_BS: Tensor) -> Tensor:
 
 
 def bits(logits_BSV: Tensor, targets_BS: Tensor) -> float:
-    """Bits a token, which is a byte here."""
+    """Bits per token, which is a byte here."""
     return float(F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())) / math.log(2)
 
 
 def speed(model: Any, cached: bool) -> float:
-    """Tokens a second of greedy generation, the better of two runs."""
+    """Tokens per second of greedy generation, the better of two runs."""
     prompt = torch.tensor([list(PROMPT)])
     best = math.inf
     for _ in range(2):

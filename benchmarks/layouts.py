@@ -58,7 +58,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, layers=2)
-    parser.add_argument("--batch", type=int, default=4, help="sequences of 256 tokens a step, over both ranks")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of 256 tokens per step, over both ranks")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--json", help="write the figures to a file, or to the terminal with -")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""What all benchmarks share: clocks, memory, tables. Imports nothing heavy: child processes inherit its size."""
+"""Clocks, memory and tables of all benchmarks. Imports nothing heavy: child processes inherit its size."""
 
 from __future__ import annotations
 

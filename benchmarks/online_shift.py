@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast models recover when the text they are trained on changes its domain, and how far their routes move.
+"""Recovery of models when the text they are trained on changes its domain, and how far their routes move.
 
     python benchmarks/online_shift.py --domains data/wikitext2 data/shakespeare --steps 60 --rounds 2 --seeds 3 \
         --model "VQ, frozen codebook=runs/vq" --model "VQ, moving codebook=runs/vq,codebook.learning=ema" \
@@ -90,9 +90,9 @@ class Watch(Callback):
     windows: Sequence[Any]
     losses: list[float] = field(default_factory=list)
     moved: list[list[float]] = field(default_factory=list)
-    """By stretch and domain, share of the domain's probe that changed an expert in that stretch, mean over layers."""
+    """Share of each domain's probe that changed an expert in each stretch, mean over layers, by stretch and domain."""
     codes: list[float] = field(default_factory=list)
-    """By stretch, perplexity of the codes that its tokens had, mean over layers."""
+    """Perplexity of the codes of each stretch's tokens, mean over layers, by stretch."""
     held_out: list[list[float | None]] = field(default_factory=list)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -171,7 +171,7 @@ def _open(loaded: Any, reader: Any, domain: str) -> Any:
 
 
 def stretches(found: dict[str, Any], steps: int, domains: int) -> dict[int, dict[str, float]]:
-    """By domain, the measures of ``COLUMNS`` averaged over its stretches after the very first, which is no change."""
+    """The measures of ``COLUMNS`` by domain, averaged over its stretches after the very first, which is no change."""
     rows: dict[int, list[dict[str, float]]] = {}
     for number in range(1, len(found["losses"]) // steps):
         losses = np.array(found["losses"][number * steps : (number + 1) * steps])

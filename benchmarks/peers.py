@@ -1,6 +1,6 @@
-"""What ours is measured against: the same SwiGLU experts inside each of DeepSpeed's MoE layers, and the dense MLP.
+"""Layers to measure ours against: the same SwiGLU experts inside each of DeepSpeed's MoE layers, and the dense MLP.
 
-Every layer maps hidden states ``[B, S, D]`` to ``[B, S, D]`` with one expert of hidden width H a token.
+Every layer maps hidden states ``[B, S, D]`` to ``[B, S, D]`` with one expert of hidden width H per token.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def build_on(device: torch.device, dtype: torch.dtype, build: Callable[[], nn.Mo
 
 
 def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes a second read plus written by a large copy, best of 5."""
+    """Bytes per second read plus written by a large copy, best of 5."""
     source = torch.ones(megabytes * 2**18)
     target = torch.empty_like(source)
     best = min(seconds(lambda: target.copy_(source)) for _ in range(6))

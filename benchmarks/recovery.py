@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long a stopped training needs from its command to its first new step, and how much of it is imports.
+"""Time of a stopped training from its command to its first new step, and the share of imports in it.
 
 python benchmarks/recovery.py                                  # python launchers/pretrain.py, one rank
 python benchmarks/recovery.py --ranks 2 --launcher deepspeed   # or torchrun, or node (launchers/slurm/node.py)

@@ -255,7 +255,8 @@ class Clock:
 
 def report(run: dict[str, Any], options: argparse.Namespace) -> str:
     title = (
-        f"\n## {run['ranks']} rank(s), {run['threads']} thread(s) each, {options.dtype}, {options.tokens} tokens a step"
+        f"\n## {run['ranks']} rank(s), {run['threads']} thread(s) each, {options.dtype}, "
+        f"{options.tokens} tokens per step"
     )
     best = {name: min(times) for name, times in run["times"].items()}
     reference = best.get("ours", min(best.values()))
@@ -268,7 +269,7 @@ def report(run: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def floor_table(run: dict[str, Any], best: float) -> str:
-    """What the parts cost at least (benchmarks/floors.py), and the best step of ours as a multiple of their sum."""
+    """Least cost of the parts (benchmarks/floors.py), and our best step as a multiple of their sum."""
     lowest: dict[str, float] = run["floors"]
     rows = [[part, f"{value:.1f}"] for part, value in lowest.items()]
     rows.append(["**sum**; ours is " + f"{best / sum(lowest.values()):.2f} times that", f"{sum(lowest.values()):.1f}"])

@@ -55,7 +55,7 @@ def _there_and_back(case: str, bench: Bench, tag: Path, here: LoadedModel) -> Fi
 
 
 def _load(path: Path, device: torch.device | str) -> LoadedModel:
-    """In float32 on both, for bfloat16 may choose another token."""
+    """Generate in float32 on both, for bfloat16 may choose another token."""
     return load_model(path, device=device, precision="fp32")
 
 

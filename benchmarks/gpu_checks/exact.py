@@ -60,7 +60,7 @@ def _same(here: Run, there: Run) -> dict[str, bool]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """As a run with ``train.deterministic``: on a GPU an operation that has no deterministic kernel raises."""
+    """Settings of a run with ``train.deterministic``: on a GPU an operation that has no deterministic kernel raises."""
     make_deterministic(True)
     try:
         yield

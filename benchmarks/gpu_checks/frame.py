@@ -1,4 +1,4 @@
-"""What all checks share: what they find, where they run, clocks and memory."""
+"""Shared parts of all checks: findings, the place where they run, clocks and memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Finding:
     status: str
     figures: dict[str, Any] = field(default_factory=dict)
     why: str = ""
-    """What failed, or why it was skipped."""
+    """The failure, or the reason for skipping it."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does at best."""
+    """Best rates of this machine."""
 
     copy: float
     """Bytes per second, read plus written, of a large copy."""
@@ -44,7 +44,7 @@ class Rates:
 
 @dataclass
 class Bench:
-    """Where the checks run.
+    """The place where the checks run.
 
     Args:
         device: of all tensors.
@@ -73,7 +73,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Give memory back that a case before has left."""
+        """Free memory that the case before has left."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -181,7 +181,7 @@ def equal(case: str, same: dict[str, bool], **figures: Any) -> Finding:
 def attempt(
     case: str, call: Callable[[], Finding | Iterator[Finding]], out_of_memory: str = FAILED
 ) -> Iterator[Finding]:
-    """What ``call`` finds; an exception becomes a finding of its own, so that it does not hide the cases after it.
+    """Findings of ``call``; an exception becomes a finding of its own, so that it does not hide the cases after it.
 
     Args:
         case: the name of that finding.

@@ -29,7 +29,7 @@ COUNTS = {
     "no rows": [0, 0, 0, 0, 0, 0],
 }
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
-"""Of errors relative to the largest value: a few roundings of the type."""
+"""Limit of errors relative to the largest value: a few roundings of the type."""
 
 
 def run(bench: Bench) -> Iterator[Finding]:
@@ -99,7 +99,7 @@ def _compare(names: tuple[str, ...], got: list[Tensor], want: list[Tensor], coun
 
 
 def _refusals(bench: Bench) -> Iterator[Finding]:
-    """Facts that the schema's checks stand on: which widths the product refuses, with its own words."""
+    """The widths that the product refuses, with its own words: the schema's checks rely on them."""
     for dtype, width in ((torch.bfloat16, 60), (torch.float16, 60), (torch.float32, 62), (torch.float64, 64)):
         x_PD = torch.randn(8, width, device=bench.device).to(dtype)
         w_EHD = torch.randn(2, HIDDEN, width, device=bench.device).to(dtype)

@@ -49,7 +49,7 @@ SMALL = Sizes((256, 128), (48,), 32, 8, 2)
 
 
 class Aim(NamedTuple):
-    """At the tokens and hidden width given, ``of``'s figure is at most ``factor`` times that of ``to``."""
+    """An aim: at the tokens and hidden width given, ``of``'s figure is at most ``factor`` times that of ``to``."""
 
     tokens: tuple[int, ...]
     hidden: int
@@ -98,7 +98,7 @@ def roofline_ms(rates: Rates, tokens: int, width: int, hidden: int) -> float:
 
 
 def flops(tokens: int, width: int, hidden: int) -> int:
-    """Of three products, forward and twice backward."""
+    """FLOPs of three products, forward and twice backward."""
     return 18 * tokens * width * hidden
 
 

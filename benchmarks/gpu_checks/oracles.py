@@ -183,7 +183,7 @@ def _one_step(layer: MoELayer, x_TD: Tensor, direction_TD: Tensor, step: int) ->
 
 
 def _code_errors(bench: Bench) -> dict[str, float]:
-    """Of search, sums and counts for several layers at once, with sizes that fill no block of a kernel."""
+    """Errors of search, sums and counts for several layers at once, with sizes that fill no block of a kernel."""
     layers, codes, width, tokens = (2, 17, 40, 150) if bench.small else (3, 150, 260, 5000)
     z_TC, codes_LKC = _draw((tokens, width), 1, torch.float32), _draw((layers, codes, width), 2, torch.float32)
     nearest_LT = nearest_codes(z_TC.to(bench.device), codes_LKC.to(bench.device))

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from measuring import table
 
 BEGINS, ENDS = "begins", "ends"
-"""Of a check; all other words are of a finding."""
+"""Events of a check; all other words are of a finding."""
 PASSED, FAILED, MEASURED, SKIPPED, ERROR, TIMEOUT = "passed", "failed", "measured", "skipped", "error", "timeout"
 MET, MISSED = "met", "missed"
-"""Of aims for speed and memory, which nobody is wrong to miss."""
+"""Findings on aims for speed and memory; to miss one is no failure."""
 BAD = (FAILED, ERROR, TIMEOUT)
 STATUSES = (PASSED, MET, MEASURED, SKIPPED, MISSED, *BAD)
 
@@ -81,7 +81,7 @@ def _aims(lines: list[Line]) -> str:
 
 
 def value(line: Line) -> float:
-    """What an aim is about: a ratio of two times, or a share."""
+    """The figure of an aim: a ratio of two times, or a share."""
     figures = line["figures"]
     return float(figures["ratio"] if "ratio" in figures else figures["share"])
 

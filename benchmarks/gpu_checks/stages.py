@@ -15,7 +15,7 @@ from .report import FAILED, PASSED, SKIPPED
 STEPS = 5
 ORDER = (1, 2, 3, 0)
 AGREE = {"fp32": 1e-4, "bf16": 2e-2}
-"""How far the losses of a stage may differ from those of ZeRO-1."""
+"""Largest difference of the losses of a stage from those of ZeRO-1."""
 AGREE_UNSHARDED = {"fp32": 1e-4, "bf16": 2e-1}
 """The same for ZeRO-0, which in bf16 clips by a norm without the experts (moe/deepspeed_layer.py)."""
 

@@ -26,7 +26,7 @@ PRECISIONS = ("bf16", "fp32", "fp16")
 
 
 def fields(bench: Bench, **more: Any) -> dict[str, Any]:
-    """Of the run configuration; section and field are joined by two underscores."""
+    """Fields of the run configuration; in ``more``, section and field are joined by two underscores."""
     width, hidden, length = (32, 32, 32) if bench.small else (128, 192, 256)
     base = {
         "model.layers": 2,
