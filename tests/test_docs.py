@@ -59,6 +59,14 @@ def test_the_architecture_has_the_rooms_in_the_order_that_is_linted():
     assert re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE) == rooms
 
 
+def test_the_glossary_names_files_that_exist():
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    files = [re.findall(r"^`([\w/]+\.py)`$", place) for term, _, place in rows if term not in ("term", "room")]
+    assert len(files) > 25 and all(len(found) == 1 for found in files)
+    for (file,) in files:
+        assert (ROOT / "vqmoe_ds" / file).is_file(), file
+
+
 def test_the_way_of_a_batch_names_functions_that_exist():
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     steps = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `([\w.]+)` \|", page, re.MULTILINE)
