@@ -137,7 +137,7 @@ def _fingerprints(rank: int, world: int) -> dict[str, bool]:
     found["table"] = sync.in_step()
     if rank == 3:
         bank.code_map_LK[1, 3] ^= 1
-    found["mended"] = sync.in_step()
+    found["repaired"] = sync.in_step()
     _observe(bank, _micro_batch(rank, 0))
     sync.skip()
     found["skipped"] = sync.in_step() and bank.pending.abs().sum().item() == 0
@@ -146,7 +146,7 @@ def _fingerprints(rank: int, world: int) -> dict[str, bool]:
 
 def test_in_step_notices_one_bit() -> None:
     for found in run_ranks(4, _fingerprints):
-        expected = dict.fromkeys(found, False) | dict.fromkeys(("equal", "mended", "skipped"), True)
+        expected = dict.fromkeys(found, False) | dict.fromkeys(("equal", "repaired", "skipped"), True)
         assert found == expected
 
 
