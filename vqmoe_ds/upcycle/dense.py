@@ -257,7 +257,7 @@ class UpcycledReader(WeightsReader):
         raise CheckpointError(f"{name} is computed, not stored")
 
     def buffers(self) -> dict[str, Tensor]:
-        """Fresh codebooks: random codes that are initialized from data at ``codebook.birth_step``."""
+        """Fresh codebooks: random codes that are initialized from data at ``codebook.init_step``."""
         return fresh_buffers(self._run)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
