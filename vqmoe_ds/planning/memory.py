@@ -251,7 +251,7 @@ def _kept(run_json: str, dtype: torch.dtype, imbalance: float) -> tuple[list[int
 
 
 def codebook(config: EngineConfig, parameters: Parameters) -> int:
-    """Buffers, float64 statistics of a step with room for their update, and samples kept for initialization or re-seeding."""
+    """Buffers, float64 statistics of a step with room for their update, and samples kept to place codes."""
     run = config.run
     if not run.moe.facts.uses_codebook:
         return parameters.buffer_bytes
