@@ -18,9 +18,9 @@ from torch import Tensor
 from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.codebook import recomputing
 from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.state import recomputing
 from vqmoe_ds.moe.state_sync import StateSync
 
 MICRO_BATCHES, MICRO_SIZE, VOCAB = 4, 2, 64

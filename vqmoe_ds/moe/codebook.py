@@ -13,17 +13,30 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
-from vqmoe_ds.moe.unsynced import Unsynced
+from vqmoe_ds.moe.state import SteppedState
+from vqmoe_ds.runtime.errors import ConfigError
 
 
-class CodebookBank(nn.Module):
+class CodebookBank(SteppedState):
     """``num_layers`` codebooks of ``num_codes`` vectors and their code-to-expert tables.
+
+    A layer of codes has one of its own, unless its model passes one that all layers share:
+
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import CodebookBank, LayerConfig, MoEConfig, MoELayer, RoutingContext
+        >>> moe = MoEConfig(router="vq", num_experts=4, expert_hidden=32, top_k=0)
+        >>> config = LayerConfig(width=16, moe=moe, layer=1, shared_codebook=True)
+        >>> bank = CodebookBank(config.codebook, num_layers=2, num_experts=4, width=16, seed=0)
+        >>> y_BSD, _, expert_ids_TR = MoELayer(config)(torch.randn(2, 8, 16), RoutingContext(codebooks=bank))
+        >>> expert_ids_TR.shape
+        torch.Size([16, 1])
 
     Args:
         config: how the codes are looked up and learned.
@@ -71,7 +84,7 @@ class CodebookBank(nn.Module):
         if config.learning == "gradient":
             self.register_buffer("adam_mean_LKC", torch.zeros(shape))
             self.register_buffer("adam_square_LKC", torch.zeros(shape))
-        self._updates, self._born_at, self._unsynced = HostMirror(), HostMirror(), Unsynced()
+        self._updates, self._born_at = HostMirror(), HostMirror()
         self.clear_statistics()
         self.register_buffer("usage_LK", torch.zeros(shape[:2], dtype=torch.float64), persistent=False)
 
@@ -116,9 +129,9 @@ class CodebookBank(nn.Module):
 
     def clear_statistics(self) -> None:
         """Forget what was gathered since the last update (a step that is not taken leaves no trace)."""
-        self._pending: Tensor | None = None
+        self._pending = None
         self._samples: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
-        self._unsynced.clear()
+        self.micro_batches = 0
 
     @torch.no_grad()
     def observe_all(self, layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
@@ -132,22 +145,23 @@ class CodebookBank(nn.Module):
             z_TC: the vectors.
             codes_LT: what they looked up, for these layers alone.
         """
-        if not self.training or recomputing():
+        if not self.observing:
             return
         if self._pending is None:
             self._pending = self._no_statistics()
         # Sources may serve the layers in parts; the one that serves the first counts the micro-batch.
         if layers.start == 0:
-            self._unsynced.count()
+            self.count_micro_batch()
         pending_LKC1 = self._pending[layers]
         pending_LKC1[..., -1] += count_ids(codes_LT, self.num_codes)
         if self.moving:
             pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
-        if (self.initialization_due or self.splitting_due or self.reseeding_due) and not self._unsynced.given_up:
+        if self.initialization_due or self.splitting_due or self.reseeding_due:
             keep = 4 * self.num_codes if self.initialized and not self.splitting_due else self.config.kmeans_samples
             sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
             for samples in self._samples[layers]:
-                samples.append(sample_SC)
+                if len(samples) < self.accumulation_steps:  # more would grow without end where nobody calls StateSync
+                    samples.append(sample_SC)
 
     def observe(self, layer: int, z_TC: Tensor, codes_T: Tensor) -> None:
         """``observe_all`` for one layer."""
@@ -164,8 +178,20 @@ class CodebookBank(nn.Module):
         return torch.zeros(layers, codes, width + 1, dtype=torch.float64, device=self.codes_LKC.device)
 
     def samples(self, micro_batch: int, count: int) -> Tensor:
-        """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``."""
+        """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``.
+
+        Raises:
+            ConfigError: there was no such micro-batch, or it had no tokens.
+        """
         # Evenly spaced instead of drawn: there is no generator to keep in step over ranks and resumes.
+        for layer, samples in enumerate(self._samples):
+            if micro_batch >= len(samples) or not len(samples[micro_batch]):
+                raise ConfigError(
+                    f"the codebook of layer {layer} has seen no tokens in micro-batch {micro_batch} of this optimizer "
+                    f"step, but accumulation_steps={self.accumulation_steps}: call StateSync.step() once after every "
+                    "optimizer.step(), with StateSync(model, accumulation_steps) made before the first forward pass "
+                    "and as many micro-batches in training on every rank"
+                )
         return torch.stack([_evenly(layer_samples[micro_batch], count) for layer_samples in self._samples])
 
     # ------------------------------------------ due at the end of this step
@@ -292,9 +318,3 @@ class CodebookBank(nn.Module):
 
 def _evenly(z_TC: Tensor, count: int) -> Tensor:
     return z_TC[torch.linspace(0, len(z_TC) - 1, count, device=z_TC.device).long()]
-
-
-def recomputing() -> bool:
-    """True inside backward, where activation checkpointing repeats the forward (both modes)."""
-    # Checkpointing does not tell a function that it runs again, but it runs it within a backward pass.
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqmoe_ds.moe.codebook import recomputing
 from vqmoe_ds.moe.communication import comm
 from vqmoe_ds.moe.kernels import combine as kernels
 from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
+from vqmoe_ds.moe.state import recomputing
 
 
 class SortedRows(NamedTuple):

@@ -6,13 +6,12 @@ Legend: B batch, S sequence, T = B * S tokens, D width, N experts, E local exper
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqmoe_ds.moe.codebook import recomputing
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import (
     Ahead,
@@ -27,21 +26,23 @@ from vqmoe_ds.moe.dispatch import (
 )
 from vqmoe_ds.moe.experts import StackedExperts
 from vqmoe_ds.moe.routers import Routing, RoutingContext, build_router
+from vqmoe_ds.moe.state import KeepsPrecision, recomputing
 from vqmoe_ds.runtime.errors import ConfigError
 
 
-class MoELayer(nn.Module):
+class MoELayer(KeepsPrecision):
     """Sparse SwiGLU experts under any registered router.
 
     In place of a block's MLP, in any training loop:
 
-    >>> import torch
-    >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer
-    >>> moe = MoEConfig(router="topk", num_experts=4, expert_hidden=32, top_k=2)
-    >>> layer = MoELayer(LayerConfig(width=16, moe=moe))
-    >>> y_BSD, aux_loss, expert_ids_TR = layer(torch.randn(2, 8, 16))
-    >>> y_BSD.shape, expert_ids_TR.shape
-    (torch.Size([2, 8, 16]), torch.Size([16, 2]))
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer
+        >>> moe = MoEConfig(router="topk", num_experts=4, expert_hidden=32, top_k=2)
+        >>> layer = MoELayer(LayerConfig(width=16, moe=moe))
+        >>> y_BSD, aux_loss, expert_ids_TR = layer(torch.randn(2, 8, 16))
+        >>> y_BSD.shape, expert_ids_TR.shape
+        (torch.Size([2, 8, 16]), torch.Size([16, 2]))
 
     Args:
         config: width, experts, router and layout.
@@ -101,6 +102,12 @@ class MoELayer(nn.Module):
             )
         return self.ep_group
 
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(
+            self, x_BSD: Tensor, context: RoutingContext | None = None, ahead: Ahead | None = None
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def forward(
         self, x_BSD: Tensor, context: RoutingContext | None = None, ahead: Ahead | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,10 +117,18 @@ class MoELayer(nn.Module):
             x_BSD: normalised hidden states.
             context: what else the router may know of these tokens.
             ahead: what is known of the dispatch before these states are.
+
+        Raises:
+            ConfigError: inputs of another width, or experts of other ranks without their process group.
         """
+        if x_BSD.dim() < 2 or x_BSD.shape[-1] != self.config.width:
+            raise ConfigError(
+                f"the layer takes states [B, S, D] with D = {self.config.width}, its LayerConfig.width, and was given "
+                f"{list(x_BSD.shape)}"
+            )
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         ahead = ahead or Ahead()
-        routing = self.router(x_TD, replace(context or RoutingContext(), sequence=x_BSD.shape[1]))
+        routing = self.router(x_TD, replace(context or RoutingContext(), sequence=x_BSD.shape[-2]))
         plan = self._plan(routing, ahead)
         # A recomputation sees the same tokens again, and each counts once.
         if self.training and not recomputing():
@@ -128,7 +143,7 @@ class MoELayer(nn.Module):
         rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=routing.weights_TR is not None)
         y_TD = combine(rows_MD, plan, routing.weights_TR)
         if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
-            y_TD = torch.zeros_like(x_TD).index_add(0, chosen, y_TD)
+            y_TD = y_TD.new_zeros(x_TD.shape).index_add(0, chosen, y_TD)
         aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
         return y_TD.view_as(x_BSD), aux_loss, self.router.experts_of_tokens(routing, len(x_TD))
 

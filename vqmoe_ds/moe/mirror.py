@@ -20,6 +20,8 @@ class HostMirror:
 
     def read(self, tensor: Tensor) -> int:
         """The number; waits for the device if it may have changed since it was last seen."""
+        if tensor.is_inference():  # without a version
+            return int(tensor)
         if self._tensor is not tensor or self._version != tensor._version:
             self._see(tensor, int(tensor))
         return self._value
@@ -27,7 +29,8 @@ class HostMirror:
     def write(self, tensor: Tensor, value: int) -> None:
         """Set tensor and copy."""
         tensor.fill_(value)
-        self._see(tensor, value)
+        if not tensor.is_inference():
+            self._see(tensor, value)
 
     def __reduce__(self) -> Any:
         """Copies start unseen: a copied tensor counts its versions anew."""

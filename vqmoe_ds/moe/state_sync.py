@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.placement import initialize_codes, placed, split_overused_codes
 from vqmoe_ds.moe.routers.base import StatefulRouter
+from vqmoe_ds.moe.state import warn_once
 
 
 class StateSync:
@@ -19,16 +20,17 @@ class StateSync:
 
     To be made once; then ``step`` follows every step of the optimizer:
 
-    >>> import torch
-    >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync
-    >>> layer = MoELayer(LayerConfig(width=16, moe=MoEConfig(router="expert_bias", num_experts=4, top_k=2)))
-    >>> optimizer, sync = torch.optim.AdamW(layer.parameters()), StateSync(layer)
-    >>> y, aux_loss, _ = layer(torch.randn(2, 8, 16))
-    >>> (y.square().mean() + aux_loss).backward()
-    >>> optimizer.step()
-    >>> sync.step()
-    >>> layer.router.steps_taken
-    1
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync
+        >>> layer = MoELayer(LayerConfig(width=16, moe=MoEConfig(router="expert_bias", num_experts=4, top_k=2)))
+        >>> optimizer, sync = torch.optim.AdamW(layer.parameters()), StateSync(layer)
+        >>> y, aux_loss, _ = layer(torch.randn(2, 8, 16))
+        >>> (y.square().mean() + aux_loss).backward()
+        >>> optimizer.step()
+        >>> sync.step()
+        >>> layer.router.steps_taken
+        1
 
     How a batch is split over ranks and accumulation steps does not change what is learned: sums travel in float64 and
     a codebook's samples are taken by global micro-batch number ``m * world + rank``. The device is waited for once per
@@ -49,6 +51,8 @@ class StateSync:
                 self._states.append(_Codebooks(module, accumulation_steps, group))
             elif isinstance(module, StatefulRouter):
                 self._states.append(_Router(module))
+        for state in self._states:
+            state.module.accumulation_steps = accumulation_steps
         self._sum = SumOverRanks(group)
 
     def broadcast(self) -> None:
@@ -67,9 +71,18 @@ class StateSync:
             self._sum.begin(mine[0] if len(mine) == 1 else torch.cat([part.flatten() for part in mine]))
 
     def step(self) -> None:
-        """All-reduce the statistics, and let every router and codebook learn from them."""
+        """All-reduce the statistics, and let every router and codebook learn from them.
+
+        Raises:
+            ConfigError: codes are to be placed, and this rank ran fewer micro-batches than ``accumulation_steps``.
+        """
         if not self._states:
             return
+        if any(state.module.idle for state in self._states):
+            warn_once(
+                "StateSync.step() was called and this rank has run no forward pass in training since the last call: "
+                "call it once after every optimizer.step()"
+            )
         self.start()
         # Before any state learns: what a codebook sends depends on whether its codes still move.
         shapes = [state.statistics().shape for state in self._states]

@@ -15,17 +15,25 @@ from torch import Tensor, nn
 from vqmoe_ds.config.fields import option
 from vqmoe_ds.config.routers import RouterFacts, RouterOptions
 from vqmoe_ds.config.schema import MoEConfig, SoftmaxOver
-from vqmoe_ds.moe.codebook import CodebookBank, recomputing
+from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.kernels.codes import sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
-from vqmoe_ds.moe.unsynced import Unsynced
+from vqmoe_ds.moe.state import SteppedState
 
 
 @dataclass(frozen=True)
 class RoutingContext:
     """Facts that a router may use beside the states of its tokens; None where nobody knows them.
+
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, RoutingContext
+        >>> layer = MoELayer(LayerConfig(16, MoEConfig(router="hash_token", num_experts=4)))
+        >>> context = RoutingContext(expert_ids_T=torch.tensor([3, 1, 0]))
+        >>> layer(torch.randn(1, 3, 16), context)[2].tolist()
+        [[3], [1], [0]]
 
     All of it enters a block as an argument, so that the recomputation of activation checkpointing sees it again.
     """
@@ -48,6 +56,13 @@ class RoutingContext:
 class Routing:
     """A router's answer.
 
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import Routing
+        >>> probs_TN = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+        >>> Routing(*reversed(probs_TN.topk(2))).expert_ids_TR.tolist()
+        [[0, 1], [2, 1]]
+
     With ``tokens_M`` a token may have any number of rows: ids and weights are ``[M, 1]``, and ``tokens_M`` says whose.
     """
 
@@ -66,6 +81,16 @@ class Routing:
 
 class Router(RouterFacts, nn.Module):
     """A router of one MoE layer; subclasses implement ``route`` and are named by ``register_router``.
+
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, Router, Routing
+        >>> class OwnHalfRouter(Router):
+        ...     def route(self, x_TD, context):
+        ...         return Routing((x_TD[:, :1] > 0).long())
+        >>> router = OwnHalfRouter(LayerConfig(2, MoEConfig(router="topk", num_experts=2)))
+        >>> router(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).expert_ids_TR.tolist()
+        [[1], [0]]
 
     Args:
         config: of its layer.
@@ -126,12 +151,34 @@ class Float32Linear(nn.Linear):
         return F.linear(x_TD.float(), self.weight.float())
 
 
-class StatefulRouter(Router):
+class StatefulRouter(SteppedState, Router):
     """A router with state in buffers that moves once per optimizer step.
 
     ``route`` adds to ``pending`` by ``observe``; ``StateSync`` sums it over all ranks at the step boundary and calls
     ``update``. So neither ranks, nor accumulation, nor recomputation change what is learned. ``updates`` counts
     optimizer steps and is saved: whatever depends on the step reads it.
+
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, Routing, StatefulRouter, StateSync
+        >>> class LeastLoadedRouter(StatefulRouter):
+        ...     def __init__(self, config):
+        ...         super().__init__(config, config.moe.num_experts)  # the shape of the statistics
+        ...         self.register_buffer("loads_N", torch.zeros(config.moe.num_experts))
+        ...     def route(self, x_TD, context):
+        ...         ids_T1 = self.loads_N.argmin().expand(len(x_TD), 1)
+        ...         if self.observing:
+        ...             self.observe(ids_T1.flatten().bincount(minlength=self.moe.num_experts))
+        ...         return Routing(ids_T1)
+        ...     def learn(self, statistics):
+        ...         self.loads_N += statistics
+        >>> router = LeastLoadedRouter(LayerConfig(16, MoEConfig(router="topk", num_experts=2)))
+        >>> sync = StateSync(router)
+        >>> for step in range(2):
+        ...     chosen = router(torch.randn(8, 16)).expert_ids_TR
+        ...     sync.step()
+        >>> router.loads_N.tolist()
+        [8.0, 8.0]
 
     Args:
         config: of its layer.
@@ -139,24 +186,18 @@ class StatefulRouter(Router):
     """
 
     updates: Tensor
-    _pending: Tensor | None
 
     def __init__(self, config: LayerConfig, *statistics: int) -> None:
         super().__init__(config)
         self._shape = statistics or (0,)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self._updates, self._unsynced = HostMirror(), Unsynced()
+        self._updates = HostMirror()
         self.clear_statistics()
 
     @property
     def steps_taken(self) -> int:
         """``updates`` as a number."""
         return self._updates.read(self.updates)
-
-    @property
-    def observing(self) -> bool:
-        """Whether tokens count now: in training, but not when checkpointing runs a forward again in backward."""
-        return self.training and not recomputing()
 
     @property
     def pending(self) -> Tensor:
@@ -168,13 +209,13 @@ class StatefulRouter(Router):
     @torch.no_grad()
     def observe(self, statistics: Tensor) -> None:
         """Add those of one micro-batch."""
-        self._unsynced.count()
+        self.count_micro_batch()
         self._pending = self.pending + statistics.double()
 
     def clear_statistics(self) -> None:
         """Forget what was gathered since the last update (a step that is not taken leaves no trace)."""
         self._pending = None
-        self._unsynced.clear()
+        self.micro_batches = 0
 
     @torch.no_grad()
     def update(self, statistics: Tensor) -> None:

@@ -42,7 +42,7 @@ class ExpertChoiceRouter(Router):
         logits_TN = self.gate(x_TD)
         probs_TN = logits_TN.softmax(dim=-1)
         if lengths is None:
-            parts = [self._choose(probs_TN.view(-1, length, self.moe.num_experts), 0)]
+            parts = [self._choose(probs_TN.unflatten(0, (len(x_TD) // max(1, length), length)), 0)]
         else:
             starts = [sum(lengths[:row]) for row in range(len(lengths))]
             parts = [self._choose(p.unsqueeze(0), s) for p, s in zip(probs_TN.split(lengths), starts, strict=True)]

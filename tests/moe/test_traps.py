@@ -1,0 +1,282 @@
+"""Traps of using the layer outside the trainer: each works, warns once or is refused in a sentence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vqmoe_ds.config.routers import routers
+from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, RoutingContext, StatefulRouter, StateSync, state
+from vqmoe_ds.runtime.errors import ConfigError
+
+WIDTH, EXPERTS, TOKENS, VOCAB = 16, 4, 12, 50
+NAMES = [name for name, kind in routers().items() if kind.has_experts]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(state, "_warned", set())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _layer(name: str, layer: int = 0) -> MoELayer:
+    moe = MoEConfig(router=name, num_experts=EXPERTS, expert_hidden=8, top_k=1)
+    return MoELayer(LayerConfig(WIDTH, moe, layer=layer, vocab_size=VOCAB, steps=10))
+
+
+def _call(layer: MoELayer, x_BSD: Tensor | None = None) -> Tensor:
+    x_BSD = torch.randn(2, TOKENS // 2, WIDTH) if x_BSD is None else x_BSD
+    ids_T = torch.arange(x_BSD.shape[:-1].numel())
+    told_T = ids_T % EXPERTS if layer.config.moe.router == "hash_token" else None  # others choose for themselves
+    return layer(x_BSD, RoutingContext(told_T, token_ids_T=ids_T, previous_T=ids_T % EXPERTS))[0]
+
+
+# ------------------------------------------------------------------- StateSync
+
+
+def test_a_loop_without_sync_is_told_once_and_keeps_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "PATIENCE", 20)
+    model = nn.ModuleList([_layer("vq"), _layer("vq", 1), _layer("expert_bias", 2), _layer("online_kmeans", 3)])
+    kept = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(50):
+            for layer in model:
+                _call(layer)
+            kept.append(sum(len(samples) for samples in model[0].router.own_codebook._samples))
+    assert len(caught) == 1
+    assert "sync = vqmoe_ds.moe.StateSync(model)" in str(caught[0].message)
+    assert "sync.step() after every optimizer.step()" in str(caught[0].message)
+    assert kept[:3] == [1, 2, 3] and kept[15:] == [16] * 35
+
+
+def test_samples_are_those_of_the_announced_micro_batches() -> None:
+    layer = _layer("vq")
+    StateSync(layer, accumulation_steps=3)
+    for _ in range(5):
+        _call(layer)
+    assert len(layer.router.own_codebook._samples[0]) == 3
+
+
+def test_a_loop_with_sync_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "PATIENCE", 2)
+    layer = _layer("vq")
+    sync = StateSync(layer, accumulation_steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            for _ in range(4):
+                _call(layer)
+            sync.step()
+
+
+@pytest.mark.parametrize("name", ["vq", "expert_bias", "online_kmeans"])
+def test_a_second_step_without_tokens_warns_once(name: str) -> None:
+    layer = _layer(name)
+    sync = StateSync(layer)
+    _call(layer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sync.step()
+        assert not caught
+        sync.step()
+        sync.step()
+    assert len(caught) == 1 and "no forward pass in training since the last call" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(("micro_batches", "accumulation"), [(0, 1), (1, 4)])
+def test_too_few_micro_batches_are_refused_where_codes_are_placed(micro_batches: int, accumulation: int) -> None:
+    layer = _layer("vq")
+    sync = StateSync(layer, accumulation)
+    for _ in range(micro_batches):
+        _call(layer)
+    with pytest.raises(ConfigError) as refusal:
+        sync.step()
+    text = str(refusal.value)
+    assert f"no tokens in micro-batch {micro_batches}" in text and f"accumulation_steps={accumulation}" in text
+
+
+# ------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("shape", [(2, 3, WIDTH - 1), (2, 3, WIDTH + 1), (WIDTH,)])
+def test_inputs_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"D = 16, its LayerConfig\.width, and was given \["):
+        _layer("topk")(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(2, 0, WIDTH), (0, 3, WIDTH), (0, WIDTH)])
+def test_no_tokens_at_all(name: str, shape: tuple[int, ...]) -> None:
+    layer = _layer(name)
+    x_BSD = torch.zeros(shape, requires_grad=True)
+    y_BSD = _call(layer, x_BSD)
+    assert y_BSD.shape == shape
+    y_BSD.sum().backward()
+    assert all(w.grad is not None and not w.grad.any() for w in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_flat_batch_is_one_sequence(name: str) -> None:
+    layer, x_TD = _layer(name).eval(), torch.randn(TOKENS, WIDTH)
+    assert torch.equal(_call(layer, x_TD), _call(layer, x_TD.unsqueeze(0)).squeeze(0))
+
+
+# ------------------------------------------------------------------- modes
+
+
+def _state(layer: MoELayer) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_mode_leaves_no_trace_in_training(name: str) -> None:
+    layer, other = _layer(name), _layer(name)
+    x_BSD = torch.randn(2, TOKENS // 2, WIDTH)
+    for training in (False, True):
+        layer.train(training)
+        with torch.inference_mode():
+            _call(layer, x_BSD + 1)
+    for trained in (layer, other):
+        _call(trained, x_BSD).sum().backward()
+        StateSync(trained).step()
+    wanted = _state(other)
+    for key, buffer in _state(layer).items():
+        assert key == "tokens_per_expert" or torch.equal(buffer, wanted[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_built_in_inference_mode_runs_in_it(name: str) -> None:
+    with torch.inference_mode():
+        assert _call(_layer(name)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_computes_in_its_type_and_learns_in_float32(name: str) -> None:
+    layer = _layer(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_BSD = _call(layer)
+    y_BSD.float().sum().backward()
+    StateSync(layer).step()
+    assert y_BSD.dtype == torch.bfloat16
+    assert all(w.grad.dtype == torch.float32 for w in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cast_model_keeps_its_state_in_full_precision(name: str, cast: str) -> None:
+    layer = _layer(name)
+    before = _state(layer)
+    getattr(nn.Sequential(layer), cast)()
+    after = _state(layer)
+    assert {w.dtype for w in layer.experts.parameters()} == {getattr(torch, cast)}
+    assert {key: b.dtype for key, b in after.items()} == {key: b.dtype for key, b in before.items()}
+    assert all(torch.equal(after[key], before[key]) for key in before)  # and no bit went through the narrow type
+    if cast == "bfloat16":
+        _call(layer, torch.randn(2, TOKENS // 2, WIDTH).bfloat16()).sum().backward()
+        StateSync(layer).step()
+
+
+def test_state_follows_its_model_to_another_device() -> None:
+    layer = _layer("vq").to(device="meta", dtype=torch.bfloat16)
+    assert all(b.is_meta for b in layer.buffers()) and layer.router.own_codebook.codes_LKC.dtype == torch.float32
+
+
+def test_wider_types_are_taken() -> None:
+    assert _layer("vq").double().router.own_codebook.codes_LKC.dtype == torch.float64
+
+
+# ------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_learn_on_their_own_and_alike(name: str) -> None:
+    layer, batches = _layer(name), [torch.randn(2, TOKENS // 2, WIDTH) for _ in range(3)]
+    _call(layer, batches[0])
+    StateSync(layer).step()
+    _call(layer, batches[1])
+    twin, at_rest = copy.deepcopy(layer), _state(layer)
+    sync = StateSync(twin)
+    sync.step()
+    _call(twin, batches[2])
+    sync.step()
+    assert all(torch.equal(b, at_rest[key]) for key, b in _state(layer).items())
+    sync = StateSync(layer)
+    sync.step()
+    _call(layer, batches[2])
+    sync.step()
+    wanted = _state(twin)
+    assert all(torch.equal(b, wanted[key]) for key, b in _state(layer).items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_dict_carries_all_that_was_learned(name: str, assign: bool) -> None:
+    trained, fresh = _layer(name), _layer(name)
+    fresh_sync = StateSync(fresh)
+    sync = StateSync(trained)
+    for _ in range(2):
+        _call(trained)
+        sync.step()
+    saved = {key: value.clone() for key, value in trained.state_dict().items()}
+    fresh.load_state_dict(saved, strict=True, assign=assign)
+    x_BSD = torch.randn(2, TOKENS // 2, WIDTH)
+    assert torch.equal(_call(fresh, x_BSD), _call(trained, x_BSD))
+    sync.step()
+    fresh_sync.step()
+    after = trained.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in fresh.state_dict().items())
+    if isinstance(fresh.router, StatefulRouter):
+        assert fresh.router.steps_taken == 3
+    del saved["experts.w1"]
+    with pytest.raises(RuntimeError, match=r"experts\.w1"):
+        fresh.load_state_dict(saved, strict=True)
+
+
+# ------------------------------------------------------------------- torch.compile
+
+
+class _Model(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.mix, self.moe = nn.Linear(WIDTH, WIDTH), _layer(name)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y_BSD, aux_loss, _ = self.moe(self.mix(x_BSD))
+        return y_BSD.square().mean() + aux_loss
+
+
+def _trained(model: nn.Module, forward: nn.Module) -> list[float]:
+    sync, optimizer, losses = StateSync(model), torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in range(3):
+        loss = forward(torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(step)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("apart", [pytest.param(False, marks=pytest.mark.slow), True])  # dozens of graphs, or two
+def test_a_compiled_model_learns_what_a_plain_one_does(apart: bool) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = _Model("vq")
+    compiled = copy.deepcopy(plain)
+    if apart:
+        compiled.moe = torch.compiler.disable(compiled.moe)
+    try:
+        assert _trained(compiled, torch.compile(compiled, backend="eager")) == _trained(plain, plain)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == 2 if apart else graphs > 2
+    finally:
+        torch.compiler.reset()
