@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from vqmoe_ds.config.fields import option
 from vqmoe_ds.config.routers import RouterOptions, register_router
-from vqmoe_ds.config.schema import CodebookConfig, MoEConfig
+from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.gradients import clip_gradients, sync_gradients
 from vqmoe_ds.moe.health import CodebookHealth, codebook_health
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext, StatefulRouter
 from vqmoe_ds.moe.state_sync import StateSync
 
 __all__ = [
+    "CodeSource",
     "CodebookBank",
     "CodebookConfig",
     "CodebookHealth",
@@ -29,7 +31,9 @@ __all__ = [
     "RoutingContext",
     "StateSync",
     "StatefulRouter",
+    "clip_gradients",
     "codebook_health",
     "option",
     "register_router",
+    "sync_gradients",
 ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed.comm as dist
-import torch
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -26,9 +25,9 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from torch import Tensor, nn
 
 from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.gradients import clip_gradients
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -101,27 +100,3 @@ def clip_over_all_experts(engine: Any) -> None:
         engine._global_grad_norm = clip_gradients(engine.module, engine.gradient_clipping())
 
     engine.clip_fp32_gradients = clip
-
-
-@torch.no_grad()
-def clip_gradients(module: nn.Module, limit: float) -> Tensor:
-    """Scale gradients to a norm of at most ``limit``, experts of all ranks included; returns the norm before, float32.
-
-    The norm stays on the device.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, DeepSpeedMoELayer)]
-    gradients: dict[bool, list[Tensor]] = {False: [], True: []}
-    for param in module.parameters():
-        if param.grad is not None:
-            gradients[getattr(param, "allreduce", True) is False].append(param.grad)
-    zero = torch.zeros((), device=next(module.parameters()).device)
-    squares = {key: sum((g.float().square().sum() for g in some), zero) for key, some in gradients.items()}
-    # Dense gradients are equal on all ranks by now, those of experts within a group are of different experts.
-    if layers and layers[0].exchange_group is not None:
-        dist.all_reduce(squares[True], group=layers[0].exchange_group)
-    norm = (squares[False] + squares[True]).sqrt()
-    # No branch on the norm: the host would wait for it. The small number is that of torch's clip_grad_norm_.
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients[False] + gradients[True]:
-        gradient.mul_(scale)
-    return norm

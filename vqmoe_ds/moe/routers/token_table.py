@@ -18,7 +18,7 @@ from vqmoe_ds.moe.routers.hash_token import HashTokenRouter
 from vqmoe_ds.runtime.errors import ConfigError
 
 NAME = "token_table"
-"""Name of the tensor in a file, integers ``[L, V]``; ``[V]`` is the same table for every layer. More ids are ignored."""
+"""Name of the tensor in a file, integers ``[L, V]``, or ``[V]`` for all layers alike. More ids are ignored."""
 
 
 @register_router("token_table")
