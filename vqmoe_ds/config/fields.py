@@ -91,7 +91,14 @@ class Section(BaseModel):
 
 
 def option(default: Any, meaning: str, unit: str = "", **bounds: Any) -> Any:
-    """A field of a section.
+    """A field of a section, as of a router's ``Options``.
+
+    Examples:
+        >>> from vqmoe_ds.moe import RouterOptions, option
+        >>> class Options(RouterOptions):
+        ...     rate: float = option(0.001, "how far the bias of an expert moves per step", gt=0, le=1)
+        >>> Options(rate=0.5).rate
+        0.5
 
     Args:
         meaning: its description in ``--help`` and docs/config.md.

@@ -35,7 +35,15 @@ PLUGINS = "VQMOE_PLUGINS"
 
 
 class RouterOptions(Section):
-    """Options of the router that ``moe.router`` names; those of other routers are checked and left out."""
+    """Options of the router that ``moe.router`` names; those of other routers are checked and left out.
+
+    A router declares its own as the class ``Options``; a layer takes them as a dict:
+
+    Examples:
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig
+        >>> LayerConfig(16, MoEConfig(router="xmoe"), options={"low_dim": 8}).options.low_dim
+        8
+    """
 
 
 class LooksAhead(NamedTuple):
@@ -129,6 +137,17 @@ _loaded = False
 
 def register_router(name: str) -> Callable[[Facts], Facts]:
     """Class decorator: make a router known as ``moe.router=name``.
+
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, Router, Routing, register_router
+        >>> @register_router("example_first")
+        ... class FirstExpertRouter(Router):
+        ...     def route(self, x_TD, context):
+        ...         return Routing(torch.zeros(len(x_TD), 1, dtype=torch.int64))
+        >>> layer = MoELayer(LayerConfig(16, MoEConfig(router="example_first", num_experts=4)))
+        >>> layer(torch.randn(2, 3, 16))[2].tolist()
+        [[0], [0], [0], [0], [0], [0]]
 
     Raises:
         ValueError: the name is no lower-case word, or taken by another class.

@@ -39,6 +39,14 @@ class SoftmaxOver(StrEnum):
 
 
 class CodeSource(StrEnum):
+    """Values of ``codebook.source``, the vector that is compared with the codes (docs/layer.md has the formulas).
+
+    Examples:
+        >>> from vqmoe_ds.moe import CodebookConfig, CodeSource
+        >>> CodebookConfig(source="layer_state").source is CodeSource.LAYER_STATE
+        True
+    """
+
     LAYER_STATE = "layer_state"
     TOKEN_EMBEDDING = "token_embedding"
     POSITION_EMBEDDING = "position_embedding"
@@ -130,7 +138,13 @@ class ModelConfig(Section):
 
 
 class MoEConfig(Section):
-    """Experts and the router that picks them."""
+    """Experts and the router that picks them.
+
+    Examples:
+        >>> from vqmoe_ds.moe import MoEConfig
+        >>> MoEConfig(router="topk", num_experts=8, expert_hidden=256, top_k=2).top_k
+        2
+    """
 
     router: str = option("vq", "the router: vq (codes, and top-k beside them), dense (no experts) or another")
     num_experts: int = option(16, "experts per layer", "experts", ge=1, le=MOST_EXPERTS)
@@ -165,7 +179,14 @@ class MoEConfig(Section):
 
 
 class CodebookConfig(Section):
-    """Codes: what they are compared with, how they are initialized, how they learn, and when they stop."""
+    """Codes: what they are compared with, how they are initialized, how they learn, and when they stop.
+
+    Examples:
+        >>> from vqmoe_ds.moe import CodebookConfig, LayerConfig, MoEConfig
+        >>> book = CodebookConfig(source="layer_state", num_codes=64, distance="cosine")
+        >>> LayerConfig(16, MoEConfig(router="vq"), codebook=book).codebook.num_codes
+        64
+    """
 
     section: ClassVar[str] = "codebook"
 

@@ -14,9 +14,11 @@ from vqmoe_ds.runtime.errors import ConfigError
 class LayerConfig:
     """Configuration of a ``MoELayer`` and its router.
 
-    >>> config = LayerConfig(width=64, moe=MoEConfig(router="topk", num_experts=8, expert_hidden=128, top_k=2))
-    >>> config.options.softmax_over.value
-    'auto'
+    Examples:
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig
+        >>> config = LayerConfig(width=64, moe=MoEConfig(router="topk", num_experts=8, expert_hidden=128, top_k=2))
+        >>> config.options.softmax_over.value
+        'auto'
 
     Raises:
         ConfigError: an unknown router or option, or a contradiction.

@@ -15,7 +15,13 @@ from vqmoe_ds.moe.codebook import CodebookBank
 
 @dataclass(frozen=True)
 class CodebookHealth:
-    """Use of one codebook over the optimizer steps since the last reset."""
+    """Use of one codebook, counted over the optimizer steps since ``codebook_health(model, reset=True)``.
+
+    Examples:
+        >>> from vqmoe_ds.moe import CodebookHealth
+        >>> CodebookHealth(codes=4, used=2, perplexity=2.0, busiest=2.0).used
+        2
+    """
 
     codes: int
     used: int
@@ -29,14 +35,15 @@ class CodebookHealth:
 def codebook_health(model: nn.Module, reset: bool = False) -> list[CodebookHealth]:
     """Health of every codebook in a module, layer by layer; the same on all ranks after ``StateSync.step``.
 
-    >>> import torch
-    >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync, codebook_health
-    >>> layer = MoELayer(LayerConfig(width=16, moe=MoEConfig(router="vq", num_experts=4, top_k=0)))
-    >>> sync = StateSync(layer)
-    >>> outputs = layer(torch.randn(4, 8, 16))
-    >>> sync.step()
-    >>> codebook_health(layer)[0].codes
-    4
+    Examples:
+        >>> import torch
+        >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync, codebook_health
+        >>> layer = MoELayer(LayerConfig(width=16, moe=MoEConfig(router="vq", num_experts=4, top_k=0)))
+        >>> sync = StateSync(layer)
+        >>> outputs = layer(torch.randn(4, 8, 16))
+        >>> sync.step()
+        >>> [health.codes for health in codebook_health(layer)]
+        [4]
 
     Args:
         reset: whether to begin a new count.
