@@ -53,20 +53,12 @@ def _apart(tensors: list[Tensor]) -> float:
     return apart.item()
 
 
-def _run_all(rank: int, world: int, programs: dict[str, str], ports: list[int]) -> dict[str, Any]:
-    return {n: _run(rank, world, p, port) for (n, p), port in zip(programs.items(), ports, strict=True)}
-
-
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, Any]:
     programs = {name: text for name, text in PROGRAMS.items() if name != "plain"}
     programs |= {f"{name} whole": text for name, text in WHOLE.items()}
-    found: dict[str, Any] = {}
-    # DeepSpeed remembers its groups, so that a process runs one of its programs.
-    engines = [[name] for name in programs if "deepspeed" in name]
-    for names in [[name for name in programs if "deepspeed" not in name], *engines]:
-        found |= run_ranks(2, _run_all, {name: programs[name] for name in names}, [_free_port() for _ in names])[0]
-    return found
+    # A launch each: DeepSpeed remembers its groups, and PyTorch 2.13 may abort where FSDP2's gloo group is taken down.
+    return {name: run_ranks(2, _run, text, _free_port())[0] for name, text in programs.items()}
 
 
 def test_every_program_is_under_thirty_lines() -> None:
