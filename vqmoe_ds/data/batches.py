@@ -1,4 +1,4 @@
-"""What training and validation read: windows of text, and batches as a pure function of (seed, samples consumed).
+"""Windows of text for training and validation, and batches as a pure function of (seed, samples consumed).
 
 So there is nothing to save, and nothing to fast-forward on resume.
 
@@ -12,15 +12,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 MASKED = -100
-"""A target that is not to be learned; what ``torch.nn.functional.cross_entropy`` ignores."""
+"""A target that is not to be learned; ``torch.nn.functional.cross_entropy`` ignores it."""
 
 
 PADDING = -1
-"""Stands after the end of a text that is shorter than the longest of its batch; no token has this id."""
+"""Id after the end of a text that is shorter than the longest of its batch; no token has it."""
 
 
 class Batch(NamedTuple):
-    """Windows of text and what follows each of their tokens; of labelled texts, the texts and their labels ``[B]``."""
+    """Windows of text and the token that follows each of theirs; of labelled texts, the texts and labels ``[B]``."""
 
     inputs_BS: np.ndarray
     """int64"""
@@ -57,4 +57,4 @@ class Batches(Protocol):
         """This rank's micro-batches of ``size`` windows of the batch from sample ``first`` on; all ranks call it."""
 
     def epoch(self, samples: int) -> float:
-        """Epochs that ``samples`` are."""
+        """Number of epochs in ``samples`` samples."""

@@ -19,9 +19,9 @@ from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import open_regular
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-"""What text may be compressed as."""
+"""Suffixes of the compressions that text may have."""
 DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError)
-"""What reading a compressed file may raise."""
+"""Errors that reading a compressed file may raise."""
 
 _BLOCK, _MOST = 64 << 10, 1 << 20  # bytes that go in and come out at a time
 _STARTS = {
@@ -37,7 +37,7 @@ _STARTS = {
     ".rar": rb"Rar!\x1a\x07",
     ".parquet": rb"PAR1",
 }
-"""How files of each kind begin."""
+"""First bytes of the files of each kind."""
 _ARCHIVE = re.compile(r"\.(zip|7z|rar|(tar|cpio)(\.(gz|bz2|xz|zst|lz4|Z))?|t(gz|bz2?|xz|zst))$")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = 256
@@ -48,17 +48,17 @@ class WindowTooLarge(OSError):
 
 
 def suffix_of(path: str | Path) -> str:
-    """What of ``SUFFIXES`` a name ends with; "" for none."""
+    """The one of ``SUFFIXES`` that a name ends with; "" for none."""
     return next((end for end in SUFFIXES if str(path).endswith(end)), "")
 
 
 def without_suffix(path: str | Path) -> str:
-    """The name of what a file holds once it is decompressed."""
+    """The name of a file without its compression's suffix."""
     return str(path).removesuffix(suffix_of(path))
 
 
 def kind_of_bytes(head: bytes) -> str:
-    """The suffix that a file beginning with ``head`` should have; "" where nothing speaks for one."""
+    """The suffix that a file beginning with ``head`` should have; "" where its bytes are of no known kind."""
     return next((kind for kind, start in _STARTS.items() if re.match(start, head, re.DOTALL)), "")
 
 
@@ -102,7 +102,7 @@ def open_plain(path: str | Path) -> Iterator[io.BufferedReader]:
 
 
 def decompressed(file: Any, kind: str) -> io.BufferedReader:
-    """What a stream holds: any number of gzip members, bzip2 or xz streams or zstd frames, padded with zeros or not.
+    """Decompress a stream of any number of gzip members, bzip2 or xz streams or zstd frames, padded with zeros or not.
 
     Args:
         kind: of ``SUFFIXES``; "" for plain bytes, which are returned as they are.
@@ -140,7 +140,7 @@ _ENGINES: dict[str, Callable[[], Any]] = {
 
 
 def _streams(file: BinaryIO, new_engine: Callable[[], Any]) -> Iterator[bytes]:
-    """Python's own readers of files stop without a word at padding between two streams, and at damage there."""
+    """Decompress stream after stream: Python's own readers stop silently at padding, or damage, between two of them."""
     data, first = b"", True
     while data := _after_padding(data, file):
         engine = new_engine()

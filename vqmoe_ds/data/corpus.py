@@ -147,7 +147,7 @@ def _piece(path: str) -> FilePiece | np.ndarray:
 
 
 def _decompressed(path: str) -> np.ndarray:
-    """The text of a compressed file, uint8: only so it can be read from any place."""
+    """The text of a compressed file, uint8, decompressed as a whole so that it can be read from any offset."""
     text, most = bytearray(), free_bytes() // 2  # growing, it is copied
     with open_plain(path) as stream:
         while block := stream.read(_BLOCK):

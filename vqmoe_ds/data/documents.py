@@ -144,6 +144,7 @@ def _fits(names: list[str], pattern: list[str]) -> bool:
     """Whether a path matches a pattern, part by part."""
     places = {0}  # parts of the pattern that may come next
     for name in names:
+        # ** may stand for no folder at all
         places |= {place + 1 for place in sorted(places) if pattern[place : place + 1] == ["**"]}
         after = set()
         for place in places:
@@ -171,6 +172,7 @@ def _spans(path: str, options: SourceOptions, unit_bytes: int) -> Iterator[Span]
         yield from hub_spans(path, options, unit_bytes)
         return
     status = os.stat(path)
+    # The stamp is part of a unit's fingerprint, so that no part made of an older state of the file is taken.
     stamp, size = f"{status.st_size}.{status.st_mtime_ns}", status.st_size
     name = without_suffix(path)
     if path.endswith(".parquet"):
@@ -182,7 +184,7 @@ def _spans(path: str, options: SourceOptions, unit_bytes: int) -> Iterator[Span]
         return
     wanted = "line" if kind == JSON else options.document
     start = 0
-    while start < size or start == 0:
+    while start < size or start == 0:  # an empty file is a span too, to be refused or counted by whoever reads it
         end = snap(path, start + unit_bytes, size, wanted)
         yield Span(kind, path, start, end, end == size, end - start, stamp)
         if end == size:

@@ -56,13 +56,14 @@ class DocumentDataset(GPTDataset):
         row = self.shuffle_index[idx or 0]
         (first, offset), (last, _) = self.sample_index[row], self.sample_index[row + 1]
         if first != last:
+            # The target one place before a sequence starts is its first token, which nothing there foretells.
             starts = np.cumsum(self.dataset.sequence_lengths[self.document_index[first:last]]) - offset
             sample["loss_mask"][starts[starts > 0] - 1] = 0.0
         return sample
 
 
 def _check_values(dataset: Any, path: str) -> None:
-    """Windows of a corpus lie end to end within its sequences, and the shuffle names no others.
+    """Check that the windows of a corpus lie end to end within its sequences, and that the shuffle names no others.
 
     Raises:
         DataError: an index that somebody forged, checksums and all.
@@ -70,6 +71,7 @@ def _check_values(dataset: Any, path: str) -> None:
     order, samples, shuffle = dataset.document_index, dataset.sample_index, dataset.shuffle_index
     whole = not len(order) or (order.min() >= 0 and order.max() < len(dataset.dataset.sequence_lengths))
     if whole:
+        # In int64: a forged index is to be found out, not wrapped around into range.
         lengths = dataset.dataset.sequence_lengths[order].astype(np.int64)
         starts, (places, offsets) = np.cumsum(lengths) - lengths, samples.T.astype(np.int64)
         whole = places.min() >= 0 and places.max() < len(lengths)
@@ -88,7 +90,7 @@ def _refusal(sentence: str) -> DataError:
 
 
 class _EndOfDocument:
-    """What ``GPTDataset`` wants to know of a tokenizer; -2, which no id is, where the end of a document is unknown."""
+    """The part of a tokenizer that ``GPTDataset`` reads; -2, which no id is, where the end of a document is unknown."""
 
     vocab_size = None
 
@@ -153,6 +155,7 @@ def _folder(portion: Portion, seed: tuple[int, ...], cache: Path) -> Path:
 
 def _build(folder: Path, portion: Portion, seed: tuple[int, ...], eod: int | None) -> Any:
     """megatron-core's data set with its index in ``folder``."""
+    # Mixed, not added up: else the second epoch of one seed would be the first epoch of the next.
     config = GPTDatasetConfig(
         random_seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
         sequence_length=portion.sequence_length,
@@ -170,7 +173,7 @@ def _build(folder: Path, portion: Portion, seed: tuple[int, ...], eod: int | Non
 
 
 def _shapes(portion: Portion) -> Shapes:
-    """Of the arrays of an index, by their names at megatron-core."""
+    """Shapes of the arrays of an index, by their names at megatron-core."""
     first, last = portion.share
     counts = [len(prefix.lengths) for prefix in portion.prefixes]
     shapes: Shapes = {
@@ -191,6 +194,7 @@ def _agreed_folder(final: Path, portion: Portion) -> Path:
         for stale in (final, answer[0]):  # the latter left by a kill of another process with this number
             shutil.rmtree(stale, ignore_errors=True)
         answer[0].mkdir(parents=True)  # ours: what others put there would be taken for an index
+    # Rank 0 decides for all: ranks may see other states of a shared file system, and would part ways at a barrier.
     if _many_ranks():
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
@@ -201,6 +205,7 @@ def _seal(folder: Path, final: Path) -> None:
         dist.barrier()  # the others have opened the files
         if dist.get_rank() != 0:
             return
+    # Sealed before it is renamed: under its final name an index is whole, whenever the process is killed.
     seal(folder)
     try:
         folder.rename(final)

@@ -1,4 +1,4 @@
-"""What a run reads, in a few words each: a resumed run must not go on at a sample number of other data.
+"""Fingerprints of what a run reads: a resumed run must not go on at a sample number of other data.
 
 Paths do not count, for data may be moved. Of up to ``WHOLE`` bytes everything counts; of more, sizes and ``BLOCKS``
 blocks spread evenly over them, so that terabytes cost no more than a second.
@@ -26,7 +26,7 @@ BLOCKS, BLOCK = 256, 64 << 10
 
 
 def of_data(data: Any) -> dict[str, str]:
-    """Of what is trained on and what is held out, by name (raw text or prepared corpora)."""
+    """Fingerprints of training and held-out text, by name (raw text or prepared corpora)."""
     if isinstance(data, RawText):
         return {
             "training text": of_pieces(data.train.corpus.pieces),
@@ -43,19 +43,19 @@ def of_data(data: Any) -> dict[str, str]:
 
 
 def of_optimizer(deepspeed: dict[str, Any]) -> dict[str, str]:
-    """Of what in a DeepSpeed JSON gives moments and the schedule their meaning; numbers and layout may change."""
+    """The entries of a DeepSpeed JSON that give moments and schedule their meaning; numbers and layout may change."""
     scheduler = json.dumps(deepspeed.get("scheduler"), sort_keys=True)
     return {"optimizer.type": str(deepspeed["optimizer"]["type"]).lower(), "scheduler": scheduler}
 
 
 def of_labelled(texts: LabelledTexts) -> str:
-    """Of all texts of a split, their labels and the names of the classes."""
+    """Fingerprint of all texts of a split, their labels and the names of the classes."""
     rows = (f"{label} {len(text)} {text}".encode() for text, label in zip(texts.texts, texts.labels, strict=True))
     return _digest([repr(texts.classes).encode(), *rows])
 
 
 def of_checkpoint(path: Path) -> str:
-    """Of weights that a run started from: their manifest, or else the files."""
+    """Fingerprint of the weights that a run started from: of their manifest, or else of the files."""
     manifest = path / "manifest.json"
     if manifest.is_file():
         return _digest([manifest.read_bytes()])
@@ -70,7 +70,7 @@ def _of_portion(portion: Portion) -> str:
 
 
 def of_pieces(pieces: Sequence[np.ndarray | FilePiece]) -> str:
-    """Of bytes in pieces, one after the other."""
+    """Fingerprint of the bytes of all pieces, one after the other."""
     sizes = [len(piece) for piece in pieces]
     total = sum(sizes)
     if total <= WHOLE:

@@ -24,7 +24,7 @@ FORMAT = 1
 _LONGEST_SIDECAR = 16 << 20
 
 Shapes = dict[str, list[tuple[int, ...]]]
-"""The last words of a file's name (``shuffle_index``) -> the shapes of all arrays so named."""
+"""End of a file's name (``shuffle_index``) -> the shapes of all arrays so named."""
 
 
 def read_array(path: str | Path, **_: Any) -> np.ndarray:
@@ -54,7 +54,7 @@ def seal(folder: Path) -> None:
 
 
 def why_unsound(folder: Path, shapes: Shapes) -> str | None:
-    """Why an index must be made again, as a clause; None where every file is as it was sealed and of ``shapes``."""
+    """A clause on why an index must be made again; None where every file is as it was sealed and of ``shapes``."""
     if folder.is_symlink() or not folder.is_dir():
         return "it is not there"
     try:
@@ -80,7 +80,7 @@ def why_unsound(folder: Path, shapes: Shapes) -> str | None:
 
 
 def _sealed_files(folder: Path) -> dict[str, Any] | None:
-    """What the sidecar says of each file; None where it is missing or damaged."""
+    """The sidecar's entry for each file; None where it is missing or damaged."""
     try:
         sidecar = json.loads(read_small(folder / SIDECAR, _LONGEST_SIDECAR))
         files = sidecar["files"]

@@ -38,7 +38,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What ``PREFIX.idx`` says about ``PREFIX.bin``."""
+    """Sizes and number type of ``PREFIX.bin``, as ``PREFIX.idx`` gives them."""
 
     prefix: str
     dtype: np.dtype
@@ -53,7 +53,7 @@ class IndexHeader:
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each sequence starts in the .bin, in bytes, int64 ``[sequences]``, mapped from the file."""
+        """Offset in bytes of each sequence in the .bin, int64 ``[sequences]``, mapped from the file."""
         return self._array(np.int64, _HEADER.size + 4 * self.sequences, self.sequences)
 
     @property
@@ -83,7 +83,7 @@ def check_prefix(prefix: str) -> IndexHeader:
     pass.
 
     Raises:
-        DataError: one sentence with the file, what is wrong and the mend.
+        DataError: one sentence with the file, what is wrong and the remedy.
     """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     _check_there(prefix, index, data)
@@ -124,7 +124,7 @@ def _check_there(prefix: str, index: Path, data: Path) -> None:
 
 
 def _read_header(prefix: str, index: Path) -> IndexHeader:
-    """Header alone, its tokens not counted."""
+    """Read the header alone, its tokens not counted."""
     with open_regular(index, links=True) as stream:
         size, raw = os.fstat(stream.fileno()).st_size, stream.read(_HEADER.size)
     if raw[: len(MAGIC)] != MAGIC:
@@ -146,7 +146,11 @@ def _read_header(prefix: str, index: Path) -> IndexHeader:
 
 
 def _refuse_other_modes(index: Path, start: int) -> None:
-    """Raises: DataError: Megatron's multimodal preparation marks a sequence as something else than text (0)."""
+    """Refuse modes other than 0 (text), as Megatron's multimodal preparation gives them to sequences.
+
+    Raises:
+        DataError: a sequence has one.
+    """
     with open_regular(index, links=True) as stream:
         stream.seek(start)
         while part := stream.read(1 << 20):
@@ -155,7 +159,7 @@ def _refuse_other_modes(index: Path, start: int) -> None:
 
 
 def check_index(header: IndexHeader) -> None:
-    """Every sequence starts where the one before it ends, documents come in order, and what is stored may be ids.
+    """Check that sequences lie end to end, that documents come in order, and that the number type can hold ids.
 
     Raises:
         DataError: they do not, and what is built on them would reach past the files.

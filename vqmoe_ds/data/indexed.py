@@ -29,7 +29,7 @@ from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small
 
 UNKNOWN = "unknown"
-"""Stands for the checksum of a tokenizer that nobody told us about."""
+"""Checksum of a tokenizer that is not known."""
 
 BLEND = 1 << 16
 """Samples after which the pattern of a weighted blend starts again."""
@@ -48,9 +48,9 @@ class IndexedBatches:
     Args:
         portions: what to read.
         weights: how often each is drawn, relative to the others; one for each portion.
-        batch_size: windows an optimizer step, over all ranks.
+        batch_size: windows per optimizer step, over all ranks.
         cache: folder of the shuffled indices.
-        shared: the folder is other runs' too, so that what this one is through with stays there.
+        shared: other runs use the folder too, so that indices that this run no longer needs stay there.
     """
 
     masked = True
@@ -74,6 +74,7 @@ class IndexedBatches:
 
     def places(self, first: int) -> list[tuple[int, int, int]]:
         """(portion, its epoch, entry of that epoch) of every sample of the global batch from ``first`` on, in order."""
+        # Every number follows from the sample's own: there is no position to save, and none to go back to.
         answer = []
         for sample in range(first, first + self.batch_size):
             turn, place = divmod(sample, len(self._turns))
@@ -90,16 +91,18 @@ class IndexedBatches:
         """
         places = self.places(first)
         self._open_epochs({(portion, epoch) for portion, epoch, _ in places})
+        # Dealt out by micro-batch, not by rank, so that the same samples make a step on any number of ranks.
         blocks = [places[start : start + size] for start in range(rank * size, len(places), world * size)]
         return [self.reader.batch([self._open[p, e][entry] for p, e, entry in block]) for block in blocks]
 
     def epoch(self, samples: int) -> float:
-        """``samples`` over the windows there are; epochs, where there are no weights."""
+        """``samples`` divided by the number of windows: epochs, where there are no weights."""
         return samples / sum(map(len, self.portions))
 
     def _open_epochs(self, wanted: set[tuple[int, int]]) -> None:
         from vqmoe_ds.data.epochs import open_epoch, remove_epoch
 
+        # Closed before others are opened: no more epochs are mapped at a time than a batch has.
         through = self._open.keys() - wanted
         self._open = {key: dataset for key, dataset in self._open.items() if key in wanted}
         for portion, epoch in sorted(wanted - self._open.keys()):  # sorted: the same order on every rank
@@ -131,10 +134,10 @@ class IndexedWindows:
 
 
 class Reader:
-    """Makes a batch of megatron-core's samples.
+    """Reader of batches, made of megatron-core's samples.
 
     Args:
-        tokenizer: what made the ids; None where nobody knows.
+        tokenizer: the one that made the ids; None where it is unknown.
         vocab_size: of the model; ids past it or past the tokenizer's are refused.
     """
 
@@ -154,7 +157,7 @@ class Reader:
                 f"the prepared data has the id {outside}, past the vocabulary of {self.vocab_size}; it was made by "
                 "another tokenizer than the one named for it (data.tokenizer, model.vocab_size), or is damaged"
             )
-            error.local = True
+            error.local = True  # the other ranks read other windows
             raise error
         targets_BS = np.where(kept_BS > 0, labels_BS, MASKED)
         bytes_B = None
@@ -350,7 +353,7 @@ def _described_tokenizer(path: str) -> dict[str, Any] | None:
 
 
 def _common_tokenizer(prefixes: tuple[Prefix, ...], given: str | None) -> Tokenizer | None:
-    """The one tokenizer of all corpora; None where nobody knows it."""
+    """The one tokenizer of all corpora; None where it is unknown."""
     described = [p for p in prefixes if p.tokenizer is not None]
     if given is None and not described:
         return None
@@ -378,6 +381,7 @@ def _check_weights(prefixes: tuple[Prefix, ...]) -> None:
     if len(weights) != len(prefixes):
         bare = next(p.path for p in prefixes if p.weight is None)
         raise DataError(f"{bare} has no weight while others have; give every prefix one, or none")
+    # The pattern rounds to whole samples: a corpus below this share might get no turn in it.
     rare = min(prefixes, key=lambda p: p.weight or 0)
     if min(weights) / sum(weights) < 2 / BLEND:
         raise DataError(
@@ -386,9 +390,10 @@ def _check_weights(prefixes: tuple[Prefix, ...]) -> None:
 
 
 def _pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Whose turn it is (int16), and its how many-th (int64), for every sample of a blend until it starts again."""
+    """(portion, int16; that portion's turns before it, int64) of every sample until the blend starts again."""
     if len(weights) == 1:
         return np.zeros(1, dtype=np.int16), np.zeros(1, dtype=np.int64)
+    # The compiled helper fills arrays of these types; of any other type it would fill a copy.
     helpers = library("megatron.core.datasets.helpers", "blending prepared data", DataError)
     turns, numbers = np.zeros(BLEND, dtype=np.int16), np.zeros(BLEND, dtype=np.int64)
     shares = np.array(weights) / sum(weights)

@@ -1,4 +1,4 @@
-"""What prepared data holds, and whether it is whole."""
+"""Contents of prepared data, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print what is there, or what is wrong in one sentence; the exit code."""
+    """Print the contents, or what is wrong in one sentence; the exit code."""
     try:
         found = inspect(options.prefix, options.tokenizer, options.documents, options.verify)
     except UserError as error:
@@ -88,7 +88,7 @@ def inspect(prefix: str, tokenizer: str | None = None, documents: int = 3, verif
 
 
 def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
-    """Read all ids; the largest.
+    """Read all ids and return the largest.
 
     Raises:
         DataError: one lies outside the vocabulary, with its place.

@@ -46,7 +46,7 @@ def read_json_lines(span: Span, options: SourceOptions, skips: Skips) -> Iterato
 
 
 def read_json(text: str) -> Any:
-    """As ``json.loads``, which refuses whole numbers of more than 4,300 digits: they are read as floats."""
+    """``json.loads``, except that whole numbers of more than 4,300 digits, which it refuses, are read as floats."""
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
 
 

@@ -1,4 +1,4 @@
-"""The ``tokenizer.json`` of a Hugging Face folder as a tokenizer of ours."""
+"""The ``tokenizer.json`` of a Hugging Face folder as a ``Tokenizer``."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _of_library(error: BaseException) -> bool:
-    """Whether the tokenizers library raised it, which raises nothing narrower, and panics with a ``BaseException``."""
+    """Whether the tokenizers library raised it, which raises nothing narrower and panics with a ``BaseException``."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -29,14 +29,14 @@ Split = Literal["train", "validation", "test"]
 OnError = Literal["fail", "skip"]
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-"""How the files of a folder are called."""
+"""Names of the files of each split in a folder."""
 _FORMATS = r"csv|tsv|jsonl|ndjson|txt"
 
 EMPTY, NO_LABEL, UNSEEN, BAD_UTF8 = "empty text", "no label", "label never seen in training", "not UTF-8"
 BROKEN, NO_KEY, NOT_TEXT, DAMAGED = "broken row", "without the key", "not a string", "damaged file"
 HALF = "half of a surrogate pair"
 LONGEST_LINE = 32 << 20
-"""Characters of a line, and of a quoted field with its line breaks."""
+"""Characters, at most, of a line, and of a quoted field with its line breaks."""
 _SAMPLE = 20  # lines that tell what separates the columns
 _COARSE = ":coarse"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,7 +51,7 @@ class LabelledSet:
     labels: np.ndarray
     """int64 ``[len(texts)]``"""
     classes: list[str]
-    """In the order of their numbers: numbers by value, names by the alphabet; the same in every split."""
+    """Names in the order of their labels: numbers by value, names by the alphabet; the same in every split."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by reason; only with ``on_error="skip"``."""
 
@@ -65,7 +65,7 @@ class KnownSet:
 
     hub: str
     classes: tuple[str, ...] = ()
-    """What the labels 0, 1, … mean; empty where the labels are names themselves."""
+    """Names of the labels 0, 1, …; empty where the labels are names themselves."""
     label_key: str = "label"
     hub_label_key: str = "label"
     splits: tuple[Split, ...] = ("train", "validation", "test")
@@ -104,7 +104,7 @@ class Columns:
     label: str
 
     def names(self, there: Container[str]) -> list[str]:
-        """Of the texts, and last of the label; a name that is there is taken as it is, commas and all."""
+        """Columns of the texts, and last of the label; a name that is there is taken as it is, commas included."""
         texts = [self.text] if self.text in there else self.text.split(",")
         label = self.label if self.label in there else self.label.removesuffix(_COARSE)
         return [*(name.strip() for name in texts), label]
@@ -206,7 +206,7 @@ def _collect(name: str, rows: Iterator[_Row], classes: Sequence[str] | None, on_
             skipped[reason] = skipped.get(reason, 0) + 1
         else:
             raise DataError(
-                f"{row.place}: {problem}; mend it, or leave such rows out (finetune.skip_bad_rows=true, in Python "
+                f"{row.place}: {problem}; correct it, or leave such rows out (finetune.skip_bad_rows=true, in Python "
                 'on_error="skip")'
             )
     if not texts:
@@ -278,7 +278,7 @@ def _files(path: Path, split: Split) -> list[Path]:
     part = re.search(r"-of-0*(\d+)\.", files[0].name)
     if str(len(files)) != (part[1] if part else "1"):
         there = ", ".join(file.name for file in files)
-        raise DataError(f"the {split} split of {path} is {'not whole' if part else 'there twice'} ({there}); mend that")
+        raise DataError(f"the {split} split of {path} is {'not whole' if part else 'there twice'} ({there}); fix that")
     return files
 
 
@@ -359,7 +359,7 @@ def _parsed(path: Path, reader: Any) -> Iterator[tuple[str, list[str], str]]:
 
 
 def _delimiter(sample: list[str], default: str, columns: Columns) -> str:
-    """What separates the columns: the default of the file's name, unless the columns asked for speak for another."""
+    """Separator of the columns: the default of the file's name, unless the columns asked for are found with another."""
     for delimiter in dict.fromkeys((default, *"\t,;|")):
         try:
             rows = [row for row in csv.reader(sample, delimiter=delimiter) if row]
@@ -376,7 +376,7 @@ def _delimiter(sample: list[str], default: str, columns: Columns) -> str:
 
 
 def _places(path: Path, first: list[str], columns: Columns) -> list[int]:
-    """Where the columns of the text and of the label are."""
+    """Positions of the columns of the text and of the label."""
     header, numbered = [name.strip() for name in first], columns.numbered(first)
     places = []
     for key in columns.names(first):

@@ -50,7 +50,7 @@ class LabelledTexts:
         return Batch(inputs_BS, self.labels[positions], None)
 
     def take(self, rows: np.ndarray) -> LabelledTexts:
-        """Only some rows, in their order."""
+        """The texts of ``rows`` alone, in their order."""
         texts, ids = [self.texts[r] for r in rows], [self.ids[r] for r in rows]
         return replace(self, texts=texts, ids=ids, labels=self.labels[rows], cut=self.cut[rows])
 
@@ -134,7 +134,7 @@ class LabelledBatches:
         return [self.texts.read(self.rows(start, size)) for start in starts]
 
     def epoch(self, samples: int) -> float:
-        """Epochs that ``samples`` are."""
+        """Number of epochs in ``samples`` samples."""
         return samples / len(self.texts)
 
     def rows(self, first: int, count: int) -> np.ndarray:

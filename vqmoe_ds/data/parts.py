@@ -29,8 +29,8 @@ from vqmoe_ds.runtime.files import read_small, sha256_of
 
 FORMAT = 1
 _PIECES = 2
-"""Of parts alone: raised when the same text gives other ids than before."""
-"""Of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
+"""Version of the encoding, of parts alone: raised when the same text gives other ids than before."""
+"""Version of the layout of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
 
 BATCH_BYTES = 1 << 20
 _BLOCK = 4 << 20
@@ -40,7 +40,7 @@ _COUNTS = "counts.json"
 
 @dataclass
 class Counts:
-    """What a part, or a whole corpus, holds."""
+    """Contents of a part, or of a whole corpus, in numbers."""
 
     documents: int = 0
     sequences: int = 0
@@ -51,7 +51,7 @@ class Counts:
     """Tokens that stand for a symbol the tokenizer lacks."""
     skipped: dict[str, int] = field(default_factory=dict)
     first: dict[str, Place] = field(default_factory=dict)
-    """Where each reason to skip was met first."""
+    """First place of each reason to skip."""
 
     def add(self, other: Counts) -> None:
         for name in ("documents", "sequences", "tokens", "bytes", "unknown"):
@@ -72,7 +72,7 @@ class Parts:
         return self.folder / unit.fingerprint(FORMAT, _PIECES, self.tokenizer.checksum)
 
     def counts(self, unit: Unit, verify: bool = False) -> Counts | None:
-        """Of a part that is there and whole; None otherwise, and where it left out what is now to be refused.
+        """Counts of a part that is there and whole; None otherwise, or where it left out what is now to be refused.
 
         Args:
             verify: read it all and compare digests, as a part of an earlier run may not have outlived a power cut.
@@ -148,7 +148,7 @@ class Parts:
         return ids, lengths[kept].astype(np.int32), documents
 
     def clean(self) -> None:
-        """Take away what an earlier run left half-made."""
+        """Remove what an earlier run left half-made."""
         for path in self.folder.glob("*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -226,7 +226,7 @@ def _publish(temporary: dict[str, str], prefix: str) -> None:
 
 @contextmanager
 def disk_errors(place: str) -> Iterator[None]:
-    """A disk that is full or may not be written, or a name it cannot hold, as one sentence."""
+    """Context in which a disk that is full or may not be written, or a name it cannot hold, is one sentence."""
     try:
         yield
     except OSError as error:
@@ -252,7 +252,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _after(piece: Piece) -> str:
-    """What precedes the next piece in its document; "" where that begins one."""
+    """The character before the next piece in its document; "" where that piece begins one."""
     return "" if piece.ends_document else piece.text[-1:] or "\n"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 HELD_OUT = (0, 0, 0)
-"""Stands for (seed, portion, epoch) of what is validated on."""
+"""The (seed, portion, epoch) of the text that is validated on."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Prefix:
     lengths: np.ndarray = field(repr=False)
     """Tokens of each stored sequence, int32, memory-mapped."""
     tokenizer: dict[str, Any] | None
-    """What ``PREFIX.json`` says about it."""
+    """Its description in ``PREFIX.json``."""
 
     def tokens_of(self, share: tuple[float, float]) -> int:
         """Tokens of the stored sequences of a share."""
@@ -66,13 +66,13 @@ class Portion:
         return sum(self.windows)
 
     def without_empty(self) -> Portion:
-        """Only the corpora that have a window."""
+        """The same portion with only the corpora that have a window."""
         kept = tuple(p for p, n in zip(self.prefixes, self.windows, strict=True) if n)
         return Portion(kept, self.share, self.sequence_length)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever the order of the windows follows from, seed and epoch aside."""
+        """Digest of everything that decides the order of the windows, seed and epoch aside."""
         digest = hashlib.sha256(repr(["spread", self.share, self.sequence_length]).encode())
         for prefix in self.prefixes:
             digest.update(repr([prefix.path, len(prefix.lengths)]).encode())

@@ -130,7 +130,7 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
 
 
 def follow(comm: Any) -> None:
-    """A rank other than 0: take the plan, make a share of its parts."""
+    """Work of a rank other than 0: take the plan, make a share of its parts."""
     folder, tokenizer, units = spread.receive_plan(comm)
     if not Path(folder).is_dir():
         print(
@@ -143,7 +143,7 @@ def follow(comm: Any) -> None:
 
 
 def _make_parts(options: argparse.Namespace, comm: Any, parts: Parts, units: list[Unit]) -> Counts:
-    """Make the parts that are missing; what they hold."""
+    """Make the parts that are missing; returns what they hold."""
     by_path = {parts.path(unit): unit for unit in units}  # the same source given twice is read once
     missing = [unit for unit in by_path.values() if parts.counts(unit, verify=True) is None]
     new = Counts()
@@ -216,7 +216,7 @@ def _check_unknown(counts: Counts, options: argparse.Namespace) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One preparation of a corpus at a time; the lock goes with the process."""
+    """Lock that lets one process prepare a corpus at a time; it goes with the process."""
     with disk_errors(str(folder)):  # a FIFO in its place would be waited for
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     with open(descriptor, "wb") as lock:
@@ -271,7 +271,7 @@ class Progress:
 
 
 def report(prefix: str, parts: Parts, total: Counts, new: Counts, seconds: float) -> str:
-    """What was made, in a few lines."""
+    """Summary of what was made, in a few lines."""
     lines = [
         f"{prefix}: {total.documents:,} documents, {total.tokens:,} tokens ({parts.dtype}), {total.bytes:,} bytes of "
         f"text, {total.bytes / total.tokens:.2f} bytes/token",

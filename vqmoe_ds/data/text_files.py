@@ -118,7 +118,7 @@ def _blocks(span: Span, document: Document, skips: Skips) -> Iterator[tuple[int,
 
 
 def snap(path: str, offset: int, size: int, document: Document) -> int:
-    """First place at or after ``offset`` where a unit may end."""
+    """First offset from ``offset`` on at which a unit may end."""
     if offset >= size:
         return size
     with open_regular(path, links=True) as stream:

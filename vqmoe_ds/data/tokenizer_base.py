@@ -1,4 +1,4 @@
-"""What every tokenizer is and does.
+"""The interface of all tokenizers, and what they share.
 
 A tokenizer is kept beside the data it made, as a folder with ``tokenizer.json`` (kind, vocab_size, eod, checksum) and
 its payload: ``spm.model``, ``vocab.txt``, ``huggingface.json``, or nothing for bytes.
@@ -24,7 +24,7 @@ DESCRIPTION = "tokenizer.json"
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this symbol, and would read it back as a space."""
 MOST_IDS = 1 << 22
-"""Ids of a vocabulary: sixteen times the largest that are public. Tables grow with it, whoever wrote the file."""
+"""Ids of a vocabulary, at most: sixteen times the largest public one, as tables grow with what a file asks for."""
 
 
 class Tokenizer(ABC):
@@ -64,7 +64,7 @@ class Tokenizer(ABC):
         return np.array([len(piece) for piece in self.pieces()], dtype=np.int32)
 
     def starts(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Where each of ``ids``, the encoding of ``text``, begins in its UTF-8, int64 ``[n]``; in order.
+        """Offset in the UTF-8 of ``text`` of each of ``ids``, its encoding, int64 ``[n]``; in order.
 
         White space belongs to the token after it, as far as the tokenizer leaves that open.
         """
@@ -79,7 +79,7 @@ class Tokenizer(ABC):
         return self.pieces()
 
     def _told_starts(self, text: str) -> Sequence[int]:
-        """As ``starts``, for text that the ids do not give back exactly."""
+        """``starts`` for text that the ids do not give back exactly."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -95,7 +95,7 @@ class Tokenizer(ABC):
         return self.encode_batch(texts)
 
     def count_unknown(self, text: str, ids: np.ndarray) -> int:
-        """How many of ``ids``, the encoding of ``text``, stand for a symbol that the vocabulary lacks."""
+        """Number of ``ids``, the encoding of ``text``, that stand for a symbol that the vocabulary lacks."""
         return 0 if self.unknown_id is None else int(np.count_nonzero(ids == self.unknown_id))
 
     @property
@@ -109,7 +109,7 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """What megatron-core hashes into the names of its cached indices."""
+        """Identifiers that megatron-core hashes into the names of its cached indices."""
         return OrderedDict(self.describe())
 
     def save(self, folder: str | Path) -> None:
@@ -126,7 +126,11 @@ class Tokenizer(ABC):
 
 
 def read_file(path: Path) -> bytes:
-    """Raises: DataError: a tokenizer's file cannot be read."""
+    """Content of a tokenizer's file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         return read_small(path)
     except OSError as error:
@@ -149,7 +153,11 @@ def characters_to_bytes(text: str, places: Sequence[int]) -> list[int]:
 
 
 def require_utf8(text: str) -> bytes:
-    """Raises: DataError: the text holds half a surrogate pair."""
+    """UTF-8 of a text.
+
+    Raises:
+        DataError: it holds half a surrogate pair.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -160,7 +168,7 @@ def require_utf8(text: str) -> bytes:
 
 
 def cannot_encode(kind: str, error: BaseException) -> DataError:
-    """For a tokenizer whose file was read, and which then fails on a text."""
+    """The error for a tokenizer whose file was read, and which then fails on a text."""
     reason = one_line(str(error).partition("\n")[0], 200)
     return DataError(f"the {kind} tokenizer fails on a text ({reason}); its file is damaged, make or download it again")
 

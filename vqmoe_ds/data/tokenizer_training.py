@@ -40,19 +40,19 @@ from vqmoe_ds.runtime.memory import check_room
 
 KINDS = ("unigram", "bpe", "word")
 READ_AT_MOST = 8
-"""Text read for each byte of sample; of a larger corpus only units at even distances are read."""
+"""Bytes of text read per byte of sample; of a larger corpus only units at even distances are read."""
 HELD_OUT_EVERY = 20
 LONGEST_PART, LONGEST_LINE = 8192, 4096
 """Characters, at most, of what is drawn for the sample and of what SentencePiece gets at a time."""
 _A_BYTE = 4
-"""Bytes of memory for one of the sample: itself, in the lists that are made of it, and in SentencePiece."""
+"""Bytes of memory per byte of the sample: itself, in the lists that are made of it, and in SentencePiece."""
 THREADS = 16
-"""Of SentencePiece's trainer. The model depends on it, so it is not the machine's number of cores."""
+"""Threads of SentencePiece's trainer: not the machine's number of cores, since the model depends on it."""
 
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """A tokenizer and how it came out."""
+    """A trained tokenizer and its figures."""
 
     tokenizer: Tokenizer
     sample_bytes: int
@@ -224,7 +224,7 @@ def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePi
 
 
 def _interruptible(work: Callable[..., Any], **options: Any) -> None:
-    """A long call of a library in a thread of its own, as signals are only heard between Python's own steps."""
+    """Make a long call of a library in a thread of its own: Python runs signal handlers only between its own steps."""
     with ThreadPool(1) as pool:
         pool.apply_async(work, (), options).get()
 

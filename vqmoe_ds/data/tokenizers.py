@@ -96,14 +96,14 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         if self._words is not None:
             return self._words.encode(text)
-        # One call a text: handing SentencePiece the whole batch is no faster, and lists of int are slower.
+        # One call per text: handing SentencePiece the whole batch is no faster, and lists of int are slower.
         return self._pieces.encode(text, return_type="numpy")
 
     def encode_pieces(self, texts: Sequence[str], before: Sequence[str]) -> list[np.ndarray]:
         return [self._inside(last, text).encode(text) for text, last in zip(texts, before, strict=True)]
 
     def _inside(self, before: str, text: str) -> SentencePieceTokenizer:
-        """Itself, or its like for text inside a document, with a space put in front only for one that it drops."""
+        """The model for text inside a document: a space is put in front only in place of one that it drops."""
         drops, puts = self._drops_spaces, self._puts_space
         wanted = puts if not before else drops and self._is_space(before, text[:1])
         return self if wanted == puts else self._other
@@ -235,7 +235,7 @@ class WordTokenizer(Tokenizer):
         return np.fromiter(map(self._ids.get, words, repeat(self.unknown_id)), dtype=np.int32, count=len(words))
 
     def count_unknown(self, text: str, ids: np.ndarray) -> int:
-        """As for every tokenizer; ``<unk>`` in the text itself, which WikiText is full of, does not count."""
+        """Number of unknown symbols; ``<unk>`` in the text itself, which WikiText is full of, does not count."""
         unknown = super().count_unknown(text, ids)
         return unknown - text.split().count(UNKNOWN) if unknown else 0
 

@@ -1,4 +1,4 @@
-"""What a run trains on: raw text or prepared corpora, behind one interface."""
+"""Training text, raw or prepared, behind one interface."""
 
 from __future__ import annotations
 

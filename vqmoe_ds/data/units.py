@@ -22,7 +22,7 @@ Document = Literal["file", "paragraph", "line"]
 OnError = Literal["fail", "skip"]
 
 LONGEST_JSON = 32 << 20
-"""Bytes of a JSON line: what it holds can take 25 times as many in memory."""
+"""Bytes of a JSON line, at most: its values can take 25 times as many in memory."""
 
 TEXT, JSON, PARQUET, HUB, STREAM = "text", "json", "parquet", "hub", "stream"
 
@@ -46,7 +46,7 @@ _HINTS = {
 }
 
 BREAKS: list[tuple[bytes, ...]] = [(b"\n",), (b" ",)]
-"""Where a document is cut that is too long for one piece."""
+"""Marks at which a document that is too long for one piece is cut, the preferred ones first."""
 
 
 class Piece(NamedTuple):
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How sources become documents.
+    """Rules that turn sources into documents.
 
     ``document`` is for plain text only. The default, one document per file, joins nothing that was apart and cuts
     nothing that was together: a file is the only border that every plain text has. Blank lines end a document with
@@ -81,11 +81,11 @@ class Span:
     start: int
     end: int
     last: bool
-    """It reaches the end of the source."""
+    """Whether it reaches the end of the source."""
     size: int
     """Bytes of the source it stands for."""
     stamp: str
-    """Another one when the source has changed."""
+    """Mark of the source's state, which changes with the source."""
     rows_before: int = 0
     """Rows of a parquet file before ``start``."""
 
@@ -109,7 +109,7 @@ class Unit:
 
 
 class Place(NamedTuple):
-    """Where something is wrong: byte ``number`` of a text file, or row ``number`` of a table (from 0)."""
+    """Place of something wrong: byte ``number`` of a text file, or row ``number`` of a table (from 0)."""
 
     path: str
     number: int
@@ -124,14 +124,14 @@ class Place(NamedTuple):
 
 @dataclass
 class Skips:
-    """What was left out, by reason, with the first place of each; or a refusal at the first, if so asked."""
+    """Counts of what was left out, by reason, with the first place of each; or a refusal at the first, if so asked."""
 
     on_error: OnError = "fail"
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, Place] = field(default_factory=dict)
 
     def add(self, reason: str, place: Place, detail: str = "") -> None:
-        """Count it.
+        """Count one that is left out.
 
         Raises:
             DataError: with ``on_error="fail"``; but an empty document holds nothing that could be lost.
@@ -167,7 +167,7 @@ def pieces_of(value: object, place: Place, skips: Skips) -> Iterator[Piece]:
 
 
 def cut(block: bytes, marks: list[tuple[bytes, ...]]) -> tuple[int, int]:
-    """Where a block is cut, and the level of the mark: after its last mark of the first group that it holds.
+    """(offset at which a block is cut, level of the mark): after its last mark of the first group that it holds.
 
     Without any it is cut after its last whole character, at level ``len(marks)``.
     """
