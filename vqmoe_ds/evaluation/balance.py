@@ -1,4 +1,4 @@
-"""How evenly experts or codes are used.
+"""Measures of how evenly experts or codes are used.
 
 Legend: ... any leading dimensions (layers), N experts or codes.
 """

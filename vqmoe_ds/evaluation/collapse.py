@@ -33,7 +33,7 @@ def centred_spectrum(x_TD: Tensor) -> Tensor:
 
 
 class Scatter(NamedTuple):
-    """How far classes lie apart, against how far their members do."""
+    """Scatter between classes and within them."""
 
     within: float
     """``tr S_W``: mean squared distance of a vector from the mean of its class."""

@@ -36,8 +36,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="what of it: the held-out share, all, or (auto) all of raw text that is named and else the held-out share",
     )
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
-    add("--stride", type=int, metavar="N", help="tokens a window scores, at most the context (default: half of it)")
-    add("--batch_size", type=int, metavar="N", help="windows a forward pass (default: as memory allows, at most 32)")
+    add("--stride", type=int, metavar="N", help="tokens scored per window, at most the context (default: half of it)")
+    add("--batch_size", type=int, metavar="N", help="windows per forward pass (default: as memory allows, at most 32)")
     add("--max_tokens", type=int, metavar="N", help="read no more tokens than these")
     add(
         "--corrupt",
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
-    """Everything that can be refused before anything heavy is loaded."""
+    """Refuse what can be refused before anything heavy is loaded; returns the corruptions asked for."""
     asked_accelerator()
     for name, least in (("stride", 1), ("batch_size", 1), ("max_tokens", 2), ("seeds", 1), ("ep_size", 1)):
         value = getattr(args, name)
@@ -193,7 +193,7 @@ COLUMNS = {
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """What was measured as lines of a table, means with their standard errors."""
+    """Figures as lines of a table, means with their standard errors."""
     model, setting, clean = result["model"], result["setting"], result["clean"]
     amount = f"{clean['tokens']:,} tokens" + (f", {clean['bytes']:,} bytes" if clean["bytes"] is not None else "")
     lines = [

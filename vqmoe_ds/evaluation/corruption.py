@@ -1,4 +1,4 @@
-"""Damaged text: which places are changed, and into what. Everything is a list of edits on UTF-8 bytes.
+"""Damage to text, as lists of edits on its UTF-8 bytes.
 
 The kinds, with the share that is changed unless a rate is given:
 
@@ -71,7 +71,7 @@ class Corruption(NamedTuple):
         return f"{self.kind} {self.rate:g}"
 
     def damage(self, text: bytes, seed: int, document: int = 0) -> Damage:
-        """What happens to a text; a function of kind, rate, seed and the number of the document alone."""
+        """Edits of a text; a function of kind, rate, seed and the number of the document alone."""
         generator = np.random.default_rng([seed, zlib.crc32(self.kind.encode()), document])
         return _KINDS[self.kind][0](text, self.rate, generator)
 

@@ -1,10 +1,10 @@
-"""How well a model predicts text, clean and damaged, over several seeds of the damage.
+"""Losses of a model on text, clean and damaged, over several seeds of the damage.
 
 Damaged text is scored twice from one pass. *Inputs only*: the model reads the damaged text, and is asked for the clean
 tokens; compared with the same tokens in the clean text. *Inputs and targets*: it is asked for the damaged text itself,
 as published for WikiText-103, so that a part of the rise is that the damage cannot be foretold.
 
-Legend: N tokens, K targets a position (1 clean; 2 damaged).
+Legend: N tokens, K targets per position (1 clean; 2 damaged).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Tell = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured and how.
+    """Settings of an evaluation.
 
     Attributes:
-        stride: targets a window scores, at most the context; None: half of it.
-        batch_size: windows a forward pass; None: as many as 128 MiB of logits hold, at most 32.
+        stride: targets scored per window, at most the context; None: half of it.
+        batch_size: windows per forward pass; None: as many as 128 MiB of logits hold, at most 32.
         corruptions: kinds of damage.
-        seeds: how many times each is drawn (seeds 0, 1, …).
+        seeds: number of draws of each kind (seeds 0, 1, …).
     """
 
     stride: int | None = None
@@ -54,7 +54,7 @@ class Score(NamedTuple):
     words: int | None
 
     def figures(self) -> dict[str, float | None]:
-        """``nats_per_token``, ``perplexity`` (a token), ``word_perplexity`` and ``bits_per_byte``."""
+        """``nats_per_token``, ``perplexity`` (per token), ``word_perplexity`` and ``bits_per_byte``."""
         nats = self.nats / self.tokens if self.tokens else None
         return {
             "bits_per_byte": bits_per_byte(nats, self.bytes / self.tokens if self.bytes and self.tokens else None),
@@ -66,7 +66,7 @@ class Score(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """Everything measured, ready for JSON.
+    """Results of an evaluation, ready for JSON.
 
     Attributes:
         model: checkpoint, step, router and sizes.
@@ -163,7 +163,7 @@ class _Passes:
         return only, both
 
     def _inputs_only(self, sources: list[np.ndarray], nats_N: np.ndarray) -> tuple[Score, Score]:
-        """Of the clean tokens that can be asked for: in the damaged text, and the same ones in the clean text."""
+        """Scores of the clean tokens that can be asked for: in the damaged text, and the same ones in the clean one."""
         begins = np.cumsum([0, *(len(text.ids_N) for text in self.texts)])
         asked = [source[source >= 0] for source in sources]
         tokens = sum(map(len, asked))
@@ -190,7 +190,7 @@ def checked_stride(stride: int | None, context: int) -> int:
 
 
 def _score_of(texts: Sequence[Text], nats_N: np.ndarray) -> Score:
-    """Of texts that are asked for themselves: all tokens but the first of each."""
+    """Score of texts that are asked for themselves: all tokens but the first of each."""
     words = [text.words() for text in texts]
     told = all(text.starts_N is not None for text in texts)
     return Score(
@@ -221,7 +221,7 @@ def _targets(text: Text, damaged: Text, source_N: np.ndarray) -> np.ndarray:
 
 
 def _rise(here: Score, clean: Score) -> dict[str, float | None]:
-    """What the damage adds."""
+    """Increase of each figure by the damage."""
     pairs = ((name, here.figures()[name], clean.figures()[name]) for name in ("bits_per_byte", "nats_per_token"))
     return {f"{name}_rise": None if a is None or b is None else a - b for name, a, b in pairs}
 
@@ -242,7 +242,7 @@ def _summary(corruption: Corruption, mode: str, rows: list[dict[str, Any]]) -> d
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of a mean; None for a single value."""
+    """Standard error of the mean; None for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -253,7 +253,11 @@ def _perplexity(nats: float | None) -> float | None:
 def _about(loaded: LoadedModel) -> dict[str, Any]:
     moe = loaded.config.moe
     return {
-        **{"checkpoint": str(loaded.path), "kind": loaded.kind, "step": loaded.step},
-        **{"router": moe.router, "experts": moe.num_experts, "top_k": moe.top_k},
-        **{"tokenizer": loaded.tokenizer.kind if loaded.tokenizer else None},
+        "checkpoint": str(loaded.path),
+        "kind": loaded.kind,
+        "step": loaded.step,
+        "router": moe.router,
+        "experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "tokenizer": loaded.tokenizer.kind if loaded.tokenizer else None,
     }

@@ -19,7 +19,7 @@ from vqmoe_ds.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings by which the next token is drawn.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
@@ -93,7 +93,7 @@ def generate(
 
 
 def pieces_of_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """What each id adds to the text: nothing where it leaves a character unfinished, which comes with its last id.
+    """Text added by each id: none where it leaves a character unfinished, which comes with its last id.
 
     Bytes that are no UTF-8 show as U+FFFD; a character that is never finished is left out.
     """

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from vqmoe_ds.evaluation.generate import Sampling
 
 MOST_TOKENS = 1_000_000_000
-"""Of a text: more than a machine draws in a year."""
+"""Tokens of a text, at most: more than a machine draws in a year."""
 LONGEST_PROMPT = 16 << 20
-"""Bytes: of a longer one the model would read the end alone, as far as its context reaches."""
+"""Bytes of a prompt, at most: of a longer one the model would read only the last part, as long as its context."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--no_cache", action="store_true", help="read the whole context anew for every token")
-    add("--timing", action="store_true", help="tokens a second of every text, on standard error")
+    add("--timing", action="store_true", help="tokens per second of every text, on standard error")
     add_plugin_option(parser)
     return parser
 
@@ -90,10 +90,10 @@ class _Writer:
                 self.answer(_piped().removesuffix("\n"))
 
     def _converse(self) -> None:
-        """Prompts of a terminal, each on its own, until Ctrl-D."""
+        """Answer prompts of a terminal, each on its own, until Ctrl-D."""
         import readline  # noqa: F401 (lines can be edited and recalled)
 
-        print("a prompt a line; Ctrl-D or Ctrl-C leaves", file=sys.stderr)
+        print("one prompt per line; Ctrl-D or Ctrl-C leaves", file=sys.stderr)
         while True:
             try:
                 self.answer(input("> "))
@@ -155,5 +155,5 @@ def _piped() -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters could upset a terminal, and models of bytes do write them."""
+    """The text without the control characters that models of bytes may write and that could upset a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -2,7 +2,7 @@
 
     python -m vqmoe_ds.evaluation.harness run --model vqmoe --model_args checkpoint=runs/pretrain --tasks TASK
 
-is its own command ``lm_eval`` with one model more. The harness knows no plugins, so the model is registered before it
+is its own command ``lm_eval`` with one more model. The harness knows no plugins, so the model is registered before it
 starts; whoever calls the harness from Python imports this module first.
 """
 
@@ -41,7 +41,7 @@ class HarnessModel(TemplateLM):
     Args:
         checkpoint: anything ``load_model`` takes.
         tokenizer: of the model, where it is not found.
-        batch_size: sequences a forward pass; ``auto``: as many as 128 MiB of logits hold.
+        batch_size: sequences per forward pass; ``auto``: as many as 128 MiB of logits hold.
         device: of the GPU; without one, the CPU.
         precision: of the weights, bf16 or fp32; none: bf16 on a GPU, fp32 on a CPU.
         seed: of sampling, where a task asks for it.
@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that nothing precedes: a line break, for what follows the end of a document is
+        """Id put before a text that nothing precedes: a line break, since the token after the end of a document is
         never learned in training."""
         ids = self.tok_encode("\n")
         return ids[-1] if ids else self.eot_token_id

@@ -1,4 +1,4 @@
-"""What a label tells about a route: mutual information, freed of the bias that finite samples have.
+"""Mutual information of labels and routes, freed of the bias that finite samples have.
 
 Legend: M observations, A labels, B routes.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Information(NamedTuple):
-    """How much of one classification another one explains, in bits."""
+    """Share of one classification that another one explains, in bits."""
 
     bits: float
     """Plug-in mutual information ``I(A; B)``; biased upward, about ``(|A| - 1)(|B| - 1) / (2 M ln 2)``."""
     shuffled_bits: float
-    """Its mean where the labels are shuffled: all of it is bias."""
+    """Mean of ``bits`` over shuffled labels: all of it is bias."""
     route_bits: float
     """Entropy ``H(B)`` of the routes, the most there is to explain."""
     label_bits: float
@@ -41,7 +41,7 @@ def information(labels_M: Tensor, routes_M: Tensor, shuffles: int = 5, seed: int
     Args:
         labels_M: what is known (token ids, positions, parts of speech).
         routes_M: what is to be explained (experts, codes).
-        shuffles: permutations of the labels the baseline is the mean of.
+        shuffles: permutations of the labels that the baseline is averaged over.
         seed: of the permutations.
     """
     labels_M, routes_M = _dense(labels_M), _dense(routes_M)

@@ -16,7 +16,7 @@ from vqmoe_ds.models.session import Session
 
 @dataclass(frozen=True)
 class Score:
-    """Mean language-model loss in nats a token, and UTF-8 bytes a token where the tokenizer is known."""
+    """Mean language-model loss in nats per token, and UTF-8 bytes per token where the tokenizer is known."""
 
     loss: float
     bytes_per_token: float | None
@@ -29,12 +29,12 @@ class Score:
         return f"{self.loss:.4f} nats/token" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f} bits/byte"
 
     def row(self) -> dict[str, float | None]:
-        """As metrics and the summary name it."""
+        """The figures under the names of metrics and summary."""
         return {"validation_loss": self.loss, "validation_bits_per_byte": self.bits_per_byte}
 
 
 def bits_per_byte(loss: float | None, bytes_per_token: float | None = 1.0) -> float | None:
-    """Nats a token -> bits a byte; None where either is not known."""
+    """Nats per token -> bits per byte; None where either is not known."""
     if loss is None or not bytes_per_token:
         return None
     return loss / math.log(2) / bytes_per_token
@@ -50,7 +50,7 @@ def validate(
 
     Args:
         most: windows to take, evenly spaced; None: all.
-        tell: of windows done and to do, after every batch.
+        tell: called with the windows done and to do, after every batch.
 
     Raises:
         Interrupted: a rank was asked to stop.

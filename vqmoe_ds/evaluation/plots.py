@@ -17,7 +17,7 @@ from vqmoe_ds.runtime.extras import library
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito, Color Universal Design (2008); yellow last, for it is faint on white."""
 LINES = ("-", "--", ":", "-.")
-"""One after the other, each time the colours are used up."""
+"""Line styles: the next one whenever the colours are used up."""
 
 
 class NoPictures(ConfigError):
@@ -26,7 +26,7 @@ class NoPictures(ConfigError):
 
 @contextmanager
 def drawing(say: Callable[[str], None]) -> Iterator[None]:
-    """In this context pictures are drawn, or where Matplotlib is missing left out, which is said."""
+    """Context for drawing pictures; where Matplotlib is missing it says so, and they are left out."""
     try:
         yield
     except NoPictures as missing:
@@ -34,13 +34,13 @@ def drawing(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token", data: str = "") -> None:
-    """Training and validation bits per byte (nats a ``target`` where bytes are unknown) against steps, as PNG.
+    """Training and validation bits per byte (nats per ``target`` where bytes are unknown) against steps, as PNG.
 
     Args:
         path: in the run folder, whose name is the title.
         rows: of ``metrics.jsonl``.
-        target: what a loss is counted by.
-        data: what was trained on, shown below the title.
+        target: unit that a loss is per.
+        data: name of the training text, shown below the title.
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -63,7 +63,7 @@ def plot_loss(path: Path, rows: list[dict[str, Any]], target: str = "token", dat
 
 
 def _run_name(folder: Path) -> str:
-    """The last two parts of a run folder: of several seeds, the last alone would say little."""
+    """The last two parts of a run folder's path: among several seeds, the last alone would say little."""
     return textwrap.shorten("/".join(folder.parts[-2:]), 90, placeholder=" …")
 
 
@@ -97,7 +97,7 @@ def draw_usage(counts_LN: Tensor, usage_LK: Tensor | None) -> Any:
 
 
 def draw_spectra(models: list[dict[str, Any]]) -> Any:
-    """Figure of the singular values of averaged Jacobians: a row a layer, a column a term, a line a checkpoint.
+    """Figure of the singular values of averaged Jacobians: a row per layer, a column per term, a line per checkpoint.
 
     Args:
         models: of a Jacobian report, each with its ``name`` and ``layers``.

@@ -1,6 +1,6 @@
-"""Looking into a model's MoE layers while it reads a probe: states, routes and codes of every token.
+"""States, routes and codes of every token in a model's MoE layers while it reads a probe.
 
-Legend: B windows, S positions, T = B * S tokens, D width, N experts, R routed rows a token, M rows of all tokens.
+Legend: B windows, S positions, T = B * S tokens, D width, N experts, R routed rows per token, M rows of all tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """The routed rows of one layer, one entry a row; a token may have any number."""
+    """The routed rows of one layer, one entry per row; a token may have any number."""
 
     tokens_M: Tensor
     slots_M: Tensor
@@ -45,7 +45,7 @@ class Rows:
     weights_M: Tensor
 
     def counts_TN(self, tokens: int, num_experts: int) -> Tensor:
-        """How often each token was sent to each expert, int64."""
+        """Number of times each token was sent to each expert, int64."""
         flat = torch.bincount(self.tokens_M * num_experts + self.experts_M, minlength=tokens * num_experts)
         return flat.view(tokens, num_experts)
 
@@ -131,7 +131,7 @@ def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
 
 @contextmanager
 def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, Tensor]]:
-    """Codes by layer while the model runs: whatever they are looked up in, the bank is told them to observe them."""
+    """Codes by layer while the model runs, taken from the calls in which the bank observes them."""
     codes: dict[int, Tensor] = {}
     if bank is None:
         yield codes
@@ -148,7 +148,7 @@ def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, Tensor]]:
 
 
 def load_routed(path: str, tokenizer: str | None = None) -> LoadedModel:
-    """Load a checkpoint that has something to look into.
+    """Load a checkpoint that has MoE layers.
 
     Raises:
         CheckpointError: as ``load_model``, or the model is dense.
@@ -163,7 +163,7 @@ def load_routed(path: str, tokenizer: str | None = None) -> LoadedModel:
 
 
 def check_tokens(tokens: int) -> None:
-    """Refuse to read nothing.
+    """Refuse a probe without tokens.
 
     Raises:
         ConfigError: ``tokens`` is under 1.

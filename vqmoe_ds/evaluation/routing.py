@@ -1,6 +1,6 @@
 """Health of routing: load, code perplexity, dead codes, and fluctuation on a fixed probe.
 
-Legend: L MoE layers, K codes, N experts, T tokens, R routed rows a token.
+Legend: L MoE layers, K codes, N experts, T tokens, R routed rows per token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``tools/inspect_routing.py``: who is sent where, and what becomes of it, as numbers.
+"""``tools/inspect_routing.py``: which tokens go to which experts and codes, and the effect on their states.
 
 Legend: B windows, S positions, T = B * S tokens, D width, N experts, K codes, M routed rows, P tokens sampled.
 """
@@ -31,11 +31,11 @@ from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import CheckpointError
 
 STATES = 4096
-"""Tokens, drawn evenly, whose states are kept for ranks and scatter."""
+"""Number of tokens, drawn evenly, whose states are kept for ranks and scatter."""
 LIKENESS_TOKENS = 512
-"""Tokens every expert runs on."""
+"""Number of tokens that every expert runs on."""
 TOP, RAREST = 12, 5
-"""Tokens listed for an expert or a code; times one must occur there to be ranked by lift."""
+"""Number of tokens listed for an expert or a code; occurrences there that a token needs to be ranked by lift."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def inspect_routing(
         checkpoint: anything ``load_model`` takes.
         data: as ``read_probe``.
         against: a checkpoint of the same run.
-        tokens: how many to read.
+        tokens: number of tokens to read.
         tokenizer: as ``load_model``.
 
     Raises:
@@ -107,7 +107,7 @@ def inspect_routing(
 
 
 def about(loaded: LoadedModel) -> dict[str, Any]:
-    """What a checkpoint is, in a few words."""
+    """Description of a checkpoint, in a few words."""
     config, bank = loaded.config, loaded.model.bank
     return {
         "path": str(loaded.path),
@@ -124,7 +124,7 @@ def about(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def check_same_run(first: LoadedModel, second: LoadedModel) -> None:
-    """Numbers of experts mean the same only within one run.
+    """Refuse checkpoints of different runs: numbers of experts mean the same only within one.
 
     Raises:
         CheckpointError: the two differ in model, experts, codes or seed.
@@ -140,7 +140,7 @@ def check_same_run(first: LoadedModel, second: LoadedModel) -> None:
 
 
 def label_tokens(tokens_BS: Tensor, pieces: list[bytes]) -> dict[str, Labels]:
-    """What is known of every token: id, id before, position, kind, and its part of speech where there is a tagger."""
+    """Labels of every token: id, id before, position, kind, and its part of speech where there is a tagger."""
     before_BS = tokens_BS.roll(1, dims=1)
     before_BS[:, 0] = len(pieces)  # none
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
@@ -168,7 +168,7 @@ class Trace:
     num_codes: int
     sampled_P: Tensor
     states: dict[str, Tensor]
-    """Of the sampled tokens ``[P, D]``: ``before`` and ``after`` (the residual stream), ``input`` and ``output``."""
+    """States of the sampled tokens ``[P, D]``: ``before``, ``after`` (residual stream), ``input`` and ``output``."""
 
     def code_experts_T(self) -> Tensor:
         """The expert of every token's code: its discrete row is the last."""
@@ -246,7 +246,7 @@ def measure_layer(trace: Trace, ids_T: Tensor, labels: dict[str, Labels], names:
 
 
 def use_of(choices_M: Tensor, count: int) -> dict[str, Any]:
-    """How evenly ``count`` experts or codes are used."""
+    """Measures of how evenly ``count`` experts or codes are used."""
     counts = torch.bincount(choices_M, minlength=count)
     return {
         "counts": counts.tolist(),
@@ -283,7 +283,7 @@ def top_tokens(choices_M: Tensor, ids_M: Tensor, count: int, names: list[str]) -
 
 
 def _router_rows(trace: Trace) -> Tensor:
-    """Rows a router chose: all, but of a dual path not the discrete one, of which the code itself says more."""
+    """Rows that a router chose: all but the discrete one of a dual path, which the code itself describes better."""
     slots_M = trace.rows.slots_M
     dual = trace.codes_T is not None and slots_M.max() > 0
     return slots_M < slots_M.max() if dual else torch.ones_like(slots_M, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""A text sample from the model, to see with one's own eyes what it has learned."""
+"""A text sample from the model, for a person to read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def sample_tokens(
 ) -> list[int]:
     """Continue the ids of ``prompt`` by ``length`` ids under ``vocab_size``; all ranks take part, all get the same.
 
-    Every id takes one pass over itself and the keys and values kept of those before (``generate``).
+    Every id takes one forward pass over itself and the keys and values kept of those before (``generate``).
 
     Raises:
         ConfigError: the router looks at later tokens.

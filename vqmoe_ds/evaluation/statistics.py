@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 Pair = TypeVar("Pair", int, tuple[str, int])
-"""What two runs have in common: a seed, or a corpus and a seed."""
+"""Key that two runs have in common: a seed, or a corpus and a seed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Of a measure of which less is better; nobody wins where the interval contains zero or there is none."""
+        """Which side is better, less being better; neither where the interval contains zero or there is none."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "cannot be told"
         return "better" if self.high < 0 else "worse"

@@ -1,4 +1,4 @@
-"""Documents to be scored: their tokens, the bytes each stands for, and which tokens of a damaged text are still there.
+"""Documents to be scored: their tokens, the bytes of each, and which tokens of a damaged text are still there.
 
 Legend: N tokens of a document, clean or damaged.
 """
@@ -26,7 +26,7 @@ from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.memory import check_room
 
 _A_BYTE = 24
-"""Bytes of memory for one of raw text: itself, twice, its id and where it begins."""
+"""Bytes of memory per byte of raw text: itself, twice, its id and its offset."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Text:
         return replace(self, ids_N=self.ids_N[:tokens], raw=raw, starts_N=starts_N, end=None)
 
     def damage(self, corruption: Corruption, seed: int, number: int) -> Damage:
-        """What a corruption does to its text, being document ``number``."""
+        """Edits that a corruption makes to its text, which is document ``number``."""
         assert self.raw is not None
         return corruption.damage(self.raw, seed, number)
 
@@ -101,7 +101,7 @@ def encode(tokenizer: Tokenizer, raw: bytes, end: int | None = None) -> Text:
 
 
 def still_there(clean: Text, damaged: Text, edits: Sequence[Edit]) -> np.ndarray:
-    """Which clean token each token of the damaged text stands in for, int64 ``[N]`` of the damaged one; -1 for none.
+    """The clean token that each token of the damaged text stands in for, int64 ``[N]`` of the damaged one; -1: none.
 
     A clean token is asked for wherever a damaged one begins at its place: every token of what was left alone, and the
     first one of what was changed, for what stands before it can be read. The rest of a changed word, or a word that is
@@ -170,7 +170,7 @@ def open_texts(
 
 
 def _texts_of(loaded: LoadedModel, path: str | None, split: str) -> Iterator[Text]:
-    """As ``open_texts``, of one path; None for the run's own data."""
+    """``open_texts`` of one path; None for the run's own data."""
     data = loaded.config.data
     if path is not None:
         data = data.model_copy(update={"path": path, "valid_path": None})

@@ -1,4 +1,4 @@
-"""What a token is: its text for a reader's eyes, its position, its kind, its part of speech.
+"""Descriptions of tokens: readable text, position, kind, part of speech.
 
 Legend: B windows, S positions, V vocabulary.
 """
@@ -26,7 +26,7 @@ class Labels(NamedTuple):
 
 
 def pieces_of(tokenizer: Tokenizer | None, vocab_size: int) -> list[bytes]:
-    """The bytes each id stands for; none where they stand for no text or nobody knows."""
+    """The bytes that each id stands for; none where it stands for no text, or where that is unknown."""
     pieces = tokenizer.pieces() if tokenizer is not None else []
     return (pieces + [b""] * vocab_size)[:vocab_size]
 
@@ -87,7 +87,8 @@ PARTS = {
     **dict.fromkeys(("IN", "TO", "RP"), "preposition"),
     **dict.fromkeys(("DT", "PDT", "WDT"), "determiner"),
     **dict.fromkeys(("PRP", "PRP$", "WP", "WP$", "EX"), "pronoun"),
-    **{"CC": "conjunction", "CD": "number"},
+    "CC": "conjunction",
+    "CD": "number",
 }
 """Penn Treebank's tags in groups; all other words are "other", what is no word is "punctuation" or "space"."""
 

@@ -1,11 +1,11 @@
-"""Scores every token of a text exactly once, through windows that slide over it.
+"""Scores of every token of a text, each exactly once, through windows that slide over it.
 
 Windows are as long as the model's context. The first starts with the document and scores all its targets; each later
 one ends ``stride`` tokens further and scores these alone, so that every one of them has at least ``context - stride``
 tokens before it. No window reaches from one document into another, and the first token of a document is not scored:
 nothing stands before it.
 
-Legend: N tokens of all documents, K targets a position, B windows of a batch, S positions, M scored ones, V vocabulary.
+Legend: N tokens of all documents, K targets per position, B windows per batch, S positions, M scored, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from vqmoe_ds.data.batches import MASKED
 
 LOGITS = 1 << 25
-"""Logits of a batch at most (128 MiB)."""
+"""Logits of a batch, at most (128 MiB)."""
 
 
 class Scored(NamedTuple):
-    """Of every target, ``[K, N]``: its nats (float64; 0 where nothing is scored), and whether no id was likelier."""
+    """Nats of every target ``[K, N]`` (float64; 0 where nothing is scored), and whether no id was likelier."""
 
     nats_KN: np.ndarray
     first_choice_KN: np.ndarray
@@ -78,7 +78,7 @@ def score(
         ids_N: inputs, documents end to end.
         targets_KN: what is asked for at each place, ``MASKED`` for nothing; ``ids_N`` itself for the usual loss.
         windows: of ``windows_of``.
-        batch_size: windows a forward pass.
+        batch_size: windows per forward pass.
         rank, world: this process among those that share the windows.
         tell: called with the windows done (of all ranks) after each pass.
     """
@@ -125,5 +125,5 @@ def _score_batch(
 
 
 def fitting_batch(context: int, vocab_size: int) -> int:
-    """Windows a pass whose logits stay within ``LOGITS``, at most 32."""
+    """Windows per pass whose logits stay within ``LOGITS``, at most 32."""
     return max(1, min(32, LOGITS // (context * vocab_size)))
