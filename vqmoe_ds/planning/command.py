@@ -1,4 +1,4 @@
-"""``tools/plan.py``: which layouts of a model fit a cluster, and which is likely fastest."""
+"""``tools/plan.py``: the layouts of a model that fit a cluster, likely fastest first."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from vqmoe_ds.planning.layouts import Plan
 
 LARGEST = 10**7
-"""Of every figure of a cluster: 10,000 TB, TFLOP/s and GB/s of one processor are far off."""
+"""Largest figure of a cluster: 10,000 TB, TFLOP/s and GB/s of one processor are far off."""
 OVERRIDES = {
     "gpu_memory": ("memory_gb", "GB of one processor"),
     "gpu_tflops": ("tflops", "its bf16 TFLOP/s"),
     "gpu_fp32_tflops": ("fp32_tflops", "its float32 TFLOP/s"),
     "memory_gbps": ("memory_gbps", "bandwidth of its memory, GB/s"),
-    "link_gbps": ("link_gbps", "within a node, GB/s a processor and direction"),
-    "host_gbps": ("host_gbps", "to the host's memory, GB/s a processor and direction"),
+    "link_gbps": ("link_gbps", "within a node, GB/s per processor and direction"),
+    "host_gbps": ("host_gbps", "to the host's memory, GB/s per processor and direction"),
 }
 """Options that replace a figure of the catalogue."""
 
@@ -45,7 +45,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--gpu", default="h100", help=f"{', '.join(PROCESSORS)} (default h100)")
     for option, (_, meaning) in OVERRIDES.items():
         add(f"--{option}", type=float, metavar="X", help=meaning)
-    network = f"between nodes, GB/s a processor and direction (default {NETWORK_GBPS:g}: 400 Gb/s InfiniBand)"
+    network = f"between nodes, GB/s per processor and direction (default {NETWORK_GBPS:g}: 400 Gb/s InfiniBand)"
     add("--network_gbps", type=float, default=NETWORK_GBPS, help=network)
     add("--latency_us", type=float, default=Cluster.latency_us, help="of one message (default 15)")
     add("--efficiency", type=float, default=Cluster.efficiency, help="share of the peak products reach (default 0.4)")
@@ -57,13 +57,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--imbalance", type=float, default=1.2, help="rows of the busiest rank, relative to the mean (default 1.2)")
     add("--top", type=int, default=12, help="layouts shown (default 12)")
     add("--json", metavar="FILE", nargs="?", const="-", help="write everything as JSON, to the terminal without a name")
-    add("--figure", metavar="PNG", help="draw memory by part and tokens a second of the layouts shown")
+    add("--figure", metavar="PNG", help="draw memory by part and tokens per second of the layouts shown")
     add_plugin_option(parser)
     return parser
 
 
 _BLOCKS_A_SECOND = 30
-"""That are laid out on one core."""
+"""Blocks that one core lays out per second."""
 
 
 def main(options: argparse.Namespace) -> int:
@@ -93,8 +93,13 @@ def _plan(options: argparse.Namespace) -> int:
         report.pyplot()
     offload = (False, True) if options.offload else (False,)
     choices = Choices(
-        *(options.zero, options.ep_size, options.micro_batch, options.precision),
-        *(offload, options.imbalance, options.gpu != "cpu"),
+        options.zero,
+        options.ep_size,
+        options.micro_batch,
+        options.precision,
+        offload,
+        options.imbalance,
+        options.gpu != "cpu",
     )
     if loaded.config.model.layers >= 4 * _BLOCKS_A_SECOND:
         seconds = loaded.config.model.layers // _BLOCKS_A_SECOND
@@ -121,13 +126,12 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     given = {field: getattr(options, option) for option, (field, _) in OVERRIDES.items()}
     processor = dataclasses.replace(find_processor(options.gpu), **{k: v for k, v in given.items() if v is not None})
     return Cluster(
-        *(options.nodes, options.gpus_per_node, processor),
-        *(options.network_gbps, options.latency_us, options.efficiency),
+        options.nodes, options.gpus_per_node, processor, options.network_gbps, options.latency_us, options.efficiency
     )
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    """Before anything loops over them.
+    """Check the numbers of the command line before anything loops over them.
 
     Raises:
         ConfigError: an option that is no finite number above 0, or more than any cluster has.

@@ -1,4 +1,4 @@
-"""``launchers/pretrain.py --dry_run``: build one rank of a large job on one small machine, and say what it would hold.
+"""``launchers/pretrain.py --dry_run``: build one rank of a large job on one small machine, and report its needs.
 
 Real: the configuration's and DeepSpeed's own checks, process groups made by DeepSpeed over PyTorch's fake backend, the
 model class on the meta device with this rank's experts, the optimizer groups, and one forward pass in which shapes run
@@ -31,7 +31,7 @@ NOT_BUILT = [
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank of a job would hold."""
+    """Contents and needs of one rank of a job."""
 
     rank: int
     node: int
@@ -40,9 +40,9 @@ class RankReport:
     expert_data_parallel_group: list[int]
     all_to_all_within_node: bool
     expert_ids: list[int]
-    """Of every MoE layer."""
+    """Ids of this rank's experts, the same in every MoE layer."""
     parameters: dict[str, int]
-    """Values this rank uses: dense, experts; and stored and active of the whole model."""
+    """Values of this rank's weights: dense, experts; and of the whole model: stored, active."""
     bytes: dict[str, int]
     micro_batch: int
     accumulation_steps: int
@@ -72,9 +72,9 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
 
     Args:
         config: of the whole job.
-        rank: which of its ranks.
-        per_node: ranks a node, numbered node by node.
-        json_path: of the DeepSpeed JSON, for the sentences.
+        rank: number of the rank to build.
+        per_node: ranks per node, numbered node by node.
+        json_path: path of the DeepSpeed JSON, for error messages.
 
     Raises:
         ConfigError: a rank that is none, or a JSON that DeepSpeed refuses.
@@ -109,11 +109,16 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
         len({member // per_node for member in ep_group}) == 1,
         _expert_ids(model),
         {
-            **{"dense": dense, "experts": sum(p.numel() for p in model.parameters()) - dense},
-            **{"stored": parameters.stored, "active": parameters.active},
+            "dense": dense,
+            "experts": sum(p.numel() for p in model.parameters()) - dense,
+            "stored": parameters.stored,
+            "active": parameters.active,
         },
         {**asdict(need), "device": need.device},
-        *(config.micro_batch, config.accumulation_steps, list(loss.shape), NOT_BUILT),
+        config.micro_batch,
+        config.accumulation_steps,
+        list(loss.shape),
+        NOT_BUILT,
     )
 
 

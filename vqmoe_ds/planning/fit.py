@@ -1,4 +1,4 @@
-"""Whether the layout of a run fits the memory of a GPU that is there, and what would where it does not."""
+"""Checks whether the layout of a run fits the memory of a GPU that is there, and advice where it does not."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vqmoe_ds.planning.layouts import USABLE
 from vqmoe_ds.planning.parameters import Parameters, count
 
 CERTAIN = 0.95
-"""Share of what is planned that a run holds for sure: the plan was compared with real runs (docs/planning.md)."""
+"""Share of the planned bytes that a run holds for sure: the plan was compared with real runs (docs/planning.md)."""
 
 Change = tuple[str, EngineConfig]
-"""What the user would write, and the layout it gives."""
+"""Setting that the user would write, and the layout that it gives."""
 
 
 def too_large(config: EngineConfig, rank: int, capacity: int) -> str | None:
-    """Why a run cannot fit a GPU of ``capacity`` bytes whatever happens, in one sentence with what would; else None.
+    """A sentence on why a run cannot fit a GPU of ``capacity`` bytes, and which layout would; None if it may fit.
 
     Counted are weights, optimizer, and the larger of gradients and what one forward pass keeps; buckets, rows in flight
     and allocator are not. A fine-tuning, part of whose weights may be frozen, is left to be tried.
@@ -48,7 +48,7 @@ def least_bytes(config: EngineConfig, rank: int) -> int:
 
 
 def advice(config: EngineConfig, rank: int, capacity: int) -> str:
-    """What would make a run fit ``capacity`` bytes on ``rank``, by the plan, as the end of a sentence."""
+    """Changes that would make a run fit ``capacity`` bytes on ``rank``, by the plan, as the end of a sentence."""
     if config.run.finetune.checkpoint is not None:
         return "take a smaller micro-batch or train.activation_checkpointing=true"
     return _advice(count(config.run), config, rank, capacity)

@@ -9,25 +9,25 @@ from vqmoe_ds.runtime.errors import ConfigError, shown
 
 GB = 1e9
 MOST_RANKS = 1 << 18
-"""Of one job: the largest machines have some 200,000 processors, and plans look at every rank."""
+"""Ranks of one job, at most: the largest machines have some 200,000 processors, and plans look at every rank."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """One rank's processor. Rates are peaks, a second; bandwidths are in one direction."""
+    """One rank's processor. Rates are peaks per second; bandwidths are in one direction."""
 
     memory_gb: float
     """Memory in GB (1e9 bytes)."""
     tflops: float
     """Dense bf16 TFLOP/s."""
     fp32_tflops: float
-    """Of float32 products as PyTorch runs them by default (no TF32)."""
+    """TFLOP/s of float32 products as PyTorch runs them by default (no TF32)."""
     memory_gbps: float
     """Memory bandwidth in GB/s."""
     link_gbps: float
-    """To the other processors of the node, GB/s a processor."""
+    """Bandwidth to the other processors of the node, GB/s per processor."""
     host_gbps: float
-    """To the host's memory, GB/s a processor (offload)."""
+    """Bandwidth to the host's memory, GB/s per processor (offload)."""
     source: str
     """Title and address of the vendor's page."""
 
@@ -53,7 +53,12 @@ PROCESSORS = {
     "l40s": Processor(48, 362, 91.6, 864, 32, 32, f"NVIDIA L40S, specifications, {_NVIDIA}/l40s/"),
     # 1,307.4 TFLOPS bf16, 163.4 fp32; HBM3 5.3 TB/s; seven Infinity Fabric links of 128; PCIe 5.
     "mi300x": Processor(
-        *(192, 1307.4, 163.4, 5300, 448, 64),
+        192,
+        1307.4,
+        163.4,
+        5300,
+        448,
+        64,
         "AMD Instinct MI300X, specifications, https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
     ),
     # One core, two ranks on one memory.
@@ -61,7 +66,7 @@ PROCESSORS = {
 }
 
 NETWORK_GBPS = 50.0
-"""One 400 Gb/s port (InfiniBand NDR) a GPU, as in NVIDIA's DGX H100 and H200 (user guide,
+"""One 400 Gb/s port (InfiniBand NDR) per GPU, as in NVIDIA's DGX H100 and H200 (user guide,
 https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html); HDR is 25, XDR 100 GB/s."""
 
 
@@ -73,9 +78,9 @@ class Cluster:
     per_node: int
     processor: Processor
     network_gbps: float = NETWORK_GBPS
-    """Between nodes, GB/s a processor in one direction."""
+    """Bandwidth between nodes, GB/s per processor in one direction."""
     latency_us: float = 15.0
-    """Of one message to one peer, start-up included."""
+    """Latency of one message to one peer, start-up included."""
     efficiency: float = 0.4
     """Share of the peak that large products reach, all else of a block included."""
 

@@ -1,4 +1,4 @@
-"""Whether the ranks of a machine fit its memory, asked before a model is built."""
+"""The check that the ranks of a machine fit its memory, made before a model is built."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_host_memory(config: EngineConfig, place: Place) -> None:
 
 
 def _at_most(config: EngineConfig) -> int:
-    """More bytes than a rank needs: lets small models in without the imports that counting takes (1.3 s)."""
+    """Upper bound of a rank's bytes, by which small models pass without the imports that counting takes (1.3 s)."""
     model, moe, book = config.run.model, config.run.moe, config.run.codebook
     wide = max(model.width, model.attention_width, moe.expert_hidden, book.code_dim or 0)
     tables = 4 * (book.num_codes or moe.num_experts) + 4 * moe.num_experts + 2 * model.sequence_length

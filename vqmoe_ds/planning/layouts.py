@@ -1,4 +1,4 @@
-"""Every way to spread a model over a cluster, what each needs, and which are best."""
+"""Layouts that spread a model over a cluster, their needs, and the best of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USABLE = 0.92
 
 @dataclass(frozen=True)
 class Choices:
-    """Layouts to try; empty means every one that is possible."""
+    """Layouts to try; an empty field means all possible values."""
 
     stages: Sequence[int] = (1, 2, 3)
     ep_sizes: Sequence[int] = ()
@@ -53,7 +53,7 @@ class Plan:
 
 
 def explore(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, Any]) -> list[Plan]:
-    """For every stage, EP size and offload the micro-batch that is fastest among those that fit; fastest layout first.
+    """Plans of the fastest micro-batch that fits, for every stage, EP size and offload; fastest layout first.
 
     Where none fits, the smallest micro-batch stands for its layout, behind those that fit and by memory.
 
@@ -87,7 +87,7 @@ def explore(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, 
 
 
 def remedies(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, Any]) -> list[str]:
-    """What would make some layout fit, each tried: larger processors, more nodes, offload, recomputation."""
+    """Changes that make some layout fit, each tried: larger processors, more nodes, offload, recomputation."""
 
     def best(run: RunConfig = run, cluster: Cluster = cluster, choices: Choices = choices) -> Plan:
         return explore(run, cluster, choices, base)[0]
@@ -108,7 +108,7 @@ def remedies(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str,
 
 
 def measure(parameters: Parameters, config: EngineConfig, cluster: Cluster, imbalance: float) -> Plan:
-    """What one layout needs."""
+    """Plan of one layout."""
     need = memory.estimate(parameters, config, 0, imbalance)
     fast = speed.estimate(parameters, config, cluster, need, imbalance)
     fits = need.device <= USABLE * cluster.processor.memory_gb * GB
@@ -125,7 +125,7 @@ def engine_config(
     micro: int,
     offload: bool,
 ) -> EngineConfig:
-    """What ``resolve`` would give for a JSON like ``base`` with another stage, precision, offload and micro-batch."""
+    """The result of ``resolve`` for a JSON like ``base`` with another stage, precision, offload and micro-batch."""
     zero = {**base.get("zero_optimization", {}), "stage": stage}
     zero.pop("offload_optimizer", None)
     if offload:
@@ -165,6 +165,6 @@ def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[i
         )
     for micro in choices.micro_batches:
         if micro < 1 or total // ranks % micro:
-            raise ConfigError(f"--micro_batch {micro} does not divide the {total // ranks} sequences a rank has a step")
+            raise ConfigError(f"--micro_batch {micro} does not divide a rank's {total // ranks} sequences per step")
     share = total // ranks
     return list(choices.micro_batches) or [2**n for n in range(7) if share % 2**n == 0]

@@ -1,4 +1,4 @@
-"""What one rank holds, by part, under DeepSpeed 0.19.8's ZeRO stages.
+"""Memory of one rank, by part, under DeepSpeed 0.19.8's ZeRO stages.
 
 Weights, gradients and optimizer state follow DeepSpeed's own groups, partitions and paddings, and are compared with the
 tensors of real engines in tests/planning. Activations are what autograd keeps in a forward pass of the real model on
@@ -34,7 +34,7 @@ class Memory:
     optimizer: int
     """Moments, and the float32 copy of low-precision or partitioned weights."""
     buckets: int
-    """Most that reductions, gathers and gradients on their way need at once."""
+    """Peak of what reductions, gathers and gradients in flight need at once."""
     activations: int
     dispatch: int
     """Sorted and received rows of one layer, in and out."""
@@ -58,7 +58,7 @@ class Group:
 
     @property
     def padded(self) -> int:
-        """Values with ZeRO-1 and 2's alignment to two values a rank."""
+        """Values with ZeRO-1 and 2's alignment to two values per rank."""
         step = 2 * self.ranks
         return -(-sum(self.sizes) // step) * step
 
@@ -213,7 +213,7 @@ def dispatch_rows(config: EngineConfig, imbalance: float) -> int:
 
 
 def activations(config: EngineConfig, imbalance: float) -> int:
-    """Most that is held for backward: what the forward pass keeps, and logits' gradients or one recomputed block.
+    """Peak of what is held for backward: all that the forward pass keeps, and logits' gradients or a recomputed block.
 
     In two bytes gradients of logits take the place of the logits (models/loss.py).
     """

@@ -29,7 +29,7 @@ OUTSIDE = "outside"
 
 
 def even_plans(imbalance: float, local: int, rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
-    """What ``plans_of`` would give to ``local`` experts that receive ``imbalance`` times their even share of rows."""
+    """The plans of ``local`` experts that receive ``imbalance`` times their even share; stands in for ``plans_of``."""
     here, ranks = rows.order_LM.shape[1], dist.get_world_size(group=group) if group is not None else 1
     received = round(here * imbalance)
     counts_GE = torch.empty(ranks, local, dtype=torch.int32, device="meta")
@@ -46,7 +46,7 @@ def _split(total: int, parts: int) -> list[int]:
 
 
 def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-    """Shape of what an all-to-all brings."""
+    """A tensor of the shape that an all-to-all returns."""
     return rows.new_empty(sum(receive), rows.shape[1])
 
 
@@ -57,7 +57,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What the kernel of GPUs keeps; on meta PyTorch takes the formula, which keeps float32 copies."""
+    """A norm that keeps what the GPUs' kernel keeps; on meta PyTorch takes the formula, which keeps float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Weight:
         return "experts" if self.is_expert else "matrices" if len(self.shape) >= 2 else "vectors"
 
     def numel(self, ep_size: int = 1) -> int:
-        """Values one rank uses of it: its own experts, all of anything else."""
+        """Values of it that one rank uses: its own experts, all of anything else."""
         return math.prod(self.shape) // (ep_size if self.is_expert else 1)
 
 
@@ -47,7 +47,7 @@ class Parameters:
     """Codebooks, tables and rotary angles, the same on every rank whatever the layout."""
     stored: int
     active: int
-    """Used by one token."""
+    """Values used per token."""
     forward_flops_per_token: int
 
     def of_rank(self, ep_size: int, group: str | None = None) -> int:
@@ -77,7 +77,7 @@ def _thin(run_json: str) -> MoETransformer:
 
 
 def thin_model(run: RunConfig) -> MoETransformer:
-    """A meta model with one expert a layer (all drawn expert by expert would take long); made once a configuration."""
+    """A meta model with one expert per layer, since drawing all of them takes long; made once per configuration."""
     return _thin(run.model_dump_json())
 
 

@@ -37,10 +37,16 @@ def _row(plan: Plan) -> list[str]:
     parts = [f"{getattr(plan.memory, part) / GB:.2f}" for part in PARTS]
     links = plan.speed.links
     return [
-        *(plan.name + ("" if plan.fits else " (too large)"), str(plan.config.micro_batch)),
-        *(f"{plan.memory.device / GB:.1f}", *parts, f"{plan.memory.host / GB:.1f}", f"{plan.speed.step_seconds:.3g}"),
-        *(f"{plan.speed.tokens_per_second:,.0f}", plan.speed.bottleneck),
-        *(f"{links.within_node / GB:.2f}", f"{links.between_nodes / GB:.2f}"),
+        plan.name + ("" if plan.fits else " (too large)"),
+        str(plan.config.micro_batch),
+        f"{plan.memory.device / GB:.1f}",
+        *parts,
+        f"{plan.memory.host / GB:.1f}",
+        f"{plan.speed.step_seconds:.3g}",
+        f"{plan.speed.tokens_per_second:,.0f}",
+        plan.speed.bottleneck,
+        f"{links.within_node / GB:.2f}",
+        f"{links.between_nodes / GB:.2f}",
     ]
 
 
@@ -66,7 +72,7 @@ def _assumptions(cluster: Cluster) -> str:
 
 
 def as_json(name: str, parameters: Parameters, cluster: Cluster, plans: list[Plan]) -> dict[str, Any]:
-    """Everything the table says and more, in bytes and seconds."""
+    """Everything in the table and more, in bytes and seconds."""
     return {
         "model": name,
         "parameters": {"stored": parameters.stored, "active": parameters.active},
@@ -84,7 +90,9 @@ def _plan_json(plan: Plan, cluster: Cluster) -> dict[str, Any]:
     layout = {**config.layout(), "micro_batch": config.micro_batch, "accumulation_steps": config.accumulation_steps}
     return {
         "name": plan.name,
-        **{"fits": plan.fits, "layout": layout, "bytes": {**asdict(plan.memory), "device": plan.memory.device}},
+        "fits": plan.fits,
+        "layout": layout,
+        "bytes": {**asdict(plan.memory), "device": plan.memory.device},
         "transfers": [{**asdict(t), **asdict(sent(t, config, cluster.per_node))} for t in plan.transfers],
         "seconds": plan.speed.parts,
         "step_seconds": plan.speed.step_seconds,
@@ -95,7 +103,7 @@ def _plan_json(plan: Plan, cluster: Cluster) -> dict[str, Any]:
 
 
 def draw(path: Path, name: str, cluster: Cluster, plans: list[Plan]) -> None:
-    """Memory of each layout as a stacked bar with the device's capacity, and the estimated tokens a second, as PNG."""
+    """Memory of each layout as a stacked bar with the device's capacity, and estimated tokens per second, as PNG."""
     plt = pyplot()
     figure, (memory, speed) = plt.subplots(1, 2, figsize=(12, 1.5 + 0.35 * len(plans)), width_ratios=(3, 1))
     names = [f"{plan.name}, micro-batch {plan.config.micro_batch}" for plan in plans]

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step: a model with few terms, each a rate of the hardware. ``ASSUMPTIONS`` says which.
+"""Seconds of one optimizer step: a model with few terms, each a rate of the hardware, as ``ASSUMPTIONS`` lists them.
 
 It orders layouts; it does not promise a wall-clock time.
 """
@@ -72,7 +72,7 @@ def members(config: EngineConfig, over: Over, rank: int = 0) -> list[int]:
 
 
 def sent(transfer: Transfer, config: EngineConfig, per_node: int) -> LinkBytes:
-    """Where the bytes of rank 0 go: to every member alike in an all-to-all, to the next one in a ring."""
+    """Bytes of rank 0 by link: to every member alike in an all-to-all, to the next one in a ring."""
     ranks = members(config, transfer.over)
     here = sum(rank // per_node == ranks[0] // per_node for rank in ranks)
     if transfer.kind == "all_to_all":
@@ -84,7 +84,7 @@ def sent(transfer: Transfer, config: EngineConfig, per_node: int) -> LinkBytes:
 
 
 def seconds(transfer: Transfer, config: EngineConfig, cluster: Cluster) -> float:
-    """Of all calls of one transfer, none hidden."""
+    """Seconds of all calls of one transfer, none hidden."""
     links, ranks = sent(transfer, config, cluster.per_node), group_size(config, transfer.over)
     hops = ranks - 1 if transfer.kind == "all_to_all" else ranks.bit_length()
     within = links.within_node / (cluster.processor.link_gbps * GB)

@@ -1,4 +1,4 @@
-"""What one rank sends in an optimizer step: every collective, its group and the bytes it is given.
+"""Traffic of one rank in an optimizer step: every collective, its group and its payload in bytes.
 
 Payloads are exact for all-to-all (its rows in and out average the rows routed) and all-reduce, and proved against real
 runs in tests/planning. All-gathers of ZeRO-3 are an upper bound: what is used again soon is not gathered again.
