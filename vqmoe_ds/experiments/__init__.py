@@ -1,1 +1,1 @@
-"""Runs of a grid of routers and seeds, and what can be said of their differences."""
+"""Runs of a grid of routers and seeds, and statistics of their differences."""

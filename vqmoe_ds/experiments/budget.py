@@ -1,4 +1,4 @@
-"""What a configuration costs: numbers stored, and FLOPs a token, its router included."""
+"""Costs of a configuration: numbers stored, and FLOPs per token, its router included."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vqmoe_ds.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one model.
+    """Budget of one model.
 
-    ``stored``: learned weights and the state of routers (codes, tables, frozen gates). ``flops``: of a forward pass, a
-    token, in products of matrices (two a multiplication), at the mean length of the causal context; ``router_flops`` of
-    them for routing.
+    ``stored``: learned weights and the state of routers (codes, tables, frozen gates). ``flops``: of a forward pass,
+    per token, in products of matrices (two per multiplication), at the mean length of the causal context;
+    ``router_flops``: the part of them for routing.
     """
 
     stored: int
@@ -27,7 +27,7 @@ class Budget:
 
 
 def budget_of(config: RunConfig) -> Budget:
-    """Stored numbers are counted on the model itself, FLOPs follow from the shapes."""
+    """The budget of a configuration: numbers counted on the model itself, FLOPs by the shapes."""
     network, flops = meta_model(config), forward_flops(config)
     stored = sum(t.numel() for t in [*network.parameters(), *_state(network)])
     return Budget(stored, flops.total, flops.routing, config.rows_per_token)

@@ -82,7 +82,7 @@ def _chosen(jobs: list[Job], args: argparse.Namespace) -> list[Job]:
 
 
 def _check_causality(grid: Grid, jobs: list[Job]) -> None:
-    """Losses of routers that look ahead compare with no causal one's, and such models cannot generate text."""
+    """Refuse to compare routers that look ahead with causal ones, or to have them generate text."""
     for job in jobs:
         run, entry = job.config.run, job.run.entry
         if not group_of(grid, entry).noncausal:

@@ -35,7 +35,7 @@ class Run:
     shots: int
     seed: int
     active: int | None
-    """Parameters that a token uses."""
+    """Parameters used per token."""
     values: dict[str, float]
     curve: dict[int, float] = field(default_factory=dict)
     """Bits per byte at the validations of a language model, by step; 0 is before it learned anything."""
@@ -132,8 +132,11 @@ def read_bag_of_words(path: str, beside: Sequence[Run]) -> list[Run]:
         rows = read_json(Path(path))
         found = [
             Run(
-                *(BAG_OF_WORDS, str(row["task"]), 0 if row["shots"] == "all" else whole(row["shots"])),
-                *(whole(row["seed"]), None),
+                BAG_OF_WORDS,
+                str(row["task"]),
+                0 if row["shots"] == "all" else whole(row["shots"]),
+                whole(row["seed"]),
+                None,
                 {ACCURACY: number(row["accuracy"]), MACRO_F1: number(row["macro_f1"])},
             )
             for row in rows

@@ -22,12 +22,12 @@ from vqmoe_ds.evaluation.corruption import parse_corruption
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
 MOST_RUNS = 100_000
-"""Of a grid; each has a folder and a line of the report."""
+"""Runs of a grid, at most; each has a folder and a line of the report."""
 LONGEST_NAME = 200
-"""Characters; names become folders, and a file system takes 255 bytes."""
+"""Characters of a name, at most; names become folders, and a file system takes 255 bytes."""
 
 Name = Annotated[str, Field(max_length=LONGEST_NAME, pattern="[A-Za-z0-9]")]
-"""What folders are made of, so something of it must be left."""
+"""A name that becomes a folder, for which it must hold a letter or a digit."""
 Seeds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_SEED)]], Field(max_length=MOST_RUNS)]
 
 
@@ -36,16 +36,16 @@ class _Part(BaseModel):
 
 
 class Entry(_Part):
-    """One variation: what it overrides, and with whom it is compared."""
+    """One variation: its overrides, and the entries it is compared with."""
 
     name: Name
     group: str = "all"
     overrides: dict[str, Any] = Field(default={}, alias="set")
     preset: str | None = None
-    """Another starting point than the grid's."""
+    """Preset to start from, in place of the grid's."""
     seeds: Seeds | None = None
     corpora: list[str] | None = None
-    """Those of the grid it runs on; None: all."""
+    """Corpora of the grid that it runs on; None: all."""
 
 
 class Group(_Part):
@@ -65,11 +65,11 @@ class Evaluation(_Part):
     """Scoring of the run's held-out text with ``launchers/evaluate.py``, damaged as it says."""
 
     corrupt: list[str]
-    """Each KIND or KIND:RATE."""
+    """Corruptions, each KIND or KIND:RATE."""
     seeds: int = Field(default=3, ge=1, le=10_000)
     """Draws of each damage."""
     stride: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
-    """Tokens a window scores; None: half the context."""
+    """Tokens scored per window; None: half the context."""
 
 
 class Grid(_Part):

@@ -1,4 +1,4 @@
-"""The averaged Jacobian of an MoE layer: how many directions its output moves in when its input moves.
+"""The averaged Jacobian of an MoE layer, whose rank is the number of directions in which its output can move.
 
 Legend: T tokens, D width, H expert hidden width, E experts, R choices (slots) of a token, P rows of one expert.
 
@@ -103,7 +103,7 @@ def _rows_and_inputs(visit: Visit, straight_through: bool) -> tuple[Rows, Tensor
 
 
 def _weight_gradients(visit: Visit, rows: Rows) -> Tensor:
-    """``dw/dx`` of every row ``[M, D]``: one backward pass through the router a slot, as tokens are independent."""
+    """``dw/dx`` of every row ``[M, D]``: one backward pass through the router per slot, as tokens are independent."""
     gradients_MD = torch.zeros(len(rows.tokens_M), visit.x_TD.shape[1])
     with torch.enable_grad():
         x_TD = visit.x_TD.detach().clone().requires_grad_()
@@ -118,7 +118,7 @@ def _weight_gradients(visit: Visit, rows: Rows) -> Tensor:
 
 
 def _slopes(experts: StackedExperts, expert: int, q_PD: Tensor) -> tuple[Tensor, Tensor]:
-    """What a SwiGLU expert's Jacobian is made of: ``silu(W1 q)`` and ``(W3 q) silu'(W1 q)``, each ``[P, H]``."""
+    """Factors of a SwiGLU expert's Jacobian: ``silu(W1 q)`` and ``(W3 q) silu'(W1 q)``, each ``[P, H]``."""
     gate_PH, up_PH = q_PD @ experts.w1[expert].t(), q_PD @ experts.w3[expert].t()
     sigmoid_PH = gate_PH.sigmoid()
     return F.silu(gate_PH), up_PH * (sigmoid_PH * (1 + gate_PH * (1 - sigmoid_PH)))
@@ -144,7 +144,7 @@ def gate_share(layer: MoELayer, router_DD: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of a matrix, largest first, and what they come to."""
+    """Singular values of a matrix, largest first, and measures of them."""
 
     values: list[float]
 
@@ -153,7 +153,7 @@ class Spectrum:
         return cls(torch.linalg.svdvals(matrix_DD.double()).tolist())
 
     def row(self) -> dict[str, Any]:
-        """For JSON: norm, effective rank, numerical ranks by threshold, and the values."""
+        """A row for JSON: norm, effective rank, numerical ranks by threshold, and the values."""
         values = torch.tensor(self.values, dtype=torch.float64)
         return {
             "frobenius_norm": float(values.norm()),

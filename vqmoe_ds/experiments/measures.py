@@ -1,4 +1,4 @@
-"""What is read out of a finished run."""
+"""Figures read out of a finished run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LARGEST_METRICS = 1 << 28
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Inside, a run folder whose files hold something else than a run writes is one sentence.
+    """Context in which files of a run folder that hold anything else than a run writes are one sentence.
 
     Raises:
         DataError: it is.
@@ -56,7 +56,7 @@ def readable(folder: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """What a file of a run holds.
+    """Content of a JSON file of a run.
 
     Raises:
         OSError, ValueError, RecursionError: it cannot be read.
@@ -65,7 +65,7 @@ def read_json(path: Path) -> Any:
 
 
 def number(value: Any) -> float:
-    """A number; of a run that diverged it may be none that is finite.
+    """A number; of a run that diverged it may be infinite or NaN.
 
     Raises:
         ValueError: something else.
@@ -87,7 +87,7 @@ def whole(value: Any) -> int:
 
 
 def losses(folder: Path) -> tuple[dict[str, float], str]:
-    """Clean and corrupted losses of a run, and their unit: bits a byte, or nats a token where bytes are unknown."""
+    """Clean and corrupted losses of a run, and their unit: bits per byte, or nats per token where bytes are unknown."""
     with readable(folder):
         summary = read_json(folder / "summary.json")
         known = summary["validation_bits_per_byte"] is not None

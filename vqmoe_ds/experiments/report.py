@@ -1,4 +1,4 @@
-"""The report of a grid: what its finished runs say, as data, as Markdown and as one HTML page."""
+"""The report of a grid's finished runs, as data, as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _section(grid: Grid, jobs: list[Job], beside: list[Job], budgets: dict[str, 
 
 
 def pool(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each group that ran on several corpora, the differences over all pairs of one corpus and one seed."""
+    """Differences over all pairs of one corpus and one seed, for each group that ran on several corpora."""
     values: dict[str, dict[str, dict[tuple[str, int], float]]] = {}
     for section in sections:
         for name, entry in section["entries"].items():

@@ -1,4 +1,4 @@
-"""Running the runs of a grid: what is finished is kept, what was killed goes on, what changed is not mixed in."""
+"""Execution of a grid's runs: finished ones are kept, killed ones go on, changed ones are not mixed in."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from vqmoe_ds.runtime.files import make_folder, open_regular
 from vqmoe_ds.train.pretrain import fit_to_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Where Python finds the package."""
+"""Folder in which Python finds the package."""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make a run part of another one."""
 _LAST = 1 << 20
-"""Bytes of the end of a run's log that are read."""
+"""Bytes read from the end of a run's log."""
 
 
 class State(StrEnum):
@@ -60,9 +60,9 @@ class Job:
     run: Run
     config: EngineConfig
     arguments: list[str]
-    """Of ``vqmoe_ds.commands.pretrain``."""
+    """Arguments of ``vqmoe_ds.commands.pretrain``."""
     wanted: Evaluation | None
-    """How it is to be scored once it is trained."""
+    """Scoring of the trained run; None: none."""
 
     @property
     def summary(self) -> Path:
@@ -78,7 +78,7 @@ class Job:
         return self.state() in (State.TRAINED, State.FINISHED)
 
     def state(self) -> State:
-        """What is in the run folder."""
+        """State of the run folder."""
         recorded = self.run.folder / "config.yaml"
         if not recorded.exists():
             return State.NEW
