@@ -165,6 +165,6 @@ def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[i
         )
     for micro in choices.micro_batches:
         if micro < 1 or total // ranks % micro:
-            raise ConfigError(f"--micro_batch {micro} does not divide a rank's {total // ranks} sequences per step")
+            raise ConfigError(f"--micro_batch {micro} does not divide the {total // ranks} sequences per rank and step")
     share = total // ranks
     return list(choices.micro_batches) or [2**n for n in range(7) if share % 2**n == 0]
