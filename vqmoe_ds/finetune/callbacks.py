@@ -1,4 +1,4 @@
-"""Around the loop of a fine-tuning: early stop, and the report of a finished run on its best weights."""
+"""Callbacks of a fine-tuning: early stop, and the report of a finished run on its best weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 class EarlyStop(Callback):
     """Ends a run after ``patience`` validations in a row without a new best loss; 0: never.
 
-    What was found before is read from the metrics, so that a resumed run stops where it would have stopped.
+    Earlier validations are read from the metrics, so that a resumed run stops where it would have stopped.
     """
 
     def __init__(self, console: Console, file: MetricsFile, patience: int) -> None:
@@ -49,16 +49,16 @@ class EarlyStop(Callback):
 
 
 Finish = Callable[[Session], tuple[dict[str, Any], str]]
-"""Of the session with its best weights: part of the summary, and a line for the user."""
+"""Function of a session with its best weights: gives part of the summary, and a line for the user."""
 
 
 class BestReport(Callback):
     """At the end of a finished run: ``summary.json`` and figures, of the checkpoint that validated best.
 
     Args:
-        finish: what the task has to say; all ranks call it.
+        finish: gives the task's part; all ranks call it.
         facts: of the data, for the summary.
-        target: what a loss is counted by.
+        target: unit that a loss is per.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ LONGEST_NAME = 50
 
 @dataclass(frozen=True)
 class Splits:
-    """What one run trains on, is chosen by and is tested on."""
+    """Texts of one run: for training, for validation (which chooses the checkpoint) and for the test."""
 
     train: LabelledTexts
     validation: LabelledTexts
@@ -64,14 +64,14 @@ class TaskTexts:
     validation: LabelledTexts | None
     test: LabelledTexts | None
     skipped: dict[str, dict[str, int]]
-    """By split and reason, rows that were left out."""
+    """Number of rows left out, by split and reason."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
 
     def splits(self, run: RunConfig) -> Splits:
-        """Those of a run: held out and drawn by its seed.
+        """The splits of a run: held out and drawn by its seed.
 
         Raises:
             ConfigError: a class has too few texts for that.
@@ -203,7 +203,7 @@ def report(session: Session, splits: Splits, folder: Path) -> tuple[dict[str, An
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Of some texts: mean cross-entropy in nats, and the class and its probability that the model gave to each."""
+    """Score of texts: mean cross-entropy in nats, and the class and its probability that the model gave to each."""
 
     loss: float
     labels_T: np.ndarray
@@ -218,7 +218,7 @@ class ClassScore:
         return f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
 
     def row(self) -> dict[str, float]:
-        """As metrics name it."""
+        """The figures under the names of metrics."""
         return {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
 
 

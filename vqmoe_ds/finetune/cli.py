@@ -13,9 +13,9 @@ from vqmoe_ds.finetune import defaults
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, shown
 
 MOST_RUNS = 1000
-"""Of one command, for each of ``--seeds`` and ``--shots``: each is a folder and a line of the report."""
+"""Runs of one command, at most, by ``--seeds`` and ``--shots``: each has a folder and a line of the report."""
 LANGUAGE_MODEL = "lm"
-"""``--task``: not a labelled set but plain text."""
+"""Value of ``--task`` for plain text in place of a labelled set."""
 
 
 def build_parser(description: str, ds_config: str | Path = DS_CONFIG) -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def build_parser(description: str, ds_config: str | Path = DS_CONFIG) -> argpars
 
 
 def _fields(words: Sequence[str]) -> list[FieldRow]:
-    """Those that a fine-tuning sets; of the model, which is the checkpoint's, those with defaults of their own."""
+    """Fields that a fine-tuning sets; of the model, which is the checkpoint's, those with defaults of their own."""
     told, rows = defaults.shown(), field_table(load_config(base=dict(defaults.DEFAULTS)).config)
     numbers = {f"{section}.{name}" for section, fields in defaults.DEFAULTS.items() for name in fields}
     kept = [row for row in rows if row.name in told or row.name.split(".")[0] not in told]
@@ -48,7 +48,7 @@ def _fields(words: Sequence[str]) -> list[FieldRow]:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """What can be refused before anything heavy is loaded.
+    """Refuse what can be refused before anything heavy is loaded.
 
     Raises:
         ConfigError, CheckpointError: an option is missing, too small, or contradicts another.

@@ -24,10 +24,24 @@ COLUMNS = {"text_column": "finetune.text_key", "label_column": "finetune.label_k
 """Options and the fields that they set."""
 
 SIZES = (
-    *("model.layers", "model.width", "model.heads", "model.head_width", "model.qk_norm", "model.moe_every"),
-    *("model.vocab_size", "model.dense_hidden", "model.rope_theta", "moe.num_experts"),
-    *("moe.expert_hidden", "codebook.num_codes", "codebook.code_dim", "codebook.source", "codebook.distance"),
-    *("codebook.context_window", "codebook.source_block", "codebook.normalize_source"),
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.head_width",
+    "model.qk_norm",
+    "model.moe_every",
+    "model.vocab_size",
+    "model.dense_hidden",
+    "model.rope_theta",
+    "moe.num_experts",
+    "moe.expert_hidden",
+    "codebook.num_codes",
+    "codebook.code_dim",
+    "codebook.source",
+    "codebook.distance",
+    "codebook.context_window",
+    "codebook.source_block",
+    "codebook.normalize_source",
 )
 """Fields that make weights and codebook mean what they do; a fine-tuning cannot set them."""
 
@@ -67,7 +81,11 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
 
 
 def check_sizes(loaded: LoadedConfig, source: RunConfig, path: str) -> None:
-    """Raises: ConfigError: the user set a size of the pretrained model to another than it has."""
+    """Refuse sizes other than those of the pretrained model.
+
+    Raises:
+        ConfigError: the user set another one.
+    """
     ours, theirs = loaded.config.model_dump(mode="json"), source.model_dump(mode="json")
     for field in SIZES:
         section, name = field.split(".")

@@ -10,13 +10,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LANGUAGE_MODEL_STEPS = 500
 FEWEST_STEPS = 1000
-"""Of a classifier, however few its texts are, unless ``finetune.epochs`` is set."""
+"""Steps of a classifier, however few its texts are, unless ``finetune.epochs`` is set."""
 SELDOM, OFTEN = 200, 10
 """Validation once an epoch, but at most and at least so many steps apart."""
 
 
 def shown() -> dict[str, str]:
-    """What ``--help`` says of them, by field or by section."""
+    """Descriptions of the defaults in ``--help``, by field or by section."""
     numbers = {f"{section}.{name}": str(v) for section, fields in DEFAULTS.items() for name, v in fields.items()}
     same, discrete = "as in the checkpoint", "of a vq model with finetune.discrete"
     return {

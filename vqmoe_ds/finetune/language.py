@@ -76,7 +76,7 @@ def open_text(loaded: LoadedConfig, source: RunConfig, reader: CheckpointReader)
 
 
 def _check_tokenizer(data: TrainingData, source: RunConfig, reader: CheckpointReader) -> None:
-    """Raw text and prepared bytes have the same ids, but for the end of a document."""
+    """Refuse text of another tokenizer; raw text and prepared bytes differ only in the id that ends a document."""
     bytes_ = (None, ByteTokenizer.checksum)
     ours, theirs, size = data.tokenizer_sha256, source.data.tokenizer_sha256, source.model.vocab_size
     both_bytes = ours in bytes_ and are_bytes(theirs, size)

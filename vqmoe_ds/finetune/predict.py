@@ -93,7 +93,7 @@ def _build(reader: CheckpointReader, tokenizer: str | None) -> tuple[Classifier,
 
 
 def predict(model: Classifier, tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Of each text, as they come: its likeliest class, the probability of that, and the text.
+    """Likeliest class, its probability, and the text, of each text as they come.
 
     Raises:
         DataError: the tokenizer finds nothing in a text.

@@ -1,4 +1,4 @@
-"""What several runs of one command came to: means over seeds, a table, and a curve over shots."""
+"""Results of several runs of one command: means over seeds, a table, and a curve over shots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning from a parsed command line: one run, or one for each seed and number of shots, and what came of them."""
+"""Fine-tuning from a parsed command line: one run, or one for each seed and number of shots, with a report."""
 
 from __future__ import annotations
 
@@ -29,8 +29,17 @@ if TYPE_CHECKING:
 
 SAME = {
     "finetune": (
-        *("checkpoint", "task", "text_key", "label_key", "classes", "holdout", "shots"),
-        *("discrete", "trainable", "lora_rank", "pool"),
+        "checkpoint",
+        "task",
+        "text_key",
+        "label_key",
+        "classes",
+        "holdout",
+        "shots",
+        "discrete",
+        "trainable",
+        "lora_rank",
+        "pool",
     ),
     "train": ("seed",),
     "data": ("path",),
@@ -39,7 +48,7 @@ SAME = {
 
 
 class Task(Protocol):
-    """What is learned: labelled texts or plain text."""
+    """The thing to learn: labelled texts or plain text."""
 
     def configure(self, loaded: LoadedConfig) -> LoadedConfig:
         """The configuration of one run with what follows from its data."""
@@ -48,7 +57,7 @@ class Task(Protocol):
         """Lines for the user."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Of what is read, by name."""
+        """Fingerprints of all that is read, by name."""
 
     def open(self, job: Job) -> tuple[Batches, Windows]:
         """Training batches of one run, and texts for the routing probe; all ranks call it together."""
@@ -68,7 +77,7 @@ class FineTuning(TrainingCommand):
     reader: CheckpointReader
     task: Task
     configs: dict[str, EngineConfig]
-    """Of each run, by its folder within that of the command; ``""`` is that folder itself."""
+    """Configuration of each run, by its folder within that of the command; ``""`` is that folder itself."""
 
     def prepare(self, place: Place, console: Console) -> Start | None:
         args = self.args
@@ -161,14 +170,18 @@ class FineTuning(TrainingCommand):
 
 
 def _with_numbers_of_json(loaded: LoadedConfig, args: argparse.Namespace, place: Place) -> LoadedConfig:
-    """Before the data are read: what cannot run is refused now, and steps follow from the batch that the JSON gives."""
+    """Apply the JSON's batch size before the data are read, so that what cannot run is refused now."""
     config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
     check_can_run(config)
     return replace(loaded, config=config.run)
 
 
 def check_batch(config: EngineConfig, wanted: int, path: str) -> None:
-    """Raises: ConfigError: the JSON gives another batch than one that was made smaller for few shots."""
+    """Refuse a JSON whose batch is not the one that was made smaller for few shots.
+
+    Raises:
+        ConfigError: it gives another.
+    """
     size = config.run.train.batch_size
     if size != wanted:
         raise ConfigError(
@@ -193,7 +206,7 @@ def _open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: Loade
 
 
 def _choose_run_dir(loaded: LoadedConfig, resume: str) -> Path:
-    """As given; or for the default name the first of ``NAME``, ``NAME-2`` … without a finished run."""
+    """The run folder as given; for the default name the first of ``NAME``, ``NAME-2`` … without a finished run."""
     wanted, afresh = Path(loaded.config.run.run_dir), resume == "never"
     if "run.run_dir" not in loaded.explicit:
         return first_free(wanted, lambda f: (f / "summary.json").exists() or (afresh and _used(f)))
@@ -211,14 +224,18 @@ def _has_several(folder: Path) -> bool:
 
 
 def check_kind(folder: Path, several: bool) -> None:
-    """Raises: ConfigError: a single run in the folder of several, or several in that of a single one."""
+    """Refuse a single run in the folder of several, or several in that of a single one.
+
+    Raises:
+        ConfigError: ``folder`` is of the other kind.
+    """
     if has_run(folder) if several else _has_several(folder):
         there = "a single run" if several else "several runs (--seeds or --shots)"
         raise ConfigError(f"{folder} holds {there}, which this command is not; choose another --run_dir")
 
 
 def check_can_run(config: EngineConfig) -> None:
-    """Refuse what DeepSpeed would fail at hours later.
+    """Refuse a layout at which DeepSpeed would fail hours later.
 
     Raises:
         ConfigError: frozen experts at ZeRO-3, which it cannot save.
@@ -242,7 +259,11 @@ def _summary(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_finished(folder: Path, config: EngineConfig) -> None:
-    """Raises: ConfigError: the folder holds a finished run of another fine-tuning."""
+    """Refuse a folder that holds a finished run of another fine-tuning.
+
+    Raises:
+        ConfigError: it does.
+    """
     if _summary(folder) is not None:
         check_same(folder, read_yaml(str(folder / "config.yaml"), "configuration of a finished run"), config)
 
