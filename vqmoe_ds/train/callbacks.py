@@ -1,4 +1,4 @@
-"""What happens around the loop: metrics, validation, checkpoints, signals, and the final report."""
+"""Callbacks of the loop: metrics, validation, checkpoints, signals, and the final report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
 PATIENCE = 10.0
-"""Seconds without a word to the user, at most."""
+"""Seconds between two lines to the user, at most."""
 
 
 class MetricsFile:
@@ -76,7 +76,7 @@ class MetricsFile:
                 self._board.add_scalar(name, value, row["step"])
 
     def note(self, name: str, text: str, step: int) -> None:
-        """A text for TensorBoard, in Markdown."""
+        """Write a text, in Markdown, to TensorBoard."""
         if self._board is not None:
             self._board.add_text(name, text, step)
 
@@ -147,20 +147,20 @@ class Metrics(Callback):
 
 
 class Scored(Protocol):
-    """What a validation found."""
+    """Result of a validation."""
 
     @property
     def loss(self) -> float: ...
 
     def row(self) -> dict[str, Any]:
-        """As metrics name it."""
+        """The figures under the names of metrics."""
 
 
 class Validation(Callback):
     """Validation on part of what is held out every ``eval_every`` steps.
 
     Args:
-        measure: of a session and the number of batches it may take.
+        measure: scores a session with at most a number of batches.
         at_ends: also before the first step and after the last.
     """
 
@@ -244,7 +244,7 @@ class Checkpoints(Callback):
             )
 
     def _is_best(self, trainer: Trainer) -> bool:
-        """Whether this step's validation beats all before; as rank 0, who keeps the mark, sees it."""
+        """Whether this step's validation beats all before, as rank 0 sees it, which keeps the best loss."""
         step, loss = trainer.last_validation or (-1, math.inf)
         if step != trainer.step:
             return False
@@ -258,7 +258,12 @@ class Checkpoints(Callback):
             raise FileNotFoundError(errno.ENOENT, "it was moved or deleted", str(self.folder.parent))
         tag, loss = tag_name(trainer.step), _last_loss(trainer)
         self._sealing = begin_save(
-            *(trainer.session, self.folder, trainer.step, output.keep_last, trainer.samples, output.keep_every),
+            trainer.session,
+            self.folder,
+            trainer.step,
+            output.keep_last,
+            trainer.samples,
+            output.keep_every,
             on_sealed=functools.partial(write_best, self.folder, tag, loss) if best else None,
         )
         self._saved_step = trainer.step
@@ -276,7 +281,7 @@ class Checkpoints(Callback):
 
 
 class Signals(Callback):
-    """While training, a request to stop waits for the end of the step, and that is saved (exit code ``TRY_AGAIN``).
+    """Defers a request to stop to the end of the step, which is then saved (exit code ``TRY_AGAIN``).
 
     Comes after ``Checkpoints``: what follows at the end of a run can be done again.
     """
@@ -340,7 +345,7 @@ class FinalReport(Callback):
         self.console.say(f"everything is in {self.run_dir} (start with {', '.join(found)})")
 
     def _tell_at_times(self) -> Callable[[int, int], None]:
-        """Says how far the closing validation is, every ten seconds."""
+        """A function that says how far the closing validation is, every ten seconds."""
         last = time.monotonic()
 
         def tell(done: int, count: int) -> None:
@@ -385,7 +390,7 @@ def _last_loss(trainer: Trainer) -> float:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What a folder keeps when it is renamed, and a new one of its name does not have; None: there is none."""
+    """Identity that a folder keeps when it is renamed, and that a new one of its name lacks; None: no folder."""
     try:
         status = folder.stat()
     except OSError:
@@ -394,7 +399,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
-    """Stored and active (used by one token) parameters of the whole model, experts of other ranks included."""
+    """Stored and active (used per token) parameters of the whole model, experts of other ranks included."""
     config = trainer.session.config
     counts = sizes(whole_shapes(trainer.session.model, config.ep_size), config.run)
     return {"stored": counts["stored"], "active": counts["active"]}

@@ -1,4 +1,4 @@
-"""Operators that DeepSpeed compiles at their first use, in minutes of silence: said before, and not waited for in vain.
+"""Notice of operators that DeepSpeed compiles for minutes at their first use, and removal of locks left by a kill.
 
 A build that was killed leaves its lock file (``torch.utils.file_baton``), for which every later one waits for ever.
 """
@@ -13,9 +13,9 @@ from typing import Any
 _ON_DEVICE = {"adam": "fused_adam", "adamw": "fused_adam", "lamb": "fused_lamb", "lion": "fused_lion"}
 _ON_HOST = {"adam": "cpu_adam", "adamw": "cpu_adam", "adagrad": "cpu_adagrad", "lion": "cpu_lion"}
 _SHARED = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "fuse", "glusterfs", "afs", "9p")
-"""How types of file systems begin that other hosts may write, too."""
+"""Prefixes of the types of file systems that other hosts may write, too."""
 _LONGEST = 900.0
-"""Seconds after which no build still runs."""
+"""Seconds that a build takes, at most."""
 
 
 def operator_of(values: dict[str, Any]) -> str | None:

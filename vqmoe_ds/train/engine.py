@@ -32,6 +32,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
     check_by_deepspeed(config.deepspeed, json_path)
     check_host_memory(config, place)
+    # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
     model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), DeepSpeedMoELayer)
     import_optimizers(config.deepspeed["optimizer"]["type"])
@@ -48,6 +49,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     if config.precision == "fp16":
         fix_loss_scaling(engine)
     sync = StateSync(model, config.accumulation_steps)
+    # After the engine, which broadcasts parameters but not the buffers of codebooks and routers.
     sync.broadcast()
     return Session(config, place, engine, model, sync)
 
@@ -58,13 +60,14 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 
 
 def checks_gradients(engine: Any) -> bool:
-    """Whether somebody else must look for gradients that are not finite: at stage 0 in fp32 and bf16 the engine steps
+    """Whether the loop must look for gradients that are not finite: at stage 0 in fp32 and bf16 the engine steps
     whatever they are. ZeRO 1 to 3, and fp16 at stage 0, drop such a step by themselves."""
     return not (engine.zero_optimization() or engine.fp16_enabled())
 
 
 def gradients_bad(engine: Any) -> Tensor:
     """1 where a gradient of this rank is not finite, else 0: a scalar on the device."""
+    # A NaN or infinite term makes the sum so; a test of every value would write a mask for each gradient.
     sums = [param.grad.sum().float() for param in engine.module.parameters() if param.grad is not None]
     return (~torch.isfinite(torch.stack(sums))).any().double()
 
@@ -84,6 +87,7 @@ def apply_step(engine: Any, finite: bool) -> bool:
     if finite:
         engine.step()
         return True
+    # What engine.step() does at a boundary besides the update; micro_steps decides where the next boundary is.
     engine.zero_grad()
     engine.optimizer.zero_grad()
     if hasattr(engine.optimizer, "clear_hp_grads"):

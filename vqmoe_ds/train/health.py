@@ -1,4 +1,4 @@
-"""How the ranks fare: who is slow, how far apart they are, and what the all-to-all costs.
+"""Health of the ranks: the slowest, the spread of their speeds, and the cost of the all-to-all.
 
 Ranks wait for each other in collectives, so all steps last equally long; a slow rank is the one that waits least. The
 meter times the calls of ``deepspeed.comm`` (which the engine, and our all-to-all, use) at the host: with gloo that is
@@ -30,7 +30,7 @@ TIMED = (
 
 
 class CommunicationMeter:
-    """While ``counting``, adds up the time of collectives and the bytes that leave this rank in all-to-alls."""
+    """Sum of the time of collectives and of the bytes that leave this rank in all-to-alls, while ``counting``."""
 
     def __init__(self, place: Place, device: torch.device) -> None:
         self.place, self.device, self.counting = place, device, False
@@ -84,7 +84,7 @@ class CommunicationMeter:
 
 
 def health_line(row: dict[str, Any]) -> str:
-    """The line for the screen of a row with these figures."""
+    """The line for the terminal of a row with these figures."""
     busiest = max(row.get("busiest_expert", [1.0]))
     return (
         f"health: slowest rank {row['slowest_rank']} (worked {row['step_time_spread']:+.1%} against the mean) | "

@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Start:
-    """A command line that was found good: where it runs, and what to say first."""
+    """A command line that was found good: its run folder, and the lines to say first."""
 
     config: EngineConfig
     run_dir: Path
@@ -173,7 +173,7 @@ def _what_would_fit(job: Job, device: torch.device) -> str:
 
 
 def _on_gpu(config: EngineConfig, device: torch.device) -> list[str]:
-    """What the user should know of a run on GPUs: the card, and the choices that are made for it."""
+    """Lines for the user of a run on GPUs: the card, and the choices that are made for it."""
     from vqmoe_ds.config.gpu import attention_hint
     from vqmoe_ds.runtime.device import describe
 
@@ -185,7 +185,7 @@ def _on_gpu(config: EngineConfig, device: torch.device) -> list[str]:
 
 
 def show(config: EngineConfig, place: Place, console: Console) -> None:
-    """What ``--print_config`` prints."""
+    """Print the configuration, for ``--print_config``."""
     if place.rank == 0:
         text = to_yaml(config.run) + "deepspeed: " + json.dumps(config.deepspeed, indent=2)
         print(text, file=console.out, flush=True)

@@ -84,15 +84,15 @@ class Trainer:
     stop_asked: bool = False
     """Whether a callback of any rank asked to stop when the last step's losses were averaged."""
     stop_reason: str | None = None
-    """What cut the run short, to be resumed."""
+    """Reason why the run was cut short, to be resumed."""
     done: bool = False
     """Set by a callback: the run ends here as if it had taken all its steps."""
     last_checkpoint: str | None = None
-    """The last that is sealed."""
+    """Path of the last checkpoint that is sealed."""
     last_validation: tuple[int, float] | None = None
     """Step and loss of the last interim validation."""
     save_seconds: float | None = None
-    """How long the last checkpoint kept training waiting."""
+    """Seconds that the last checkpoint kept training waiting."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -135,14 +135,17 @@ class Trainer:
             self.samples, session.place.rank, session.place.world_size, session.config.micro_batch
         )
         data_seconds = time.perf_counter() - started
+        # From here to the end of the step every rank makes the same collectives in the same order, whatever its data.
         means = self._run_micro_batches(batches)
         if checks_gradients(session.engine):  # the engine would step whatever the gradients are
             means["bad"] = gradients_bad(session.engine)
+        # One collective for all: in float64, as token counts pass the 2^24 that float32 holds exactly.
         reduced = session.mean_over_ranks(torch.stack([value.double() for value in means.values()]))
         if "bad" in means:
             mean = dict(zip(means, reduced.tolist(), strict=True))
             taken = apply_step(session.engine, math.isfinite(mean["loss"] + mean["aux"]) and mean["bad"] == 0)
         else:
+            # ZeRO and fp16 drop a bad step by themselves: nothing has to be read on the host before it.
             taken = apply_step(session.engine, True)
             mean = dict(zip(means, reduced.tolist(), strict=True))
             taken = taken and math.isfinite(mean["loss"] + mean["aux"])
@@ -164,6 +167,7 @@ class Trainer:
             sums += torch.stack([lm_loss.detach(), aux_loss.detach()])
             if micro < rounds - 1:
                 engine.step()
+        # The wish to stop travels with the losses, so that all ranks leave after the same step.
         asked = any(callback.asks_to_stop for callback in self.callbacks)
         tokens, asked_to_stop = self._tensor(np.array([sum(b.tokens for b in batches), asked], dtype=np.float64))
         return {"loss": sums[0] / rounds, "aux": sums[1] / rounds, "tokens": tokens, "asked": asked_to_stop, **sizes}
@@ -176,11 +180,13 @@ class Trainer:
         """
         if not self.batches.masked:
             one = torch.ones((), dtype=torch.float64, device=self.session.device)
+            # A target is a byte: the ratio is 1 on every rank, and no collective is needed to find it.
             return None, {} if batches[0].bytes_B is None else {"targets": one, "bytes": one}
         counts = np.array([(batch.targets_BS != MASKED).sum() for batch in batches])
         known = all(batch.bytes_B is not None for batch in batches)
         bytes_here = sum(int(batch.bytes_B.sum()) for batch in batches if batch.bytes_B is not None)
         here = self._tensor(np.array([counts.sum(), bytes_here, *counts], dtype=np.float64))
+        # Before the forward passes: a micro-batch's weight needs the targets of all ranks.
         targets, target_bytes = self.session.sum_over_ranks(here[:2])
         weights = here[2:] * (len(batches) * self.session.place.world_size) / targets.clamp_min(1.0)
         return weights, {"targets": targets, "bytes": target_bytes} if known else {"targets": targets}
@@ -188,7 +194,8 @@ class Trainer:
     def _account(
         self, mean: dict[str, float], taken: bool, rate: float, started: float, data_seconds: float
     ) -> StepResult:
-        """Count the step, and say how it went."""
+        """Count the step and give its result."""
+        # Counted whether taken or not: the data goes on, and a resumed run has to pass the same batches.
         self.step += 1
         self.stop_asked = mean["asked"] > 0
         finite = math.isfinite(mean["loss"] + mean["aux"])
@@ -204,6 +211,7 @@ class Trainer:
 
     def _step_routers(self, taken: bool) -> None:
         session = self.session
+        # Codes follow the weights: a step that moved none leaves them too, and drops what it had gathered.
         if not taken:
             session.sync.skip()
             return
@@ -213,7 +221,8 @@ class Trainer:
             source.follow(full_embedding(session))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        """On the device, without waiting for it."""
+        """Values as a tensor on the device, without waiting for the copy."""
+        # Pinned, since from pageable memory the copy would block the host however it is asked.
         tensor, device = torch.from_numpy(np.ascontiguousarray(values)), self.session.device
         return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
@@ -239,5 +248,6 @@ def full_embedding(session: Session) -> Tensor:
         return weight.detach()
     import deepspeed
 
+    # A collective: all ranks are here or none.
     with deepspeed.zero.GatheredParameters([weight]):
         return weight.detach().clone()

@@ -30,7 +30,7 @@ from vqmoe_ds.train.schedule import continued
 
 @dataclass(frozen=True)
 class Opened:
-    """A session that is ready to train, and where its run stands."""
+    """A session that is ready to train, and the state of its run."""
 
     job: Job
     session: Session

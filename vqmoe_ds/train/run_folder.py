@@ -1,4 +1,4 @@
-"""Folders of runs: which are free, and what lies where."""
+"""Folders of runs: names that are free, and places in them."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def has_run(folder: Path) -> bool:
 
 
 def index_folder(config: EngineConfig, run_dir: Path) -> Path:
-    """Where the order of prepared data is kept."""
+    """Folder in which the order of prepared data is kept."""
     return Path(config.run.data.cache_dir or run_dir / "data_index")

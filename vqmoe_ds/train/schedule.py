@@ -31,7 +31,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def _share(step: int, steps: int, warmup_steps: int, floor: float) -> float:
-    """Of the peak, in a schedule of so many steps."""
+    """Share of the peak rate, in a schedule of so many steps."""
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     done = min(1.0, max(0, step - warmup_steps) / max(1, steps - warmup_steps))
     return warmup * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))

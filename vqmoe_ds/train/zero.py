@@ -36,11 +36,12 @@ def import_optimizers(chosen: str) -> None:
 
 
 def spare_passes(engine: Any) -> None:
-    """Replace methods of the engine's ZeRO 1 or 2 optimizer by ones with the same results; other engines stay.
+    """Replace methods of the engine's ZeRO 1 or 2 optimizer by ones with the same results; leave other engines alone.
 
     Each replacement leaves to DeepSpeed's own method what is not its case.
     """
     optimizer = engine.optimizer
+    # On the object, not on the class: other engines of the process keep DeepSpeed's own methods.
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
     if dist.get_world_size(group=optimizer.dp_process_group) == 1:
@@ -53,7 +54,7 @@ def spare_passes(engine: Any) -> None:
 
 
 def _reduce_no_group_of_one(optimizer: Any) -> None:
-    """A group of one rank has nobody to reduce with: DeepSpeed would copy its gradients onto themselves."""
+    """Skip the reduction in a group of one rank, where DeepSpeed would copy gradients onto themselves."""
     reduce = optimizer.allreduce_no_retain
 
     def reduce_if_shared(
@@ -62,6 +63,7 @@ def _reduce_no_group_of_one(optimizer: Any) -> None:
         group = optimizer.dp_process_group if process_group is None else process_group
         if dist.get_world_size(group=group) > 1:
             return reduce(bucket, *args, process_group=process_group, output_bucket=output_bucket, **options)
+        # The sum into the partition's buffer stays: micro-batches accumulate there, reduced or not.
         for gradient, output in zip(bucket, output_bucket or [None] * len(bucket), strict=True):
             optimizer._add_to_grad_partition_buffer(output, gradient)
 
@@ -69,7 +71,7 @@ def _reduce_no_group_of_one(optimizer: Any) -> None:
 
 
 def _copy_no_gradient_that_owns_its_memory(optimizer: Any) -> None:
-    """Gradients larger than a bucket are reduced where they are: no later bucket will overwrite them."""
+    """Skip the copy of gradients larger than a bucket, which are reduced in place: no later bucket overwrites them."""
     copy = optimizer.copy_grads_in_partition
 
     def copy_out_of_buckets(param: Tensor, group_idx: int | None = None) -> None:
@@ -85,12 +87,13 @@ def _copy_no_gradient_that_owns_its_memory(optimizer: Any) -> None:
 
 
 def _norm_in_blocks(optimizer: Any) -> None:
-    """The norm of all gradients, in float64 over blocks of float32: DeepSpeed writes each gradient in float64 first."""
+    """Take the gradients' norm in float64 over float32 blocks: DeepSpeed writes each gradient in float64 first."""
 
     def norm(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
         assert norm_type == 2
         squares = [block_norms(g).square().sum() for g in gradients if not getattr(g, "_zero_padding", False)]
         zero = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+        # float32 before the all-reduce, as in DeepSpeed's own norm: else results would differ from its.
         total = sum(squares, zero).float()
         dist.all_reduce(total, group=optimizer.dp_process_group)
         total = total.sqrt()
@@ -118,10 +121,11 @@ def _norms(chunk: Tensor) -> list[Tensor]:
 
 
 def _clip_only_above_the_limit(optimizer: Any) -> None:
-    """A norm within the limit scales gradients by 1; reading it costs nothing on a CPU."""
+    """Skip clipping at a norm within the limit, which would scale gradients by 1; on a CPU reading it costs nothing."""
     clip = optimizer.unscale_and_clip_grads
 
     def clip_if_needed(gradients: list[Tensor], norm: Tensor) -> None:
+        # DeepSpeed's test, (norm + 1e-6) / limit <= 1; NaN, and -1 for a bad norm, fail it and are left to DeepSpeed.
         within = optimizer.clip_grad > 0 and 0 <= float(norm) <= optimizer.clip_grad - 1e-6
         if not within or optimizer.loss_scale != 1.0:
             clip(gradients, norm)
