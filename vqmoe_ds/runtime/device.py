@@ -129,13 +129,13 @@ def make_deterministic(exact: bool) -> None:
 
 @dataclass(frozen=True)
 class Seat:
-    """What a rank tells the others of its device before they start to communicate."""
+    """Facts of a rank's device that the others learn before they start to communicate."""
 
     host: str
     gpu: str | None
-    """Its unique id; None: the rank computes on the CPU."""
+    """Unique id of its GPU; None: the rank computes on the CPU."""
     trouble: str | None
-    """Why the rank cannot run."""
+    """Reason why the rank cannot run, if there is one."""
 
 
 def seat(device: torch.device, trouble: str | None) -> Seat:
@@ -147,7 +147,7 @@ def seat(device: torch.device, trouble: str | None) -> Seat:
 
 
 def contradiction(seats: Sequence[Seat]) -> str | None:
-    """Why ranks on these seats, in rank order, cannot run together, in one sentence; None where they can."""
+    """A sentence on why ranks on these seats, in rank order, cannot run together; None where they can."""
     for one in seats:
         if one.trouble is not None:
             return one.trouble
@@ -209,12 +209,12 @@ def check_precision(device: torch.device, precision: str, remedy: str) -> None:
 
 
 OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""In messages of errors that PyTorch raises as plain ``RuntimeError`` where memory outside its allocator is short."""
+"""Parts of messages of the plain ``RuntimeError`` that PyTorch raises where memory outside its allocator is short."""
 
 
 @contextmanager
 def memory_errors(rank: int, device: torch.device, remedy: Callable[[], str]) -> Iterator[None]:
-    """In this context CUDA's out-of-memory errors are one sentence that ends with what ``remedy`` says.
+    """Context that turns CUDA's out-of-memory errors into one sentence, which ends with what ``remedy`` gives.
 
     Raises:
         ConfigError: instead of PyTorch's error.

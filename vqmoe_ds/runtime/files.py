@@ -116,7 +116,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def kind_of(path: str | Path, links: bool = False) -> str:
-    """What an entry of a folder is, as a noun.
+    """Kind of an entry of a folder, as a noun.
 
     Args:
         links: say what a link leads to.
@@ -131,7 +131,7 @@ def kind_of(path: str | Path, links: bool = False) -> str:
 
 
 def why_missing(path: str | Path) -> str:
-    """What is wrong with a path that does not exist, as the rest of a sentence that begins with it."""
+    """Description of a path that does not exist, as the rest of a sentence that begins with it."""
     return f"is a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "does not exist"
 
 
@@ -156,5 +156,5 @@ def sha256_of(path: str | Path) -> str:
 
 
 def drop_output() -> None:
-    """After a ``BrokenPipeError``: the reader has seen enough (``| head``), and Python's last flush shall not fail."""
+    """Send the rest of the output nowhere, after a ``BrokenPipeError``, so that Python's last flush does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

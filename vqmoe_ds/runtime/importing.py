@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """Inside, for imports alone, Python does not look for garbage: it would walk all modules again and again.
+    """Context for imports in which Python does not collect garbage: it would walk all modules again and again.
 
     Nor does it afterwards: what is there after an import counts as permanent (``gc.freeze``).
     """
@@ -30,7 +30,7 @@ def quickly() -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, ``torch.compile`` returns functions as they are, and imports neither Dynamo nor Inductor."""
+    """Context in which ``torch.compile`` returns functions as they are, and imports neither Dynamo nor Inductor."""
     import torch
 
     def as_it_is(model: Any = None, **options: Any) -> Any:

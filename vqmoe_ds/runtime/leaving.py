@@ -1,4 +1,4 @@
-"""How a rank leaves early: on request, for a peer that is missing, or with an error, and never without a sentence."""
+"""Early exits of a rank: on request, for a missing peer, or with an error, and never without a sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vqmoe_ds.runtime.stopping import STOP
 def watch_peers(
     place: Place, console: Console, seconds: float, hint: str = "the same command goes on from the last checkpoint"
 ) -> AbstractContextManager[Any]:
-    """In this context a missing rank ends the others within ``seconds``, with a sentence that names it."""
+    """Context in which a missing rank ends the others within ``seconds``, with a sentence that names it."""
     if place.world_size == 1:
         return nullcontext()
     from vqmoe_ds.runtime.meeting import PeerLost

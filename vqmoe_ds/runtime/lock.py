@@ -1,4 +1,4 @@
-"""One job at a time in a run folder.
+"""The lock that admits one job at a time to a run folder.
 
 Rank 0 holds a POSIX record lock on ``run.lock`` for as long as it lives. The kernel frees it however the process
 ends, on file systems that carry such locks between hosts (NFS, Lustre with ``flock``, GPFS, BeeGFS with ACLs) on all

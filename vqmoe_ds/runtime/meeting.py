@@ -1,4 +1,4 @@
-"""How ranks find each other: the store they meet at, what their devices are, and the process group, in bounded time."""
+"""The rendezvous of ranks: the store they meet at, a look at their devices, and the process group, in bounded time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vqmoe_ds.runtime.ranks import Place, only_this_host
 
 CPU = torch.device("cpu")
 _AFTER_TIMEOUT = 2.0
-"""Seconds for which PyTorch's own limit may be late."""
+"""Seconds by which PyTorch may exceed its own limit."""
 _BACKLOG = 2048
 
 
@@ -38,7 +38,7 @@ class PeerLost(UserError):
         super().__init__(message)
         self.exit_code = exit_code
         self.rank = rank
-        """The one that is missing, if a rank is."""
+        """Number of the rank that is missing, if one is."""
 
 
 def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU, trouble: str | None = None) -> None:
@@ -56,6 +56,7 @@ def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU,
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         store = _in_time(partial(_meeting_store, place, address, int(port), seconds), seconds + _AFTER_TIMEOUT)
+        # Before the backend starts: it would wait for a rank without a device, or fail without naming it.
         verdict = _compare_devices(store, place, seat(device, trouble))
         if not verdict:
             _start_backend(backend, place, device, store)
@@ -70,14 +71,14 @@ def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU,
         if getattr(error, "errno", None) == errno.EACCES:
             raise ConfigError(f"port {port} of rank 0 is for root alone; set MASTER_PORT to 1024 or more") from None
         lost = PeerLost(f"{what} ({reason}); look at the other ranks' logs, MASTER_ADDR, MASTER_PORT and firewalls")
-        lost.local = place.local_rank == 0
+        lost.local = place.local_rank == 0  # one sentence per host
         raise lost from None
     if verdict:
         raise ConfigError(verdict)
 
 
 def _meeting_store(place: Place, address: str, port: int, seconds: float) -> Any:
-    """Where the ranks tell each other their addresses. On one host nobody else can reach it; one rank needs none."""
+    """Store in which ranks exchange their addresses. On one host no other can reach it; one rank needs none."""
     if place.world_size == 1:
         return dist.HashStore()
     agent = None
@@ -89,6 +90,7 @@ def _meeting_store(place: Place, address: str, port: int, seconds: float) -> Any
     store = open_store(address, port, place.rank == 0, seconds)
     if agent is not None and place.rank == 0:
         agent.set("port", str(store.port))
+    # Rank 0 waits for all here, so that a missing one is found within ``seconds``, and not by the backend later.
     if place.rank == 0:
         store.multi_get([f"here{rank}" for rank in range(1, place.world_size)])
     else:
@@ -105,6 +107,7 @@ def open_store(address: str, port: int, serve: bool, seconds: float) -> Any:
     more: dict[str, Any] = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False}
     if serve and only_this_host(address):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        # A TCPStore by itself listens on all interfaces, and whoever reaches it may write to it.
         with socket.socket(family) as listening:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((address, port))
@@ -115,7 +118,7 @@ def open_store(address: str, port: int, serve: bool, seconds: float) -> Any:
 
 
 def _in_time(call: Callable[[], Any], seconds: float) -> Any:
-    """The call's value. It runs in a thread: the resolver of names and some of PyTorch's waits know no limit.
+    """Value of a call, made in a thread: the resolver of names and some of PyTorch's waits know no limit.
 
     Raises:
         TimeoutError: it took longer.
@@ -139,7 +142,7 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
 
 
 def _compare_devices(store: Any, place: Place, here: Seat) -> str:
-    """What keeps the ranks from running on their devices, the same on all of them; empty: nothing."""
+    """A sentence on why the ranks cannot run on their devices, the same on all of them; empty if they can."""
     if place.world_size == 1:
         return contradiction([here]) or ""
     store.set(f"seat{place.rank}", json.dumps(asdict(here)))

@@ -10,7 +10,7 @@ from vqmoe_ds.runtime.errors import UserError
 GIB = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = ("memory.max", "memory.limit_in_bytes")
-"""Of control groups of version 2 and 1."""
+"""Files with the limit of control groups of version 2 and 1."""
 
 
 def total_bytes() -> int:

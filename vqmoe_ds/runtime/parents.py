@@ -52,12 +52,12 @@ class Process:
 
     @property
     def is_deepspeed_node(self) -> bool:
-        """Whether it is what ``deepspeed`` runs on every node: the ranks' parent."""
+        """Whether it is the process that ``deepspeed`` runs on every node, the ranks' parent."""
         return any(_NODE_OF_DEEPSPEED.fullmatch(word) for word in self.words)
 
 
 def process(pid: int) -> Process | None:
-    """What /proc says of a process; None where it is gone (a zombie too), or where there is no /proc."""
+    """A process by its entry in /proc; None where it is gone (a zombie too), or where there is no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -104,7 +104,7 @@ def _missing(watched: list[Process]) -> str | None:
 
 
 def _gone_already(watched: list[Process]) -> str | None:
-    """A launcher that ended while this process was starting: somebody else has its children now."""
+    """A clause on a launcher that ended while this process was starting: another process has its children now."""
     oldest = watched[-1] if watched else process(os.getpid())
     variable = next((name for name in _SET_FOR_RANKS if name in os.environ), None)
     if oldest is None or variable is None or (watched and not watched[-1].is_deepspeed_node):

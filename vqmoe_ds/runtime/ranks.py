@@ -59,7 +59,7 @@ _SLURM = _Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASK
 FIRST_PORT, PORTS = 10_000, 20_000
 """Rendezvous ports that follow from a job or launcher: below the range from which systems give away ports."""
 _DEEPSPEEDS_PORT = "29500"
-"""Unless ``--master_port`` names another."""
+"""Port of ``deepspeed``, unless ``--master_port`` names another."""
 
 
 def find_place(local_rank: int | None = None) -> Place:
@@ -90,7 +90,7 @@ def find_place(local_rank: int | None = None) -> Place:
 
 
 def likely_rank() -> int:
-    """The rank as far as it can be told when ``find_place`` cannot: so that one process speaks for all."""
+    """The likely rank where ``find_place`` fails, so that one process speaks for all."""
     for name in (_TORCH.rank, _OPEN_MPI.rank, _PMI.rank, _SLURM.rank):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -261,18 +261,18 @@ def _port_of_job() -> int:
 
 
 def _ask_mpi(place: Place) -> tuple[str, int]:
-    """Rank 0 takes a free port and tells the others through MPI, which then has done its duty."""
-    mend = "set MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+    """Address and a free port of rank 0, told to the others through MPI, which is not used after that."""
+    hint = "set MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
     try:
         mpi4py = library("mpi4py", "mpirun without MASTER_ADDR and MASTER_PORT")
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"mpirun started the ranks, and mpi4py cannot be used ({error}): {mend}") from None
+        raise ConfigError(f"mpirun started the ranks, and mpi4py cannot be used ({error}): {hint}") from None
     MPI.Init()
     world = MPI.COMM_WORLD
     if world.size != place.world_size:
-        raise ConfigError(f"the MPI of mpi4py is another than that of mpirun, for it sees {world.size} rank(s): {mend}")
+        raise ConfigError(f"the MPI of mpi4py is another than that of mpirun, for it sees {world.size} rank(s): {hint}")
     one_host = place.local_world_size == place.world_size
     mine = ("127.0.0.1" if one_host else socket.gethostname(), _free_port()) if place.rank == 0 else None
     address, port = world.bcast(mine)

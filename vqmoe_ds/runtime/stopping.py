@@ -21,11 +21,11 @@ KILLED_BY_USER = 128 + signal.SIGINT
 
 
 class Interrupted(Exception):
-    """What was being measured is given up, for a rank was asked to stop; raised on all ranks together."""
+    """A measurement is given up because a rank was asked to stop; raised on all ranks together."""
 
 
 class StopRequests:
-    """What this process was asked, and whether it may leave at once.
+    """Requests to stop that this process was given, and whether it may leave at once.
 
     Attributes:
         reason: who asked, while a request is deferred.
@@ -41,17 +41,19 @@ class StopRequests:
         self._pipe: tuple[int, int] | None = None
 
     def listen(self, leave: Callable[[str], None]) -> None:
-        """From now on requests are heard. Call in the main thread; signals that are ignored (``nohup``) stay ignored.
+        """Start to hear requests. Call in the main thread; signals that are ignored (``nohup``) stay ignored.
 
         Args:
-            leave: of the reason; must end the process. Called from a thread.
+            leave: given the reason; must end the process. Called from a thread.
         """
         self._leave = leave
         if self._pipe is not None:
             return
         self._pipe = os.pipe()
+        # The C handler writes here at every signal: a full pipe must not block the main thread.
         os.set_blocking(self._pipe[1], False)
         for number in SIGNALS:
+            # Handlers of others, and nohup's SIG_IGN, are choices of whoever started this process.
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, _only_wake)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -60,19 +62,21 @@ class StopRequests:
 
     def request(self, reason: str) -> None:
         """Leave, or note it while requests are deferred."""
+        # The lock closes the gap in which a request would be noted just after ``act`` had looked for one.
         with self._lock:
             if self._deferring:
                 self.reason = self.reason or reason
                 return
+        # Outside of the lock: ``leave`` talks to other ranks, and a second request must not wait for them.
         self._leave(reason)
 
     def defer(self) -> None:
-        """From now on there is something to save: requests are noted (``reason``)."""
+        """Note requests (``reason``) from now on, as there is something to save."""
         with self._lock:
             self._deferring = True
 
     def act(self) -> None:
-        """From now on nothing would be lost: a request ends the process, one that was noted does so now."""
+        """Let a request end the process from now on, as nothing would be lost; one that was noted does so now."""
         with self._lock:
             self._deferring, reason = False, self.reason
         if reason is not None:
@@ -84,11 +88,11 @@ class StopRequests:
                 if number not in SIGNALS:
                     continue
                 if number == signal.SIGINT and self.reason is not None:
-                    os._exit(KILLED_BY_USER)
+                    os._exit(KILLED_BY_USER)  # no clean-up: the first request may be what hangs
                 self.request(signal.Signals(number).name)
 
     def _forget(self) -> None:
-        """In a forked child, which signals shall end as they end any process, and not its parent's pipe hear of."""
+        """Reset the signals of a forked child: they end it like any process, and its parent's pipe hears of none."""
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
@@ -97,7 +101,7 @@ class StopRequests:
 
 
 def _only_wake(number: int, frame: Any) -> None:
-    """A handler in Python is what makes the interpreter write to the wake-up file."""
+    """Handle a signal in Python, without which the interpreter does not write to the wake-up file."""
 
 
 def _leave_quietly(reason: str) -> None:
@@ -105,4 +109,4 @@ def _leave_quietly(reason: str) -> None:
 
 
 STOP = StopRequests()
-"""Of this process."""
+"""Requests of this process."""

@@ -1,4 +1,4 @@
-"""How every command of one process meets its terminal and its end (``tools/*.py``).
+"""Terminal and exit of every command of one process (``tools/*.py``).
 
 Trainings and evaluations of several ranks have ``runtime/console.py`` and ``runtime/stopping.py`` instead.
 """
@@ -55,7 +55,7 @@ def run_tool(main: Callable[[], int]) -> int:
 
 
 ESCAPES = "backslashreplace"
-"""For characters that the terminal's encoding does not have."""
+"""Error handler for characters that the terminal's encoding lacks."""
 
 
 def exit_code_of(stop: KeyboardInterrupt) -> int:

@@ -24,7 +24,7 @@ def set_up_torch(
     exact: bool = False,
     check: Callable[[torch.device], None] | None = None,
 ) -> torch.device:
-    """Threads, quiet libraries, this rank's device and the process group. Call before building anything.
+    """Set up threads, quiet libraries, this rank's device and the process group. Call before building anything.
 
     Args:
         start_timeout: as ``run.start_timeout``.

@@ -35,14 +35,14 @@ class Watchdog:
         place: this rank.
         timeout: seconds without a sign of life after which a rank is missing.
         leave: called from a thread with the verdict; must end the process.
-        mend: what the user may do then.
+        hint: advice to the user for then.
     """
 
-    def __init__(self, place: Place, timeout: float, leave: Callable[[PeerLost], None], mend: str) -> None:
-        self.place, self.timeout, self._leave, self.mend = place, timeout, leave, mend
+    def __init__(self, place: Place, timeout: float, leave: Callable[[PeerLost], None], hint: str) -> None:
+        self.place, self.timeout, self._leave, self.hint = place, timeout, leave, hint
         self.interval = min(1.0, timeout / 6)
         self.grace = min(timeout, 3 * self.interval + 1)
-        """Patience with a silent rank once a collective has failed."""
+        """Seconds of patience with a silent rank once a collective has failed."""
         self.verdict: PeerLost | None = None
         self._stopped = threading.Event()
         self._answered = time.monotonic()
@@ -59,13 +59,14 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """All is done and nobody misses anybody any more; or an error: a peer's absence is put into words.
+        """Stop watching once all ranks are done; after an error say which peer is absent.
 
         Raises:
             PeerLost: instead of the error of a collective.
         """
         STOP.announce = None
         if error is None:
+            # All stop watching together: a rank that left first would be missed by those still at work.
             dist.barrier()
             self._stopped.set()
         elif of_communication(error):
@@ -89,7 +90,7 @@ class Watchdog:
         return PeerLost(f"rank {self.place.rank} on {here} {what} ({why}); the others leave with it", code)
 
     def _explain(self, error: BaseException) -> PeerLost:
-        """Why a collective failed: wait for the verdict, for which silent ranks now have less time."""
+        """The reason why a collective failed: wait for the verdict, for which silent ranks now have less time."""
         with suppress(RuntimeError):  # the talking thread meets the same
             self._store.add("suspicion", 1)
         deadline = time.monotonic() + 2 * self.grace + self.interval
@@ -99,7 +100,7 @@ class Watchdog:
             time.sleep(30)
             return self.verdict
         reason = str(error).splitlines()[0]
-        return PeerLost(f"the connection between ranks broke although all live ({reason}); {self.mend}")
+        return PeerLost(f"the connection between ranks broke although all live ({reason}); {self.hint}")
 
     # ------------------------------------------------------------ the talking thread
 
@@ -130,7 +131,7 @@ class Watchdog:
 
     def missing(self, rank: int, how: str) -> PeerLost:
         where = f"rank {rank} on {self._peers[rank].host}"
-        return PeerLost(f"{where} is missing ({how}); the others leave; {self.mend}", rank=rank)
+        return PeerLost(f"{where} is missing ({how}); the others leave; {self.hint}", rank=rank)
 
     def _conclude(self, lost: PeerLost) -> None:
         # Launchers wait for a rank that is stopped or hangs, half a minute or for ever.
@@ -146,6 +147,7 @@ class Watchdog:
 
     def _publish(self, lost: PeerLost) -> None:
         """Write the verdict, once; rank 0 stays until the others have read it."""
+        # The first verdict stands: later ones are mostly consequences of it.
         try:
             if self._store.add("verdicts", 1) == 1:
                 self._store.set("verdict", json.dumps([lost.exit_code, str(lost), lost.rank]))
@@ -192,7 +194,7 @@ class Peer:
     host: str
     pid: int
     started: int | None
-    """As ``Process.started``: a later process of the same number is another."""
+    """``Process.started``, by which a later process of the same number is another."""
 
     @staticmethod
     def here() -> Peer:
@@ -205,7 +207,7 @@ class Peer:
         return self.host == host and self.started is not None and (there is None or there.started != self.started)
 
     def end(self) -> None:
-        """Soon wake it, if it is stopped, and kill it if it does not leave then; called on its host.
+        """Wake it soon, if it is stopped, and kill it if it does not leave then; called on its host.
 
         Not at once: the others have to leave first, whose verdict it would contradict and whose exit code the launcher
         shall take.
@@ -215,6 +217,7 @@ class Peer:
             return
         with suppress(OSError):
             later = ["sh", "-c", f"sleep 2; kill -CONT {self.pid}; sleep 3; kill -KILL {self.pid}"]
+            # A process of its own, in a session of its own: this one leaves before the time is up.
             nothing = subprocess.DEVNULL
             subprocess.Popen(later, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
 
@@ -228,6 +231,7 @@ def _open_store(place: Place, timeout: float) -> tuple[Any, list[Peer]]:
     if store is None:
         store = open_store(address, everybody[0][0], False, patience)
     store.set(_beat(place.rank), "0")
+    # Every key is there before anybody looks: ``multi_get`` would wait for one that is not.
     dist.barrier()
     return store, [peer for _, peer in everybody]
 
