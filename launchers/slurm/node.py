@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _pass_on(number: int, frame: Any) -> None:
-    """The ranks are this process's only children; each leads a session of its own, where SLURM's signal did not go."""
+    """Pass a signal on to the ranks, this process's only children: each has a session that SLURM's did not reach."""
     me = os.getpid()
     ranks = Path(f"/proc/{me}/task/{me}/children").read_text(encoding="utf-8").split()
     if not ranks:  # that have anything to save

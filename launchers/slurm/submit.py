@@ -38,12 +38,16 @@ JOBS = {
 }
 TRAININGS = ("pretrain", "finetune")
 BOUNDS = {
-    **{"nodes": (1, 100_000), "tasks_per_node": (1, 1024), "gpus_per_node": (0, 1024), "cpus_per_task": (1, 10_000)},
-    **{"chain": (1, 1000), "save_before": (1, 86_400)},
+    "nodes": (1, 100_000),
+    "tasks_per_node": (1, 1024),
+    "gpus_per_node": (0, 1024),
+    "cpus_per_task": (1, 10_000),
+    "chain": (1, 1000),
+    "save_before": (1, 86_400),
 }
 """Least and most of whole numbers: what the largest clusters have, a thousand jobs in a queue, and a day."""
 SPECIAL = set(" '\"\\`$#")
-"""What would be more than a part of its word in an #SBATCH line, where sbatch reads quotes and comments its own way."""
+"""Characters with a meaning of their own in an #SBATCH line, where sbatch reads quotes and comments its own way."""
 
 
 def main(arguments: list[str]) -> int:
@@ -153,7 +157,7 @@ def _check_pretraining(args: argparse.Namespace) -> None:
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:
-    """As above, as far as it goes without reading the checkpoint."""
+    """The launcher's own checks of its arguments, as far as they go without reading the checkpoint."""
     options = finetune_cli.build_parser("", str(ROOT / "ds_configs/zero2.json")).parse_args(args.rest)
     finetune_cli.check_options(options)
     ranks = args.nodes * args.tasks_per_node

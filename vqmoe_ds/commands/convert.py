@@ -1,4 +1,4 @@
-"""Convert any checkpoint to any layout or format (docs/checkpoints.md). What SRC is, it finds out by itself.
+"""Convert any checkpoint to any layout or format (docs/checkpoints.md). It finds out by itself what SRC is.
 
     vqmoe-convert runs/pretrain run.portable --to portable
     vqmoe-convert runs/pretrain moved --to deepspeed --zero 3 --ep 4 --world 8
