@@ -20,6 +20,7 @@ from vqmoe_ds.data import json_lines
 from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.units import PIECE_BYTES, Skips, SourceOptions
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.terminal import print_records
 
 
 def documents(*sources: Path | str, skips: Skips | None = None, **options) -> list[str]:
@@ -286,6 +287,7 @@ def test_what_is_no_file_is_passed_over_or_refused(tmp_path: Path, capsys: pytes
     (tmp_path / "a.txt").write_text("text")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    print_records()
     (unit,) = plan_units([str(tmp_path)], SourceOptions())
     assert [piece.text for piece in read_unit(unit)] == ["text"]
     assert "passed over 2 that are no files" in capsys.readouterr().err

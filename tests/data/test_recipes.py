@@ -24,6 +24,7 @@ import pytest
 from vqmoe_ds.data import recipes
 from vqmoe_ds.data.recipes import fetch_recipe, list_recipes
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.terminal import print_records
 
 HEAD = "<mediawiki>\n  <siteinfo>\n  </siteinfo>\n"
 PAGES = [f"  <page>\n    <title>{name}</title>\n    <text>é {name}</text>\n  </page>\n" for name in "ABC"]
@@ -161,6 +162,7 @@ def test_documents_are_natural(
     name: str, registry: Path, unpinned: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unpinned(**{name: _size(name)})
+    print_records()
     paths = fetch_recipe(name, tmp_path / "cache")
     assert _texts(paths) == EXPECTED[name]
     about = json.loads((tmp_path / "cache" / f"{name}.json").read_text())

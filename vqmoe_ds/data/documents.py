@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import logging
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from vqmoe_ds.data.text_files import read_text, snap
 from vqmoe_ds.data.units import HUB, JSON, PARQUET, STREAM, TEXT, Piece, Skips, SourceOptions, Span, Unit
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import list_tree, why_missing
+
+logger = logging.getLogger(__name__)
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -114,7 +116,7 @@ def _files_of(folder: str) -> list[str]:
         raise DataError(f"source {error.filename} cannot be listed ({error.strerror}); give another folder") from None
     if others:
         first = os.path.join(folder, min(others))
-        print(f"{folder}: passed over {len(others):,} that are no files, {first} the first", file=sys.stderr)
+        logger.warning(f"{folder}: passed over {len(others):,} that are no files, {first} the first")
     return [os.path.join(folder, file) for file in sorted(files)]
 
 

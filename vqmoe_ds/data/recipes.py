@@ -18,6 +18,7 @@ import bz2
 import gzip
 import itertools
 import json
+import logging
 import os
 import re
 import subprocess
@@ -35,6 +36,8 @@ from typing import Any, NamedTuple
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small, sha256_of
+
+logger = logging.getLogger(__name__)
 
 
 class RecipeRow(NamedTuple):
@@ -121,7 +124,7 @@ def _kept(recipe: Recipe, cache: Path) -> Path | None:
 
 def _make(recipe: Recipe, cache: Path) -> Path:
     path, about = _paths(recipe, cache)
-    print(f"recipe {recipe.name}: fetching {recipe.size / 1e6:,.1f} MB of text from {recipe.source}", file=sys.stderr)
+    logger.info(f"recipe {recipe.name}: fetching {recipe.size / 1e6:,.1f} MB of text from {recipe.source}")
     assert recipe.documents is not None
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{recipe.name.replace('/', '-')}.") as scratch:
         made = Path(scratch) / path.name
@@ -133,7 +136,7 @@ def _make(recipe: Recipe, cache: Path) -> Path:
         made.with_suffix(".about").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         made.replace(path)
         made.with_suffix(".about").replace(about)
-    print(f"recipe {recipe.name}: {count:,} documents, {size:,} bytes of text in {path}", file=sys.stderr)
+    logger.info(f"recipe {recipe.name}: {count:,} documents, {size:,} bytes of text in {path}")
     return path
 
 

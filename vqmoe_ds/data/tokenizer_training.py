@@ -8,11 +8,11 @@ from __future__ import annotations
 import heapq
 import io
 import itertools
+import logging
 import math
 import os
 import random
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +37,8 @@ from vqmoe_ds.data.units import Skips, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError, one_line
 from vqmoe_ds.runtime.files import why_missing
 from vqmoe_ds.runtime.memory import check_room
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("unigram", "bpe", "word")
 READ_AT_MOST = 8
@@ -113,7 +115,7 @@ def train_tokenizer(
     if not any(text.strip() for text in training):
         raise DataError("the sources hold no text to train a tokenizer on; give more, or another --text_key")
     size = sum(len(text.encode()) for text in training)
-    print(f"training a {kind} vocabulary of {vocab_size:,} on {size / 1e6:.2f} MB", file=sys.stderr, flush=True)
+    logger.info(f"training a {kind} vocabulary of {vocab_size:,} on {size / 1e6:.2f} MB")
     tokenizer = train_words(training, vocab_size) if kind == "word" else train_pieces(training, kind, vocab_size)
     measured = held_out or training
     ids = tokenizer.encode_batch(measured)

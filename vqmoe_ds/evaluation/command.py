@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         place = find_place(args.local_rank)
     except UserError as error:
-        return Console(likely_rank()).fail(error)
-    console = Console(place.rank)
+        return Console(likely_rank(), __name__).fail(error)
+    console = Console(place.rank, __name__)
     hear_requests(place, console, "nothing was written; start it again")
     try:
         corruptions = _check(args, place)

@@ -5,8 +5,8 @@ Legend: B windows, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.extras import library
+
+logger = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
@@ -105,7 +107,7 @@ def parts_of_speech(tokens_BS: Tensor, pieces: list[bytes]) -> Labels | None:
     try:
         library("textblob.en", "part of speech is left out, for it")
     except ConfigError as missing:
-        print(missing, file=sys.stderr)
+        logger.warning(missing)
         return None
     rows = [_tag_window([pieces[i] for i in row]) for row in tokens_BS.tolist()]
     return Labels(torch.tensor([[_NAMES.index(name) for name in row] for row in rows]), _NAMES)

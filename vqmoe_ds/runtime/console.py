@@ -1,12 +1,16 @@
-"""What the user sees, and where everything else goes.
+"""The terminal of a run of several ranks, its log files, and the logger of the package.
 
 DeepSpeed, gloo and their dependencies write to stdout and stderr from Python and C++ alike. ``Console`` keeps
 the terminal for this trainer's own lines and sends the rest to ``logs/rank{r}.log`` of the run folder.
+
+Every line is a record of a logger below ``vqmoe_ds`` too. A program that embeds the trainer silences it by the logger's
+level, and redirects it by giving that logger handlers before it calls the trainer: the terminal then shows nothing.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import sys
 import traceback
@@ -18,7 +22,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from vqmoe_ds.runtime.errors import UserError
-from vqmoe_ds.runtime.terminal import ESCAPES
+from vqmoe_ds.runtime.terminal import ESCAPES, print_records, prints_records
 
 
 class Console:
@@ -26,10 +30,13 @@ class Console:
 
     Args:
         rank: only rank 0 prints; errors are printed by any rank that has one of its own.
+        name: of the logger that the lines are records of, the caller's module.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, name: str = __name__) -> None:
         self.rank = rank
+        self.logger = logging.getLogger(name)
+        print_records()
         self.out: TextIO = sys.stdout
         self.err: TextIO = sys.stderr
         self.log_path: Path | None = None
@@ -58,14 +65,12 @@ class Console:
     @property
     def live(self) -> bool:
         """Whether rank 0 writes to a terminal, where a progress line can move."""
-        by_mpirun = (
-            "OMPI_COMM_WORLD_RANK" in os.environ
-        )  # which gives ranks a terminal though it writes to a file itself
+        by_mpirun = "OMPI_COMM_WORLD_RANK" in os.environ  # it gives ranks a terminal though it writes to a file itself
         return self.rank == 0 and self.out.isatty() and not by_mpirun
 
     def say(self, line: str) -> None:
         """One line for the user, on rank 0."""
-        if self.rank == 0:
+        if self.rank == 0 and self._shows(logging.INFO, line):
             if self._bar is not None:
                 self._bar.clear()
             _print(line, self.out)
@@ -76,6 +81,8 @@ class Console:
         """A moving line on a terminal, a plain one elsewhere."""
         if not self.live:
             self.say(line)
+            return
+        if not self._shows(logging.INFO, line):
             return
         if self._bar is None:
             layout = "{percentage:3.0f}%|{bar:20}| {desc}"
@@ -96,12 +103,21 @@ class Console:
         code = error.exit_code if isinstance(error, UserError) else 1
         if isinstance(error, UserError):
             if self.rank == 0 or error.local:
-                _print(f"error: {error}", self.err)
+                self._complain(f"error: {error}")
         else:
-            _print(f"rank {self.rank} failed:\n{''.join(traceback.format_exception(error))}", self.err)
+            self._complain(f"rank {self.rank} failed:\n{''.join(traceback.format_exception(error))}")
             if self.log_path is not None:
-                _print(f"what came before it is in {self.log_path}", self.err)
+                self._complain(f"what came before it is in {self.log_path}")
         return code
+
+    def _complain(self, line: str) -> None:
+        if self._shows(logging.ERROR, line):
+            _print(line, self.err)
+
+    def _shows(self, level: int, line: str) -> bool:
+        """Hand a line to the logger; whether the terminal and the log file of the rank show it as well."""
+        self.logger.log(level, line, extra={"rank": self.rank})
+        return self.logger.isEnabledFor(level) and prints_records()
 
 
 def _print(line: str, file: TextIO) -> None:

@@ -6,6 +6,7 @@ Trainings and evaluations of several ranks have ``runtime/console.py`` and ``run
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def run_tool(main: Callable[[], int]) -> int:
     Args:
         main: reads the command line and does the work.
     """
+    print_records()
     for stream, instead in ((sys.stdin, "surrogateescape"), (sys.stdout, ESCAPES), (sys.stderr, ESCAPES)):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=instead)
@@ -56,6 +58,38 @@ def run_tool(main: Callable[[], int]) -> int:
 
 ESCAPES = "backslashreplace"
 """Error handler for characters that the terminal's encoding lacks."""
+
+
+PACKAGE = "vqmoe_ds"
+"""Name of the logger above those of all modules."""
+
+
+class RecordPrinter(logging.Handler):
+    """Prints log records as bare lines on standard error, but for those that a ``Console`` shows by itself."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        # Without the handler's lock: a rank that has to leave must not wait for a thread whose terminal is blocked.
+        if not hasattr(record, "rank"):
+            with suppress(OSError):
+                print(record.getMessage(), file=sys.stderr, flush=True)
+        return True
+
+
+def print_records() -> None:
+    """Print the package's log records from INFO on, unless the program gave its logger handlers or a level."""
+    logger = logging.getLogger(PACKAGE)
+    if logger.handlers:
+        return
+    logger.addHandler(RecordPrinter())
+    # A library that sets up the root logger would print each line a second time.
+    logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+
+
+def prints_records() -> bool:
+    """Whether lines of the package go to the terminal: they do unless the program gave its logger other handlers."""
+    return any(isinstance(handler, RecordPrinter) for handler in logging.getLogger(PACKAGE).handlers)
 
 
 def exit_code_of(stop: KeyboardInterrupt) -> int:

@@ -89,8 +89,8 @@ def launch(command: TrainingCommand) -> int:
     try:
         place = find_place(args.local_rank)
     except UserError as error:
-        return Console(likely_rank()).fail(error)
-    console = Console(place.rank)
+        return Console(likely_rank(), __name__).fail(error)
+    console = Console(place.rank, __name__)
     hear_requests(place, console)
     try:
         start = command.prepare(place, console)
