@@ -140,7 +140,7 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
 
 
 def remove_epoch(portion: Portion, seed: tuple[int, ...], cache: Path) -> None:
-    """On the first rank, remove the index of an epoch that no rank reads any more; ``open_epoch`` would make it again.
+    """Remove, on the first rank, the index of an epoch that no rank reads any more; ``open_epoch`` would make it anew.
 
     Args:
         portion, seed, cache: as of ``open_epoch``.

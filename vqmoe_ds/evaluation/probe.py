@@ -76,7 +76,7 @@ class Visit:
     """One MoE layer during one forward pass."""
 
     index: int
-    """Among the MoE layers."""
+    """Number among the MoE layers."""
     layer: MoELayer
     context: RoutingContext
     stream_TD: Tensor

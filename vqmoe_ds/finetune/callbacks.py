@@ -53,7 +53,7 @@ Finish = Callable[[Session], tuple[dict[str, Any], str]]
 
 
 class BestReport(Callback):
-    """At the end of a finished run: ``summary.json`` and figures, of the checkpoint that validated best.
+    """Writes ``summary.json`` and figures of the checkpoint that validated best, at the end of a finished run.
 
     Args:
         finish: gives the task's part; all ranks call it.

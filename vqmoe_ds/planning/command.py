@@ -92,15 +92,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.figure:
         report.pyplot()
     offload = (False, True) if options.offload else (False,)
-    choices = Choices(
-        options.zero,
-        options.ep_size,
-        options.micro_batch,
-        options.precision,
-        offload,
-        options.imbalance,
-        options.gpu != "cpu",
-    )
+    spread = (options.zero, options.ep_size, options.micro_batch)
+    choices = Choices(*spread, options.precision, offload, options.imbalance, options.gpu != "cpu")
     if loaded.config.model.layers >= 4 * _BLOCKS_A_SECOND:
         seconds = loaded.config.model.layers // _BLOCKS_A_SECOND
         print(f"{loaded.config.model.layers} blocks take about {seconds} s to lay out", file=sys.stderr, flush=True)

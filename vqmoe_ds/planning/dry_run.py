@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> RankReport:
-    """Build one rank.
+    """Build one rank of a job and report what it holds.
 
     Args:
         config: of the whole job.
@@ -98,7 +98,6 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
         _optimizer_groups(model, config)
         loss = meta_forward.run(model, meta_forward.cast_weights(model, torch.bfloat16), config.micro_batch)
     parameters = count(config.run)
-    dense = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
     need = memory.estimate(parameters, config, rank)
     return RankReport(
         rank,
@@ -108,18 +107,18 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
         edp_group,
         len({member // per_node for member in ep_group}) == 1,
         _expert_ids(model),
-        {
-            "dense": dense,
-            "experts": sum(p.numel() for p in model.parameters()) - dense,
-            "stored": parameters.stored,
-            "active": parameters.active,
-        },
+        {**_values_of_rank(model), "stored": parameters.stored, "active": parameters.active},
         {**asdict(need), "device": need.device},
         config.micro_batch,
         config.accumulation_steps,
         list(loss.shape),
         NOT_BUILT,
     )
+
+
+def _values_of_rank(model: Any) -> dict[str, int]:
+    dense = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
+    return {"dense": dense, "experts": sum(p.numel() for p in model.parameters()) - dense}
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Console:
         self._bar: tqdm[Any] | None = None
 
     def capture(self, log_path: Path) -> None:
-        """From now on file descriptors 1 and 2 write to ``log_path``; only ``say`` and ``fail`` reach the terminal.
+        """Point file descriptors 1 and 2 to ``log_path`` from now on; only ``say`` and ``fail`` reach the terminal.
 
         May be called again with another file.
         """

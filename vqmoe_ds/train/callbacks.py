@@ -303,7 +303,7 @@ class Signals(Callback):
 
 
 class FinalReport(Callback):
-    """At the end of a finished run: full validation, ``summary.json``, figures and a text sample."""
+    """Makes the full validation, ``summary.json``, figures and a text sample, at the end of a finished run."""
 
     def __init__(
         self,
