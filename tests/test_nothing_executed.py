@@ -101,6 +101,10 @@ GUARDED = {
         ["vqmoe_ds/evaluation/harness.py"],
         "lm-evaluation-harness's own command: its tasks are code (!function), and the user's to choose",
     ),
+    "from_pretrained": (
+        ["vqmoe_ds/experiments/routes.py"],
+        "a folder that this process has exported a moment before, in safetensors, into our class or stock Mixtral",
+    ),
     "import_module": (
         ["vqmoe_ds/config/routers.py", "vqmoe_ds/runtime/extras.py"],
         "installed packages by names that stand in the source",
