@@ -73,7 +73,8 @@ def test_the_plain_program_learns() -> None:
     with torch.random.fork_rng():
         exec(PROGRAMS["plain"], names)
     assert len(losses) == 20 and losses[-1] < 0.6 * losses[0]
-    assert names["model"].moe.router.own_codebook.initialized and int(names["model"].moe.router.own_codebook.updates) == 20
+    book = names["model"].moe.router.own_codebook
+    assert book.initialized and int(book.updates) == 20
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "expert_parallel", "deepspeed_zero2"])
