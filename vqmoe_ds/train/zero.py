@@ -11,7 +11,6 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
-from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -48,9 +47,9 @@ def spare_passes(engine: Any) -> None:
         optimizer.gradient_average = False  # divides every gradient by 1
     _reduce_no_group_of_one(optimizer)
     _copy_no_gradient_that_owns_its_memory(optimizer)
-    _norm_in_blocks(optimizer)
-    if torch.device(optimizer.device).type == "cpu":
-        _clip_only_above_the_limit(optimizer)
+    _take_the_norm_once(optimizer)
+    _clip_only_above_the_limit(optimizer)
+    _flatten_into_float32(optimizer)
 
 
 def _reduce_no_group_of_one(optimizer: Any) -> None:
@@ -86,21 +85,45 @@ def _copy_no_gradient_that_owns_its_memory(optimizer: Any) -> None:
     optimizer.copy_grads_in_partition = copy_out_of_buckets
 
 
-def _norm_in_blocks(optimizer: Any) -> None:
-    """Take the gradients' norm in float64 over float32 blocks: DeepSpeed writes each gradient in float64 first."""
+def _take_the_norm_once(optimizer: Any) -> None:
+    """Find overflow and norm in one pass over the gradients; DeepSpeed makes three, and writes float64 copies."""
+    known: dict[int, Tensor] = {}
+
+    def overflow() -> Tensor:
+        gradients = [g for i in range(len(optimizer.bit16_groups)) for g in optimizer.averaged_gradients[i]]
+        gradients = [g for g in gradients if g is not None]
+        squares = sums_of_squares(gradients)
+        known.clear()
+        # A tensor's id is its own until the step frees it, and the norm is taken before.
+        known.update(zip(map(id, gradients), squares, strict=True))
+        return torch.stack(squares).isfinite().all().logical_not().view(1) if squares else torch.zeros(1).bool()
 
     def norm(gradients: list[Tensor], params: list[Tensor], norm_type: float = 2) -> Tensor:
         assert norm_type == 2
-        squares = [block_norms(g).square().sum() for g in gradients if not getattr(g, "_zero_padding", False)]
+        gradients = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+        # Not known where overflow is not looked for, or not among gradients that are on the device.
+        squares = [known.pop(id(g), None) for g in gradients]
+        missing = iter(sums_of_squares([g for g, square in zip(gradients, squares, strict=True) if square is None]))
         zero = torch.zeros((), dtype=torch.float64, device=optimizer.device)
         # float32 before the all-reduce, as in DeepSpeed's own norm: else results would differ from its.
-        total = sum(squares, zero).float()
+        total = sum((next(missing) if square is None else square for square in squares), zero).float()
         dist.all_reduce(total, group=optimizer.dp_process_group)
         total = total.sqrt()
-        mask_nan_or_inf_with_val_inplace(total, device=optimizer.device)  # -1, by which step() knows it
-        return total
+        return torch.where(total.isfinite(), total, -1.0)  # -1, by which step() knows it
 
+    optimizer.has_overflow_partitioned_grads_serial = overflow
     optimizer.get_grad_norm_direct = norm
+
+
+def sums_of_squares(gradients: list[Tensor]) -> list[Tensor]:
+    """Sum of the squares of each gradient, float64 scalars on its device; not finite where one of them is not."""
+    if not gradients:
+        return []
+    if gradients[0].is_cpu:
+        return [block_norms(gradient).square().sum() for gradient in gradients]
+    # A few launches for all; its sums are trees, which keep the digits that a long float32 sum would lose.
+    norms = torch._foreach_norm([gradient.detach() for gradient in gradients], 2, torch.float32)
+    return list(torch.stack(list(norms)).double().square().unbind())
 
 
 def block_norms(gradient: Tensor) -> Tensor:
@@ -121,13 +144,48 @@ def _norms(chunk: Tensor) -> list[Tensor]:
 
 
 def _clip_only_above_the_limit(optimizer: Any) -> None:
-    """Skip clipping at a norm within the limit, which would scale gradients by 1; on a CPU reading it costs nothing."""
-    clip = optimizer.unscale_and_clip_grads
+    """Skip clipping at a norm within the limit, which would scale gradients by 1; read the norm once for all groups.
 
-    def clip_if_needed(gradients: list[Tensor], norm: Tensor) -> None:
-        # DeepSpeed's test, (norm + 1e-6) / limit <= 1; NaN, and -1 for a bad norm, fail it and are left to DeepSpeed.
-        within = optimizer.clip_grad > 0 and 0 <= float(norm) <= optimizer.clip_grad - 1e-6
-        if not within or optimizer.loss_scale != 1.0:
-            clip(gradients, norm)
+    DeepSpeed waits for the device in every group, to test a norm that ``step`` has tested.
+    """
+    clip = optimizer.unscale_and_clip_grads
+    read: list[tuple[Tensor, float]] = []
+
+    def clip_if_needed(gradients: list[Any], norm: Any) -> None:
+        limit, scale = optimizer.clip_grad, optimizer.loss_scale
+        if limit <= 0 or not torch.is_tensor(norm):
+            return clip(gradients, norm)
+        if not read or read[0][0] is not norm:
+            read[:] = [(norm, float(norm))]
+        value = read[0][1]
+        # DeepSpeed's test, (norm + 1e-6) / limit <= 1; NaN, and -1 for a bad norm, are left to DeepSpeed.
+        if not 0 <= value < float("inf"):
+            return clip(gradients, norm)
+        if scale == 1.0 and value <= limit - 1e-6:
+            return None
+        factor = 1.0 / (((norm / scale + 1e-6) / limit).clamp(min=1.0) * scale)
+        for group in gradients:
+            for gradient in group if isinstance(group, list) else [group]:
+                gradient.data.mul_(factor)
 
     optimizer.unscale_and_clip_grads = clip_if_needed
+
+
+def _flatten_into_float32(optimizer: Any) -> None:
+    """Copy the gradients of a group into its float32 partition at once; DeepSpeed makes a flat copy in bf16 first."""
+    flattened = optimizer._get_preflattened_grad_partition
+
+    def flatten(group: int) -> Tensor | None:
+        flat = flattened(group)
+        gradients = [gradient.detach().flatten() for gradient in optimizer.averaged_gradients[group]]
+        like, size = optimizer.single_partition_of_fp32_groups[group], int(optimizer.partition_size[group])
+        if flat is not None or any(gradient.device != like.device for gradient in gradients):
+            return flat
+        flat = torch.empty(size, dtype=like.dtype, device=like.device)
+        sizes = [len(gradient) for gradient in gradients]
+        *parts, padding = flat.split([*sizes, size - sum(sizes)])
+        padding.zero_()
+        torch._foreach_copy_(parts, gradients)
+        return flat
+
+    optimizer._get_preflattened_grad_partition = flatten
