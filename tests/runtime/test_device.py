@@ -32,6 +32,7 @@ from vqmoe_ds.runtime.device import (
     contradiction,
     make_deterministic,
     memory_errors,
+    read_cublas_workspace_once,
     uses_gpu,
 )
 from vqmoe_ds.runtime.errors import ConfigError
@@ -390,6 +391,15 @@ def test_only_exact_runs_on_a_gpu_refuse_what_is_not_deterministic(restored, mon
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled() != strict
     assert torch.backends.cuda.cudnn_sdp_enabled() != strict
+
+
+@pytest.mark.parametrize(("setting", "after"), [(":4096:8", None), (":16:8", ":16:8"), (None, None)])
+def test_cublas_own_setting_leaves_the_environment_and_another_stays(monkeypatch, setting, after):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", setting)
+    read_cublas_workspace_once(torch.device("cpu"))
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == after
 
 
 def test_the_table_of_operators_is_never_probed(monkeypatch):

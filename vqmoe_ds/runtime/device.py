@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ACCELERATOR = "DS_ACCELERATOR"
 """DeepSpeed's variable that overrides its choice of a processor: ``cpu`` keeps a run off the GPUs of its machine."""
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def uses_gpu() -> bool:
     """Whether this process computes on a GPU; decided as DeepSpeed does, without importing it.
@@ -84,11 +86,28 @@ def bind(place: Place) -> torch.device:
         return torch.device("cpu")
     number = choose(place, torch.cuda.device_count())
     torch.cuda.set_device(number)
+    read_cublas_workspace_once(torch.device("cuda", number))
     # DeepSpeed takes its device from LOCAL_RANK, and insists that Open MPI's variable says the same.
     os.environ["LOCAL_RANK"] = str(number)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(number)
     return torch.device("cuda", number)
+
+
+def read_cublas_workspace_once(device: torch.device) -> None:
+    """Take the workspace's setting out of the environment once PyTorch has seen it.
+
+    PyTorch 2.11 parses the variable with a regular expression at every matrix product, 50 us of the host's time each
+    (``CublasHandlePool.cpp: parseChosenWorkspaceSize``); whether products are deterministic it remembers from the first
+    one (``Context.cpp: alertCuBLASConfigNotDeterministic``). They stay so without it: what makes them differ is
+    cuBLAS's own workspace, and PyTorch gives each stream one.
+    """
+    import torch
+
+    if os.environ.get(CUBLAS_WORKSPACE) == ":4096:8":  # another size was asked for by the user, and stays
+        one = torch.ones(1, 1, device=device)
+        torch.mm(one, one)
+        del os.environ[CUBLAS_WORKSPACE]
 
 
 def bind_single() -> torch.device:
@@ -116,7 +135,7 @@ def make_deterministic(exact: bool) -> None:
 
     on_gpu = uses_gpu()
     if on_gpu:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # read at the first product
         torch.backends.cuda.enable_cudnn_sdp(not exact)
     # use_deterministic_algorithms does the same and imports PyTorch's compiler, which is not used here.
     torch.set_deterministic_debug_mode("error" if on_gpu and exact else "warn")
