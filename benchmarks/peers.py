@@ -76,7 +76,8 @@ class OurLayer(nn.Module):
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
         moe = MoEConfig(router="vq", num_experts=experts, expert_hidden=hidden, top_k=0)
-        book = CodebookConfig(source=CodeSource.LAYER_STATE)
+        # As in most of a training: no samples for an initialization are kept.
+        book = CodebookConfig(source=CodeSource.LAYER_STATE, init_step=1_000_000)
         self.layer = MoELayer(LayerConfig(width, moe, codebook=book, shared_codebook=True))
         self.bank = CodebookBank(book, 1, experts, width, seed=0)
         # As long as the vectors they are compared with, as learned codes are; else the shortest would win most tokens.

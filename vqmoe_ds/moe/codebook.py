@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.config.schema import CodebookConfig
-from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.state import SteppedState
@@ -93,16 +93,18 @@ class CodebookBank(SteppedState):
     def compared(self, source_TD: Tensor) -> Tensor:
         """The vectors that are compared with the codes: float32, normalised and projected as configured."""
         z_TC = source_TD.float()
-        if self.config.normalize_source:
-            z_TC = F.rms_norm(z_TC, z_TC.shape[-1:], eps=1e-6)
-        if self.projection_DC is not None:
-            z_TC = z_TC @ self.projection_DC
-        return F.normalize(z_TC, dim=-1) if self.config.distance == "cosine" else z_TC
+        return self._projected(F.rms_norm(z_TC, z_TC.shape[-1:], eps=1e-6) if self.config.normalize_source else z_TC)
 
     @torch.no_grad()
     def prepare(self, source_TD: Tensor) -> Tensor:
         """``compared`` without gradient, for lookups and statistics."""
-        return self.compared(source_TD.detach())
+        source_TD = source_TD.detach()
+        return self._projected(normalized(source_TD) if self.config.normalize_source else source_TD.float())
+
+    def _projected(self, z_TC: Tensor) -> Tensor:
+        if self.projection_DC is not None:
+            z_TC = z_TC @ self.projection_DC
+        return F.normalize(z_TC, dim=-1) if self.config.distance == "cosine" else z_TC
 
     @torch.no_grad()
     def lookup(self, layer: int, z_TC: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.kernels import why_not_interpreted
-from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.kernels.triton_support import interpreted
 
-# (T, L, K, C): below, at and above the sizes of blocks, which are 128 tokens, 64 codes, 32 and 128 columns, 16 rows
+# (T, L, K, C): below, at and above the sizes of blocks, which are 128 tokens, 64 codes, 32 and 128 columns, 64 rows
 SHAPES = [(5, 2, 7, 9), (130, 3, 33, 70), (1, 1, 1, 1), (40, 2, 150, 33), (200, 1, 1, 140), (128, 2, 64, 32)]
 
 
@@ -71,6 +71,18 @@ def test_views_are_taken_as_they_are() -> None:
     codes_LT = nearest_codes(z_TC, codes_LKC)
     assert torch.equal(codes_LT, _nearest(z_TC, codes_LKC))
     assert (sum_by_code(z_TC, codes_LT, 5) - _sums(z_TC, codes_LT, 5)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 33, 64, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_over_their_root_mean_square(width: int, dtype: torch.dtype) -> None:
+    x_TC = (3 * torch.randn(2 * width, 3).to(dtype)).t()[:, ::2]
+    x_TC[1] = 0.0
+    want_TC = x_TC.double() / (x_TC.double().square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    got_TC = normalized(x_TC)
+    assert got_TC.dtype == torch.float32 and got_TC.is_contiguous()
+    assert (got_TC - want_TC).abs().max() < 1e-5
+    assert normalized(x_TC[:0]).shape == (0, width)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

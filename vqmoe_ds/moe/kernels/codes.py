@@ -15,6 +15,9 @@ from torch import Tensor
 from vqmoe_ds.moe.kernels.integers import sort_by_kind
 from vqmoe_ds.moe.kernels.triton_support import block_size, interpreting, kernel, tl, use_triton
 
+_LARGEST_ROW = 4096
+"""Columns of a vector that a program holds."""
+
 
 def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
     """Index of the nearest code of every layer by Euclidean distance, int64 ``[L, T]``; ties go to the lowest index.
@@ -44,6 +47,17 @@ def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
     return nearest_LT
 
 
+def normalized(x_TC: Tensor, eps: float = 1e-6) -> Tensor:
+    """Vectors over their root mean square, float32 whatever their type, in one pass over memory."""
+    if not use_triton(x_TC):
+        return F.rms_norm(x_TC.float(), x_TC.shape[-1:], eps=eps)
+    x_TC, (tokens, width) = x_TC.contiguous(), x_TC.shape
+    z_TC = torch.empty_like(x_TC, dtype=torch.float32)
+    if tokens:
+        _normalize[(tokens,)](x_TC, z_TC, width, eps, block_size(width, _LARGEST_ROW))
+    return z_TC
+
+
 def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
     """Sums of the vectors of each code, float32 ``[L, K, C]``, in an order that never changes; zeros where none is.
 
@@ -58,7 +72,7 @@ def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
         if tokens:
             # Sorted first, so that a program adds the rows of one code alone and nothing is added atomically.
             order_LT, ends_LK = sort_by_kind(codes_LT, num_codes)
-            block_R, block_C = 16, block_size(width, 128, 16)
+            block_R, block_C = 64, block_size(width, 128, 16)
             grid = (layers * num_codes, -(-width // block_C))
             sizes = (tokens, num_codes, width, block_R, block_C)
             _sum_by_code[grid](z_TC.contiguous(), order_LT, ends_LK, sums_LKC, *sizes)
@@ -69,6 +83,21 @@ def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
         for sums_KC, codes_T in zip(sums_LKC, codes_LT, strict=True):
             sums_KC.index_add_(0, codes_T, z_TC)
     return sums_LKC
+
+
+@kernel
+def _normalize(x_ptr: tl.tensor, z_ptr: tl.tensor, width: tl.constexpr, eps: tl.constexpr, BC: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64) * width
+    squares_C = tl.zeros((BC,), tl.float32)
+    for first in range(0, width, BC):
+        c_C = first + tl.arange(0, BC)
+        x_C = tl.load(x_ptr + row + c_C, mask=c_C < width, other=0.0).to(tl.float32)
+        squares_C += x_C * x_C
+    scale = 1 / tl.sqrt(tl.sum(squares_C, axis=0) / width + eps)
+    for first in range(0, width, BC):  # a row of one block is in the cache
+        c_C = first + tl.arange(0, BC)
+        x_C = tl.load(x_ptr + row + c_C, mask=c_C < width, other=0.0).to(tl.float32)
+        tl.store(z_ptr + row + c_C, x_C * scale, mask=c_C < width)
 
 
 @kernel

@@ -112,7 +112,10 @@ class VQRouter(Router):
             discrete_T = context.expert_ids_T
         else:
             bank = self._codebook(context)
-            discrete_T, codes_TC = self._lookup(x_TD, bank)
+            codes_T = self._lookup(x_TD, bank)
+            discrete_T = bank.code_map_LK[self.index][codes_T]
+            if moe.code_blend or book.commitment_weight:
+                codes_TC = bank.codes_LKC[self.index][codes_T]
             if moe.code_blend:
                 offset = (moe.code_blend * (codes_TC - x_TD.detach().float())).to(x_TD.dtype)
             if book.commitment_weight:
@@ -141,11 +144,11 @@ class VQRouter(Router):
         return bank
 
     @torch.no_grad()
-    def _lookup(self, x_TD: Tensor, bank: CodebookBank) -> tuple[Tensor, Tensor]:
+    def _lookup(self, x_TD: Tensor, bank: CodebookBank) -> Tensor:
         z_TC = bank.prepare(x_TD)
         codes_T = bank.lookup(self.index, z_TC)
         bank.observe(self.index, z_TC, codes_T)
-        return bank.code_map_LK[self.index][codes_T], bank.codes_LKC[self.index][codes_T]
+        return codes_T
 
     def _soft_weight(self, x_TD: Tensor, bank: CodebookBank) -> Tensor:
         """Softmax probability of the nearest code: the road on which gradients reach the code choice."""
