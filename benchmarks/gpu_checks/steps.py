@@ -1,16 +1,20 @@
 """Check 8: whole training steps of one transformer under DeepSpeed: with our layer, AutoEP or a dense MLP.
 
-bfloat16, ZeRO-2, clipping, one expert per token (``top_k 1`` has two); tokens are random and new in every step.
+bfloat16, ZeRO-2, clipping, one expert per token (``top_k 1`` has two); tokens are random and new in every step. All run
+in a plain DeepSpeed engine, but for ``our trainer``: that is the step of ``launchers/pretrain.py``, with its ZeRO
+JSON, on the host's clock.
 
 Legend: B batch, S sequence, D width, H hidden width of an expert.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -25,10 +29,13 @@ from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.moe.state_sync import StateSync
 
+from . import training
 from .frame import Bench, Clock, Finding, as_its_users, attempt, peak_memory
 from .report import FAILED, MEASURED, MET, MISSED, SKIPPED
 
+ROOT = Path(__file__).resolve().parents[2]
 OURS, OURS_1, AUTO_EP, DENSE = "ours, top_k 0", "ours, top_k 1", PEERS[2], "dense"
+TRAINER = "our trainer, top_k 0"
 FUSED, FOREACH = "fused", "foreach"
 VARIANTS = ((OURS, FUSED), (AUTO_EP, FUSED), (OURS_1, FUSED), (DENSE, FUSED), (OURS, FOREACH))
 CODEBOOK_SHARE = 0.02
@@ -62,6 +69,7 @@ def run(bench: Bench) -> Iterator[Finding]:
             if adam == FUSED and "variant" in finding.figures:
                 times[finding.figures["tokens"], name] = finding.figures["ms"]
             yield finding
+    yield from attempt(TRAINER, partial(_time_trainer, bench))
     for tokens in sizes.tokens if bench.cuda else ():
         ours, theirs = times.get((tokens, OURS)), times.get((tokens, AUTO_EP))
         if ours is not None and theirs is not None:
@@ -138,6 +146,25 @@ def _time(bench: Bench, sizes: Sizes, steps: Steps, name: str) -> Iterator[Findi
             parts[f"{part}_ms"] = statistics.median(clock.milliseconds(m[i], m[i + 1]) for m in runs)
         figures = {"tokens": tokens, "variant": name, **parts, "tokens_s": tokens / parts["ms"] * 1e3, **memory}
         yield Finding(f"{tokens} tokens, {name}", MEASURED, figures)
+
+
+def _time_trainer(bench: Bench) -> Finding:
+    sizes = sizes_of(bench)
+    tokens = sizes.tokens[0]
+    model: dict[str, Any] = {"layers": sizes.layers, "width": sizes.width, "heads": max(2, sizes.width // 128)}
+    model |= {"sequence_length": sizes.sequence, "vocab_size": max(sizes.vocab, 256), "dense_hidden": sizes.hidden}
+    moe: dict[str, Any] = {"router": "vq", "top_k": 0, "num_experts": sizes.experts, "expert_hidden": sizes.hidden}
+    book: dict[str, Any] = {"kmeans_samples": 8 * sizes.experts, "kmeans_iterations": 1, "overused_above": 0}
+    sections = {"model": model, "moe": moe, "codebook": book, "train": {"batch_size": tokens // sizes.sequence}}
+    run = {f"{section}__{name}": value for section, values in sections.items() for name, value in values.items()}
+    shipped = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())["zero_optimization"]
+    deepspeed_json = training.settings(2, "bf16", gradient_clipping=1.0, zero_optimization=shipped)
+    with training.trainer(bench, training.fields(bench, **run), deepspeed_json) as loop:
+        training.losses(loop, 3)
+        with peak_memory(bench) as memory:
+            ms = statistics.median(1e3 * loop.train_step().seconds for _ in range(sizes.repeats))
+    figures = {"tokens": tokens, "variant": TRAINER, "ms": ms, "tokens_s": tokens / ms * 1e3, **memory}
+    return Finding(f"{tokens} tokens, {TRAINER}", MEASURED, figures)
 
 
 def _codebook_share(bench: Bench, steps: Steps, tokens: int) -> Finding:

@@ -25,9 +25,10 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.gradients import clip_gradients
+from vqmoe_ds.moe.gradients import clip_gradients, gradient_norm
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -89,14 +90,23 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
 
 
 def clip_over_all_experts(engine: Any) -> None:
-    """Let a float32 engine at ZeRO stage 0 clip by the norm of all gradients, and report that norm.
+    """Let an engine at ZeRO stage 0 clip by the norm of all gradients, and report that norm.
 
-    DeepSpeed 0.19.8 averages the norms of the ranks there, although each rank holds its own experts only, so the
-    limit that acts depends on the layout (its issue #8475). Stages 1 to 3 are right by themselves. In bfloat16 stage 0
-    leaves experts out of the norm in every layout, and this does not help.
+    DeepSpeed 0.19.8 averages the norms of the ranks in float32, although each rank holds its own experts only, so the
+    limit that acts depends on the layout (its issue #8475); in 16 bits it leaves experts out of the norm. Stages 1 to 3
+    are right by themselves.
     """
 
     def clip() -> None:
         engine._global_grad_norm = clip_gradients(engine.module, engine.gradient_clipping())
 
     engine.clip_fp32_gradients = clip
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        unscale = optimizer.unscale_and_clip_grads
+
+        def unscale_and_clip(norm: Any, *args: Any, **options: Any) -> Any:
+            optimizer._global_grad_norm = gradient_norm(engine.module)[0]
+            return unscale(optimizer._global_grad_norm, *args, **options)
+
+        optimizer.unscale_and_clip_grads = unscale_and_clip

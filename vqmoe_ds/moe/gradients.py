@@ -79,6 +79,16 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
         >>> norms[0] > 0.5, round(norms[1], 4)
         (True, 0.5)
     """
+    norm, gradients = gradient_norm(model)
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    """The norm of all gradients, experts of all ranks included, float32 on the device; and this rank's gradients."""
     layers, experts = _layers(model), _experts(_layers(model))
     gradients: dict[bool, list[Tensor]] = {False: [], True: []}
     for param in model.parameters():
@@ -89,11 +99,7 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     # Dense gradients are equal on all ranks by now, those of experts within a group are of different experts.
     if layers and layers[0].exchange_group is not None:
         comm().all_reduce(squares[True], group=layers[0].exchange_group)
-    norm = (squares[False] + squares[True]).sqrt()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients[False] + gradients[True]:
-        gradient.mul_(scale)
-    return norm
+    return (squares[False] + squares[True]).sqrt(), gradients[False] + gradients[True]
 
 
 def _layers(model: nn.Module) -> list[MoELayer]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
@@ -44,14 +45,28 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
             dist_init_required=False,
         )
     spare_passes(engine)
-    if config.zero_stage == 0 and config.precision == "fp32":
+    if config.zero_stage == 0:
         clip_over_all_experts(engine)
+        undo_empty_step(engine.optimizer)
     if config.precision == "fp16":
         fix_loss_scaling(engine)
     sync = StateSync(model, config.accumulation_steps)
     # After the engine, which broadcasts parameters but not the buffers of codebooks and routers.
     sync.broadcast()
     return Session(config, place, engine, model, sync)
+
+
+def undo_empty_step(optimizer: Any) -> None:
+    """Undo the step with which DeepSpeed's 16-bit optimizer of stage 0 creates its state.
+
+    Its gradients are zero, but Adam counts it, and it decays the weights.
+    """
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return
+    optimizer.refresh_fp32_params()
+    for state in optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
