@@ -34,6 +34,7 @@ from vqmoe_ds.runtime.device import (
     memory_errors,
     read_cublas_workspace_once,
     uses_gpu,
+    without_cudnn_attention,
 )
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import Place
@@ -376,6 +377,7 @@ def restored() -> Any:
     mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic
     cudnn, fill = torch.backends.cuda.cudnn_sdp_enabled(), deterministic.fill_uninitialized_memory
+    torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's own default
     yield
     torch.use_deterministic_algorithms(mode, warn_only=warns)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
@@ -391,6 +393,15 @@ def test_only_exact_runs_on_a_gpu_refuse_what_is_not_deterministic(restored, mon
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled() != strict
     assert torch.backends.cuda.cudnn_sdp_enabled() != strict
+
+
+def test_texts_of_any_length_go_without_cudnn_attention(restored):
+    with without_cudnn_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with fake_gpus(1):
+        bind_single()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize(("setting", "after"), [(":4096:8", None), (":16:8", ":16:8"), (None, None)])

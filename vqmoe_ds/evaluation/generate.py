@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.models.cache import Cache
+from vqmoe_ds.runtime.device import without_cudnn_attention
 from vqmoe_ds.runtime.errors import ConfigError
 
 
@@ -87,7 +88,8 @@ def generate(
             ids = ids[-max(1, context // 2) :]
             cache = new_cache() if new_cache else None
         unread = ids[cache.length if cache else 0 :]
-        logits_BSV, _ = model(torch.tensor([unread], device=device), cache=cache)
+        with without_cudnn_attention():
+            logits_BSV, _ = model(torch.tensor([unread], device=device), cache=cache)
         ids.append(sampling.draw(logits_BSV[0, -1, :vocab_size].float().cpu(), generator))
         yield ids[-1]
 

@@ -113,14 +113,32 @@ def read_cublas_workspace_once(device: torch.device) -> None:
 def bind_single() -> torch.device:
     """The device of a command of one process, bound, and named to DeepSpeed, whose own search for it prints a line.
 
+    Such commands read texts of any length, for which cuDNN's attention is slow (``without_cudnn_attention``).
+
     Raises:
         ConfigError: as ``bind``.
     """
+    import torch
+
     from vqmoe_ds.runtime.ranks import Place
 
     device = bind(Place(0, 1, 0, 1))
+    torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault(ACCELERATOR, device.type)
     return device
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep attention off cuDNN, which plans for every new length: 8 ms per layer and token of a text on an H100."""
+    import torch
+
+    on = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(on)
 
 
 def make_deterministic(exact: bool) -> None:
