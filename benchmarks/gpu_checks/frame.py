@@ -6,10 +6,11 @@ import gc
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,24 @@ def milliseconds(bench: Bench, call: Callable[[int], Any], repeats: int, warm_up
         marks.append((start, clock.mark()))
     bench.synchronize()
     return [clock.milliseconds(*pair) for pair in marks[warm_up:]]
+
+
+Mark = Callable[[], Any]
+
+
+def fastest_round(bench: Bench, queue: Callable[[Mark], Sequence[Any]], repeats: int, rounds: int = 3) -> list[float]:
+    """Medians of the times between the marks that ``queue(mark)`` returns, and of the whole, in the fastest round.
+
+    The calls of a round are queued before the first is waited for; several rounds, for other work on the host slows one
+    or the other. The first two calls of a round count for nothing: the device has no work waiting yet.
+    """
+    clock, found = Clock(bench), list[list[float]]()
+    for _ in range(rounds):
+        runs = [queue(clock.mark) for _ in range(2 + repeats)][2:]
+        bench.synchronize()
+        pairs = [*pairwise(range(len(runs[0]))), (0, -1)]
+        found.append([statistics.median(clock.milliseconds(marks[a], marks[b]) for marks in runs) for a, b in pairs])
+    return min(found, key=lambda times: times[-1])
 
 
 @contextmanager

@@ -9,9 +9,9 @@ Legend: T tokens, D width, H hidden width, N experts.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from vqmoe_ds.moe.dispatch import Ahead, DispatchPlan, combine, expand_rows, mak
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 
-from .frame import Bench, Clock, Finding, Rates, as_its_users, attempt, peak_memory
+from .frame import Bench, Finding, Mark, Rates, as_its_users, attempt, fastest_round, peak_memory
 from .report import FAILED, MEASURED, MET, MISSED, SKIPPED
 
 AHEAD, SEARCH, DENSE, LOOP = "ours, routes ahead", "ours, own search", "dense", "cuBLAS loop"
@@ -127,18 +127,18 @@ def _time(bench: Bench, sizes: Sizes, name: str, layer: nn.Module, tokens: int, 
         layer.zero_grad(set_to_none=True)
         return _output(layer, x_BSD, routes[i % ROTATED]), inputs[i % ROTATED][1]
 
-    clock, marks = Clock(bench), []
+    turns = count()
+
+    def queue(mark: Mark) -> list[Any]:
+        marks = [mark()]
+        y_BSD, gradient_BSD = forward(next(turns))
+        marks.append(mark())
+        y_BSD.backward(gradient_BSD)
+        return [*marks, mark()]
+
     with as_its_users(name in (AHEAD, SEARCH)):
-        for i in range(3 + sizes.repeats):
-            start = clock.mark()
-            y_BSD, gradient_BSD = forward(i)
-            middle = clock.mark()
-            y_BSD.backward(gradient_BSD)
-            marks.append((start, middle, clock.mark()))
-        bench.synchronize()
+        forward_ms, _, ms = fastest_round(bench, queue, sizes.repeats)
         memory = _memory(bench, forward)
-    forward_ms = statistics.median(clock.milliseconds(a, b) for a, b, _ in marks[3:])
-    ms = statistics.median(clock.milliseconds(a, c) for a, _, c in marks[3:])
     roof_ms = roofline_ms(bench.rates, tokens, sizes.width, hidden)
     moved = 2 * (11 * tokens * sizes.width + 8 * tokens * hidden)
     moved += 0 if name == DENSE else 3 * 2 * 3 * sizes.experts * sizes.width * hidden  # read twice, gradient written

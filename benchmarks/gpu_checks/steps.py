@@ -30,7 +30,7 @@ from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.moe.state_sync import StateSync
 
 from . import training
-from .frame import Bench, Clock, Finding, as_its_users, attempt, peak_memory
+from .frame import Bench, Clock, Finding, as_its_users, attempt, fastest_round, peak_memory
 from .report import FAILED, MEASURED, MET, MISSED, SKIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,9 +80,9 @@ def run(bench: Bench) -> Iterator[Finding]:
 
 def _measure(bench: Bench, name: str, adam: str) -> Iterator[Finding]:
     with as_its_users(name in (OURS, OURS_1)), variant(bench, name, adam) as steps:
+        yield from _time(bench, steps.sizes, steps, f"{name}, {adam} Adam")
         if (name, adam) == VARIANTS[0]:
             yield _codebook_share(bench, steps, steps.sizes.tokens[0])
-        yield from _time(bench, steps.sizes, steps, f"{name}, {adam} Adam")
 
 
 class Steps:
@@ -137,14 +137,10 @@ def variant(bench: Bench, name: str, adam: str) -> Iterator[Steps]:
 
 def _time(bench: Bench, sizes: Sizes, steps: Steps, name: str) -> Iterator[Finding]:
     for tokens in sizes.tokens:
-        clock = Clock(bench)
         with peak_memory(bench) as memory:
-            runs = [steps.step(tokens, clock.mark) for _ in range(1 + sizes.repeats)][1:]
-            bench.synchronize()
-        parts: dict[str, float] = {"ms": statistics.median(clock.milliseconds(m[0], m[-1]) for m in runs)}
-        for i, part in enumerate(("forward", "backward", "optimizer", "codebook_sync")):
-            parts[f"{part}_ms"] = statistics.median(clock.milliseconds(m[i], m[i + 1]) for m in runs)
-        figures = {"tokens": tokens, "variant": name, **parts, "tokens_s": tokens / parts["ms"] * 1e3, **memory}
+            *parts, ms = fastest_round(bench, partial(steps.step, tokens), sizes.repeats)
+        named = zip(("forward_ms", "backward_ms", "optimizer_ms", "codebook_sync_ms"), parts, strict=True)
+        figures = {"tokens": tokens, "variant": name, "ms": ms, **dict(named), "tokens_s": tokens / ms * 1e3, **memory}
         yield Finding(f"{tokens} tokens, {name}", MEASURED, figures)
 
 
@@ -162,7 +158,8 @@ def _time_trainer(bench: Bench) -> Finding:
     with training.trainer(bench, training.fields(bench, **run), deepspeed_json) as loop:
         training.losses(loop, 3)
         with peak_memory(bench) as memory:
-            ms = statistics.median(1e3 * loop.train_step().seconds for _ in range(sizes.repeats))
+            rounds = [[1e3 * loop.train_step().seconds for _ in range(sizes.repeats)] for _ in range(3)]
+        ms = min(map(statistics.median, rounds))
     figures = {"tokens": tokens, "variant": TRAINER, "ms": ms, "tokens_s": tokens / ms * 1e3, **memory}
     return Finding(f"{tokens} tokens, {TRAINER}", MEASURED, figures)
 
