@@ -1,0 +1,93 @@
+"""Attacks on a classifier of images: small changes within ``eps`` of each value that raise its loss.
+
+``fgsm``    one step along the sign of the gradient (Goodfellow 2015, arXiv 1412.6572).
+``pgd20``   20 steps of 0.15 eps along it, from a random start (Madry 2018, arXiv 1706.06083; steps as in "Tight
+            Clusters Make Specialized Experts").
+``spsa20``  the same steps, the gradient estimated from losses alone (Uesato 2018, arXiv 1802.05666): choices of
+            experts and codes have no gradient, and cannot hide from it behind that.
+
+Legend: B images, then any other dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.runtime.errors import ConfigError
+
+Loss = Callable[[Tensor], Tensor]
+"""Loss of each image, float ``[B]``, of images float32 ``[B, ...]`` with values from 0 to 1."""
+
+STEPS, STEP = 20, 0.15
+"""Steps of an attack, and their length as a share of ``eps``."""
+PROBES, PROBE = 16, 0.01
+"""Pairs of probes of which SPSA estimates a gradient, and how far they change each value."""
+
+
+def attack(name: str, loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """Attacked copies of images, float32, within ``eps`` of them and from 0 to 1.
+
+    Args:
+        name: one of ``ATTACKS``.
+        loss: of the model in evaluation mode; see ``Loss``.
+        images: float32 ``[B, ...]``, values from 0 to 1.
+        eps: largest change of a value.
+        generator: of random starts and probes, on the CPU.
+
+    Raises:
+        ConfigError: there is no such attack, or ``eps`` is not between 0 and 1.
+    """
+    if name not in ATTACKS:
+        raise ConfigError(f"there is no attack {name!r}; choose among {', '.join(ATTACKS)}")
+    if not 0 < eps < 1:
+        raise ConfigError(f"an attack's largest change, {eps:g}, must lie between 0 and 1, e.g. 1/255")
+    return ATTACKS[name](loss, images, eps, generator)
+
+
+def _fgsm(loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    return (images + eps * _gradient(loss, images).sign()).clamp(0, 1)
+
+
+def _pgd(loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    return _climb(images, eps, generator, lambda moved: _gradient(loss, moved))
+
+
+def _spsa(loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    return _climb(images, eps, generator, lambda moved: _estimate(loss, moved, generator))
+
+
+def _climb(images: Tensor, eps: float, generator: torch.Generator, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    noise = torch.rand(images.shape, generator=generator).to(images.device) * 2 - 1
+    moved = (images + eps * noise).clamp(0, 1)
+    for _ in range(STEPS):
+        moved = moved + STEP * eps * gradient(moved).sign()
+        moved = (images + (moved - images).clamp(-eps, eps)).clamp(0, 1)
+    return moved
+
+
+def _gradient(loss: Loss, images: Tensor) -> Tensor:
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss(images).sum(), images)
+    return gradient
+
+
+@torch.no_grad()
+def _estimate(loss: Loss, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean over random directions of ±1 of the loss's slope along them, times the direction (Spall 1992)."""
+    total = torch.zeros_like(images)
+    for _ in range(PROBES):
+        direction = torch.randint(0, 2, images.shape, generator=generator).to(images) * 2 - 1
+        slope_B = (loss(images + PROBE * direction) - loss(images - PROBE * direction)) / (2 * PROBE)
+        total += slope_B.view(-1, *[1] * (images.dim() - 1)) * direction
+    return total / PROBES
+
+
+ATTACKS: dict[str, Callable[[Loss, Tensor, float, torch.Generator], Tensor]] = {
+    "fgsm": _fgsm,
+    "pgd20": _pgd,
+    "spsa20": _spsa,
+}
