@@ -33,6 +33,7 @@ SHORT_NAMES = {
     "precision": "train.precision",
     "seq_len": "model.sequence_length",
     "seed": "train.seed",
+    "sp_size": "train.sequence_parallel_size",
 }
 """Options that are another name for one field."""
 PREPARED = "file or folder of text, or prepared data as PREFIX ... or WEIGHT:PREFIX ..."
@@ -124,6 +125,7 @@ def common_parser(
     told = f"DeepSpeed configuration: ZeRO, offload (default: the shipped {Path(ds_config).name})"
     add("--ds_config", default=str(ds_config), metavar="JSON", help=told)
     add("--ep_size", type=int, metavar="N", help="expert-parallel ranks (or autoep_size in the JSON; give it once)")
+    add("--sp_size", type=int, metavar="N", help="ranks that share every sequence (Ulysses sequence parallelism)")
     add_plugin_option(parser.further)
     add("--allow_changed_data", action="store_true", help="resume on other data than the checkpoint was trained on")
     add("--print_config", action="store_true", help="show what would run, and stop")

@@ -70,6 +70,7 @@ TOP_LEVEL_KEYS = [
     "timers",
     "tensor_parallel",
     "expert_parallel",
+    "sequence_parallel_size",
     "use_data_before_expert_parallelism",
     "dataloader_drop_last",
     "weight_quantization",
@@ -103,6 +104,16 @@ class EngineConfig:
     accumulation_steps: int
 
     @property
+    def sp_size(self) -> int:
+        """Consecutive ranks that share every sequence."""
+        return self.run.train.sequence_parallel_size
+
+    @property
+    def readers(self) -> int:
+        """Groups of ranks that read different sequences."""
+        return self.world_size // self.sp_size
+
+    @property
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
@@ -118,6 +129,11 @@ class EngineConfig:
         if self.deepspeed.get("use_data_before_expert_parallelism"):
             return rank // (self.world_size // self.ep_size)
         return rank % self.ep_size
+
+    @property
+    def sharing(self) -> str:
+        """The sequence-parallel size for a line of the layout; nothing where no sequence is shared."""
+        return f"SP {self.sp_size}, " if self.sp_size > 1 else ""
 
     def layout(self) -> dict[str, Any]:
         """The choices that a checkpoint's files depend on."""
@@ -175,7 +191,8 @@ def resolve(
     joiner = _Joiner(path, loaded)
     params = _join_optimizer(joiner, values)
     joiner.join(values, "gradient_clipping", "train.grad_clip")
-    micro, accumulation = _batch_sizes(values, joiner, world_size, path)
+    sp_size = _sequence_parallel_size(values, joiner, world_size)
+    micro, accumulation = _batch_sizes(values, joiner, world_size // sp_size, path)
     run = joiner.config()
     params["betas"] = [run.train.beta1, run.train.beta2]
     size = _expert_parallel_size(values, path, ep_size)
@@ -187,6 +204,7 @@ def resolve(
         if value == "auto":
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
+    _check_sequence_parallel(sp_size, run)
     gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
     set_precision(values, run.train.precision, path)
     if gpu:
@@ -240,27 +258,44 @@ def _join_optimizer(joiner: _Joiner, values: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def _batch_sizes(values: dict[str, Any], joiner: _Joiner, world: int, path: str) -> tuple[int, int]:
-    """(micro-batch, accumulation steps) so that micro * accumulation * world = train_batch_size."""
+def _sequence_parallel_size(values: dict[str, Any], joiner: _Joiner, world: int) -> int:
+    """Ranks that share every sequence; the JSON names them, as DeepSpeed's batch arithmetic asks, where there are any.
+
+    Raises:
+        ConfigError: a contradiction, or a number that does not divide the ranks.
+    """
+    name = "sequence_parallel_size"
+    if name in values or joiner.values["train"][name] > 1:
+        joiner.join(values, name, f"train.{name}")
+    size = joiner.values["train"][name]
+    if size < 1 or world % size:
+        raise ConfigError(f"sequence-parallel size {shown(size)} does not divide the {world} ranks of this run")
+    return int(size)
+
+
+def _batch_sizes(values: dict[str, Any], joiner: _Joiner, readers: int, path: str) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) so that micro * accumulation * readers = train_batch_size."""
     known = {
         key: None if values.get(key, "auto") == "auto" else values[key]
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     }
     total, micro, accumulation = known.values()
     if total is None and micro is not None and accumulation is not None:
-        values["train_batch_size"] = micro * accumulation * world
+        values["train_batch_size"] = micro * accumulation * readers
     joiner.join(values, "train_batch_size", "train.batch_size")
     total = int(values["train_batch_size"])
     if micro is None and accumulation is None:
         accumulation = 1
     if micro is None:
-        micro = total // (world * (accumulation or 1))
+        micro = total // (readers * (accumulation or 1))
     if accumulation is None:
-        accumulation = total // (world * micro) if micro else 0
-    if micro < 1 or accumulation < 1 or micro * accumulation * world != total:
+        accumulation = total // (readers * micro) if micro else 0
+    if micro < 1 or accumulation < 1 or micro * accumulation * readers != total:
+        sharing = joiner.values["train"]["sequence_parallel_size"]
+        ranks = f"{readers} ranks" if sharing == 1 else f"{readers} groups of {sharing} ranks that share sequences"
         raise ConfigError(
             f"batch sizes contradict: train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x "
-            f"gradient_accumulation_steps {accumulation} x {world} ranks (DeepSpeed config {path}, train.batch_size)"
+            f"gradient_accumulation_steps {accumulation} x {ranks} (DeepSpeed config {path}, train.batch_size)"
         )
     return micro, accumulation
 
@@ -287,6 +322,31 @@ def _check_expert_parallel(size: int, world: int, run: RunConfig) -> None:
         raise ConfigError(f"expert-parallel size {shown(size)} does not divide the {world} ranks of this run")
     if run.moe.facts.has_experts and run.moe.num_experts % size:
         raise ConfigError(f"expert-parallel size {size} does not divide moe.num_experts={run.moe.num_experts}")
+
+
+def _check_sequence_parallel(size: int, run: RunConfig) -> None:
+    """Refuse what ranks that share sequences cannot compute.
+
+    Raises:
+        ConfigError: heads or positions do not divide, or experts depend on tokens of other ranks, or texts are short.
+    """
+    if size == 1:
+        return
+    for name, number in (("heads", run.model.heads), ("sequence_length", run.model.sequence_length)):
+        if number % size:
+            raise ConfigError(f"sequence-parallel size {size} does not divide model.{name}={number}")
+    facts, remedy = run.moe.facts, "leave --sp_size (train.sequence_parallel_size) out"
+    if facts.needs_whole_sequences(run.router):
+        ahead = facts.looks_ahead(run.router)
+        reason = f"moe.router={run.moe.router} looks at other tokens" if ahead is None else ahead.reason
+        raise ConfigError(
+            f"sequence-parallel size {size} gives a rank a part of every sequence, but {reason}; {remedy}, or use "
+            "another router"
+        )
+    if run.finetune.classes:
+        raise ConfigError(
+            f"sequence-parallel size {size} needs sequences of one length, and texts to classify have any; {remedy}"
+        )
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

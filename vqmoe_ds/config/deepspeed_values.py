@@ -111,6 +111,7 @@ KINDS = {
     "steps_per_print": Kind("a whole number of 1 or more, or null", lambda v: v is None or (_whole(v) and v > 0)),
     "optimizer.params.betas": BETAS,
     "zero_optimization.stage": STAGE,
+    "sequence_parallel_size": POSITIVE,
     "expert_parallel.autoep_size": Kind("a whole number", _whole),
 }
 """Dotted keys; a section stands before what is in it."""

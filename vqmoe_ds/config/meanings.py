@@ -27,8 +27,12 @@ MEANINGS = {
     ),
     **dict.fromkeys(("ep", "ep_size", "expert_parallel", "expert_parallel_size", "autoep_size"), "give --ep_size"),
     **dict.fromkeys(
+        ("sp", "sp_size", "sequence_parallel", "ulysses", "context_parallel_size", "cp", "cp_size"),
+        "did you mean train.sequence_parallel_size?",
+    ),
+    **dict.fromkeys(
         ("tensor_parallel", "tp", "tp_size", "pipeline_parallel", "pp", "pp_size"),
-        "only data and expert parallelism (--ep_size) are supported here",
+        "only data, expert (--ep_size) and sequence parallelism (--sp_size) are supported here",
     ),
     **dict.fromkeys(("dropout", "hidden_dropout", "attention_dropout"), "there is no dropout here; leave it out"),
     **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "did you mean train.learning_rate?"),
@@ -90,6 +94,7 @@ IN_DEEPSPEED_JSON = {
     **dict.fromkeys(("zero", "zero_stage", "stage", "offload"), "did you mean zero_optimization?"),
     **dict.fromkeys(("max_grad_norm", "grad_clip", "clip_grad"), "did you mean gradient_clipping?"),
     **dict.fromkeys(("weight_decay", "betas", "eps", "torch_adam", "fused"), "it belongs to optimizer.params"),
+    **dict.fromkeys(("sp_size", "sequence_parallel"), 'write "sequence_parallel_size": N (or give --sp_size)'),
     **dict.fromkeys(("ep_size", "autoep_size"), 'write "expert_parallel": {"autoep_size": N} (or give --ep_size)'),
     **dict.fromkeys(
         ("model", "moe", "router", "codebook", "train", "data", "run", "finetune"),

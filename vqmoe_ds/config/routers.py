@@ -87,6 +87,11 @@ class RouterFacts:
         return None
 
     @classmethod
+    def needs_whole_sequences(cls, options: Any) -> bool:
+        """Whether the experts of a token depend on other tokens, which other ranks hold under sequence parallelism."""
+        return cls.looks_ahead(options) is not None
+
+    @classmethod
     def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
         """Expert calls of a token in one layer; the mean over the run, rounded up, where that varies."""
         return max(1, moe.top_k)

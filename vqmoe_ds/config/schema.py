@@ -292,6 +292,13 @@ class TrainConfig(Section):
         "on a GPU: bit-exact runs and resumes; false: a faster backward pass of attention, whose sums differ in their "
         "last bits (on a CPU runs are bit-exact either way)",
     )
+    sequence_parallel_size: int = option(
+        1,
+        "ranks that share every sequence: each holds a part of its positions, and within attention of the heads",
+        "ranks",
+        ge=1,
+        le=MOST_FEATURES,
+    )
     max_bad_steps: int = option(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1, le=MOST_STEPS)
 
 

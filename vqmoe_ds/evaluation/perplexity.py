@@ -55,13 +55,13 @@ def validate(
     Raises:
         Interrupted: a rank was asked to stop.
     """
-    place, size, round_size = session.place, session.config.micro_batch, session.round_size
+    size, readers, round_size = session.config.micro_batch, session.config.readers, session.round_size
     count = len(windows) if most is None else min(len(windows), most)
     positions = np.linspace(0, len(windows) - 1, count).astype(int)
     rounds = -(-count // round_size)
     padded = np.resize(positions, rounds * round_size)
-    weight = (np.arange(rounds * round_size) < count).reshape(rounds, place.world_size, size)[:, place.rank]
-    mine = padded.reshape(rounds, place.world_size, size)[:, place.rank]
+    weight = (np.arange(rounds * round_size) < count).reshape(rounds, readers, size)[:, session.reader]
+    mine = padded.reshape(rounds, readers, size)[:, session.reader]
     session.engine.eval()
     total, known = torch.zeros(3, dtype=torch.float64, device=session.device), True
     try:
@@ -84,10 +84,12 @@ def _row_totals(session: Session, batch: Batch) -> Tensor:
     """Nats, targets and bytes of each window, over its positions; float64 ``[3, B]``."""
     inputs_BS, targets_BS = (torch.from_numpy(ids).to(session.device) for ids in (batch.inputs_BS, batch.targets_BS))
     logits_BSV, _ = session.engine(inputs_BS.contiguous())
+    if session.model.share is not None:  # the mean over its group is that of whole windows
+        targets_BS = targets_BS[:, session.model.share.span]
     losses_BS = torch.nn.functional.cross_entropy(
         logits_BSV.float().transpose(1, 2), targets_BS, ignore_index=MASKED, reduction="none"
     )
-    rows, length = targets_BS.shape
-    bytes_B = np.zeros(rows) if batch.bytes_B is None else batch.bytes_B / length
+    rows = len(targets_BS)
+    bytes_B = np.zeros(rows) if batch.bytes_B is None else batch.bytes_B / batch.targets_BS.shape[1]
     means = [losses_BS.double().mean(dim=1), targets_BS.ne(MASKED).double().mean(dim=1)]
     return torch.stack([*means, torch.from_numpy(bytes_B).to(session.device)])

@@ -86,10 +86,15 @@ class RoutingHealth:
         if last is None:
             return {}
         changed_LT = (last.sort(dim=-1).values != routes_LTR.sort(dim=-1).values).any(dim=-1)
-        report = {"fluctuation": _rounded(changed_LT.double().mean(dim=1))}
+        report = {"fluctuation": self._share_of(changed_LT)}
         if self.session.model.bank is not None:  # the discrete row is the last
-            report["code_fluctuation"] = _rounded((last[..., -1] != routes_LTR[..., -1]).double().mean(dim=1))
+            report["code_fluctuation"] = self._share_of(last[..., -1] != routes_LTR[..., -1])
         return report
+
+    def _share_of(self, changed_LT: Tensor) -> list[float]:
+        """Share of each layer's probe tokens, those of other ranks included where ranks share sequences."""
+        share_L, sharing = changed_LT.double().mean(dim=1), self.session.model.share
+        return _rounded(share_L if sharing is None else sharing.mean(share_L))
 
 
 def _rounded(values: Tensor) -> list[float]:

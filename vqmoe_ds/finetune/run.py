@@ -286,7 +286,7 @@ def _greeting(config: EngineConfig, task: Task, reader: CheckpointReader, run_di
     lora = f" and LoRA of rank {run.finetune.lora_rank}" if run.finetune.lora_rank else ""
     return [
         f"VQMoE fine-tuning of {reader.path} (step {reader.step}): {route}; {config.world_size} rank(s), "
-        f"EP {config.ep_size}, ZeRO-{config.zero_stage}, {config.precision}",
+        f"EP {config.ep_size}, {config.sharing}ZeRO-{config.zero_stage}, {config.precision}",
         *task.describe(run),
         f"learning: {run.finetune.trainable.value}{lora}; run folder: {run_dir}",
     ]

@@ -22,7 +22,7 @@ _CPU_CHUNK, _GPU_CHUNK = (
 _LARGEST_BLOCK = 8192  # columns a program holds
 
 
-def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, count: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the targets that are not ``MASKED``, in float32; 0 where all are.
 
     Two-byte logits, and all logits on a GPU, are not copied to float32 as a whole and are **overwritten by their own
@@ -31,13 +31,14 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     Args:
         logits_TV: contiguous.
         targets_T: int64 in ``[0, V)`` or ``MASKED``.
+        count: number that the sum is divided by instead, where these are a part of the tokens.
     """
     # Sums of all tokens, divided once below: a mean over the means of chunks would count masked tokens.
     if logits_TV.device.type == "cpu" and logits_TV.element_size() >= 4 and not use_triton(logits_TV):
         total = F.cross_entropy(logits_TV, targets_T, ignore_index=MASKED, reduction="sum")
     else:
         total = _Total.apply(logits_TV, targets_T)
-    return total / targets_T.ne(MASKED).sum().clamp_min(1)
+    return total / (targets_T.ne(MASKED).sum().clamp_min(1) if count is None else count)
 
 
 class _Total(torch.autograd.Function):

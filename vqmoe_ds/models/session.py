@@ -35,9 +35,14 @@ class Session:
         return torch.device(self.engine.device)
 
     @property
+    def reader(self) -> int:
+        """Number of this rank among those that read different sequences; ranks that share them have the same."""
+        return self.place.rank // self.config.sp_size
+
+    @property
     def round_size(self) -> int:
-        """Sequences in one micro-batch of every rank."""
-        return self.config.micro_batch * self.place.world_size
+        """Sequences in one micro-batch of every reader."""
+        return self.config.micro_batch * self.config.readers
 
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """Average over all ranks, on the device; NaN on one rank is NaN on all."""

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, RunConfig
+from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.models.rotary import rotate, rotate_qkv
+from vqmoe_ds.models.ulysses import to_heads, to_positions
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, sort_rows
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.base import drawn
+from vqmoe_ds.moe.sequence import SequenceShare
 from vqmoe_ds.moe.sources import EmbeddingSource
 
 
@@ -47,6 +50,8 @@ class Attention(nn.Module):
 
     cos_SF: Tensor
     sin_SF: Tensor
+    share: SequenceShare | None = None
+    """This rank's part of sequences that others hold the rest of; not in force where tokens were read before."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,14 +70,19 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, past: BlockCache | None = None) -> Tensor:
         batch, length, _ = x_BSD.shape
-        start = 0 if past is None else past.position_of(length)
+        share, earlier = (self.share, 0) if past is None else (None, past.position_of(length))
+        start = earlier if share is None else share.span.start
         qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
         q, k, v = self._turned(qkv, self.cos_SF[start : start + length], self.sin_SF[start : start + length])
         if past is not None:
             k, v = past.append(k, v)
+        if share is not None:
+            q, k, v = to_heads(q, k, v, share)
         # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
-        mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if start else None
+        mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if earlier else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if share is not None:
+            y = to_positions(y, share)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _turned(self, qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,6 +158,7 @@ class MoETransformer(nn.Module):
     """
 
     token_table_LV: Tensor | None
+    share: SequenceShare | None = None
 
     def __init__(
         self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
@@ -192,6 +203,19 @@ class MoETransformer(nn.Module):
                     module.weight.copy_(drawn(tuple(module.weight.shape), scale, seed, name))
             self.embed.weight.copy_(drawn(tuple(self.embed.weight.shape), 1.0, seed, "embed"))
 
+    def share_sequences(self, share: SequenceShare) -> None:
+        """Compute this rank's part of every sequence alone from now on; a pass with a cache still reads the whole.
+
+        Every rank of the group is given the same whole sequences. ``forward`` returns logits ``[B, S / P, V]`` of its
+        positions, and losses whose mean over the group is that of the whole sequences.
+        """
+        self.share = share
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.share = share
+        if self.bank is not None:
+            self.bank.share = share
+
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -205,6 +229,10 @@ class MoETransformer(nn.Module):
         logits_BSV = self.head(x_BSD)
         if targets_BS is None:
             return logits_BSV, aux_loss
+        if self.share is not None:
+            count = targets_BS.ne(MASKED).sum().clamp_min(1) / self.share.size
+            targets_BS = targets_BS[:, self.share.span]
+            return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), count), aux_loss
         return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()), aux_loss
 
     def states(
@@ -217,12 +245,15 @@ class MoETransformer(nn.Module):
                 and all statistics never see it. None: all are real.
         """
         real_M = None if real_BS is None else real_BS.flatten().nonzero().squeeze(1)
-        x_BSD = self.embed(tokens_BS)
-        routes = self._routes_ahead(tokens_BS, x_BSD, cache, real_M)
+        ids_BS, earlier = self._ids(tokens_BS, cache)
+        embedded_BSD = self.embed(ids_BS)
+        routes = self._routes_ahead(ids_BS, embedded_BSD, earlier, cache, real_M)
+        x_BSD = embedded_BSD[:, earlier:] if earlier else embedded_BSD
         context = RoutingContext(
-            token_ids_T=real_tokens(tokens_BS, real_M),
+            token_ids_T=real_tokens(ids_BS[:, earlier:], real_M),
             lengths=None if real_BS is None else self._lengths(real_BS),
             codebooks=self.bank,
+            share=self.share if cache is None else None,
         )
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
         recompute = self.config.train.activation_checkpointing and self.training
@@ -255,12 +286,30 @@ class MoETransformer(nn.Module):
 
     # ------------------------------------------------------------ routes known ahead
 
+    def _ids(self, tokens_BS: Tensor, cache: Cache | None) -> tuple[Tensor, int]:
+        """Ids that this rank embeds: of the tokens it computes, after ``earlier`` ones that their codes look back at.
+
+        Raises:
+            ValueError: ranks that share sequences are given some of another length.
+        """
+        back = 0 if self.source is None else self.source.looks_back
+        if cache is not None:
+            ids_BS = cache.with_earlier(tokens_BS, back)
+            return ids_BS, ids_BS.shape[1] - tokens_BS.shape[1]
+        if self.share is None:
+            return tokens_BS, 0
+        if tokens_BS.shape[1] != self.share.length:
+            raise ValueError(f"ranks share sequences of {self.share.length} tokens, not of {tokens_BS.shape[1]}")
+        span = self.share.span
+        earlier = min(back, span.start)
+        return tokens_BS[:, span.start - earlier : span.stop], earlier
+
     def _routes_ahead(
-        self, tokens_BS: Tensor, embedded_BSD: Tensor, cache: Cache | None, real_M: Tensor | None
+        self, ids_BS: Tensor, embedded_BSD: Tensor, earlier: int, cache: Cache | None, real_M: Tensor | None
     ) -> dict[int, Route]:
-        """Routes of the blocks whose experts follow from the tokens, by block index."""
+        """Routes of the blocks whose experts follow from the tokens, by block index; without the ``earlier`` ones."""
         book = self.config.codebook
-        tokens_M = real_tokens(tokens_BS, real_M)
+        tokens_M = real_tokens(ids_BS[:, earlier:], real_M)
         if self.token_table_LV is not None:
             return self._plans(self.token_table_LV[:, tokens_M], list(self.moe_blocks))
         if self.bank is None or self.source is None:
@@ -269,13 +318,10 @@ class MoETransformer(nn.Module):
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
         if not self.config.moe.facts.known_ahead(self.config):
             return {}
-        if cache is None:
-            alone_M = tokens_M if book.source is CodeSource.TOKEN_EMBEDDING else None
-            return self._plan_from_source(real_tokens(self.source(tokens_BS, embedded_BSD), real_M), alone_M)
-        ids = cache.with_earlier(tokens_BS, self.source.looks_back)
-        start = cache.length + tokens_BS.shape[1] - ids.shape[1]
-        source_BSD = self.source(ids, self.embed(ids), start)[:, -tokens_BS.shape[1] :]
-        return self._plan_from_source(real_tokens(source_BSD, real_M))
+        start = cache.length if cache is not None else 0 if self.share is None else self.share.span.start
+        source_BSD = self.source(ids_BS, embedded_BSD, start - earlier)[:, earlier:]
+        alone_M = tokens_M if cache is None and book.source is CodeSource.TOKEN_EMBEDDING else None
+        return self._plan_from_source(real_tokens(source_BSD, real_M), alone_M)
 
     def _plan_from_source(
         self, source_MD: Tensor, tokens_M: Tensor | None = None, first_block: int = 0, end_block: int | None = None

@@ -19,6 +19,7 @@ from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
+from vqmoe_ds.moe.sequence import SequenceShare
 from vqmoe_ds.moe.state import SteppedState
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -58,6 +59,8 @@ class CodebookBank(SteppedState):
     adam_mean_LKC: Tensor
     adam_square_LKC: Tensor
     projection_DC: Tensor | None
+    share: SequenceShare | None = None
+    """The part of every sequence that this rank sees, where ranks share them."""
 
     def __init__(self, config: CodebookConfig, num_layers: int, num_experts: int, width: int, seed: int) -> None:
         super().__init__()
@@ -160,7 +163,10 @@ class CodebookBank(SteppedState):
             pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
         if self.initialization_due or self.splitting_due or self.reseeding_due:
             keep = 4 * self.num_codes if self.initialized and not self.splitting_due else self.config.kmeans_samples
-            sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
+            if self.share is not None:
+                sample_SC = self.share.sample(z_TC, keep)
+            else:
+                sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
             for samples in self._samples[layers]:
                 if len(samples) < self.accumulation_steps:  # more would grow without end where nobody calls StateSync
                     samples.append(sample_SC)
@@ -181,6 +187,8 @@ class CodebookBank(SteppedState):
 
     def samples(self, micro_batch: int, count: int) -> Tensor:
         """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``.
+
+        Where ranks share sequences they are of whole ones, and zero where another rank holds them.
 
         Raises:
             ConfigError: there was no such micro-batch, or it had no tokens.

@@ -273,6 +273,13 @@ def combine(rows_MD: Tensor, plan: DispatchPlan, weights_TR: Tensor | None) -> T
     return kernels.combine_rows(rows_MD, plan.order_M, plan.inverse_M, weights_TR, plan.routes)
 
 
+def exchange_parts(parts_P: Tensor, group: Any) -> Tensor:
+    """Even all-to-all of the P parts ``[P, ...]`` of a contiguous tensor: rank p gets part p, its own stands there."""
+    one_each = [1] * len(parts_P)
+    received: Tensor = _AllToAll.apply(parts_P.flatten(1), one_each, one_each, group, None, None)
+    return received.view_as(parts_P)
+
+
 class _AllToAll(torch.autograd.Function):
     """Uneven all-to-all of rows; the gradient travels the same road back."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ class StateSync:
         1
 
     How a batch is split over ranks and accumulation steps does not change what is learned: sums travel in float64 and
-    a codebook's samples are taken by global micro-batch number ``m * world + rank``. The device is waited for once per
-    step, to learn how many codes are dead or overused, and not at all in steps that look for neither.
+    a codebook's samples are taken by global micro-batch number ``m * readers + reader``, ranks that share sequences as
+    one reader. The device is waited for once per step, to learn how many codes are dead or overused, and not at all in
+    steps that look for neither.
 
     Args:
         model: any module; the ``CodebookBank`` and every ``StatefulRouter`` in it are kept in step.
@@ -128,6 +130,11 @@ class _Codebooks:
         self.world = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
 
+    @property
+    def sharing(self) -> int:
+        """Consecutive ranks that share sequences, of which each samples the same places."""
+        return 1 if self.bank.share is None else self.bank.share.size
+
     def statistics(self) -> Tensor:
         pending_LKC1 = self.bank.pending
         return pending_LKC1 if self.bank.moving else pending_LKC1[..., -1:].contiguous()
@@ -170,19 +177,23 @@ class _Codebooks:
         """New places for dead codes, float32 ``[L, count, C]``: from one micro-batch, another at every step."""
         bank = self.bank
         # Steps are equal on all ranks, so all agree on whose samples are taken, and join the same broadcast.
-        micro_batch = bank.steps_taken % (self.world * self.accumulation_steps)
-        rank = micro_batch % self.world
-        if self.rank == rank:
-            candidates_LSC = bank.samples(micro_batch // self.world, count)
-        else:
-            candidates_LSC = bank.codes_LKC.new_empty(bank.num_layers, count, bank.codes_LKC.shape[2])
-        broadcast_all([candidates_LSC], self.group, rank)
-        return candidates_LSC
+        readers = self.world // self.sharing
+        micro_batch = bank.steps_taken % (readers * self.accumulation_steps)
+        first, parts = micro_batch % readers * self.sharing, []
+        for rank in range(first, first + self.sharing):
+            if self.rank == rank:
+                part_LSC = bank.samples(micro_batch // readers, count)
+            else:
+                part_LSC = bank.codes_LKC.new_empty(bank.num_layers, count, bank.codes_LKC.shape[2])
+            broadcast_all([part_LSC], self.group, rank)
+            parts.append(part_LSC)
+        return reduce(torch.add, parts)  # each vector is zero in all but one
 
     def _all_samples(self) -> Tensor:
         """This step's samples of all ranks, float32 ``[L, S, C]``."""
         bank = self.bank
-        per_batch = -(-bank.config.kmeans_samples // (self.world * self.accumulation_steps))
+        readers = self.world // self.sharing
+        per_batch = -(-bank.config.kmeans_samples // (readers * self.accumulation_steps))
         mine_LASC = torch.stack([bank.samples(m, per_batch) for m in range(self.accumulation_steps)], dim=1)
         gathered = [torch.empty_like(mine_LASC) for _ in range(self.world)]
         if self.world > 1:
@@ -190,7 +201,10 @@ class _Codebooks:
         else:
             gathered = [mine_LASC]
         # Global micro-batch order (m, rank), whatever the split.
-        return torch.stack(gathered, dim=2).flatten(1, 3)
+        all_LAWSC = torch.stack(gathered, dim=2)
+        if self.sharing > 1:
+            all_LAWSC = all_LAWSC.unflatten(2, (readers, self.sharing)).sum(3)  # each vector is zero in all but one
+        return all_LAWSC.flatten(1, 3)
 
     def _my_layers(self) -> slice:
         """The layers whose codes this rank clusters: ranks share them out, for clustering on the host takes long."""

@@ -14,6 +14,7 @@ from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
 from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.session import Session
+from vqmoe_ds.models.ulysses import sequence_share
 from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
 from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.planning.host import check_host_memory
@@ -36,6 +37,9 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
     model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), DeepSpeedMoELayer)
+    share = sequence_share(config, place.rank)
+    if share is not None:
+        model.share_sequences(share)
     import_optimizers(config.deepspeed["optimizer"]["type"])
     with refusals(json_path):
         engine, *_ = deepspeed.initialize(

@@ -132,7 +132,7 @@ class Trainer:
             set_learning_rate(session.engine, learning_rate(self.step, train))
         rate = float(session.engine.optimizer.param_groups[0]["lr"])  # a scheduler of the JSON moves it after the step
         batches = self.batches.micro_batches(
-            self.samples, session.place.rank, session.place.world_size, session.config.micro_batch
+            self.samples, session.reader, session.config.readers, session.config.micro_batch
         )
         data_seconds = time.perf_counter() - started
         # From here to the end of the step every rank makes the same collectives in the same order, whatever its data.
@@ -186,7 +186,8 @@ class Trainer:
         known = all(batch.bytes_B is not None for batch in batches)
         bytes_here = sum(int(batch.bytes_B.sum()) for batch in batches if batch.bytes_B is not None)
         here = self._tensor(np.array([counts.sum(), bytes_here, *counts], dtype=np.float64))
-        # Before the forward passes: a micro-batch's weight needs the targets of all ranks.
+        # Before the forward passes: a micro-batch's weight needs the targets of all ranks. Ranks that share sequences
+        # count the same ones, each as often as its losses count.
         targets, target_bytes = self.session.sum_over_ranks(here[:2])
         weights = here[2:] * (len(batches) * self.session.place.world_size) / targets.clamp_min(1.0)
         return weights, {"targets": targets, "bytes": target_bytes} if known else {"targets": targets}
@@ -204,7 +205,7 @@ class Trainer:
         self.bad_steps += bad
         self.bad_in_a_row = 0 if taken else self.bad_in_a_row + bad
         bytes_per_token = mean["bytes"] / max(mean["targets"], 1.0) if "bytes" in mean else None
-        tokens = round(mean["tokens"] * self.session.place.world_size)
+        tokens = round(mean["tokens"] * self.session.config.readers)
         seconds = time.perf_counter() - started
         outcome = (self.step, mean["loss"], mean["aux"], rate, taken, searching)
         return StepResult(*outcome, seconds, data_seconds, bytes_per_token, tokens)

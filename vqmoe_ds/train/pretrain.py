@@ -154,6 +154,6 @@ def _greeting(config: EngineConfig, data: TrainingData, run_dir: Path) -> list[s
     route = f"{moe.router}, {moe.num_experts} experts, {run.model.layers} layers of width {run.model.width}"
     return [
         f"VQMoE pretraining: {route}; {config.world_size} rank(s), EP {config.ep_size}, "
-        f"ZeRO-{config.zero_stage}, {config.precision}",
+        f"{config.sharing}ZeRO-{config.zero_stage}, {config.precision}",
         f"data: {data.summary()}; run folder: {run_dir}",
     ]

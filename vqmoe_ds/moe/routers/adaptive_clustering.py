@@ -125,7 +125,7 @@ class AdaptiveClusteringRouter(StatefulRouter):
             raise ValueError("the adaptive_clustering router needs the choices of the MoE layer before it")
         logits_TN = self.scores(x_TD.float() * self._feature_weights(x_TD.detach().float(), context.previous_T))
         ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
-        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe))
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe, context))
 
     @torch.no_grad()
     def _feature_weights(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.kernels.codes import sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
+from vqmoe_ds.moe.sequence import SequenceShare
 from vqmoe_ds.moe.state import SteppedState
 
 
@@ -50,6 +51,8 @@ class RoutingContext:
     """Tokens of each sequence where they differ."""
     codebooks: CodebookBank | None = None
     """The codebooks of all layers of the model."""
+    share: SequenceShare | None = None
+    """The part of every sequence that these tokens are, where ranks share sequences."""
 
 
 @dataclass(frozen=True)
@@ -245,14 +248,19 @@ def softmax_over_all(over: SoftmaxOver, top_k: int, learned: bool = True) -> boo
     return over is SoftmaxOver.ALL
 
 
-def auxiliary_loss(logits_TN: Tensor, ids_Tk: Tensor, config: MoEConfig) -> Tensor:
+def auxiliary_loss(
+    logits_TN: Tensor, ids_Tk: Tensor, config: MoEConfig, context: RoutingContext | None = None
+) -> Tensor:
     """Switch's balance loss ``N sum_e f_e P_e`` and ST-MoE's z-loss ``mean(logsumexp^2)``, by their weights.
 
-    ``f_e`` is the share of all T k choices that went to expert e, ``P_e`` its mean probability.
+    ``f_e`` is the share of all T k choices that went to expert e, ``P_e`` its mean probability. Where ranks share
+    sequences (``context.share``), f is that of the whole ones; P is linear, so the mean over the ranks is that of both.
     """
     aux = z_loss(logits_TN, config)
     if config.balance_weight:
         share_N = count_experts(ids_Tk, config.num_experts) / ids_Tk.numel()
+        if context is not None and context.share is not None:
+            share_N = context.share.mean(share_N)
         mean_N = logits_TN.softmax(dim=-1).mean(dim=0)
         aux = aux + config.balance_weight * config.num_experts * (share_N * mean_N).sum()
     return aux

@@ -113,7 +113,7 @@ class StableMoERouter(StatefulRouter):
         else:
             ids_Tk = scores_TN.topk(self.moe.top_k, dim=-1).indices
             distillation = -log_light_TN.gather(1, ids_Tk).mean()
-            aux = auxiliary_loss(scores_TN, ids_Tk, self.moe) + self.options.distil_weight * distillation
+            aux = auxiliary_loss(scores_TN, ids_Tk, self.moe, context) + self.options.distil_weight * distillation
         return Routing(ids_Tk, scores_TN.gather(1, ids_Tk).sigmoid(), aux)
 
     def learn(self, statistics: Tensor) -> None:

@@ -125,7 +125,7 @@ class VQRouter(Router):
         if self.continuous is None or self.path_gate is None:
             weights_TR = None if soft_T is None else soft_T.unsqueeze(1)
             return Routing(discrete_T.unsqueeze(1), weights_TR, aux, discrete_offset_TD=offset)
-        smoe = self.continuous(x_TD)
+        smoe = self.continuous(x_TD, context)
         gates_T2 = self.path_gate(x_TD).float().softmax(dim=-1)
         discrete_weight_T1 = gates_T2[:, 1:] if soft_T is None else gates_T2[:, 1:] * soft_T.unsqueeze(1)
         weights_TR = torch.cat([gates_T2[:, :1] * smoe.weights_TR, discrete_weight_T1], dim=1)

@@ -74,7 +74,7 @@ class XMoERouter(Router):
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.scores(x_TD)
         ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
-        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe))
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe, context))
 
 
 def _low_dim(moe: MoEConfig, options: Any) -> int:

@@ -1,0 +1,47 @@
+"""The exchange around attention under sequence parallelism (DeepSpeed-Ulysses, Jacobs 2023, arXiv 2309.14509).
+
+Outside attention a rank holds a part of the positions with all heads, inside it all positions of a part of the heads.
+
+Legend: P ranks of a group, B batch, S positions of a whole sequence, s = S / P of one rank, A heads, a = A / P of one
+rank, H width of a head; ``3`` stands for queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.moe.dispatch import exchange_parts
+from vqmoe_ds.moe.sequence import SequenceShare
+
+
+def sequence_share(config: EngineConfig, rank: int) -> SequenceShare | None:
+    """The part of every sequence that a rank holds, None where it holds whole ones; all ranks make the groups together.
+
+    Ranks that share sequences are consecutive, so they fill nodes one after the other.
+    """
+    size = config.sp_size
+    if size == 1:
+        return None
+    group, _ = dist.new_subgroups(size)
+    return SequenceShare(group, rank % size, size, config.run.model.sequence_length)
+
+
+def to_heads(q_BAsH: Tensor, k_BAsH: Tensor, v_BAsH: Tensor, share: SequenceShare) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all heads at this rank's positions -> of this rank's heads at all, ``[B, a, S, H]``.
+
+    They travel together, for one call costs less than three.
+    """
+    by_rank = [x.unflatten(1, (share.size, -1)).transpose(0, 1) for x in (q_BAsH, k_BAsH, v_BAsH)]
+    received_P3BasH = exchange_parts(torch.stack(by_rank, dim=1), share.group)
+    # A group's ranks stand in the order of their positions, so what they sent laid end to end is the sequence.
+    q, k, v = received_P3BasH.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).unbind(0)
+    return q, k, v
+
+
+def to_positions(y_BaSH: Tensor, share: SequenceShare) -> Tensor:
+    """Outputs of this rank's heads at all positions -> of all heads at this rank's positions, ``[B, A, s, H]``."""
+    by_rank = y_BaSH.unflatten(2, (share.size, -1)).permute(2, 0, 1, 3, 4).contiguous()
+    return exchange_parts(by_rank, share.group).transpose(0, 1).flatten(1, 2)
