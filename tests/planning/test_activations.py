@@ -38,11 +38,15 @@ DISCRETE = {"moe.top_k": 0}
 OF_STATE = {"codebook.source": "layer_state", "codebook.source_momentum": 0.0}
 TOPK = {"moe.router": "topk", "moe.top_k": 2}
 RECOMPUTED = {"train.activation_checkpointing": True}
+SHARED: dict[str, Any] = {"train.sequence_parallel_size": 2}
 
 Case = tuple[Layout, dict[str, Any]]
 SAMPLE: dict[int, list[Case]] = {
     1: [(Layout(2, 1, 1), DUAL), (Layout(2, 1, 1, "bf16"), RECOMPUTED)],
-    2: [(Layout(2, 2, 2, "bf16"), DUAL), (Layout(3, 2, 2), DISCRETE), (Layout(0, 2, 2), {**TOPK, **RECOMPUTED})],
+    2: [
+        *[(Layout(2, 2, 2, "bf16"), DUAL), (Layout(3, 2, 2), DISCRETE), (Layout(0, 2, 2), {**TOPK, **RECOMPUTED})],
+        *[(Layout(2, 2, 2, "bf16"), {**SHARED, **TOPK}), (Layout(2, 1, 2), {**SHARED, **RECOMPUTED})],
+    ],
 }
 TOLERANCE = 0.02
 """Relative. Seen: 0.5 % under to 1.3 % over."""

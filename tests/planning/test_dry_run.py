@@ -76,6 +76,18 @@ def test_data_before_experts_puts_the_all_to_all_across_nodes(tmp_path):
     assert there.expert_ids == list(range(8, 16))
 
 
+def test_ranks_share_sequences_within_a_node():
+    shared = load_config("64e", None, {"train.sequence_parallel_size": 4})
+    config = resolve("ds_configs/zero2-ep8.json", shared, 64)
+    report, whole = dry_run.dry_run(config, 9, 8, ""), dry_run.dry_run(job("zero2-ep8", "64e", 64), 9, 8, "")
+    assert report.sequence_parallel_group == members(config, Over.SP, 9) == [8, 9, 10, 11]
+    assert report.expert_parallel_group == whole.expert_parallel_group == list(range(8, 16))
+    assert "ranks that share its sequences: 8..11" in dry_run.text(report)
+    assert whole.sequence_parallel_group == [9] and "its sequences" not in dry_run.text(whole)
+    assert report.accumulation_steps == 4 * whole.accumulation_steps
+    assert whole.bytes["activations"] / 4 < report.bytes["activations"] < whole.bytes["activations"] / 3
+
+
 def test_planned_groups_are_those_of_deepspeed():
     config = job("zero2-ep8", "256e", 64)
     model = meta_model(config.run, config.ep_size, 0, DeepSpeedMoELayer)

@@ -49,6 +49,15 @@ def test_activations_grow_with_the_batch_and_shrink_when_recomputed():
     assert memory.activations(engine(), 1.5) > one
 
 
+def test_a_plan_of_shared_sequences_counts_their_exchange_and_refuses_what_does_not_divide(capsys):
+    shared = ("--preset", "64e", "--nodes", "1", "--gpu", "h100", "--set", "train.sequence_parallel_size=4")
+    code, out, _ = plan(capsys, *shared)
+    assert code == 0 and "SP 4, ZeRO-" in out
+    assert "heads and positions" in out and "sequence-parallel group" in out
+    code, _, error = plan(capsys, *shared, "--set", "model.heads=6")
+    assert code == 2 and "sequence-parallel size 4 does not divide model.heads=6" in error
+
+
 def test_higher_stages_hold_less():
     parameters = count(engine().run)
     held = [sum(memory.states(parameters, engine(stage=stage), 0)) for stage in (1, 2, 3)]

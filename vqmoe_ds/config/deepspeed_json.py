@@ -114,6 +114,11 @@ class EngineConfig:
         return self.world_size // self.sp_size
 
     @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch that a rank computes."""
+        return self.micro_batch * self.run.model.sequence_length // self.sp_size
+
+    @property
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
@@ -204,7 +209,7 @@ def resolve(
         if value == "auto":
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
-    _check_sequence_parallel(sp_size, run)
+    check_sequence_parallel(run, world_size)
     gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
     set_precision(values, run.train.precision, path)
     if gpu:
@@ -267,10 +272,14 @@ def _sequence_parallel_size(values: dict[str, Any], joiner: _Joiner, world: int)
     name = "sequence_parallel_size"
     if name in values or joiner.values["train"][name] > 1:
         joiner.join(values, name, f"train.{name}")
-    size = joiner.values["train"][name]
-    if size < 1 or world % size:
-        raise ConfigError(f"sequence-parallel size {shown(size)} does not divide the {world} ranks of this run")
-    return int(size)
+    size = int(joiner.values["train"][name])
+    _check_ranks(size, world)
+    return size
+
+
+def _check_ranks(size: int, world: int) -> None:
+    if world % size:
+        raise ConfigError(f"sequence-parallel size {size} does not divide the {world} ranks of this run")
 
 
 def _batch_sizes(values: dict[str, Any], joiner: _Joiner, readers: int, path: str) -> tuple[int, int]:
@@ -324,12 +333,15 @@ def _check_expert_parallel(size: int, world: int, run: RunConfig) -> None:
         raise ConfigError(f"expert-parallel size {size} does not divide moe.num_experts={run.moe.num_experts}")
 
 
-def _check_sequence_parallel(size: int, run: RunConfig) -> None:
+def check_sequence_parallel(run: RunConfig, world: int) -> None:
     """Refuse what ranks that share sequences cannot compute.
 
     Raises:
-        ConfigError: heads or positions do not divide, or experts depend on tokens of other ranks, or texts are short.
+        ConfigError: ranks, heads or positions do not divide, experts depend on tokens of other ranks, or texts differ
+            in length.
     """
+    size = run.train.sequence_parallel_size
+    _check_ranks(size, world)
     if size == 1:
         return
     for name, number in (("heads", run.model.heads), ("sequence_length", run.model.sequence_length)):

@@ -38,6 +38,7 @@ class RankReport:
     layout: dict[str, Any]
     expert_parallel_group: list[int]
     expert_data_parallel_group: list[int]
+    sequence_parallel_group: list[int]
     all_to_all_within_node: bool
     expert_ids: list[int]
     """Ids of this rank's experts, the same in every MoE layer."""
@@ -86,7 +87,9 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
         raise ConfigError(f"--gpus_per_node {shown(per_node)} must be at least 1")
     # Heavy imports only now: bad input has been answered.
     import torch
+    import torch.distributed as dist
 
+    from vqmoe_ds.models.ulysses import sequence_share
     from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
     from vqmoe_ds.planning import memory, meta_forward
     from vqmoe_ds.planning.parameters import count, meta_model
@@ -94,6 +97,10 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     with fake_ranks(rank, world):
         check_by_deepspeed(config.deepspeed, json_path)
         model = meta_model(config.run, config.ep_size, config.ep_rank(rank), DeepSpeedMoELayer)
+        share, sequence_group = sequence_share(config, rank), [rank]
+        if share is not None:
+            model.share_sequences(share)
+            sequence_group = dist.get_process_group_ranks(share.group)
         ep_group, edp_group = _bind_groups(model, config, rank)
         _optimizer_groups(model, config)
         loss = meta_forward.run(model, meta_forward.cast_weights(model, torch.bfloat16), config.micro_batch)
@@ -105,6 +112,7 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
         config.layout(),
         ep_group,
         edp_group,
+        sequence_group,
         len({member // per_node for member in ep_group}) == 1,
         _expert_ids(model),
         {**_values_of_rank(model), "stored": parameters.stored, "active": parameters.active},
@@ -185,7 +193,7 @@ def text(report: RankReport) -> str:
     """The report for people."""
     from vqmoe_ds.planning.hardware import GB
 
-    layout, ids = report.layout, report.expert_ids
+    layout, ids, sharing = report.layout, report.expert_ids, report.sequence_parallel_group
     place = "stays on the node" if report.all_to_all_within_node else "crosses nodes"
     head = (
         f"rank {report.rank} of {layout['world_size']} (node {report.node}): ZeRO-{layout['zero_stage']}, "
@@ -196,6 +204,7 @@ def text(report: RankReport) -> str:
         f"experts of each layer: {_range(ids)}; expert-parallel group: ranks {_range(report.expert_parallel_group)}, "
         f"its all-to-all {place}",
         f"replicas of these experts: ranks {_range(report.expert_data_parallel_group)}",
+        *([f"ranks that share its sequences: {_range(sharing)}"] if len(sharing) > 1 else []),
         "parameters: " + ", ".join(f"{name} {number:,}" for name, number in report.parameters.items()),
         "GB: " + ", ".join(f"{part} {size / GB:.2f}" for part, size in report.bytes.items()),
         f"one forward pass on meta tensors ran through; loss of shape {report.loss_shape}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.deepspeed_json import EngineConfig, check_sequence_parallel
 from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.planning import memory, speed, traffic
@@ -49,7 +49,7 @@ class Plan:
     @property
     def name(self) -> str:
         offload = ", optimizer on the host" if memory.offloads(self.config) else ""
-        return f"ZeRO-{self.config.zero_stage}, EP {self.config.ep_size}{offload}"
+        return f"{self.config.sharing}ZeRO-{self.config.zero_stage}, EP {self.config.ep_size}{offload}"
 
 
 def explore(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, Any]) -> list[Plan]:
@@ -63,6 +63,7 @@ def explore(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str, 
     Raises:
         ConfigError: a size that divides nothing, or no layout spreads the experts far enough for GPUs.
     """
+    check_sequence_parallel(run, cluster.ranks)
     parameters = count(run)
     plans = []
     for ep_size in _ep_sizes(run, cluster, choices):
@@ -133,8 +134,13 @@ def engine_config(
     deepspeed = {**base, "zero_optimization": zero, "bf16": {"enabled": choices.precision == "bf16"}}
     if stage != 2 or choices.precision == "fp32":  # float32 sums: at stage 1 another, larger optimizer
         deepspeed.pop("data_types", None)
-    rounds = run.train.batch_size // (cluster.ranks * micro)
+    rounds = run.train.batch_size // (_readers(run, cluster) * micro)
     return EngineConfig(deepspeed, run, ep_size, cluster.ranks, micro, rounds)
+
+
+def _readers(run: RunConfig, cluster: Cluster) -> int:
+    """Groups of ranks that read different sequences."""
+    return cluster.ranks // run.train.sequence_parallel_size
 
 
 def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
@@ -157,7 +163,7 @@ def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
 
 
 def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
-    total, ranks = run.train.batch_size, cluster.ranks
+    total, ranks = run.train.batch_size, _readers(run, cluster)
     if total % ranks:
         raise ConfigError(
             f"train.batch_size={total} is not a multiple of the {ranks} ranks of this cluster; set it with "

@@ -196,8 +196,7 @@ def _buckets(parameters: Parameters, config: EngineConfig, gradients: int, freed
 
 def rows_of(config: EngineConfig) -> int:
     """Routed rows of one MoE layer, rank and micro-batch."""
-    run = config.run
-    return config.micro_batch * run.model.sequence_length * run.rows_per_token
+    return config.tokens * config.run.rows_per_token
 
 
 def moe_layers(run: RunConfig) -> int:
@@ -220,7 +219,8 @@ def activations(config: EngineConfig, imbalance: float) -> int:
     run, low = config.run, width_of(config)
     logits = run.model.sequence_length * run.model.vocab_size * (4 + low if low == 4 else 0)
     again = max(_kept_by_block(config, imbalance)[0]) if run.train.activation_checkpointing else 0
-    return kept(config, imbalance) + exchanged(config, imbalance) + config.micro_batch * max(logits, again)
+    at_once = config.micro_batch * max(logits, again) // config.sp_size
+    return kept(config, imbalance) + exchanged(config, imbalance) + at_once
 
 
 def exchanged(config: EngineConfig, imbalance: float) -> int:
@@ -238,11 +238,15 @@ def kept(config: EngineConfig, imbalance: float = 1.0) -> int:
     blocks, outside = _kept_by_block(config, imbalance)
     if run.train.activation_checkpointing:
         blocks = [run.model.sequence_length * run.model.width * width_of(config)] * len(blocks)
-    return config.micro_batch * (sum(blocks) + outside)
+    return config.micro_batch * (sum(blocks) + outside) // config.sp_size
 
 
 def _kept_by_block(config: EngineConfig, imbalance: float) -> tuple[list[int], int]:
-    return _kept(config.run.model_dump_json(), torch.float32 if width_of(config) == 4 else torch.bfloat16, imbalance)
+    run, low = config.run, width_of(config)
+    blocks, outside = _kept(run.model_dump_json(), torch.float32 if low == 4 else torch.bfloat16, imbalance)
+    if config.sp_size > 1:  # attention's output is kept on both sides of its exchange
+        blocks = [size + run.model.sequence_length * run.model.attention_width * low for size in blocks]
+    return blocks, outside
 
 
 @functools.cache

@@ -62,6 +62,9 @@ def members(config: EngineConfig, over: Over, rank: int = 0) -> list[int]:
     world, ep = config.world_size, config.ep_size
     if over is Over.ALL:
         return list(range(world))
+    if over is Over.SP:
+        first = rank // config.sp_size * config.sp_size
+        return list(range(first, first + config.sp_size))
     replicas = world // ep
     consecutive = (over is Over.EDP) if config.deepspeed.get("use_data_before_expert_parallelism") else over is Over.EP
     size, stride = (ep, replicas) if over is Over.EP else (replicas, ep)
@@ -112,7 +115,7 @@ def estimate(
     hidden = min(behind, backward) if zero.get("overlap_comm", config.zero_stage == 3) else 0.0
     parts = {
         "compute": compute,
-        "all-to-all": of("expert rows", "row counts") * imbalance,
+        "all-to-all": of("expert rows", "row counts") * imbalance + of("heads and positions"),
         "gradients and gathers": behind - hidden,
         "new weights": 0.0 if config.zero_stage == 3 else gathers,
         "optimizer": _optimizer(config, cluster, memory),
@@ -133,7 +136,7 @@ def _compute(parameters: Parameters, config: EngineConfig, cluster: Cluster, imb
     """(seconds of the backward passes, seconds of all products) of one rank's micro-batches."""
     run, processor = config.run, cluster.processor
     peak = (processor.tflops if width_of(config) == 2 else processor.fp32_tflops) * 1e12
-    tokens = config.micro_batch * config.accumulation_steps * run.model.sequence_length
+    tokens = config.tokens * config.accumulation_steps
     experts = sum(w.numel() for w in parameters.weights if w.is_expert)
     used = parameters.active - (parameters.stored - experts)
     expert_flops = 2 * used * tokens

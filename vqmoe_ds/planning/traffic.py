@@ -29,6 +29,7 @@ class Over(StrEnum):
     ALL = "all ranks"
     EP = "expert-parallel group"
     EDP = "expert-data-parallel group"
+    SP = "sequence-parallel group"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Transfer:
 
 def group_size(config: EngineConfig, over: Over) -> int:
     """Ranks of a process group."""
+    if over is Over.SP:
+        return config.sp_size
     sizes = {Over.ALL: config.world_size, Over.EP: config.ep_size, Over.EDP: config.world_size // config.ep_size}
     return sizes[over]
 
@@ -53,7 +56,7 @@ def group_size(config: EngineConfig, over: Over) -> int:
 def transfers(parameters: Parameters, config: EngineConfig) -> list[Transfer]:
     """Everything a rank exchanges in one step; groups of one rank exchange nothing."""
     groups = optimizer_groups(parameters, config)
-    found = _expert_rows(config)
+    found = [*_expert_rows(config), _heads(config)]
     for part in (_gradients, _weights, _bookkeeping):
         found += part(groups, config)
     if config.run.moe.facts.uses_codebook:
@@ -73,6 +76,15 @@ def _expert_rows(config: EngineConfig) -> list[Transfer]:
         Transfer("expert rows", "all_to_all", Over.EP, rows, calls),
         Transfer("row counts", "all_to_all", Over.EP, plans * run.moe.num_experts * 4, plans),
     ]
+
+
+def _heads(config: EngineConfig) -> Transfer:
+    """Queries, keys and values to the ranks of their heads, outputs back to those of their positions; forward, backward
+    and in a recomputation, which asks again: kept, they would be three times what it saves."""
+    model, passes = config.run.model, 3 if config.run.train.activation_checkpointing else 2
+    turns = passes * model.layers * config.accumulation_steps
+    payload = turns * 4 * model.attention_width * config.tokens * width_of(config)
+    return Transfer("heads and positions", "all_to_all", Over.SP, payload, 2 * turns)
 
 
 def _gradients(groups: list[Group], config: EngineConfig) -> list[Transfer]:
