@@ -221,6 +221,7 @@ def test_two_ranks_through_the_deepspeed_launcher_with_expert_parallelism(small,
         (["--preset", "tinny"], "did you mean tiny?"),
         (["--ds_config", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--ep_size", "2"], "does not divide the 1 ranks"),
+        (["--sp_size", "2"], "sequence-parallel size 2 does not divide the 1 ranks"),
         (["--set", "model.sequence_length=30000"], "fewer than"),
     ],
 )

@@ -300,13 +300,17 @@ def _batch_sizes(values: dict[str, Any], joiner: _Joiner, readers: int, path: st
     if accumulation is None:
         accumulation = total // (readers * micro) if micro else 0
     if micro < 1 or accumulation < 1 or micro * accumulation * readers != total:
-        sharing = joiner.values["train"]["sequence_parallel_size"]
-        ranks = f"{readers} ranks" if sharing == 1 else f"{readers} groups of {sharing} ranks that share sequences"
+        ranks = in_words(readers, joiner.values["train"]["sequence_parallel_size"])
         raise ConfigError(
             f"batch sizes contradict: train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x "
             f"gradient_accumulation_steps {accumulation} x {ranks} (DeepSpeed config {path}, train.batch_size)"
         )
     return micro, accumulation
+
+
+def in_words(readers: int, sharing: int) -> str:
+    """Ranks, or groups of ranks that share sequences, for a sentence on batch sizes."""
+    return f"{readers} ranks" if sharing == 1 else f"{readers} groups of {sharing} ranks that share sequences"
 
 
 def _expert_parallel_size(values: dict[str, Any], path: str, from_command_line: int | None) -> int:

@@ -104,7 +104,7 @@ class Exchange:
 
 @dataclass
 class Kept:
-    """Results that a forward pass keeps for its recomputation in backward, which then communicates with nobody."""
+    """Results that a forward pass keeps for its recomputation in backward, which then exchanges no rows."""
 
     plan: DispatchPlan | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vqmoe_ds.config.deepspeed_json import EngineConfig, check_sequence_parallel
+from vqmoe_ds.config.deepspeed_json import EngineConfig, check_sequence_parallel, in_words
 from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.planning import memory, speed, traffic
@@ -163,14 +163,15 @@ def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
 
 
 def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
-    total, ranks = run.train.batch_size, _readers(run, cluster)
-    if total % ranks:
+    total, readers = run.train.batch_size, _readers(run, cluster)
+    if total % readers:
+        ranks = in_words(readers, run.train.sequence_parallel_size)
         raise ConfigError(
-            f"train.batch_size={total} is not a multiple of the {ranks} ranks of this cluster; set it with "
+            f"train.batch_size={total} is not a multiple of the {ranks} of this cluster; set it with "
             "--set train.batch_size=..."
         )
+    share = total // readers
     for micro in choices.micro_batches:
-        if micro < 1 or total // ranks % micro:
-            raise ConfigError(f"--micro_batch {micro} does not divide the {total // ranks} sequences per rank and step")
-    share = total // ranks
+        if micro < 1 or share % micro:
+            raise ConfigError(f"--micro_batch {micro} does not divide the {share} sequences per rank and step")
     return list(choices.micro_batches) or [2**n for n in range(7) if share % 2**n == 0]
