@@ -217,7 +217,7 @@ def _compare(answers: list[list[Report]], jobs: list[tuple[RunConfig, Layout]]) 
 
 def _check(folder: Path, matrix: dict[str, list[Layout]]) -> None:
     jobs = [(_config(case), layout) for case, layouts in matrix.items() for layout in (REFERENCE, *layouts)]
-    answers = run_ranks(WORLD, _train, folder, jobs, timeout=280)
+    answers = run_ranks(WORLD, _train, folder, jobs, timeout=500)
     start = 0
     for layouts in matrix.values():
         end = start + 1 + len(layouts)
@@ -230,6 +230,7 @@ def test_a_shared_sequence_is_trained_as_a_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("matrix", [MANY, ROUTER_MATRIX], ids=["sources of codes", "other routers"])
 def test_every_source_router_stage_and_ep_size(tmp_path: Path, matrix: dict[str, list[Layout]]) -> None:
     _check(tmp_path, matrix)
