@@ -20,7 +20,7 @@ from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.meanings import IN_DEEPSPEED_JSON, nearest_key
 from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.reading import read_json
-from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.config.schema import RunConfig, SequencePlacement
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
@@ -210,6 +210,8 @@ def resolve(
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
     check_sequence_parallel(run, world_size)
+    if run.train.sp_placement is SequencePlacement.EXPERT:
+        check_placement_by_expert(run, size, bool(values.get("use_data_before_expert_parallelism")))
     gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
     set_precision(values, run.train.precision, path)
     if gpu:
@@ -363,6 +365,30 @@ def check_sequence_parallel(run: RunConfig, world: int) -> None:
         raise ConfigError(
             f"sequence-parallel size {size} needs sequences of one length, and texts to classify have any; {remedy}"
         )
+
+
+def check_placement_by_expert(run: RunConfig, ep_size: int, strided: bool = False) -> None:
+    """Refuse to compute tokens on the rank of their experts where these are not on one, or not known ahead.
+
+    Raises:
+        ConfigError: no sequences or experts are shared, sizes do not divide, or the router adds rows of its own.
+    """
+    size, groups, moe = run.train.sequence_parallel_size, run.codebook.groups, run.moe
+    trouble = None
+    if size == 1 or ep_size == 1:
+        trouble = (
+            f"needs ranks that share sequences and experts, and there are --sp_size {size} and --ep_size {ep_size}"
+        )
+    elif size % ep_size or strided:
+        trouble = f"needs all {ep_size} ranks that share experts among the {size} that share sequences" + (
+            ", consecutive ones: leave use_data_before_expert_parallelism out" if strided else ""
+        )
+    elif not moe.facts.uses_codebook or moe.top_k:
+        trouble = "takes every token to its experts, which codes alone may name: set moe.router=vq and moe.top_k=0"
+    elif groups % ep_size:
+        trouble = f"needs all experts of a token on one rank: set codebook.groups to a multiple of --ep_size {ep_size}"
+    if trouble is not None:
+        raise ConfigError(f"train.sp_placement=expert {trouble}")
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

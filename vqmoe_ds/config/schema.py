@@ -60,6 +60,13 @@ class QKNorm(StrEnum):
     FULL = "full"
 
 
+class SequencePlacement(StrEnum):
+    """Values of ``train.sp_placement``."""
+
+    POSITION = "position"
+    EXPERT = "expert"
+
+
 class CodeMap(StrEnum):
     MOD = "mod"
     BALANCED = "balanced"
@@ -217,6 +224,13 @@ class CodebookConfig(Section):
     code_map: CodeMap = option(
         CodeMap.MOD, "code to expert: mod (k mod N, the paper's) or balanced by frequency when codes are initialized"
     )
+    groups: int = option(
+        1,
+        "groups of experts: a token's group, the same in every layer, is that of its first layer's expert; the code of "
+        "a later layer chooses within it",
+        ge=1,
+        le=MOST_EXPERTS,
+    )
     init: Literal["kmeans", "random"] = option("kmeans", "how codes are initialized; random: samples of the source")
     init_step: int = option(
         1,
@@ -298,6 +312,11 @@ class TrainConfig(Section):
         "ranks",
         ge=1,
         le=MOST_FEATURES,
+    )
+    sp_placement: SequencePlacement = option(
+        SequencePlacement.POSITION,
+        "where ranks that share sequences compute a token between attentions: position (each a stretch) or expert (on "
+        "the rank of its group of experts, so that no row travels to them)",
     )
     max_bad_steps: int = option(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1, le=MOST_STEPS)
 

@@ -151,7 +151,7 @@ def table_of_codes(model: MoETransformer) -> Tensor:
         )
     ids_1V = torch.arange(model.config.model.vocab_size).unsqueeze(0)
     z_VC = model.bank.prepare(model.source(ids_1V, model.embed(ids_1V)).flatten(0, 1))
-    return model.bank.code_map_LK.gather(1, model.bank.lookup_all(z_VC))
+    return model.bank.experts_of(model.bank.lookup_all(z_VC))
 
 
 def read_embeddings(path: str) -> Tensor:

@@ -37,6 +37,7 @@ SIZES = (
     "moe.expert_hidden",
     "codebook.num_codes",
     "codebook.code_dim",
+    "codebook.groups",
     "codebook.source",
     "codebook.distance",
     "codebook.context_window",

@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, RunConfig
+from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, RunConfig, SequencePlacement
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.models.rotary import rotate, rotate_qkv
-from vqmoe_ds.models.ulysses import to_heads, to_positions
+from vqmoe_ds.models.ulysses import from_homes, to_heads, to_homes, to_positions
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, sort_rows
+from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, plans_at_home, sort_rows
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.base import drawn
-from vqmoe_ds.moe.sequence import SequenceShare
+from vqmoe_ds.moe.sequence import Homes, SequenceShare
 from vqmoe_ds.moe.sources import EmbeddingSource
 
 
@@ -68,20 +68,25 @@ class Attention(nn.Module):
         self.register_buffer("cos_SF", angles.cos(), persistent=False)
         self.register_buffer("sin_SF", angles.sin(), persistent=False)
 
-    def forward(self, x_BSD: Tensor, past: BlockCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, past: BlockCache | None = None, homes: Homes | None = None) -> Tensor:
         batch, length, _ = x_BSD.shape
         share, earlier = (self.share, 0) if past is None else (None, past.position_of(length))
         start = earlier if share is None else share.span.start
+        places = slice(start, start + length) if homes is None else homes.positions_M
         qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
-        q, k, v = self._turned(qkv, self.cos_SF[start : start + length], self.sin_SF[start : start + length])
+        q, k, v = self._turned(qkv, self.cos_SF[places], self.sin_SF[places])
         if past is not None:
             k, v = past.append(k, v)
-        if share is not None:
+        if homes is not None:
+            q, k, v = from_homes(q, k, v, homes)
+        elif share is not None:
             q, k, v = to_heads(q, k, v, share)
         # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if earlier else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        if share is not None:
+        if homes is not None:
+            y = to_homes(y, homes)
+        elif share is not None:
             y = to_positions(y, share)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -130,9 +135,10 @@ class Block(nn.Module):
         ahead: Ahead,
         past: BlockCache | None = None,
         real_M: Tensor | None = None,
+        homes: Homes | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the stream ``[B, S, D]``, and of an MoE layer the auxiliary loss and the chosen experts ``[T, R]``."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past, homes)
         rows = self.mlp_norm(x_BSD)
         if real_M is not None:  # padding reaches no expert: to those the real tokens are one sequence
             rows = real_tokens(rows, real_M).unsqueeze(0)
@@ -225,29 +231,38 @@ class MoETransformer(nn.Module):
         targets that are not ``MASKED``, and 0 where all are. With a ``cache`` the tokens follow those read before, in
         evaluation mode and by a causal router.
         """
-        x_BSD, aux_loss = self.states(tokens_BS, cache)
+        homes, routes = self._homes(tokens_BS) if self._by_expert(cache) else (None, None)
+        x_BSD, aux_loss = self.states(tokens_BS, cache, homes=homes, routes=routes)
         logits_BSV = self.head(x_BSD)
         if targets_BS is None:
             return logits_BSV, aux_loss
         if self.share is not None:
             count = targets_BS.ne(MASKED).sum().clamp_min(1) / self.share.size
-            targets_BS = targets_BS[:, self.share.span]
+            targets_BS = targets_BS[:, self.share.span] if homes is None else homes.mine(targets_BS)
             return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), count), aux_loss
         return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()), aux_loss
 
     def states(
-        self, tokens_BS: Tensor, cache: Cache | None = None, real_BS: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        cache: Cache | None = None,
+        real_BS: Tensor | None = None,
+        homes: Homes | None = None,
+        routes: dict[int, Route] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalised states ``[B, S, D]`` after the last block, and the auxiliary loss of all routers.
 
         Args:
             real_BS: False where a token is padding, which must follow the real ones: MLPs, experts, routers, codebook
                 and all statistics never see it. None: all are real.
+            homes: of the tokens, where it is not their position that decides which this rank computes, with their
+                ``routes``; the states are then those of its tokens, ``[1, M, D]``.
         """
         real_M = None if real_BS is None else real_BS.flatten().nonzero().squeeze(1)
-        ids_BS, earlier = self._ids(tokens_BS, cache)
+        ids_BS, earlier = self._ids(tokens_BS, cache) if homes is None else (homes.mine(tokens_BS), 0)
         embedded_BSD = self.embed(ids_BS)
-        routes = self._routes_ahead(ids_BS, embedded_BSD, earlier, cache, real_M)
+        if routes is None:
+            routes = self._routes_ahead(ids_BS, embedded_BSD, earlier, cache, real_M)
         x_BSD = embedded_BSD[:, earlier:] if earlier else embedded_BSD
         context = RoutingContext(
             token_ids_T=real_tokens(ids_BS[:, earlier:], real_M),
@@ -265,10 +280,12 @@ class MoETransformer(nn.Module):
             if recompute:
                 # New in every forward: what an earlier micro-batch kept must not answer this one's recomputation.
                 ahead = replace(ahead, kept=Kept())
-                x_BSD, aux, experts_TR = checkpoint(block, x_BSD, known, ahead, None, real_M, use_reentrant=False)
+                x_BSD, aux, experts_TR = checkpoint(
+                    block, x_BSD, known, ahead, None, real_M, homes, use_reentrant=False
+                )
             else:
                 past = None if cache is None else cache.blocks[index]
-                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M)
+                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M, homes)
             if aux is not None:
                 aux_loss = aux_loss + aux
             if experts_TR is not None:
@@ -323,19 +340,48 @@ class MoETransformer(nn.Module):
         alone_M = tokens_M if cache is None and book.source is CodeSource.TOKEN_EMBEDDING else None
         return self._plan_from_source(real_tokens(source_BSD, real_M), alone_M)
 
+    def _by_expert(self, cache: Cache | None) -> bool:
+        """Whether tokens are computed on the rank of their experts; in training alone, and it changes no result."""
+        by_expert = self.config.train.sp_placement is SequencePlacement.EXPERT
+        return by_expert and self.share is not None and self.training and cache is None
+
+    def _homes(self, tokens_BS: Tensor) -> tuple[Homes, dict[int, Route]]:
+        """The rank of each token's experts, and the routes of this rank's tokens, which need no exchange."""
+        assert self.share is not None and self.source is not None
+        share, layer = self.share, self.moe_layers()[0]
+        ids_BS, earlier = self._ids(tokens_BS, None)
+        with torch.no_grad():  # every rank looks up a stretch, as in the other placement: so statistics are the same
+            source_BSD = self.source(ids_BS, self.embed(ids_BS), share.span.start - earlier)[:, earlier:]
+            tokens_T = ids_BS[:, earlier:].flatten()
+            alone_T = tokens_T if self.config.codebook.source is CodeSource.TOKEN_EMBEDDING else None
+            experts_LT = share.gather(self._look_up(source_BSD.flatten(0, 1), alone_T))
+            replicas = share.size // layer.ep_size
+            # Where several ranks hold a group, its tokens take turns.
+            turn_T = torch.arange(experts_LT.shape[1], device=experts_LT.device) % replicas
+            homes = Homes(share, turn_T * layer.ep_size + experts_LT[0] // layer.num_local_experts)
+            mine_LM = experts_LT[:, homes.mine_M]
+            first = layer.ep_rank * layer.num_local_experts
+            local = slice(first, first + layer.num_local_experts)
+            plans = plans_at_home(mine_LM.unsqueeze(-1), layer.num_experts, local)
+        return homes, {b: (ids_M, Ahead(plan)) for b, ids_M, plan in zip(self.moe_blocks, mine_LM, plans, strict=True)}
+
     def _plan_from_source(
         self, source_MD: Tensor, tokens_M: Tensor | None = None, first_block: int = 0, end_block: int | None = None
     ) -> dict[int, Route]:
-        assert self.bank is not None
-        bank, end = self.bank, len(self.blocks) if end_block is None else end_block
-        z_TC = bank.prepare(source_MD)
+        end = len(self.blocks) if end_block is None else end_block
         mine = [layer for layer, block in enumerate(self.moe_blocks) if first_block <= block < end]
         if not mine:
             return {}
         layers = slice(mine[0], mine[-1] + 1)
-        codes_LT = bank.lookup_all(z_TC, tokens_M)[layers]
-        bank.observe_all(layers, z_TC, codes_LT)
-        return self._plans(bank.code_map_LK[layers].gather(1, codes_LT), self.moe_blocks[layers])
+        return self._plans(self._look_up(source_MD, tokens_M, layers), self.moe_blocks[layers])
+
+    def _look_up(self, source_MD: Tensor, tokens_M: Tensor | None, layers: slice = slice(None)) -> Tensor:
+        """Experts that the codes of these vectors name, int64 ``[L, M]``; they count for the codes' statistics."""
+        assert self.bank is not None
+        z_TC = self.bank.prepare(source_MD)
+        codes_LT = self.bank.lookup_all(z_TC, tokens_M)[layers]
+        self.bank.observe_all(slice(*layers.indices(self.bank.num_layers)), z_TC, codes_LT)
+        return self.bank.experts_of(codes_LT, layers)
 
     def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, Route]:
         """Whole dispatch plans where the discrete row is the only one, else its experts and their sort."""

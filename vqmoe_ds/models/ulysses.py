@@ -2,6 +2,9 @@
 
 Outside attention a rank holds a part of the positions with all heads, inside it all positions of a part of the heads.
 
+Where a rank's positions are no stretch but wherever its M tokens stand (``Homes``), rows are put in the order of the
+sequences on arrival.
+
 Legend: P ranks of a group, B batch, S positions of a whole sequence, s = S / P of one rank, A heads, a = A / P of one
 rank, H width of a head; ``3`` stands for queries, keys and values.
 """
@@ -13,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.moe.dispatch import exchange_parts
-from vqmoe_ds.moe.sequence import SequenceShare
+from vqmoe_ds.moe.dispatch import exchange_parts, exchange_rows
+from vqmoe_ds.moe.kernels.combine import PermuteRows
+from vqmoe_ds.moe.sequence import Homes, SequenceShare
 
 
 def sequence_share(config: EngineConfig, rank: int) -> SequenceShare | None:
@@ -45,3 +49,26 @@ def to_positions(y_BaSH: Tensor, share: SequenceShare) -> Tensor:
     """Outputs of this rank's heads at all positions -> of all heads at this rank's positions, ``[B, A, s, H]``."""
     by_rank = y_BaSH.unflatten(2, (share.size, -1)).permute(2, 0, 1, 3, 4).contiguous()
     return exchange_parts(by_rank, share.group).transpose(0, 1).flatten(1, 2)
+
+
+def from_homes(q_1AMH: Tensor, k_1AMH: Tensor, v_1AMH: Tensor, homes: Homes) -> tuple[Tensor, Tensor, Tensor]:
+    """``to_heads`` of this rank's tokens, wherever they stand."""
+    share, count = homes.share, homes.counts[homes.share.rank]
+    all_M3AH = torch.cat([q_1AMH, k_1AMH, v_1AMH]).permute(2, 0, 1, 3)
+    by_rank_PM3aH = all_M3AH.unflatten(2, (share.size, -1)).permute(2, 0, 1, 3, 4)
+    heads = by_rank_PM3aH.shape[2:]
+    received = exchange_rows(
+        by_rank_PM3aH.reshape(share.size * count, -1), [count] * share.size, homes.counts, share.group
+    )
+    rows_T = PermuteRows.apply(received, homes.inverse_T, homes.order_T)
+    q, k, v = rows_T.view(-1, share.length, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def to_homes(y_BaSH: Tensor, homes: Homes) -> Tensor:
+    """``to_positions`` of this rank's tokens, wherever they stand: ``[1, A, M, H]``."""
+    share, count = homes.share, homes.counts[homes.share.rank]
+    heads, width = y_BaSH.shape[1], y_BaSH.shape[3]
+    rows_T = PermuteRows.apply(y_BaSH.transpose(1, 2).flatten(0, 1).flatten(1), homes.order_T, homes.inverse_T)
+    received = exchange_rows(rows_T, homes.counts, [count] * share.size, share.group)
+    return received.view(share.size, count, heads, width).transpose(1, 2).flatten(0, 1).unsqueeze(0)

@@ -130,6 +130,18 @@ class CodebookBank(SteppedState):
             return self.lookup_all(z_TC[place_U])[:, which_T]
         return nearest_codes(z_TC, self.codes_LKC)
 
+    def experts_of(self, codes_LT: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Experts that the codes of some layers name, int64 ``[L, T]``.
+
+        With ``config.groups`` above 1 the layers begin with the first one, whose expert names a token's group: the
+        experts ``g N / G`` to ``(g + 1) N / G`` of every layer.
+        """
+        experts_LT = self.code_map_LK[layers].gather(1, codes_LT)
+        if self.config.groups == 1:
+            return experts_LT
+        size = self.num_experts // self.config.groups
+        return experts_LT[:1] // size * size + experts_LT % size
+
     # ------------------------------------------------------------ statistics
 
     def clear_statistics(self) -> None:

@@ -191,6 +191,14 @@ def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
     ]
 
 
+@torch.no_grad()
+def plans_at_home(expert_ids_LTR: Tensor, num_experts: int, local: slice) -> list[DispatchPlan]:
+    """Plans of L layers whose rows are all for the local experts, those from ``local.start`` to ``local.stop``."""
+    rows = sort_rows(expert_ids_LTR, num_experts)
+    layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
+    return [DispatchPlan(rows.routes, order, inverse, ends, ends[local]) for order, inverse, ends in layers]
+
+
 def _exchange_counts(send_GLE: Tensor, group: Any) -> Tensor:
     received_GLE = torch.empty_like(send_GLE)
     comm().all_to_all_single(received_GLE, send_GLE, group=group)
@@ -278,6 +286,12 @@ def exchange_parts(parts_P: Tensor, group: Any) -> Tensor:
     one_each = [1] * len(parts_P)
     received: Tensor = _AllToAll.apply(parts_P.flatten(1), one_each, one_each, group, None, None)
     return received.view_as(parts_P)
+
+
+def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    """Uneven all-to-all of rows: so many in turn to each rank, and so many from each; the gradient travels back."""
+    received: Tensor = _AllToAll.apply(rows, send, receive, group, None, None)
+    return received
 
 
 class _AllToAll(torch.autograd.Function):

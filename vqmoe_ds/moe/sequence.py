@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.moe.communication import comm
+from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class SequenceShare:
         comm().all_reduce(total, group=self.group)
         return total / self.size
 
+    def gather(self, ids_LT: Tensor) -> Tensor:
+        """Whole numbers of this rank's tokens -> those of all ranks in the order of the sequences, ``[L, B * S]``."""
+        parts = [torch.empty_like(ids_LT) for _ in range(self.size)]
+        comm().all_gather(parts, ids_LT.contiguous(), group=self.group)
+        return torch.cat([part.unflatten(1, (-1, self.length // self.size)) for part in parts], dim=2).flatten(1)
+
     def sample(self, z_TC: Tensor, most: int) -> Tensor:
         """At most ``most`` evenly spaced vectors ``[M, C]`` of the whole sequences, zero where another rank holds them.
 
@@ -49,3 +56,30 @@ class SequenceShare:
         sequences_M, positions_M = places_M // self.length, places_M % self.length
         mine_M1 = (positions_M // here == self.rank).unsqueeze(1)
         return torch.where(mine_M1, z_TC[sequences_M * here + positions_M % here], z_TC.new_zeros(()))
+
+
+class Homes:
+    """The rank of a group that computes each token of its sequences between attentions, where it is not by position.
+
+    Args:
+        share: the group.
+        ranks_T: place in the group of the rank of each token ``b * S + s`` of the whole sequences.
+    """
+
+    def __init__(self, share: SequenceShare, ranks_T: Tensor) -> None:
+        order_1T, ends_1P = sort_by_kind(ranks_T.unsqueeze(0), share.size)
+        ends = ends_1P[0].tolist()
+        self.share, self.order_T, self.inverse_T = share, order_1T[0], invert(order_1T)[0]
+        self.counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        """Tokens of each rank."""
+        self.mine_M = self.order_T[ends[share.rank] - self.counts[share.rank] : ends[share.rank]]
+        """This rank's tokens, ascending."""
+
+    @property
+    def positions_M(self) -> Tensor:
+        """Where this rank's tokens stand in their sequences."""
+        return self.mine_M % self.share.length
+
+    def mine(self, x_BS: Tensor) -> Tensor:
+        """Values of this rank's tokens, as of one sequence: ``[1, M]``."""
+        return x_BS.flatten()[self.mine_M].unsqueeze(0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.schema import SequencePlacement
 from vqmoe_ds.planning.memory import (
     Group,
     accumulates_in_fp32,
@@ -67,9 +68,13 @@ def transfers(parameters: Parameters, config: EngineConfig) -> list[Transfer]:
 def _expert_rows(config: EngineConfig) -> list[Transfer]:
     """Rows to the experts and back, forward and backward.
 
-    Recomputed blocks take rows and plans from their first forward (``dispatch.Kept``) and exchange nothing again.
+    Recomputed blocks take rows and plans from their first forward (``dispatch.Kept``) and exchange nothing again. Where
+    tokens are computed on the rank of their experts, their numbers travel instead.
     """
     run, rounds, layers = config.run, config.accumulation_steps, moe_layers(config.run)
+    if run.train.sp_placement is SequencePlacement.EXPERT:
+        numbers = rounds * layers * config.tokens * config.sp_size * 8
+        return [Transfer("expert numbers", "all_gather", Over.SP, numbers, rounds)]
     calls, plans = 4 * layers * rounds, layers * rounds
     rows = calls * rows_of(config) * run.model.width * width_of(config)
     return [

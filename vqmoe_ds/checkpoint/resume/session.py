@@ -26,7 +26,9 @@ from vqmoe_ds.runtime.ranks import from_first
 STRUCTURE = {
     "model": None,
     "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend"),
-    "codebook": ("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning"),
+    "codebook": (
+        *("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning", "groups"),
+    ),
 }
 """Fields that decide whether a checkpoint fits a model (None: the whole section); routers add theirs."""
 

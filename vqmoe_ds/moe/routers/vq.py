@@ -68,6 +68,13 @@ class VQRouter(Router):
             raise ValueError(
                 f"codebook.source_block={book.source_block} must be under model.layers - 1 = {model.layers - 1}"
             )
+        if run.moe.num_experts % book.groups:
+            raise ValueError(f"codebook.groups={book.groups} does not divide moe.num_experts={run.moe.num_experts}")
+        if book.groups > 1 and not cls.known_ahead(run):
+            raise ValueError(
+                f"codebook.groups={book.groups} needs the codes of all layers before the first block: set "
+                "codebook.source to context, token_embedding or position_embedding"
+            )
         if book.code_dim > model.width:
             raise ValueError(f"codebook.code_dim={book.code_dim} exceeds model.width={model.width}")
         if book.source_momentum and book.source in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK):

@@ -277,7 +277,10 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
     """
     if arch == "mixtral":
         return _mixtral_options(config)
-    if reason := why_not_exported(config.moe):
+    reason = why_not_exported(config.moe)
+    if config.codebook.groups > 1 and reason is None:
+        reason = f"codebook.groups={config.codebook.groups}: the exported model's codes name one expert per layer"
+    if reason is not None:
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
     run["moe"]["router"] = config.moe.facts.exported_as
