@@ -210,8 +210,8 @@ def resolve(
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
     check_sequence_parallel(run, world_size)
-    if run.train.sp_placement is SequencePlacement.EXPERT:
-        check_placement_by_expert(run, size, bool(values.get("use_data_before_expert_parallelism")))
+    if trouble := placement_trouble(run, size, bool(values.get("use_data_before_expert_parallelism"))):
+        raise ConfigError(trouble)
     gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
     set_precision(values, run.train.precision, path)
     if gpu:
@@ -367,28 +367,28 @@ def check_sequence_parallel(run: RunConfig, world: int) -> None:
         )
 
 
-def check_placement_by_expert(run: RunConfig, ep_size: int, strided: bool = False) -> None:
-    """Refuse to compute tokens on the rank of their experts where these are not on one, or not known ahead.
+def placement_trouble(run: RunConfig, ep_size: int, strided: bool = False) -> str | None:
+    """Why tokens cannot be computed on the rank of their experts where ``train.sp_placement`` asks for it.
 
-    Raises:
-        ConfigError: no sequences or experts are shared, sizes do not divide, or the router adds rows of its own.
+    Args:
+        strided: whether the ranks that share experts are not consecutive.
     """
+    if run.train.sp_placement is not SequencePlacement.EXPERT:
+        return None
     size, groups, moe = run.train.sequence_parallel_size, run.codebook.groups, run.moe
-    trouble = None
     if size == 1 or ep_size == 1:
-        trouble = (
-            f"needs ranks that share sequences and experts, and there are --sp_size {size} and --ep_size {ep_size}"
-        )
-    elif size % ep_size or strided:
-        trouble = f"needs all {ep_size} ranks that share experts among the {size} that share sequences" + (
-            ", consecutive ones: leave use_data_before_expert_parallelism out" if strided else ""
-        )
+        found = f"needs ranks that share sequences and experts, and there are --sp_size {size} and --ep_size {ep_size}"
+    elif size % ep_size:
+        found = f"needs all {ep_size} ranks that share experts among the {size} that share sequences"
+    elif strided:
+        found = "needs consecutive ranks to share experts: leave use_data_before_expert_parallelism out"
     elif not moe.facts.uses_codebook or moe.top_k:
-        trouble = "takes every token to its experts, which codes alone may name: set moe.router=vq and moe.top_k=0"
+        found = "takes every token to its experts, which codes alone may name: set moe.router=vq and moe.top_k=0"
     elif groups % ep_size:
-        trouble = f"needs all experts of a token on one rank: set codebook.groups to a multiple of --ep_size {ep_size}"
-    if trouble is not None:
-        raise ConfigError(f"train.sp_placement=expert {trouble}")
+        found = f"needs all experts of a token on one rank: set codebook.groups to a multiple of --ep_size {ep_size}"
+    else:
+        return None
+    return f"train.sp_placement=expert {found}"
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vqmoe_ds.config.deepspeed_json import EngineConfig, check_sequence_parallel, in_words
+from vqmoe_ds.config.deepspeed_json import EngineConfig, check_sequence_parallel, in_words, placement_trouble
 from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.planning import memory, speed, traffic
@@ -159,7 +159,10 @@ def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
             f"moe.num_experts={experts} leaves more than {MOST_LOCAL_EXPERTS} experts a GPU at every expert-parallel "
             f"size of {ranks} ranks, and grouped products take no more; plan for more ranks (--nodes)"
         )
-    return sizes
+    troubles = [placement_trouble(run, n) for n in sizes]
+    if all(troubles):
+        raise ConfigError(str(troubles[-1]))
+    return [n for n, trouble in zip(sizes, troubles, strict=True) if trouble is None]
 
 
 def _micro_batches(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:

@@ -115,7 +115,7 @@ def estimate(
     hidden = min(behind, backward) if zero.get("overlap_comm", config.zero_stage == 3) else 0.0
     parts = {
         "compute": compute,
-        "all-to-all": of("expert rows", "row counts") * imbalance + of("heads and positions"),
+        "all-to-all": of("expert rows", "row counts") * imbalance + of("heads and positions", "expert numbers"),
         "gradients and gathers": behind - hidden,
         "new weights": 0.0 if config.zero_stage == 3 else gathers,
         "optimizer": _optimizer(config, cluster, memory),
