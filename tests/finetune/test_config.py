@@ -21,10 +21,10 @@ from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.routers import router_class
 from vqmoe_ds.config.schema import CodeSource
-from vqmoe_ds.finetune import run
 from vqmoe_ds.finetune.cli import build_parser
-from vqmoe_ds.finetune.config import classifier_config, starting_config
+from vqmoe_ds.finetune.config import check_batch, check_can_run, classifier_config, starting_config
 from vqmoe_ds.finetune.language import open_text
+from vqmoe_ds.finetune.run_folder import check_kind, check_same
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 ONE = Layout(0, 1, 1)
@@ -116,10 +116,10 @@ def test_experts_that_zero3_cannot_save_are_not_frozen(sources, tmp_path):
     reader, stage3 = open_checkpoint(sources / "vq"), {"zero_optimization": {"stage": 3}}
     head = {"finetune.trainable": "head"}
     with pytest.raises(ConfigError, match="cannot save frozen experts at ZeRO-3; take a DeepSpeed config of ZeRO 0 to"):
-        run.check_can_run(_resolve(tmp_path, reader, stage3, **head))
-    run.check_can_run(_resolve(tmp_path, reader, stage3))
-    run.check_can_run(_resolve(tmp_path, reader, stage3, **head, **{"moe.router": "dense"}))
-    run.check_can_run(_resolve(tmp_path, reader, {}, **head))
+        check_can_run(_resolve(tmp_path, reader, stage3, **head))
+    check_can_run(_resolve(tmp_path, reader, stage3))
+    check_can_run(_resolve(tmp_path, reader, stage3, **head, **{"moe.router": "dense"}))
+    check_can_run(_resolve(tmp_path, reader, {}, **head))
 
 
 @pytest.mark.parametrize("spec", ["raw.txt", "bytes"])
@@ -141,28 +141,28 @@ def test_text_of_another_tokenizer_is_refused(sources, tmp_path, spec):
 def test_a_run_folder_keeps_its_texts_and_its_splits(sources, tmp_path, section, name, theirs):
     config = _resolve(tmp_path, open_checkpoint(sources / "vq"), {})
     saved = config.run.model_dump(mode="json")
-    run.check_same(tmp_path, saved, config)
+    check_same(tmp_path, saved, config)
     saved[section][name] = theirs
     with pytest.raises(ConfigError, match=f"holds another fine-tuning: {section}.{name}={theirs} there, .* here"):
-        run.check_same(tmp_path, saved, config)
+        check_same(tmp_path, saved, config)
 
 
 def test_a_single_run_and_several_do_not_share_a_folder(tmp_path):
-    run.check_kind(tmp_path, several=True)
+    check_kind(tmp_path, several=True)
     (tmp_path / "seed-1").mkdir()
     with pytest.raises(ConfigError, match=r"holds several runs \(--seeds or --shots\)"):
-        run.check_kind(tmp_path, several=False)
+        check_kind(tmp_path, several=False)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match="holds a single run"):
-        run.check_kind(tmp_path, several=True)
+        check_kind(tmp_path, several=True)
 
 
 def test_a_batch_of_the_json_is_not_made_smaller_for_few_shots(sources, tmp_path):
     reader = open_checkpoint(sources / "vq")
     config = _resolve(tmp_path, reader, {"train_batch_size": 8})
     with pytest.raises(ConfigError, match='gives train_batch_size=8; write "auto" there'):
-        run.check_batch(config, 2, "zero2.json")
-    run.check_batch(config, 8, "zero2.json")
+        check_batch(config, 2, "zero2.json")
+    check_batch(config, 8, "zero2.json")
 
 
 def test_columns_by_short_names_and_paths_that_hold_from_anywhere(sources, tmp_path, monkeypatch):

@@ -13,12 +13,14 @@ from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.checkpoint.views.discrete import discrete_config
 from vqmoe_ds.checkpoint.whereabouts import whole_task, with_whole_paths
 from vqmoe_ds.config.cli import overrides_from_args
+from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, RunConfig, Trainable
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.ranks import Place
 
 COLUMNS = {"text_column": "finetune.text_key", "label_column": "finetune.label_key"}
 """Options and the fields that they set."""
@@ -173,3 +175,38 @@ def for_run(loaded: LoadedConfig, seed: int, shots: int) -> LoadedConfig:
         "finetune": run.finetune.model_copy(update={"shots": shots}),
     }
     return replace(loaded, config=run.model_copy(update=sections))
+
+
+def with_numbers_of_json(loaded: LoadedConfig, args: argparse.Namespace, place: Place) -> LoadedConfig:
+    """Apply the JSON's batch size before the data are read, so that what cannot run is refused now."""
+    config = resolve(args.ds_config, loaded, place.world_size, args.ep_size)
+    check_can_run(config)
+    return replace(loaded, config=config.run)
+
+
+def check_can_run(config: EngineConfig) -> None:
+    """Refuse a layout at which DeepSpeed would fail hours later.
+
+    Raises:
+        ConfigError: frozen experts at ZeRO-3, which it cannot save.
+    """
+    frozen = config.run.finetune.trainable is Trainable.HEAD and config.run.moe.facts.has_experts
+    if frozen and config.zero_stage == 3:
+        raise ConfigError(
+            "finetune.trainable=head freezes the experts, and DeepSpeed cannot save frozen experts at ZeRO-3; "
+            "take a DeepSpeed config of ZeRO 0 to 2"
+        )
+
+
+def check_batch(config: EngineConfig, wanted: int, path: str) -> None:
+    """Refuse a JSON whose batch is not the one that was made smaller for few shots.
+
+    Raises:
+        ConfigError: it gives another.
+    """
+    size = config.run.train.batch_size
+    if size != wanted:
+        raise ConfigError(
+            f"so few texts are trained on in batches of {wanted}, and DeepSpeed config {path} gives "
+            f'train_batch_size={size}; write "auto" there'
+        )
