@@ -46,7 +46,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     Raises:
         RankFailure: with the traceback of the first rank that failed; all others are killed.
     """
-    _import_what_engines_import()
+    import_what_engines_import()
     torch.set_num_threads(1)  # a child must not inherit a pool of threads that do not exist in it
     context = multiprocessing.get_context("fork")
     port = _free_port()
@@ -68,7 +68,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
 
 
 @functools.cache
-def _import_what_engines_import() -> None:
+def import_what_engines_import() -> None:
     """Three seconds here, once, instead of ten in every launch: ``deepspeed.initialize`` imports lazily."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compile workers
     for name in ("muon.muon_optimizer", "stage_1_and_2", "stage3"):

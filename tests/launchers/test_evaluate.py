@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.launchers.test_pretrain import ROOT, SMALL, _free_port, _wait_for, environment, run
 
 LAUNCHER = [sys.executable, str(ROOT / "launchers/evaluate.py")]
@@ -34,7 +35,7 @@ def finished(tmp_path_factory) -> Path:
 def scored(finished) -> tuple[str, dict]:
     """What one process shows and writes about the run's own held-out text."""
     arguments = [str(finished / "run"), "--stride", "32", *DAMAGE, "--json", str(finished / "one.json")]
-    result = run(arguments, LAUNCHER)
+    result = run(arguments, LAUNCHER, cold=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result.stdout, json.loads((finished / "one.json").read_text())
@@ -81,7 +82,7 @@ def _means(figures: dict) -> list[dict]:
 def test_a_killed_evaluation_leaves_no_half_file(finished, tmp_path):
     arguments = [str(finished / "run"), "--corruptions", "all", "--seeds", "300", "--json", str(tmp_path / "out.json")]
     place = {**environment(), "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([*LAUNCHER, *arguments], stdout=subprocess.DEVNULL, env=place)
+    process = warm.Popen([*LAUNCHER, *arguments], stdout=subprocess.DEVNULL, env=place)
     _wait_for(lambda: bool(list(tmp_path.glob("vqmoe_evaluate_*.log"))), process)
     time.sleep(2.5)
     assert process.poll() is None
@@ -92,17 +93,8 @@ def test_a_killed_evaluation_leaves_no_half_file(finished, tmp_path):
 
 def test_without_a_killed_rank_the_others_leave_and_name_it(finished):
     arguments = [*LAUNCHER, str(finished / "run"), "--corruptions", "all", "--seeds", "300", "--peer_timeout", "2"]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    pipe = subprocess.PIPE
+    ranks = warm.start_ranks(2, arguments, _free_port(), environment(), stdout=pipe, stderr=pipe, text=True)
     try:
         assert ranks[0].stdout.readline().startswith("2 ranks score "), ranks[0].communicate()
         ranks[1].kill()

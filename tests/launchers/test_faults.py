@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _wait_for, environment, losses
 from vqmoe_ds.checkpoint.io.store import find_newest, verify
 
@@ -33,7 +34,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def start(arguments: list[str], launcher: list[str] = LAUNCHER) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen([*launcher, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment())
+    popen = warm.Popen if launcher is LAUNCHER else subprocess.Popen
+    return popen([*launcher, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment())
 
 
 def _move(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import warm
 from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.launchers.test_pretrain import ROOT, _free_port, _wait_for, environment, run
@@ -58,7 +59,7 @@ def result_of(run_dir: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(place, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = run(arguments(place, run_dir), LAUNCHER)
+    result = run(arguments(place, run_dir), LAUNCHER, cold=True)
     assert result.returncode == 0, result.stderr
     return run_dir, result
 
@@ -84,7 +85,7 @@ def test_the_run_folder_holds_what_the_docs_promise(finished):
 
 def test_killed_in_the_middle_it_comes_to_the_same_summary(place, finished, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen([*LAUNCHER, *arguments(place, run_dir)], stdout=subprocess.DEVNULL, env=environment())
+    process = warm.Popen([*LAUNCHER, *arguments(place, run_dir)], stdout=subprocess.DEVNULL, env=environment())
     _wait_for(lambda: list((run_dir / "checkpoints").glob("global_step*/manifest.json")), process)
     process.kill()
     process.wait()
@@ -148,7 +149,7 @@ def test_new_texts_get_the_predictions_of_the_best_checkpoint(place, finished, t
 @pytest.mark.slow
 def test_a_signal_stops_it_and_two_ranks_go_on_from_there_to_the_same_result(place, finished, tmp_path):
     run_dir = tmp_path / "run"
-    process = subprocess.Popen([*LAUNCHER, *arguments(place, run_dir)], stdout=subprocess.DEVNULL, env=environment())
+    process = warm.Popen([*LAUNCHER, *arguments(place, run_dir)], stdout=subprocess.DEVNULL, env=environment())
     _wait_for(lambda: list((run_dir / "checkpoints").glob("global_step*/manifest.json")), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75

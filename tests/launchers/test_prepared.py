@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +11,9 @@ import pytest
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests import warm
 from tests.data.test_tokenizers import train_json_tokenizer
-from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _free_port, _wait_for, environment, losses, run
+from tests.launchers.test_pretrain import LAUNCHER, SMALL, _free_port, _wait_for, environment, losses, run
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.data.prepare import build_parser as prepare_parser
 from vqmoe_ds.data.prepare import main as prepare_main
@@ -74,12 +72,13 @@ def test_the_vocabulary_the_checksum_and_the_bytes_are_those_of_the_tokenizer(fi
 
 def test_killed_on_two_ranks_it_goes_on_on_one_with_the_losses_of_a_run_never_stopped(arguments, finished, folder):
     run_dir = folder / "killed"
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
-    command += [str(ROOT / "launchers/pretrain.py"), *arguments, "--run_dir", str(run_dir)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment(), start_new_session=True)
-    _wait_for(lambda: (run_dir / "checkpoints/global_step0000004/manifest.json").exists(), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    command = [*LAUNCHER, *arguments, "--run_dir", str(run_dir)]
+    ranks = warm.start_ranks(2, command, _free_port(), environment(), stdout=subprocess.DEVNULL)
+    _wait_for(lambda: (run_dir / "checkpoints/global_step0000004/manifest.json").exists(), ranks[0])
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
     result = run([*arguments, "--run_dir", str(run_dir)])
     assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stdout
@@ -110,8 +109,8 @@ def test_data_that_cannot_work_is_answered_at_once_with_one_sentence(arguments, 
     started = time.monotonic()
     weights = [text.rpartition(":") for text in data]
     paths = [f"{weight}{colon}{folder / name}" for weight, colon, name in weights]
-    command = [*LAUNCHER, *arguments[:4], "--data", *paths, "--run_dir", str(tmp_path / "run"), *more]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    words = [*arguments[:4], "--data", *paths, "--run_dir", str(tmp_path / "run"), *more]
+    result = run(words, timeout=60, cold=data == ["nameless"])
     assert result.returncode == 2, result.stderr
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1

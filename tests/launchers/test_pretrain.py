@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = [sys.executable, str(ROOT / "launchers/pretrain.py")]
 SMALL = """
@@ -41,9 +43,11 @@ def small(tmp_path_factory) -> list[str]:
     return [*arguments, "--data", str(folder / "text.txt")]
 
 
-def run(arguments: list[str], launcher: list[str] | None = None, timeout: float = 120, **kwargs):
+def run(arguments: list[str], launcher: list[str] | None = None, timeout: float = 120, cold: bool = False, **kwargs):
+    """Run a launcher to its end; ``cold``: in a new interpreter, as every launch by another program than Python is."""
     command = [*(launcher or LAUNCHER), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), **kwargs)
+    start = subprocess.run if cold or command[0] != sys.executable else warm.run
+    return start(command, capture_output=True, text=True, timeout=timeout, env=environment(), **kwargs)
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -55,7 +59,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 def finished(small, tmp_path_factory):
     """One run that nothing disturbed."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = run([*small, "--run_dir", str(run_dir)])
+    result = run([*small, "--run_dir", str(run_dir)], cold=True)
     assert result.returncode == 0, result.stderr
     return run_dir, result
 
@@ -94,7 +98,7 @@ def test_the_loss_falls(finished):
 def test_killed_in_the_middle_it_goes_on_bit_identically_from_the_newest_whole_checkpoint(small, finished, tmp_path):
     run_dir = tmp_path / "run"
     arguments = [*small, "--run_dir", str(run_dir), "--set", "run.keep_last=0"]
-    process = subprocess.Popen([*LAUNCHER, *arguments], stdout=subprocess.DEVNULL, env=environment())
+    process = warm.Popen([*LAUNCHER, *arguments], stdout=subprocess.DEVNULL, env=environment())
     _wait_for(lambda: (run_dir / "checkpoints/global_step0000008/manifest.json").exists(), process)
     process.kill()
     process.wait()
@@ -133,7 +137,8 @@ def test_a_folder_of_damaged_checkpoints_stops_the_run_which_leaves_it_as_it_is(
 def test_a_signal_finishes_the_step_saves_and_exits_75(small, finished, tmp_path, number):
     run_dir = tmp_path / "run"
     arguments = [*small, "--run_dir", str(run_dir)]
-    process = subprocess.Popen([*LAUNCHER, *arguments], stdout=subprocess.PIPE, text=True, env=environment())
+    start = subprocess.Popen if number == signal.SIGTERM else warm.Popen
+    process = start([*LAUNCHER, *arguments], stdout=subprocess.PIPE, text=True, env=environment())
     _wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= 2, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -216,8 +221,8 @@ def test_two_ranks_through_the_deepspeed_launcher_with_expert_parallelism(small,
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--set", "moe.num_expert=4"], "did you mean moe.num_experts?"),
         (["--data", "/nowhere/text"], "data path /nowhere/text does not exist"),
+        (["--set", "moe.num_expert=4"], "did you mean moe.num_experts?"),
         (["--preset", "tinny"], "did you mean tiny?"),
         (["--ds_config", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--ep_size", "2"], "does not divide the 1 ranks"),
@@ -227,7 +232,7 @@ def test_two_ranks_through_the_deepspeed_launcher_with_expert_parallelism(small,
 )
 def test_bad_input_is_answered_at_once_with_one_sentence(small, tmp_path, extra, sentence):
     started = time.monotonic()
-    result = run([*small, "--run_dir", str(tmp_path / "run"), *extra])
+    result = run([*small, "--run_dir", str(tmp_path / "run"), *extra], cold=extra[0] == "--data")
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
