@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from tests import warm
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.open import open_checkpoint
@@ -34,7 +34,7 @@ def test_universal_checkpoints_of_deepspeed_load_into_an_engine(tmp_path: Path) 
     run_ranks(2, _save, str(tmp_path))
     tag = tmp_path / "checkpoints/global_step0000002"
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tag)]
-    done = subprocess.run([*command, "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True)
+    done = warm.run([*command, "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [weights] = run_ranks(1, _load, str(tmp_path))
     reader = open_checkpoint(tag)

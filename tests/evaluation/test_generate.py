@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import warm
 from tests.evaluation.routed_models import LENGTH, VOCAB, model_of
 from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader
@@ -211,9 +212,9 @@ def test_the_tool_finds_its_processor_and_says_only_what_matters(checkpoint, ask
     assert result.stderr.count(b"\n") == (1 if code else 0)
 
 
-def _at_a_terminal(checkpoint: str) -> tuple[subprocess.Popen, int]:
+def _at_a_terminal(checkpoint: str) -> tuple[warm.Popen, int]:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, str(TOOL), checkpoint, "--tokens", "5"],
         **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True},
         # Tests that a shell started in the background ignore Ctrl-C, and so would their children.

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import warm
 from tests.experiments.test_grid import GRID
 from vqmoe_ds.experiments.compare import build_parser, main
 from vqmoe_ds.experiments.runs import Runner
@@ -42,7 +43,7 @@ def _environment() -> dict[str, str]:
 
 def test_killed_in_the_middle_the_same_command_goes_on_and_reports(command, tmp_path, capsys):
     run_dir, command = tmp_path / "out/words/top-2/seed-1", [*command, "--only", "top-2"]
-    tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=_environment())
+    tool = warm.Popen(command, stdout=subprocess.DEVNULL, env=_environment())
     _wait_for(lambda: list(run_dir.glob("checkpoints/*/manifest.json")), tool)
     tool.kill()  # its run goes on, so it is killed too, as a machine that goes down would
     tool.wait()
@@ -83,7 +84,7 @@ def test_two_tools_never_work_in_one_run_folder(tmp_path):
 
 def test_a_run_that_fails_is_told_by_its_last_words_and_the_others_go_on(command, tmp_path):
     prefix = ["--prefix", "sh -c 'echo error: no such luck >&2; exit 3' --"]
-    result = subprocess.run([*command, *prefix], capture_output=True, text=True, env=_environment(), timeout=60)
+    result = warm.run([*command, *prefix], capture_output=True, text=True, env=_environment(), timeout=60)
     assert result.returncode == 1
     assert result.stderr.count("failed: ") == 2
     assert "words | top-2 | seed 1: exit code 3, error: no such luck (" in result.stderr

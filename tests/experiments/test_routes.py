@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import warm
 from tests.evaluation.routed_models import CASES, model_of, tokens_of
 from vqmoe_ds.experiments import routes
 
@@ -49,7 +49,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["launchers/pretrain.py", "--config", "small.yaml", "--data", "text.txt", "--run_dir", "run"]
     words = [sys.executable, str(ROOT / command[0]), *command[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
+    done = warm.run(words, cwd=folder, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     return folder / "run"
 
 

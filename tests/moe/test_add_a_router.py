@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests import warm
 from tests.moe.contracts import check_router
 from vqmoe_ds.config import routers as registry
 from vqmoe_ds.config.load import field_table, load_config
@@ -70,14 +72,14 @@ def test_it_trains_resumes_evaluates_and_generates_from_the_command_line(tmp_pat
     train = ["launchers/pretrain.py", "--config", "small.yaml", "--data", "text.txt", "--run_dir", "run"]
     plug = ["--plugin", "my_router.py"]
 
-    def ran(*words: str, code: int = 0) -> str:
+    def ran(*words: str, code: int = 0, start: Any = warm.run) -> str:
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = start(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
-    ran(*train, *plug, "--train_steps", "3")
+    ran(*train, *plug, "--train_steps", "3", start=subprocess.run)
     assert "resumed from" in ran(*train, *plug, "--train_steps", "5")
     assert "bits/byte" in ran("launchers/evaluate.py", "run", *plug)
     assert "step 5" in ran("tools/inspect_checkpoint.py", "run", *plug)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from vqmoe_ds.runtime import parents
 
 _HEAR = """
@@ -55,11 +56,11 @@ print("ended by", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), STOP.reaso
 """
 
 
-def _start(code: str, **more: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", _HEAR + code], stdout=subprocess.PIPE, text=True, **more)
+def _start(code: str, **more: object) -> warm.Popen:
+    return warm.Popen([sys.executable, "-c", _HEAR + code], stdout=subprocess.PIPE, text=True, **more)
 
 
-def _ready(process: subprocess.Popen[str]) -> None:
+def _ready(process: warm.Popen) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
 
@@ -72,7 +73,7 @@ def test_a_signal_ends_a_process_that_waits_in_cpp(number: signal.Signals) -> No
     process.send_signal(number)
     assert process.communicate(timeout=20)[0] == f"{number.name}\n"
     assert process.returncode == 75
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
 
 
 def test_while_there_is_something_to_save_a_request_waits() -> None:
@@ -162,9 +163,9 @@ def test_ranks_leave_when_their_launcher_is_killed(command: list[str], who: str,
         if when == "starting":
             time.sleep(0.5)
             (tmp_path / "go").touch()
-        assert "the end of its launcher" in _text(tmp_path / "left0", 10)
+        assert "the end of its launcher" in _text(tmp_path / "left0", 30)
         while any(_alive(pid) for pid, _ in places):
-            assert time.monotonic() - killed < 10
+            assert time.monotonic() - killed < 40
             time.sleep(0.05)
     finally:
         launcher.kill()
@@ -197,7 +198,7 @@ def test_a_launcher_that_is_still_exiting_is_gone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(parents, "_was_started_with", lambda variable, pid: False)
     reasons: list[str] = []
     parents.watch_launcher(reasons.append)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not reasons and time.monotonic() < deadline:
         time.sleep(0.01)
     assert reasons == ["the end of its launcher"]

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests import warm
 from tests.huggingface import load_back, tokens_of
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.models.transformer import MoETransformer
@@ -157,7 +158,7 @@ def test_the_tool_writes_a_portable_checkpoint_that_trains(tmp_path: Path) -> No
     loss, aux = model.train()(tokens_of(), tokens_of(seed=1))
     (loss + aux).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = warm.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--force" in again.stderr
 
 
