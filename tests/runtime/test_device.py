@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import warm
 from tests.distributed import _free_port
 from tests.fake_gpu import fake_gpus
 from tests.launchers.test_pretrain import ROOT, environment, run, small  # noqa: F401 (a fixture)
@@ -93,7 +94,8 @@ def test_commands_refuse_other_accelerators_in_one_sentence(tmp_path, command):
     arguments += ["--run_dir", str(tmp_path / "run")] if "pretrain" in command else []
     clean = {**environment(), "DS_ACCELERATOR": "xpu"}
     line = [sys.executable, command, *arguments]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=120, env=clean, cwd=ROOT)
+    start = subprocess.run if "tools" in command else warm.run
+    result = start(line, capture_output=True, text=True, timeout=120, env=clean, cwd=ROOT)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: DS_ACCELERATOR=xpu is not supported here")
     assert result.stderr.count("\n") == 1

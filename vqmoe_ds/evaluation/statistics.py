@@ -56,10 +56,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(float(np.mean(values)), error, len(values))
 
 
-def paired_difference(
-    ours: Mapping[Pair, float], theirs: Mapping[Pair, float], confidence: float = 0.95
-) -> Difference | None:
-    """``ours - theirs`` over the seeds (or other keys) that both have, with Student's t interval; None without any.
+def paired_difference(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> Difference | None:
+    """``ours - theirs`` over the seeds (or other keys) that both have, with Student's 95% interval; None without any.
 
     At one seed both started from the same weights and saw the same data, so what they share cancels.
     """
@@ -69,5 +67,5 @@ def paired_difference(
     mean = mean_of([ours[seed] - theirs[seed] for seed in seeds])
     if mean.error is None:
         return Difference(mean.mean, None, None, 1)
-    reach = float(stats.t.ppf((1 + confidence) / 2, mean.seeds - 1)) * mean.error
+    reach = float(stats.t.ppf(0.975, mean.seeds - 1)) * mean.error
     return Difference(mean.mean, mean.mean - reach, mean.mean + reach, mean.seeds)

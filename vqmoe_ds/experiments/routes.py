@@ -30,7 +30,6 @@ from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.runtime.extras import library
 
-REFERENCE = "fp32"
 WAYS = ("bf16", "cached", "hf", "mixtral")
 """bf16: weights in bfloat16; cached: token after token from a cache; hf, mixtral: the exported model in fp32."""
 

@@ -76,18 +76,15 @@ def split_shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
-def write_safetensors(
-    path: Path, entries: list[Entry], metadata: dict[str, str] | None = None, tell: Callable[[int], Any] | None = None
-) -> Sealed:
+def write_safetensors(path: Path, entries: list[Entry], tell: Callable[[int], Any] | None = None) -> Sealed:
     """Write a file one stretch of values at a time; flushed to disk, not renamed.
 
     Args:
         path: file to write.
         entries: its tensors in order.
-        metadata: text for the header's ``__metadata__``.
         tell: called with the number of bytes written after each stretch.
     """
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for entry in entries:
         offsets = [place, place + entry.nbytes]
