@@ -87,9 +87,11 @@ def load_config(
     named = [f"{section}.{name}" for section, part in given.items() if isinstance(part, dict) for name in part]
     notes = tuple(deprecation(name) for name in dict.fromkeys([*named, *(overrides or {})]) if name in RENAMED)
     values = _merge(values, given, explicit)
+    known = _fields() if overrides else []
     for name, value in (overrides or {}).items():
         name = RENAMED.get(name, name)
-        _check_key(name)
+        if name not in known:
+            raise ConfigError(f"--set {shown(name)[1:-1]}: no such field; {_meant(name, known)}")
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
@@ -203,12 +205,6 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], explicit: set[str]) -> d
         else:
             merged[section] = fields
     return merged
-
-
-def _check_key(name: str) -> None:
-    known = _fields()
-    if name not in known:
-        raise ConfigError(f"--set {shown(name)[1:-1]}: no such field; {_meant(name, known)}")
 
 
 def _sentence(error: ValidationError) -> str:
