@@ -23,6 +23,7 @@ from vqmoe_ds.models.ulysses import from_homes, to_heads, to_homes, to_positions
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, plans_at_home, sort_rows
+from vqmoe_ds.moe.expert_store import ExpertStore
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.base import drawn
@@ -165,6 +166,8 @@ class MoETransformer(nn.Module):
 
     token_table_LV: Tensor | None
     share: SequenceShare | None = None
+    expert_store: ExpertStore | None = None
+    """Where the experts are, if not in the layers: it is told of all that are known ahead."""
 
     def __init__(
         self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
@@ -385,6 +388,8 @@ class MoETransformer(nn.Module):
 
     def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, Route]:
         """Whole dispatch plans where the discrete row is the only one, else its experts and their sort."""
+        if self.expert_store is not None:
+            self.expert_store.expect_ahead(self.moe_blocks.index(blocks[0]), experts_LT)
         layer, experts_LT1 = self.moe_layers()[0], experts_LT.unsqueeze(-1)
         moe = self.config.moe
         if moe.facts.rows_per_token(moe, self.config.router) > 1:

@@ -76,12 +76,16 @@ class StackedExperts(nn.Module):
         w3: Tensor = self.w3
         if not x_PD.is_cpu:
             return grouped_experts(x_PD, w1, w2, w3, ends_E)
-        counts_E = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
-        if torch.is_autocast_enabled("cpu"):  # autocast does not look into functions of our own
-            dtype = torch.get_autocast_dtype("cpu")
-            x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
-        experts = CompiledExperts if supports(x_PD.dtype, self.width, self.hidden) else _PlainExperts
-        return experts.apply(x_PD, w1, w2, w3, counts_E)
+        return run_on_cpu(x_PD, w1, w2, w3, [end - start for start, end in pairwise([0, *ends_E.tolist()])])
+
+
+def run_on_cpu(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
+    """Run rows sorted by expert through stacked experts with so many rows each, ``[P, D]`` -> ``[P, D]``."""
+    if torch.is_autocast_enabled("cpu"):  # autocast does not look into functions of our own
+        dtype = torch.get_autocast_dtype("cpu")
+        x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
+    experts = CompiledExperts if supports(x_PD.dtype, *w2.shape[1:]) else _PlainExperts
+    return experts.apply(x_PD, w1, w2, w3, counts_E)
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:

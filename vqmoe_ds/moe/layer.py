@@ -6,7 +6,7 @@ Legend: B batch, S sequence, T = B * S tokens, D width, N experts, E local exper
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -55,13 +55,15 @@ class MoELayer(KeepsPrecision):
     tokens_per_expert: Tensor
     """Rows that each of the N experts got from this rank in training, float64 ``[N]``; whoever reads it may zero it."""
 
+    experts_class: ClassVar[type[StackedExperts]] = StackedExperts
+
     def __init__(self, config: LayerConfig, group: Any = None) -> None:
         nn.Module.__init__(self)
         self.config, self.layer = config, config.layer
         self.ep_size, self.ep_rank, self.ep_group = config.ep_size, config.ep_rank, None
         self.num_experts = config.moe.num_experts
         self.num_local_experts = self.num_experts // self.ep_size
-        self.experts = StackedExperts(
+        self.experts = self.experts_class(
             width=config.width,
             hidden=config.moe.expert_hidden,
             num_local=self.num_local_experts,

@@ -1,0 +1,330 @@
+"""Experts that stay in a file and are brought into a bounded memory before their layer needs them.
+
+Legend: P rows sorted by expert, E experts of a layer, L layers, T tokens, D model width, H expert hidden width.
+
+Reading threads bring in what is *expected*, in the order of use: layers in order, and within a layer the experts with
+most rows first, as they are computed. Where routes are known ahead, the experts of all layers are expected before the
+first block and reading goes on beside computing; of a learned router a layer's experts are expected once it has routed
+(on demand). Nothing is guessed, so nothing is read in vain.
+
+A brought-in expert stays until its room is needed. Then goes the least recently used of those that nobody expects; if
+all are expected, the one that is used last, provided that this is later than what is to be read. So the next expert in
+the order of use always finds room, and one room is enough.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqmoe_ds.moe.experts import StackedExperts, run_on_cpu
+from vqmoe_ds.moe.kernels.experts import check_counts
+from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.workers import run_experts
+from vqmoe_ds.runtime.errors import ConfigError
+
+READERS = 4
+"""Reading threads; a disk answers several requests at once faster than one after the other."""
+PARTS = ("w1", "w2", "w3")
+"""Matrices of an expert, each read on its own, so that even a single expert is read by several threads."""
+Key = tuple[int, int]
+"""(MoE layer, expert)."""
+NEVER = (-1, -1)
+"""Place of an expert that nobody expects."""
+
+
+def part_shapes(width: int, hidden: int) -> dict[str, tuple[int, int]]:
+    """Shape of each of an expert's matrices."""
+    return {"w1": (hidden, width), "w2": (width, hidden), "w3": (hidden, width)}
+
+
+class Source(NamedTuple):
+    """The experts of a model in their files.
+
+    Attributes:
+        name: of the model, for sentences.
+        layers: MoE layers.
+        experts: experts E of each.
+        width, hidden: D and H.
+        dtype: of the weights in memory.
+        fetch: ``fetch(layer, expert, part, out)`` fills one of ``PARTS``, in any thread; its errors reach the forward
+            pass that waits for the expert.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    width: int
+    hidden: int
+    dtype: torch.dtype
+    fetch: Callable[[int, int, str, Tensor], None]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in memory."""
+        return 3 * self.hidden * self.width * self.dtype.itemsize
+
+
+class Room:
+    """One expert's weights in memory, and who needs them."""
+
+    def __init__(self, number: int, weights: dict[str, Tensor]) -> None:
+        self.number, self.weights = number, weights
+        self.unread, self.users = len(PARTS), 0
+
+
+class ExpertStore:
+    """A budget of memory for experts, and the threads that fill it.
+
+    Args:
+        source: where experts come from.
+        budget: bytes of experts held at once, at most. Reading threads need a few MiB beside it.
+
+    Raises:
+        ConfigError: the budget is smaller than one expert.
+    """
+
+    def __init__(self, source: Source, budget: int) -> None:
+        size = source.expert_bytes
+        if budget < size:
+            raise ConfigError(
+                f"--expert_memory of {budget:,} bytes is less than one expert of {source.name} takes; give {size:,} "
+                f"or more, such as --expert_memory {-(-size // 1024)}KiB"
+            )
+        self.source = source
+        self.rooms = min(budget // size, source.layers * source.experts)
+        self._memory = torch.empty(self.rooms, size // source.dtype.itemsize, dtype=source.dtype)
+        self._free = list(range(self.rooms))
+        self._held: OrderedDict[Key, Room] = OrderedDict()  # the least recently used first
+        self._expected: dict[int, dict[int, int]] = {}  # layer -> its experts that are still to be used -> place
+        self._parts: list[tuple[Key, str]] = []  # begun and not yet taken by a thread
+        self._lock = threading.Lock()
+        self._work, self._ready = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._threads: list[threading.Thread] = []
+        self._error: BaseException | None = None
+        self._closed = False
+        self.reads = self.uses = self.most_held = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of experts brought in so far."""
+        return self.reads * self.source.expert_bytes
+
+    @property
+    def most_bytes_held(self) -> int:
+        """Bytes of experts held at once so far, at most."""
+        return self.most_held * self.source.expert_bytes
+
+    def summary(self) -> str:
+        """What was read and held so far, in one line."""
+        held, size = self.most_bytes_held / 2**20, self.source.expert_bytes / 2**20
+        return (
+            f"experts: {self.uses:,} used, {self.reads:,} of them read ({self.bytes_read / 2**20:,.1f} MiB); at most "
+            f"{held:,.1f} MiB held of {size:,.2f} MiB each"
+        )
+
+    # ------------------------------------------------------------ what a model calls
+
+    def expect(self, layer: int, rows_E: list[int]) -> None:
+        """Read the experts of a layer that have rows, those with most first; replaces what was expected of it."""
+        order = in_order_of_use(rows_E)
+        with self._lock:
+            self._expected[layer] = {expert: place for place, expert in enumerate(order)}
+            self._start()
+            self._work.notify_all()
+
+    def expect_ahead(self, first: int, experts_LT: Tensor) -> None:
+        """``expect`` for consecutive layers from ``first`` on, by the experts of their tokens, int64 ``[L, T]``."""
+        for layer, experts_T in enumerate(experts_LT, first):
+            self.expect(layer, experts_T.bincount(minlength=self.source.experts).tolist())
+
+    def forget(self, layer: int) -> None:
+        """Expect nothing more of a layer."""
+        with self._lock:
+            self._expected.pop(layer, None)
+            self._work.notify()
+
+    @contextmanager
+    def lent(self, layer: int, expert: int) -> Iterator[dict[str, Tensor]]:
+        """The weights of an expected expert, by the names of ``PARTS``; they stay as they are inside.
+
+        Raises:
+            CheckpointError: they, or others that were expected, could not be read.
+        """
+        key = layer, expert
+        with self._lock:
+            while (room := self._held.get(key)) is None or room.unread:
+                self._check()
+                self._ready.wait()
+            room.users += 1
+        try:
+            yield room.weights
+        finally:
+            with self._lock:
+                room.users -= 1
+                self.uses += 1
+                self._held.move_to_end(key)
+                self._expected.get(layer, {}).pop(expert, None)
+                self._work.notify()
+
+    def close(self) -> None:
+        """End the threads; whoever waits for an expert gets an error."""
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
+            self._ready.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise RuntimeError("the store of experts is closed")
+
+    # ------------------------------------------------------------ reading threads
+
+    def _start(self) -> None:
+        if not self._threads and not self._closed:
+            self._threads = [
+                threading.Thread(target=self._read, name="expert reader", daemon=True) for _ in range(READERS)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _read(self) -> None:
+        while (job := self._next()) is not None:
+            (layer, expert), part, room = job
+            try:
+                self.source.fetch(layer, expert, part, room.weights[part])
+            except BaseException as error:  # whoever waits for the expert raises it
+                with self._lock:
+                    self._error = error
+                    self._work.notify_all()
+                    self._ready.notify_all()
+                return
+            with self._lock:
+                room.unread -= 1
+                if not room.unread:
+                    self.reads += 1
+                    self._ready.notify_all()
+
+    def _next(self) -> tuple[Key, str, Room] | None:
+        """The part to be read next, when there is one; None: it is over."""
+        with self._lock:
+            while not self._closed and self._error is None:
+                if not self._parts and (key := self._unread()) is not None and self._make_room(key):
+                    self._parts = [(key, part) for part in reversed(PARTS)]
+                    self._work.notify_all()  # the other threads take the other parts
+                if self._parts:
+                    key, part = self._parts.pop()
+                    return key, part, self._held[key]
+                self._work.wait()
+            return None
+
+    def _unread(self) -> Key | None:
+        """The first expected expert, in the order of use, that is neither held nor being read."""
+        for layer in sorted(self._expected):
+            for expert in self._expected[layer]:
+                if (layer, expert) not in self._held:
+                    return layer, expert
+        return None
+
+    def _make_room(self, key: Key) -> bool:
+        """Give an expected expert a room; False where all are taken by what is used before it, or at this moment."""
+        if not self._free:
+            idle = {other: self._place(other) for other, room in self._held.items() if not room.unread | room.users}
+            gone = next((other for other, place in idle.items() if place == NEVER), None)
+            if gone is None:
+                gone = max(idle, key=idle.__getitem__, default=None)
+            if gone is None or NEVER < idle[gone] < self._place(key):
+                return False
+            self._free.append(self._held.pop(gone).number)
+        number = self._free.pop()
+        rows, shapes = self._memory[number].view(len(PARTS), -1), part_shapes(self.source.width, self.source.hidden)
+        self._held[key] = Room(number, {part: row.view(shapes[part]) for part, row in zip(PARTS, rows, strict=True)})
+        self.most_held = max(self.most_held, len(self._held))
+        return True
+
+    def _place(self, key: Key) -> Key:
+        """Layer and place of an expert in the order of use; ``NEVER`` where nobody expects it."""
+        layer, expert = key
+        place = self._expected.get(layer, {}).get(expert)
+        return NEVER if place is None else (layer, place)
+
+
+def in_order_of_use(rows_E: list[int]) -> list[int]:
+    """Experts with rows, as ``run_experts`` computes them: those with most rows first."""
+    return sorted((e for e, rows in enumerate(rows_E) if rows), key=lambda e: -rows_E[e])
+
+
+class StoredExperts(StackedExperts):
+    """The experts of one layer in an ``ExpertStore``; computes what ``StackedExperts`` of the same weights computes.
+
+    To the bit: the same kernels get the same rows of each expert, and experts share the threads by the same rule.
+    Its parameters have the right shapes and no values (device "meta").
+
+    Args:
+        width, hidden, num_local: as of ``StackedExperts``; those of one rank alone.
+        layer: index of the MoE layer.
+        unused: how values would be drawn.
+    """
+
+    store: ExpertStore
+    """Of the model; set before the first forward pass (``bind_store``)."""
+
+    def __init__(self, width: int, hidden: int, num_local: int, layer: int = 0, **unused: Any) -> None:
+        nn.Module.__init__(self)
+        self.width, self.hidden, self.num_local, self.layer = width, hidden, num_local, layer
+        for part, shape in part_shapes(width, hidden).items():
+            setattr(self, part, nn.Parameter(torch.empty(num_local, *shape, device="meta")))
+
+    def forward(self, x_PD: Tensor, ends_E: Tensor) -> Tensor:
+        """Run row ``p`` through its expert, ``[P, D]`` -> ``[P, D]``; see ``StackedExperts.forward``.
+
+        Raises:
+            CheckpointError: an expert could not be read.
+            RuntimeError: rows that need a gradient; its weights may be gone by the time of backward.
+        """
+        if x_PD.requires_grad:
+            raise RuntimeError("experts in a store are for inference; run it under torch.no_grad()")
+        ends = [0, *ends_E.tolist()]
+        rows_E = [end - start for start, end in pairwise(ends)]
+        check_counts(rows_E, self.num_local, len(x_PD))
+        x_PD = x_PD.contiguous()
+        out_PD = torch.empty_like(x_PD)
+        needed = [e for e, rows in enumerate(rows_E) if rows]
+
+        def run(index: int) -> None:
+            e = needed[index]
+            mine = slice(ends[e], ends[e + 1])
+            with self.store.lent(self.layer, e) as weights:
+                w1, w2, w3 = (weights[part].unsqueeze(0) for part in PARTS)
+                out_PD[mine] = run_on_cpu(x_PD[mine], w1, w2, w3, [rows_E[e]])
+
+        self.store.expect(self.layer, rows_E)
+        try:
+            run_experts(run, [rows_E[e] for e in needed])
+        finally:
+            self.store.forget(self.layer)
+        return out_PD
+
+
+class StoredMoELayer(MoELayer):
+    """A ``MoELayer`` whose experts lie in an ``ExpertStore``, for inference on a CPU."""
+
+    experts_class = StoredExperts
+
+
+def bind_store(layers: Iterable[MoELayer], store: ExpertStore) -> None:
+    """Give the ``StoredExperts`` of a model their store."""
+    for layer in layers:
+        assert isinstance(layer.experts, StoredExperts)
+        layer.experts.store = store
