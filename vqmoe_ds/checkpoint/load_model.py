@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+from vqmoe_ds.checkpoint.load_experts import bind, check_place, open_store
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, require_language_model, sound
 from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
@@ -29,6 +30,7 @@ from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, are_bytes, load_tokenizer
 from vqmoe_ds.models.build import bare_model
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.expert_store import ExpertStore, StoredMoELayer
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.device import check_precision
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
@@ -50,6 +52,7 @@ class LoadedModel:
         step: optimizer steps of the run that wrote the checkpoint.
         path: the checkpoint's folder (of a run, that of the tag taken).
         kind: as ``CheckpointReader.kind``.
+        store: where the experts are, if they stay in the checkpoint's files.
     """
 
     config: RunConfig
@@ -58,10 +61,16 @@ class LoadedModel:
     step: int
     path: Path
     kind: str
+    store: ExpertStore | None = None
 
     @property
     def device(self) -> torch.device:
         return self.model.embed.weight.device
+
+    def close(self) -> None:
+        """End the threads that read experts; the model computes nothing afterwards if it has any."""
+        if self.store is not None:
+            self.store.close()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without the end of a document.
@@ -88,6 +97,7 @@ def load_model(
     ep_rank: int = 0,
     device: torch.device | str = "cpu",
     precision: str | None = None,
+    expert_memory: int | None = None,
 ) -> LoadedModel:
     """Load a run folder, a DeepSpeed tag of any layout, a portable, Hugging Face, Megatron or native folder.
 
@@ -101,17 +111,19 @@ def load_model(
         device: where the model lives.
         precision: of its parameters, bf16 or fp32; None: bf16 on a GPU, else fp32. Buffers (codebooks, the state of
             routers) stay float32, as in training.
+        expert_memory: bytes of experts in memory, at most: they stay in the files, and each is read before its layer
+            needs it (on a CPU, by threads that end with ``LoadedModel.close``). None: all are in memory.
 
     Raises:
         CheckpointError: nothing there, damaged, a classifier, another model than its configuration says, or another
             tokenizer.
-        ConfigError: ``ep_size`` does not divide the experts, the precision is none of the two, or the GPU takes not
-            that precision or those widths.
+        ConfigError: ``ep_size`` does not divide the experts, the precision is none of the two, the GPU takes not
+            that precision or those widths, or ``expert_memory`` is less than one expert or of no use there.
         DataError: the tokenizer named cannot be read.
     """
     reader = merged(open_checkpoint(path))
     with sound(reader.path):
-        return _load(reader, tokenizer, ep_size, ep_rank, torch.device(device), precision)
+        return _load(reader, tokenizer, ep_size, ep_rank, torch.device(device), precision, expert_memory)
 
 
 def _load(
@@ -121,16 +133,23 @@ def _load(
     ep_rank: int,
     device: torch.device,
     precision: str | None,
+    expert_memory: int | None,
 ) -> LoadedModel:
     require_language_model(reader, "this")
     config = run_config(reader.config, reader.path)
+    if expert_memory is not None:
+        check_place(config, device, ep_size)
     if config.moe.num_experts % ep_size:
         raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
     dtype = _precision(config, device, precision, ep_size)
     found = find_tokenizer(reader, config, tokenizer)
-    model = build_model(reader, config, ep_size, ep_rank)
+    model = build_model(reader, config, ep_size, ep_rank, expert_memory)
     for param in model.parameters():
         param.data = param.data.to(dtype)
+    if expert_memory is not None:
+        store = open_store(reader, config, dtype, expert_memory)
+        bind(model, store)
+        return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind, store)
     model.to(device)
     if ep_size > 1:
         for layer in model.moe_layers():
@@ -150,14 +169,20 @@ def _precision(config: RunConfig, device: torch.device, asked: str | None, ep_si
 
 
 @torch.no_grad()
-def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, ep_rank: int = 0) -> MoETransformer:
+def build_model(
+    reader: CheckpointReader, config: RunConfig, ep_size: int = 1, ep_rank: int = 0, expert_memory: int | None = None
+) -> MoETransformer:
     """The model of a checkpoint in evaluation mode, with this rank's share of the experts, read in small stretches.
+
+    Args:
+        reader, config, ep_size, ep_rank: as of ``load_model``.
+        expert_memory: bytes that the experts will have; they are not read now. None: all are read.
 
     Raises:
         CheckpointError: tensors are missing or of other shapes.
     """
-    check_size(config, reader)
-    layer_class: type[MoELayer] = MoELayer
+    check_size(config, reader, expert_memory)
+    layer_class: type[MoELayer] = MoELayer if expert_memory is None else StoredMoELayer
     if ep_size > 1:  # DeepSpeed makes their groups
         from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
 
@@ -165,6 +190,8 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
     model = bare_model(config, ep_size, ep_rank, layer_class).eval().requires_grad_(False)
     check_same_model(model, ep_size, reader)
     for name, param in model.named_parameters():
+        if param.is_meta:
+            continue
         flat, first = param.data.view(-1), first_value(name, param, ep_rank)
         for done in range(0, len(flat), CHUNK):
             count = min(CHUNK, len(flat) - done)
@@ -173,8 +200,12 @@ def build_model(reader: CheckpointReader, config: RunConfig, ep_size: int = 1, e
     return model
 
 
-def check_size(config: RunConfig, reader: CheckpointReader) -> None:
+def check_size(config: RunConfig, reader: CheckpointReader, expert_memory: int | None = None) -> None:
     """Refuse, before anything is built, a model that its files cannot hold or this machine has no memory for.
+
+    Args:
+        config, reader: of the checkpoint.
+        expert_memory: bytes that the experts have; None: all they need.
 
     Raises:
         CheckpointError: it is; what a configuration says of itself may be anything.
@@ -192,8 +223,9 @@ def check_size(config: RunConfig, reader: CheckpointReader) -> None:
     positions = model.sequence_length * (model.width + model.attention_width)
     tables = model.vocab_size * (model.width + 2 * layers) + positions
     what = f"the model of {path} (model.sequence_length={model.sequence_length}, codebook.num_codes={book.num_codes})"
+    left_out = 0 if expert_memory is None else max(0, 4 * experts - expert_memory)
     check_room(
-        4 * (max(stored, values) + 3 * codes + tables),
+        4 * (max(stored, values) + 3 * codes + tables) - left_out,
         what,
         "use a machine with more, or a smaller model",
         CheckpointError,

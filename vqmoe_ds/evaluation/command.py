@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.runtime.leaving import hear_requests, leave_together, watch_peers
+from vqmoe_ds.runtime.memory import parse_memory
 from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
     add("--json", metavar="FILE", help="write every figure there")
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--expert_memory", metavar="SIZE", help="memory for experts, such as 256MiB; the rest stays in the checkpoint")
     add("--ep_size", type=int, default=1, metavar="N", help="ranks over which the experts are spread (default 1)")
     add(
         "--peer_timeout",
@@ -99,6 +102,7 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
             raise ConfigError(f"--{name} {value} is too small; the least is {least}")
     if args.peer_timeout <= 0:
         raise ConfigError(f"--peer_timeout {args.peer_timeout:g} is too small; give seconds, such as 120")
+    parse_memory(args.expert_memory, "--expert_memory")
     if place.world_size % args.ep_size:
         raise ConfigError(
             f"--ep_size {args.ep_size} does not divide the {place.world_size} rank(s); start them with "
@@ -145,7 +149,8 @@ def _score(
     from vqmoe_ds.evaluation.texts import open_texts
 
     ep_rank = place.rank % args.ep_size
-    loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, ep_rank, device, args.precision)
+    memory = parse_memory(args.expert_memory, "--expert_memory")
+    loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, ep_rank, device, args.precision, memory)
     checked_stride(args.stride, loaded.config.model.sequence_length)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)
@@ -153,7 +158,10 @@ def _score(
         console.say(f"{place.world_size} ranks score {args.checkpoint}")
     started = time.monotonic()
     progress = partial(_bar, console)
-    result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
+    with closing(loaded):
+        result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
+    if loaded.store is not None:
+        console.say(loaded.store.summary())
     result.setting["data"] = args.data or "the run's own"
     result.setting["split"] = args.split
     return result, time.monotonic() - started

@@ -7,7 +7,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from itertools import chain, islice, takewhile
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.data.compressed import DAMAGES, SUFFIXES, decompressed, kind_of_bytes
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors
 from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError, shown
+from vqmoe_ds.runtime.memory import parse_memory
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.load_model import LoadedModel
@@ -38,6 +39,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text (default 0)")
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--expert_memory", metavar="SIZE", help="memory for experts, such as 256MiB; the rest stays in the checkpoint")
     add("--no_cache", action="store_true", help="read the whole context anew for every token")
     add("--timing", action="store_true", help="tokens per second of every text, on standard error")
     add_plugin_option(parser)
@@ -47,7 +49,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace) -> int:
     """Write text; the exit code."""
     try:
-        _Writer(options).run()
+        with closing(_Writer(options)) as writer:
+            writer.run()
         return 0
     except UserError as error:
         return error.report()
@@ -59,6 +62,7 @@ class _Writer:
     def __init__(self, options: argparse.Namespace) -> None:
         if not 1 <= options.tokens <= MOST_TOKENS:
             raise ConfigError(f"--tokens {shown(options.tokens)} must lie between 1 and {MOST_TOKENS:,}")
+        self.memory = parse_memory(options.expert_memory, "--expert_memory")
         self.options, self.device = options, bind_single()
         # Heavy imports only now: bad options have been answered, and DeepSpeed knows the device.
         from vqmoe_ds.evaluation.generate import Sampling
@@ -75,10 +79,14 @@ class _Writer:
         from vqmoe_ds.checkpoint.load_model import load_model
 
         options = self.options
-        loaded = load_model(options.checkpoint, options.tokenizer, device=self.device, precision=options.precision)
+        how = {"device": self.device, "precision": options.precision, "expert_memory": self.memory}
+        loaded = load_model(options.checkpoint, options.tokenizer, **how)
         loaded.config.require_causal("generating text")
         loaded.need_tokenizer()
         return loaded
+
+    def close(self) -> None:
+        self.loaded.close()
 
     def run(self) -> None:
         with self._memory_errors():
@@ -116,6 +124,8 @@ class _Writer:
         if self.options.timing:
             spent = time.perf_counter() - started
             print(f"{count} tokens in {spent:.2f} s: {count / spent:.1f} tokens/s", file=sys.stderr)
+            if self.loaded.store is not None:
+                print(self.loaded.store.summary(), file=sys.stderr)
 
     def _ids(self, prompt: str) -> Iterator[int]:
         from vqmoe_ds.evaluation.generate import generate

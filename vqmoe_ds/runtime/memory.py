@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from vqmoe_ds.runtime.errors import UserError
+from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
 
 GIB = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,6 +40,23 @@ def check_room(needed: float, what: str, remedy: str, kind: type[UserError]) -> 
     free = free_bytes()
     if needed > free:
         raise kind(f"{what} needs {_gib(needed)} of memory, this machine has {_gib(free)} left; {remedy}")
+
+
+def parse_memory(text: str | None, option: str) -> int | None:
+    """Bytes of ``"256MiB"``, ``"4GB"`` or a plain number; None of None.
+
+    Args:
+        option: where it was given, for the sentence.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{option} {shown(text)} is no size; write it like 256MiB or 4GB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
 
 
 def _groups() -> list[tuple[int, Path]]:

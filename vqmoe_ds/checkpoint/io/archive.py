@@ -103,8 +103,16 @@ class Stored(NamedTuple):
             remedy = "use a machine with more, or another checkpoint"
             check_room(count * self.dtype.itemsize, f"a tensor of {self.path}", remedy, CheckpointError)
         out = torch.empty(count, dtype=self.dtype)
-        _read_bytes(self.path, self.offset + start * self.dtype.itemsize, out)
+        self.read_into(start, out)
         return out
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        """Fill a flat tensor of the file's type with values from ``start`` on, which lie in memory order.
+
+        Raises:
+            CheckpointError: the file is shorter than it said, or cannot be read.
+        """
+        _read_bytes(self.path, self.offset + start * self.dtype.itemsize, out)
 
     def whole(self) -> Tensor:
         """The tensor in its own shape and type."""

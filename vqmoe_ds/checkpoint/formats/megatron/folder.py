@@ -444,10 +444,11 @@ class MegatronReader(WeightsReader):
             make = partial(self._dense, key)
         else:
             return self._extra[name].whole().float()
-        if self._kept[0] != key:
+        kept = self._kept  # another thread may replace it
+        if kept[0] != key:
             self._kept = (None, [])  # not two of them at a time
-            self._kept = (key, make())
-        return self._kept[1][place]
+            kept = self._kept = (key, make())
+        return kept[1][place]
 
     def _dense(self, name: str) -> list[Tensor]:
         shares = [self._model(tp, 0)[name].whole().float() for tp in range(self.layout["tp_size"])]

@@ -1,0 +1,80 @@
+"""The experts of a checkpoint of any kind, read one by one from its files while a model runs.
+
+Nothing is converted: an expert is some stretches of values in some files, whatever layout wrote them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.models.transformer import MoETransformer, moe_block_indices
+from vqmoe_ds.moe.expert_store import PARTS, ExpertStore, Source, bind_store
+from vqmoe_ds.runtime.device import ACCELERATOR
+from vqmoe_ds.runtime.errors import ConfigError
+
+_SERIAL = 1 << 14
+"""Values that PyTorch converts on the calling thread: reading threads must not start computing threads of their own."""
+
+
+def check_place(config: RunConfig, device: torch.device, ep_size: int) -> None:
+    """Refuse a memory for experts where there is no use for one.
+
+    Raises:
+        ConfigError: a GPU, experts on several ranks, or a model without any.
+    """
+    if device.type != "cpu":
+        raise ConfigError(f"--expert_memory is for experts on a CPU; leave it out on a GPU, or set {ACCELERATOR}=cpu")
+    if ep_size > 1:
+        raise ConfigError(f"--expert_memory holds all experts on one rank; leave out one of it and --ep_size {ep_size}")
+    if not config.moe.facts.has_experts:
+        raise ConfigError(f"--expert_memory: the model has no experts (moe.router={config.moe.router}); leave it out")
+
+
+def open_store(reader: CheckpointReader, config: RunConfig, dtype: torch.dtype, budget: int) -> ExpertStore:
+    """A store of the experts of a language model.
+
+    Args:
+        reader: of the checkpoint, which was checked to be of this model.
+        config: of the run.
+        dtype: of the weights in memory.
+        budget: bytes of experts in memory, at most.
+
+    Raises:
+        CheckpointError: files are missing.
+        ConfigError: the budget is smaller than one expert.
+    """
+    model, moe = config.model, config.moe
+    blocks = moe_block_indices(model)
+    names = {
+        (layer, part): f"blocks.{block}.mlp.experts.{part}" for layer, block in enumerate(blocks) for part in PARTS
+    }
+    for name in names.values():  # some readers find the places of all tensors at the first question
+        reader.pieces(name)
+
+    def fetch(layer: int, expert: int, part: str, out: Tensor) -> None:
+        _fill(out.view(-1), reader, names[layer, part], expert * out.numel())
+
+    source = Source(str(reader.path), len(blocks), moe.num_experts, model.width, moe.expert_hidden, dtype, fetch)
+    return ExpertStore(source, budget)
+
+
+def bind(model: MoETransformer, store: ExpertStore) -> None:
+    """Let a model of ``StoredMoELayer`` take its experts from a store, and tell it of those that are known ahead."""
+    bind_store(model.moe_layers(), store)
+    model.expert_store = store
+
+
+@torch.no_grad()
+def _fill(out: Tensor, reader: CheckpointReader, name: str, first: int) -> None:
+    """Fill a flat tensor with a parameter's values from ``first`` on, straight from the file where types agree."""
+    for piece in reader.pieces(name):
+        inside = piece.start <= first and first + len(out) <= piece.start + piece.length
+        if inside and piece.stored.dtype == out.dtype and piece.stored.stride is None:
+            return piece.stored.read_into(piece.begin + first - piece.start, out)
+    for done in range(0, len(out), CHUNK):
+        values = reader.read(name, "fp32", first + done, min(CHUNK, len(out) - done))
+        for here, there in zip(out[done:].split(_SERIAL), values.split(_SERIAL), strict=False):
+            here.copy_(there)
