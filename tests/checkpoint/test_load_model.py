@@ -65,6 +65,16 @@ def test_tags_of_every_layout_load_without_an_engine(saved, name):
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
 
 
+@pytest.mark.parametrize("name", SAVED)
+def test_experts_may_stay_in_the_files_of_every_layout(saved, name):
+    whole = load_model(saved[0] / name)
+    stored = load_model(saved[0] / name, expert_memory=2 * 4 * 3 * 16 * 12)
+    with torch.no_grad():
+        assert torch.equal(stored.model(TOKENS)[0], whole.model(TOKENS)[0])
+    stored.close()
+    assert stored.store.rooms == 2 and stored.store.reads > 2
+
+
 def test_a_portable_folder_and_a_run_folder_give_the_same(saved, tmp_path):
     folder, _ = saved
     (tmp_path / "run").mkdir()

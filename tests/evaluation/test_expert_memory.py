@@ -227,3 +227,15 @@ def test_an_evaluation_gives_the_same_figures(checkpoints, tmp_path, case):
         results.append((json.loads(target.read_text(encoding="utf-8")), done.stdout))
     assert results[0][0] == results[1][0]
     assert "experts: " in results[1][1] and "experts: " not in results[0][1]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    target = tmp_path / "figures.json"
+    line = [sys.executable, str(ROOT / "benchmarks/expert_memory.py"), "--small", "--batch", "2", "--steps", "3"]
+    done = subprocess.run([*line, "--json", str(target)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(target.read_text(encoding="utf-8"))
+    assert [row["mode"] for row in rows] == ["in memory", "on demand", "read ahead"]
+    assert len({row["ids"] for row in rows}) == 1 and len(rows[0]["turns"]) == 3
+    assert sum(turn["read"] for turn in rows[0]["turns"]) == 0 < sum(turn["read"] for turn in rows[2]["turns"])
