@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generation with experts that stay on disk: all in memory, read on demand, read ahead (docs/expert-memory.md).
 
-nice python benchmarks/expert_memory.py --folder /fast/disk      # 4.8 GB of experts
+nice python benchmarks/expert_memory.py --folder /fast/disk      # 4 GB of experts
 python benchmarks/expert_memory.py --small                       # seconds; shows that it works, not how fast
 
 A model with random weights is written to a folder; every row is a process of its own that draws the same tokens. The
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     add("--width", type=int, default=1024)
     add("--hidden", type=int, default=512, help="hidden width of an expert")
     add("--layers", type=int, default=16)
-    add("--experts", type=int, default=48)
+    add("--experts", type=int, default=40)
     add("--expert_memory", default="256MiB")
     add("--batch", type=int, nargs="+", default=[1, 16])
     add("--steps", type=int, nargs="+", default=[48, 8], help="new tokens of each row, for each batch")
@@ -136,6 +136,7 @@ class Child:
 
     def told(self, line: str = "") -> Any:
         print(line, file=self.process.stdin, flush=True)
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("answer "):  # libraries may say something, too
                 return json.loads(line.removeprefix("answer "))
@@ -220,7 +221,7 @@ def disk(path: str) -> None:
         answer(sum(done) / (time.perf_counter() - start))
 
 
-CHILDREN = {"generate": generate, "disk": disk}
+CHILDREN: dict[str, Callable[..., None]] = {"generate": generate, "disk": disk}
 
 
 def drop_pages(path: str) -> None:
@@ -236,14 +237,13 @@ def drop_pages(path: str) -> None:
 
 def write_model(options: argparse.Namespace, folder: str) -> int:
     """A model with codes of tokens and no other router; bytes of its experts."""
-    config = RunConfig(
-        model={
-            **{"vocab_size": 8192, "layers": options.layers, "width": options.width, "heads": options.width // 64},
-            "sequence_length": 128,
-        },
-        moe={"router": "vq", "num_experts": options.experts, "expert_hidden": options.hidden, "top_k": 0},
-        codebook={"source": "token_embedding", "num_codes": 4 * options.experts},
-    )
+    shape = {"vocab_size": 8192, "layers": options.layers, "width": options.width, "heads": options.width // 64}
+    sections: dict[str, Any] = {
+        "model": {**shape, "sequence_length": 128},
+        "moe": {"router": "vq", "num_experts": options.experts, "expert_hidden": options.hidden, "top_k": 0},
+        "codebook": {"source": "token_embedding", "num_codes": 4 * options.experts},
+    }
+    config = RunConfig(**sections)
     reader = RandomExperts(MoETransformer(config, layer_class=StoredMoELayer))
     with new_folder(Path(folder), False) as into:
         write_portable(reader, into)

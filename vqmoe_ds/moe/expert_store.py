@@ -85,7 +85,7 @@ class ExpertStore:
 
     Args:
         source: where experts come from.
-        budget: bytes of experts held at once, at most. Reading threads need a few MiB beside it.
+        budget: bytes of experts held at once, at most. Threads that convert what they read need a few MiB beside it.
 
     Raises:
         ConfigError: the budget is smaller than one expert.
@@ -200,21 +200,20 @@ class ExpertStore:
                 thread.start()
 
     def _read(self) -> None:
-        while (job := self._next()) is not None:
-            (layer, expert), part, room = job
-            try:
+        try:
+            while (job := self._next()) is not None:
+                (layer, expert), part, room = job
                 self.source.fetch(layer, expert, part, room.weights[part])
-            except BaseException as error:  # whoever waits for the expert raises it
                 with self._lock:
-                    self._error = error
-                    self._work.notify_all()
-                    self._ready.notify_all()
-                return
+                    room.unread -= 1
+                    if not room.unread:
+                        self.reads += 1
+                        self._ready.notify_all()
+        except BaseException as error:  # whoever waits for an expert raises it
             with self._lock:
-                room.unread -= 1
-                if not room.unread:
-                    self.reads += 1
-                    self._ready.notify_all()
+                self._error = error
+                self._work.notify_all()
+                self._ready.notify_all()
 
     def _next(self) -> tuple[Key, str, Room] | None:
         """The part to be read next, when there is one; None: it is over."""
