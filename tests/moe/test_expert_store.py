@@ -122,7 +122,7 @@ def test_reading_stops_where_the_budget_ends_and_goes_on_when_experts_were_used(
         assert store.reads == 6 and store.most_bytes_held == 2 * SIZE
 
 
-def test_the_experts_used_last_stay() -> None:
+def test_of_experts_used_alike_the_one_used_last_stays() -> None:
     files = Files()
     with opened(files, rooms=3) as store:
         for expert in (0, 1, 2, 0, 3, 0, 2, 1):
@@ -131,6 +131,16 @@ def test_the_experts_used_last_stay() -> None:
             store.forget(0)
         assert files.experts_begun[:4] == [(0, 0), (0, 1), (0, 2), (0, 3)]
         assert store.reads == 5, "3 replaced 1, which was read again"
+
+
+def test_an_expert_in_frequent_use_outlives_a_series_of_others() -> None:
+    files = Files()
+    with opened(files, rooms=2) as store:
+        for expert in (0, 0, 1, 2, 3, 0, 4, 5, 0):
+            store.expect(0, rows_of(expert))
+            use(store, files, 0, expert)
+            store.forget(0)
+        assert store.reads == 6 and files.experts_begun.count((0, 0)) == 1 and len(files.begun) == 18
 
 
 def test_an_expert_that_is_expected_soon_outlives_one_that_is_not() -> None:

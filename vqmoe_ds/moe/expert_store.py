@@ -7,15 +7,15 @@ most rows first, as they are computed. Where routes are known ahead, the experts
 first block and reading goes on beside computing; of a learned router a layer's experts are expected once it has routed
 (on demand). Nothing is guessed, so nothing is read in vain.
 
-A brought-in expert stays until its room is needed. Then goes the least recently used of those that nobody expects; if
-all are expected, the one that is used last, provided that this is later than what is to be read. So the next expert in
-the order of use always finds room, and one room is enough.
+A brought-in expert stays until its room is needed. Then goes the least often used of those that nobody expects (of
+several, the least recently used); if all are expected, the one that is used last, provided that this is later than what
+is to be read. So the next expert in the order of use always finds room, and one room is enough.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -110,7 +110,13 @@ class ExpertStore:
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
         self._closed = False
-        self.reads = self.uses = self.most_held = 0
+        self._used: Counter[Key] = Counter()
+        self.reads = self.most_held = 0
+
+    @property
+    def uses(self) -> int:
+        """Experts lent so far, each as often as it was."""
+        return self._used.total()
 
     @property
     def bytes_read(self) -> int:
@@ -169,7 +175,7 @@ class ExpertStore:
         finally:
             with self._lock:
                 room.users -= 1
-                self.uses += 1
+                self._used[key] += 1
                 self._held.move_to_end(key)
                 self._expected.get(layer, {}).pop(expert, None)
                 self._work.notify()
@@ -240,10 +246,13 @@ class ExpertStore:
         """Give an expected expert a room; False where all are taken by what is used before it, or at this moment."""
         if not self._free:
             idle = {other: self._place(other) for other, room in self._held.items() if not room.unread | room.users}
-            gone = next((other for other, place in idle.items() if place == NEVER), None)
-            if gone is None:
-                gone = max(idle, key=idle.__getitem__, default=None)
-            if gone is None or NEVER < idle[gone] < self._place(key):
+            unexpected = [other for other, place in idle.items() if place == NEVER]
+            last = max(idle, key=idle.__getitem__, default=key)
+            if unexpected:  # by use and not by recency: a pass over all layers would sweep the frequent ones away
+                gone = min(unexpected, key=self._used.__getitem__)
+            elif idle.get(last, NEVER) > self._place(key):
+                gone = last
+            else:
                 return False
             self._free.append(self._held.pop(gone).number)
         number = self._free.pop()
