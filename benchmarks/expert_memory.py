@@ -4,10 +4,11 @@
 nice python benchmarks/expert_memory.py --folder /fast/disk      # 4 GB of experts
 python benchmarks/expert_memory.py --small                       # seconds; shows that it works, not how fast
 
-A model with random weights is written to a folder; every row is a process of its own that draws the same tokens. The
-processes step in turns, so that other work on the machine slows them alike. The page cache of the model's files is
-dropped before each step (posix_fadvise DONTNEED), so whatever is not in the budget comes from the disk, or from what
-lies below it (a virtual disk may have a cache of its own). Times are medians over steps, without that of the prompt.
+A model with random weights is written to a folder; every row is a process of its own that draws the same tokens, with
+frequencies as in text (Zipf). The processes step in turns, so that other work on the machine slows them alike. The page
+cache of the model's files is dropped before each step (posix_fadvise DONTNEED), so whatever is not in the budget comes
+from the disk, or from what lies below it (a virtual disk may have a cache of its own). Times are medians over steps,
+without that of the prompt.
 
 `bound` is the larger of the time of a step in memory and the bytes read over the bandwidth of the disk: the best of
 three measurements on the same files, with as many threads and reads as large. `grown` is the largest resident size less
@@ -179,13 +180,16 @@ class Texts:
         prompts, self.random = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
         self.tokens_BS = torch.randint(0, loaded.config.model.vocab_size, (batch, PROMPT), generator=prompts)
         self.drawn = hashlib.sha256()
+        self.zipf_V = -torch.arange(1.0, loaded.config.model.vocab_size + 1).log()
 
     def step(self) -> dict[str, float]:
         drop_pages(self.path)
         since, before = time.perf_counter(), self._bytes_read()
         with torch.no_grad():
             logits_BV = self.loaded.model(self.tokens_BS, cache=self.cache)[0][:, -1]
-        self.tokens_BS = torch.tensor([[Sampling(1.0).draw(logits_V, self.random)] for logits_V in logits_BV])
+        self.tokens_BS = torch.tensor(
+            [[Sampling(1.0).draw(logits_V, self.random)] for logits_V in logits_BV + self.zipf_V]
+        )
         seconds = time.perf_counter() - since
         self.drawn.update(self.tokens_BS.numpy().tobytes() + logits_BV.numpy().tobytes())
         return {"seconds": seconds, "read": self._bytes_read() - before}
