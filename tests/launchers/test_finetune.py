@@ -190,6 +190,13 @@ def test_a_language_model_is_adapted_and_stays_an_ordinary_checkpoint(place, tmp
     losses = [row["validation_loss"] for row in summary["validations"]]
     assert [row["step"] for row in summary["validations"]] == [0, 5, 10, 15, 20]
     assert losses[-1] < losses[0]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", "2"]
+    launcher = [*deepspeed, "--master_port", str(_free_port()), LAUNCHER[1]]
+    base[-1], shared = str(tmp_path / "shared"), ["--sp_size", "2"]
+    result = run([*base, *FAST, *BATCH, "--train_steps", "20", "--set", "run.eval_every=5", *shared], launcher)
+    assert result.returncode == 0 and "SP 2" in result.stdout, result.stderr
+    again = [row["validation_loss"] for row in result_of(tmp_path / "shared")["validations"]]
+    assert again == pytest.approx(losses, abs=1e-5)
     scored = run([str(run_dir), "--data", str(text)], [sys.executable, str(ROOT / "launchers/evaluate.py")])
     assert scored.returncode == 0, scored.stderr
 
