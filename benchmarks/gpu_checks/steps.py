@@ -153,7 +153,7 @@ def _time_trainer(bench: Bench) -> Finding:
     book: dict[str, Any] = {"kmeans_samples": 8 * sizes.experts, "kmeans_iterations": 1, "overused_above": 0}
     sections = {"model": model, "moe": moe, "codebook": book, "train": {"batch_size": tokens // sizes.sequence}}
     run = {f"{section}__{name}": value for section, values in sections.items() for name, value in values.items()}
-    shipped = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())["zero_optimization"]
+    shipped = json.loads((ROOT / "ds_configs" / "zero2.json").read_text("utf-8"))["zero_optimization"]
     deepspeed_json = training.settings(2, "bf16", gradient_clipping=1.0, zero_optimization=shipped)
     with training.trainer(bench, training.fields(bench, **run), deepspeed_json) as loop:
         training.losses(loop, 3)
