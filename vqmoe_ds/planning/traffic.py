@@ -137,7 +137,7 @@ def _bookkeeping(groups: list[Group], config: EngineConfig) -> list[Transfer]:
     experts = sum(g.is_expert for g in groups)
     all_ranks, ep, edp = 48, 0, 0
     if config.zero_stage == 0:
-        all_ranks, ep = all_ranks + 8, 1 if low else 4
+        all_ranks, ep = all_ranks + 8, 4 + low
     elif config.zero_stage == 1 and accumulates_in_fp32(config):
         ep = 4
     elif config.zero_stage < 3:
