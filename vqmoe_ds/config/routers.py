@@ -68,6 +68,8 @@ class RouterFacts:
     uses_codebook: ClassVar[bool] = False
     uses_token_table: ClassVar[bool] = False
     """Whether ``token_table`` of its class names the experts of every token."""
+    needs_token_ids: ClassVar[bool] = False
+    """Whether experts follow from the ids of tokens, which patches of images do not have."""
     is_stock: ClassVar[bool] = False
     """Whether it is the linear router that stock formats (Mixtral, Megatron) compute."""
     exported_as: ClassVar[str | None] = None

@@ -96,11 +96,29 @@ class Pool(StrEnum):
     LAST = "last"
 
 
+class Stem(StrEnum):
+    PATCH = "patch"
+    CONV = "conv"
+
+
+class Augment(StrEnum):
+    NONE = "none"
+    CROP = "crop"
+    CROP_FLIP = "crop_flip"
+
+
 class ModelConfig(Section):
-    """The transformer around the experts: pre-norm decoder, RMSNorm, rotary positions, causal SDPA attention."""
+    """The transformer around the experts: pre-norm decoder, RMSNorm, rotary positions, causal SDPA attention.
+
+    With ``image_size`` it classifies images: tokens are patches with learned positions, and all see each other.
+    """
 
     vocab_size: int = option(
-        256, "size of the vocabulary; unless set, that of the data's tokenizer", "tokens", ge=2, le=MOST_IDS
+        256,
+        "size of the vocabulary, of images the number of classes; unless set, that of the data",
+        "tokens",
+        ge=2,
+        le=MOST_IDS,
     )
     layers: int = option(4, "transformer blocks", ge=1, le=MOST_LAYERS)
     width: int = option(128, "model width d", "features", ge=2, le=MOST_FEATURES)
@@ -121,6 +139,44 @@ class ModelConfig(Section):
         le=MOST_FEATURES,
     )
     rope_theta: float = option(10000.0, "base of the rotary frequencies", gt=0, le=1e12)
+    image_size: int = option(
+        0, "height and width of the images that are classified; 0: a language model", "pixels", ge=0, le=4096
+    )
+    channels: int = option(3, "images: 3 (colour) or 1 (grey-scale)", ge=1, le=3)
+    patch_size: int = option(
+        4, "images: height and width of a patch, which is a token; it sets sequence_length", "pixels", ge=1, le=1024
+    )
+    stem: Stem = option(
+        Stem.PATCH, "images: patch (a linear map of each patch) or conv (two convolutions, patch_size 2 or 4)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_of_an_image(cls, values: Any) -> Any:
+        """Fill in ``sequence_length``; what is no number is left to the fields' own checks."""
+        size, patch = (values.get("image_size"), values.get("patch_size", 4)) if isinstance(values, dict) else (0, 1)
+        if type(size) is not int or type(patch) is not int or size < 1 or patch < 1:
+            return values
+        if size < 2 * patch:
+            raise ValueError(f"model.patch_size={patch} leaves one patch of model.image_size={size}; lower it")
+        return {"sequence_length": (size // patch) ** 2, **values}
+
+    @model_validator(mode="after")
+    def _check_patches(self) -> ModelConfig:
+        if not self.image_size:
+            return self
+        if self.channels == 2:
+            raise ValueError("model.channels=2 is of no image; give 3 (colour) or 1 (grey-scale)")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"model.patch_size={self.patch_size} must divide model.image_size={self.image_size}")
+        if self.sequence_length != (self.image_size // self.patch_size) ** 2:
+            raise ValueError(
+                f"model.sequence_length={self.sequence_length} is not the {(self.image_size // self.patch_size) ** 2} "
+                f"patches of model.image_size={self.image_size} and model.patch_size={self.patch_size}; leave it out"
+            )
+        if self.stem is Stem.CONV and self.patch_size not in (2, 4):
+            raise ValueError(f"model.stem=conv needs model.patch_size 2 or 4, not {self.patch_size}; use stem=patch")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -318,11 +374,14 @@ class TrainConfig(Section):
         "where ranks that share sequences compute a token between attentions: position (each a stretch) or expert (on "
         "the rank of its group of experts, so that no row travels to them)",
     )
+    label_smoothing: float = option(
+        0.0, "images: share of a label that is spread evenly over all classes in training", ge=0, lt=1
+    )
     max_bad_steps: int = option(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1, le=MOST_STEPS)
 
 
 class DataConfig(Section):
-    """The text: raw, or prepared corpora (``PREFIX.bin`` and ``PREFIX.idx``)."""
+    """The text, raw or prepared corpora (``PREFIX.bin`` and ``PREFIX.idx``), or the images (docs/vision.md)."""
 
     path: str | list[str] | None = option(
         None,
@@ -330,7 +389,11 @@ class DataConfig(Section):
         "none: the standard library's documentation",
     )
     holdout_every: int = option(
-        10, "raw text: one in this many stretches is held out", "stretches", ge=2, le=MOST_STEPS
+        10,
+        "raw text: one in this many stretches is held out; images without a test set: one in this many images",
+        "stretches",
+        ge=2,
+        le=MOST_STEPS,
     )
     split: str = option("90,10,0", "prepared data: shares of training, validation and test, spread over each corpus")
     valid_path: str | list[str] | None = option(
@@ -343,8 +406,13 @@ class DataConfig(Section):
         None, "checksum of the data's tokenizer, filled in by the run; set, other data is refused"
     )
     cache_dir: str | None = option(
-        None, "prepared data: folder of shuffled indices; none: data_index in the run folder"
+        None, "folder of shuffled indices of prepared data, or of decoded images; none: data_index in the run folder"
     )
+    classes: tuple[str, ...] = option((), "names of the classes of images, filled in by the run; none: text")
+    augment: Augment = option(
+        Augment.CROP_FLIP, "changes of training images: none, crop (shifts by up to image_size / 8) or crop_flip"
+    )
+    resize: bool = option(False, "scale images in files of their own and cut out the centre; false: refuse other sizes")
 
 
 class FinetuneConfig(Section):
@@ -442,7 +510,28 @@ class RunConfig(Section):
                 f"moe.top_k=0 leaves moe.router={self.moe.router} without experts; use 1 or more, or moe.router=vq"
             )
         facts.check(self)
+        self._check_images()
         return self
+
+    def _check_images(self) -> None:
+        """Refuse what images do not have: ids of tokens, and an order in which one patch comes before another."""
+        book, router = self.codebook, self.moe.router
+        if not self.model.image_size:
+            if self.train.label_smoothing:
+                raise ValueError("train.label_smoothing is for images (model.image_size); leave it out")
+            return
+        if self.moe.facts.needs_token_ids:
+            raise ValueError(
+                f"moe.router={router} reads ids of tokens, and patches of images have none; use moe.router=vq with "
+                "codebook.source=token_embedding (codes of patch embeddings), or a router that reads states"
+            )
+        if self.moe.facts.uses_codebook and book.source is CodeSource.CONTEXT:
+            raise ValueError(
+                "codebook.source=context mixes the tokens before a token, and patches have no such order; use "
+                "layer_state, token_embedding, position_embedding or early_block"
+            )
+        if self.moe.facts.uses_codebook and book.source_momentum:
+            raise ValueError("codebook.source_momentum averages a table of tokens, and images have none; leave it out")
 
     @property
     def rows_per_token(self) -> int:

@@ -20,19 +20,21 @@ PADDING = -1
 
 
 class Batch(NamedTuple):
-    """Windows of text and the token that follows each of theirs; of labelled texts, the texts and labels ``[B]``."""
+    """Windows of text and the token that follows each of theirs; of labelled texts or images also labels ``[B]``."""
 
     inputs_BS: np.ndarray
-    """int64"""
+    """int64; of images uint8 ``[B, H, H, channels]``"""
     targets_BS: np.ndarray
     """int64; ``MASKED`` where a document starts"""
     bytes_B: np.ndarray | None
     """UTF-8 bytes that the targets of each window stand for; None where that is unknown, or targets are labels"""
+    patches: int = 0
+    """Tokens that an image becomes; 0: inputs are tokens"""
 
     @property
     def tokens(self) -> int:
         """Tokens read, padding not counted."""
-        return int((self.inputs_BS != PADDING).sum())
+        return self.patches * len(self.inputs_BS) or int((self.inputs_BS != PADDING).sum())
 
 
 class Windows(Protocol):

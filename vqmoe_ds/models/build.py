@@ -1,4 +1,4 @@
-"""The model that a run configuration asks for: language model or classifier, whole or partly frozen."""
+"""The model that a run configuration asks for: of language, or a classifier of texts or images; whole or frozen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vqmoe_ds.config.schema import FinetuneConfig, RunConfig, Trainable
 from vqmoe_ds.models.classifier import Classifier
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.models.vision import VisionTransformer
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers.base import drawn
 from vqmoe_ds.runtime.extras import library
@@ -42,8 +43,14 @@ def build_model(
 def bare_model(
     config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
 ) -> MoETransformer:
-    """Language model or classifier, without adapters and with nothing frozen; arguments as of ``MoETransformer``."""
-    return (Classifier if config.finetune.classes else MoETransformer)(config, ep_size, ep_rank, layer_class)
+    """The model without adapters and with nothing frozen; arguments as of ``MoETransformer``."""
+    kind = Classifier if config.finetune.classes else pretrained_class(config)
+    return kind(config, ep_size, ep_rank, layer_class)
+
+
+def pretrained_class(config: RunConfig) -> type[MoETransformer]:
+    """The class of the model that pretraining makes: a language model, or a classifier of images."""
+    return VisionTransformer if config.model.image_size else MoETransformer
 
 
 def fresh(name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Floating-point operations of a forward pass, by part: products of matrices, two operations a multiplication.
 
-Norms, activations and the embedding, a lookup, are not counted.
+Norms, activations and the embedding, a lookup or the stem of images, are not counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vqmoe_ds.models.transformer import moe_block_indices
 
 
 class Flops(NamedTuple):
-    """Operations per token, over all layers, at the mean length of the causal context."""
+    """Operations per token, over all layers, at the mean length of the context, which is causal but for images."""
 
     attention: int
     experts: int
@@ -20,7 +20,7 @@ class Flops(NamedTuple):
     """MLPs of the layers without experts."""
     routing: int
     head: int
-    """A classifier's is used once per text, and not counted."""
+    """A classifier's is used once per text or image, and not counted."""
 
     @property
     def total(self) -> int:
@@ -32,10 +32,11 @@ def forward_flops(config: RunConfig) -> Flops:
     model, moe = config.model, config.moe
     sparse = len(moe_block_indices(model)) if moe.facts.has_experts else 0
     calls, heads = moe.facts.rows_per_token(moe, config.router), model.attention_width
+    context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1
     return Flops(
-        attention=model.layers * (8 * model.width * heads + 2 * heads * (model.sequence_length + 1)),
+        attention=model.layers * (8 * model.width * heads + 2 * heads * context),
         experts=sparse * calls * 6 * model.width * moe.expert_hidden,
         dense=(model.layers - sparse) * 6 * model.width * (model.dense_hidden or calls * moe.expert_hidden),
         routing=sum(moe.facts.flops(config, layer) for layer in range(sparse)),
-        head=0 if config.finetune.classes else 2 * model.width * model.vocab_size,
+        head=0 if config.finetune.classes or model.image_size else 2 * model.width * model.vocab_size,
     )

@@ -53,6 +53,7 @@ class Attention(nn.Module):
     sin_SF: Tensor
     share: SequenceShare | None = None
     """This rank's part of sequences that others hold the rest of; not in force where tokens were read before."""
+    causal = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class Attention(nn.Module):
             q, k, v = to_heads(q, k, v, share)
         # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if earlier else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
         if homes is not None:
             y = to_homes(y, homes)
         elif share is not None:
@@ -124,9 +125,9 @@ Route = tuple[Tensor, Ahead]
 class Block(nn.Module):
     """Attention and one feed-forward part, sparse or dense, each on the normalised stream."""
 
-    def __init__(self, config: ModelConfig, feed_forward: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, feed_forward: nn.Module, attention: nn.Module) -> None:
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(config.width), Attention(config)
+        self.attention_norm, self.attention = RMSNorm(config.width), attention
         self.mlp_norm, self.mlp = RMSNorm(config.width), feed_forward
 
     def forward(
@@ -168,6 +169,7 @@ class MoETransformer(nn.Module):
     share: SequenceShare | None = None
     expert_store: ExpertStore | None = None
     """Where the experts are, if not in the layers: it is told of all that are known ahead."""
+    attention_class = Attention
 
     def __init__(
         self, config: RunConfig, ep_size: int = 1, ep_rank: int = 0, layer_class: type[MoELayer] = MoELayer
@@ -175,7 +177,7 @@ class MoETransformer(nn.Module):
         super().__init__()
         model, moe, book, facts = config.model, config.moe, config.codebook, config.moe.facts
         self.config = config
-        self.embed = nn.Embedding(model.vocab_size, model.width)
+        self.embed = self._embedding()
         self.moe_blocks = moe_block_indices(model) if facts.has_experts else []
         self.blocks = nn.ModuleList()
         for index in range(model.layers):
@@ -185,7 +187,7 @@ class MoETransformer(nn.Module):
             else:
                 hidden = model.dense_hidden or moe.expert_hidden * facts.rows_per_token(moe, config.router)
                 mlp = DenseMLP(model.width, hidden)
-            self.blocks.append(Block(model, mlp))
+            self.blocks.append(Block(model, mlp, self.attention_class(model)))
         self.norm = RMSNorm(model.width)
         self.head = Linear(model.width, model.vocab_size)
         layers = len(self.moe_blocks)
@@ -197,6 +199,10 @@ class MoETransformer(nn.Module):
         table_LV = facts.token_table(config, layers)
         self.register_buffer("token_table_LV", table_LV)
         self._initialize(config.train.seed, (2 * model.layers) ** -0.5)
+
+    def _embedding(self) -> nn.Embedding:
+        """What makes vectors ``[B, S, D]`` of inputs."""
+        return nn.Embedding(self.config.model.vocab_size, self.config.model.width)
 
     def _initialize(self, seed: int, out_scale: float) -> None:
         """Normal weights of 1/sqrt(fan in), smaller where they write to the stream; embeddings of unit size.
@@ -210,7 +216,10 @@ class MoETransformer(nn.Module):
                 if isinstance(module, nn.Linear) and ".router." not in name:
                     scale = module.in_features**-0.5 * scales.get(name.rsplit(".", 1)[-1], 1.0)
                     module.weight.copy_(drawn(tuple(module.weight.shape), scale, seed, name))
-            self.embed.weight.copy_(drawn(tuple(self.embed.weight.shape), 1.0, seed, "embed"))
+            self._initialize_embedding(seed)
+
+    def _initialize_embedding(self, seed: int) -> None:
+        self.embed.weight.copy_(drawn(tuple(self.embed.weight.shape), 1.0, seed, "embed"))
 
     def share_sequences(self, share: SequenceShare) -> None:
         """Compute this rank's part of every sequence alone from now on; a pass with a cache still reads the whole.
@@ -273,6 +282,21 @@ class MoETransformer(nn.Module):
             codebooks=self.bank,
             share=self.share if cache is None else None,
         )
+        x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes)
+        if cache is not None:
+            cache.advance(tokens_BS)
+        return x_BSD, aux_loss
+
+    def _through_blocks(
+        self,
+        x_BSD: Tensor,
+        context: RoutingContext,
+        routes: dict[int, Route],
+        cache: Cache | None = None,
+        real_M: Tensor | None = None,
+        homes: Homes | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All blocks and the last norm: states ``[B, S, D]``, and the auxiliary loss of all routers."""
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
         recompute = self.config.train.activation_checkpointing and self.training
         early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
@@ -296,8 +320,6 @@ class MoETransformer(nn.Module):
             # Outside the checkpointed block, so that lookup and statistics happen once.
             if early and index == self.config.codebook.source_block:
                 routes = self._plan_from_source(real_tokens(x_BSD, real_M), first_block=index + 1)
-        if cache is not None:
-            cache.advance(tokens_BS)
         return self.norm(x_BSD), aux_loss
 
     def new_cache(self) -> Cache:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vqmoe_ds.config.schema import ModelConfig
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.dispatch import DispatchPlan, Exchange, SortedRows
 
@@ -85,7 +86,7 @@ def cast_weights(model: MoETransformer, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance: float = 1.0) -> Tensor:
-    """The training loss (a meta scalar) of ``batch`` sequences of ``model.sequence_length`` tokens.
+    """The training loss (a meta scalar) of ``batch`` sequences of ``model.sequence_length`` tokens, or images.
 
     Args:
         model: on the meta device; left in evaluation mode, in which codebooks gather no statistics.
@@ -108,10 +109,18 @@ def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance
     with ExitStack() as stack, torch.device("meta"):
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch(name, stand_in))
-        tokens_BS = torch.zeros(batch, model.config.model.sequence_length, dtype=torch.int64)
-        loss, aux_loss = functional_call(model, {**weights, **known}, (tokens_BS, tokens_BS))
+        loss, aux_loss = functional_call(model, {**weights, **known}, _inputs(model.config.model, batch))
         total: Tensor = loss + aux_loss
         return total
+
+
+def _inputs(config: ModelConfig, batch: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a batch: tokens and tokens, or images and labels."""
+    if config.image_size:
+        shape = (batch, config.image_size, config.image_size, config.channels)
+        return torch.zeros(shape, dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64)
+    tokens_BS = torch.zeros(batch, config.sequence_length, dtype=torch.int64)
+    return tokens_BS, tokens_BS
 
 
 def kept_for_backward(model: MoETransformer, dtype: torch.dtype, imbalance: float = 1.0) -> tuple[list[int], int]:

@@ -13,6 +13,7 @@ import torch
 
 from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.models.build import pretrained_class
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.layer import MoELayer
 
@@ -64,7 +65,7 @@ def meta_model(
 ) -> MoETransformer:
     """The real model class without memory: shapes and types, no values."""
     with torch.device("meta"):
-        return MoETransformer(run, ep_size, ep_rank, layer_class)
+        return pretrained_class(run)(run, ep_size, ep_rank, layer_class)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ class HashTokenRouter(Router):
 
     needs_top_k = False
     uses_token_table = True
+    needs_token_ids = True
     exported_as = "hash_token"
 
     @classmethod

@@ -70,6 +70,7 @@ class StableMoERouter(StatefulRouter):
         distil_weight: float = option(1.0, "weight of the distillation loss", gt=0, le=LARGEST_WEIGHT)
 
     structure = ("low_dim",)
+    needs_token_ids = True
     table_Vk: Tensor
     frozen: Tensor
     """Whether stage 2 has begun. Kept, because a longer or shorter run that goes on has another ``distil_steps``."""
