@@ -61,6 +61,11 @@ ALLOWED = {
     ("vqmoe_ds/runtime/allocator.py", "CDLL"): "as above",
     ("vqmoe_ds/runtime/ranks.py", "subprocess"): "scontrol with the node list in one word; no shell",
     ("vqmoe_ds/experiments/runs.py", "subprocess"): "this Python with our launchers; words from the user's command",
+    (
+        "vqmoe_ds/data/image_files.py",
+        "pickle",
+    ): "an unpickler with listed opcodes, whose three names are inert stand-ins (tests/data/test_image_files.py)",
+    ("vqmoe_ds/data/image_files.py", "np.load"): "arrays of objects, which are pickles, are refused unless asked for",
     ("vqmoe_ds/data/recipes.py", "subprocess"): "the clients of registries with package names of our own",
     ("launchers/slurm/submit.py", "subprocess"): "sbatch and sinfo; the script holds checked words only (_check_words)",
     ("vqmoe_ds/config/reading.py", "yaml.load"): "a loader with some of SafeLoader's constructors: plain values only",
@@ -80,7 +85,10 @@ GUARDED = {
         ["vqmoe_ds/data/epochs.py"],
         "megatron-core's numpy.load(allow_pickle=True): read_array in its place (tests/data/test_index_cache.py)",
     ),
-    "open_memmap": (["vqmoe_ds/data/index_cache.py"], "numpy refuses object arrays to map; there is no pickle in it"),
+    "open_memmap": (
+        ["vqmoe_ds/data/image_cache.py", "vqmoe_ds/data/index_cache.py"],
+        "numpy refuses object arrays to map; there is no pickle in it",
+    ),
     "memmap": (
         ["vqmoe_ds/data/index_files.py"],
         "raw numbers of a type and a shape that were checked against the file's size",

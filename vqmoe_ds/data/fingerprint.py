@@ -26,13 +26,15 @@ BLOCKS, BLOCK = 256, 64 << 10
 
 
 def of_data(data: Any) -> dict[str, str]:
-    """Fingerprints of training and held-out text, by name (raw text or prepared corpora)."""
+    """Fingerprints of training and held-out data, by name (raw text, prepared corpora or images)."""
     if isinstance(data, RawText):
         return {
             "training text": of_pieces(data.train.corpus.pieces),
             "held-out text": of_pieces(data.valid.corpus.pieces),
         }
-    assert isinstance(data, IndexedText)
+    if not isinstance(data, IndexedText):
+        found: dict[str, str] = data.fingerprint()
+        return found
     weights = [prefix.weight for prefix in data.train.prefixes] if data.weighted else None
     return {
         "prepared training data": _of_portion(data.train),

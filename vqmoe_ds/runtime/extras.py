@@ -9,6 +9,7 @@ from vqmoe_ds.runtime.errors import ConfigError, UserError
 
 EXTRAS = {
     "datasets": ("datasets", "data"),
+    "PIL": ("pillow", "images"),
     "google": ("protobuf", "data"),
     "lm_eval": ("lm-eval", "eval"),
     "matplotlib": ("matplotlib", "plots"),

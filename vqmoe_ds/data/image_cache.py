@@ -1,0 +1,109 @@
+"""Images decoded once: uint8 arrays in a folder, made by the first rank, sealed, and mapped by all.
+
+Legend: N images, H pixels a side, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from vqmoe_ds.data.image_files import REMEDY, ImageFiles, Split, Wanted
+from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.ranks import from_first
+
+_TOGETHER = 1024
+"""Images that are decoded before they are written."""
+_NAMED = 3
+"""Images that cannot be used which a sentence names."""
+
+
+def decoded(files: ImageFiles, wanted: Wanted, cache: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """uint8 ``[N, H, H, C]`` of the splits, ``train`` and ``test`` if there is one, and notes for the user.
+
+    All ranks call it together; the first one decodes, unless a sound cache is there.
+
+    Raises:
+        DataError: images are broken or of another size (how many, and the first of them), or the cache cannot be kept.
+    """
+    splits = {"train": files.train} | ({} if files.test is None else {"test": files.test})
+    folder = cache / f"images-{files.fingerprint()}-{wanted.size}x{wanted.channels}{'r' if wanted.resize else ''}"
+    notes: list[str] = []
+    refusal = None
+    if not (dist.is_initialized() and dist.get_rank()):
+        try:
+            notes = _make(splits, wanted, folder)
+        except DataError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"the decoded images cannot be kept in {cache} ({error.strerror}); set data.cache_dir"
+    refusal = from_first(refusal)  # the others would wait for ever
+    if refusal is not None:
+        raise DataError(refusal)
+    return {name: read_array(_file(folder, name)) for name in splits}, notes
+
+
+def _file(folder: Path, split: str) -> Path:
+    return folder / f"{split}-images.npy"
+
+
+def _make(splits: dict[str, Split], wanted: Wanted, folder: Path) -> list[str]:
+    """Decode all splits into ``folder``, under another name until they are whole; returns the notes."""
+    shapes: Shapes = {"images": [_shape(split, wanted) for split in splits.values()]}
+    if why_unsound(folder, shapes) is None:
+        return []
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for stale in (folder, work):
+        shutil.rmtree(stale, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        grey = sum(_decode(split, wanted, _file(work, name)) for name, split in splits.items())
+        seal(work)
+        try:
+            work.rename(folder)
+        except OSError:
+            if why_unsound(folder, shapes) is not None:  # else another run with the same cache was first
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return [f"{grey:,} grey-scale images are read as images of three equal channels"] if grey else []
+
+
+def _shape(split: Split, wanted: Wanted) -> tuple[int, ...]:
+    return len(split.labels_N), wanted.size, wanted.size, wanted.channels
+
+
+def _decode(split: Split, wanted: Wanted, file: Path) -> int:
+    """Write the images of a split; returns how many of them were grey-scale and are not any more."""
+    images_NHHC = np.lib.format.open_memmap(file, "w+", np.uint8, _shape(split, wanted))
+    bad: list[str] = []
+    grey = 0
+
+    def one(index: int) -> tuple[np.ndarray, bool] | str:
+        try:
+            return split.pixels(index).fit(wanted)
+        except ValueError as error:
+            return f"{split.name(index)}: {error}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let other threads run
+        for start in range(0, len(images_NHHC), _TOGETHER):
+            rows = range(start, min(start + _TOGETHER, len(images_NHHC)))
+            for row, found in zip(rows, pool.map(one, rows), strict=True):
+                if isinstance(found, str):
+                    bad.append(found)
+                else:
+                    images_NHHC[row], was_grey = found
+                    grey += was_grey
+    if bad:
+        more = f"; and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
+        raise DataError(
+            f"{len(bad):,} of {len(images_NHHC):,} images cannot be used ({'; '.join(bad[:_NAMED])}{more}); {REMEDY}"
+        )
+    images_NHHC.flush()
+    return grey

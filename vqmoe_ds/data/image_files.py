@@ -1,0 +1,452 @@
+"""Labelled images as they are published: found, checked and read one by one, without running anything that they hold.
+
+A source is a folder of image files (``train/CLASS/name.png`` and ``test/CLASS/name.png``, or ``CLASS/name.png``), the
+original pickles of CIFAR-10, the idx files of MNIST and Fashion-MNIST, or CIFAR-10 packed as JPEG.
+
+Legend: N images, H pixels of height, W of width, C channels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import pickletools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vqmoe_ds.data.corpus import FilePiece
+from vqmoe_ds.data.fingerprint import of_pieces
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.files import open_regular
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
+"""What Pillow may take a file for: others of its readers start programs."""
+HELD_OUT_NAMES = ("test", "val", "valid", "validation")
+"""Folders of the test set beside ``train``; the first that is there counts."""
+LARGEST_PICKLE, LARGEST_ARRAYS = 256 << 20, 4 << 30
+"""Bytes of a file of pickles, and of what an archive or an idx file may unpack to."""
+REMEDY = "set model.image_size and model.channels to the images', or data.resize=true; a broken file must go"
+"""The end of sentences on images that cannot be used."""
+MODES = {"RGB": 3, "P": 3, "CMYK": 3, "L": 1, "1": 1}
+"""Modes of Pillow that are read, and their channels; others are transparent or of more than 8 bits."""
+
+
+class Split(Protocol):
+    """Images of one split, which may be damaged: ``pixels`` says so."""
+
+    @property
+    def labels_N(self) -> np.ndarray:
+        """int64"""
+
+    @property
+    def name(self) -> Callable[[int], str]:
+        """File of an image, for messages."""
+
+    def pixels(self, index: int) -> Pixels:
+        """One image.
+
+        Raises:
+            ValueError: it cannot be read; the message is the reason.
+        """
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Size and channels of the images that a model reads."""
+
+    size: int
+    channels: int
+    resize: bool
+    """Scale what is of another size, and cut out the centre."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One image as it is stored: uint8 ``[H, W, C]``, and its Pillow image where it is encoded."""
+
+    array_HWC: np.ndarray | None
+    encoded: Any = None
+
+    def fit(self, wanted: Wanted) -> tuple[np.ndarray, bool]:
+        """uint8 ``[size, size, channels]``, and whether a grey-scale image was made one of colours.
+
+        Raises:
+            ValueError: another size, or colours where a grey-scale image is wanted.
+        """
+        if self.encoded is None:
+            assert self.array_HWC is not None
+            return _checked(self.array_HWC, wanted), False
+        image = self.encoded
+        if image.mode not in MODES:
+            raise ValueError(f"it is of Pillow's mode {image.mode}, which is transparent or of more than 8 bits")
+        grey = MODES[image.mode] < wanted.channels
+        if MODES[image.mode] > wanted.channels:
+            raise ValueError("it has 3 channels, and model.channels=1")
+        if wanted.resize and image.size != (wanted.size, wanted.size):
+            ops = library("PIL.ImageOps", "scaling images", DataError)
+            image = ops.fit(image.convert("RGB"), (wanted.size, wanted.size))
+        array_HWC = np.asarray(image.convert("RGB" if wanted.channels == 3 else "L"))
+        return _checked(array_HWC.reshape(*array_HWC.shape[:2], wanted.channels), wanted), grey
+
+
+def _checked(array_HWC: np.ndarray, wanted: Wanted) -> np.ndarray:
+    height, width, channels = array_HWC.shape
+    if (height, width) != (wanted.size, wanted.size):
+        raise ValueError(f"it is {width} x {height} pixels, and model.image_size={wanted.size}")
+    if channels != wanted.channels:
+        raise ValueError(f"it has {channels} channel(s), and model.channels={wanted.channels}")
+    return array_HWC
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images that Pillow decodes."""
+
+    labels_N: np.ndarray
+    name: Callable[[int], str]
+    blob: Callable[[int], bytes]
+
+    def pixels(self, index: int) -> Pixels:
+        pillow = library("PIL.Image", "reading images", DataError)
+        try:
+            image = pillow.open(io.BytesIO(self.blob(index)), formats=FORMATS)
+            image.load()
+        except Exception as error:  # Pillow raises a dozen kinds for damaged files
+            raise ValueError(_reason(error)) from None
+        return Pixels(None, image)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Images that are stored as they are: uint8 ``[N, H, W, C]``."""
+
+    labels_N: np.ndarray
+    images_NHWC: np.ndarray
+    file: str
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.file}"
+
+    def pixels(self, index: int) -> Pixels:
+        return Pixels(self.images_NHWC[index])
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Labelled images of a source."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split | None
+    """None where the source has no test set of its own."""
+    files: tuple[Path, ...]
+
+    def fingerprint(self) -> str:
+        """Fingerprint of all files, of their names within the source, and of the classes."""
+        names = [os.path.relpath(file, self.name) for file in self.files] if os.path.isdir(self.name) else []
+        content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
+        return hashlib.sha256(repr([self.classes, names, content]).encode()).hexdigest()[:16]
+
+
+def find_images(path: str) -> ImageFiles:
+    """The images of a file or folder.
+
+    Raises:
+        DataError: nothing is there that is known, it is damaged, or there are fewer than two classes.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise DataError(f"images {path} do not exist; give a folder of images, of CIFAR-10 or of idx files")
+    try:
+        for find in (_packed, _pickles, _idx, _folders):
+            found = find(place)
+            if found is not None:
+                return _sound(found)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"images {path} cannot be read: {_reason(error)}") from None
+    raise DataError(
+        f"{path} holds no labelled images that are known: give a folder with a folder of {', '.join(SUFFIXES[:3])} "
+        "files for each class, CIFAR-10's data_batch_* files, or *-images-idx3-ubyte files"
+    )
+
+
+def are_images(path: str) -> bool:
+    """Whether a path holds images that ``find_images`` would take."""
+    try:
+        find_images(path)
+    except DataError:
+        return False
+    return True
+
+
+def _sound(found: ImageFiles) -> ImageFiles:
+    if len(found.classes) < 2:
+        raise DataError(f"images {found.name} are all of one class ({found.classes[0]}); give a folder for each class")
+    for split in filter(None, (found.train, found.test)):
+        labels = split.labels_N
+        if not len(labels):
+            raise DataError(f"images {found.name} have a split without images; add some")
+        if labels.min() < 0 or labels.max() >= len(found.classes):
+            raise DataError(f"images {found.name} have labels beyond their {len(found.classes)} classes: damaged")
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__), 200)
+
+
+# ---------------------------------------------------------------- folders of files
+
+
+def _folders(place: Path) -> ImageFiles | None:
+    """``train/CLASS/FILE`` with a test set beside, or ``CLASS/FILE``."""
+    if not place.is_dir():
+        return None
+    parts = [place / "train", *(place / name for name in HELD_OUT_NAMES)]
+    splits = [part for part in parts if part.is_dir()] if parts[0].is_dir() else [place]
+    classes = tuple(sorted(entry.name for entry in os.scandir(splits[0]) if entry.is_dir() and _files(entry.path)))
+    if not classes:
+        return None
+    found = [_folder(split, classes) for split in splits[:2]]
+    files = tuple(file for _, some in found for file in some)
+    return ImageFiles(str(place), classes, found[0][0], found[1][0] if len(found) > 1 else None, files)
+
+
+def _folder(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Path]]:
+    found = {
+        entry.name: _files(entry.path) for entry in sorted(os.scandir(place), key=lambda e: e.name) if entry.is_dir()
+    }
+    strangers = [name for name, files in found.items() if files and name not in classes]
+    if strangers:
+        raise DataError(f"{place} has images of a class that training lacks: {strangers[0]!r}; remove it, or add some")
+    files = [file for name in classes for file in found.get(name, [])]
+    labels = [number for number, name in enumerate(classes) for _ in found.get(name, [])]
+    return Encoded(np.array(labels, np.int64), lambda i: str(files[i]), lambda i: _bytes_of(files[i])), files
+
+
+def _files(folder: str) -> list[Path]:
+    """Image files of a class, in order; Tiny ImageNet has them one folder deeper."""
+    inner = Path(folder, "images")
+    names = sorted(os.listdir(inner if inner.is_dir() else folder))
+    return [Path(inner if inner.is_dir() else folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+
+
+def _bytes_of(file: Path, limit: int = LARGEST_PICKLE) -> bytes:
+    with open_regular(file, links=True) as opened:
+        data = opened.read(limit + 1)
+    if len(data) > limit:
+        raise DataError(f"{file} has more than {limit >> 20} MiB, which no such file has; leave it out")
+    return data
+
+
+# ---------------------------------------------------------------- CIFAR-10, packed as JPEG
+
+PACKED = ("cifar10_jpeg_train.npz", "cifar10_jpeg_test.npz")
+_ARRAYS = {"prefix": "u", "payload": "u", "offsets": "u", "labels": "u", "classes": "U"}
+
+
+def _packed(place: Path) -> ImageFiles | None:
+    """JPEG files end to end, with a header that they share: ``prefix + payload[offsets[k]:offsets[k + 1]]``."""
+    files = tuple(place / name for name in PACKED) if place.is_dir() else (place,)
+    if not files[0].is_file() or files[0].suffix != ".npz":
+        return None
+    found = [_unpacked(file) for file in files if file.exists()]
+    (classes, train), test = found[0], found[1][1] if len(found) > 1 else None
+    if any(other != classes for other, _ in found):
+        raise DataError(f"{files[1]} has other classes than {files[0]}; copy both again")
+    return ImageFiles(str(place), classes, train, test, tuple(file for file in files if file.exists()))
+
+
+def _unpacked(file: Path) -> tuple[tuple[str, ...], Split]:
+    try:
+        if os.path.getsize(file) > LARGEST_ARRAYS:
+            raise ValueError("it is too large")
+        with np.load(file) as archive:  # arrays of objects, which are pickles, are refused
+            arrays = {name: archive[name] for name in _ARRAYS}
+        whole = all(array.ndim == 1 and array.dtype.kind == _ARRAYS[name] for name, array in arrays.items())
+        offsets = arrays["offsets"].astype(np.int64)
+        ends = [int(offsets[0]), int(offsets[-1])]
+        if not whole or len(offsets) != len(arrays["labels"]) + 1 or ends != [0, len(arrays["payload"])]:
+            raise ValueError("its arrays do not fit each other")
+        if (np.diff(offsets) < 0).any() or any(arrays[name].dtype != np.uint8 for name in ("prefix", "payload")):
+            raise ValueError("its offsets do not rise")
+    except OSError:
+        raise
+    except Exception as error:  # numpy and zipfile raise many kinds
+        raise DataError(f"{file} is no archive of packed images ({_reason(error)}); copy it again") from None
+    prefix, payload = arrays["prefix"].tobytes(), arrays["payload"]
+    split = Encoded(
+        arrays["labels"].astype(np.int64),
+        lambda i: f"image {i} of {file}",
+        lambda i: prefix + payload[offsets[i] : offsets[i + 1]].tobytes(),
+    )
+    return tuple(map(str, arrays["classes"])), split
+
+
+# ---------------------------------------------------------------- CIFAR-10's pickles
+
+
+def _pickles(place: Path) -> ImageFiles | None:
+    """``data_batch_1`` to ``data_batch_5``, ``test_batch`` and ``batches.meta``, also one folder deeper."""
+    for folder in (place, place / "cifar-10-batches-py"):
+        if (folder / "data_batch_1").is_file():
+            break
+    else:
+        return None
+    batches = sorted(folder.glob("data_batch_[1-9]"))
+    files = (*batches, folder / "test_batch", folder / "batches.meta")
+    names = _entry(read_pickle(files[-1]), "label_names", files[-1])
+    if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
+        raise DataError(f"{files[-1]} has no list of names under label_names: it is damaged, copy it again")
+    classes = tuple(name.decode("latin-1") if isinstance(name, bytes) else name for name in names)
+    return ImageFiles(str(place), classes, _batches(batches), _batches([folder / "test_batch"]), files)
+
+
+def _batches(files: list[Path]) -> Split:
+    parts = [read_pickle(file) for file in files]
+    images, labels = [], []
+    for file, part in zip(files, parts, strict=True):
+        data, numbers = _entry(part, "data", file), _entry(part, "labels", file)
+        fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(numbers), 3072)
+        if not fits or not all(type(number) is int for number in numbers):
+            raise DataError(f"{file} holds no images of 32 x 32 x 3 with a label each: it is damaged, copy it again")
+        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += numbers
+    return Stored(np.array(labels, np.int64), np.concatenate(images), " and ".join(file.name for file in files))
+
+
+def _entry(part: Any, key: str, file: Path) -> Any:
+    found = part.get(key.encode(), part.get(key)) if isinstance(part, dict) else None
+    if found is None or not hasattr(found, "__len__"):
+        raise DataError(f"{file} has no entry {key}: it is not of CIFAR-10, or damaged; copy it again")
+    return found
+
+
+OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
+    *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "SHORT_BINUNICODE", "BINUNICODE"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS"),
+    *("EMPTY_DICT", "SETITEM", "SETITEMS", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
+}
+"""Opcodes that arrays of bytes, lists and dicts are pickled with (protocols 2 to 4)."""
+_MEMO = 1 << 20
+"""Objects that a pickle may keep for later: more would be memory for the asking."""
+
+
+def read_pickle(file: Path) -> Any:
+    """Plain values and arrays of uint8 of a pickle; everything that it names is one of three inert stand-ins.
+
+    Raises:
+        DataError: it asks for anything else, or is damaged. Nothing of it is executed.
+        OSError: the file cannot be read.
+    """
+    data = _bytes_of(file)
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name not in OPCODES or (opcode.name.endswith("PUT") and int(argument or 0) > _MEMO):
+                raise pickle.UnpicklingError(f"it asks for {opcode.name}")
+        return _plain(_Arrays(io.BytesIO(data), encoding="bytes").load())
+    except Exception as error:  # a pickle can raise anything
+        raise DataError(
+            f"{file} is refused: it is no pickle of images, or damaged ({_reason(error)}); nothing of it was executed"
+        ) from None
+
+
+class _Dtype:
+    """Stand-in for ``numpy.dtype``."""
+
+    def __init__(self, kind: Any, *_: Any) -> None:
+        self.kind = kind.decode() if isinstance(kind, bytes) else kind
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _Array:
+    """Stand-in for an array: (version, shape, type, order, bytes)."""
+
+    state: Any = None
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Arrays(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        stand_ins = {
+            ("numpy.core.multiarray", "_reconstruct"): _Array,
+            ("numpy._core.multiarray", "_reconstruct"): _Array,
+            ("numpy", "ndarray"): "ndarray",  # only named: nothing can call a text, or give it attributes
+            ("numpy", "dtype"): _Dtype,
+        }
+        if (module, name) not in stand_ins:
+            raise pickle.UnpicklingError(f"it asks for {one_line(f'{module}.{name}', 80)}")
+        return stand_ins[module, name]
+
+
+def _plain(value: Any) -> Any:
+    """The top of a pickle with its stand-ins as arrays."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) if isinstance(entry, _Array) else entry for key, entry in value.items()}
+    if not isinstance(value, _Array):
+        return value
+    _, shape, kind, fortran, data = value.state
+    if type(kind) is not _Dtype or kind.kind != "u1" or fortran or type(data) is not bytes:
+        raise ValueError("an array that is not of bytes in C order")
+    return np.frombuffer(data, np.uint8).reshape([int(n) for n in shape])
+
+
+# ---------------------------------------------------------------- idx files of MNIST and Fashion-MNIST
+
+
+def _idx(place: Path) -> ImageFiles | None:
+    """``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, those of ``t10k``, plain or ``.gz``."""
+    train, test = _idx_pair(place, "train"), _idx_pair(place, "t10k")
+    if train is None:
+        return None
+    splits = [_idx_split(*pair) for pair in (train, test) if pair is not None]
+    classes = tuple(map(str, range(int(splits[0].labels_N.max(initial=0)) + 1)))
+    files = (*train, *(test or ()))
+    return ImageFiles(str(place), classes, splits[0], splits[1] if len(splits) > 1 else None, files)
+
+
+def _idx_pair(place: Path, split: str) -> tuple[Path, Path] | None:
+    for end in ("", ".gz"):
+        pair = place / f"{split}-images-idx3-ubyte{end}", place / f"{split}-labels-idx1-ubyte{end}"
+        if pair[0].is_file():
+            return pair
+    return None
+
+
+def _idx_split(images: Path, labels: Path) -> Split:
+    images_NHW, labels_N = _idx_array(images, 3), _idx_array(labels, 1)
+    if len(images_NHW) != len(labels_N):
+        raise DataError(
+            f"{images} has {len(images_NHW):,} images, and {labels} {len(labels_N):,} labels; copy both again"
+        )
+    return Stored(labels_N.astype(np.int64), images_NHW[..., None], str(images))
+
+
+def _idx_array(file: Path, dimensions: int) -> np.ndarray:
+    """uint8 of the shape in the header: 0, 0, 8 (unsigned bytes), the number of dimensions, then each in 4 bytes."""
+    with open_regular(file, links=True) as raw, gzip.open(raw) if file.suffix == ".gz" else raw as opened:
+        header = opened.read(4 + 4 * dimensions)
+        shape = [int(n) for n in np.frombuffer(header[4:], ">u4")] if len(header) == 4 + 4 * dimensions else []
+        size = int(np.prod(shape, dtype=object)) if shape else 0
+        data = opened.read(size + 1) if header[:4] == bytes([0, 0, 8, dimensions]) and size < LARGEST_ARRAYS else b""
+    if not shape or len(data) != size or not size:
+        raise DataError(f"{file} is no idx file of {dimensions} dimension(s), or it is cut off; copy it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
