@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vqmoe_ds.evaluation import plots
+from vqmoe_ds.evaluation import classification, plots
+from vqmoe_ds.evaluation.classification import ClassScore, plot_confusion
 from vqmoe_ds.evaluation.page import data_uri
-from vqmoe_ds.finetune import classification
-from vqmoe_ds.finetune.classification import ClassScore, plot_confusion
 
 
 @pytest.fixture

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.schema import FinetuneConfig, RunConfig
@@ -29,7 +25,8 @@ from vqmoe_ds.data.labelled_batches import (
     rare_classes,
 )
 from vqmoe_ds.data.tokenizer_base import Tokenizer
-from vqmoe_ds.evaluation.plots import NoPictures, pyplot, save
+from vqmoe_ds.evaluation.classification import LONGEST_NAME, ClassScore, classify, judge, plot_confusion
+from vqmoe_ds.evaluation.plots import NoPictures
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.finetune.callbacks import BestReport
 from vqmoe_ds.finetune.config import classifier_config
@@ -39,11 +36,6 @@ from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.train.callbacks import MetricsFile, Validation
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loop import Callback
-
-LEAST_ROWS = 32
-"""Texts of a forward pass in scoring, at least: without gradients there is room for more than in training."""
-LONGEST_NAME = 50
-"""Characters of a class that the confusion matrix shows."""
 
 
 @dataclass(frozen=True)
@@ -198,66 +190,6 @@ def report(session: Session, splits: Splits, folder: Path) -> tuple[dict[str, An
     return summary, f"test accuracy {test.accuracy:.2%}, macro-F1 {found['macro_f1']:.4f}; validation {validation}"
 
 
-# ---------------------------------------------------------------- scores
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """Score of texts: mean cross-entropy in nats, and the class and its probability that the model gave to each."""
-
-    loss: float
-    labels_T: np.ndarray
-    predictions_T: np.ndarray
-    probabilities_T: np.ndarray
-
-    @property
-    def accuracy(self) -> float:
-        return float((self.labels_T == self.predictions_T).mean())
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
-
-    def row(self) -> dict[str, float]:
-        """The figures under the names of metrics."""
-        return {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
-
-
-@torch.no_grad()
-def classify(session: Session, texts: LabelledTexts, max_batches: int | None = None) -> ClassScore:
-    """Score texts on all ranks together; all get the answer.
-
-    Args:
-        max_batches: of at least ``LEAST_ROWS`` texts on every rank; evenly spaced texts if these cannot hold all.
-            None: all texts, in their order.
-
-    Raises:
-        Interrupted: a rank was asked to stop.
-    """
-    place, size = session.place, max(session.config.micro_batch, LEAST_ROWS)
-    round_size = size * place.world_size
-    count = len(texts) if max_batches is None else min(len(texts), max_batches * round_size)
-    rows = np.linspace(0, len(texts) - 1, count).astype(int)
-    by_length = np.argsort(texts.lengths[rows], kind="stable")
-    rounds = -(-count // round_size)
-    padded = np.append(by_length, np.full(rounds * round_size - count, -1))  # -1: a text that only fills the round up
-    found = torch.zeros(3, count, dtype=torch.float64, device=session.device)
-    session.engine.eval()
-    try:
-        for places in padded.reshape(rounds, place.world_size, size)[:, place.rank]:
-            session.go_on()
-            batch = texts.read(rows[places])
-            logits_BC, _ = session.engine(torch.from_numpy(batch.inputs_BS).to(session.device))
-            labels_B = torch.from_numpy(batch.targets_BS).to(session.device)
-            losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
-            best = logits_BC.double().softmax(dim=-1).max(dim=-1)
-            mine = places >= 0
-            found[:, places[mine]] = torch.stack([losses_B.double(), best.indices.double(), best.values])[:, mine]
-    finally:
-        session.engine.train()
-    losses_T, predictions_T, probabilities_T = session.sum_over_ranks(found).cpu().numpy()
-    return ClassScore(float(losses_T.mean()), texts.labels[rows], predictions_T.astype(int), probabilities_T)
-
-
 def write_predictions(path: Path, texts: LabelledTexts, score: ClassScore) -> None:
     """CSV: label, prediction, probability of the prediction, text."""
     buffer = io.StringIO()
@@ -268,47 +200,3 @@ def write_predictions(path: Path, texts: LabelledTexts, score: ClassScore) -> No
     ):
         writer.writerow([texts.classes[label], texts.classes[guess], f"{sure:.4f}", text])
     write_atomically(path, buffer.getvalue())
-
-
-def judge(score: ClassScore, classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro-F1 and, by class, precision, recall, F1 and number of texts; a class without any counts as 0."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(
-        score.labels_T, score.predictions_T, labels=range(len(classes)), zero_division=0
-    )
-    names = ("precision", "recall", "f1", "texts")
-    by_class = {
-        name: {key: int(v) if key == "texts" else round(float(v), 4) for key, v in zip(names, values, strict=True)}
-        for name, *values in zip(classes, *columns, strict=True)
-    }
-    return {"accuracy": score.accuracy, "macro_f1": float(columns[2].mean()), "by_class": by_class}
-
-
-def plot_confusion(path: Path, score: ClassScore, classes: Sequence[str]) -> None:
-    """Confusion matrix as PNG: texts by true and predicted class, coloured by their share of the true class.
-
-    Where there is no room for numbers in the cells, those of the true classes stand behind their names.
-    """
-    from sklearn.metrics import confusion_matrix
-
-    few = len(classes) <= 12
-    counts_CC = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(classes)))
-    totals_C = counts_CC.sum(axis=1)
-    shares_CC = counts_CC / totals_C.clip(min=1)[:, None]
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
-    size = 2 + 0.07 * max(map(len, names)) + 0.6 * len(classes) if few else 16
-    figure, axes = pyplot().subplots(figsize=(size + 1, size))
-    image = axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, fraction=0.046, label="share of the true class")
-    if few:
-        for (row, column), count in np.ndenumerate(counts_CC):
-            colour = "white" if shares_CC[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
-    told = names if few else [f"{name} ({total:,})" for name, total in zip(names, totals_C, strict=True)]
-    font = 9 if few else 6
-    axes.set_xticks(range(len(names)), names, rotation="vertical", fontsize=font)
-    axes.set_yticks(range(len(names)), told, fontsize=font)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{len(score.labels_T):,} test texts\naccuracy {score.accuracy:.2%}", fontsize=11)
-    save(figure, path)

@@ -1,0 +1,168 @@
+"""Scores of a classifier on labelled texts or images.
+
+Legend: T texts or images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqmoe_ds.data.batches import Batch
+from vqmoe_ds.evaluation.plots import pyplot, save
+from vqmoe_ds.models.session import Session
+
+LEAST_ROWS = 32
+"""Texts of a forward pass in scoring, at least: without gradients there is room for more than in training."""
+LONGEST_NAME = 50
+"""Characters of a class that the confusion matrix shows."""
+
+
+class Labelled(Protocol):
+    """Labelled texts or images of one split."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``[len(self)]``"""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, int64."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, positions: np.ndarray) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Mean cross-entropy in nats of texts or images, and the class and its probability that the model gave to each."""
+
+    loss: float
+    labels_T: np.ndarray
+    predictions_T: np.ndarray
+    probabilities_T: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.labels_T == self.predictions_T).mean())
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
+
+    def row(self) -> dict[str, float]:
+        """The figures under the names of metrics."""
+        return {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
+
+
+def classify(session: Session, texts: Labelled, max_batches: int | None = None) -> ClassScore:
+    """Score texts or images on all ranks together; all get the answer.
+
+    Args:
+        max_batches: of at least ``LEAST_ROWS`` texts on every rank; evenly spaced ones if these cannot hold all.
+            None: all texts, in their order.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
+    """
+    place, size = session.place, max(session.config.micro_batch, LEAST_ROWS)
+    count = len(texts) if max_batches is None else min(len(texts), max_batches * size * place.world_size)
+    rows = np.linspace(0, len(texts) - 1, count).astype(int)
+    session.engine.eval()
+    try:
+        score = Scoring(session.engine, session.device, size, place.rank, place.world_size, session.sum_over_ranks)
+        return score(texts, rows, session.go_on)
+    finally:
+        session.engine.train()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Scores texts or images by a model in evaluation mode; its ranks do it together, and all get the answer.
+
+    Attributes:
+        model: gives logits ``[B, C]`` first.
+        size: texts or images of a forward pass on every rank.
+        total: the sum of a tensor over all ranks.
+    """
+
+    model: Callable[[Tensor], tuple[Tensor, Tensor]]
+    device: torch.device
+    size: int
+    rank: int
+    world: int
+    total: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, texts: Labelled, rows: np.ndarray, before_each: Callable[[], Any]) -> ClassScore:
+        """Score those at ``rows``, calling ``before_each`` forward pass on all ranks."""
+        count, round_size = len(rows), self.size * self.world
+        by_length = np.argsort(texts.lengths[rows], kind="stable")
+        rounds = -(-count // round_size)
+        padded = np.append(by_length, np.full(rounds * round_size - count, -1))  # -1: one that only fills the round up
+        found = torch.zeros(3, count, dtype=torch.float64, device=self.device)
+        for places in padded.reshape(rounds, self.world, self.size)[:, self.rank]:
+            before_each()
+            batch = texts.read(rows[places])
+            logits_BC, _ = self.model(torch.from_numpy(batch.inputs_BS).to(self.device))
+            labels_B = torch.from_numpy(batch.targets_BS).to(self.device)
+            losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+            best = logits_BC.double().softmax(dim=-1).max(dim=-1)
+            mine = places >= 0
+            found[:, places[mine]] = torch.stack([losses_B.double(), best.indices.double(), best.values])[:, mine]
+        losses_T, predictions_T, probabilities_T = self.total(found).cpu().numpy()
+        return ClassScore(float(losses_T.mean()), texts.labels[rows], predictions_T.astype(int), probabilities_T)
+
+
+def judge(score: ClassScore, classes: Sequence[str], things: str = "texts") -> dict[str, Any]:
+    """Accuracy, macro-F1 and, by class, precision, recall, F1 and number of texts; a class without any counts as 0.
+
+    Args:
+        things: what is classified, the name of their number.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(
+        score.labels_T, score.predictions_T, labels=range(len(classes)), zero_division=0
+    )
+    names = ("precision", "recall", "f1", things)
+    by_class = {
+        name: {key: int(v) if key == things else round(float(v), 4) for key, v in zip(names, values, strict=True)}
+        for name, *values in zip(classes, *columns, strict=True)
+    }
+    return {"accuracy": score.accuracy, "macro_f1": float(columns[2].mean()), "by_class": by_class}
+
+
+def plot_confusion(path: Path, score: ClassScore, classes: Sequence[str], things: str = "test texts") -> None:
+    """Confusion matrix as PNG: texts or images by true and predicted class, coloured by their share of the true class.
+
+    Where there is no room for numbers in the cells, those of the true classes stand behind their names.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    few = len(classes) <= 12
+    counts_CC = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(classes)))
+    totals_C = counts_CC.sum(axis=1)
+    shares_CC = counts_CC / totals_C.clip(min=1)[:, None]
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+    size = 2 + 0.07 * max(map(len, names)) + 0.6 * len(classes) if few else 16
+    figure, axes = pyplot().subplots(figsize=(size + 1, size))
+    image = axes.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, fraction=0.046, label="share of the true class")
+    if few:
+        for (row, column), count in np.ndenumerate(counts_CC):
+            colour = "white" if shares_CC[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
+    told = names if few else [f"{name} ({total:,})" for name, total in zip(names, totals_C, strict=True)]
+    font = 9 if few else 6
+    axes.set_xticks(range(len(names)), names, rotation="vertical", fontsize=font)
+    axes.set_yticks(range(len(names)), told, fontsize=font)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{len(score.labels_T):,} {things}\naccuracy {score.accuracy:.2%}", fontsize=11)
+    save(figure, path)
