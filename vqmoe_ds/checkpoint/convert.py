@@ -74,7 +74,7 @@ def convert(options: argparse.Namespace) -> list[str]:
     """
     from vqmoe_ds.checkpoint.io.store import MANIFEST, verify
     from vqmoe_ds.checkpoint.open import open_checkpoint
-    from vqmoe_ds.checkpoint.reader import require_language_model
+    from vqmoe_ds.checkpoint.reader import require_language_model, require_text
     from vqmoe_ds.checkpoint.views.adapters import merged
 
     dst = Path(options.dst)
@@ -101,8 +101,8 @@ def convert(options: argparse.Namespace) -> list[str]:
             "--to native and --to portable take it"
         )
     if options.to not in ("portable", "deepspeed"):
-        if options.to != "hf":
-            require_language_model(reader, f"--to {options.to}")
+        require = require_text if options.to == "hf" else require_language_model
+        require(reader, f"--to {options.to}")
         reader = merged(reader)
     lost = getattr(reader, "dropped", [])
     left = [f"left behind, as they are no plain values: client state {', '.join(lost)}"] if lost else []

@@ -18,7 +18,7 @@ import torch
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.load_experts import bind, check_place, open_store
 from vqmoe_ds.checkpoint.open import open_checkpoint
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, require_language_model, sound
+from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, of_images, require_language_model, sound
 from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
 from vqmoe_ds.checkpoint.views.adapters import merged
 from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer, tokenizer_of_data
@@ -65,7 +65,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed.weight.device
+        return self.model.norm.weight.device
 
     def close(self) -> None:
         """End the threads that read experts; the model computes nothing afterwards if it has any."""
@@ -98,6 +98,7 @@ def load_model(
     device: torch.device | str = "cpu",
     precision: str | None = None,
     expert_memory: int | None = None,
+    images: bool = False,
 ) -> LoadedModel:
     """Load a run folder, a DeepSpeed tag of any layout, a portable, Hugging Face, Megatron or native folder.
 
@@ -113,6 +114,7 @@ def load_model(
             routers) stay float32, as in training.
         expert_memory: bytes of experts in memory, at most: they stay in the files, and each is read before its layer
             needs it (on a CPU, by threads that end with ``LoadedModel.close``). None: all are in memory.
+        images: take a classifier of images, too; without it one is refused.
 
     Raises:
         CheckpointError: nothing there, damaged, a classifier, another model than its configuration says, or another
@@ -123,7 +125,7 @@ def load_model(
     """
     reader = merged(open_checkpoint(path))
     with sound(reader.path):
-        return _load(reader, tokenizer, ep_size, ep_rank, torch.device(device), precision, expert_memory)
+        return _load(reader, tokenizer, ep_size, ep_rank, torch.device(device), precision, expert_memory, images)
 
 
 def _load(
@@ -134,15 +136,17 @@ def _load(
     device: torch.device,
     precision: str | None,
     expert_memory: int | None,
+    images: bool,
 ) -> LoadedModel:
-    require_language_model(reader, "this")
+    if not (images and of_images(reader.config)):
+        require_language_model(reader, "this")
     config = run_config(reader.config, reader.path)
     if expert_memory is not None:
         check_place(config, device, ep_size)
     if config.moe.num_experts % ep_size:
         raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
     dtype = _precision(config, device, precision, ep_size)
-    found = find_tokenizer(reader, config, tokenizer)
+    found = None if config.model.image_size else find_tokenizer(reader, config, tokenizer)
     model = build_model(reader, config, ep_size, ep_rank, expert_memory)
     for param in model.parameters():
         param.data = param.data.to(dtype)

@@ -225,7 +225,7 @@ def check_described(config: dict[str, Any], tensors: Sized, path: Path) -> None:
 
 
 def require_language_model(reader: CheckpointReader, purpose: str) -> None:
-    """Refuse a classifier.
+    """Refuse a classifier of texts or images.
 
     Args:
         purpose: what needs a language model, as the subject of a sentence.
@@ -233,11 +233,32 @@ def require_language_model(reader: CheckpointReader, purpose: str) -> None:
     Raises:
         CheckpointError: it is one.
     """
+    require_text(reader, purpose)
     if classes_of(reader):
         raise CheckpointError(
             f"{purpose} needs a language model, and {reader.path} is {describe_classes(reader)}; "
             "give the checkpoint it was made from"
         )
+
+
+def require_text(reader: CheckpointReader, purpose: str) -> None:
+    """Refuse a classifier of images.
+
+    Args:
+        purpose: what needs a model of text, as the subject of a sentence.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if of_images(reader.config):
+        raise CheckpointError(
+            f"{purpose} needs a model of text, and {reader.path} classifies images; launchers/evaluate.py scores it"
+        )
+
+
+def of_images(config: dict[str, Any]) -> bool:
+    """Whether a run configuration as saved is of a classifier of images."""
+    return bool(config.get("model", {}).get("image_size", 0))
 
 
 def classes_of(reader: CheckpointReader) -> list[str]:

@@ -24,13 +24,15 @@ from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
 if TYPE_CHECKING:
     import torch
 
+    from vqmoe_ds.checkpoint.load_model import LoadedModel
+
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     what = "run folder, checkpoint of any layout, portable, Hugging Face or Megatron folder"
     add("checkpoint", metavar="CHECKPOINT", help=what)
-    add("--data", nargs="+", metavar="PATH", help="text, folders or prepared prefixes (default: the run's own data)")
+    add("--data", nargs="+", metavar="PATH", help="text, prepared prefixes or images (default: the run's own data)")
     add(
         "--split",
         default="auto",
@@ -39,7 +41,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
     add("--stride", type=int, metavar="N", help="tokens scored per window, at most the context (default: half of it)")
-    add("--batch_size", type=int, metavar="N", help="windows per forward pass (default: as memory allows, at most 32)")
+    size = "windows, or images, per forward pass (default: windows as memory allows, at most 32; 128 images)"
+    add("--batch_size", type=int, metavar="N", help=size)
     add("--max_tokens", type=int, metavar="N", help="read no more tokens than these")
     add(
         "--corrupt",
@@ -146,11 +149,18 @@ def _score(
 ) -> tuple[Any, float]:
     from vqmoe_ds.checkpoint.load_model import load_model
     from vqmoe_ds.evaluation.evaluate import Options, checked_stride, evaluate
+    from vqmoe_ds.evaluation.images import refuse_images
     from vqmoe_ds.evaluation.texts import open_texts
 
     ep_rank = place.rank % args.ep_size
     memory = parse_memory(args.expert_memory, "--expert_memory")
-    loaded = load_model(args.checkpoint, args.tokenizer, args.ep_size, ep_rank, device, args.precision, memory)
+    loaded = load_model(
+        args.checkpoint, args.tokenizer, args.ep_size, ep_rank, device, args.precision, memory, images=True
+    )
+    if loaded.config.model.image_size:
+        with closing(loaded):
+            return _score_images(args, loaded, place, console)
+    refuse_images(loaded, args.data)
     checked_stride(args.stride, loaded.config.model.sequence_length)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)
@@ -167,11 +177,24 @@ def _score(
     return result, time.monotonic() - started
 
 
-def _bar(console: Console, name: str, windows: int) -> Any:
+def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, console: Console) -> tuple[Any, float]:
+    from vqmoe_ds.evaluation.images import evaluate_images, open_split
+
+    for name in ("stride", "max_tokens", "tokenizer", "corrupt", "corruptions"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
+    images, told = open_split(loaded, args.data, args.split)
+    started = time.monotonic()
+    progress = _bar(console, "images", len(images), "image")
+    result = evaluate_images(loaded, images, told, args.batch_size, place.rank, place.world_size, progress)
+    return result, time.monotonic() - started
+
+
+def _bar(console: Console, name: str, windows: int, unit: str = "window") -> Any:
     from tqdm import tqdm
 
     hidden = console.rank != 0 or not console.err.isatty()
-    return tqdm(total=windows, desc=name, unit="window", file=console.err, disable=hidden, leave=False).update
+    return tqdm(total=windows, desc=name, unit=unit, file=console.err, disable=hidden, leave=False).update
 
 
 def _report(args: argparse.Namespace, result: Any, seconds: float, console: Console) -> None:
@@ -184,7 +207,7 @@ def _report(args: argparse.Namespace, result: Any, seconds: float, console: Cons
             write_atomically(Path(args.json), json.dumps(result.as_dict(), indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--json {args.json} could not be written ({error.strerror})") from None
-    for line in table(result.as_dict()):
+    for line in result.lines() if hasattr(result, "lines") else table(result.as_dict()):
         console.say(line)
     console.say(f"scored in {seconds:.0f} s" + (f"; every figure is in {args.json}" if args.json else ""))
 

@@ -111,7 +111,7 @@ def evaluate(
         raise DataError("the tokenizer of the data is unknown, so its text cannot be damaged; name it with --tokenizer")
     passes = _Passes(loaded, texts, options, rank, world, progress)
     clean = passes.clean
-    result = Evaluation(_about(loaded), passes.setting, {**clean.figures(), **_counts(clean)})
+    result = Evaluation(about_model(loaded), passes.setting, {**clean.figures(), **_counts(clean)})
     for corruption in options.corruptions:
         seeds = [passes.damaged(corruption, seed) for seed in range(options.seeds)]
         for mode, rows in zip(MODES, zip(*seeds, strict=True), strict=True):
@@ -250,7 +250,7 @@ def _perplexity(nats: float | None) -> float | None:
     return None if nats is None or nats > 700 else math.exp(nats)
 
 
-def _about(loaded: LoadedModel) -> dict[str, Any]:
+def about_model(loaded: LoadedModel) -> dict[str, Any]:
     moe = loaded.config.moe
     return {
         "checkpoint": str(loaded.path),

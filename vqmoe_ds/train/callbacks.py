@@ -19,7 +19,7 @@ from vqmoe_ds.checkpoint.resume.sealing import Sealing
 from vqmoe_ds.checkpoint.resume.session import begin_save
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
-from vqmoe_ds.evaluation.perplexity import Score, bits_per_byte, validate
+from vqmoe_ds.evaluation.perplexity import bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
@@ -305,6 +305,9 @@ class Signals(Callback):
 class FinalReport(Callback):
     """Makes the full validation, ``summary.json``, figures and a text sample, at the end of a finished run."""
 
+    things, target = "windows", "token"
+    """What is held out, and the unit that a loss is per."""
+
     def __init__(
         self,
         console: Console,
@@ -329,7 +332,7 @@ class FinalReport(Callback):
         session, output = trainer.session, trainer.session.config.run.run
         most = min(output.final_eval_windows or len(self.windows), len(self.windows))
         told = f"all {most}" if most == len(self.windows) else f"{most} of {len(self.windows)}"
-        score = validate(session, self.windows, most, self._tell_at_times())
+        score = self._validate(session, most)
         row = {"step": trainer.step, **score.row()}
         if row not in self.file.rows:  # a kill came after it
             self.file.write(row)
@@ -338,11 +341,20 @@ class FinalReport(Callback):
             self.file.note("sample", f"```\n{text}\n```", trainer.step)
         if session.place.rank == 0:
             self._write(trainer, score, text)
-        self.console.say(f"validation {score} on {told} held-out windows")
+        self.console.say(f"validation {score} on {told} held-out {self.things}")
         if text:
             self.console.say(f"--- sample ---\n{text}\n--------------")
         found = [name for name in ("summary.json", "loss.png", "usage.png") if (self.run_dir / name).exists()]
         self.console.say(f"everything is in {self.run_dir} (start with {', '.join(found)})")
+
+    def _validate(self, session: Session, most: int) -> Scored:
+        """Score ``most`` of what is held out."""
+        return validate(session, self.windows, most, self._tell_at_times())
+
+    def _about(self, score: Any) -> dict[str, Any]:
+        """The score's part of the summary; called on rank 0."""
+        figures: dict[str, Any] = score.row()
+        return figures
 
     def _tell_at_times(self) -> Callable[[int, int], None]:
         """A function that says how far the closing validation is, every ten seconds."""
@@ -362,10 +374,10 @@ class FinalReport(Callback):
             return ""
         return self.data.decode(sample_tokens(trainer.session, prompt, length, size))
 
-    def _write(self, trainer: Trainer, score: Score, text: str) -> None:
+    def _write(self, trainer: Trainer, score: Scored, text: str) -> None:
         session = trainer.session
         summary = {
-            **score.row(),
+            **self._about(score),
             "steps": trainer.step,
             "bad_steps": trainer.bad_steps,
             "seconds": round(time.time() - self._started, 1),
@@ -378,7 +390,7 @@ class FinalReport(Callback):
             "sample": text,
         }
         with drawing(self.console.say):
-            plot_loss(self.run_dir / "loss.png", self.file.rows, data=self.data.summary())
+            plot_loss(self.run_dir / "loss.png", self.file.rows, self.target, self.data.summary())
             if session.model.moe_layers():
                 plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
         # Last, for it says that the run is finished.

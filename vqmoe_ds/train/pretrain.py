@@ -1,15 +1,18 @@
-"""Pretraining from a parsed command line: check everything, build, resume, train, report."""
+"""Pretraining, on text or images, from a parsed command line: check everything, build, resume, train, report."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.data.images import ImageData, ImageSet, open_images
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.raw_text import RawText, open_raw_text
 from vqmoe_ds.data.training_data import TrainingData
@@ -19,6 +22,11 @@ from vqmoe_ds.runtime.ranks import Place, from_first
 from vqmoe_ds.train.job import Job, Start, TrainingCommand, launch, show
 from vqmoe_ds.train.run_folder import first_free, has_run, index_folder
 
+if TYPE_CHECKING:
+    from vqmoe_ds.data.batches import Windows
+    from vqmoe_ds.models.session import Session
+    from vqmoe_ds.train.callbacks import Scored
+
 
 def main(args: argparse.Namespace) -> int:
     """Run one pretraining; returns the exit code of the process."""
@@ -26,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 class Pretraining(TrainingCommand):
-    """Trains a model from scratch on raw or prepared text."""
+    """Trains a model from scratch on raw or prepared text, or on images."""
 
     data: TrainingData
 
@@ -38,9 +46,12 @@ class Pretraining(TrainingCommand):
             raise ConfigError(
                 "the section finetune belongs to launchers/finetune.py; leave it out, or use that launcher"
             )
-        prepared = open_indexed_text(config.run)
+        images = open_images(config.run) if config.run.model.image_size else None
+        prepared = images or open_indexed_text(config.run)
         known = prepared or RawText
         config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, loaded.explicit)
+        if images is not None:
+            config = with_classes(config, images.files.classes)
         if args.print_config:
             show(config, place, console)
             return None
@@ -53,14 +64,15 @@ class Pretraining(TrainingCommand):
 
     def run(self, job: Job) -> int:
         from vqmoe_ds.data.fingerprint import of_data, of_optimizer
-        from vqmoe_ds.evaluation.perplexity import validate
         from vqmoe_ds.evaluation.routing import RoutingHealth
         from vqmoe_ds.train import callbacks as cb
+        from vqmoe_ds.train.image_report import ImageReport
         from vqmoe_ds.train.opening import find_tag, open_session
 
         config, console, data = job.config, job.console, self.data
+        images = isinstance(data, ImageData)
         ahead = config.run.looks_ahead
-        if ahead is not None:
+        if ahead is not None and not images:
             console.say(
                 f"not causal: {ahead.reason}; its losses compare with no causal router's, and there is no text sample"
             )
@@ -68,17 +80,30 @@ class Pretraining(TrainingCommand):
         tag, job = find_tag(job, fingerprint)
         config = job.config
         batches, windows = data.open(config.run, index_folder(config, job.run_dir))
+        for note in data.notes if isinstance(data, ImageData) else ():
+            console.say(note)
         opened = open_session(job, tag, fingerprint)
         file = opened.metrics_file()
         health = RoutingHealth(opened.session, windows, config.run.run.probe_tokens)
+        report = ImageReport if images else cb.FinalReport
         callbacks = [
             cb.Metrics(console, file, health),
-            cb.Validation(console, file, lambda session, most: validate(session, windows, most * session.round_size)),
+            cb.Validation(console, file, partial(_score, windows)),
             cb.Checkpoints(console, job.checkpoints),
             cb.Signals(),
-            cb.FinalReport(console, file, data, windows, health, job.run_dir),
+            report(console, file, data, windows, health, job.run_dir),
         ]
         return opened.train(batches, callbacks, file)
+
+
+def _score(windows: Windows, session: Session, most: int) -> Scored:
+    """Interim validation with at most a number of batches, on text or images."""
+    from vqmoe_ds.evaluation.classification import classify
+    from vqmoe_ds.evaluation.perplexity import validate
+
+    if isinstance(windows, ImageSet):
+        return classify(session, windows, most)
+    return validate(session, windows, most * session.round_size)
 
 
 def fit_to_tokenizer(
@@ -118,6 +143,12 @@ def fit_to_tokenizer(
         )
     data = data.model_copy(update={"tokenizer_sha256": checksum})
     return replace(config, run=config.run.model_copy(update={"model": model, "data": data}))
+
+
+def with_classes(config: EngineConfig, classes: tuple[str, ...]) -> EngineConfig:
+    """The configuration with the names of the classes of its images."""
+    data = config.run.data.model_copy(update={"classes": classes})
+    return replace(config, run=config.run.model_copy(update={"data": data}))
 
 
 def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:

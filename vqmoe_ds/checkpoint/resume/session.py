@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from vqmoe_ds.checkpoint.io.store import Found, find_newest, read_manifest, tag_name, tags, verify
 from vqmoe_ds.checkpoint.open import open_checkpoint
+from vqmoe_ds.checkpoint.reader import of_images
 from vqmoe_ds.checkpoint.resume.recovery import write_script
 from vqmoe_ds.checkpoint.resume.restore import restore_any_layout
 from vqmoe_ds.checkpoint.resume.restricted import without_pickles
@@ -168,12 +169,13 @@ def consumed_samples(tag: Path) -> int:
 
 
 def check_fits(config: EngineConfig, tag: Path) -> None:
-    """Refuse, by name, a tag of another tokenizer or another architecture, and in fp16 one of another layout.
+    """Refuse, by name, a tag of another tokenizer or architecture, or of images, and in fp16 one of another layout.
 
     Raises:
         CheckpointError: naming the first difference.
     """
     manifest = read_manifest(tag)
+    check_kind(config.run, manifest["config"], tag)
     check_tokenizer(config.run, manifest["config"], tag)
     check_structure(config.run, manifest["config"], tag)
     for name, value in config.layout().items() if config.precision == "fp16" else ():
@@ -209,6 +211,17 @@ def check_data(here: dict[str, str], tag: Path, allowed: bool) -> str | None:
         f"{tag} was trained with other inputs (changed: {', '.join(changed)}), and its run would go on in the middle "
         "of these; bring them back, start in another --run_dir, or say --allow_changed_data if that is meant"
     )
+
+
+def check_kind(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
+    """Refuse a checkpoint of text for a run on images, and the other way round."""
+    theirs, ours = of_images(saved), bool(run.model.image_size)
+    if theirs != ours:
+        kinds = {True: "images", False: "text"}
+        raise CheckpointError(
+            f"{tag} is of a model of {kinds[theirs]}, and this run trains one of {kinds[ours]} (model.image_size="
+            f"{run.model.image_size}); start in another --run_dir"
+        )
 
 
 def check_tokenizer(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
