@@ -191,8 +191,7 @@ def are_images(path: str) -> bool:
 
 
 def _sound(found: ImageFiles) -> ImageFiles:
-    if len(found.classes) < 2:
-        raise DataError(f"images {found.name} are all of one class ({found.classes[0]}); give a folder for each class")
+    _several(found.name, found.classes)
     for split in filter(None, (found.train, found.test)):
         labels = split.labels_N
         if not len(labels):
@@ -200,6 +199,11 @@ def _sound(found: ImageFiles) -> ImageFiles:
         if labels.min() < 0 or labels.max() >= len(found.classes):
             raise DataError(f"images {found.name} have labels beyond their {len(found.classes)} classes: damaged")
     return found
+
+
+def _several(name: str, classes: tuple[str, ...]) -> None:
+    if len(classes) < 2:
+        raise DataError(f"images {name} are all of one class ({', '.join(classes)}); give a folder for each class")
 
 
 def _reason(error: BaseException) -> str:
@@ -218,6 +222,7 @@ def _folders(place: Path) -> ImageFiles | None:
     classes = tuple(sorted(entry.name for entry in os.scandir(splits[0]) if entry.is_dir() and _files(entry.path)))
     if not classes:
         return None
+    _several(str(place), classes)  # before the test set is found to have others
     found = [_folder(split, classes) for split in splits[:2]]
     files = tuple(file for _, some in found for file in some)
     return ImageFiles(str(place), classes, found[0][0], found[1][0] if len(found) > 1 else None, files)

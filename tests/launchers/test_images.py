@@ -1,0 +1,135 @@
+"""Classifiers of images from the command line: trained, stopped and resumed, scored, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.checkpoint.layouts import Layout, write_one
+from tests.distributed import run_ranks
+from tests.images import write_folder
+from tests.launchers.test_pretrain import ROOT, losses, run
+
+EVALUATE = [sys.executable, str(ROOT / "launchers/evaluate.py")]
+FINETUNE = [sys.executable, str(ROOT / "launchers/finetune.py")]
+SMALL = """
+model: {image_size: 8, patch_size: 2, width: 16, heads: 2, layers: 2, moe_every: 1}
+moe: {num_experts: 4, expert_hidden: 16}
+train: {steps: 12, batch_size: 8, warmup_steps: 2, learning_rate: 0.03}
+data: {augment: crop}
+run: {log_every: 1, eval_every: 4, save_every: 4, keep_last: 0, probe_tokens: 64}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with images (``images``), a text model (``text``) and the options of a run (``small.yaml``)."""
+    folder = tmp_path_factory.mktemp("images")
+    write_folder(folder / "images/train", 60)
+    write_folder(folder / "images/test", 15, seed=1)
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "text").mkdir()
+    run_ranks(1, write_one, str(folder / "text"), Layout(2, 1, 1), {"model.vocab_size": 256})
+    return folder
+
+
+def arguments(place: Path, run_dir: Path, *more: str) -> list[str]:
+    base = ["--preset", "vit-cifar", "--config", str(place / "small.yaml"), "--run_dir", str(run_dir)]
+    return [*base, "--ds_config", str(ROOT / "ds_configs/zero2.json"), "--data", str(place / "images"), *more]
+
+
+def refusal(arguments: list[str], launcher: list[str] | None = None) -> str:
+    """The one sentence of a command that cannot work."""
+    done = run(arguments, launcher)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    done = run(arguments(place, run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir, done
+
+
+def test_a_run_learns_and_reports_accuracy(finished):
+    run_dir, done = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["validation_accuracy"] > 0.6
+    assert summary["validation_by_class"]["left"]["images"] == 5
+    assert summary["tokens"] == 12 * 8 * 16
+    assert (run_dir / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_accuracy" in row] == [4, 8, 12]
+    assert "60 training and 15 held-out images of 8 x 8, 3 classes" in done.stdout
+    assert f"accuracy {summary['validation_accuracy']:.2%} on all 15 held-out images" in done.stdout
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (config["data"]["classes"], config["model"]["vocab_size"]) == (["left", "middle", "right"], 3)
+
+
+def test_a_stopped_run_goes_on_to_the_bit(place, finished, tmp_path):
+    whole = finished[0]
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints/global_step0000012")
+    done = run(arguments(place, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert "at step 8" in done.stdout
+    assert losses(run_dir) == losses(whole)
+    same = ("validation_loss", "validation_accuracy", "validation_by_class")
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (whole, run_dir))
+    assert [first[name] for name in same] == [second[name] for name in same]
+
+
+def test_evaluation_scores_the_test_set_again(place, finished, tmp_path):
+    run_dir, _ = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    done = run([str(run_dir), "--json", str(tmp_path / "scores.json"), "--batch_size", "4"], EVALUATE)
+    assert done.returncode == 0, done.stderr
+    clean = json.loads((tmp_path / "scores.json").read_text())["clean"]
+    assert clean["accuracy"] == summary["validation_accuracy"]
+    assert clean["loss"] == pytest.approx(summary["validation_loss"], abs=1e-5)
+    assert [sum(row) for row in clean["confusion"]] == [5, 5, 5]
+    assert sum(clean["confusion"][c][c] for c in range(3)) == round(15 * clean["accuracy"])
+    assert f"accuracy {clean['accuracy']:.2%}" in done.stdout
+    named = run([str(run_dir), "--data", str(place / "images/train"), "--json", str(tmp_path / "t.json")], EVALUATE)
+    assert named.returncode == 0, named.stderr
+    assert json.loads((tmp_path / "t.json").read_text())["clean"]["images"] == 60
+
+
+def test_text_and_images_are_not_taken_for_each_other(place, finished, tmp_path):
+    images, run_dir = str(place / "images"), str(finished[0])
+    text_tag = str(place / "text")
+    assert "is of a model of text, and this run trains one of images" in refusal(
+        arguments(place, tmp_path / "a", "--resume", text_tag)
+    )
+    assert "is a model of text; give text" in refusal([text_tag, "--data", images], EVALUATE)
+    (tmp_path / "words.txt").write_text("some words " * 50)
+    assert "holds no labelled images" in refusal([run_dir, "--data", str(tmp_path / "words.txt")], EVALUATE)
+    assert "--corrupt is for text" in refusal([run_dir, "--corrupt", "word_drop"], EVALUATE)
+    tuned = ["--checkpoint", run_dir, "--task", "sst2", "--run_dir", str(tmp_path / "b")]
+    assert "fine-tuning needs a model of text" in refusal(tuned, FINETUNE)
+
+
+def test_broken_images_end_a_training_before_it_starts(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "images")
+    bad = tmp_path / "images/train/right/0002.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    moved = [
+        str(tmp_path / "images") if word == str(place / "images") else word for word in arguments(place, tmp_path / "c")
+    ]
+    assert "1 of 60 images cannot be used" in refusal(moved) and not list((tmp_path / "c").rglob("*.npy"))
+    larger = refusal([*arguments(place, tmp_path / "d"), "--set", "model.image_size=16"])
+    assert "it is 8 x 8 pixels, and model.image_size=16" in larger
+    shutil.rmtree(tmp_path / "images/train/right")
+    shutil.rmtree(tmp_path / "images/train/middle")
+    assert "all of one class (left)" in refusal(moved)
