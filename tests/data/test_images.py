@@ -138,7 +138,7 @@ def test_without_a_test_set_a_share_is_held_out_by_index(tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"model.image_size": 16}, "it is 8 x 8 pixels, and model.image_size=16; set model.image_size"),
+        ({"model.image_size": 16}, "it is 8 x 8 pixels, and model.image_size=16; give images of model.image_size"),
         ({"model.channels": 1}, "it has 3 channels, and model.channels=1"),
         ({"data.holdout_every": 1000}, "have no test set, and of 30 images data.holdout_every=1000 leaves none"),
         ({"data.valid_path": "x"}, "without data.valid_path"),

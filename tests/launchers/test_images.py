@@ -14,6 +14,7 @@ from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.images import write_folder
 from tests.launchers.test_pretrain import ROOT, losses, run
+from vqmoe_ds.checkpoint import convert, inspect
 
 EVALUATE = [sys.executable, str(ROOT / "launchers/evaluate.py")]
 FINETUNE = [sys.executable, str(ROOT / "launchers/finetune.py")]
@@ -133,3 +134,19 @@ def test_broken_images_end_a_training_before_it_starts(place, tmp_path):
     shutil.rmtree(tmp_path / "images/train/right")
     shutil.rmtree(tmp_path / "images/train/middle")
     assert "all of one class (left)" in refusal(moved)
+
+
+def test_a_checkpoint_of_images_is_inspected_and_moved_but_not_exported(finished, tmp_path):
+    run_dir = str(finished[0])
+
+    def converted(kind: str) -> int:
+        words = [run_dir, str(tmp_path / kind), "--to", kind]
+        return convert.main(convert.build_parser("").parse_args(words))
+
+    assert inspect.inspect(run_dir)["model"] == "a classifier of images in 3 classes (left, middle, right)"
+    assert converted("portable") == 0
+    assert [converted(kind) for kind in ("hf", "megatron", "native")] == [2, 2, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["portable"]
+    done = run([str(tmp_path / "portable")], EVALUATE)
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert f"accuracy {summary['validation_accuracy']:.2%}" in done.stdout, done.stderr

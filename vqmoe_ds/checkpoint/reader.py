@@ -263,10 +263,13 @@ def of_images(config: dict[str, Any]) -> bool:
 
 def classes_of(reader: CheckpointReader) -> list[str]:
     """The classes of a classifier; none of a language model."""
-    return list(reader.config.get("finetune", {}).get("classes", ()))
+    section = "data" if of_images(reader.config) else "finetune"
+    return list(reader.config.get(section, {}).get("classes", ()))
 
 
 def describe_classes(reader: CheckpointReader) -> str:
     """Number and first names of a classifier's classes."""
-    classes = classes_of(reader)
-    return f"a classifier of {len(classes)} classes ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})"
+    classes, things = classes_of(reader), "images in " if of_images(reader.config) else ""
+    return (
+        f"a classifier of {things}{len(classes)} classes ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})"
+    )

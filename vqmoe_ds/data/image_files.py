@@ -35,7 +35,7 @@ HELD_OUT_NAMES = ("test", "val", "valid", "validation")
 """Folders of the test set beside ``train``; the first that is there counts."""
 LARGEST_PICKLE, LARGEST_ARRAYS = 256 << 20, 4 << 30
 """Bytes of a file of pickles, and of what an archive or an idx file may unpack to."""
-REMEDY = "set model.image_size and model.channels to the images', or data.resize=true; a broken file must go"
+REMEDY = "give images of model.image_size and model.channels, or set data.resize=true; a broken file must go"
 """The end of sentences on images that cannot be used."""
 MODES = {"RGB": 3, "P": 3, "CMYK": 3, "L": 1, "1": 1}
 """Modes of Pillow that are read, and their channels; others are transparent or of more than 8 bits."""
