@@ -10,9 +10,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.test_commands import SMALL
+from vqmoe_ds.data.image_files import Encoded
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.labelled import KNOWN_SETS, _hub_rows
 from vqmoe_ds.data.recipes import _hub
@@ -86,6 +88,10 @@ def _read_parquet() -> None:
         pass
 
 
+def _png() -> Encoded:
+    return Encoded(np.zeros(1, np.int64), lambda _: "1.png", lambda _: b"")
+
+
 @pytest.mark.parametrize(
     ("missing", "read", "sentence"),
     [
@@ -93,6 +99,7 @@ def _read_parquet() -> None:
         (["sentencepiece"], lambda: sentencepiece(), r"a SentencePiece tokenizer needs sentencepiece, .*\[data\]"),
         (["google"], lambda: sentencepiece(), r"a SentencePiece tokenizer needs protobuf, .*\[data\]"),
         (["tokenizers"], lambda: JsonTokenizer("{}"), r"reading tokenizer.json needs tokenizers, .*\[data\]"),
+        (["PIL.Image", "PIL"], lambda: _png().pixels(0), r"reading images needs pillow, .*\[images\]"),
         (["mpi4py"], lambda: world(2), r"preparing data on several ranks needs mpi4py, .*\[mpi\]"),
         (["matplotlib"], pyplot, r"drawing needs matplotlib, .*\[plots\]"),
         (
