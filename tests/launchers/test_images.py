@@ -107,6 +107,25 @@ def test_evaluation_scores_the_test_set_again(place, finished, tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())["clean"]["images"] == 60
 
 
+def test_damaged_images_are_scored_beside_the_clean_ones(finished, tmp_path):
+    damage = ["--corrupt", "contrast:5", "--corrupt", "shot_noise", "--max_tokens", str(9 * 16)]
+    done = run([str(finished[0]), *damage, "--json", str(tmp_path / "scores.json")], EVALUATE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())
+    rows = found["corrupted"]
+    assert [(row["kind"], row["severity"]) for row in rows] == [
+        ("contrast", 5),
+        *(("shot_noise", s) for s in range(1, 6)),
+    ]
+    assert found["clean"]["images"] == 9
+    for row in rows:
+        assert row["drop"] == pytest.approx(found["clean"]["accuracy"] - row["accuracy"])
+    mean = sum(row["drop"] for row in rows[1:]) / 5
+    assert f"mean drop {mean:.2%}" in next(line for line in done.stdout.splitlines() if line.startswith("noise"))
+    both = (rows[0]["drop"] + mean) / 2
+    assert next(line for line in done.stdout.splitlines() if line.startswith("all kinds")).endswith(f"{both:.2%}")
+
+
 def test_text_and_images_are_not_taken_for_each_other(place, finished, tmp_path):
     images, run_dir = str(place / "images"), str(finished[0])
     text_tag = str(place / "text")
@@ -116,7 +135,9 @@ def test_text_and_images_are_not_taken_for_each_other(place, finished, tmp_path)
     assert "is a model of text; give text" in refusal([text_tag, "--data", images], EVALUATE)
     (tmp_path / "words.txt").write_text("some words " * 50)
     assert "holds no labelled images" in refusal([run_dir, "--data", str(tmp_path / "words.txt")], EVALUATE)
-    assert "--corrupt is for text" in refusal([run_dir, "--corrupt", "word_drop"], EVALUATE)
+    assert "--corrupt 'word_drop' damages no image" in refusal([run_dir, "--corrupt", "word_drop"], EVALUATE)
+    assert "fog" in refusal([text_tag, "--data", str(tmp_path / "words.txt"), "--corrupt", "fog"], EVALUATE)
+    assert "--stride is for text" in refusal([run_dir, "--stride", "8"], EVALUATE)
     tuned = ["--checkpoint", run_dir, "--task", "sst2", "--run_dir", str(tmp_path / "b")]
     assert "fine-tuning needs a model of text" in refusal(tuned, FINETUNE)
 

@@ -49,7 +49,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KIND[:RATE]",
-        help=f"damage the text as well; repeatable; kinds: {', '.join(KINDS)}",
+        help=f"damage the text as well; repeatable; kinds: {', '.join(KINDS)}; of images docs/vision.md has them",
     )
     add("--corruptions", choices=("all",), help="every kind at its own rate")
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
@@ -117,8 +117,17 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
         target = Path(args.json)
         if os.path.isdir(target) or not os.access(target.parent, os.W_OK):
             raise ConfigError(f"--json {args.json} cannot be written there; name a file in a folder that exists")
-    asked = [parse_corruption(spec) for spec in args.corrupt] + (all_corruptions() if args.corruptions else [])
+    asked = [parse_corruption(spec) for spec in args.corrupt if not _is_of_images(spec)] + (
+        all_corruptions() if args.corruptions else []
+    )
     return tuple(dict.fromkeys(asked))
+
+
+def _is_of_images(spec: str) -> bool:
+    """Whether a ``--corrupt`` is of a kind of damage to images; whether the model is of images is known later."""
+    from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
+
+    return spec.partition(":")[0] in KINDS_OF_IMAGES
 
 
 def _evaluate(
@@ -161,6 +170,8 @@ def _score(
         with closing(loaded):
             return _score_images(args, loaded, place, console)
     refuse_images(loaded, args.data)
+    for spec in args.corrupt:
+        parse_corruption(spec)  # one of images is unknown to text
     checked_stride(args.stride, loaded.config.model.sequence_length)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)
@@ -178,15 +189,25 @@ def _score(
 
 
 def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, console: Console) -> tuple[Any, float]:
+    import numpy as np
+
+    from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
+    from vqmoe_ds.evaluation.image_damage import parse_image_corruption
     from vqmoe_ds.evaluation.images import evaluate_images, open_split
 
-    for name in ("stride", "max_tokens", "tokenizer", "corrupt", "corruptions"):
+    for name in ("stride", "tokenizer"):
         if getattr(args, name):
             raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
+    specs = [*args.corrupt, *(KINDS_OF_IMAGES if args.corruptions else ())]
+    corruptions = dict.fromkeys(each for spec in specs for each in parse_image_corruption(spec))
     images, told = open_split(loaded, args.data, args.split)
+    if args.max_tokens is not None:
+        most = min(len(images), max(1, args.max_tokens // images.patches))
+        images = images.take(np.linspace(0, len(images) - 1, most).astype(int))
     started = time.monotonic()
-    progress = _bar(console, "images", len(images), "image")
-    result = evaluate_images(loaded, images, told, args.batch_size, place.rank, place.world_size, progress)
+    progress = partial(_bar, console, unit="image")
+    layout = (args.batch_size, place.rank, place.world_size)
+    result = evaluate_images(loaded, images, told, *layout, progress, list(corruptions))
     return result, time.monotonic() - started
 
 

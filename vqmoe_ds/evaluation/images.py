@@ -6,7 +6,7 @@ Legend: C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.data.image_files import are_images
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet, open_images
-from vqmoe_ds.evaluation.classification import Scoring, judge
+from vqmoe_ds.evaluation.classification import ClassScore, Scoring, judge
 from vqmoe_ds.evaluation.evaluate import about_model
+from vqmoe_ds.evaluation.image_damage import Damaged, ImageCorruption
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 TOGETHER = 128
@@ -33,11 +34,13 @@ class ImageEvaluation:
         setting: data and split.
         clean: images, loss in nats, accuracy, macro-F1, scores by class, and the confusion matrix ``[C, C]`` (true by
             predicted class).
+        corrupted: for each kind and severity of damage group, loss, accuracy, and its drop from the clean images.
     """
 
     model: dict[str, Any]
     setting: dict[str, Any]
     clean: dict[str, Any]
+    corrupted: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +54,21 @@ class ImageEvaluation:
             f"{clean['images']:,} images of {self.setting['images']}, {len(clean['by_class'])} classes",
             f"accuracy {clean['accuracy']:.2%}, loss {clean['loss']:.4f} nats, macro-F1 {clean['macro_f1']:.4f}; "
             f"the hardest class is {worst}, of which {score['recall']:.2%} are found",
+            *self._damage(),
         ]
+
+    def _damage(self) -> list[str]:
+        """A line for each kind of damage, and the means of groups and of all kinds."""
+        kinds = list(dict.fromkeys(row["kind"] for row in self.corrupted))
+        lines, drops = [], dict[str, list[float]]()
+        for kind in kinds:
+            rows = [row for row in self.corrupted if row["kind"] == kind]
+            drop = sum(row["drop"] for row in rows) / len(rows)
+            for group in (rows[0]["group"], "all kinds"):
+                drops.setdefault(group, []).append(drop)
+            found = "  ".join(f"{row['severity']}: {row['accuracy']:.2%}" for row in rows)
+            lines.append(f"{kind:<18} {found}  mean drop {drop:.2%}")
+        return lines + [f"{group:<18} mean drop {sum(some) / len(some):.2%}" for group, some in drops.items()]
 
 
 def refuse_images(loaded: LoadedModel, data: Sequence[str] | None) -> None:
@@ -109,16 +126,17 @@ def evaluate_images(
     batch_size: int | None = None,
     rank: int = 0,
     world: int = 1,
-    tell: Callable[[int], Any] | None = None,
+    progress: Callable[[str, int], Callable[[int], Any]] | None = None,
+    corruptions: Sequence[ImageCorruption] = (),
 ) -> ImageEvaluation:
-    """Score images; deterministic, and the same on all ranks.
+    """Score images, clean and under every corruption; deterministic, and the same on all ranks.
 
     Args:
         loaded: of ``load_model``; with experts on several ranks all of them call this together.
         name: of the images, for the user.
         batch_size: images per forward pass; None: ``TOGETHER``.
         rank, world: this process among those that share the images.
-        tell: told of images done.
+        progress: given a name and the number of images, returns what is told about images done.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -129,7 +147,12 @@ def evaluate_images(
 
     size = batch_size or TOGETHER
     scoring = Scoring(loaded.model, loaded.device, size, rank, world, total)
-    score = scoring(images, np.arange(len(images)), lambda: tell and tell(size * world))
+
+    def scored(part: ImageSet, what: str) -> ClassScore:
+        tell = progress(what, len(part)) if progress is not None else None
+        return scoring(part, np.arange(len(part)), lambda: tell and tell(size * world))
+
+    score = scored(images, "clean")
     counts_CC = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(images.classes)))
     clean = {
         "images": len(images),
@@ -137,4 +160,10 @@ def evaluate_images(
         **judge(score, images.classes, "images"),
         "confusion": counts_CC.tolist(),
     }
-    return ImageEvaluation(about_model(loaded), {"images": name}, clean)
+    result = ImageEvaluation(about_model(loaded), {"images": name}, clean)
+    for corruption in corruptions:
+        damaged = replace(images, images_NHHC=Damaged(images.images_NHHC, corruption))
+        found = scored(damaged, f"{corruption.kind} {corruption.severity}")
+        figures = {"loss": found.loss, "accuracy": found.accuracy, "drop": score.accuracy - found.accuracy}
+        result.corrupted.append({**corruption._asdict(), "group": corruption.group, **figures})
+    return result
