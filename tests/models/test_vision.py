@@ -29,6 +29,8 @@ ROUTERS = [
     {"moe.router": "expert_choice", "moe.top_k": 2},
     {"moe.router": "adaptive_clustering", "moe.top_k": 2, "router.statistics": "batch"},
     {"moe.router": "xmoe"},
+    {"model.qk_norm": "heads"},
+    {"model.qk_norm": "full"},
 ]
 
 

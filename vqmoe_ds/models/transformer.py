@@ -96,13 +96,18 @@ class Attention(nn.Module):
         """Queries and keys, normalised as configured and turned to their positions, and values: ``[B, A, S, H]``."""
         if self.qk_norm is QKNorm.NONE:
             return rotate_qkv(qkv_BS3AH, cos_SF, sin_SF)
+        q_BSAH, k_BSAH, v_BSAH = self._normalized(qkv_BS3AH)
+        return *rotate(q_BSAH, k_BSAH, cos_SF, sin_SF), v_BSAH.transpose(1, 2)
+
+    def _normalized(self, qkv_BS3AH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised as configured, and values: ``[B, S, A, H]``."""
         q_BSAH, k_BSAH, v_BSAH = qkv_BS3AH.unbind(2)
         if self.qk_norm is QKNorm.HEADS:
             q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
-        else:
+        elif self.qk_norm is QKNorm.FULL:
             q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
             k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
-        return *rotate(q_BSAH, k_BSAH, cos_SF, sin_SF), v_BSAH.transpose(1, 2)
+        return q_BSAH, k_BSAH, v_BSAH
 
 
 class DenseMLP(nn.Module):
