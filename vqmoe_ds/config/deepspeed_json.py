@@ -350,6 +350,8 @@ def check_sequence_parallel(run: RunConfig, world: int) -> None:
     _check_ranks(size, world)
     if size == 1:
         return
+    if run.model.image_size:
+        raise ConfigError(f"sequence-parallel size {size} shares texts; leave --sp_size out to train on images")
     for name, number in (("heads", run.model.heads), ("sequence_length", run.model.sequence_length)):
         if number % size:
             raise ConfigError(f"sequence-parallel size {size} does not divide model.{name}={number}")
