@@ -23,6 +23,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,8 @@ def _forget_the_tests(environment: dict[str, str]) -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.showwarning = warnings._showwarning_orig  # type: ignore[attr-defined]
     atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     tempfile.tempdir = None
     os.environ.clear()
     os.environ.update(environment)
