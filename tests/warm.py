@@ -123,9 +123,7 @@ def _forget_the_tests(environment: dict[str, str]) -> None:
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w")
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
     _forget_logging(old)
-    warnings.resetwarnings()
-    warnings.simplefilter("ignore", DeprecationWarning)
-    warnings.showwarning = warnings._showwarning_orig  # type: ignore[attr-defined]
+    importlib.reload(warnings)  # pytest records them
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
