@@ -56,6 +56,7 @@ class MoELayer(KeepsPrecision):
     """Rows that each of the N experts got from this rank in training, float64 ``[N]``; whoever reads it may zero it."""
 
     experts_class: ClassVar[type[StackedExperts]] = StackedExperts
+    """What holds this rank's experts."""
 
     def __init__(self, config: LayerConfig, group: Any = None) -> None:
         nn.Module.__init__(self)
