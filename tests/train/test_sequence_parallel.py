@@ -298,7 +298,12 @@ def test_batches_are_dealt_out_to_groups_of_ranks(tmp_path: Path) -> None:
         ("context, top-1", {"model": {"heads": 2}}, 4, "sequence-parallel size 4 does not divide model.heads=2"),
         ("context, top-1", {"model": {"sequence_length": 30}}, 4, "does not divide model.sequence_length=30"),
         ("context, top-1", {"train": {"batch_size": 6}}, 2, "x 2 groups of 2 ranks that share sequences"),
-        ("context, top-1", {"model": {"image_size": 8}}, 2, "shares texts; leave --sp_size out to train on images"),
+        (
+            "layer state, top-1",
+            {"model": {"image_size": 8, "sequence_length": 4}},
+            2,
+            "leave --sp_size out to train on",
+        ),
         ("context, top-1", {"finetune": {"classes": ("a", "b")}}, 2, "texts to classify have any; leave --sp_size"),
         (REFUSED[0], {}, 2, "but moe.router=expert_choice lets experts choose among all tokens of a sequence"),
         (REFUSED[1], {}, 2, "but router.statistics=batch looks at all tokens of a batch"),
