@@ -107,8 +107,9 @@ def test_evaluation_scores_the_test_set_again(place, finished, tmp_path):
     assert json.loads((tmp_path / "t.json").read_text())["clean"]["images"] == 60
 
 
-def test_damaged_images_are_scored_beside_the_clean_ones(finished, tmp_path):
+def test_damaged_and_attacked_images_are_scored_beside_the_clean_ones(finished, tmp_path):
     damage = ["--corrupt", "contrast:5", "--corrupt", "shot_noise", "--max_tokens", str(9 * 16)]
+    damage += ["--attacks", "fgsm", "pgd20", "--eps", "4", "8"]
     done = run([str(finished[0]), *damage, "--json", str(tmp_path / "scores.json")], EVALUATE)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "scores.json").read_text())
@@ -118,7 +119,11 @@ def test_damaged_images_are_scored_beside_the_clean_ones(finished, tmp_path):
         *(("shot_noise", s) for s in range(1, 6)),
     ]
     assert found["clean"]["images"] == 9
-    for row in rows:
+    attacked = found["attacked"]
+    assert [(row["attack"], row["eps"]) for row in attacked] == [("fgsm", 4), ("fgsm", 8), ("pgd20", 4), ("pgd20", 8)]
+    assert found["clean"]["loss"] < attacked[0]["loss"] < attacked[1]["loss"]
+    assert f"pgd20, 8/255: accuracy {attacked[3]['accuracy']:.2%}, drop {attacked[3]['drop']:.2%}" in done.stdout
+    for row in rows + attacked:
         assert row["drop"] == pytest.approx(found["clean"]["accuracy"] - row["accuracy"])
     mean = sum(row["drop"] for row in rows[1:]) / 5
     assert f"mean drop {mean:.2%}" in next(line for line in done.stdout.splitlines() if line.startswith("noise"))
@@ -137,6 +142,8 @@ def test_text_and_images_are_not_taken_for_each_other(place, finished, tmp_path)
     assert "holds no labelled images" in refusal([run_dir, "--data", str(tmp_path / "words.txt")], EVALUATE)
     assert "--corrupt 'word_drop' damages no image" in refusal([run_dir, "--corrupt", "word_drop"], EVALUATE)
     assert "fog" in refusal([text_tag, "--data", str(tmp_path / "words.txt"), "--corrupt", "fog"], EVALUATE)
+    assert "--attacks are for classifiers of images" in refusal([text_tag, "--attacks", "fgsm"], EVALUATE)
+    assert "--attacks 'cw' is none; choose among fgsm" in refusal([run_dir, "--attacks", "cw"], EVALUATE)
     assert "--stride is for text" in refusal([run_dir, "--stride", "8"], EVALUATE)
     tuned = ["--checkpoint", run_dir, "--task", "sst2", "--run_dir", str(tmp_path / "b")]
     assert "fine-tuning needs a model of text" in refusal(tuned, FINETUNE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from vqmoe_ds.runtime.errors import ConfigError
 
 Loss = Callable[[Tensor], Tensor]
 """Loss of each image, float ``[B]``, of images float32 ``[B, ...]`` with values from 0 to 1."""
+Draws = list[np.random.Generator]
+"""A generator for each image."""
 
 STEPS, STEP = 20, 0.15
 """Steps of an attack, and their length as a share of ``eps``."""
@@ -27,7 +30,7 @@ PROBES, PROBE = 16, 0.01
 """Pairs of probes of which SPSA estimates a gradient, and how far they change each value."""
 
 
-def attack(name: str, loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+def attack(name: str, loss: Loss, images: Tensor, eps: float, draws: Draws) -> Tensor:
     """Attacked copies of images, float32, within ``eps`` of them and from 0 to 1.
 
     Args:
@@ -35,7 +38,7 @@ def attack(name: str, loss: Loss, images: Tensor, eps: float, generator: torch.G
         loss: of the model in evaluation mode; see ``Loss``.
         images: float32 ``[B, ...]``, values from 0 to 1.
         eps: largest change of a value.
-        generator: of random starts and probes, on the CPU.
+        draws: of random starts and probes.
 
     Raises:
         ConfigError: there is no such attack, or ``eps`` is not between 0 and 1.
@@ -44,23 +47,23 @@ def attack(name: str, loss: Loss, images: Tensor, eps: float, generator: torch.G
         raise ConfigError(f"there is no attack {name!r}; choose among {', '.join(ATTACKS)}")
     if not 0 < eps < 1:
         raise ConfigError(f"an attack's largest change, {eps:g}, must lie between 0 and 1, e.g. 1/255")
-    return ATTACKS[name](loss, images, eps, generator)
+    return ATTACKS[name](loss, images, eps, draws)
 
 
-def _fgsm(loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+def _fgsm(loss: Loss, images: Tensor, eps: float, draws: Draws) -> Tensor:
     return (images + eps * _gradient(loss, images).sign()).clamp(0, 1)
 
 
-def _pgd(loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    return _climb(images, eps, generator, lambda moved: _gradient(loss, moved))
+def _pgd(loss: Loss, images: Tensor, eps: float, draws: Draws) -> Tensor:
+    return _climb(images, eps, draws, lambda moved: _gradient(loss, moved))
 
 
-def _spsa(loss: Loss, images: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    return _climb(images, eps, generator, lambda moved: _estimate(loss, moved, generator))
+def _spsa(loss: Loss, images: Tensor, eps: float, draws: Draws) -> Tensor:
+    return _climb(images, eps, draws, lambda moved: _estimate(loss, moved, draws))
 
 
-def _climb(images: Tensor, eps: float, generator: torch.Generator, gradient: Callable[[Tensor], Tensor]) -> Tensor:
-    noise = torch.rand(images.shape, generator=generator).to(images.device) * 2 - 1
+def _climb(images: Tensor, eps: float, draws: Draws, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    noise = _drawn(images, draws, lambda draw: draw.uniform(-1, 1, images.shape[1:]))
     moved = (images + eps * noise).clamp(0, 1)
     for _ in range(STEPS):
         moved = moved + STEP * eps * gradient(moved).sign()
@@ -76,17 +79,21 @@ def _gradient(loss: Loss, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _estimate(loss: Loss, images: Tensor, generator: torch.Generator) -> Tensor:
+def _estimate(loss: Loss, images: Tensor, draws: Draws) -> Tensor:
     """Mean over random directions of ±1 of the loss's slope along them, times the direction (Spall 1992)."""
     total = torch.zeros_like(images)
     for _ in range(PROBES):
-        direction = torch.randint(0, 2, images.shape, generator=generator).to(images) * 2 - 1
+        direction = _drawn(images, draws, lambda draw: draw.integers(0, 2, images.shape[1:]) * 2 - 1)
         slope_B = (loss(images + PROBE * direction) - loss(images - PROBE * direction)) / (2 * PROBE)
         total += slope_B.view(-1, *[1] * (images.dim() - 1)) * direction
     return total / PROBES
 
 
-ATTACKS: dict[str, Callable[[Loss, Tensor, float, torch.Generator], Tensor]] = {
+def _drawn(images: Tensor, draws: Draws, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack([draw(each) for each in draws])).to(images)
+
+
+ATTACKS: dict[str, Callable[[Loss, Tensor, float, Draws], Tensor]] = {
     "fgsm": _fgsm,
     "pgd20": _pgd,
     "spsa20": _spsa,

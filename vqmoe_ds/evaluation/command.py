@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
-from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError, shown
 from vqmoe_ds.runtime.leaving import hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.memory import parse_memory
 from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
@@ -52,6 +53,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help=f"damage the text as well; repeatable; kinds: {', '.join(KINDS)}; of images docs/vision.md has them",
     )
     add("--corruptions", choices=("all",), help="every kind at its own rate")
+    add("--attacks", nargs="+", default=[], metavar="NAME", help="of images: fgsm, pgd20, spsa20 (docs/vision.md)")
+    told = "of attacks: largest change of a value, in 255ths (default: 1 and 2)"
+    add("--eps", nargs="+", type=float, default=[1.0, 2.0], metavar="N", help=told)
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
     add("--json", metavar="FILE", help="write every figure there")
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
@@ -106,6 +110,8 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
     if args.peer_timeout <= 0:
         raise ConfigError(f"--peer_timeout {args.peer_timeout:g} is too small; give seconds, such as 120")
     parse_memory(args.expert_memory, "--expert_memory")
+    if args.attacks:
+        check_attacks(args.attacks, args.eps)
     if place.world_size % args.ep_size:
         raise ConfigError(
             f"--ep_size {args.ep_size} does not divide the {place.world_size} rank(s); start them with "
@@ -121,6 +127,22 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
         all_corruptions() if args.corruptions else []
     )
     return tuple(dict.fromkeys(asked))
+
+
+def check_attacks(names: Sequence[str], eps: Sequence[float]) -> None:
+    """Refuse what is no attack.
+
+    Raises:
+        ConfigError: an unknown name, or a size out of its range.
+    """
+    from vqmoe_ds.evaluation.attacks import ATTACKS
+
+    for name in names:
+        if name not in ATTACKS:
+            raise ConfigError(f"--attacks {shown(name)} is none; choose among {', '.join(ATTACKS)}")
+    for size in eps:
+        if not 0 < size < 255:
+            raise ConfigError(f"--eps {size:g} must lie between 0 and 255: the largest change of a value, in 255ths")
 
 
 def _is_of_images(spec: str) -> bool:
@@ -170,6 +192,8 @@ def _score(
         with closing(loaded):
             return _score_images(args, loaded, place, console)
     refuse_images(loaded, args.data)
+    if args.attacks:
+        raise ConfigError(f"--attacks are for classifiers of images, and {args.checkpoint} is a model of text")
     for spec in args.corrupt:
         parse_corruption(spec)  # one of images is unknown to text
     checked_stride(args.stride, loaded.config.model.sequence_length)
@@ -200,6 +224,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
             raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
     specs = [*args.corrupt, *(KINDS_OF_IMAGES if args.corruptions else ())]
     corruptions = dict.fromkeys(each for spec in specs for each in parse_image_corruption(spec))
+    attacks = [(name, eps) for name in args.attacks for eps in args.eps]
     images, told = open_split(loaded, args.data, args.split)
     if args.max_tokens is not None:
         most = min(len(images), max(1, args.max_tokens // images.patches))
@@ -207,7 +232,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
     started = time.monotonic()
     progress = partial(_bar, console, unit="image")
     layout = (args.batch_size, place.rank, place.world_size)
-    result = evaluate_images(loaded, images, told, *layout, progress, list(corruptions))
+    result = evaluate_images(loaded, images, told, *layout, progress, list(corruptions), attacks)
     return result, time.monotonic() - started
 
 

@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.data.image_files import are_images
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet, open_images
+from vqmoe_ds.evaluation.attacks import ATTACKS, attack
 from vqmoe_ds.evaluation.classification import ClassScore, Scoring, judge
 from vqmoe_ds.evaluation.evaluate import about_model
 from vqmoe_ds.evaluation.image_damage import Damaged, ImageCorruption
@@ -35,12 +38,14 @@ class ImageEvaluation:
         clean: images, loss in nats, accuracy, macro-F1, scores by class, and the confusion matrix ``[C, C]`` (true by
             predicted class).
         corrupted: for each kind and severity of damage group, loss, accuracy, and its drop from the clean images.
+        attacked: the same for each attack and its ``eps``, the largest change of a value, in 255ths.
     """
 
     model: dict[str, Any]
     setting: dict[str, Any]
     clean: dict[str, Any]
     corrupted: list[dict[str, Any]] = field(default_factory=list)
+    attacked: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,6 +60,10 @@ class ImageEvaluation:
             f"accuracy {clean['accuracy']:.2%}, loss {clean['loss']:.4f} nats, macro-F1 {clean['macro_f1']:.4f}; "
             f"the hardest class is {worst}, of which {score['recall']:.2%} are found",
             *self._damage(),
+            *(
+                f"{row['attack']}, {row['eps']:g}/255: accuracy {row['accuracy']:.2%}, drop {row['drop']:.2%}"
+                for row in self.attacked
+            ),
         ]
 
     def _damage(self) -> list[str]:
@@ -128,8 +137,9 @@ def evaluate_images(
     world: int = 1,
     progress: Callable[[str, int], Callable[[int], Any]] | None = None,
     corruptions: Sequence[ImageCorruption] = (),
+    attacks: Sequence[tuple[str, float]] = (),
 ) -> ImageEvaluation:
-    """Score images, clean and under every corruption; deterministic, and the same on all ranks.
+    """Score images, clean, under every corruption and every attack; deterministic, and the same on all ranks.
 
     Args:
         loaded: of ``load_model``; with experts on several ranks all of them call this together.
@@ -137,6 +147,7 @@ def evaluate_images(
         batch_size: images per forward pass; None: ``TOGETHER``.
         rank, world: this process among those that share the images.
         progress: given a name and the number of images, returns what is told about images done.
+        attacks: names of ``ATTACKS``, each with the largest change of a value in 255ths.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -161,9 +172,36 @@ def evaluate_images(
         "confusion": counts_CC.tolist(),
     }
     result = ImageEvaluation(about_model(loaded), {"images": name}, clean)
+
+    def figures(changed: Any, what: str) -> dict[str, float]:
+        found = scored(replace(images, images_NHHC=changed), what)
+        return {"loss": found.loss, "accuracy": found.accuracy, "drop": score.accuracy - found.accuracy}
+
     for corruption in corruptions:
-        damaged = replace(images, images_NHHC=Damaged(images.images_NHHC, corruption))
-        found = scored(damaged, f"{corruption.kind} {corruption.severity}")
-        figures = {"loss": found.loss, "accuracy": found.accuracy, "drop": score.accuracy - found.accuracy}
-        result.corrupted.append({**corruption._asdict(), "group": corruption.group, **figures})
+        found = figures(Damaged(images.images_NHHC, corruption), f"{corruption.kind} {corruption.severity}")
+        result.corrupted.append({**corruption._asdict(), "group": corruption.group, **found})
+    for attack_name, eps in attacks:
+        found = figures(Attacked(images, loaded, attack_name, eps), f"{attack_name}, {eps:g}/255")
+        result.attacked.append({"attack": attack_name, "eps": eps, **found})
     return result
+
+
+class Attacked:
+    """Images of a set, attacked through a model as they are read: float32 from 0 to 1.
+
+    With experts on several ranks all of them read together, equally many.
+    """
+
+    def __init__(self, images: ImageSet, loaded: LoadedModel, name: str, eps: float) -> None:
+        self.images, self.loaded, self.name, self.eps = images, loaded, name, eps
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(self.images.images_NHHC[rows]).to(self.loaded.device).float() / 255
+        labels_B = torch.from_numpy(self.images.labels_N[rows]).to(self.loaded.device)
+
+        def loss(x_BHHC: Tensor) -> Tensor:
+            logits_BC, _ = self.loaded.model(x_BHHC)
+            return F.cross_entropy(logits_BC, labels_B, reduction="none")
+
+        draws = [np.random.default_rng((list(ATTACKS).index(self.name), int(row))) for row in rows]
+        return attack(self.name, loss, pixels, self.eps / 255, draws).cpu().numpy()
