@@ -92,7 +92,8 @@ def start_ranks(count: int, command: Sequence[str], port: int, env: Mapping[str,
 def _become(words: list[str], environment: dict[str, str], prepare: Callable[[], object] | None) -> None:
     code: Any = 1
     try:
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent's; among them the one on which it waits for the start
+        # Those of the parent; on one of them it waits for the start.
+        os.closerange(3, min(os.sysconf("SC_OPEN_MAX"), 1 << 16))
         _forget_the_tests(environment)
         if prepare is not None:
             prepare()
