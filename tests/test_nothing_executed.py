@@ -200,7 +200,8 @@ def _loads(package: str) -> dict[str, set[str]]:
         if "load" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
-            use = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            read = isinstance(node, ast.Attribute) and node.attr in ("load", "loads", "Unpickler")
+            use = ast.unparse(node) if read else ""
             if isinstance(node, ast.ImportFrom) and node.module in ("torch", "pickle", "numpy", "torch.serialization"):
                 use = next((f"{node.module}.{alias.name}" for alias in node.names if alias.name.startswith("load")), "")
             if use in loads:
