@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.images import CLASSES, encoded, squares, write_folder, write_idx, write_packed, write_pickles
+from vqmoe_ds.data import image_files
 from vqmoe_ds.data.image_files import Wanted, are_images, find_images, read_pickle
 from vqmoe_ds.runtime.errors import DataError
 
@@ -70,6 +71,16 @@ def test_an_archive_that_does_not_fit_together_is_refused(changes, tmp_path):
     write_packed(tmp_path / "x.npz", *squares(3), **changes)
     with pytest.raises(DataError, match="is no archive of packed images"):
         find_images(str(tmp_path / "x.npz"))
+
+
+def test_what_unpacks_to_more_than_anything_needs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGEST_ARRAYS", 10_000)
+    write_packed(tmp_path / "x.npz", *squares(3), payload=np.zeros(20_000, np.uint8))
+    with pytest.raises(DataError, match="it unpacks to more than"):
+        find_images(str(tmp_path / "x.npz"))
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 63)
+    with pytest.raises(ValueError, match="it has 8 x 8 pixels, too many to unpack"):
+        find_images(str(write_folder(tmp_path / "a", 6))).train.pixels(0)
 
 
 def test_pickles_of_cifar10_give_rows_of_three_planes(tmp_path):

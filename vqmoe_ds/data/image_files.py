@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 import pickletools
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
 """What Pillow may take a file for: others of its readers start programs."""
 HELD_OUT_NAMES = ("test", "val", "valid", "validation")
 """Folders of the test set beside ``train``; the first that is there counts."""
-LARGEST_PICKLE, LARGEST_ARRAYS = 256 << 20, 4 << 30
+LARGEST_PICKLE, LARGEST_ARRAYS = 256 << 20, 1 << 30
 """Bytes of a file of pickles, and of what an archive or an idx file may unpack to."""
 REMEDY = "give images of model.image_size and model.channels, or set data.resize=true; a broken file must go"
 """The end of sentences on images that cannot be used."""
+MOST_PIXELS = 1 << 26
+"""Of an image: a file of some kilobytes may unpack to more."""
 MODES = {"RGB": 3, "P": 3, "CMYK": 3, "L": 1, "1": 1}
 """Modes of Pillow that are read, and their channels; others are transparent or of more than 8 bits."""
 
@@ -120,6 +123,8 @@ class Encoded:
         pillow = library("PIL.Image", "reading images", DataError)
         try:
             image = pillow.open(io.BytesIO(self.blob(index)), formats=FORMATS)
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, too many to unpack")
             image.load()
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
             raise ValueError(_reason(error)) from None
@@ -275,8 +280,9 @@ def _packed(place: Path) -> ImageFiles | None:
 
 def _unpacked(file: Path) -> tuple[tuple[str, ...], Split]:
     try:
-        if os.path.getsize(file) > LARGEST_ARRAYS:
-            raise ValueError("it is too large")
+        with zipfile.ZipFile(file) as members:
+            if sum(member.file_size for member in members.infolist()) > LARGEST_ARRAYS:
+                raise ValueError(f"it unpacks to more than {LARGEST_ARRAYS >> 20} MiB")
         with np.load(file) as archive:  # arrays of objects, which are pickles, are refused
             arrays = {name: archive[name] for name in _ARRAYS}
         whole = all(array.ndim == 1 and array.dtype.kind == _ARRAYS[name] for name, array in arrays.items())
