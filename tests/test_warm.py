@@ -50,6 +50,11 @@ def test_it_shows_what_a_new_interpreter_shows(kind: str, tmp_path: Path) -> Non
 def test_a_signal_and_an_exception_end_it_as_they_do() -> None:
     killed = warm.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"])
     assert killed.returncode == -signal.SIGTERM
+    code = "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: os._exit(7)"
+    interrupted = warm.run(
+        [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    assert interrupted.returncode == 7
     failed = warm.run([sys.executable, "-c", "import atexit; atexit.register(print, 'left'); 1 / 0"],
                       capture_output=True, text=True)  # fmt: skip
     assert (failed.returncode, failed.stdout) == (1, "left\n") and "ZeroDivisionError" in failed.stderr

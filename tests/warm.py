@@ -97,6 +97,8 @@ def _become(words: list[str], environment: dict[str, str], prepare: Callable[[],
         _forget_the_tests(environment)
         if prepare is not None:
             prepare()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as Python does at its start
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _execute(words)
         code = 0
     except SystemExit as end:
@@ -115,8 +117,8 @@ def _forget_the_tests(environment: dict[str, str]) -> None:
     faulthandler.disable()
     signal.set_wakeup_fd(-1)
     for number in _CHANGED_BY_PYTEST:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python does at its start
         signal.signal(number, signal.SIG_IGN)
     old = {sys.stdout: "stdout", sys.stderr: "stderr"}
