@@ -37,6 +37,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"activation_checkpointing": True},
         "model": {"layers": 3},
     },
+    "context beside top-1": {
+        "codebook": {"source": "context", "num_codes": 20},
+        "moe": {"top_k": 1},
+        "train": {"activation_checkpointing": True},
+    },
     "positions, every second block": {
         "codebook": {"source": "position_embedding"},
         "model": {"layers": 4, "moe_every": 2, "qk_norm": "heads"},
@@ -66,7 +71,7 @@ def _check(folder: Path, matrix: dict[str, list[Layout]]) -> None:
 
 
 def test_tokens_at_their_experts_train_the_same_model(tmp_path: Path) -> None:
-    _check(tmp_path, {"context": [Layout(4, 4, 2)], "tokens, recomputed": [Layout(4, 2, 1)]})
+    _check(tmp_path, {"context": [Layout(4, 4, 2)], "context beside top-1": [Layout(4, 2, 1)]})
 
 
 @pytest.mark.slow
@@ -150,7 +155,7 @@ def test_the_first_layer_names_the_group_of_all() -> None:
         ({}, Layout(2, 1, 1), "there are --sp_size 2 and --ep_size 1"),
         ({}, Layout(2, 4, 1), "needs all 4 ranks that share experts among the 2 that share sequences"),
         ({"codebook": {"groups": 2}}, Layout(4, 4, 1), "set codebook.groups to a multiple of --ep_size 4"),
-        ({"moe": {"top_k": 1}}, Layout(2, 2, 1), "which codes alone may name: set moe.router=vq and moe.top_k=0"),
+        ({"moe": {"router": "topk", "top_k": 1}}, Layout(2, 2, 1), "experts that codes name: set moe.router=vq"),
     ],
 )
 def test_what_has_no_home_is_refused(tmp_path, changes, layout, sentence):

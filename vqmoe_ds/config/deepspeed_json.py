@@ -377,15 +377,15 @@ def placement_trouble(run: RunConfig, ep_size: int, strided: bool = False) -> st
     """
     if run.train.sp_placement is not SequencePlacement.EXPERT:
         return None
-    size, groups, moe = run.train.sequence_parallel_size, run.codebook.groups, run.moe
+    size, groups = run.train.sequence_parallel_size, run.codebook.groups
     if size == 1 or ep_size == 1:
         found = f"needs ranks that share sequences and experts, and there are --sp_size {size} and --ep_size {ep_size}"
     elif size % ep_size:
         found = f"needs all {ep_size} ranks that share experts among the {size} that share sequences"
     elif strided:
         found = "needs consecutive ranks to share experts: leave use_data_before_expert_parallelism out"
-    elif not moe.facts.uses_codebook or moe.top_k:
-        found = "takes every token to its experts, which codes alone may name: set moe.router=vq and moe.top_k=0"
+    elif not run.moe.facts.uses_codebook:
+        found = "takes every token to the experts that codes name: set moe.router=vq"
     elif groups % ep_size:
         found = f"needs all experts of a token on one rank: set codebook.groups to a multiple of --ep_size {ep_size}"
     else:

@@ -286,6 +286,7 @@ class MoETransformer(nn.Module):
             lengths=None if real_BS is None else self._lengths(real_BS),
             codebooks=self.bank,
             share=self.share if cache is None else None,
+            mean_tokens=None if homes is None else sum(homes.counts) // len(homes.counts),
         )
         x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes)
         if cache is not None:
@@ -390,10 +391,7 @@ class MoETransformer(nn.Module):
             turn_T = torch.arange(experts_LT.shape[1], device=experts_LT.device) % replicas
             homes = Homes(share, turn_T * layer.ep_size + experts_LT[0] // layer.num_local_experts)
             mine_LM = experts_LT[:, homes.mine_M]
-            first = layer.ep_rank * layer.num_local_experts
-            local = slice(first, first + layer.num_local_experts)
-            plans = plans_at_home(mine_LM.unsqueeze(-1), layer.num_experts, local)
-        return homes, {b: (ids_M, Ahead(plan)) for b, ids_M, plan in zip(self.moe_blocks, mine_LM, plans, strict=True)}
+        return homes, self._plans(mine_LM, self.moe_blocks, at_home=True)
 
     def _plan_from_source(
         self, source_MD: Tensor, tokens_M: Tensor | None = None, first_block: int = 0, end_block: int | None = None
@@ -413,8 +411,12 @@ class MoETransformer(nn.Module):
         self.bank.observe_all(slice(*layers.indices(self.bank.num_layers)), z_TC, codes_LT)
         return self.bank.experts_of(codes_LT, layers)
 
-    def _plans(self, experts_LT: Tensor, blocks: list[int]) -> dict[int, Route]:
-        """Whole dispatch plans where the discrete row is the only one, else its experts and their sort."""
+    def _plans(self, experts_LT: Tensor, blocks: list[int], at_home: bool = False) -> dict[int, Route]:
+        """Whole dispatch plans where the discrete row is the only one, else its experts and their sort.
+
+        Args:
+            at_home: the experts are all among those of this rank.
+        """
         if self.expert_store is not None:
             self.expert_store.expect_ahead(self.moe_blocks.index(blocks[0]), experts_LT)
         layer, experts_LT1 = self.moe_layers()[0], experts_LT.unsqueeze(-1)
@@ -422,6 +424,10 @@ class MoETransformer(nn.Module):
         if moe.facts.rows_per_token(moe, self.config.router) > 1:
             rows = sort_rows(experts_LT1, layer.num_experts)
             aheads = [Ahead(rows=rows.layer(index)) for index in range(len(blocks))]
+        elif at_home:
+            first = layer.ep_rank * layer.num_local_experts
+            local = slice(first, first + layer.num_local_experts)
+            aheads = [Ahead(plan) for plan in plans_at_home(experts_LT1, layer.num_experts, local)]
         else:
             aheads = [Ahead(plan) for plan in make_plans(experts_LT1, layer.num_experts, layer.exchange_group)]
         return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, experts_LT, aheads, strict=True)}

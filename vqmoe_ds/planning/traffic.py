@@ -18,7 +18,6 @@ from vqmoe_ds.planning.memory import (
     moe_layers,
     offloads,
     optimizer_groups,
-    rows_of,
     width_of,
 )
 from vqmoe_ds.planning.parameters import Parameters
@@ -69,15 +68,19 @@ def _expert_rows(config: EngineConfig) -> list[Transfer]:
     """Rows to the experts and back, forward and backward.
 
     Recomputed blocks take rows and plans from their first forward (``dispatch.Kept``) and exchange nothing again. Where
-    tokens are computed on the rank of their experts, their numbers travel instead.
+    tokens are computed on the rank of the experts that codes name, the numbers of these travel instead of their rows.
     """
     run, rounds, layers = config.run, config.accumulation_steps, moe_layers(config.run)
+    found, travelling = list[Transfer](), run.rows_per_token
     if run.train.sp_placement is SequencePlacement.EXPERT:
         numbers = rounds * layers * config.tokens * config.sp_size * 8
-        return [Transfer("expert numbers", "all_gather", Over.SP, numbers, rounds)]
+        found, travelling = [Transfer("expert numbers", "all_gather", Over.SP, numbers, rounds)], run.moe.top_k
+        if not travelling:
+            return found
     calls, plans = 4 * layers * rounds, layers * rounds
-    rows = calls * rows_of(config) * run.model.width * width_of(config)
+    rows = calls * config.tokens * travelling * run.model.width * width_of(config)
     return [
+        *found,
         Transfer("expert rows", "all_to_all", Over.EP, rows, calls),
         Transfer("row counts", "all_to_all", Over.EP, plans * run.moe.num_experts * 4, plans),
     ]

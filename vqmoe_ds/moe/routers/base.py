@@ -53,6 +53,8 @@ class RoutingContext:
     """The codebooks of all layers of the model."""
     share: SequenceShare | None = None
     """The part of every sequence that these tokens are, where ranks share sequences."""
+    mean_tokens: int | None = None
+    """Tokens per rank that shares them, where these are more or fewer."""
 
 
 @dataclass(frozen=True)
@@ -254,23 +256,30 @@ def auxiliary_loss(
     """Switch's balance loss ``N sum_e f_e P_e`` and ST-MoE's z-loss ``mean(logsumexp^2)``, by their weights.
 
     ``f_e`` is the share of all T k choices that went to expert e, ``P_e`` its mean probability. Where ranks share
-    sequences (``context.share``), f is that of the whole ones; P is linear, so the mean over the ranks is that of both.
+    sequences (``context.share``), f is that of the whole ones; P and z are linear, so the mean over the ranks is right.
     """
-    aux = z_loss(logits_TN, config)
+    context = context or RoutingContext()
+    aux, tokens = z_loss(logits_TN, config, context.mean_tokens), context.mean_tokens
     if config.balance_weight:
-        share_N = count_experts(ids_Tk, config.num_experts) / ids_Tk.numel()
-        if context is not None and context.share is not None:
+        choices = ids_Tk.numel() if tokens is None else tokens * ids_Tk.shape[1]
+        share_N = count_experts(ids_Tk, config.num_experts) / choices
+        if context.share is not None:
             share_N = context.share.mean(share_N)
-        mean_N = logits_TN.softmax(dim=-1).mean(dim=0)
+        mean_N = _mean(logits_TN.softmax(dim=-1), tokens)
         aux = aux + config.balance_weight * config.num_experts * (share_N * mean_N).sum()
     return aux
 
 
-def z_loss(logits_TN: Tensor, config: MoEConfig) -> Tensor:
-    """ST-MoE's z-loss ``mean(logsumexp^2)`` by its weight, scalar."""
+def z_loss(logits_TN: Tensor, config: MoEConfig, tokens: int | None = None) -> Tensor:
+    """ST-MoE's z-loss ``mean(logsumexp^2)`` by its weight, scalar; ``tokens``: as ``RoutingContext.mean_tokens``."""
     if not config.z_loss_weight:
         return logits_TN.new_zeros(())
-    return config.z_loss_weight * logits_TN.logsumexp(dim=-1).square().mean()
+    return config.z_loss_weight * _mean(logits_TN.logsumexp(dim=-1).square(), tokens)
+
+
+def _mean(x_T: Tensor, tokens: int | None) -> Tensor:
+    """Mean over tokens, or their sum over another number of them."""
+    return x_T.mean(dim=0) if tokens is None else x_T.sum(dim=0) / tokens
 
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:
