@@ -343,7 +343,9 @@ def test_evaluation_takes_the_gpu_that_the_rank_is_bound_to(monkeypatch, count, 
     class Reached(Exception):
         pass
 
-    def load(path: str, tokenizer: str | None, ep: int, rank: int, device: torch.device, precision: str) -> None:
+    def load(
+        path: str, tokenizer: str | None, ep: int, rank: int, device: Any, precision: str, *_: Any, **__: Any
+    ) -> None:
         raise Reached(f"{device} {precision}")
 
     monkeypatch.setattr(load_model, "load_model", load)
