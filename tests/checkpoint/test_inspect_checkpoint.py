@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.checkpoint.layouts import SAVED_AT, Layout, write_sources
+from tests.checkpoint.layouts import SAVED_AT, Layout, write_one, write_sources
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser as convert_parser
 from vqmoe_ds.checkpoint.convert import main as convert
@@ -47,6 +47,16 @@ def test_facts_and_health(folder):
     assert row["expert_load"] == pytest.approx(load.tolist(), abs=1e-4)
     rms = reader.tensor("blocks.0.mlp.experts.w1").square().mean(dim=(1, 2)).sqrt()
     assert row["weight_norms"]["w1"]["max"] == pytest.approx(float(rms.max()), abs=1e-5)
+
+
+def test_loads_that_codes_of_one_layer_do_not_tell_are_left_out(tmp_path, capsys):
+    fields = {"codebook.groups": 2, "codebook.source": "token_embedding", "moe.top_k": 0}
+    run_ranks(1, write_one, str(tmp_path), Layout(2, 1, 1), fields)
+    (path,) = [tag.parent for tag in tmp_path.rglob("manifest.json")]
+    first, second = inspect(str(path))["layers"]
+    assert "expert_load" in first and "expert_load" not in second and second["codes"] == first["codes"]
+    assert main(build_parser("").parse_args([str(path)])) == 0
+    assert capsys.readouterr().out.count("busiest expert") == 1
 
 
 def test_two_checkpoints_are_compared(folder, capsys):

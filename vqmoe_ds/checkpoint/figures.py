@@ -65,12 +65,17 @@ def _expert_weights(reader: CheckpointReader) -> dict[str, dict[str, list[tuple[
 
 def _usage(buffers: dict[str, Tensor], layer: int, config: dict[str, Any]) -> dict[str, Any]:
     count_K, expert_K = buffers["bank.ema_count_LK"][layer].double(), buffers["bank.code_map_LK"][layer]
-    load_N = torch.zeros(config["moe"]["num_experts"], dtype=torch.float64).index_add_(0, expert_K, count_K)
-    share_N = load_N / load_N.sum().clamp_min(1e-12)
-    return {
+    codes = {
         "codes": len(count_K),
         "code_perplexity": round(_perplexity(count_K), 2),
         "dead_codes": int((count_K < config["codebook"]["dead_below"] * count_K.mean()).sum()),
+    }
+    # Within groups an expert follows from this layer's code and the first one's together, which nobody counted.
+    if layer and config["codebook"].get("groups", 1) > 1:
+        return codes
+    load_N = torch.zeros(config["moe"]["num_experts"], dtype=torch.float64).index_add_(0, expert_K, count_K)
+    share_N = load_N / load_N.sum().clamp_min(1e-12)
+    return codes | {
         "expert_perplexity": round(_perplexity(load_N), 2),
         "busiest_expert": round(float(share_N.max() * len(share_N)), 2),
         "idle_experts": int((share_N * len(share_N) < 0.01).sum()),

@@ -126,10 +126,10 @@ def _text(found: dict[str, Any]) -> str:
     for row in found["layers"]:
         norms = ", ".join(f"{k} {v['min']:.4f}/{v['mean']:.4f}/{v['max']:.4f}" for k, v in row["weight_norms"].items())
         if "codes" in row:
-            lines.append(
-                f"  {row['layer']}: {row['code_perplexity']} of {row['codes']} codes in use, {row['dead_codes']} dead; "
-                f"busiest expert {row['busiest_expert']} x mean, {row['idle_experts']} idle"
-            )
+            told = f"{row['code_perplexity']} of {row['codes']} codes in use, {row['dead_codes']} dead"
+            if "busiest_expert" in row:
+                told += f"; busiest expert {row['busiest_expert']} x mean, {row['idle_experts']} idle"
+            lines.append(f"  {row['layer']}: {told}")
         lines.append(f"  {row['layer']}: expert weights, root mean square least/mean/largest: {norms}")
     for name, (here, there) in found.get("differences", {}).items():
         lines.append(f"  differs: {name}: {here} here, {there} there")
