@@ -13,7 +13,6 @@ top-2 and top-1 with a learned router, and codes whose tokens stay at their posi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -32,17 +31,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from measuring import table, write_json
-from peers import free_port, join_group
-from small_training import add_sizes
+from peers import free_port
+from small_training import add_sizes, build_trainer, configure, set_up
 
 import vqmoe_ds.moe.dispatch as dispatch
-from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
-from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.corpus import open_corpus
-from vqmoe_ds.data.raw_text import TrainingBatches, split_corpus
-from vqmoe_ds.runtime.allocator import tune_allocator
-from vqmoe_ds.runtime.ranks import Place
-from vqmoe_ds.train.engine import build_session
 from vqmoe_ds.train.loop import Trainer
 
 CODES = {"moe.router": "vq", "moe.top_k": 0, "codebook.code_map": "balanced"}
@@ -82,9 +74,7 @@ def parse() -> argparse.Namespace:
 
 def run_rank(rank: int, ranks: int, port: int, folder: str, options: argparse.Namespace, answers: Any) -> None:
     """Body of one process: every variant in turn, step by step; rank 0 answers."""
-    torch.set_num_threads(1)
-    tune_allocator()
-    join_group(rank, ranks, port)
+    set_up(rank, port, ranks)
     sent = Sent(options.width)
     trainers = {name: build(name, rank, ranks, folder, options) for name in VARIANTS}
     times, crossed = defaultdict[str, list[float]](list), defaultdict[str, list[list[int]]](list)
@@ -112,25 +102,10 @@ def run_rank(rank: int, ranks: int, port: int, folder: str, options: argparse.Na
 
 def build(name: str, rank: int, ranks: int, folder: str, options: argparse.Namespace) -> Trainer:
     """The loop of one variant, with ``ranks`` ranks that share sequences and experts."""
-    path = Path(folder) / f"{rank}.json"
-    values = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 1}}
-    path.write_text(json.dumps(values), encoding="utf-8")
-    fields: dict[str, Any] = {
-        "model.layers": options.layers,
-        "model.width": options.width,
-        "model.heads": 8,
-        "model.sequence_length": options.sequence,
-        "moe.num_experts": options.experts,
-        "moe.expert_hidden": options.hidden,
-        "codebook.num_codes": 4 * options.experts,
-        "codebook.groups": ranks,
-        "train.batch_size": options.batch,
-        "train.sequence_parallel_size": ranks,
-    }
-    config: EngineConfig = resolve(str(path), load_config("tiny", None, fields | VARIANTS[name]), ranks, ranks)
-    session = build_session(config, Place(rank, ranks, rank, ranks), str(path))
-    split, _ = split_corpus(open_corpus(None), options.sequence, 10)
-    return Trainer(session, TrainingBatches(split, options.batch, 0), [])
+    shared = {"model.heads": 8, "codebook.num_codes": 4 * options.experts, "codebook.groups": ranks}
+    shared |= {"train.sequence_parallel_size": ranks, **VARIANTS[name]}
+    config, path = configure(folder, options, 1, ranks, options.sequence, options.batch, ranks, shared)
+    return build_trainer(config, path, rank)
 
 
 class Sent:

@@ -1,4 +1,4 @@
-"""Trainings of a small vq model that benchmarks put through the real loop, on two ranks of one thread each."""
+"""Trainings of a small model that benchmarks put through the real loop, on ranks of one thread each (two, mostly)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peers import join_group
@@ -30,9 +31,20 @@ def add_sizes(parser: argparse.ArgumentParser, layers: int) -> None:
 
 
 def configure(
-    folder: str, options: argparse.Namespace, stage: int, ep: int, sequence_length: int, batch: int
+    folder: str,
+    options: argparse.Namespace,
+    stage: int,
+    ep: int,
+    sequence_length: int,
+    batch: int,
+    ranks: int = RANKS,
+    more: dict[str, Any] | None = None,
 ) -> tuple[EngineConfig, str]:
-    """The configuration of one layout, through the same checks as a training, and its DeepSpeed JSON."""
+    """The configuration of one layout, through the same checks as a training, and its DeepSpeed JSON.
+
+    Args:
+        more: further fields.
+    """
     path = Path(folder) / f"zero{stage}-{time.time_ns()}.json"
     optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
     path.write_text(
@@ -49,19 +61,19 @@ def configure(
         "train.batch_size": batch,
         "codebook.code_map": "mod",
     }
-    return resolve(str(path), load_config("tiny", None, fields), RANKS, ep), str(path)
+    return resolve(str(path), load_config("tiny", None, fields | (more or {})), ranks, ep), str(path)
 
 
-def set_up(rank: int, port: int) -> None:
+def set_up(rank: int, port: int, ranks: int = RANKS) -> None:
     """One of the ranks' processes, before its first trainer."""
     torch.set_num_threads(1)
     tune_allocator()
-    join_group(rank, RANKS, port)
+    join_group(rank, ranks, port)
 
 
 def build_trainer(config: EngineConfig, path: str, rank: int) -> Trainer:
     """An engine of ``configure``'s, and the loop over the text that comes with the package."""
     run = config.run
-    session = build_session(config, Place(rank, RANKS, rank, RANKS), path)
+    session = build_session(config, Place(rank, config.world_size, rank, config.world_size), path)
     split, _ = split_corpus(open_corpus(None), run.model.sequence_length, 10)
     return Trainer(session, TrainingBatches(split, run.train.batch_size, 0), [])

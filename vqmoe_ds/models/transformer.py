@@ -22,7 +22,7 @@ from vqmoe_ds.models.rotary import rotate, rotate_qkv
 from vqmoe_ds.models.ulysses import from_homes, to_heads, to_homes, to_positions
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, plans_at_home, sort_rows
+from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, sort_rows
 from vqmoe_ds.moe.expert_store import ExpertStore
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
@@ -366,10 +366,22 @@ class MoETransformer(nn.Module):
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
         if not self.config.moe.facts.known_ahead(self.config):
             return {}
+        return self._plan_from_source(*self._source_of(ids_BS, embedded_BSD, earlier, cache, real_M))
+
+    def _source_of(
+        self,
+        ids_BS: Tensor,
+        embedded_BSD: Tensor,
+        earlier: int,
+        cache: Cache | None = None,
+        real_M: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Vectors that codes look at, without the ``earlier`` ones; and their tokens where these alone decide them."""
+        assert self.source is not None
         start = cache.length if cache is not None else 0 if self.share is None else self.share.span.start
         source_BSD = self.source(ids_BS, embedded_BSD, start - earlier)[:, earlier:]
-        alone_M = tokens_M if cache is None and book.source is CodeSource.TOKEN_EMBEDDING else None
-        return self._plan_from_source(real_tokens(source_BSD, real_M), alone_M)
+        alone = cache is None and self.config.codebook.source is CodeSource.TOKEN_EMBEDDING
+        return real_tokens(source_BSD, real_M), real_tokens(ids_BS[:, earlier:], real_M) if alone else None
 
     def _by_expert(self, cache: Cache | None) -> bool:
         """Whether tokens are computed on the rank of their experts; in training alone, and it changes no result."""
@@ -378,14 +390,11 @@ class MoETransformer(nn.Module):
 
     def _homes(self, tokens_BS: Tensor) -> tuple[Homes, dict[int, Route]]:
         """The rank of each token's experts, and the routes of this rank's tokens, which need no exchange."""
-        assert self.share is not None and self.source is not None
+        assert self.share is not None
         share, layer = self.share, self.moe_layers()[0]
         ids_BS, earlier = self._ids(tokens_BS, None)
         with torch.no_grad():  # every rank looks up a stretch, as in the other placement: so statistics are the same
-            source_BSD = self.source(ids_BS, self.embed(ids_BS), share.span.start - earlier)[:, earlier:]
-            tokens_T = ids_BS[:, earlier:].flatten()
-            alone_T = tokens_T if self.config.codebook.source is CodeSource.TOKEN_EMBEDDING else None
-            experts_LT = share.gather(self._look_up(source_BSD.flatten(0, 1), alone_T))
+            experts_LT = share.gather(self._look_up(*self._source_of(ids_BS, self.embed(ids_BS), earlier)))
             replicas = share.size // layer.ep_size
             # Where several ranks hold a group, its tokens take turns.
             turn_T = torch.arange(experts_LT.shape[1], device=experts_LT.device) % replicas
@@ -424,12 +433,10 @@ class MoETransformer(nn.Module):
         if moe.facts.rows_per_token(moe, self.config.router) > 1:
             rows = sort_rows(experts_LT1, layer.num_experts)
             aheads = [Ahead(rows=rows.layer(index)) for index in range(len(blocks))]
-        elif at_home:
-            first = layer.ep_rank * layer.num_local_experts
-            local = slice(first, first + layer.num_local_experts)
-            aheads = [Ahead(plan) for plan in plans_at_home(experts_LT1, layer.num_experts, local)]
         else:
-            aheads = [Ahead(plan) for plan in make_plans(experts_LT1, layer.num_experts, layer.exchange_group)]
+            first = layer.ep_rank * layer.num_local_experts
+            where = (None, slice(first, first + layer.num_local_experts)) if at_home else (layer.exchange_group,)
+            aheads = [Ahead(plan) for plan in make_plans(experts_LT1, layer.num_experts, *where)]
         return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, experts_LT, aheads, strict=True)}
 
     def _lengths(self, real_BS: Tensor) -> tuple[int, ...] | None:

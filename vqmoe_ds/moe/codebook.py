@@ -19,7 +19,7 @@ from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized, sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.mirror import HostMirror
-from vqmoe_ds.moe.sequence import SequenceShare
+from vqmoe_ds.moe.sequence import SequenceShare, evenly
 from vqmoe_ds.moe.state import SteppedState
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -339,4 +339,4 @@ class CodebookBank(SteppedState):
 
 
 def _evenly(z_TC: Tensor, count: int) -> Tensor:
-    return z_TC[torch.linspace(0, len(z_TC) - 1, count, device=z_TC.device).long()]
+    return z_TC[evenly(len(z_TC), count, z_TC.device)]

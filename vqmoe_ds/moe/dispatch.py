@@ -127,15 +127,18 @@ class Ahead:
 
 
 @torch.no_grad()
-def make_plans(expert_ids_LTR: Tensor, num_experts: int, group: Any = None) -> list[DispatchPlan]:
+def make_plans(
+    expert_ids_LTR: Tensor, num_experts: int, group: Any = None, local: slice = slice(None)
+) -> list[DispatchPlan]:
     """Plans of L layers from their routes.
 
     Args:
         expert_ids_LTR: the expert of each row, int64 in ``[0, num_experts)``.
         num_experts: experts N of a layer, split evenly over the group in rank order.
         group: expert-parallel process group; None or of size 1 keeps rows at home.
+        local: without a group, the experts that this rank holds: all rows are for them.
     """
-    return plans_of(sort_rows(expert_ids_LTR, num_experts), group)
+    return plans_of(sort_rows(expert_ids_LTR, num_experts), group, local)
 
 
 @torch.no_grad()
@@ -172,12 +175,12 @@ def _side_by_side(first: SortedRows, a_LM: Tensor, second: SortedRows, b_LM: Ten
 
 
 @torch.no_grad()
-def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
-    """Plans from sorted rows, with one exchange of counts for all layers if ``group`` has several ranks."""
+def plans_of(rows: SortedRows, group: Any = None, local: slice = slice(None)) -> list[DispatchPlan]:
+    """``make_plans`` of sorted rows, with one exchange of counts for all layers if ``group`` has several ranks."""
     ranks = comm().get_world_size(group=group) if group is not None else 1
     layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
     if ranks == 1:
-        return [DispatchPlan(rows.routes, order, inverse, ends, ends) for order, inverse, ends in layers]
+        return [DispatchPlan(rows.routes, order, inverse, ends, ends[local]) for order, inverse, ends in layers]
     # Every rank of the group comes here for the same layers, be it without a row: who skips a collective stops all.
     send_LGE = torch.diff(rows.ends_LN, prepend=rows.ends_LN.new_zeros(len(rows.ends_LN), 1)).unflatten(1, (ranks, -1))
     received_GLE = _exchange_counts(send_LGE.transpose(0, 1).contiguous(), group)
@@ -189,14 +192,6 @@ def plans_of(rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
         DispatchPlan(rows.routes, order, inverse, sent_ends, ends, exchange)
         for (order, inverse, sent_ends), ends, exchange in zip(layers, ends_LE, exchanges, strict=True)
     ]
-
-
-@torch.no_grad()
-def plans_at_home(expert_ids_LTR: Tensor, num_experts: int, local: slice) -> list[DispatchPlan]:
-    """Plans of L layers whose rows are all for the local experts, those from ``local.start`` to ``local.stop``."""
-    rows = sort_rows(expert_ids_LTR, num_experts)
-    layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
-    return [DispatchPlan(rows.routes, order, inverse, ends, ends[local]) for order, inverse, ends in layers]
 
 
 def _exchange_counts(send_GLE: Tensor, group: Any) -> Tensor:
@@ -284,8 +279,7 @@ def combine(rows_MD: Tensor, plan: DispatchPlan, weights_TR: Tensor | None) -> T
 def exchange_parts(parts_P: Tensor, group: Any) -> Tensor:
     """Even all-to-all of the P parts ``[P, ...]`` of a contiguous tensor: rank p gets part p, its own stands there."""
     one_each = [1] * len(parts_P)
-    received: Tensor = _AllToAll.apply(parts_P.flatten(1), one_each, one_each, group, None, None)
-    return received.view_as(parts_P)
+    return exchange_rows(parts_P.flatten(1), one_each, one_each, group).view_as(parts_P)
 
 
 def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:

@@ -50,12 +50,15 @@ class SequenceShare:
         So the sum over the group is what one rank with whole sequences would sample, to the bit.
         """
         here, whole = self.length // self.size, len(z_TC) * self.size
-        places_M = torch.arange(whole, device=z_TC.device)
-        if whole > most:
-            places_M = torch.linspace(0, whole - 1, most, device=z_TC.device).long()
+        places_M = evenly(whole, most, z_TC.device) if whole > most else torch.arange(whole, device=z_TC.device)
         sequences_M, positions_M = places_M // self.length, places_M % self.length
         mine_M1 = (positions_M // here == self.rank).unsqueeze(1)
         return torch.where(mine_M1, z_TC[sequences_M * here + positions_M % here], z_TC.new_zeros(()))
+
+
+def evenly(length: int, count: int, device: torch.device) -> Tensor:
+    """``count`` evenly spaced places of so many, int64."""
+    return torch.linspace(0, length - 1, count, device=device).long()
 
 
 class Homes:
