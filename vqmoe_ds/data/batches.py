@@ -60,3 +60,50 @@ class Batches(Protocol):
 
     def epoch(self, samples: int) -> float:
         """Number of epochs in ``samples`` samples."""
+
+
+class ShuffledBatches:
+    """Training samples in another order every epoch, dealt out by global sample number (``Batches``).
+
+    Sample ``i`` is entry ``i mod n`` of the order of epoch ``i div n``, which follows from (seed, epoch) alone, so a
+    resumed run needs no state of a generator. Micro-batch ``m`` of rank ``r`` takes block ``m * world + r`` of the
+    step's samples, so the global batch does not depend on how many ranks and accumulation steps share it.
+
+    Args:
+        count: samples n of an epoch.
+        batch_size: samples of a step.
+        seed: of the orders.
+    """
+
+    masked = False
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
+        """All micro-batches of one rank, of the global batch from sample ``first`` on."""
+        starts = range(first + rank * size, first + self.batch_size, world * size)
+        return [self._batch(start, self.rows(start, size)) for start in starts]
+
+    def epoch(self, samples: int) -> float:
+        """Number of epochs in ``samples`` samples."""
+        return samples / self.count
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows of the samples from ``first`` on, int64."""
+        places = [divmod(sample, self.count) for sample in range(first, first + count)]
+        return np.array([self._order(epoch)[place] for epoch, place in places], dtype=np.int64)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
+            self._orders[epoch] = self._draw(epoch)
+        return self._orders[epoch]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+    def _batch(self, first: int, rows: np.ndarray) -> Batch:
+        """The samples from number ``first`` on, which stand at these rows of the data."""
+        raise NotImplementedError

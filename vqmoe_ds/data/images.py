@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vqmoe_ds.config.schema import Augment, RunConfig
-from vqmoe_ds.data.batches import Batch
+from vqmoe_ds.data.batches import Batch, ShuffledBatches
 from vqmoe_ds.data.image_files import REMEDY, ImageFiles, Split, Wanted, find_images
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
-_ORDERS_KEPT = 2
 MARGIN = 8
 """Images are shifted by up to this part of their size: 4 pixels of 32, as is usual for CIFAR-10."""
 
@@ -66,41 +65,19 @@ class ImageSet:
         return replace(self, rows=self.rows[positions])
 
 
-class ImageBatches:
-    """Shuffled training images, dealt out by global sample number as ``TrainingBatches`` does, and changed by it.
-
-    Sample ``i`` is entry ``i mod n`` of the permutation of epoch ``i div n``, drawn from (seed, epoch); its shift and
-    flip follow from (seed, i) alone, whatever rank and micro-batch it falls to.
-    """
-
-    masked = False
+class ImageBatches(ShuffledBatches):
+    """Shuffled training images; shift and flip of a sample follow from (seed, its number), whatever its micro-batch."""
 
     def __init__(self, images: ImageSet, batch_size: int, seed: int, augment: Augment) -> None:
-        self.images, self.batch_size, self.seed, self.augment = images, batch_size, seed, augment
-        self._orders: dict[int, np.ndarray] = {}
+        super().__init__(len(images), batch_size, seed)
+        self.images, self.augment = images, augment
 
-    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
-        """All micro-batches of one rank, of the global batch from sample ``first`` on."""
-        starts = range(first + rank * size, first + self.batch_size, world * size)
-        return [self._batch(np.arange(start, start + size)) for start in starts]
-
-    def epoch(self, samples: int) -> float:
-        """Number of epochs in ``samples`` samples."""
-        return samples / len(self.images)
-
-    def _batch(self, samples: np.ndarray) -> Batch:
-        epochs, places = np.divmod(samples, len(self.images))
-        batch = self.images.read(np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)]))
+    def _batch(self, first: int, rows: np.ndarray) -> Batch:
+        batch = self.images.read(rows)
         if self.augment is Augment.NONE:
             return batch
-        return batch._replace(inputs_BS=shifted(batch.inputs_BS, mixed(self.seed, samples), self.augment))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            if len(self._orders) == _ORDERS_KEPT:
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-        return self._orders[epoch]
+        draws_B = mixed(self.seed, np.arange(first, first + len(rows)))
+        return batch._replace(inputs_BS=shifted(batch.inputs_BS, draws_B, self.augment))
 
 
 def shifted(images_BHHC: np.ndarray, draws_B: np.ndarray, augment: Augment) -> np.ndarray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vqmoe_ds.data.batches import PADDING, Batch
+from vqmoe_ds.data.batches import PADDING, Batch, ShuffledBatches
 from vqmoe_ds.data.labelled import LabelledSet
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.runtime.errors import ConfigError, DataError
@@ -114,33 +114,16 @@ def draw_shots(texts: LabelledTexts, shots: int, seed: int) -> LabelledTexts:
     return texts.take(np.sort(np.concatenate(chosen)))
 
 
-class LabelledBatches:
-    """Shuffled training texts, dealt out by global sample number as ``TrainingBatches`` does.
+class LabelledBatches(ShuffledBatches):
+    """Shuffled training texts, of which those of like lengths come together.
 
-    Sample ``i`` is entry ``i mod n`` of the order of epoch ``i div n``, which follows from (seed, epoch), batch size
-    and lengths: a permutation in which, pool by pool, batches are made of texts of like lengths and then shuffled.
+    The order of an epoch also follows from batch size and lengths: a permutation in which, pool by pool, batches are
+    made of texts of like lengths and then shuffled.
     """
 
-    masked = False
-
     def __init__(self, texts: LabelledTexts, batch_size: int, seed: int) -> None:
-        self.texts, self.batch_size, self.seed = texts, batch_size, seed
-        self._lengths = texts.lengths
-        self._orders: dict[int, np.ndarray] = {}
-
-    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
-        """All micro-batches of one rank, of the global batch from sample ``first`` on."""
-        starts = range(first + rank * size, first + self.batch_size, world * size)
-        return [self.texts.read(self.rows(start, size)) for start in starts]
-
-    def epoch(self, samples: int) -> float:
-        """Number of epochs in ``samples`` samples."""
-        return samples / len(self.texts)
-
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows of the samples from ``first`` on."""
-        places = [divmod(sample, len(self.texts)) for sample in range(first, first + count)]
-        return np.array([self._order(epoch)[place] for epoch, place in places], dtype=np.int64)
+        super().__init__(len(texts), batch_size, seed)
+        self.texts, self._lengths = texts, texts.lengths
 
     def padding(self, size: int) -> float:
         """Share of the positions of one epoch's micro-batches of ``size`` texts that are padding."""
@@ -148,14 +131,8 @@ class LabelledBatches:
         lengths = [self._lengths[self.rows(start, size)] for start in starts]
         return 1 - sum(int(row.sum()) for row in lengths) / max(1, sum(size * int(row.max()) for row in lengths))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
-            self._orders[epoch] = self._draw(epoch)
-        return self._orders[epoch]
-
     def _draw(self, epoch: int) -> np.ndarray:
-        rng, total, size = np.random.default_rng([self.seed, epoch]), len(self.texts), self.batch_size
+        rng, total, size = np.random.default_rng([self.seed, epoch]), self.count, self.batch_size
         order = rng.permutation(total)
         begun = min(-epoch * total % size, total)  # these complete the batch that the epoch before began
         end = begun + (total - begun) // size * size
@@ -164,3 +141,6 @@ class LabelledBatches:
             by_length = pool[np.argsort(self._lengths[pool], kind="stable")].reshape(-1, size)
             order[start : start + len(pool)] = rng.permutation(by_length).flatten()
         return order
+
+    def _batch(self, first: int, rows: np.ndarray) -> Batch:
+        return self.texts.read(rows)

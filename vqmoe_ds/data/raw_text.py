@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.batches import Batch
+from vqmoe_ds.data.batches import Batch, ShuffledBatches
 from vqmoe_ds.data.corpus import Corpus, open_corpus
 from vqmoe_ds.runtime.errors import DataError
 
@@ -74,43 +74,19 @@ def whole_corpus(corpus: Corpus, sequence_length: int) -> Split:
     return Split(corpus, sequence_length, np.arange(count))
 
 
-class TrainingBatches:
-    """Shuffled training windows of raw text, dealt out by global sample number.
-
-    Sample ``i`` is entry ``i mod n`` of the permutation of epoch ``i div n``, drawn from (seed, epoch). Micro-batch
-    ``m`` of rank ``r`` takes block ``m * world + r`` of the step's samples, so the global batch does not depend on
-    how many ranks and accumulation steps share it.
-    """
-
-    masked = False
+class TrainingBatches(ShuffledBatches):
+    """Shuffled training windows of raw text."""
 
     def __init__(self, split: Split, batch_size: int, seed: int) -> None:
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
-
-    def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
-        """All micro-batches of one rank, of the global batch from sample ``first`` on."""
-        starts = range(first + rank * size, first + self.batch_size, world * size)
-        return [byte_batch(self._windows(start, size)) for start in starts]
+        super().__init__(len(split), batch_size, seed)
+        self.split = split
 
     def micro_batch(self, step: int, micro: int, rank: int, world: int, size: int) -> np.ndarray:
         """Windows of one micro-batch, int64 ``[size, sequence_length + 1]``; ``step`` counts from 0."""
-        return self._windows(step * self.batch_size + (micro * world + rank) * size, size)
+        return self.split.batch(self.rows(step * self.batch_size + (micro * world + rank) * size, size))
 
-    def epoch(self, samples: int) -> float:
-        """Number of epochs in ``samples`` samples."""
-        return samples / len(self.split)
-
-    def _windows(self, first: int, size: int) -> np.ndarray:
-        return self.split.batch(np.array([self._position(i) for i in range(first, first + size)]))
-
-    def _position(self, sample: int) -> int:
-        epoch, place = divmod(sample, len(self.split))
-        if epoch != self._epoch:
-            # From (seed, epoch) alone, so that a resumed run needs no state of a generator.
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.split))
-        return int(self._order[place])
+    def _batch(self, first: int, rows: np.ndarray) -> Batch:
+        return byte_batch(self.split.batch(rows))
 
 
 def byte_batch(windows: np.ndarray) -> Batch:
