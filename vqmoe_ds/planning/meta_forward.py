@@ -29,11 +29,16 @@ OUTSIDE = "outside"
 """Section of what no block keeps: embedding, head and loss."""
 
 
-def even_plans(imbalance: float, local: int, rows: SortedRows, group: Any = None) -> list[DispatchPlan]:
-    """The plans of ``local`` experts that receive ``imbalance`` times their even share; stands in for ``plans_of``."""
+def even_plans(
+    imbalance: float, experts: int, rows: SortedRows, group: Any = None, local: slice = slice(None)
+) -> list[DispatchPlan]:
+    """Plans in which ``experts`` local experts receive ``imbalance`` times their even share.
+
+    Stands in for ``plans_of``, whose ``local`` tells which experts of ``rows`` are here: here only their number counts.
+    """
     here, ranks = rows.order_LM.shape[1], dist.get_world_size(group=group) if group is not None else 1
     received = round(here * imbalance)
-    counts_GE = torch.empty(ranks, local, dtype=torch.int32, device="meta")
+    counts_GE = torch.empty(ranks, experts, dtype=torch.int32, device="meta")
     exchange = None
     if ranks > 1 or received != here:
         exchange = Exchange(lambda: (_split(here, ranks), _split(received, ranks)), counts_GE)
