@@ -5,6 +5,8 @@
 # make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
 # make test-cluster   the launchers on a real SLURM cluster of virtual nodes; installs Debian's SLURM if missing, and skips
 #                     with the reason where that cannot be (not root, no namespaces, no packages)
+# make test-hf    transformers' own tests of models and of generation on the exported model; TRANSFORMERS_CHECKOUT=DIR names
+#                 a checkout of the version installed; by default PyPI's sources, which have the first of the two
 # make fuzz MINUTES=30   damaged inputs of every kind to every reader, and power cuts, for so long (docs/reliability.md)
 # make test-gpu   on a machine with a GPU, with its own python3: that what only a GPU runs is right (docs/gpu.md)
 # make bench-gpu  the same machine: all ten checks of benchmarks/gpu.py, in 8 minutes; ARGS='--checks 0 4 7 8 9' leaves
@@ -18,7 +20,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 MINUTES ?= 30
 
-.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster test-gpu compare-smoke fuzz lint docs bench bench-gpu clean
+.PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster test-gpu test-hf compare-smoke fuzz lint docs bench bench-gpu clean
 
 pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
@@ -35,6 +37,9 @@ test-layouts: setup-dev
 test-cluster: setup-dev
 	@if tests/cluster/cluster.sh can; then VQMOE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster --durations=0 -v $(ARGS); \
 	elif [ $$? = 2 ]; then echo "make test-cluster: skipped, for this machine cannot have a cluster"; else exit 1; fi
+
+test-hf: setup-dev
+	@TRANSFORMERS_CHECKOUT=$${TRANSFORMERS_CHECKOUT:-sdist} $(BIN)/python -m pytest tests/models/test_hf_suite.py $(ARGS)
 
 fuzz: setup-dev
 	@VQMOE_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz tests/checkpoint/test_power_cut.py -s --timeout 0
