@@ -136,7 +136,7 @@ def test_a_finished_run_without_its_checkpoint_cannot_be_evaluated(jobs, tmp_pat
     assert all_jobs[0].state() is State.TRAINED
     assert compare(path, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "is to be evaluated on corrupted text, but" in error
+    assert "is to be evaluated on damaged data, but" in error
     assert error.count("\n") == 1
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.config.load import nearest_key
+from vqmoe_ds.config.load import nearest_key, parse_override
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.experiments.grid import Grid, group_of, read_grid, runs_of
 from vqmoe_ds.experiments.runs import Job, Runner, check_folders, jobs_of
@@ -20,6 +20,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("grid", metavar="GRID.yaml", help="entries, seeds, corpora, groups (docs/results.md)")
     add("--out", required=True, metavar="DIR", help="run folders and report")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting that the entries share")
+    add("--ds_config", metavar="JSON", help="in place of the grid's")
     add("--only", nargs="+", metavar="NAME", help="run only these entries (the report shows all)")
     add("--index", type=int, metavar="I", help="run only the run of this index of --list, without a report")
     add("--list", action="store_true", help="print the index, state and folder of every run, and stop")
@@ -40,6 +42,8 @@ def main(args: argparse.Namespace) -> int:
     """Run a grid; returns the exit code: 0 done, 1 a run failed, 2 bad input, 75 interrupted."""
     try:
         grid = read_grid(args.grid)
+        shared = {**grid.overrides, **dict(parse_override(text) for text in args.set)}
+        grid = grid.model_copy(update={"overrides": shared, "ds_config": args.ds_config or grid.ds_config})
         jobs = jobs_of(grid, runs_of(grid, Path(args.out)))
         if args.list:
             print("\n".join(f"{job.run.index} {job.state():<10} {job.run} {job.run.folder}" for job in jobs))

@@ -18,7 +18,6 @@ from vqmoe_ds.config.meanings import nearest_key
 from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.reading import read_yaml
 from vqmoe_ds.config.schema import LARGEST_SEED, MOST_TOKENS
-from vqmoe_ds.evaluation.corruption import parse_corruption
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
 MOST_RUNS = 100_000
@@ -62,14 +61,18 @@ class Group(_Part):
 
 
 class Evaluation(_Part):
-    """Scoring of the run's held-out text with ``launchers/evaluate.py``, damaged as it says."""
+    """Scoring of the run's held-out data with ``launchers/evaluate.py``, damaged as it says."""
 
-    corrupt: list[str]
-    """Corruptions, each KIND or KIND:RATE."""
+    corrupt: list[str] = []
+    """Corruptions, each KIND or KIND:RATE, of images KIND or KIND:SEVERITY; ``all``: every kind."""
     seeds: int = Field(default=3, ge=1, le=10_000)
-    """Draws of each damage."""
+    """Draws of each damage to text."""
     stride: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
-    """Tokens scored per window; None: half the context."""
+    """Tokens of text scored per window; None: half the context."""
+    attacks: list[str] = []
+    """Attacks on classifiers of images."""
+    eps: list[float] = [1.0, 2.0]
+    """Largest change of a value by an attack, in 255ths."""
 
 
 class Grid(_Part):
@@ -112,8 +115,6 @@ def read_grid(path: str) -> Grid:
         raise ConfigError(f"grid {path}: {_sentence(error)}") from None
     for check in (_check_size, _check_seeds, _check_names, _check_groups):
         check(grid, path)
-    for spec in grid.evaluate.corrupt if grid.evaluate else []:
-        parse_corruption(spec)
     return grid
 
 

@@ -16,6 +16,8 @@ from vqmoe_ds.runtime.files import read_small
 Rows = list[dict[str, Any]]
 
 CLEAN = "clean"
+ERRORS = "% wrong"
+"""Unit of classifiers of images."""
 EVALUATION = "evaluation.json"
 
 
@@ -87,9 +89,14 @@ def whole(value: Any) -> int:
 
 
 def losses(folder: Path) -> tuple[dict[str, float], str]:
-    """Clean and corrupted losses of a run, and their unit: bits per byte, or nats per token where bytes are unknown."""
+    """Clean and damaged losses of a run, and their unit.
+
+    Of text bits per byte, or nats per token where bytes are unknown; of images the share of errors in percent.
+    """
     with readable(folder):
         summary = read_json(folder / "summary.json")
+        if "validation_accuracy" in summary:
+            return {CLEAN: _error(summary["validation_accuracy"]), **damaged_images(folder)}, ERRORS
         known = summary["validation_bits_per_byte"] is not None
         clean = number(summary["validation_bits_per_byte" if known else "validation_loss"])
         return {CLEAN: clean, **corrupted(folder, known)}, "bits/byte" if known else "nats/token"
@@ -105,6 +112,26 @@ def corrupted(folder: Path, in_bits: bool) -> dict[str, float]:
         name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
         values[name], values[f"{name}: rise"] = number(row["mean"][unit]), number(row["mean"][f"{unit}_rise"])
     return values
+
+
+def damaged_images(folder: Path) -> dict[str, float]:
+    """Errors on damaged and attacked images in percent, means of groups of damage, and their rise, by name."""
+    file = folder / EVALUATION
+    if not file.exists():
+        return {}
+    recorded, accuracies = read_json(file), dict[str, list[float]]()
+    clean = _error(recorded["clean"]["accuracy"])
+    for row in recorded["corrupted"]:
+        for name in (row["group"], "all damage"):
+            accuracies.setdefault(name, []).append(row["accuracy"])
+    for row in recorded["attacked"]:
+        accuracies[f"{row['attack']} {row['eps']:g}/255"] = [row["accuracy"]]
+    errors = {name: _error(float(np.mean([number(value) for value in some]))) for name, some in accuracies.items()}
+    return {key: value for name, e in errors.items() for key, value in ((name, e), (f"{name}: rise", e - clean))}
+
+
+def _error(accuracy: Any) -> float:
+    return 100 * (1 - number(accuracy))
 
 
 def health(folder: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ METHOD = (
     "router and see the same batches in the same order, so differences are taken seed by seed: mean and 95 % "
     "confidence interval (Student's t over the pairs). Where an interval contains zero, nothing is said to be better. "
     "One in twenty intervals misses the truth by chance: a single narrow verdict among many is weak. Rise: over the "
-    "same tokens in clean text."
+    "same data undamaged."
 )
 POOLED = (
     "Over all pairs of one corpus and one seed. Runs of one seed on two corpora start from the same weights, so pairs "
@@ -189,7 +189,8 @@ def _show(page: Page, section: dict[str, Any], folder: Path, number: int) -> Non
 def _draw(page: Page, section: dict[str, Any], folder: Path, number: int) -> None:
     curves, forest = f"curves-{number}.png", f"differences-{number}.png"
     entries = section["entries"]
-    plot_curves(folder / curves, {name: entry["curve"] for name, entry in entries.items()}, section["unit"])
+    unit = "nats" if section["unit"] == measures.ERRORS else section["unit"]
+    plot_curves(folder / curves, {name: entry["curve"] for name, entry in entries.items()}, unit)
     page.add(Picture(curves, f"Training loss, {section['corpus']}, {section['group']}"))
     for baseline in section["baselines"][:1]:
         found = {name: e["differences"][baseline] for name, e in entries.items() if baseline in e["differences"]}

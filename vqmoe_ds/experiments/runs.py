@@ -25,15 +25,17 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.reading import read_yaml
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.indexed import open_indexed_text
-from vqmoe_ds.data.raw_text import RawText, open_raw_text
-from vqmoe_ds.evaluation.corruption import parse_corruption
+from vqmoe_ds.data.raw_text import open_raw_text
+from vqmoe_ds.evaluation.command import check_attacks
+from vqmoe_ds.evaluation.corruption import all_corruptions, parse_corruption
 from vqmoe_ds.evaluation.evaluate import checked_stride
+from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
+from vqmoe_ds.evaluation.image_damage import parse_image_corruption
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
 from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, one_line
 from vqmoe_ds.runtime.files import make_folder, open_regular
-from vqmoe_ds.train.pretrain import fit_to_tokenizer
+from vqmoe_ds.train.pretrain import fit_to_data
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder in which Python finds the package."""
@@ -92,12 +94,8 @@ class Job:
         """Whether the run has been scored in just this way."""
         if not self.evaluation.exists():
             return False
-        stride = checked_stride(wanted.stride, self.config.run.model.sequence_length)
-        asked = {(*parse_corruption(spec), wanted.seeds) for spec in wanted.corrupt}
         try:
-            recorded = read_json(self.evaluation)
-            damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in recorded["corrupted"]}
-            return damage == asked and bool(recorded["setting"]["stride"] == stride)
+            return _scored(read_json(self.evaluation), self.config.run) == _to_score(wanted, self.config.run)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False  # it is scored again
 
@@ -128,17 +126,45 @@ def _job(grid: Grid, run: Run) -> Job:
     overrides, preset = overrides_of(grid, run), run.entry.preset or grid.preset
     try:
         loaded = load_config(preset, None, overrides)
-        config = resolve(grid.ds_config, loaded, world_size=1)
-        prepared = open_indexed_text(config.run)
-        if prepared is None:
+        config, data = fit_to_data(resolve(grid.ds_config, loaded, world_size=1), loaded.explicit)
+        if data is None:
             open_raw_text(config.run)  # refused now, not by the run
-        known = prepared or RawText
-        config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, loaded.explicit)
+        if grid.evaluate is not None:
+            _to_score(grid.evaluate, config.run)
     except UserError as error:
         raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
     sets = [f"--set={name}={json.dumps(value)}" for name, value in overrides.items()]
     arguments = ["--ds_config", grid.ds_config, "--preset", preset, *sets, "--resume", "auto"]
     return Job(run, config, arguments, grid.evaluate)
+
+
+def _to_score(wanted: Evaluation, config: RunConfig) -> set[tuple[Any, ...]]:
+    """What is to be scored, an entry for each damage and setting.
+
+    Raises:
+        ConfigError: a damage or an attack that the data cannot take.
+    """
+    if config.model.image_size:
+        specs = [kind for spec in wanted.corrupt for kind in (KINDS_OF_IMAGES if spec == "all" else (spec,))]
+        check_attacks(wanted.attacks, wanted.eps)
+        damage = {tuple(each) for spec in specs for each in parse_image_corruption(spec)}
+        return damage | {(name, eps) for name in wanted.attacks for eps in wanted.eps}
+    if wanted.attacks:
+        raise ConfigError("evaluate: attacks are for images, and this is a model of text; leave them out")
+    kinds = [each for s in wanted.corrupt for each in (all_corruptions() if s == "all" else [parse_corruption(s)])]
+    return {(*each, wanted.seeds) for each in kinds} | {
+        ("stride", checked_stride(wanted.stride, config.model.sequence_length))
+    }
+
+
+def _scored(recorded: dict[str, Any], config: RunConfig) -> set[tuple[Any, ...]]:
+    """What ``launchers/evaluate.py`` scored, as ``_to_score`` has it."""
+    damaged = recorded["corrupted"]
+    if config.model.image_size:
+        attacked = {(row["attack"], row["eps"]) for row in recorded["attacked"]}
+        return {(row["kind"], row["severity"]) for row in damaged} | attacked
+    damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in damaged}
+    return damage | {("stride", recorded["setting"]["stride"])}
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
@@ -165,7 +191,7 @@ def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
         checkpoints = job.run.folder / "checkpoints"
         if state is State.TRAINED and not list(checkpoints.glob("*/manifest.json")):
             raise CheckpointError(
-                f"run {job.run} is to be evaluated on corrupted text, but {checkpoints} holds no checkpoint any more; "
+                f"run {job.run} is to be evaluated on damaged data, but {checkpoints} holds no checkpoint any more; "
                 f"remove {job.run.folder} to train it again, or evaluate: from the grid"
             )
 
@@ -258,9 +284,12 @@ class Runner:
 
 
 def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
-    corrupt = [part for spec in wanted.corrupt for part in ("--corrupt", spec)]
-    stride = [] if wanted.stride is None else ["--stride", str(wanted.stride)]
-    options = [*corrupt, *stride, "--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
+    options = [] if wanted.stride is None else ["--stride", str(wanted.stride)]
+    for spec in wanted.corrupt:
+        options += ["--corruptions", "all"] if spec == "all" else ["--corrupt", spec]
+    if wanted.attacks:
+        options += ["--attacks", *wanted.attacks, "--eps", *map(str, wanted.eps)]
+    options += ["--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
     return ["vqmoe_ds.commands.evaluate", str(job.run.folder), *options]
 
 

@@ -13,7 +13,7 @@ from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.data.images import ImageData, ImageSet, open_images
-from vqmoe_ds.data.indexed import open_indexed_text
+from vqmoe_ds.data.indexed import IndexedText, open_indexed_text
 from vqmoe_ds.data.raw_text import RawText, open_raw_text
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.runtime.console import Console
@@ -46,12 +46,7 @@ class Pretraining(TrainingCommand):
             raise ConfigError(
                 "the section finetune belongs to launchers/finetune.py; leave it out, or use that launcher"
             )
-        images = open_images(config.run) if config.run.model.image_size else None
-        prepared = images or open_indexed_text(config.run)
-        known = prepared or RawText
-        config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, loaded.explicit)
-        if images is not None:
-            config = with_classes(config, images.files.classes)
+        config, prepared = fit_to_data(config, loaded.explicit)
         if args.print_config:
             show(config, place, console)
             return None
@@ -104,6 +99,25 @@ def _score(windows: Windows, session: Session, most: int) -> Scored:
     if isinstance(windows, ImageSet):
         return classify(session, windows, most)
     return validate(session, windows, most * session.round_size)
+
+
+def fit_to_data(config: EngineConfig, explicit: frozenset[str]) -> tuple[EngineConfig, ImageData | IndexedText | None]:
+    """The configuration with what it takes from its data (vocabulary, checksum of the tokenizer, names of classes).
+
+    Args:
+        explicit: fields that the user set.
+
+    Returns:
+        The configuration, and the images or prepared text; None for raw text, which is read later.
+
+    Raises:
+        UserError: the data cannot be read, or are not what was asked for.
+    """
+    images = open_images(config.run) if config.run.model.image_size else None
+    data = images or open_indexed_text(config.run)
+    known = data or RawText
+    config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, explicit)
+    return config if images is None else with_classes(config, images.files.classes), data
 
 
 def fit_to_tokenizer(
