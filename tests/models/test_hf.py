@@ -251,3 +251,13 @@ def test_a_fresh_model_learns() -> None:
 def test_options_that_are_not_known_are_refused() -> None:
     with pytest.raises(ValueError, match="router='magic' is not one of vq, topk, hash_token, dense"):
         VQMoEConfig(router="magic")
+    for groups, source in ((3, "context"), (2, "early_block")):
+        with pytest.raises(ValueError, match=f"code_groups={groups} must divide num_experts=16, and needs code_source"):
+            VQMoEConfig(code_groups=groups, code_source=source)
+    assert VQMoEConfig(code_groups=3, router="topk").code_groups == 3
+
+
+def test_the_card_tells_of_groups(tmp_path: Path) -> None:
+    for case, told in (("context, two groups", True), ("context, discrete only", False)):
+        _pair(case, tmp_path / case)
+        assert ("Experts fall into 2 groups" in (tmp_path / case / "README.md").read_text()) == told

@@ -9,7 +9,9 @@ from transformers import PretrainedConfig
 ROUTERS = ("vq", "topk", "hash_token", "dense")
 QK_NORMS = ("none", "heads", "full")
 POOLS = ("mean", "last")
-CODE_SOURCES = ("layer_state", "token_embedding", "position_embedding", "context", "early_block")
+AHEAD = ("token_embedding", "position_embedding", "context")
+"""Code sources from which the experts of all layers follow before the first block."""
+CODE_SOURCES = ("layer_state", "early_block", *AHEAD)
 
 
 class VQMoEConfig(PretrainedConfig):
@@ -32,6 +34,8 @@ class VQMoEConfig(PretrainedConfig):
             all experts; None: the latter for a single expert alone.
         code_blend: c in ``q = x + c (v - x)``, what the expert of the code sees.
         num_codes: codes of a layer.
+        code_groups: groups of experts; a token has one group in all layers, that of the expert that its code of the
+            first layer names (sources of embeddings alone).
         code_source: the vector that is compared with the codes.
         context_window, context_decay: of the source ``context``.
         position_weight: of the source ``position_embedding``.
@@ -73,6 +77,7 @@ class VQMoEConfig(PretrainedConfig):
         norm_topk_prob: bool | None = None,
         code_blend: float = 0.0,
         num_codes: int = 16,
+        code_groups: int = 1,
         code_source: str = "context",
         context_window: int = 3,
         context_decay: float = 0.5,
@@ -109,6 +114,11 @@ class VQMoEConfig(PretrainedConfig):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
+        if router == "vq" and (num_experts % code_groups or (code_groups > 1 and code_source not in AHEAD)):
+            raise ValueError(
+                f"code_groups={code_groups} must divide num_experts={num_experts}, and needs code_source to be one of "
+                f"{', '.join(AHEAD)}; it is {code_source}"
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -127,6 +137,7 @@ class VQMoEConfig(PretrainedConfig):
         self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
         self.code_blend = code_blend
         self.num_codes = num_codes
+        self.code_groups = code_groups
         self.code_source = code_source
         self.context_window = context_window
         self.context_decay = context_decay

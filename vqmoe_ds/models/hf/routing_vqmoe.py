@@ -156,7 +156,7 @@ class VQMoECodebook(nn.Module):
             with torch.no_grad():
                 distances = _half_distances(self._compared(source), self.codes.flatten(0, 1))
             codes_LT = distances.view(-1, *self.codes.shape[:2]).argmin(dim=-1).t()
-            return self.code_map.gather(1, codes_LT), None, None
+            return self._grouped(self.code_map.gather(1, codes_LT)), None, None
         codes_KC = self.codes[layer]
         with torch.no_grad():
             codes_T = _half_distances(self._compared(source), codes_KC).argmin(dim=-1)
@@ -166,6 +166,13 @@ class VQMoECodebook(nn.Module):
             soft_T = (-distances_TK / config.soft_output).softmax(dim=-1).amax(dim=-1)
         wanted = config.code_blend or config.commitment_coef
         return self.code_map[layer][codes_T], codes_KC[codes_T] if wanted else None, soft_T
+
+    def _grouped(self, experts_LT: Tensor) -> Tensor:
+        """The experts that codes name within the group that the first layer's names for all layers."""
+        if self.config.code_groups == 1:
+            return experts_LT
+        size = self.config.num_experts // self.config.code_groups
+        return experts_LT[:1] // size * size + experts_LT % size
 
     def _compared(self, source_TD: Tensor) -> Tensor:
         """The vectors that are compared with the codes: float32, normalised and projected as configured."""

@@ -129,6 +129,11 @@ def _routing(config: RunConfig) -> str:
         f"({book.code_map.value}) maps codes to experts, so there is no router to learn on this path "
         "(VQMoE, arXiv 2411.19402). "
     )
+    if book.groups > 1:
+        text += (
+            f"Experts fall into {book.groups} groups: the code of the first layer names a token's group, which is the "
+            "same in all layers, and the codes of later layers choose within it. "
+        )
     if moe.top_k:
         text += linear + " A learned two-way gate mixes the two paths, which share the experts. "
     else:

@@ -248,6 +248,7 @@ _SAME = {
     "code_blend": "moe.code_blend",
     "router_aux_loss_coef": "moe.balance_weight",
     "router_z_loss_coef": "moe.z_loss_weight",
+    "code_groups": "codebook.groups",
     "code_source": "codebook.source",
     "context_window": "codebook.context_window",
     "context_decay": "codebook.context_decay",
@@ -259,7 +260,7 @@ _SAME = {
     "soft_output": "codebook.soft_output",
     "commitment_coef": "codebook.commitment_weight",
 }
-NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None}
+NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None, "code_groups": 1}
 """Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
 
@@ -278,8 +279,6 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
     if arch == "mixtral":
         return _mixtral_options(config)
     reason = why_not_exported(config.moe)
-    if config.codebook.groups > 1 and reason is None:
-        reason = f"codebook.groups={config.codebook.groups}: the exported model's codes name one expert per layer"
     if reason is not None:
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
