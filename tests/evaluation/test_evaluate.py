@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
-from vqmoe_ds.evaluation.command import table
+from vqmoe_ds.evaluation.command import share_windows, table
 from vqmoe_ds.evaluation.corruption import Corruption, all_corruptions
 from vqmoe_ds.evaluation.evaluate import Options, evaluate, standard_error
 from vqmoe_ds.evaluation.texts import Text, encode, open_texts
 from vqmoe_ds.runtime.errors import ConfigError, DataError
+from vqmoe_ds.runtime.ranks import Place
 
 STORY = b"The old captain of the harbour had never seen a ship like that.\nMany ships came, and he knew each of them.\n"
 
@@ -125,10 +127,11 @@ def test_what_cannot_be_scored_is_refused(loaded, texts):
         evaluate(LoadedModel(config, loaded.model, ByteTokenizer(), 7, Path("m"), "portable"), texts)
 
 
-def _on_ranks(rank, world, folder, ep_size):
+def _on_ranks(rank, world, folder, ep_size, sp_size=1, most=None):
     loaded = load_model(Path(folder) / "model", ep_size=ep_size, ep_rank=rank % ep_size)
+    share_windows(loaded, sp_size, Place(rank, world, rank, world))
     texts = open_texts(loaded, [f"{folder}/text"])
-    options = Options(corruptions=tuple(all_corruptions()), seeds=2, batch_size=3)
+    options = Options(corruptions=tuple(all_corruptions())[:most], seeds=2, batch_size=3)
     told: list[int] = []
     result = evaluate(loaded, texts, options, rank, world, lambda name, windows: told.append)
     return result.as_dict(), sum(told)
@@ -146,6 +149,43 @@ def test_two_ranks_give_the_figures_of_one_also_with_the_experts_between_them(ro
         assert told == windows
         # 3e-5: a standard error is a difference of perplexities near 308, and those agree to 1e-7 of themselves.
         assert _numbers(result) == pytest.approx(_numbers(alone), rel=1e-6, abs=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "router", "layouts"),
+    [
+        ("context, discrete only", "vq", [(2, 2, 1), (4, 1, 4), (4, 4, 2)]),
+        ("layer state", "vq", [(4, 2, 4)]),
+        ("context", "stablemoe", [(2, 1, 2), (4, 2, 2)]),
+    ],
+)
+def test_ranks_that_share_windows_give_the_figures_of_one(case, router, layouts, tmp_path):
+    sections = config_of(case, vocab=257).model_dump(mode="json")
+    sections["model"]["heads"], sections["moe"]["router"] = 4, router
+    sections["train"]["sequence_parallel_size"] = 2  # of its training, and of no concern here
+    config = RunConfig(**sections)
+    with new_folder(tmp_path / "model", False) as folder:
+        write_portable(ModelReader(model_of(config)), folder)
+    (tmp_path / "text").write_bytes(STORY)
+    alone, windows = _on_ranks(0, 1, str(tmp_path), 1, most=1)
+    for world, ep_size, sp_size in layouts:
+        for result, told in run_ranks(world, _on_ranks, str(tmp_path), ep_size, sp_size, 1, timeout=100):
+            assert told == windows
+            assert _numbers(result) == pytest.approx(_numbers(alone), rel=1e-6, abs=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "sentence"),
+    [
+        ({}, 3, "sequence-parallel size 3 does not divide the 4 ranks of this run"),
+        ({}, 4, "sequence-parallel size 4 does not divide model.heads=2"),
+        ({"moe": {"router": "expert_choice", "num_experts": 4}}, 2, "expert_choice lets experts choose among all"),
+    ],
+)
+def test_windows_that_cannot_be_shared_are_refused(loaded, changes, size, sentence):
+    config = RunConfig(**{**loaded.config.model_dump(mode="json"), **changes})
+    with pytest.raises(ConfigError, match=sentence):
+        share_windows(replace(loaded, config=config), size, Place(0, 4, 0, 4))
 
 
 def _numbers(value) -> list[float]:

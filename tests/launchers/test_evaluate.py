@@ -57,9 +57,10 @@ def test_windows_as_long_as_the_context_give_the_trainers_own_validation(finishe
     assert not list(finished.glob(".*.tmp"))
 
 
-def test_two_ranks_with_half_the_experts_each_give_the_same_figures(finished, scored):
+@pytest.mark.parametrize("sharing", [[], ["--sp_size", "2"]], ids=["experts", "experts and windows"])
+def test_two_ranks_with_half_the_experts_each_give_the_same_figures(finished, scored, sharing):
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
-    command += [LAUNCHER[1], str(finished / "run"), "--ep_size", "2", "--stride", "32", *DAMAGE]
+    command += [LAUNCHER[1], str(finished / "run"), "--ep_size", "2", *sharing, "--stride", "32", *DAMAGE]
     result = subprocess.run(
         [*command, "--json", str(finished / "two.json")],
         capture_output=True,
@@ -119,6 +120,7 @@ def test_without_a_killed_rank_the_others_leave_and_name_it(finished):
         (["run", "--stride", "0"], "--stride 0 is too small; the least is 1"),
         (["run", "--peer_timeout", "0"], "--peer_timeout 0 is too small; give seconds, such as 120"),
         (["run", "--ep_size", "2"], "--ep_size 2 does not divide the 1 rank(s)"),
+        (["run", "--sp_size", "2"], "--sp_size 2 does not divide the 1 rank(s)"),
         (["run", "--json", "no/such/folder.json"], "--json no/such/folder.json cannot be written there"),
         (["run", "--stride", "33"], "--stride 33 must lie between 1 and the model's context of 32 tokens"),
     ],

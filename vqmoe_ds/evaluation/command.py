@@ -61,6 +61,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
     add("--expert_memory", metavar="SIZE", help="memory for experts, such as 256MiB; the rest stays in the checkpoint")
     add("--ep_size", type=int, default=1, metavar="N", help="ranks over which the experts are spread (default 1)")
+    add("--sp_size", type=int, default=1, metavar="N", help="ranks that share every window (default 1)")
     add(
         "--peer_timeout",
         type=float,
@@ -103,7 +104,8 @@ def main(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
     """Refuse what can be refused before anything heavy is loaded; returns the corruptions asked for."""
     asked_accelerator()
-    for name, least in (("stride", 1), ("batch_size", 1), ("max_tokens", 2), ("seeds", 1), ("ep_size", 1)):
+    least_of = {"stride": 1, "batch_size": 1, "max_tokens": 2, "seeds": 1, "ep_size": 1, "sp_size": 1}
+    for name, least in least_of.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value} is too small; the least is {least}")
@@ -112,11 +114,13 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
     parse_memory(args.expert_memory, "--expert_memory")
     if args.attacks:
         check_attacks(args.attacks, args.eps)
-    if place.world_size % args.ep_size:
-        raise ConfigError(
-            f"--ep_size {args.ep_size} does not divide the {place.world_size} rank(s); start them with "
-            f"deepspeed --num_gpus {args.ep_size} launchers/evaluate.py ..."
-        )
+    for name in ("ep_size", "sp_size"):
+        size = getattr(args, name)
+        if place.world_size % size:
+            raise ConfigError(
+                f"--{name} {size} does not divide the {place.world_size} rank(s); start them with "
+                f"deepspeed --num_gpus {size} launchers/evaluate.py ..."
+            )
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist; give a run folder or a checkpoint")
     if args.json is not None:
@@ -163,7 +167,7 @@ def _evaluate(
 
     check = partial(check_precision, precision=args.precision or "bf16", remedy="choose --precision fp32")
     device = set_up_torch(place, check=check)
-    remedy = "lower --batch_size, or spread the experts over more ranks (--ep_size)"
+    remedy = "lower --batch_size, or spread experts (--ep_size) or windows (--sp_size) over more ranks"
     with (
         watch_peers(place, console, args.peer_timeout, "start it again"),
         memory_errors(place.rank, device, lambda: remedy),
@@ -197,6 +201,7 @@ def _score(
     for spec in args.corrupt:
         parse_corruption(spec)  # one of images is unknown to text
     checked_stride(args.stride, loaded.config.model.sequence_length)
+    share_windows(loaded, args.sp_size, place)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)
     if place.world_size > 1:
@@ -212,6 +217,23 @@ def _score(
     return result, time.monotonic() - started
 
 
+def share_windows(loaded: LoadedModel, size: int, place: Place) -> None:
+    """Let so many consecutive ranks share every window.
+
+    Raises:
+        ConfigError: heads or positions do not divide, or experts depend on tokens of other ranks.
+    """
+    from vqmoe_ds.config.deepspeed_json import check_sequence_parallel
+    from vqmoe_ds.models.ulysses import sequence_share
+
+    train = loaded.config.train.model_copy(update={"sequence_parallel_size": size})  # not that of the training
+    run = loaded.config.model_copy(update={"train": train})
+    check_sequence_parallel(run, place.world_size)
+    share = sequence_share(run, place.rank)
+    if share is not None:
+        loaded.model.share_sequences(share)
+
+
 def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, console: Console) -> tuple[Any, float]:
     import numpy as np
 
@@ -219,8 +241,8 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
     from vqmoe_ds.evaluation.image_damage import parse_image_corruption
     from vqmoe_ds.evaluation.images import evaluate_images, open_split
 
-    for name in ("stride", "tokenizer"):
-        if getattr(args, name):
+    for name, left_out in (("stride", None), ("tokenizer", None), ("sp_size", 1)):
+        if getattr(args, name) != left_out:
             raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
     specs = [*args.corrupt, *(KINDS_OF_IMAGES if args.corruptions else ())]
     corruptions = dict.fromkeys(each for spec in specs for each in parse_image_corruption(spec))

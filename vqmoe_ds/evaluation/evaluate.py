@@ -95,7 +95,7 @@ def evaluate(
     """Score documents, clean and under every corruption; deterministic, and the same on all ranks.
 
     Args:
-        loaded: of ``load_model``; with experts on several ranks all of them call this together.
+        loaded: of ``load_model``; with experts or sequences on several ranks all of them call this together.
         texts: of ``open_texts``.
         options: see there.
         rank, world: this process among those that share the windows.
@@ -134,7 +134,8 @@ class _Passes:
         model = loaded.config.model
         self.model, self.texts, self.context = loaded.model, texts, model.sequence_length
         self.stride = checked_stride(options.stride, self.context)
-        self.batch_size = options.batch_size or fitting_batch(self.context, model.vocab_size)
+        here = self.context if self.model.share is None else self.context // self.model.share.size
+        self.batch_size = options.batch_size or fitting_batch(here, model.vocab_size)
         self.rank, self.world, self.progress = rank, world, progress
         self.setting = {"context": self.context, "stride": self.stride, "documents": len(texts)}
         self.clean_N = self._nats("clean", texts, [text.ids_N[None] for text in texts])[0]

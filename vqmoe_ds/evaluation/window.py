@@ -5,6 +5,8 @@ one ends ``stride`` tokens further and scores these alone, so that every one of 
 tokens before it. No window reaches from one document into another, and the first token of a document is not scored:
 nothing stands before it.
 
+Where ranks share sequences (``models/ulysses.py``) each rank of a group scores the positions that it holds.
+
 Legend: N tokens of all documents, K targets per position, B windows per batch, S positions, M scored, V vocabulary.
 """
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqmoe_ds.data.batches import MASKED
+from vqmoe_ds.moe.sequence import SequenceShare
 
 LOGITS = 1 << 25
 """Logits of a batch, at most (128 MiB)."""
@@ -74,7 +77,8 @@ def score(
     """Score every target in its window. The answer is the same on all ranks.
 
     Args:
-        model: gives logits for ``[B, S]``; in evaluation mode. With experts on other ranks all ranks take part.
+        model: gives logits for ``[B, S]``; in evaluation mode. With experts on other ranks all ranks take part. If it
+            has a ``share``, ranks of a group get the same windows, and logits of their own positions.
         ids_N: inputs, documents end to end.
         targets_KN: what is asked for at each place, ``MASKED`` for nothing; ``ids_N`` itself for the usual loss.
         windows: of ``windows_of``.
@@ -82,20 +86,21 @@ def score(
         rank, world: this process among those that share the windows.
         tell: called with the windows done (of all ranks) after each pass.
     """
-    device = next(model.parameters()).device
+    device, share = next(model.parameters()).device, getattr(model, "share", None)
+    reader, readers = (rank, world) if share is None else (rank // share.size, world // share.size)
     nats_KN = torch.zeros(targets_KN.shape, dtype=torch.float64, device=device)
     first_KN = torch.zeros(targets_KN.shape, dtype=torch.uint8, device=device)
     # Windows of one length stand together, so that little is filled up; every rank makes the same batches.
     order = sorted(windows, key=lambda window: window.begin - window.end)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for start in range(0, len(batches), world):
-        mine = start + rank
+    for start in range(0, len(batches), readers):
+        mine = start + reader
         batch = batches[min(mine, len(batches) - 1)]  # all take part in every pass
-        places_M, nats_KM, first_KM = _score_batch(model, ids_N, targets_KN, batch, device)
+        places_M, nats_KM, first_KM = _score_batch(model, ids_N, targets_KN, batch, device, share)
         if mine < len(batches):
             nats_KN[:, places_M], first_KN[:, places_M] = nats_KM, first_KM
         if tell is not None:
-            tell(sum(map(len, batches[start : start + world])))
+            tell(sum(map(len, batches[start : start + readers])))
     if world > 1:
         dist.all_reduce(nats_KN)
         dist.all_reduce(first_KN)
@@ -103,10 +108,15 @@ def score(
 
 
 def _score_batch(
-    model: torch.nn.Module, ids_N: np.ndarray, targets_KN: np.ndarray, batch: Sequence[Window], device: torch.device
+    model: torch.nn.Module,
+    ids_N: np.ndarray,
+    targets_KN: np.ndarray,
+    batch: Sequence[Window],
+    device: torch.device,
+    share: SequenceShare | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of the scored targets of a batch, ``[M]``, their nats and whether they are first choice, ``[K, M]``."""
-    longest = max(window.end - window.begin for window in batch)
+    """Places of the targets of a batch that are scored here, ``[M]``; nats, and whether first choice, ``[K, M]``."""
+    longest = max(window.end - window.begin for window in batch) if share is None else share.length
     inputs_BS = np.zeros((len(batch), longest), dtype=np.int64)
     rows, columns, places = [], [], []
     for row, (begin, first, end) in enumerate(batch):
@@ -115,9 +125,12 @@ def _score_batch(
         columns.append(np.arange(first - 1 - begin, end - begin))
         places.append(np.arange(first, end + 1))
     logits_BSV, _ = model(torch.from_numpy(inputs_BS).to(device))
-    where = (torch.from_numpy(np.concatenate(part)).to(device) for part in (rows, columns))
-    logits_MV = logits_BSV[tuple(where)].float()
-    places_M = np.concatenate(places)
+    rows_M, columns_M, places_M = (np.concatenate(part) for part in (rows, columns, places))
+    if share is not None:
+        first, end = share.span.start, share.span.stop
+        here_M = (first <= columns_M) & (columns_M < end)
+        rows_M, columns_M, places_M = rows_M[here_M], columns_M[here_M] - first, places_M[here_M]
+    logits_MV = logits_BSV[torch.from_numpy(rows_M).to(device), torch.from_numpy(columns_M).to(device)].float()
     targets_KM = torch.from_numpy(targets_KN[:, places_M].astype(np.int64)).to(device)
     chosen_KM = logits_MV.gather(1, targets_KM.clamp_min(0).t()).t()
     nats_KM = (logits_MV.logsumexp(dim=-1) - chosen_KM).double().masked_fill_(targets_KM == MASKED, 0.0)

@@ -15,22 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.dispatch import exchange_parts, exchange_rows
 from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.sequence import Homes, SequenceShare
 
 
-def sequence_share(config: EngineConfig, rank: int) -> SequenceShare | None:
+def sequence_share(run: RunConfig, rank: int) -> SequenceShare | None:
     """The part of every sequence that a rank holds, None where it holds whole ones; all ranks make the groups together.
 
     Ranks that share sequences are consecutive, so they fill nodes one after the other.
     """
-    size = config.sp_size
+    size = run.train.sequence_parallel_size
     if size == 1:
         return None
     group, _ = dist.new_subgroups(size)
-    return SequenceShare(group, rank % size, size, config.run.model.sequence_length)
+    return SequenceShare(group, rank % size, size, run.model.sequence_length)
 
 
 def to_heads(q_BAsH: Tensor, k_BAsH: Tensor, v_BAsH: Tensor, share: SequenceShare) -> tuple[Tensor, Tensor, Tensor]:

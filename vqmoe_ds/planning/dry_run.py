@@ -97,7 +97,7 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     with fake_ranks(rank, world):
         check_by_deepspeed(config.deepspeed, json_path)
         model = meta_model(config.run, config.ep_size, config.ep_rank(rank), DeepSpeedMoELayer)
-        share, sequence_group = sequence_share(config, rank), [rank]
+        share, sequence_group = sequence_share(config.run, rank), [rank]
         if share is not None:
             model.share_sequences(share)
             sequence_group = dist.get_process_group_ranks(share.group)

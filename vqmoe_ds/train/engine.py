@@ -37,7 +37,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
     model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), DeepSpeedMoELayer)
-    share = sequence_share(config, place.rank)
+    share = sequence_share(config.run, place.rank)
     if share is not None:
         model.share_sequences(share)
     import_optimizers(config.deepspeed["optimizer"]["type"])
