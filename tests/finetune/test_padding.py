@@ -48,7 +48,7 @@ def config_of(case: str, **more: Any) -> RunConfig:
     return load_config("tiny", None, {**small, **book, **tuned, **CASES[case], **more}).config
 
 
-def _tokens(width: int) -> torch.Tensor:
+def tokens_of(width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     tokens_BS = torch.full((len(LENGTHS), width), PADDING)
     for row, length in zip(tokens_BS, LENGTHS, strict=True):
@@ -61,7 +61,7 @@ def _measure(config: RunConfig, width: int, ep_size: int = 1, ep_rank: int = 0) 
     model = build_model(config, ep_size, ep_rank, DeepSpeedMoELayer)
     for layer in model.moe_layers() if ep_size > 1 else ():
         layer.set_deepspeed_parallelism()
-    logits_BC, aux = model(_tokens(width))
+    logits_BC, aux = model(tokens_of(width))
     (logits_BC.square().sum() + aux).backward()
     counts = [layer.tokens_per_expert for layer in model.moe_layers()]
     pending = [] if model.bank is None else [model.bank.pending]
@@ -84,8 +84,8 @@ def test_nothing_depends_on_the_padding(case, pool):
 @pytest.mark.parametrize("case", ["topk", "expert_choice"])
 def test_a_text_has_the_logits_it_would_have_alone(case):
     model = build_model(config_of(case)).eval()
-    together = model(_tokens(12))[0]
-    alone = torch.cat([model(row[row != PADDING].unsqueeze(0))[0] for row in _tokens(12)])
+    together = model(tokens_of(12))[0]
+    alone = torch.cat([model(row[row != PADDING].unsqueeze(0))[0] for row in tokens_of(12)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 

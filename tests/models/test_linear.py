@@ -29,3 +29,9 @@ def test_a_frozen_input_or_weight_needs_no_gradient():
     assert layer.weight.grad is not None
     with torch.no_grad():
         assert layer(torch.randn(0, 8)).shape == (0, 8)
+
+
+def test_no_rows_give_a_gradient_of_nothing():
+    layer, x = Linear(8, 6), torch.randn(1, 0, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (1, 0, 8) and torch.equal(layer.weight.grad, torch.zeros(6, 8))

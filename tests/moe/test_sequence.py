@@ -23,6 +23,19 @@ def test_samples_of_the_parts_are_those_of_the_whole(size: int, most: int) -> No
     assert int((torch.stack(parts) != 0).any(dim=-1).sum(dim=0).max()) == 1, "a vector is of one rank"
 
 
+@pytest.mark.parametrize("most", [5, 100])
+@pytest.mark.parametrize("size", [2, 4])
+def test_padding_is_in_no_sample(size: int, most: int) -> None:
+    real_BS = torch.arange(LENGTH) < torch.tensor([[LENGTH], [1], [3]])
+    whole_BSC = torch.randn(BATCH, LENGTH, WIDTH)
+    shares = [SequenceShare(None, rank, size, 100 * size).of(real_BS) for rank in range(size)]
+    parts = [share.sample(whole_BSC[:, share.span][real_BS[:, share.span]], most) for share in shares]
+    assert not len(whole_BSC[1:, shares[-1].span][real_BS[1:, shares[-1].span]]), "a rank with little"
+    whole_TC = whole_BSC[real_BS]
+    assert torch.equal(torch.stack(parts).sum(0), _evenly(whole_TC, most) if len(whole_TC) > most else whole_TC)
+    assert shares[0].mean_tokens == 12 / size
+
+
 def test_the_parts_of_a_sequence_are_all_of_it_in_order() -> None:
     positions = torch.arange(LENGTH)
     parts = [positions[SequenceShare(None, rank, 4, LENGTH).span] for rank in range(4)]

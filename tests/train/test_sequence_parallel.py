@@ -304,7 +304,6 @@ def test_batches_are_dealt_out_to_groups_of_ranks(tmp_path: Path) -> None:
             2,
             "leave --sp_size out to train on",
         ),
-        ("context, top-1", {"finetune": {"classes": ("a", "b")}}, 2, "texts to classify have any; leave --sp_size"),
         (REFUSED[0], {}, 2, "but moe.router=expert_choice lets experts choose among all tokens of a sequence"),
         (REFUSED[1], {}, 2, "but router.statistics=batch looks at all tokens of a batch"),
     ],

@@ -155,6 +155,7 @@ def test_the_first_layer_names_the_group_of_all() -> None:
         ({}, Layout(2, 1, 1), "there are --sp_size 2 and --ep_size 1"),
         ({}, Layout(2, 4, 1), "needs all 4 ranks that share experts among the 2 that share sequences"),
         ({"codebook": {"groups": 2}}, Layout(4, 4, 1), "set codebook.groups to a multiple of --ep_size 4"),
+        ({"finetune": {"classes": ["a", "b"]}}, Layout(2, 2, 1), "needs texts of one length, and those to"),
         ({"moe": {"router": "topk", "top_k": 1}}, Layout(2, 2, 1), "experts that codes name: set moe.router=vq"),
     ],
 )

@@ -343,8 +343,7 @@ def check_sequence_parallel(run: RunConfig, world: int) -> None:
     """Refuse what ranks that share sequences cannot compute.
 
     Raises:
-        ConfigError: ranks, heads or positions do not divide, experts depend on tokens of other ranks, or texts differ
-            in length.
+        ConfigError: ranks, heads or positions do not divide, or experts depend on tokens of other ranks.
     """
     size = run.train.sequence_parallel_size
     _check_ranks(size, world)
@@ -362,10 +361,6 @@ def check_sequence_parallel(run: RunConfig, world: int) -> None:
         raise ConfigError(
             f"sequence-parallel size {size} gives a rank a part of every sequence, but {reason}; {remedy}, or use "
             "another router"
-        )
-    if run.finetune.classes:
-        raise ConfigError(
-            f"sequence-parallel size {size} needs sequences of one length, and texts to classify have any; {remedy}"
         )
 
 
@@ -386,6 +381,8 @@ def placement_trouble(run: RunConfig, ep_size: int, strided: bool = False) -> st
         found = "needs consecutive ranks to share experts: leave use_data_before_expert_parallelism out"
     elif not run.moe.facts.uses_codebook:
         found = "takes every token to the experts that codes name: set moe.router=vq"
+    elif run.finetune.classes:
+        found = "needs texts of one length, and those to classify have any: leave it out"
     elif groups % ep_size:
         found = f"needs all experts of a token on one rank: set codebook.groups to a multiple of --ep_size {ep_size}"
     else:

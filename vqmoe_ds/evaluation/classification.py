@@ -71,12 +71,12 @@ def classify(session: Session, texts: Labelled, max_batches: int | None = None) 
     Raises:
         Interrupted: a rank was asked to stop.
     """
-    place, size = session.place, max(session.config.micro_batch, LEAST_ROWS)
-    count = len(texts) if max_batches is None else min(len(texts), max_batches * size * place.world_size)
+    readers, size = session.config.readers, max(session.config.micro_batch, LEAST_ROWS)
+    count = len(texts) if max_batches is None else min(len(texts), max_batches * size * readers)
     rows = np.linspace(0, len(texts) - 1, count).astype(int)
     session.engine.eval()
     try:
-        score = Scoring(session.engine, session.device, size, place.rank, place.world_size, session.sum_over_ranks)
+        score = Scoring(session.engine, session.device, size, session.reader, readers, session.sum_over_readers)
         return score(texts, rows, session.go_on)
     finally:
         session.engine.train()
@@ -89,7 +89,8 @@ class Scoring:
     Attributes:
         model: gives logits ``[B, C]`` first.
         size: texts or images of a forward pass on every rank.
-        total: the sum of a tensor over all ranks.
+        rank, world: this process among those that read different texts or images.
+        total: the sum of a tensor over these.
     """
 
     model: Callable[[Tensor], tuple[Tensor, Tensor]]

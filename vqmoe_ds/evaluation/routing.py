@@ -93,8 +93,11 @@ class RoutingHealth:
 
     def _share_of(self, changed_LT: Tensor) -> list[float]:
         """Share of each layer's probe tokens, those of other ranks included where ranks share sequences."""
-        share_L, sharing = changed_LT.double().mean(dim=1), self.session.model.share
-        return _rounded(share_L if sharing is None else sharing.mean(share_L))
+        changed_L, sharing = changed_LT.double().sum(dim=1), self.session.model.share
+        tokens_L = torch.full_like(changed_L, changed_LT.shape[1])
+        if sharing is not None:
+            changed_L, tokens_L = sharing.total(torch.stack([changed_L, tokens_L]))
+        return _rounded(changed_L / tokens_L)
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -5,14 +5,14 @@ Legend: B texts, S positions of the longest, D width, C classes.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.config.schema import Pool, RunConfig
 from vqmoe_ds.data.batches import MASKED, PADDING
 from vqmoe_ds.models.linear import Linear
-from vqmoe_ds.models.transformer import MoETransformer, real_tokens
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.models.ulysses import sum_over_positions
 from vqmoe_ds.moe.layer import MoELayer
 
 
@@ -21,6 +21,9 @@ class Classifier(MoETransformer):
 
     Texts are padded on the right with ``PADDING``. Attention is causal, so no real token sees it, and everything else
     works on the real tokens alone: neither logits nor auxiliary loss nor any statistic depends on the padding.
+
+    Ranks that share texts each hold a part of the positions, to whose number padding is added; all of them return the
+    logits and losses of whole texts.
 
     Args:
         config: as of ``MoETransformer``; ``finetune.classes`` are the classes.
@@ -39,18 +42,28 @@ class Classifier(MoETransformer):
             tokens_BS: ids, ``PADDING`` after the end of a text; no text is empty.
             labels_B: ``MASKED`` where a text does not count.
         """
+        if self.share is not None:  # the longest text is another in every batch
+            tokens_BS = F.pad(tokens_BS, (0, -tokens_BS.shape[1] % self.share.size), value=PADDING)
+            self.share_sequences(self.share.of(tokens_BS.ne(PADDING)))
         real_BS = tokens_BS.ne(PADDING)
-        states_BSD, aux_loss = self.states(tokens_BS.clamp_min(0), real_BS=real_BS)
+        states_BSD, aux_loss = self.states(tokens_BS.clamp_min(0), real_BS=real_BS[:, self._span])
         logits_BC = self.head(self._pooled(states_BSD, real_BS)).float()
         if labels_B is None:
             return logits_BC, aux_loss
         total = F.cross_entropy(logits_BC, labels_B, ignore_index=MASKED, reduction="sum")
         return total / labels_B.ne(MASKED).sum().clamp_min(1), aux_loss
 
+    @property
+    def _span(self) -> slice:
+        """The positions that this rank holds."""
+        return slice(None) if self.share is None else self.share.span
+
     def _pooled(self, states_BSD: Tensor, real_BS: Tensor) -> Tensor:
-        lengths_B = real_BS.sum(dim=1)
+        """Mean of the states of the tokens that stand for a text, ``[B, D]``: all real ones, or the last of them."""
+        counted_BS = real_BS
         if self.config.finetune.pool is Pool.LAST:
-            last_B = torch.arange(len(lengths_B), device=lengths_B.device) * real_BS.shape[1] + lengths_B - 1
-            return real_tokens(states_BSD, last_B)
-        sums_BD = states_BSD.float().masked_fill(~real_BS.unsqueeze(-1), 0.0).sum(dim=1)
-        return (sums_BD / lengths_B.unsqueeze(1)).to(states_BSD.dtype)
+            counted_BS = real_BS & ~F.pad(real_BS[:, 1:], (0, 1))
+        sums_BD = states_BSD.float().masked_fill(~counted_BS[:, self._span].unsqueeze(-1), 0.0).sum(dim=1)
+        if self.share is not None:
+            sums_BD = sum_over_positions(sums_BD, self.share)
+        return (sums_BD / counted_BS.sum(dim=1, keepdim=True)).to(states_BSD.dtype)

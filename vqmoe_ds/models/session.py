@@ -54,6 +54,11 @@ class Session:
             deepspeed.comm.all_reduce(total)
         return total
 
+    def sum_over_readers(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks where those that share sequences found the same, and it counts once."""
+        speaks = self.place.rank % self.config.sp_size == 0
+        return self.sum_over_ranks(tensor if speaks else torch.zeros_like(tensor))
+
     def on_any_rank(self, here: bool) -> bool:
         """Whether it is so on this rank or another; all ranks call it together."""
         if self.place.world_size == 1:

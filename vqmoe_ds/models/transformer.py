@@ -286,7 +286,7 @@ class MoETransformer(nn.Module):
             lengths=None if real_BS is None else self._lengths(real_BS),
             codebooks=self.bank,
             share=self.share if cache is None else None,
-            mean_tokens=None if homes is None else sum(homes.counts) // len(homes.counts),
+            mean_tokens=self._mean_tokens(homes),
         )
         x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes)
         if cache is not None:
@@ -438,6 +438,12 @@ class MoETransformer(nn.Module):
             where = (None, slice(first, first + layer.num_local_experts)) if at_home else (layer.exchange_group,)
             aheads = [Ahead(plan) for plan in make_plans(experts_LT1, layer.num_experts, *where)]
         return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, experts_LT, aheads, strict=True)}
+
+    def _mean_tokens(self, homes: Homes | None) -> float | None:
+        """Tokens per rank of those that share sequences, where ranks hold more or fewer; else None."""
+        if homes is not None:
+            return sum(homes.counts) // len(homes.counts)
+        return None if self.share is None else self.share.mean_tokens
 
     def _lengths(self, real_BS: Tensor) -> tuple[int, ...] | None:
         """Real tokens of each sequence, where the router asks for them: the host waits for these numbers."""

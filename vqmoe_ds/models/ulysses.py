@@ -11,6 +11,8 @@ rank, H width of a head; ``3`` stands for queries, keys and values.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,6 +51,29 @@ def to_positions(y_BaSH: Tensor, share: SequenceShare) -> Tensor:
     """Outputs of this rank's heads at all positions -> of all heads at this rank's positions, ``[B, A, s, H]``."""
     by_rank = y_BaSH.unflatten(2, (share.size, -1)).permute(2, 0, 1, 3, 4).contiguous()
     return exchange_parts(by_rank, share.group).transpose(0, 1).flatten(1, 2)
+
+
+def sum_over_positions(x: Tensor, share: SequenceShare) -> Tensor:
+    """Sum of tensors that each rank made of its positions, the same on all ranks of a group.
+
+    All of them go on with the sum in the same way: where a rank computes the loss of whole sequences from it, gradients
+    averaged over the group are those of that loss.
+    """
+    total: Tensor = _Sum.apply(x, share)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    """The gradient of a rank's part is the sum of those of all ranks, which are alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: SequenceShare) -> Tensor:
+        ctx.size = share.size
+        return share.total(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.size, None
 
 
 def from_homes(q_1AMH: Tensor, k_1AMH: Tensor, v_1AMH: Tensor, homes: Homes) -> tuple[Tensor, Tensor, Tensor]:

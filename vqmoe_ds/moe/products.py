@@ -42,6 +42,9 @@ def _mm_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mm_into_onednn(out: Tensor, a_t: Tensor, b: Tensor) -> None:
+    if not len(b):  # a sum over nothing, which oneDNN refuses: a rank that shares sequences may hold padding alone
+        out.zero_()
+        return
     # oneDNN is slow on float32 factors read across their rows; transposing them first costs less.
     out.copy_(_mm_onednn(a_t.contiguous(), b.t().contiguous().t()))
 

@@ -6,7 +6,7 @@ M vectors sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class SequenceShare:
     size: int
     length: int
     """Positions S of a whole sequence; ``size`` divides it."""
+    real_BS: Tensor | None = None
+    """False where a token of the whole sequences is padding; None: all are real."""
 
     @property
     def span(self) -> slice:
@@ -32,11 +34,24 @@ class SequenceShare:
         here = self.length // self.size
         return slice(self.rank * here, (self.rank + 1) * here)
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Mean of a tensor over the group, without gradient."""
+    def of(self, real_BS: Tensor) -> SequenceShare:
+        """The place among ranks that share these sequences, which may be padded."""
+        return replace(self, length=real_BS.shape[1], real_BS=real_BS)
+
+    @property
+    def mean_tokens(self) -> float | None:
+        """Real tokens per rank where ranks hold more or fewer of them; None where all hold as many."""
+        return None if self.real_BS is None else int(self.real_BS.sum()) / self.size
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over the group, without gradient."""
         total = tensor.detach().clone()
         comm().all_reduce(total, group=self.group)
-        return total / self.size
+        return total
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean of a tensor over the group, without gradient."""
+        return self.total(tensor) / self.size
 
     def gather(self, ids_LT: Tensor) -> Tensor:
         """Whole numbers of this rank's tokens -> those of all ranks in the order of the sequences, ``[L, B * S]``."""
@@ -47,13 +62,20 @@ class SequenceShare:
     def sample(self, z_TC: Tensor, most: int) -> Tensor:
         """At most ``most`` evenly spaced vectors ``[M, C]`` of the whole sequences, zero where another rank holds them.
 
-        So the sum over the group is what one rank with whole sequences would sample, to the bit.
+        So the sum over the group is what one rank with whole sequences would sample, to the bit. Padding is none of
+        them, neither here nor there.
         """
-        here, whole = self.length // self.size, len(z_TC) * self.size
-        places_M = evenly(whole, most, z_TC.device) if whole > most else torch.arange(whole, device=z_TC.device)
-        sequences_M, positions_M = places_M // self.length, places_M % self.length
-        mine_M1 = (positions_M // here == self.rank).unsqueeze(1)
-        return torch.where(mine_M1, z_TC[sequences_M * here + positions_M % here], z_TC.new_zeros(()))
+        here, device = self.length // self.size, z_TC.device
+        if self.real_BS is None:
+            tokens_T = torch.arange(len(z_TC) * self.size, device=device)
+        else:
+            tokens_T = self.real_BS.flatten().nonzero().squeeze(1)
+        mine_T = tokens_T % self.length // here == self.rank
+        rows_T = (mine_T.cumsum(0) - 1).clamp_min(0)
+        places_M = evenly(len(rows_T), most, device) if len(rows_T) > most else torch.arange(len(rows_T), device=device)
+        if not len(z_TC):
+            return z_TC.new_zeros(len(places_M), z_TC.shape[1])
+        return torch.where(mine_T[places_M].unsqueeze(1), z_TC[rows_T[places_M]], z_TC.new_zeros(()))
 
 
 def evenly(length: int, count: int, device: torch.device) -> Tensor:

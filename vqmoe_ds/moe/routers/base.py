@@ -53,7 +53,7 @@ class RoutingContext:
     """The codebooks of all layers of the model."""
     share: SequenceShare | None = None
     """The part of every sequence that these tokens are, where ranks share sequences."""
-    mean_tokens: int | None = None
+    mean_tokens: float | None = None
     """Tokens per rank that shares them, where these are more or fewer."""
 
 
@@ -270,16 +270,21 @@ def auxiliary_loss(
     return aux
 
 
-def z_loss(logits_TN: Tensor, config: MoEConfig, tokens: int | None = None) -> Tensor:
+def z_loss(logits_TN: Tensor, config: MoEConfig, tokens: float | None = None) -> Tensor:
     """ST-MoE's z-loss ``mean(logsumexp^2)`` by its weight, scalar; ``tokens``: as ``RoutingContext.mean_tokens``."""
     if not config.z_loss_weight:
         return logits_TN.new_zeros(())
     return config.z_loss_weight * _mean(logits_TN.logsumexp(dim=-1).square(), tokens)
 
 
-def _mean(x_T: Tensor, tokens: int | None) -> Tensor:
+def _mean(x_T: Tensor, tokens: float | None) -> Tensor:
     """Mean over tokens, or their sum over another number of them."""
     return x_T.mean(dim=0) if tokens is None else x_T.sum(dim=0) / tokens
+
+
+def mean_of_all(x_TC: Tensor, tokens: float | None) -> Tensor:
+    """Mean of all values of all tokens; ``tokens`` as ``RoutingContext.mean_tokens``."""
+    return x_TC.mean() if tokens is None else x_TC.sum() / (tokens * x_TC.shape[1])
 
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:

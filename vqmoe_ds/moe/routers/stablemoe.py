@@ -24,6 +24,7 @@ from vqmoe_ds.moe.routers.base import (
     StatefulRouter,
     auxiliary_loss,
     drawn,
+    mean_of_all,
 )
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -113,7 +114,7 @@ class StableMoERouter(StatefulRouter):
             aux = 0.0 * log_light_TN.sum()
         else:
             ids_Tk = scores_TN.topk(self.moe.top_k, dim=-1).indices
-            distillation = -log_light_TN.gather(1, ids_Tk).mean()
+            distillation = -mean_of_all(log_light_TN.gather(1, ids_Tk), context.mean_tokens)
             aux = auxiliary_loss(scores_TN, ids_Tk, self.moe, context) + self.options.distil_weight * distillation
         return Routing(ids_Tk, scores_TN.gather(1, ids_Tk).sigmoid(), aux)
 

@@ -14,7 +14,7 @@ from vqmoe_ds.config.routers import register_router
 from vqmoe_ds.config.schema import CodeSource, MoEConfig, RunConfig
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext, TopKOptions
+from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext, TopKOptions, mean_of_all
 from vqmoe_ds.moe.routers.topk import TopKRouter
 
 
@@ -126,7 +126,8 @@ class VQRouter(Router):
             if moe.code_blend:
                 offset = (moe.code_blend * (codes_TC - x_TD.detach().float())).to(x_TD.dtype)
             if book.commitment_weight:
-                aux = aux + book.commitment_weight * (x_TD.float() - codes_TC).square().mean()
+                squares_TC = (x_TD.float() - codes_TC).square()
+                aux = aux + book.commitment_weight * mean_of_all(squares_TC, context.mean_tokens)
             if book.soft_output:
                 soft_T = self._soft_weight(x_TD, bank)
         if self.continuous is None or self.path_gate is None:
