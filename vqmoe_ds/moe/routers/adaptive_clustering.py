@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.fields import LARGEST_WEIGHT, option
-from vqmoe_ds.config.routers import LooksAhead, register_router
+from vqmoe_ds.config.routers import LooksAhead, RouterOptions, register_router
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import (
@@ -57,79 +57,57 @@ class DirectionScores(nn.Module):
         return x_TD.float() @ F.normalize(self.experts_ND.float(), dim=-1).t()
 
 
-@register_router("adaptive_clustering")
-class AdaptiveClusteringRouter(StatefulRouter):
-    """AC router of *Tight Clusters Make Specialized Experts* (Nielsen 2025, ACMoE; definitions 1 and 2).
+class ClusterOptions(RouterOptions):
+    """Options of routers that weigh features by clusters."""
 
-    A token's cluster c is the first choice of the MoE layer before. In each cluster and feature q,
-    ``s_qc = mean |x_q - mean x_q|`` over its tokens, and ``M_c = diag(1 / s_qc)``, clipped and scaled to mean 1. Scores
-    are ``(M_c x) . e_i / ||e_i||``, TopK and softmax as usual. The experts see x itself. M has no gradient.
+    decay: float = option(0.99, "decay of running statistics per step", ge=0, lt=1)
+    statistics: ClusterStatistics = option(
+        ClusterStatistics.RUNNING,
+        "running (causal), batch (as published, not causal), none (all weights 1, the control)",
+    )
+    scaling: FeatureScaling = option(
+        FeatureScaling.PER_FEATURE, "mean weight 1 per feature over clusters, or global over both"
+    )
+    feature_clip: float = option(10.0, "largest weight, as a multiple of the mean", gt=1, le=LARGEST_WEIGHT)
 
-    ``router.statistics`` says whose tokens: ``running``, those of earlier optimizer steps (deviations from the running
-    mean, summed over all ranks; causal); ``batch``, as published, those of this micro-batch, later positions included,
-    **not causal**; ``none``, M = 1, the control that differs in nothing else. A cluster without two tokens, or whose
-    tokens are all alike, has M = 1 and takes no part in clip and scale. The first MoE layer has no layer before it: its
-    router is the linear one.
+
+class ClusteredRouter(StatefulRouter):
+    """Base of routers that weigh the features of a token by how tight its cluster is in them (``feature_weights``).
+
+    A token's cluster is the first choice of the MoE layer before. ``router.statistics`` says whose tokens: ``running``,
+    those of earlier optimizer steps (deviations from the running mean, summed over all ranks; causal); ``batch``, as
+    published, those of this micro-batch, later positions included, **not causal**; ``none``, weights of 1.
     """
-
-    class Options(TopKOptions):
-        decay: float = option(0.99, "decay of running statistics per step", ge=0, lt=1)
-        statistics: ClusterStatistics = option(
-            ClusterStatistics.RUNNING,
-            "running (causal), batch (as published, not causal), none (all weights 1, the control)",
-        )
-        scaling: FeatureScaling = option(
-            FeatureScaling.PER_FEATURE, "mean weight 1 per feature over clusters, or global over both"
-        )
-        feature_clip: float = option(10.0, "largest weight, as a multiple of the mean", gt=1, le=LARGEST_WEIGHT)
-
-    structure = ("softmax_over", "statistics", "scaling")
 
     weights_KD: Tensor
     totals_KS: Tensor
+    smallest = SMALLEST
+    """Added to deviations before they are inverted."""
 
     def __init__(self, config: LayerConfig) -> None:
         clusters, width = config.moe.num_experts, config.width
         # Of each cluster: tokens, their sum; tokens that had a mean to deviate from, the sum of deviations.
         super().__init__(config, clusters, 2 * width + 2)
         self.width = width
-        self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
-        self.scores = DirectionScores(width, clusters, config.seed, config.layer)
         self.register_buffer("weights_KD", torch.ones(clusters, width))
         self.register_buffer("totals_KS", torch.zeros(clusters, 2 * width + 2, dtype=torch.float64))
 
     @classmethod
-    def build(cls, config: LayerConfig) -> Router:
-        return cls(config) if config.layer > 0 else TopKRouter(config)
-
-    @classmethod
     def check(cls, run: RunConfig) -> None:
+        super().check(run)
         model = run.model
         if model.layers // model.moe_every < 2:
             raise ValueError(
-                "moe.router=adaptive_clustering looks at the choices of the MoE layer before, so it needs two or more: "
+                f"moe.router={cls.name} looks at the choices of the MoE layer before, so it needs two or more: "
                 f"raise model.layers={model.layers} or lower model.moe_every={model.moe_every}"
             )
 
-    @classmethod
-    def looks_ahead(cls, options: Any) -> LooksAhead | None:
-        if options.statistics is not ClusterStatistics.BATCH:
-            return None
-        return LooksAhead(
-            "router.statistics=batch looks at all tokens of a batch, later ones included",
-            "train with router.statistics=running",
-        )
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        if context.previous_T is None:
-            raise ValueError("the adaptive_clustering router needs the choices of the MoE layer before it")
-        logits_TN = self.scores(x_TD.float() * self._feature_weights(x_TD.detach().float(), context.previous_T))
-        ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
-        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe, context))
-
     @torch.no_grad()
-    def _feature_weights(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
-        """Diagonal of M for each token, ``[T, D]``."""
+    def feature_weights(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Diagonal of M for each token, float32 ``[T, D]``; ``x_TD``: float32 states whose statistics they are of."""
+        clusters_T = context.previous_T
+        if clusters_T is None:
+            raise ValueError(f"the {self.name} router needs the choices of the MoE layer before it")
         if self.options.statistics is ClusterStatistics.BATCH:
             deviations_KD, counts_K = _deviations(x_TD, clusters_T, self.moe.num_experts)
             return self._weigh(deviations_KD, counts_K)[clusters_T]
@@ -138,7 +116,7 @@ class AdaptiveClusteringRouter(StatefulRouter):
         return self.weights_KD[clusters_T]
 
     def _weigh(self, deviations_KD: Tensor, counts_K: Tensor) -> Tensor:
-        return feature_weights(deviations_KD, counts_K, self.options.scaling, self.options.feature_clip)
+        return feature_weights(deviations_KD, counts_K, self.options.scaling, self.options.feature_clip, self.smallest)
 
     def _statistics(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
         clusters = self.moe.num_experts
@@ -162,6 +140,48 @@ class AdaptiveClusteringRouter(StatefulRouter):
         self.weights_KD.copy_(self._weigh(deviations_KD, counts_K))
 
 
+@register_router("adaptive_clustering")
+class AdaptiveClusteringRouter(ClusteredRouter):
+    """AC router of *Tight Clusters Make Specialized Experts* (Nielsen 2025, ACMoE; definitions 1 and 2).
+
+    A token's cluster c is the first choice of the MoE layer before. In each cluster and feature q,
+    ``s_qc = mean |x_q - mean x_q|`` over its tokens, and ``M_c = diag(1 / s_qc)``, clipped and scaled to mean 1. Scores
+    are ``(M_c x) . e_i / ||e_i||``, TopK and softmax as usual. The experts see x itself. M has no gradient.
+
+    ``router.statistics=none`` is the control, M = 1, which differs in nothing else. A cluster without two tokens, or
+    whose tokens are all alike, has M = 1 and takes no part in clip and scale. The first MoE layer has no layer before
+    it: its router is the linear one.
+    """
+
+    class Options(ClusterOptions, TopKOptions):
+        pass
+
+    structure = ("softmax_over", "statistics", "scaling")
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
+        self.scores = DirectionScores(config.width, self.moe.num_experts, config.seed, config.layer)
+
+    @classmethod
+    def build(cls, config: LayerConfig) -> Router:
+        return cls(config) if config.layer > 0 else TopKRouter(config)
+
+    @classmethod
+    def looks_ahead(cls, options: Any) -> LooksAhead | None:
+        if options.statistics is not ClusterStatistics.BATCH:
+            return None
+        return LooksAhead(
+            "router.statistics=batch looks at all tokens of a batch, later ones included",
+            "train with router.statistics=running",
+        )
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        logits_TN = self.scores(x_TD.float() * self.feature_weights(x_TD.detach().float(), context))
+        ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
+        return Routing(ids_Tk, weights_Tk, auxiliary_loss(logits_TN, ids_Tk, self.moe, context))
+
+
 def _deviations(x_TD: Tensor, clusters_T: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Mean absolute deviation within each cluster ``[K, D]``, and the tokens of each."""
     counts_K = count_experts(clusters_T, num_clusters)
@@ -171,7 +191,9 @@ def _deviations(x_TD: Tensor, clusters_T: Tensor, num_clusters: int) -> tuple[Te
     return sum_by_expert(apart_TD, clusters_T, num_clusters) / divisor_K1, counts_K
 
 
-def feature_weights(deviations_KD: Tensor, counts_K: Tensor, scaling: FeatureScaling, clip: float) -> Tensor:
+def feature_weights(
+    deviations_KD: Tensor, counts_K: Tensor, scaling: FeatureScaling, clip: float, smallest: float = SMALLEST
+) -> Tensor:
     """``1 / deviation``, clipped at ``clip`` times the mean and scaled to a mean of 1, ``[K, D]``.
 
     ``per_feature`` divides by the mean over clusters, feature by feature, after the clip (the language-model release);
@@ -180,7 +202,7 @@ def feature_weights(deviations_KD: Tensor, counts_K: Tensor, scaling: FeatureSca
     """
     usable_K1 = ((counts_K >= 2) & (deviations_KD.mean(dim=1) > SMALLEST)).unsqueeze(1)
     usable = usable_K1.sum().clamp_min(1)
-    inverse_KD = torch.where(usable_K1, 1 / (deviations_KD + SMALLEST), torch.zeros_like(deviations_KD))
+    inverse_KD = torch.where(usable_K1, 1 / (deviations_KD + smallest), torch.zeros_like(deviations_KD))
     mean = inverse_KD.sum() / (usable * inverse_KD.shape[1])
     clipped_KD = inverse_KD.clamp(max=clip * mean)
     scale = clipped_KD.sum(dim=0, keepdim=True) / usable if scaling is FeatureScaling.PER_FEATURE else mean
