@@ -119,6 +119,33 @@ def expert_choice(x_TD: Tensor, gate_ND: Tensor, k: int, length: int) -> Rows:
     return rows
 
 
+def softmoe(
+    x_TD: Tensor, experts: tuple[Tensor, Tensor, Tensor], phi_CD: Tensor, scale: Tensor, length: int, seen_TD: Tensor
+) -> list[Tensor]:
+    """Puigcerver 2023, algorithm 1 with section 2.3, sequence by sequence: outputs of all tokens.
+
+    ``seen_TD`` multiplies both the directions that are compared and the states that are mixed (1: plain Soft MoE).
+    """
+    slots, outputs = len(phi_CD) // len(experts[0]), []
+    for start in range(0, len(x_TD), length):
+        tokens = range(start, start + length)
+        logits = {}
+        for t in tokens:
+            for c, phi_D in enumerate(phi_CD):
+                logits[t, c] = scale.squeeze() * (seen_TD[t] * x_TD[t] / x_TD[t].norm()) @ (phi_D / phi_D.norm())
+        rows = []
+        for c in range(len(phi_CD)):
+            total = sum(logits[t, c].exp() for t in tokens)
+            slot_D = sum((logits[t, c].exp() / total * seen_TD[t] * x_TD[t] for t in tokens), torch.zeros_like(x_TD[0]))
+            rows.append(expert(*experts, c // slots, slot_D))
+        for t in tokens:
+            total = sum(logits[t, c].exp() for c in range(len(phi_CD)))
+            outputs.append(
+                sum((logits[t, c].exp() / total * row for c, row in enumerate(rows)), torch.zeros_like(rows[0]))
+            )
+    return outputs
+
+
 def ac_scores(x_TD: Tensor, clusters_T: list[int], weights_KD: Tensor, experts_ND: Tensor) -> list[Tensor]:
     """ACMoE definition 2: ``h^T M_c e / ||e||`` with M diagonal."""
     scores = []
@@ -141,11 +168,13 @@ def ac_deviations(x_TD: Tensor, clusters_T: list[int], clusters: int) -> tuple[T
     return deviations_KD, counts
 
 
-def ac_weights(deviations_KD: Tensor, counts_K: list[float], scaling: str, clip: float) -> Tensor:
+def ac_weights(
+    deviations_KD: Tensor, counts_K: list[float], scaling: str, clip: float, smallest: float = 1e-4
+) -> Tensor:
     """The released scaling, without clusters of fewer than two tokens or of equal tokens, which weigh 1."""
     weights_KD = torch.ones_like(deviations_KD)
     usable = [k for k, count in enumerate(counts_K) if count >= 2 and deviations_KD[k].mean() > 1e-4]
-    inverse = {(k, q): 1 / (s.item() + 1e-4) for k in usable for q, s in enumerate(deviations_KD[k])}
+    inverse = {(k, q): 1 / (s.item() + smallest) for k in usable for q, s in enumerate(deviations_KD[k])}
     if not inverse:
         return weights_KD
     mean = sum(inverse.values()) / len(inverse)
@@ -177,6 +206,6 @@ class RunningClusters:
             self.sums[k] = decay * self.sums[k] + (1 - decay) * sum(members, torch.zeros_like(self.sums[k]))
             self.tokens[k] = decay * self.tokens[k] + (1 - decay) * len(members)
 
-    def weights(self, scaling: str, clip: float) -> Tensor:
+    def weights(self, scaling: str, clip: float, smallest: float = 1e-4) -> Tensor:
         divisor = torch.tensor(self.measured, dtype=torch.float64).clamp_min(1e-12).unsqueeze(1)
-        return ac_weights(self.apart / divisor, self.measured, scaling, clip)
+        return ac_weights(self.apart / divisor, self.measured, scaling, clip, smallest)

@@ -33,7 +33,7 @@ VOCAB, LENGTH, WIDTH, EXPERTS = 257, 16, 12, 4
 
 def model_of(case: str, vocab: int = VOCAB, **moe: Any) -> MoETransformer:
     """A model in evaluation mode with weights large enough that its routers and experts are not linear."""
-    sections = CASES[case]
+    sections = CASES.get(case, {})
     shape = {"vocab_size": vocab, "layers": 3, "width": WIDTH, "heads": 2, "sequence_length": LENGTH}
     told = {"router": case.split(",")[0], "num_experts": EXPERTS, "expert_hidden": 10, **sections.get("moe", {}), **moe}
     model = MoETransformer(RunConfig(**{**sections, "model": shape, "moe": told})).eval().requires_grad_(False)

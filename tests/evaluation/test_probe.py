@@ -38,6 +38,17 @@ def test_rows_and_states_make_up_the_layers_output(case):
         assert counts_TN.gather(1, sent_T.unsqueeze(1))[main_T >= 0].gt(0).all()
 
 
+def test_rows_of_slots_are_the_experts_that_weigh_most():
+    model, tokens_BS = model_of("softmoe"), tokens_of()
+    for visit in visit_layers(model, tokens_BS):
+        rows, weights_TC = rows_of(visit.routing), visit.routing.slots.weights_BSC.flatten(0, 1)
+        assert rows.tokens_M.tolist() == list(range(tokens_BS.numel())) and not rows.slots_M.any()
+        assert torch.equal(rows.weights_M, weights_TC.amax(dim=1))
+        assert torch.equal(rows.experts_M, weights_TC.argmax(dim=1) // visit.layer.router.slots)
+        assert torch.equal(rows.experts_M, rows.main_expert_T(tokens_BS.numel(), EXPERTS))
+        assert len(rows.experts_M.unique()) > 1
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("vq")])
 def test_codes_are_those_whose_experts_were_called(case):
     model = model_of(case)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tests.evaluation.routed_models import CASES, EXPERTS, WIDTH, model_of, tokens_of
 from vqmoe_ds.evaluation.probe import Visit, visit_layers
 from vqmoe_ds.experiments.jacobian import MeanJacobian, Spectrum, gate_share, token_jacobians
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 def _by_autograd(visit: Visit, rows_of_one: int) -> torch.Tensor:
@@ -131,6 +132,12 @@ def test_the_share_along_the_gate_is_all_where_nothing_but_the_gate_depends_on_t
     assert gate_share(layer, router_DD) == pytest.approx(1)
     assert gate_share(layer, router_DD + torch.eye(WIDTH)) < 0.9
     assert gate_share(model_of("topk").moe_layers()[0], router_DD) is None
+
+
+def test_a_layer_of_mixtures_has_none():
+    (visit, *_) = visit_layers(model_of("softmoe"), tokens_of())
+    with pytest.raises(ConfigError, match="moe.router=softmoe sends mixtures of tokens to its experts"):
+        MeanJacobian(visit.layer).add(visit)
 
 
 def test_a_spectrum_says_what_it_holds():

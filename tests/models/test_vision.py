@@ -29,6 +29,9 @@ ROUTERS = [
     {"moe.router": "expert_choice", "moe.top_k": 2},
     {"moe.router": "adaptive_clustering", "moe.top_k": 2, "router.statistics": "batch"},
     {"moe.router": "xmoe"},
+    {"moe.router": "softmoe"},
+    {"moe.router": "softmoe", "router.slots": 1},
+    {"moe.router": "softmoe_ac", "router.statistics": "batch"},
     {"model.qk_norm": "heads"},
     {"model.qk_norm": "full"},
 ]

@@ -18,8 +18,10 @@ from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.errors import ConfigError
 
 VOCAB, LENGTH = 40, 16
-NOT_CAUSAL = [("expert_choice", {}), ("adaptive_clustering", {"statistics": "batch"})]
-CAUSAL = [(name, {}) for name in routers() if name != "expert_choice"]
+WITHIN_SEQUENCES = [("expert_choice", {}), ("softmoe", {}), ("softmoe_ac", {})]
+OF_THE_BATCH = [("adaptive_clustering", {"statistics": "batch"}), ("softmoe_ac", {"statistics": "batch"})]
+NOT_CAUSAL = [*WITHIN_SEQUENCES, *OF_THE_BATCH]
+CAUSAL = [(name, {}) for name in routers() if (name, {}) not in NOT_CAUSAL]
 
 
 def _config(router: str, options: dict[str, Any] | None = None, **moe: Any) -> RunConfig:
@@ -67,7 +69,8 @@ def test_routers_that_look_ahead_do_and_are_refused(router: str, options: dict[s
 
 
 def test_neighbours_in_a_batch_matter_to_batch_statistics_alone() -> None:
-    for router, options, apart in (*((r, o, False) for r, o in [*CAUSAL, NOT_CAUSAL[0]]), (*NOT_CAUSAL[1], True)):
+    alone = [(router, options, False) for router, options in [*CAUSAL, *WITHIN_SEQUENCES]]
+    for router, options, apart in [*alone, *((router, options, True) for router, options in OF_THE_BATCH)]:
         model = MoETransformer(_config(router, options)).eval()
         tokens_BS = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
@@ -94,6 +97,22 @@ def test_expert_calls_of_a_growing_k_are_its_mean() -> None:
     assert _config("expert_choice").rows_per_token == 2
 
 
+def test_expert_calls_of_slots_go_by_the_length_of_a_sequence() -> None:
+    for options, moe, slots, rows in (
+        ({}, {"top_k": 2}, 8, 2),
+        ({}, {"top_k": 1}, 4, 1),
+        ({}, {"top_k": 1, "num_experts": 64}, 1, 4),
+        ({"slots": 3}, {"top_k": 1}, 3, 1),
+        ({"slots": 5}, {"top_k": 1}, 5, 2),
+    ):
+        config = _config("softmoe", options, **moe)
+        model = MoETransformer(config)
+        model(torch.zeros(3, LENGTH, dtype=torch.int64))
+        assert config.rows_per_token == rows
+        for layer in model.moe_layers():
+            assert layer.tokens_per_expert.tolist() == [3 * slots] * config.moe.num_experts
+
+
 @pytest.mark.parametrize(
     "overrides, part",
     [
@@ -104,6 +123,14 @@ def test_expert_calls_of_a_growing_k_are_its_mean() -> None:
         ),
         ({"moe.router": "adaptive_clustering", "model.layers": 1}, "it needs two or more: raise model.layers=1"),
         ({"moe.router": "adaptive_clustering", "model.moe_every": 4}, "or lower model.moe_every=4"),
+        (
+            {"moe.router": "softmoe_ac", "model.layers": 1},
+            "moe.router=softmoe_ac looks at the choices of the MoE layer before, so it needs two or more",
+        ),
+        (
+            {"moe.router": "softmoe", "finetune.classes": ("a", "b"), "finetune.checkpoint": "runs/x"},
+            "moe.router=softmoe mixes the tokens of sequences of one length, and texts to classify have any",
+        ),
         ({"router.temperature": 0}, "configuration field router.temperature=0"),
         ({"router.statistic": "batch"}, "did you mean router.statistics?"),
         ({"moe.router": "kmeans"}, "moe.router='kmeans' is unknown; "),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests import router_oracle as oracle
@@ -27,15 +28,14 @@ WIDTH, EXPERTS, SEQUENCE, SEQUENCES, VOCAB, SEED = 12, 6, 10, 3, 9, 5
 TOKENS = SEQUENCE * SEQUENCES
 
 Reference = Callable[[dict[str, Tensor], Tensor], tuple[oracle.Rows, Tensor]]
+Outputs = Callable[[dict[str, Tensor], tuple[Tensor, Tensor, Tensor], Tensor], tuple[list[Tensor], Tensor]]
 
 
-def _layer(router: str, top_k: int, layer: int = 1, steps: int = 100, **options: Any) -> MoELayer:
+def _layer(router: str, top_k: int, layer: int = 1, steps: int = 100, sequence: int = 0, **options: Any) -> MoELayer:
     moe = {"router": router, "top_k": top_k, "num_experts": EXPERTS, "expert_hidden": 8}
     losses = {"balance_weight": 0.3, "z_loss_weight": 0.2}
-    config = LayerConfig(
-        WIDTH, MoEConfig(**moe, **losses), options, layer=layer, seed=SEED, vocab_size=VOCAB, steps=steps
-    )
-    made = MoELayer(config)
+    numbers = {"layer": layer, "seed": SEED, "vocab_size": VOCAB, "steps": steps, "sequence_length": sequence}
+    made = MoELayer(LayerConfig(WIDTH, MoEConfig(**moe, **losses), options, **numbers))
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -54,6 +54,18 @@ def _ids(high: int, seed: int = 0) -> Tensor:
 
 
 def _compare(layer: MoELayer, reference: Reference, known: RoutingContext | None = None) -> None:
+    def outputs(
+        weights: dict[str, Tensor], experts: tuple[Tensor, Tensor, Tensor], x_TD: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        rows, aux = reference(weights, x_TD)
+        zero_D = torch.zeros(WIDTH, dtype=torch.float64)
+        each = zip(rows, x_TD, strict=True)
+        return [sum((w * oracle.expert(*experts, e, x_D) for e, w in row), zero_D) for row, x_D in each], aux
+
+    _compare_outputs(layer, outputs, known)
+
+
+def _compare_outputs(layer: MoELayer, outputs: Outputs, known: RoutingContext | None = None) -> None:
     x_TD = _states()
     here_TD, there_TD = x_TD.clone().requires_grad_(), x_TD.double().requires_grad_()
     probe_TD = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
@@ -62,14 +74,10 @@ def _compare(layer: MoELayer, reference: Reference, known: RoutingContext | None
     (loss if aux is None else loss + aux).backward()
 
     weights = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
-    rows, want_aux = reference({name.removeprefix("router."): w for name, w in weights.items()}, there_TD)
     experts = weights["experts.w1"], weights["experts.w2"], weights["experts.w3"]
-    zero_D = torch.zeros(WIDTH, dtype=torch.float64)
-    outputs = [
-        sum((w * oracle.expert(*experts, e, x_D) for e, w in row), zero_D)
-        for row, x_D in zip(rows, there_TD, strict=True)
-    ]
-    want_TD = torch.stack(outputs)
+    named = {name.removeprefix("router."): w for name, w in weights.items()}
+    want, want_aux = outputs(named, experts, there_TD)
+    want_TD = torch.stack(want)
     ((want_TD * probe_TD).sum() + want_aux).backward()
 
     assert torch.allclose(y_BSD.view(TOKENS, WIDTH).double(), want_TD, atol=1e-5)
@@ -355,6 +363,66 @@ def test_the_control_of_adaptive_clustering_differs_in_the_weights_alone() -> No
     assert _layer("adaptive_clustering", 2, layer=0).router.state_dict().keys() == {"gate.weight"}
 
 
+@pytest.mark.parametrize(("sequence", "options", "slots"), [(SEQUENCE, {}, 3), (0, {}, 1), (SEQUENCE, {"slots": 2}, 2)])
+def test_softmoe(sequence: int, options: dict[str, int], slots: int) -> None:
+    layer = _layer("softmoe", 2, sequence=sequence, **options)
+    layer.router.scores.scale.data.fill_(3.0)  # at 1 every slot is almost the mean of its sequence
+
+    def outputs(
+        weights: dict[str, Tensor], experts: tuple[Tensor, Tensor, Tensor], x_TD: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        phi_CD, scale = weights["scores.slots_CD"], weights["scores.scale"]
+        return oracle.softmoe(x_TD, experts, phi_CD, scale, SEQUENCE, torch.ones_like(x_TD)), torch.zeros(())
+
+    _compare_outputs(layer, outputs)
+    assert layer.tokens_per_expert.tolist() == [SEQUENCES * slots] * EXPERTS, "equal loads by construction"
+    phi_CD, x_TD = layer.router.scores.slots_CD, _states()
+    strongest_T = (F.normalize(x_TD, dim=1) @ F.normalize(phi_CD, dim=1).t()).argmax(1) // slots
+    assert torch.equal(layer(x_TD.view(SEQUENCES, SEQUENCE, WIDTH))[2], strongest_T.unsqueeze(1))
+
+
+@pytest.mark.parametrize("smoothing", [1e-4, 0.35])
+@pytest.mark.parametrize("scaling", list(FeatureScaling))
+def test_softmoe_ac_of_the_batch(scaling: FeatureScaling, smoothing: float) -> None:
+    clusters_T = CLUSTERS["empty and single"]
+    layer = _layer(
+        "softmoe_ac", 2, sequence=SEQUENCE, statistics="batch", scaling=scaling, feature_clip=2.0, smoothing=smoothing
+    )
+    layer.router.scores.scale.data.fill_(3.0)
+
+    def outputs(
+        weights: dict[str, Tensor], experts: tuple[Tensor, Tensor, Tensor], x_TD: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        unit_TD = torch.stack([x_D / x_D.norm() for x_D in x_TD.detach()])
+        deviations = oracle.ac_deviations(unit_TD, clusters_T.tolist(), EXPERTS)
+        feature_KD = oracle.ac_weights(*deviations, scaling.value, 2.0, smoothing)
+        assert feature_KD.max() > 1.05
+        phi_CD, scale = weights["scores.slots_CD"], weights["scores.scale"]
+        return oracle.softmoe(x_TD, experts, phi_CD, scale, SEQUENCE, feature_KD[clusters_T]), torch.zeros(())
+
+    _compare_outputs(layer, outputs, RoutingContext(previous_T=clusters_T))
+
+
+def test_softmoe_ac_follows_earlier_steps_and_its_control_is_softmoe() -> None:
+    known, x_BSD = RoutingContext(previous_T=CLUSTERS["mixed"]), _states().view(SEQUENCES, SEQUENCE, WIDTH)
+    options = {"sequence": SEQUENCE, "slots": 2}
+    plain = _layer("softmoe", 1, **options)
+    control = _layer("softmoe_ac", 1, **options, statistics="none")
+    running = _layer("softmoe_ac", 1, **options, decay=0.6)
+    sync, clusters = StateSync(running), oracle.RunningClusters(EXPERTS, WIDTH)
+    for step in range(3):
+        x_TD = _states(step)
+        running(x_TD.view(SEQUENCES, SEQUENCE, WIDTH), known)
+        sync.step()
+        unit_TD = F.normalize(x_TD.double(), dim=1)
+        clusters.step(unit_TD, CLUSTERS["mixed"].tolist(), min(0.6, step / (step + 1)))
+        want_KD = clusters.weights("global", 10.0, 0.35)
+        assert torch.allclose(running.router.weights_KD.double(), want_KD, atol=1e-5), step
+    assert torch.equal(control(x_BSD, known)[0], plain(x_BSD)[0])
+    assert not torch.equal(running(x_BSD, known)[0], plain(x_BSD)[0])
+    assert _layer("softmoe_ac", 1, layer=0).router.name == "softmoe"
+
+
 @pytest.mark.parametrize("router", ["expert_bias", "smoe_dropout", "stablemoe", "online_kmeans", "adaptive_clustering"])
 def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_none(router: str) -> None:
     layer = _layer(router, 2).bfloat16()
@@ -379,4 +447,5 @@ def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_no
 def test_every_router_is_here() -> None:
     here = {name for name in routers() if f"test_{name}" in globals()}
     others = {"vq", "dense", "hash_token", "token_table", "random_frozen", "smoe_dropout", "adaptive_clustering"}
+    others |= {"softmoe_ac"}
     assert here | others == set(routers())

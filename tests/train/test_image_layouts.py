@@ -21,6 +21,7 @@ STEPS, MORE = 4, 3
 CASES: list[dict[str, Any]] = [
     {"codebook.source": "position_embedding", "codebook.num_codes": 6, "codebook.kmeans_samples": 64},
     {"moe.router": "expert_choice", "moe.top_k": 2},
+    {"moe.router": "softmoe_ac"},  # its first layer is softmoe
 ]
 
 

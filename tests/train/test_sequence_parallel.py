@@ -69,7 +69,7 @@ MANY = {
     "top-2 of normed heads, recomputed": [Layout(4, 4, 2)],
     "dense": [Layout(2, 1, 3)],
 }
-REFUSED = ["expert_choice", "adaptive_clustering of the batch"]
+REFUSED = ["expert_choice", "adaptive_clustering of the batch", "softmoe", "softmoe_ac"]
 OTHERS = sorted(set(ROUTERS) - set(REFUSED))
 ROUTER_MATRIX = {case: [Layout(2 + 2 * (n % 2), 1 << n % 3, n % 4)] for n, case in enumerate(OTHERS)}
 
@@ -306,6 +306,7 @@ def test_batches_are_dealt_out_to_groups_of_ranks(tmp_path: Path) -> None:
         ),
         (REFUSED[0], {}, 2, "but moe.router=expert_choice lets experts choose among all tokens of a sequence"),
         (REFUSED[1], {}, 2, "but router.statistics=batch looks at all tokens of a batch"),
+        (REFUSED[2], {}, 2, "but moe.router=softmoe mixes all tokens of a sequence"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(tmp_path, case, changes, size, sentence):

@@ -99,6 +99,11 @@ class RouterFacts:
         return max(1, moe.top_k)
 
     @classmethod
+    def calls_per_token(cls, run: RunConfig) -> int:
+        """``rows_per_token``, where it also goes by the length of sequences."""
+        return cls.rows_per_token(run.moe, run.router)
+
+    @classmethod
     def weights_rows(cls, run: RunConfig) -> bool:
         """Whether expert outputs are weighted; else each counts as 1."""
         return True

@@ -536,7 +536,7 @@ class RunConfig(Section):
     @property
     def rows_per_token(self) -> int:
         """Expert calls of a token in one layer; the mean over the run, rounded up, where that varies."""
-        return self.moe.facts.rows_per_token(self.moe, self.router)
+        return self.moe.facts.calls_per_token(self)
 
     @property
     def looks_ahead(self) -> LooksAhead | None:

@@ -59,8 +59,13 @@ class Rows:
 
 
 def rows_of(routing: Routing) -> Rows:
-    """The rows of a router's answer."""
+    """The rows of a router's answer; of slots, for each token the expert of the one that weighs most."""
     ids_TR = routing.expert_ids_TR
+    if routing.slots is not None:
+        strongest_T = routing.slots.strongest_T
+        tokens_T = torch.arange(len(strongest_T), device=ids_TR.device)
+        weights_T = routing.slots.weights_BSC.flatten(0, 1)[tokens_T, strongest_T]
+        return Rows(tokens_T, torch.zeros_like(tokens_T), ids_TR[strongest_T, 0], weights_T)
     weights_TR = torch.ones_like(ids_TR, dtype=torch.float32) if routing.weights_TR is None else routing.weights_TR
     if routing.tokens_M is not None:
         experts_M = ids_TR[:, 0]

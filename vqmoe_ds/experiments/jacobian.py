@@ -28,6 +28,7 @@ from vqmoe_ds.evaluation.collapse import effective_rank, numerical_rank, run_exp
 from vqmoe_ds.evaluation.probe import Rows, Visit, rows_of
 from vqmoe_ds.moe.experts import StackedExperts
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.runtime.errors import ConfigError
 
 RANK_THRESHOLDS = (1e-2, 1e-5)
 """Shares of the largest singular value above which one counts: what matters, and what is there at all in float32."""
@@ -91,6 +92,11 @@ def token_jacobians(visit: Visit, tokens: list[int], straight_through: bool = Tr
 @torch.no_grad()
 def _rows_and_inputs(visit: Visit, straight_through: bool) -> tuple[Rows, Tensor, Tensor]:
     """Routed rows, what their experts see ``[M, D]``, and weight times ``dq/dx`` of each ``[M]``."""
+    if visit.routing.slots is not None:
+        raise ConfigError(
+            f"moe.router={visit.layer.config.moe.router} sends mixtures of tokens to its experts, so a layer has no "
+            "Jacobian of one token; leave this checkpoint out"
+        )
     rows, offset_TD = rows_of(visit.routing), visit.routing.discrete_offset_TD
     inputs_MD, factors_M = visit.x_TD[rows.tokens_M], rows.weights_M
     if offset_TD is not None:

@@ -31,7 +31,7 @@ def forward_flops(config: RunConfig) -> Flops:
     """FLOPs of a token from the shapes alone; nothing is built."""
     model, moe = config.model, config.moe
     sparse = len(moe_block_indices(model)) if moe.facts.has_experts else 0
-    calls, heads = moe.facts.rows_per_token(moe, config.router), model.attention_width
+    calls, heads = config.rows_per_token, model.attention_width
     context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1
     return Flops(
         attention=model.layers * (8 * model.width * heads + 2 * heads * context),

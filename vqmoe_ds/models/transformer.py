@@ -190,7 +190,7 @@ class MoETransformer(nn.Module):
                 layer = self.moe_blocks.index(index)
                 mlp: nn.Module = layer_class(LayerConfig.of(config, layer, ep_size, ep_rank))
             else:
-                hidden = model.dense_hidden or moe.expert_hidden * facts.rows_per_token(moe, config.router)
+                hidden = model.dense_hidden or moe.expert_hidden * config.rows_per_token
                 mlp = DenseMLP(model.width, hidden)
             self.blocks.append(Block(model, mlp, self.attention_class(model)))
         self.norm = RMSNorm(model.width)

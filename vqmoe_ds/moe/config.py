@@ -42,6 +42,8 @@ class LayerConfig:
     """This rank's place among them."""
     vocab_size: int = 0
     """Token ids that a router may see; needed by routers that have a table of them."""
+    sequence_length: int = 0
+    """Tokens of a sequence, by which routers go that mix them; 0: unknown."""
     steps: int = 1
     """Optimizer steps of the run, by which schedules go that are not given in steps."""
     out_scale: float = 1.0
@@ -86,6 +88,7 @@ class LayerConfig:
             ep_size=ep_size,
             ep_rank=ep_rank,
             vocab_size=model.vocab_size,
+            sequence_length=model.sequence_length,
             steps=run.train.steps,
             out_scale=(2 * model.layers) ** -0.5,
             shared_codebook=True,

@@ -136,17 +136,21 @@ class MoELayer(KeepsPrecision):
         # A recomputation sees the same tokens again, and each counts once.
         if self.training and not recomputing():
             self.tokens_per_expert += plan.sent_counts_N
-        chosen = routing.tokens_M
-        rows_MD = expand_rows(x_TD if chosen is None else x_TD.index_select(0, chosen), plan)
+        chosen, slots = routing.tokens_M, routing.slots
+        inputs = x_TD if chosen is None else x_TD.index_select(0, chosen)
+        rows_MD = expand_rows(inputs if slots is None else slots.inputs_MD, plan)
         if routing.discrete_offset_TD is not None:
             rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
         group, kept = self.exchange_group, ahead.kept
         # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
         rows_PD = self.experts(send_rows(rows_MD, plan, group, kept), plan.ends_E)
-        rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=routing.weights_TR is not None)
+        weighted = routing.weights_TR is not None or slots is not None
+        rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=weighted)
         y_TD = combine(rows_MD, plan, routing.weights_TR)
         if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
             y_TD = y_TD.new_zeros(x_TD.shape).index_add(0, chosen, y_TD)
+        if slots is not None:
+            y_TD = slots.gather(y_TD)
         aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
         return y_TD.view_as(x_BSD), aux_loss, self.router.experts_of_tokens(routing, len(x_TD))
 

@@ -22,6 +22,7 @@ from vqmoe_ds.moe.routers import (  # noqa: F401  # isort: skip  # in the order 
     online_kmeans,
     expert_choice,
     adaptive_clustering,
+    softmoe,
     dense,
 )
 from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext, StatefulRouter, draw_linear_maps

@@ -1,6 +1,7 @@
 """Base classes of routers: question and answer, state that moves once per step, and the usual losses.
 
-Legend: T tokens, D width, N experts, R routed rows per token, k experts chosen, M routed rows.
+Legend: T tokens, D width, N experts, R routed rows per token, k experts chosen, M routed rows; where rows are
+mixtures, B sequences of C slots each, M = B C.
 """
 
 from __future__ import annotations
@@ -58,6 +59,29 @@ class RoutingContext:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Routed rows that are mixtures of the tokens of their sequence; the slots of all sequences have the same experts.
+
+    So experts may see something else than tokens, and what comes of it reaches tokens by any weights.
+    """
+
+    inputs_MD: Tensor
+    """What the experts see, in the type of the states."""
+    weights_BSC: Tensor
+    """Weights by which each of the S tokens of a sequence gathers the outputs of its C slots, float32."""
+
+    def gather(self, rows_MD: Tensor) -> Tensor:
+        """Outputs of the experts -> those of the tokens, ``[T, D]``."""
+        batch, _, slots = self.weights_BSC.shape
+        return (self.weights_BSC.to(rows_MD.dtype) @ rows_MD.unflatten(0, (batch, slots))).flatten(0, 1)
+
+    @property
+    def strongest_T(self) -> Tensor:
+        """The slot of its sequence that weighs most for each token, int64."""
+        return self.weights_BSC.flatten(0, 1).argmax(dim=1)
+
+
+@dataclass(frozen=True)
 class Routing:
     """A router's answer.
 
@@ -69,6 +93,7 @@ class Routing:
         [[0, 1], [2, 1]]
 
     With ``tokens_M`` a token may have any number of rows: ids and weights are ``[M, 1]``, and ``tokens_M`` says whose.
+    With ``slots`` rows are no tokens: ids are ``[M, 1]``, and the weights those of the slots.
     """
 
     expert_ids_TR: Tensor
@@ -78,6 +103,7 @@ class Routing:
     aux_loss: Tensor | None = None
     """Scalar that is added to the loss."""
     tokens_M: Tensor | None = None
+    slots: Slots | None = None
     last_is_discrete: bool = False
     """Whether the last of several rows is that of a code: it may be sorted ahead, and stands behind the others."""
     discrete_offset_TD: Tensor | None = None
@@ -124,8 +150,13 @@ class Router(RouterFacts, nn.Module):
         return self.route(x_TD, context or RoutingContext())
 
     def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
-        """Experts of each of T tokens for diagnostics, int64 of one shape over the whole run; -1: none."""
+        """Experts of each of T tokens for diagnostics, int64 of one shape over the whole run; -1: none.
+
+        Of slots it is the expert of the one that weighs most.
+        """
         ids_TR = routing.expert_ids_TR
+        if routing.slots is not None:
+            return ids_TR[routing.slots.strongest_T]
         if routing.tokens_M is None:
             return ids_TR
         experts_TN = ids_TR.new_full((tokens, self.moe.num_experts), -1)
