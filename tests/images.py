@@ -67,3 +67,11 @@ def write_pickles(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
         (folder / name).write_bytes(pickle.dumps({b"data": rows[part], b"labels": labels[part].tolist()}, protocol=4))
     names = [name.encode() for name in CLASSES]
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
+
+
+def write_arrays(folder: Path, kinds: dict[str, np.ndarray], labels: np.ndarray) -> Path:
+    """As CIFAR-10-C: ``KIND.npy`` of five severities one after the other, and ``labels.npy``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in {**kinds, "labels": labels.astype(np.uint8)}.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder

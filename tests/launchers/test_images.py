@@ -7,14 +7,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
-from tests.images import write_folder
+from tests.images import squares, write_arrays, write_folder
 from tests.launchers.test_pretrain import ROOT, losses, run
 from vqmoe_ds.checkpoint import convert, inspect
+from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.evaluation.images import open_split
+from vqmoe_ds.evaluation.out_of_distribution import open_others
 
 EVALUATE = [sys.executable, str(ROOT / "launchers/evaluate.py")]
 FINETUNE = [sys.executable, str(ROOT / "launchers/finetune.py")]
@@ -131,6 +136,58 @@ def test_damaged_and_attacked_images_are_scored_beside_the_clean_ones(finished, 
     assert next(line for line in done.stdout.splitlines() if line.startswith("all kinds")).endswith(f"{both:.2%}")
 
 
+def test_published_damage_is_scored_relative_to_another_model(place, finished, tmp_path):
+    run_dir, published = str(finished[0]), tmp_path / "published"
+    images, labels = squares(75, seed=1)
+    write_arrays(published, {"fog": images, "spatter": 255 - images}, labels)
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    damaged = [run_dir, "--data", str(published)]
+    done = run([*damaged, "--json", str(first)], EVALUATE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(first.read_text())
+    assert found["clean"]["images"] == 15 and found["setting"]["damage"] == "published"
+    assert [(row["kind"], row["severity"]) for row in found["corrupted"]] == [
+        (kind, severity) for kind in ("fog", "spatter") for severity in range(1, 6)
+    ]
+    fog, spatter = (found["corrupted"][n : n + 5] for n in (0, 5))
+    assert fog[0]["accuracy"] == found["clean"]["accuracy"]  # the same images; the model looks for what is bright
+    assert sum(row["accuracy"] for row in spatter) < 0.7 * sum(row["accuracy"] for row in fog)
+    mean = sum(row["drop"] for row in fog) / 5
+    assert any(line.startswith("all but extra") and line.endswith(f"{mean:.2%}") for line in done.stdout.splitlines())
+    for row in found["corrupted"]:
+        row["accuracy"] = (1 + row["accuracy"]) / 2  # half the errors
+    first.write_text(json.dumps(found))
+    done = run([*damaged, "--relative_to", str(first), "--json", str(second)], EVALUATE)
+    assert done.returncode == 0, done.stderr
+    relative = json.loads(second.read_text())["relative"]
+    assert relative["ce"]["spatter"] == pytest.approx(200) and "mCE 200.0, " in done.stdout
+    beside = [run_dir, "--data", str(place / "images/train"), str(published), "--max_tokens", str(6 * 16)]
+    few = run([*beside, "--json", str(second)], EVALUATE)
+    assert few.returncode == 0, few.stderr
+    found = json.loads(second.read_text())
+    assert (found["clean"]["images"], len(found["corrupted"])) == (6, 10) and "images/train" in few.stdout
+    assert "leave out --corrupt and --corruptions" in refusal([*damaged, "--corruptions", "all"], EVALUATE)
+    assert "add --corruptions all" in refusal([run_dir, "--relative_to", str(first)], EVALUATE)
+    mixed = [run_dir, "--relative_to", str(first), "--corrupt", "fog"]
+    assert "is of 15 images and published damage, and this is of 15 and damage made here" in refusal(mixed, EVALUATE)
+
+
+def test_other_images_are_told_apart_by_the_models_logits(finished, tmp_path):
+    told = ["--ood", "noise", "--json", str(tmp_path / "scores.json")]
+    done = run([str(finished[0]), *told], EVALUATE)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["out_of_distribution"]
+    assert (row["images"], row["count"]) == ("noise", 15)
+    loaded = load_model(finished[0], images=True)
+    sets = open_split(loaded, None, "auto")[0], open_others(loaded, "noise", 15).images
+    logits = [loaded.model(torch.from_numpy(each.read(np.arange(15)).inputs_BS))[0].double() for each in sets]
+    for name, sure in (("probability", lambda x: x.softmax(-1).amax(-1)), ("energy", lambda x: x.exp().sum(-1).log())):
+        known, unknown = map(sure, logits)
+        share = (known[:, None] > unknown).double().mean().item()
+        assert row[name]["auroc"] == pytest.approx(share, abs=1e-9), name
+        assert f"by {name} AUROC {share:.2%}" in done.stdout
+
+
 def test_text_and_images_are_not_taken_for_each_other(place, finished, tmp_path):
     images, run_dir = str(place / "images"), str(finished[0])
     text_tag = str(place / "text")
@@ -143,6 +200,7 @@ def test_text_and_images_are_not_taken_for_each_other(place, finished, tmp_path)
     assert "--corrupt 'word_drop' damages no image" in refusal([run_dir, "--corrupt", "word_drop"], EVALUATE)
     assert "fog" in refusal([text_tag, "--data", str(tmp_path / "words.txt"), "--corrupt", "fog"], EVALUATE)
     assert "--attacks are for classifiers of images" in refusal([text_tag, "--attacks", "fgsm"], EVALUATE)
+    assert "--ood are for classifiers of images" in refusal([text_tag, "--ood", "noise"], EVALUATE)
     assert "--attacks 'cw' is none; choose among fgsm" in refusal([run_dir, "--attacks", "cw"], EVALUATE)
     assert "--stride is for text" in refusal([run_dir, "--stride", "8"], EVALUATE)
     tuned = ["--checkpoint", run_dir, "--task", "sst2", "--run_dir", str(tmp_path / "b")]

@@ -228,12 +228,18 @@ def _folders(place: Path) -> ImageFiles | None:
     if not classes:
         return None
     _several(str(place), classes)  # before the test set is found to have others
-    found = [_folder(split, classes) for split in splits[:2]]
+    found = [class_folders(split, classes) for split in splits[:2]]
     files = tuple(file for _, some in found for file in some)
     return ImageFiles(str(place), classes, found[0][0], found[1][0] if len(found) > 1 else None, files)
 
 
-def _folder(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Path]]:
+def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Path]]:
+    """The images of ``CLASS/FILE`` and their files, class by class.
+
+    Raises:
+        DataError: there are images of another class.
+        OSError: the folder cannot be read.
+    """
     found = {
         entry.name: _files(entry.path) for entry in sorted(os.scandir(place), key=lambda e: e.name) if entry.is_dir()
     }

@@ -64,6 +64,10 @@ class ImageSet:
         """The images at ``positions`` alone."""
         return replace(self, rows=self.rows[positions])
 
+    def evenly(self, most: int) -> ImageSet:
+        """At most so many of the images, evenly spaced."""
+        return self.take(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int))
+
 
 class ImageBatches(ShuffledBatches):
     """Shuffled training images; shift and flip of a sample follow from (seed, its number), whatever its micro-batch."""

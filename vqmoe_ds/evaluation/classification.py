@@ -6,7 +6,7 @@ Legend: T texts or images, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,12 +42,17 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Mean cross-entropy in nats of texts or images, and the class and its probability that the model gave to each."""
+    """Mean cross-entropy in nats of texts or images, and the class and its probability that the model gave to each.
+
+    Attributes:
+        energies_T: log-sum-exp of the logits, the negative energy of Liu 2020 (arXiv 2010.03759).
+    """
 
     loss: float
     labels_T: np.ndarray
     predictions_T: np.ndarray
     probabilities_T: np.ndarray
+    energies_T: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def accuracy(self) -> float:
@@ -107,7 +112,7 @@ class Scoring:
         by_length = np.argsort(texts.lengths[rows], kind="stable")
         rounds = -(-count // round_size)
         padded = np.append(by_length, np.full(rounds * round_size - count, -1))  # -1: one that only fills the round up
-        found = torch.zeros(3, count, dtype=torch.float64, device=self.device)
+        found = torch.zeros(4, count, dtype=torch.float64, device=self.device)
         for places in padded.reshape(rounds, self.world, self.size)[:, self.rank]:
             before_each()
             batch = texts.read(rows[places])
@@ -116,9 +121,11 @@ class Scoring:
             losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
             best = logits_BC.double().softmax(dim=-1).max(dim=-1)
             mine = places >= 0
-            found[:, places[mine]] = torch.stack([losses_B.double(), best.indices.double(), best.values])[:, mine]
-        losses_T, predictions_T, probabilities_T = self.total(found).cpu().numpy()
-        return ClassScore(float(losses_T.mean()), texts.labels[rows], predictions_T.astype(int), probabilities_T)
+            energies_B = logits_BC.double().logsumexp(dim=-1)
+            told = torch.stack([losses_B.double(), best.indices.double(), best.values, energies_B])
+            found[:, places[mine]] = told[:, mine]
+        losses_T, predictions_T, *sure = self.total(found).cpu().numpy()
+        return ClassScore(float(losses_T.mean()), texts.labels[rows], predictions_T.astype(int), *sure)
 
 
 def judge(score: ClassScore, classes: Sequence[str], things: str = "texts") -> dict[str, Any]:

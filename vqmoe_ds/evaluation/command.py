@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from vqmoe_ds.checkpoint.load_model import LoadedModel
+    from vqmoe_ds.data.images import ImageSet
+    from vqmoe_ds.evaluation.images import DamagedSet
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -33,7 +35,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     what = "run folder, checkpoint of any layout, portable, Hugging Face or Megatron folder"
     add("checkpoint", metavar="CHECKPOINT", help=what)
-    add("--data", nargs="+", metavar="PATH", help="text, prepared prefixes or images (default: the run's own data)")
+    what = "text, prepared prefixes, images, or a published folder of damaged ones (default: the run's own data)"
+    add("--data", nargs="+", metavar="PATH", help=what)
     add(
         "--split",
         default="auto",
@@ -53,6 +56,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help=f"damage the text as well; repeatable; kinds: {', '.join(KINDS)}; of images docs/vision.md has them",
     )
     add("--corruptions", choices=("all",), help="every kind at its own rate")
+    told = "of images: give errors in percent of those in this file, which --json wrote for another model (mCE)"
+    add("--relative_to", metavar="FILE", help=told)
+    told = "of images: tell the model's from others, a file or folder of images or noise (AUROC, AUPR)"
+    add("--ood", nargs="+", default=[], metavar="PATH", help=told)
     add("--attacks", nargs="+", default=[], metavar="NAME", help="of images: fgsm, pgd20, spsa20 (docs/vision.md)")
     told = "of attacks: largest change of a value, in 255ths (default: 1 and 2)"
     add("--eps", nargs="+", type=float, default=[1.0, 2.0], metavar="N", help=told)
@@ -196,8 +203,10 @@ def _score(
         with closing(loaded):
             return _score_images(args, loaded, place, console)
     refuse_images(loaded, args.data)
-    if args.attacks:
-        raise ConfigError(f"--attacks are for classifiers of images, and {args.checkpoint} is a model of text")
+    for name in ("attacks", "ood", "relative_to"):
+        if getattr(args, name):
+            verb = "is" if name == "relative_to" else "are"
+            raise ConfigError(f"--{name} {verb} for classifiers of images, and {args.checkpoint} is a model of text")
     for spec in args.corrupt:
         parse_corruption(spec)  # one of images is unknown to text
     checked_stride(args.stride, loaded.config.model.sequence_length)
@@ -235,27 +244,50 @@ def share_windows(loaded: LoadedModel, size: int, place: Place) -> None:
 
 
 def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, console: Console) -> tuple[Any, float]:
-    import numpy as np
 
-    from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
-    from vqmoe_ds.evaluation.image_damage import parse_image_corruption
-    from vqmoe_ds.evaluation.images import evaluate_images, open_split
+    from vqmoe_ds.evaluation.corruption_error import read_reference
+    from vqmoe_ds.evaluation.images import evaluate_images, open_published, open_split
+    from vqmoe_ds.evaluation.out_of_distribution import open_others
 
     for name, left_out in (("stride", None), ("tokenizer", None), ("sp_size", 1)):
         if getattr(args, name) != left_out:
             raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
-    specs = [*args.corrupt, *(KINDS_OF_IMAGES if args.corruptions else ())]
-    corruptions = dict.fromkeys(each for spec in specs for each in parse_image_corruption(spec))
+    reference = read_reference(args.relative_to) if args.relative_to is not None else None
     attacks = [(name, eps) for name in args.attacks for eps in args.eps]
-    images, told = open_split(loaded, args.data, args.split)
+    data, published = open_published(loaded, args.data)
+    images, told = open_split(loaded, data, args.split)
     if args.max_tokens is not None:
-        most = min(len(images), max(1, args.max_tokens // images.patches))
-        images = images.take(np.linspace(0, len(images) - 1, most).astype(int))
+        images = images.evenly(max(1, args.max_tokens // images.patches))
+    damaged = _damaged(args, images, published)
+    if reference is not None:
+        reference.check([(each.kind, each.severity) for each in damaged], len(images), bool(published))
+    others = [open_others(loaded, name, len(images)) for name in args.ood]
     started = time.monotonic()
     progress = partial(_bar, console, unit="image")
     layout = (args.batch_size, place.rank, place.world_size)
-    result = evaluate_images(loaded, images, told, *layout, progress, list(corruptions), attacks)
+    result = evaluate_images(loaded, images, told, *layout, progress, damaged, attacks, others)
+    if damaged:
+        result.setting["damage"] = "published" if published else "made here"
+    if reference is not None:
+        result.relative = reference.corruption_errors(1 - result.clean["accuracy"], result.corrupted)
     return result, time.monotonic() - started
+
+
+def _damaged(args: argparse.Namespace, images: ImageSet, published: list[DamagedSet]) -> list[DamagedSet]:
+    """The damaged images to score: the published ones, as many of each as of the clean ones, or what is asked for."""
+    from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
+    from vqmoe_ds.evaluation.image_damage import parse_image_corruption
+    from vqmoe_ds.evaluation.images import damaged_here
+
+    specs = [*args.corrupt, *(KINDS_OF_IMAGES if args.corruptions else ())]
+    if published and specs:
+        raise ConfigError("--data names a folder of published damage; leave out --corrupt and --corruptions")
+    if args.relative_to is not None and not (published or specs):
+        raise ConfigError("--relative_to compares errors on damaged images; add --corruptions all")
+    corruptions = dict.fromkeys(each for spec in specs for each in parse_image_corruption(spec))
+    if args.max_tokens is not None:
+        published = [each.evenly(len(images)) for each in published]
+    return [*published, *damaged_here(images, corruptions)]
 
 
 def _bar(console: Console, name: str, windows: int, unit: str = "window") -> Any:

@@ -5,9 +5,10 @@ Legend: C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
-from vqmoe_ds.data.image_files import are_images
+from vqmoe_ds.data.image_files import Wanted, are_images
+from vqmoe_ds.data.image_published import EXTRA, PublishedSplit, find_published
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet, open_images
 from vqmoe_ds.evaluation.attacks import ATTACKS, attack
 from vqmoe_ds.evaluation.classification import ClassScore, Scoring, judge
+from vqmoe_ds.evaluation.corruption_error import relative_lines
 from vqmoe_ds.evaluation.evaluate import about_model
 from vqmoe_ds.evaluation.image_damage import Damaged, ImageCorruption
+from vqmoe_ds.evaluation.out_of_distribution import OtherImages, line_of, told_apart
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
 TOGETHER = 128
@@ -38,14 +42,18 @@ class ImageEvaluation:
         clean: images, loss in nats, accuracy, macro-F1, scores by class, and the confusion matrix ``[C, C]`` (true by
             predicted class).
         corrupted: for each kind and severity of damage group, loss, accuracy, and its drop from the clean images.
+        relative: ``corruption_errors`` of another model's; empty unless asked for.
         attacked: the same for each attack and its ``eps``, the largest change of a value, in 255ths.
+        out_of_distribution: of each other set its name, number of images and changes, and ``told_apart``.
     """
 
     model: dict[str, Any]
     setting: dict[str, Any]
     clean: dict[str, Any]
     corrupted: list[dict[str, Any]] = field(default_factory=list)
+    relative: dict[str, Any] = field(default_factory=dict)
     attacked: list[dict[str, Any]] = field(default_factory=list)
+    out_of_distribution: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,20 +68,23 @@ class ImageEvaluation:
             f"accuracy {clean['accuracy']:.2%}, loss {clean['loss']:.4f} nats, macro-F1 {clean['macro_f1']:.4f}; "
             f"the hardest class is {worst}, of which {score['recall']:.2%} are found",
             *self._damage(),
+            *relative_lines(self.relative),
             *(
                 f"{row['attack']}, {row['eps']:g}/255: accuracy {row['accuracy']:.2%}, drop {row['drop']:.2%}"
                 for row in self.attacked
             ),
+            *map(line_of, self.out_of_distribution),
         ]
 
     def _damage(self) -> list[str]:
         """A line for each kind of damage, and the means of groups and of all kinds."""
         kinds = list(dict.fromkeys(row["kind"] for row in self.corrupted))
+        every = "all but extra" if any(row["group"] == EXTRA for row in self.corrupted) else "all kinds"
         lines, drops = [], dict[str, list[float]]()
         for kind in kinds:
             rows = [row for row in self.corrupted if row["kind"] == kind]
             drop = sum(row["drop"] for row in rows) / len(rows)
-            for group in (rows[0]["group"], "all kinds"):
+            for group in (rows[0]["group"], *([every] if rows[0]["group"] != EXTRA else [])):
                 drops.setdefault(group, []).append(drop)
             found = "  ".join(f"{row['severity']}: {row['accuracy']:.2%}" for row in rows)
             lines.append(f"{kind:<18} {found}  mean drop {drop:.2%}")
@@ -128,6 +139,54 @@ def open_split(loaded: LoadedModel, data: Sequence[str] | None, split: str) -> t
     return held, f"the held-out share of {files.name}"
 
 
+class DamagedSet(NamedTuple):
+    """Damaged images of one kind and severity."""
+
+    kind: str
+    severity: int
+    group: str
+    open: Callable[[], ImageSet]
+
+    def evenly(self, most: int) -> DamagedSet:
+        """The same with at most so many of the images."""
+        return self._replace(open=lambda: self.open().evenly(most))
+
+
+def damaged_here(images: ImageSet, corruptions: Iterable[ImageCorruption]) -> list[DamagedSet]:
+    """Images as ``image_damage`` damages them."""
+
+    def opened(corruption: ImageCorruption) -> ImageSet:
+        return replace(images, images_NHHC=Damaged(images.images_NHHC, corruption))
+
+    return [DamagedSet(*each, each.group, partial(opened, each)) for each in corruptions]
+
+
+def open_published(loaded: LoadedModel, data: Sequence[str] | None) -> tuple[list[str] | None, list[DamagedSet]]:
+    """The published damage of a path of ``--data``; and the other paths, None where there are none.
+
+    Raises:
+        ConfigError: several such paths.
+        DataError: as ``find_published``, or the first images of a kind and severity are broken or of another size.
+    """
+    config = loaded.config
+    found = {path: find_published(path, config.data.classes) for path in data or ()}
+    published = [parts for parts in found.values() if parts is not None]
+    if len(published) > 1:
+        raise ConfigError("--data takes one folder of published damage")
+    wanted = Wanted(config.model.image_size, config.model.channels, config.data.resize)
+
+    def opened(part: PublishedSplit) -> ImageSet:
+        split, patches = part.open(), config.model.sequence_length
+        rows = np.arange(len(split.labels_N))
+        return ImageSet(DecodedWhenRead(split, wanted), split.labels_N, rows, config.data.classes, patches)
+
+    parts = published[0] if published else []
+    sets = [DamagedSet(part.kind, part.severity, part.group, partial(opened, part)) for part in parts]
+    for kind in {each.kind: each for each in reversed(sets)}.values():
+        kind.open().read(np.zeros(1, int))  # before long work
+    return [path for path, some in found.items() if some is None] or None, sets
+
+
 def evaluate_images(
     loaded: LoadedModel,
     images: ImageSet,
@@ -136,10 +195,11 @@ def evaluate_images(
     rank: int = 0,
     world: int = 1,
     progress: Callable[[str, int], Callable[[int], Any]] | None = None,
-    corruptions: Sequence[ImageCorruption] = (),
+    damaged: Sequence[DamagedSet] = (),
     attacks: Sequence[tuple[str, float]] = (),
+    others: Sequence[OtherImages] = (),
 ) -> ImageEvaluation:
-    """Score images, clean, under every corruption and every attack; deterministic, and the same on all ranks.
+    """Score images, clean, damaged and attacked; deterministic, and the same on all ranks.
 
     Args:
         loaded: of ``load_model``; with experts on several ranks all of them call this together.
@@ -148,8 +208,8 @@ def evaluate_images(
         rank, world: this process among those that share the images.
         progress: given a name and the number of images, returns what is told about images done.
         attacks: names of ``ATTACKS``, each with the largest change of a value in 255ths.
+        others: images of something else, which the model should be less sure of.
     """
-    from sklearn.metrics import confusion_matrix
 
     def total(tensor: Tensor) -> Tensor:
         if world > 1:
@@ -164,26 +224,30 @@ def evaluate_images(
         return scoring(part, np.arange(len(part)), lambda: tell and tell(size * world))
 
     score = scored(images, "clean")
-    counts_CC = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(images.classes)))
-    clean = {
-        "images": len(images),
-        "loss": score.loss,
-        **judge(score, images.classes, "images"),
-        "confusion": counts_CC.tolist(),
-    }
-    result = ImageEvaluation(about_model(loaded), {"images": name}, clean)
+    result = ImageEvaluation(about_model(loaded), {"images": name}, _clean(score, images.classes))
 
-    def figures(changed: Any, what: str) -> dict[str, float]:
-        found = scored(replace(images, images_NHHC=changed), what)
+    def figures(part: ImageSet, what: str) -> dict[str, float]:
+        found = scored(part, what)
         return {"loss": found.loss, "accuracy": found.accuracy, "drop": score.accuracy - found.accuracy}
 
-    for corruption in corruptions:
-        found = figures(Damaged(images.images_NHHC, corruption), f"{corruption.kind} {corruption.severity}")
-        result.corrupted.append({**corruption._asdict(), "group": corruption.group, **found})
+    for kind, severity, group, opened in damaged:
+        found = figures(opened(), f"{kind} {severity}")
+        result.corrupted.append({"kind": kind, "severity": severity, "group": group, **found})
     for attack_name, eps in attacks:
-        found = figures(Attacked(images, loaded, attack_name, eps), f"{attack_name}, {eps:g}/255")
-        result.attacked.append({"attack": attack_name, "eps": eps, **found})
+        attacked = replace(images, images_NHHC=Attacked(images, loaded, attack_name, eps))
+        result.attacked.append({"attack": attack_name, "eps": eps, **figures(attacked, f"{attack_name}, {eps:g}/255")})
+    for other in others:
+        unknown = scored(other.images, other.name)
+        result.out_of_distribution.append({**other.about(), **told_apart(score, unknown)})
     return result
+
+
+def _clean(score: ClassScore, classes: Sequence[str]) -> dict[str, Any]:
+    from sklearn.metrics import confusion_matrix
+
+    counts_CC = confusion_matrix(score.labels_T, score.predictions_T, labels=range(len(classes)))
+    figures = {"images": len(score.labels_T), "loss": score.loss, **judge(score, classes, "images")}
+    return {**figures, "confusion": counts_CC.tolist()}
 
 
 class Attacked:

@@ -1,0 +1,142 @@
+"""Damaged images as they are published: folders like CIFAR-10-C and ImageNet-C (Hendrycks 2019).
+
+Legend: N images of all severities of a kind, H pixels of height, W of width, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vqmoe_ds.data.image_files import Split, Stored, class_folders
+from vqmoe_ds.runtime.errors import DataError, one_line
+
+EXTRA = "extra"
+"""Group of the kinds that the published means leave out."""
+PUBLISHED = {
+    **dict.fromkeys(("gaussian_noise", "shot_noise", "impulse_noise"), "noise"),
+    **dict.fromkeys(("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"), "blur"),
+    **dict.fromkeys(("snow", "frost", "fog", "brightness"), "weather"),
+    **dict.fromkeys(("contrast", "elastic_transform", "pixelate", "jpeg_compression"), "digital"),
+    **dict.fromkeys(("speckle_noise", "gaussian_blur", "spatter", "saturate"), EXTRA),
+}
+"""Published kind -> its group."""
+SEVERITIES = range(1, 6)
+LABELS = "labels.npy"
+
+
+@dataclass(frozen=True)
+class PublishedSplit:
+    """Images of one kind and severity."""
+
+    kind: str
+    severity: int
+    open: Callable[[], Split]
+    """Finds the images; of folders their files are listed then, which may be some millions in all."""
+
+    @property
+    def group(self) -> str:
+        return PUBLISHED[self.kind]
+
+
+def find_published(path: str, classes: tuple[str, ...]) -> list[PublishedSplit] | None:
+    """The kinds and severities of a published folder, in the order of ``PUBLISHED``; None where a path is none.
+
+    A folder like CIFAR-10-C has ``KIND.npy`` (uint8 ``[N, H, W, C]``, the severities one after the other) and
+    ``labels.npy`` (``[N]``); one like ImageNet-C has ``KIND/SEVERITY/CLASS/FILE``, also one folder deeper.
+
+    Args:
+        classes: those that a model knows.
+
+    Raises:
+        DataError: arrays are damaged or of other shapes, labels are missing, or the classes are others.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        return None
+    try:
+        if any((place / f"{kind}.npy").exists() for kind in PUBLISHED):
+            return _arrays(place, classes)
+        found = [
+            PublishedSplit(kind, severity, _folder(folder / str(severity), classes))
+            for kind in PUBLISHED
+            for folder in (place / kind, *sorted(place.glob(f"*/{kind}")))
+            for severity in SEVERITIES
+            if (folder / str(severity)).is_dir()
+        ]
+    except OSError as error:
+        raise DataError(f"images {path} cannot be read: {error.strerror}") from None
+    return found or None
+
+
+def _arrays(place: Path, classes: tuple[str, ...]) -> list[PublishedSplit]:
+    """Five severities of every ``KIND.npy``."""
+    names = sorted(file.stem for file in place.glob("*.npy") if file.name != LABELS)
+    strange = [name for name in names if name not in PUBLISHED]
+    if strange:
+        raise DataError(f"{place / strange[0]}.npy is none of the {len(PUBLISHED)} published kinds; move it elsewhere")
+    if not (place / LABELS).exists():
+        raise DataError(f"{place} has images of damage and no {LABELS}; copy it there too")
+    labels_N = _array(place / LABELS)
+    if labels_N.ndim != 1 or labels_N.dtype.kind not in "iu" or not len(labels_N):
+        raise DataError(f"{place / LABELS} holds no list of whole numbers; copy it again")
+    first, last = int(labels_N.min()), int(labels_N.max())
+    if first < 0 or last + 1 != len(classes):
+        raise DataError(
+            f"{place / LABELS} has labels {first} to {last}, and the model {len(classes)} classes; "
+            "give the damaged images of its own classes"
+        )
+    return [
+        PublishedSplit(kind, severity, opens)
+        for kind in PUBLISHED
+        if kind in names
+        for severity, opens in zip(SEVERITIES, _severities(place / f"{kind}.npy", labels_N), strict=True)
+    ]
+
+
+def _severities(file: Path, labels_N: np.ndarray) -> list[Callable[[], Split]]:
+    images_NHWC = _array(file)
+    if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or len(images_NHWC) % len(SEVERITIES):
+        raise DataError(
+            f"{file} is {images_NHWC.dtype} of shape {images_NHWC.shape}, and not uint8 images [N, height, width, "
+            f"channels] of {len(SEVERITIES)} severities one after the other; copy it again"
+        )
+    if len(images_NHWC) != len(labels_N):
+        raise DataError(f"{file} has {len(images_NHWC):,} images, and {LABELS} {len(labels_N):,}; copy both again")
+    each = len(labels_N) // len(SEVERITIES)
+
+    def opening(severity: int) -> Callable[[], Split]:
+        part = slice((severity - 1) * each, severity * each)
+        return lambda: Stored(labels_N[part].astype(np.int64), images_NHWC[part], f"{file}, severity {severity}")
+
+    return [opening(severity) for severity in SEVERITIES]
+
+
+def _array(file: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped; arrays of objects, which are pickles, cannot be."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is not a regular file")
+        return np.lib.format.open_memmap(file, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python's syntax, with all that can go wrong there
+        reason = one_line(str(error).split("\n")[0], 200)
+        raise DataError(f"{file} is no array of numbers ({reason}); copy it again") from None
+
+
+def _folder(folder: Path, classes: tuple[str, ...]) -> Callable[[], Split]:
+    """``CLASS/FILE``, of the model's classes and of all of them."""
+    there = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    if there != set(classes):
+        odd = sorted(there.symmetric_difference(classes))[0]
+        raise DataError(
+            f"{folder} has {len(there)} classes and the model {len(classes)}; {odd!r} is only on one side: give the "
+            "damaged images of the model's own classes"
+        )
+    return lambda: class_folders(folder, classes)[0]

@@ -1,0 +1,117 @@
+"""Errors on damaged images relative to those of another model (Hendrycks 2019, arXiv 1903.12261)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vqmoe_ds.data.image_published import EXTRA
+from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.files import read_small
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Scores of another model on the same images, of a file that ``--json`` wrote.
+
+    Attributes:
+        errors: share of wrong answers by kind and severity.
+        clean: that of the clean images.
+        images: number of clean images.
+        published: whether the damage is a published folder's.
+    """
+
+    file: str
+    errors: Mapping[tuple[str, int], float]
+    clean: float
+    images: int
+    published: bool
+
+    def check(self, asked: Iterable[tuple[str, int]], images: int, published: bool) -> None:
+        """Refuse scores of other images or of other damage.
+
+        Raises:
+            DataError: they are.
+        """
+        missing = [f"{kind} {severity}" for kind, severity in asked if (kind, severity) not in self.errors]
+        if missing:
+            raise DataError(
+                f"--relative_to {self.file} has no scores of {missing[0]}; evaluate that model on the same damage"
+            )
+        if (self.images, self.published) != (images, published):
+            kinds = {True: "published damage", False: "damage made here"}
+            raise DataError(
+                f"--relative_to {self.file} is of {self.images:,} images and {kinds[self.published]}, and this is of "
+                f"{images:,} and {kinds[published]}; evaluate both models on the same"
+            )
+
+    def corruption_errors(self, clean: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Corruption errors of another model, in percent of this one's.
+
+        ``ce`` by kind is ``sum_s E(s) / sum_s E_ref(s)``, the sums over severities, and ``relative_ce`` the same of
+        ``E(s) - E_clean``; ``mce`` and ``relative_mce`` are their means over the kinds that are not extra. None where
+        the reference has no errors, or where none come from the damage.
+
+        Args:
+            clean: share of wrong answers on the clean images.
+            rows: ``ImageEvaluation.corrupted`` of the other model.
+        """
+        by_kind: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            by_kind.setdefault(row["kind"], []).append(row)
+        answer: dict[str, Any] = {"to": self.file}
+        for name, ours, theirs in (("ce", 0.0, 0.0), ("relative_ce", clean, self.clean)):
+            found = {
+                kind: _percent(
+                    sum(1 - row["accuracy"] - ours for row in some),
+                    sum(self.errors[kind, row["severity"]] - theirs for row in some),
+                )
+                for kind, some in by_kind.items()
+            }
+            counted = [found[kind] for kind, some in by_kind.items() if some[0]["group"] != EXTRA]
+            known = [value for value in counted if value is not None]
+            mean = sum(known) / len(known) if known and len(known) == len(counted) else None
+            answer |= {name: found, f"{name.removesuffix('ce')}mce": mean}
+        return answer
+
+
+def _percent(part: float, whole: float) -> float | None:
+    return 100 * part / whole if whole > 1e-12 else None
+
+
+def read_reference(file: str) -> Reference:
+    """The scores of a file.
+
+    Raises:
+        DataError: it cannot be read, or has none of damaged images.
+    """
+    try:
+        scores = json.loads(read_small(file))
+        errors = {(str(row["kind"]), int(row["severity"])): 1 - float(row["accuracy"]) for row in scores["corrupted"]}
+        clean, published = scores["clean"], scores["setting"].get("damage") == "published"
+        reference = Reference(file, errors, 1 - float(clean["accuracy"]), int(clean["images"]), published)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or one_line(f"{type(error).__name__}: {error}", 200)
+        raise DataError(
+            f"--relative_to {file} has no scores of images ({reason}); give a file that --json wrote"
+        ) from None
+    if not errors:
+        raise DataError(f"--relative_to {file} has no scores of damaged images; evaluate that model on the same damage")
+    return reference
+
+
+def relative_lines(relative: Mapping[str, Any]) -> list[str]:
+    """Figures of ``Reference.corruption_errors`` for the user."""
+    if not relative:
+        return []
+    by_kind = "  ".join(f"{kind} {_shown(value)}" for kind, value in relative["ce"].items())
+    return [
+        f"corruption errors in percent of those in {relative['to']}: {by_kind}",
+        f"mCE {_shown(relative['mce'])}, relative mCE {_shown(relative['relative_mce'])}",
+    ]
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
