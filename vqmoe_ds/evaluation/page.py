@@ -25,7 +25,8 @@ def make_report(
     Args:
         name: of the files and of the template, "routing" or "jacobian".
         out: folder of the files, made where it is not there.
-        measure: gives the numbers; its ``UserError`` is printed as one sentence.
+        measure: gives the numbers; its ``UserError`` is printed as one sentence. Under ``pictures`` it may put URIs
+            for the page alone.
         summary: of the numbers, for the console.
     """
     folder = Path(out)
@@ -34,7 +35,8 @@ def make_report(
         with _writable(folder):
             make_folder(folder)
         report = measure()
-        figures = {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
+        pictures = report.pop("pictures", {})
+        figures = pictures | {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
         with _writable(folder):
             write_atomically(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
             write_atomically(folder / f"{name}.html", render(name, report, figures))
@@ -52,7 +54,7 @@ def _writable(folder: Path) -> Iterator[None]:
         raise ConfigError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
-def render(name: str, report: dict[str, Any], figures: dict[str, str]) -> str:
+def render(name: str, report: dict[str, Any], figures: dict[str, Any]) -> str:
     """The page of a report; everything in it is escaped, token texts above all."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -73,7 +75,12 @@ def data_uri(figure: Any) -> str:
     figure.tight_layout()
     figure.savefig(stream, format="png", dpi=100)
     pyplot().close(figure)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return png_uri(stream.getvalue())
+
+
+def png_uri(png: bytes) -> str:
+    """A PNG inside a URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 # ---------------------------------------------------------------- figures of a routing report

@@ -93,6 +93,8 @@ class Visit:
     routing: Routing
     codes_T: Tensor | None
     """None without a codebook."""
+    code_distances_T: Tensor | None
+    """Squared distance of what was compared from the code that was nearest to it."""
 
     def route(self, x_TD: Tensor) -> Routing:
         """The router's answer to other states of the same tokens."""
@@ -106,7 +108,7 @@ def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
 
     Args:
         model: with all its experts (expert-parallel size 1).
-        tokens_BS: token ids.
+        tokens_BS: token ids, or images.
     """
     visits: list[Visit] = []
     streams: list[Tensor] = []
@@ -120,7 +122,7 @@ def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
         x_TD, index = x_BSD.flatten(0, 1), len(visits)
         routing = module.router(x_TD, context)
         y_TD = output[0].flatten(0, 1)
-        visits.append(Visit(index, module, context, streams[-1], x_TD, y_TD, routing, codes.get(index)))
+        visits.append(Visit(index, module, context, streams[-1], x_TD, y_TD, routing, *codes.get(index, (None, None))))
 
     blocks = [block for block in model.blocks if isinstance(block, Block) and isinstance(block.mlp, MoELayer)]
     handles = [block.mlp_norm.register_forward_pre_hook(keep_stream) for block in blocks]
@@ -135,15 +137,16 @@ def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
 
 
 @contextmanager
-def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, Tensor]]:
-    """Codes by layer while the model runs, taken from the calls in which the bank observes them."""
-    codes: dict[int, Tensor] = {}
+def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Codes by layer, and distances from them, while the model runs: from the calls in which the bank observes them."""
+    codes: dict[int, tuple[Tensor, Tensor]] = {}
     if bank is None:
         yield codes
         return
 
     def observe_all(layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
-        codes.update(zip(range(bank.num_layers)[layers], codes_LT, strict=True))
+        for layer, codes_T in zip(range(bank.num_layers)[layers], codes_LT, strict=True):
+            codes[layer] = codes_T, (z_TC - bank.codes_LKC[layer, codes_T]).square().sum(dim=-1)
 
     vars(bank)["observe_all"] = observe_all  # hides the method of the class
     try:
@@ -152,13 +155,16 @@ def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, Tensor]]:
         del vars(bank)["observe_all"]
 
 
-def load_routed(path: str, tokenizer: str | None = None) -> LoadedModel:
+def load_routed(path: str, tokenizer: str | None = None, images: bool = False) -> LoadedModel:
     """Load a checkpoint that has MoE layers.
+
+    Args:
+        path, tokenizer, images: as ``load_model``.
 
     Raises:
         CheckpointError: as ``load_model``, or the model is dense.
     """
-    loaded = load_model(path, tokenizer)
+    loaded = load_model(path, tokenizer, images=images)
     if not loaded.model.moe_layers():
         raise CheckpointError(f"{path} is a dense model (moe.router=dense): it has no routing to look into")
     return loaded

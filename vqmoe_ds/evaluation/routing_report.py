@@ -1,4 +1,4 @@
-"""``tools/inspect_routing.py``: which tokens go to which experts and codes, and the effect on their states.
+"""``tools/inspect_routing.py``: which tokens or patches go to which experts and codes, and the effect on their states.
 
 Legend: B windows, S positions, T = B * S tokens, D width, N experts, K codes, M routed rows, P tokens sampled.
 """
@@ -9,6 +9,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from vqmoe_ds.evaluation.collapse import (
     output_likeness,
     weight_likeness,
 )
+from vqmoe_ds.evaluation.image_patches import draw_patches, top_patches
+from vqmoe_ds.evaluation.images import open_split
 from vqmoe_ds.evaluation.information import information
 from vqmoe_ds.evaluation.page import make_report
 from vqmoe_ds.evaluation.probe import BATCH, Rows, check_tokens, load_routed, read_probe, rows_of, visit_layers
@@ -42,9 +45,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="run folder, tag, portable, Hugging Face or Megatron folder")
-    add("--data", metavar="PATH", help="raw text or the prefix of prepared data (default: the run's held-out text)")
+    data = "raw text, the prefix of prepared data, or images (default: what the run holds out)"
+    add("--data", metavar="PATH", help=data)
     add("--against", metavar="CHECKPOINT2", help="another checkpoint of the same run, to measure fluctuation")
-    add("--tokens", type=int, default=16384, help="tokens of the text to read (default 16384)")
+    add("--tokens", type=int, default=16384, help="tokens of the text, or patches, to read (default 16384)")
     add("--tokenizer", metavar="PATH", help="the model's tokenizer, where it is not found beside checkpoint or data")
     add("--out", metavar="DIR", required=True, help="folder for routing.html and routing.json")
     add_plugin_option(parser)
@@ -79,22 +83,30 @@ def inspect_routing(
         DataError: the text cannot be read.
     """
     check_tokens(tokens)
-    loaded = load_routed(checkpoint, tokenizer)
-    other = load_routed(against, tokenizer) if against is not None else None
+    loaded = load_routed(checkpoint, tokenizer, images=True)
+    other = load_routed(against, tokenizer, images=True) if against is not None else None
     if other is not None:
         check_same_run(loaded, other)
+    measure = _of_images if loaded.config.model.image_size else _of_text
+    report, inputs, traces = measure(loaded, data, tokens)
+    if other is not None:
+        for row, here, there in zip(report["layers"], traces, trace_layers(other.model, inputs, 0), strict=True):
+            row["fluctuation"] = fluctuation(here, there)
+    return {
+        "checkpoint": about(loaded),
+        "against": about(other) if other is not None else None,
+        **report,
+    }
+
+
+def _of_text(loaded: LoadedModel, data: str | None, tokens: int) -> tuple[dict[str, Any], Tensor, list[Trace]]:
+    """(what is read, its labels and the measures of each layer, the tokens, what the layers did)."""
     tokens_BS = read_probe(loaded, data, tokens)
     pieces = pieces_of(loaded.tokenizer, loaded.config.model.vocab_size)
     names = readable(pieces, loaded.tokenizer.eod if loaded.tokenizer is not None else None)
     labels = label_tokens(tokens_BS, pieces)
     traces = trace_layers(loaded.model, tokens_BS)
-    layers = [measure_layer(trace, tokens_BS.flatten(), labels, names) for trace in traces]
-    if other is not None:
-        for row, here, there in zip(layers, traces, trace_layers(other.model, tokens_BS, 0), strict=True):
-            row["fluctuation"] = fluctuation(here, there)
-    return {
-        "checkpoint": about(loaded),
-        "against": about(other) if other is not None else None,
+    report = {
         "probe": {
             "data": data or "held-out part of the run's data",
             "windows": tokens_BS.shape[0],
@@ -102,8 +114,49 @@ def inspect_routing(
             "tokens": tokens_BS.numel(),
         },
         "labels": {name: label.names for name, label in labels.items() if label.names},
-        "layers": layers,
+        "layers": [measure_layer(trace, tokens_BS.flatten(), labels, names) for trace in traces],
     }
+    return report, tokens_BS, traces
+
+
+def _of_images(loaded: LoadedModel, data: str | None, tokens: int) -> tuple[dict[str, Any], Tensor, list[Trace]]:
+    """As ``_of_text`` of images, and under ``pictures`` the patches of each code and expert by layer."""
+    side = loaded.config.model.patch_size
+    images, told = open_split(loaded, None if data is None else [data], "auto")
+    images = images.evenly(-(-tokens // images.patches))
+    batch = images.read(np.arange(len(images)))
+    images_BHHC, labels_B = torch.from_numpy(batch.inputs_BS), torch.from_numpy(batch.targets_BS)
+    places_BS = torch.arange(images.patches).expand(len(images), -1)
+    labels = {
+        "class": Labels(labels_B.unsqueeze(1).expand_as(places_BS), list(images.classes)),
+        "place": Labels(places_BS, []),
+    }
+    traces = trace_layers(loaded.model, images_BHHC)
+    layers, pictures = [measure_layer(trace, None, labels, []) for trace in traces], []
+    for row, trace in zip(layers, traces, strict=True):
+        strips = {}
+        for name, choices in _choices(trace).items():
+            found = top_patches(*choices, labels["class"].ids_BS.flatten(), images)
+            row[f"{name}_patches"] = found
+            strips[name] = [draw_patches(one["patches"], batch.inputs_BS, side) for one in found]
+        pictures.append(strips)
+    probe = {"data": told, "windows": len(images), "sequence_length": images.patches, "tokens": places_BS.numel()}
+    report = {
+        "probe": {**probe, "kind": "images"},
+        "labels": {"class": list(images.classes)},
+        "layers": layers,
+        "pictures": {"patches": pictures},
+    }
+    return report, images_BHHC, traces
+
+
+def _choices(trace: Trace) -> dict[str, tuple[Tensor, Tensor, Tensor, int]]:
+    """Choices, who chose, how much, and how many there are: of experts by weight, of codes by nearness."""
+    rows = trace.rows
+    found = {"expert": (rows.experts_M, rows.tokens_M, rows.weights_M, trace.layer.num_experts)}
+    if trace.codes_T is not None and trace.code_distances_T is not None:
+        found["code"] = trace.codes_T, torch.arange(trace.tokens), -trace.code_distances_T, trace.num_codes
+    return found
 
 
 def about(loaded: LoadedModel) -> dict[str, Any]:
@@ -165,6 +218,7 @@ class Trace:
     tokens: int
     rows: Rows
     codes_T: Tensor | None
+    code_distances_T: Tensor | None
     num_codes: int
     sampled_P: Tensor
     states: dict[str, Tensor]
@@ -180,10 +234,11 @@ def trace_layers(model: MoETransformer, tokens_BS: Tensor, states: int = STATES)
 
     Args:
         model: in evaluation mode, with all its experts.
-        tokens_BS: the probe.
+        tokens_BS: the probe, ids or images.
         states: tokens whose states are kept.
     """
-    tokens, length = tokens_BS.numel(), tokens_BS.shape[1]
+    length = tokens_BS.shape[1] if tokens_BS.dim() == 2 else model.config.model.sequence_length
+    tokens = len(tokens_BS) * length
     # Not every n-th: that would be always the same positions of a window.
     drawn = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:states]
     sampled_T = torch.zeros(tokens, dtype=torch.bool)
@@ -196,7 +251,8 @@ def trace_layers(model: MoETransformer, tokens_BS: Tensor, states: int = STATES)
             rows = Rows(rows.tokens_M + begin * length, rows.slots_M, rows.experts_M, rows.weights_M)
             before_PD, output_PD = visit.stream_TD[here_T], visit.y_TD[here_T]
             kept = {"before": before_PD, "input": visit.x_TD[here_T], "output": output_PD}
-            parts[visit.index].append((rows, visit.codes_T, kept | {"after": before_PD + output_PD}))
+            kept["after"] = before_PD + output_PD
+            parts[visit.index].append((rows, visit.codes_T, visit.code_distances_T, kept))
     sampled_P = sampled_T.nonzero().flatten()
     num_codes = model.bank.num_codes if model.bank is not None else 0
     return [
@@ -206,22 +262,22 @@ def trace_layers(model: MoETransformer, tokens_BS: Tensor, states: int = STATES)
 
 
 def _joined(layer: MoELayer, tokens: int, num_codes: int, sampled_P: Tensor, parts: list[Any]) -> Trace:
-    all_rows, all_codes, all_states = zip(*parts, strict=True)
+    all_rows, all_codes, all_distances, all_states = zip(*parts, strict=True)
     rows = Rows(*(torch.cat(some) for some in zip(*(vars(rows).values() for rows in all_rows), strict=True)))
-    codes_T = torch.cat(all_codes) if num_codes else None
+    codes_T, distances_T = (torch.cat(some) if num_codes else None for some in (all_codes, all_distances))
     states = {name: torch.cat([some[name] for some in all_states]) for name in all_states[0]}
-    return Trace(layer, tokens, rows, codes_T, num_codes, sampled_P, states)
+    return Trace(layer, tokens, rows, codes_T, distances_T, num_codes, sampled_P, states)
 
 
 # ---------------------------------------------------------------- measures
 
 
-def measure_layer(trace: Trace, ids_T: Tensor, labels: dict[str, Labels], names: list[str]) -> dict[str, Any]:
+def measure_layer(trace: Trace, ids_T: Tensor | None, labels: dict[str, Labels], names: list[str]) -> dict[str, Any]:
     """Every measure of one layer but fluctuation.
 
     Args:
         trace: what the layer did.
-        ids_T: token ids of the probe.
+        ids_T: token ids of the probe; None of images, whose report has no tables of tokens.
         labels: of the probe's tokens, by name.
         names: readable text of every id.
     """
@@ -230,12 +286,14 @@ def measure_layer(trace: Trace, ids_T: Tensor, labels: dict[str, Labels], names:
     slots = int(rows.slots_M.max()) + 1
     if len(rows.tokens_M) == slots * trace.tokens:  # not where experts choose
         report["mean_weights"] = [float(rows.weights_M[rows.slots_M == slot].mean()) for slot in range(slots)]
-    report["expert_tokens"] = top_tokens(rows.experts_M, ids_T[rows.tokens_M], experts, names)
+    if ids_T is not None:
+        report["expert_tokens"] = top_tokens(rows.experts_M, ids_T[rows.tokens_M], experts, names)
     routed = _router_rows(trace)
     report["information"] = {"expert": _information(rows.experts_M[routed], rows.tokens_M[routed], labels)}
     if trace.codes_T is not None:
         report["codes"] = use_of(trace.codes_T, trace.num_codes)
-        report["code_tokens"] = top_tokens(trace.codes_T, ids_T, trace.num_codes, names)
+        if ids_T is not None:
+            report["code_tokens"] = top_tokens(trace.codes_T, ids_T, trace.num_codes, names)
         report["information"]["code"] = _information(trace.codes_T, torch.arange(trace.tokens), labels)
     report["likeness"] = {
         "weights": weight_likeness(trace.layer.experts)._asdict(),
