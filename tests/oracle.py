@@ -34,6 +34,8 @@ class OracleLayer:
     normalize_source: bool = False
     cosine: bool = False
     projection_DC: Tensor | None = None
+    input_norm: bool = False
+    output_norm: bool = False
 
     def expert(self, e: int, x_D: Tensor) -> Tensor:
         """SwiGLU: ``W2 (silu(W1 x) * W3 x)``."""
@@ -74,7 +76,9 @@ class OracleLayer:
         q_D = x_D
         if self.code_blend:
             q_D = x_D + self.code_blend * (self.codes_KC[k] - x_D).detach()
-        discrete_D = self.expert(self.table_K[k], q_D)
+        discrete_D = self.expert(self.table_K[k], layer_norm(q_D) if self.input_norm else q_D)
+        if self.output_norm:
+            discrete_D = layer_norm(discrete_D)
         if self.soft_output:
             discrete_D = discrete_D * (-self.squared_distances(x_D) / self.soft_output).softmax(0)[k]
         if self.top_k == 0:
@@ -106,6 +110,33 @@ class OracleLayer:
             loss = loss + self.balance_weight * experts * picks.count(e) / len(picks) * probs_TN[:, e].mean()
         log_sums = torch.stack([(self.router_ND @ x_D).logsumexp(0) for x_D in x_TD])
         return loss + self.z_loss_weight * log_sums.square().mean()
+
+
+def layer_norm(x_D: Tensor) -> Tensor:
+    """Zero mean and unit variance over the features, with PyTorch's epsilon; no scale and no shift."""
+    apart_D = x_D - x_D.sum() / len(x_D)
+    return apart_D / ((apart_D * apart_D).sum() / len(x_D) + 1e-5).sqrt()
+
+
+def released(layer: OracleLayer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The authors' layer line by line: ``class VQMoE`` around ``class VectorQuantizer`` with contrib_rate 0.05.
+
+    The constant weight of the continuous expert is the softmax over one choice. Returns the outputs ``[T, D]`` and
+    ``beta_vq = 0.08`` times the commitment term; the codes' own term is in ``OracleAdam``.
+    """
+    assert layer.router_ND is not None and layer.gate_2D is not None and layer.gate_bias_2 is not None
+    outputs, commitment = [], x_TD.new_zeros(())
+    for x_D in x_TD:
+        k = layer.nearest(x_D)
+        v_D = layer.codes_KC[k]
+        commitment = commitment + 0.25 * (x_D - v_D).square().mean() / len(x_TD)
+        quantized_D = 0.95 * x_D + 0.05 * (v_D - x_D).detach()
+        discrete_D = layer_norm(layer.expert(k % len(layer.w1_NHD), layer_norm(quantized_D)))
+        best = (layer.router_ND @ x_D).tolist()
+        continuous_D = 1.0 * layer.expert(best.index(max(best)), x_D)
+        gate_continuous, gate_discrete = (layer.gate_2D @ x_D + layer.gate_bias_2).softmax(0)
+        outputs.append(gate_continuous * continuous_D + gate_discrete * discrete_D)
+    return torch.stack(outputs), 0.08 * commitment
 
 
 @dataclass

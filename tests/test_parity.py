@@ -42,6 +42,12 @@ CASES: dict[str, dict[str, Any]] = {
             "learning_rate": 0.01,
         },
     },
+    "norms around the discrete expert": {
+        "moe": {"top_k": 0, "input_norm": True, "output_norm": True},
+        "codebook": {"source": "context"},
+        # The exchanged rows that the norm's gradient reads are kept for the recomputation.
+        "train": {"activation_checkpointing": True},
+    },
     "early block": {"moe": {"top_k": 0}, "codebook": {"source": "early_block"}, "model": {"layers": 3}},
     "top-2 router": {"moe": {"router": "topk", "top_k": 2, "z_loss_weight": 0.01}},
     "hash of tokens": {"moe": {"router": "hash_token"}, "model": {"layers": 3, "moe_every": 2}},
@@ -252,6 +258,7 @@ MATRIX = {
     "context, top-1": [Layout(2, 0), Layout(4, 1), Layout(2, 2)],
     "layer state, discrete only": [Layout(2, 0), Layout(4, 3)],
     "the paper's input and rule": [Layout(2, 2), Layout(4, 3)],
+    "norms around the discrete expert": [Layout(4, 0), Layout(2, 2)],
     "early block": [Layout(4, 2)],
     "top-2 router": [Layout(4, 0), Layout(2, 3)],
     "hash of tokens": [Layout(4, 1)],

@@ -6,6 +6,7 @@ Legend: T tokens, D width, N experts.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 
 from tests.evaluation.routed_models import CASES, EXPERTS, WIDTH, model_of, tokens_of
 from vqmoe_ds.evaluation.probe import Visit, visit_layers
+from vqmoe_ds.experiments import jacobian_report
 from vqmoe_ds.experiments.jacobian import MeanJacobian, Spectrum, gate_share, token_jacobians
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 
 def _by_autograd(visit: Visit, rows_of_one: int) -> torch.Tensor:
@@ -37,6 +39,14 @@ def test_mean_and_single_jacobians_are_those_of_the_layer(case):
         assert torch.allclose(terms["total"], want_TDD.mean(dim=0), atol=2e-5)
         assert torch.allclose(terms["experts"] + terms["router"], terms["total"])
         assert torch.allclose(token_jacobians(visit, [0, 5, 31]), want_TDD[[0, 5, 31]], atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["input_norm", "output_norm"])
+def test_a_model_with_norms_around_its_discrete_experts_is_refused(monkeypatch, norm):
+    loaded = SimpleNamespace(config=model_of("vq", **{norm: True}).config)
+    monkeypatch.setattr(jacobian_report, "load_routed", lambda path, tokenizer: loaded)
+    with pytest.raises(CheckpointError, match=r"normed has moe.input_norm or moe.output_norm, whose derivative"):
+        jacobian_report.study(["normed"])
 
 
 def test_visits_add_up_to_the_mean_of_all_tokens():

@@ -53,6 +53,9 @@ def test_options_a_gate_cannot_honour() -> None:
         VQGate(WIDTH, EXPERTS, book=CodebookConfig())
     with pytest.raises(ConfigError, match="code_blend must be 0"):
         VQGate(WIDTH, EXPERTS, MoEConfig(code_blend=0.5), BOOK)
+    for norm in ("input_norm", "output_norm"):
+        with pytest.raises(ConfigError, match="must be false with VQGate"):
+            VQGate(WIDTH, EXPERTS, MoEConfig(top_k=0, **{norm: True}), BOOK)
     with pytest.raises(ValueError, match="used_token"):
         VQGate(WIDTH, EXPERTS)(torch.randn(4, WIDTH), torch.ones(4))
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle import OracleAdam, OracleEMA, OracleLayer
+from tests.oracle import OracleAdam, OracleEMA, OracleLayer, released
+from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.state_sync import StateSync
+from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 12, 10, 4, 24
 # Lookups, gates and code offsets are float32 by design; where none takes part, float64 goes all the way.
@@ -38,15 +40,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cosine": ({"top_k": 0}, {"distance": "cosine", "num_codes": 7}),
     "low-dimensional cosine": ({"top_k": 1}, {"code_dim": 3, "distance": "cosine", "normalize_source": True}),
     "low-dimensional": ({"top_k": 0}, {"code_dim": 3, "num_codes": 6}),
+    "normed output": ({"top_k": 0, "output_norm": True}, {}),
+    "normed input, top-2": ({"top_k": 2, "input_norm": True}, {"normalize_source": True}),
+    "both norms, blended, top-1": ({"top_k": 1, "input_norm": True, "output_norm": True, "code_blend": 0.3}, {}),
+    "both norms, soft output": ({"top_k": 0, "input_norm": True, "output_norm": True}, {"soft_output": 2.0}),
     "soft output": ({"top_k": 0}, {"soft_output": 2.0}),
     "soft output, top-1, cosine": ({"top_k": 1}, {"soft_output": 0.5, "distance": "cosine", "normalize_source": True}),
 }
 
 
-def _build(moe: dict, book: dict) -> tuple[MoELayer, CodebookBank, OracleLayer]:
+def _build(moe: dict, book: dict, options: Any = None) -> tuple[MoELayer, CodebookBank, OracleLayer]:
     moe_config = MoEConfig(num_experts=EXPERTS, expert_hidden=HIDDEN, **moe)
     book_config = CodebookConfig(**{"source": CodeSource.LAYER_STATE, "normalize_source": False, **book})
-    config = LayerConfig(WIDTH, moe_config, codebook=book_config, seed=3, shared_codebook=True)
+    config = LayerConfig(WIDTH, moe_config, options, codebook=book_config, seed=3, shared_codebook=True)
     layer = MoELayer(config).double()
     bank = CodebookBank(book_config, 1, EXPERTS, WIDTH, seed=5)
     router, gate = layer.router.continuous, layer.router.path_gate
@@ -76,6 +82,8 @@ def _build(moe: dict, book: dict) -> tuple[MoELayer, CodebookBank, OracleLayer]:
         normalize_source=book_config.normalize_source,
         cosine=book_config.distance == "cosine",
         projection_DC=None if bank.projection_DC is None else bank.projection_DC.double(),
+        input_norm=moe_config.input_norm,
+        output_norm=moe_config.output_norm,
     )
     return layer, bank, oracle
 
@@ -119,6 +127,56 @@ def test_output_gradients_and_losses(case: str) -> None:
         error = ((got.double() - want).abs().max() / want.abs().max()).item()
         assert error < tolerance, f"{name}: {error:.2e}"
     assert aux.item() == pytest.approx(expected_aux.item(), rel=1e-6, abs=1e-9)
+
+
+def _released() -> tuple[MoELayer, CodebookBank, OracleLayer]:
+    """The layer of the preset, small."""
+    run = load_config("released").config
+    moe = run.moe.model_dump(exclude={"num_experts", "expert_hidden"})
+    return _build(moe, {**run.codebook.model_dump(), "num_codes": EXPERTS}, run.router)
+
+
+def test_the_released_preset_is_the_authors_layer() -> None:
+    layer, bank, oracle = _released()
+    assert bank.codes_LKC.std() == pytest.approx(0.02, rel=0.3), "every embedding of the release starts so"
+    bank.codes_LKC.mul_(50)
+    oracle.codes_KC = bank.codes_LKC[0].double()
+    x_BSD = _tokens().requires_grad_()
+    x_TD = x_BSD.detach().reshape(-1, WIDTH).requires_grad_()
+    assert min(oracle.margin(x_D) for x_D in x_TD) > 1e-4 and len({oracle.nearest(x_D) for x_D in x_TD}) >= 3
+    y_BSD, aux, _ = layer(x_BSD, RoutingContext(codebooks=bank))
+    expected_TD, commitment = released(oracle, x_TD)
+    direction = torch.randn(y_BSD.shape, dtype=torch.float64)
+    ((y_BSD * direction).sum() + 30 * aux).backward()
+    ((expected_TD * direction.reshape(-1, WIDTH)).sum() + 30 * commitment).backward()
+    pairs = {
+        "output": (y_BSD.reshape(-1, WIDTH), expected_TD),
+        "input gradient": (x_BSD.grad.reshape(-1, WIDTH), x_TD.grad),
+        "w2": (layer.experts.w2.grad, oracle.w2_NDH.grad),
+        "gate": (layer.router.path_gate.weight.grad, oracle.gate_2D.grad),
+    }
+    for name, (got, want) in pairs.items():
+        error = ((got.double() - want).abs().max() / want.abs().max()).item()
+        assert error < 5 * FLOAT32, f"{name}: {error:.2e}"  # the norm's epsilon meets 0.95 x + ... and not x + ...
+    assert aux.item() == pytest.approx(commitment.item(), rel=1e-6)
+    assert layer.router.continuous.gate.weight.grad.abs().max() < 1e-6, "a weight of 1 teaches the router nothing"
+
+
+def test_codes_of_the_release_start_without_data_and_follow_the_models_schedule() -> None:
+    layer, bank, oracle = _released()
+    sync, start_KC = StateSync(bank), bank.codes_LKC[0].double()
+    with pytest.raises(ConfigError, match="codebook.learning_rate=0 takes the model's rate"):
+        _step(layer, bank, oracle, seed=9)
+        sync.step()
+    sync.skip()
+    reference = OracleAdam(start_KC, 1.0)
+    for step, rate in enumerate([0.004, 0.03, 0.02, 0.0, 0.01]):
+        z_TC, codes_T = _step(layer, bank, oracle, seed=10 + step)
+        bank.model_rate = reference.optimizer.param_groups[0]["lr"] = rate
+        sync.step()
+        reference.step(z_TC, codes_T)
+        assert (bank.codes_LKC[0] - reference.codes_KC.detach()).abs().max() < 5e-6, step
+    assert not bank.initialized and (bank.codes_LKC[0] - start_KC).abs().max() > 0.03
 
 
 def test_plain_routing_by_code_is_the_expert_of_k_mod_n() -> None:

@@ -148,6 +148,11 @@ def test_export_names_the_router_it_does_not_know() -> None:
         exported = router in ("vq", "topk", "hash_token", "token_table", "dense")
         assert (reason is None) is exported
         assert exported or f"moe.router={router} is not among" in str(reason)
+    for norm in ("input_norm", "output_norm"):
+        assert f"moe.{norm}=true: the exported model has no norm" in str(
+            why_not_exported(_config("vq", **{norm: True}).moe)
+        )
+        assert why_not_exported(_config("topk", **{norm: True}).moe) is None, "which does not read it"
     transformers = pytest.importorskip("transformers")
     assert transformers
     from vqmoe_ds.models.hf import VQMoEConfig

@@ -95,6 +95,37 @@ def test_schedule_warms_up_and_falls_to_its_floor():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
+def _codes_of_the_release(rank: int, world: int, folder: str) -> list[tuple[float, float]]:
+    """The learning rate of each step, and the furthest that a number of a code moved in it."""
+    from vqmoe_ds.runtime.ranks import Place
+    from vqmoe_ds.train.engine import build_session
+    from vqmoe_ds.train.loop import Trainer
+
+    small = {**SMALL, "model.head_width": 8, "train.warmup_steps": 2, "train.learning_rate": 0.01}
+    loaded = load_config("released", None, {**small, "data.path": f"{folder}/text.txt"})
+    config = resolve(f"{folder}/zero0.json", loaded, world)
+    session = build_session(config, Place(rank, world, rank, world), f"{folder}/zero0.json")
+    trainer = Trainer(session, TrainingBatches(split_corpus(open_corpus(config.run.data.path), 16, 10)[0], 8, 0), [])
+    moves = []
+    for _ in range(4):
+        before = session.model.bank.codes_LKC.clone()
+        rate = trainer.train_step().learning_rate
+        moves.append((rate, float((session.model.bank.codes_LKC - before).abs().max())))
+    assert session.sync.in_step()
+    return moves
+
+
+def test_codes_of_the_release_move_at_the_rate_of_the_step(tmp_path):
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 122)) * 200)
+    adam = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 0}}
+    (tmp_path / "zero0.json").write_text(json.dumps(adam))
+    first, second = run_ranks(2, _codes_of_the_release, str(tmp_path))
+    assert first == second
+    assert [rate for rate, _ in first][:2] == pytest.approx([0.005, 0.01]), "warm-up"
+    assert first[0][1] == pytest.approx(0.005, rel=1e-3), "Adam's first step is the rate itself"
+    assert first[0][1] < first[1][1] < 1.1 * first[1][0]
+
+
 # ------------------------------------------------------------------ masked targets
 
 FROZEN = {

@@ -218,6 +218,7 @@ def test_weights_that_cannot_be_represented_are_named(
         ({"moe.top_k": 1}, 1, "set moe.top_k to 2 or more, or to 0"),
         ({"moe.top_k": 1, "moe.router": "topk"}, 1, "set moe.top_k to 2 or more, or to 0"),
         ({"codebook.soft_output": 1.0}, 1, "set both to 0"),
+        ({"moe.output_norm": True}, 1, "set both to false"),
         ({}, 2, "one slice is not the whole MLP"),
         ({"moe.router": "topk"}, 5, "does not divide the MLP's hidden width 36"),
         ({"moe.router": "topk", "moe.top_k": 3}, 2, "multiples of 2"),

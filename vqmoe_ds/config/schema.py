@@ -228,6 +228,12 @@ class MoEConfig(Section):
         ge=0,
         le=1,
     )
+    input_norm: bool = option(
+        False, "the discrete expert sees a LayerNorm (no scale, no shift) of its input, as in the authors' release"
+    )
+    output_norm: bool = option(
+        False, "a LayerNorm (no scale, no shift) follows the discrete expert, as in the authors' release"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
@@ -287,7 +293,11 @@ class CodebookConfig(Section):
         ge=1,
         le=MOST_EXPERTS,
     )
-    init: Literal["kmeans", "random"] = option("kmeans", "how codes are initialized; random: samples of the source")
+    init: Literal["kmeans", "random", "normal"] = option(
+        "kmeans",
+        "how codes are initialized: kmeans, random (samples of the source) or normal (deviation 0.02 and no data, as "
+        "in the authors' release)",
+    )
     init_step: int = option(
         1,
         "optimizer step at whose end codes are initialized on data; before it they are random",
@@ -302,7 +312,12 @@ class CodebookConfig(Section):
     learning: Literal["ema", "gradient", "frozen"] = option(
         "ema", "how codes move: ema (running means of their tokens), gradient (the paper's) or frozen (random codes)"
     )
-    learning_rate: float = option(3.5e-4, "learning=gradient: Adam step size of the codes", gt=0, le=LARGEST_WEIGHT)
+    learning_rate: float = option(
+        3.5e-4,
+        "learning=gradient: Adam step size of the codes; 0: the model's learning rate and its schedule",
+        ge=0,
+        le=LARGEST_WEIGHT,
+    )
     decay: float = option(0.9, "learning=ema: decay per step right after the initialization", ge=0, le=1)
     decay_final: float = option(0.999, "learning=ema: decay reached after decay_steps", ge=0, le=1)
     decay_steps: int = option(200, "steps over which the decay rises", "steps", ge=0, le=MOST_STEPS)

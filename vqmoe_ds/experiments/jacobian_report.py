@@ -60,12 +60,15 @@ def study(
         straight_through: how discrete experts' inputs are differentiated (``jacobian``).
 
     Raises:
-        CheckpointError: one cannot be read, is dense, or reads other tokens than the first.
+        CheckpointError: one cannot be read, is dense, has norms around its discrete experts, or reads other tokens
+            than the first.
         ConfigError: no tokens are asked for.
         DataError: the text cannot be read.
     """
     check_tokens(tokens)
     models = [load_routed(path, tokenizer) for path in checkpoints]
+    for path, model in zip(checkpoints, models, strict=True):
+        _check_norms(path, model)
     for model in models[1:]:
         _check_same_tokens(models[0], model)
     tokens_BS = read_probe(models[0], data, tokens)
@@ -100,6 +103,15 @@ def _layers(loaded: LoadedModel, tokens_BS: Tensor, straight_through: bool) -> l
         row["single_tokens"] = {"effective_rank": single[index], "tokens": SINGLE_TOKENS}
         rows.append(row)
     return rows
+
+
+def _check_norms(path: str, loaded: LoadedModel) -> None:
+    moe = loaded.config.moe
+    if moe.facts.uses_codebook and (moe.input_norm or moe.output_norm):
+        raise CheckpointError(
+            f"{path} has moe.input_norm or moe.output_norm, whose derivative is not among the terms of this report; "
+            "use a model without them"
+        )
 
 
 def _check_same_tokens(first: LoadedModel, other: LoadedModel) -> None:

@@ -23,6 +23,9 @@ from vqmoe_ds.moe.sequence import SequenceShare, evenly
 from vqmoe_ds.moe.state import SteppedState
 from vqmoe_ds.runtime.errors import ConfigError
 
+RELEASED_STD = 0.02
+"""Standard deviation of the codes of ``codebook.init=normal``: the authors' release redraws every embedding so."""
+
 
 class CodebookBank(SteppedState):
     """``num_layers`` codebooks of ``num_codes`` vectors and their code-to-expert tables.
@@ -61,6 +64,8 @@ class CodebookBank(SteppedState):
     projection_DC: Tensor | None
     share: SequenceShare | None = None
     """The part of every sequence that this rank sees, where ranks share them."""
+    model_rate: float | None = None
+    """The model's learning rate in this step, which the codes take where ``config.learning_rate`` is 0."""
 
     def __init__(self, config: CodebookConfig, num_layers: int, num_experts: int, width: int, seed: int) -> None:
         super().__init__()
@@ -70,7 +75,7 @@ class CodebookBank(SteppedState):
         shape = (num_layers, self.num_codes, code_width)
         # Drawn on the CPU, whose numbers are the same everywhere: all ranks start from the same bits.
         generator = torch.Generator().manual_seed(seed)
-        codes = torch.randn(shape, generator=generator)
+        codes = torch.randn(shape, generator=generator) * (RELEASED_STD if config.init == "normal" else 1.0)
         projection = None
         if config.code_dim:
             projection = torch.linalg.qr(torch.randn(width, width, generator=generator))[0][:, : config.code_dim]
@@ -237,7 +242,8 @@ class CodebookBank(SteppedState):
     @property
     def initialization_due(self) -> bool:
         """Whether codes are initialized on data."""
-        return not self.initialized and self.moving and self.steps_taken + 1 >= self.config.init_step
+        on_data = not self.initialized and self.config.init != "normal"
+        return on_data and self.moving and self.steps_taken + 1 >= self.config.init_step
 
     @property
     def splitting_due(self) -> bool:
@@ -306,6 +312,12 @@ class CodebookBank(SteppedState):
         self.codes_LKC.copy_(torch.where(alive_LK1, means_LKC, self.codes_LKC))
 
     def _adam_step(self, sums_LKC: Tensor, counts_LK: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        rate = self.config.learning_rate or self.model_rate
+        if rate is None:
+            raise ConfigError(
+                "codebook.learning_rate=0 takes the model's rate: set CodebookBank.model_rate before every "
+                "StateSync.step(), or codebook.learning_rate to a rate of its own"
+            )
         elements_L11 = (counts_LK.sum(dim=1).clamp_min(1) * sums_LKC.shape[-1]).view(-1, 1, 1)
         gradient = 2 * (counts_LK.unsqueeze(-1) * self.codes_LKC.double() - sums_LKC) / elements_L11
         self.adam_mean_LKC.copy_(betas[0] * self.adam_mean_LKC + (1 - betas[0]) * gradient)
@@ -313,7 +325,7 @@ class CodebookBank(SteppedState):
         step = self.steps_taken + 1
         mean = self.adam_mean_LKC / (1 - betas[0] ** step)
         square = self.adam_square_LKC / (1 - betas[1] ** step)
-        self.codes_LKC -= self.config.learning_rate * mean / (square.sqrt() + 1e-8)
+        self.codes_LKC -= rate * mean / (square.sqrt() + 1e-8)
         # No part of Adam: dead and overused codes are told by the running count.
         self.ema_count_LK.copy_(0.9 * self.ema_count_LK + 0.1 * counts_LK)
 

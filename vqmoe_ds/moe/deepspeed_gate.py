@@ -79,6 +79,11 @@ class VQGate(nn.Module):
             )
         if moe.code_blend:
             raise ConfigError("a gate cannot change what experts see, so moe.code_blend must be 0 with VQGate")
+        if moe.input_norm or moe.output_norm:
+            raise ConfigError(
+                "a gate cannot normalise what experts see and give, so moe.input_norm and moe.output_norm must be "
+                "false with VQGate"
+            )
         moe = MoEConfig(**{**moe.model_dump(), "num_experts": num_experts})
         self.num_experts = num_experts
         self.router = VQRouter(LayerConfig(width, moe, codebook=book, shared_codebook=True))

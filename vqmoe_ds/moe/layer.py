@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.moe.config import LayerConfig
@@ -141,11 +142,15 @@ class MoELayer(KeepsPrecision):
         rows_MD = expand_rows(inputs if slots is None else slots.inputs_MD, plan)
         if routing.discrete_offset_TD is not None:
             rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
+        if routing.input_norm:
+            rows_MD = _normalize_last(rows_MD, plan)
         group, kept = self.exchange_group, ahead.kept
         # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
         rows_PD = self.experts(send_rows(rows_MD, plan, group, kept), plan.ends_E)
-        weighted = routing.weights_TR is not None or slots is not None
-        rows_MD = return_rows(rows_PD, plan, group, kept, asked_again=weighted)
+        asked_again = routing.weights_TR is not None or routing.output_norm or slots is not None
+        rows_MD = return_rows(rows_PD, plan, group, kept, asked_again)
+        if routing.output_norm:
+            rows_MD = _normalize_last(rows_MD, plan)
         y_TD = combine(rows_MD, plan, routing.weights_TR)
         if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
             y_TD = y_TD.new_zeros(x_TD.shape).index_add(0, chosen, y_TD)
@@ -176,7 +181,17 @@ class MoELayer(KeepsPrecision):
 
 def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """The offset of each sorted row: that of its token on the discrete (last) slot, zero elsewhere."""
-    tokens_M, slots_M = plan.order_M // plan.routes, plan.order_M % plan.routes
-    # The discrete choice is the last slot by the contract of Routing.last_is_discrete.
-    discrete_M1 = (slots_M == plan.routes - 1).unsqueeze(1)
-    return torch.where(discrete_M1, offset_TD[tokens_M], offset_TD.new_zeros(()))
+    tokens_M = plan.order_M // plan.routes
+    return torch.where(_last_slots(plan), offset_TD[tokens_M], offset_TD.new_zeros(()))
+
+
+def _normalize_last(rows_MD: Tensor, plan: DispatchPlan) -> Tensor:
+    """The sorted rows, those on the discrete (last) slot at zero mean and unit variance over their features."""
+    normed_MD = F.layer_norm(rows_MD, rows_MD.shape[-1:])
+    return normed_MD if plan.routes == 1 else torch.where(_last_slots(plan), normed_MD, rows_MD)
+
+
+def _last_slots(plan: DispatchPlan) -> Tensor:
+    """Which sorted rows stand on the last slot, bool ``[M, 1]``: by the contract of ``Routing.last_is_discrete`` the
+    discrete choice."""
+    return (plan.order_M % plan.routes == plan.routes - 1).unsqueeze(1)

@@ -131,6 +131,8 @@ class Trainer:
         if "scheduler" not in session.config.deepspeed:
             set_learning_rate(session.engine, learning_rate(self.step, train))
         rate = float(session.engine.optimizer.param_groups[0]["lr"])  # a scheduler of the JSON moves it after the step
+        if session.model.bank is not None:
+            session.model.bank.model_rate = rate
         batches = self.batches.micro_batches(
             self.samples, session.reader, session.config.readers, session.config.micro_batch
         )

@@ -223,6 +223,11 @@ def _check_function(config: RunConfig, slices: int) -> None:
             "moe.code_blend and codebook.soft_output change what experts give, so the function would not be "
             "preserved; set both to 0"
         )
+    if moe.facts.uses_codebook and (moe.input_norm or moe.output_norm):
+        raise ConfigError(
+            "moe.input_norm and moe.output_norm change what experts see and give, so the function would not be "
+            "preserved; set both to false"
+        )
     if slices > 1 and not moe.facts.is_stock:
         raise ConfigError(
             f"--granularity {slices} needs moe.router=topk: a code names one expert, and one slice is not the whole MLP"

@@ -26,7 +26,7 @@ from vqmoe_ds.runtime.ranks import from_first
 
 STRUCTURE = {
     "model": None,
-    "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend"),
+    "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend", "input_norm", "output_norm"),
     "codebook": (
         *("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning", "groups"),
     ),

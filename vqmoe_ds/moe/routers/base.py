@@ -108,6 +108,10 @@ class Routing:
     """Whether the last of several rows is that of a code: it may be sorted ahead, and stands behind the others."""
     discrete_offset_TD: Tensor | None = None
     """Added to the input of the last row, without gradient: a straight-through expert sees ``x + c sg(v - x)``."""
+    input_norm: bool = False
+    """Whether the expert of the last row sees a LayerNorm of its input."""
+    output_norm: bool = False
+    """Whether a LayerNorm follows the expert of the last row."""
 
 
 class Router(RouterFacts, nn.Module):

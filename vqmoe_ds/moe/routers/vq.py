@@ -5,6 +5,7 @@ Legend: T tokens, D width, C code width, K codes, R routed rows per token.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class VQRouter(Router):
     """Discrete codes beside an optional linear router (paper Eq. 4).
 
     ``y = g_c f_SMoE(x) + g_d E_{map(k)}(q)`` with ``k`` the nearest code, ``g = softmax(W_g x)`` and
-    ``q = x + c sg(v_k - x)``. With ``top_k = 0`` only the discrete path remains, ``y = E_{map(k)}(q)``.
+    ``q = x + c sg(v_k - x)``. With ``top_k = 0`` only the discrete path remains, ``y = E_{map(k)}(q)``. With
+    ``moe.input_norm`` and ``moe.output_norm`` it is ``LN(E_{map(k)}(LN(q)))``, as released.
     """
 
     Options = TopKOptions
@@ -113,6 +115,10 @@ class VQRouter(Router):
     # ------------------------------------------------------------ routing
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        routing = self._route(x_TD, context)
+        return replace(routing, input_norm=self.moe.input_norm, output_norm=self.moe.output_norm)
+
+    def _route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         moe, book = self.moe, self.config.codebook
         offset, aux, soft_T = None, x_TD.new_zeros((), dtype=torch.float32), None
         if context.expert_ids_T is not None:
@@ -138,7 +144,8 @@ class VQRouter(Router):
         discrete_weight_T1 = gates_T2[:, 1:] if soft_T is None else gates_T2[:, 1:] * soft_T.unsqueeze(1)
         weights_TR = torch.cat([gates_T2[:, :1] * smoe.weights_TR, discrete_weight_T1], dim=1)
         ids_TR = torch.cat([smoe.expert_ids_TR, discrete_T.unsqueeze(1)], dim=1)
-        return Routing(ids_TR, weights_TR, aux + smoe.aux_loss, last_is_discrete=True, discrete_offset_TD=offset)
+        aux = aux + smoe.aux_loss
+        return Routing(ids_TR, weights_TR, aux, last_is_discrete=True, discrete_offset_TD=offset)
 
     def _codebook(self, context: RoutingContext) -> CodebookBank:
         bank = self.own_codebook if context.codebooks is None else context.codebooks
