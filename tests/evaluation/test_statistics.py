@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vqmoe_ds.evaluation.statistics import Difference, mean_of, paired_difference
+from vqmoe_ds.evaluation.statistics import Difference, holm, mean_of, paired_difference
 
 
 def test_the_standard_error_is_that_of_the_mean():
@@ -24,6 +24,27 @@ def test_a_paired_interval_worked_out_by_hand():
     reach = 4.302653 * 0.03 / 3**0.5
     assert (found.low, found.high) == (pytest.approx(-0.05 - reach), pytest.approx(-0.05 + reach))
     assert found.verdict == "cannot be told", "the interval reaches over zero though every seed was better"
+    t = 0.05 / (0.03 / 3**0.5)
+    assert found.p == pytest.approx(1 - t / (t**2 + 2) ** 0.5), "Student's t of two degrees of freedom, by hand: 0.102"
+
+
+def test_p_values_agree_with_their_intervals():
+    exact = paired_difference({1: 1.0, 2: 2.0}, {1: 1.5, 2: 2.5})
+    assert (exact.p, exact.verdict) == (0.0, "better"), "equal differences leave no error"
+    assert paired_difference({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}).p == 1.0
+    # t(0.975; 1) = 12.7062: an interval that ends at zero has a p-value of 0.05
+    apart = 12.7062 * 0.01
+    ends_at_zero = paired_difference({1: apart - 0.01, 2: apart + 0.01}, {1: 0.0, 2: 0.0})
+    assert ends_at_zero.p == pytest.approx(0.05, abs=1e-6) and ends_at_zero.low == pytest.approx(0, abs=1e-6)
+    assert ends_at_zero.verdict == "cannot be told"
+
+
+def test_holm_worked_out_by_hand():
+    # 0.005 x 4 = 0.02, 0.01 x 3 = 0.03, 0.03 x 2 = 0.06, and 0.04 x 1 = 0.04 counts as much as the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.04]) == [0.04] and holm([]) == []
+    assert holm([0.9, 0.5, 0.0]) == [1.0, 1.0, 0.0], "no probability is over 1"
+    assert holm([float("nan"), 0.02]) == [1.0, 0.04]
 
 
 def test_pairs_decide_what_means_alone_could_not():
@@ -41,6 +62,9 @@ def test_pairs_decide_what_means_alone_could_not():
         (-1.0, 1.0, "cannot be told"),
         (0.0, 1.0, "cannot be told"),
         (-1.0, 0.0, "cannot be told"),
+        (-1.0, -0.00004, "cannot be told"),
+        (0.00004, 1.0, "cannot be told"),
+        (-1.0, -0.00006, "better"),
         (None, None, "cannot be told"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,32 @@ def test_means_intervals_and_health_of_known_runs(jobs, tmp_path, capsys):
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "better: codes" in page
+
+
+def test_verdicts_are_corrected_for_their_number(grid_file, tmp_path):  # noqa: F811
+    def more(grid: dict[str, Any]) -> None:
+        grid["entries"] += [{**grid["entries"][1], "name": name} for name in ("clear", "narrow", "narrower")]
+
+    path = grid_file(more)
+    grid = read_grid(path)
+    # Differences (0.1, 0.1 + s): t = (0.2 + s) / s, and p = 1 - 2 / pi atan t with one degree of freedom.
+    spread = {"codes": 0.0, "clear": 0.004, "narrow": 0.012, "narrower": 0.013}
+    alone = {name: 1 - 2 / math.pi * math.atan((0.2 + s) / s) if s else 0.0 for name, s in spread.items()}
+    assert alone["clear"] * 3 < 0.05 < alone["narrow"] * 2 and alone["narrower"] < 0.05
+    for job in jobs_of(grid, runs_of(grid, tmp_path / "out")):
+        name = job.run.entry.name
+        worse = 0.0 if name == "top-2" else 0.1 + spread[name] * (job.run.seed == 2)
+        _finish(job, 2.0 + worse, 0.1)
+    assert compare(path, tmp_path / "out", "--report_only") == 0
+    (section,) = json.loads((tmp_path / "out/report.json").read_text())
+    found = {name: entry["differences"]["top-2"]["clean"] for name, entry in list(section["entries"].items())[1:]}
+    assert all(difference["low"] > 0.001 for difference in found.values()), "each interval by itself leaves zero out"
+    assert {name: d["p"] for name, d in found.items()} == pytest.approx(alone, abs=1e-6)
+    wanted = {"codes": 0.0, "clear": 3 * alone["clear"], "narrow": 2 * alone["narrow"], "narrower": 2 * alone["narrow"]}
+    assert {name: d["p_holm"] for name, d in found.items()} == pytest.approx(wanted, abs=1e-6)
+    text = (tmp_path / "out/report.md").read_text()
+    assert "Holm's correction at 5 % over the 4 difference(s) of this section's entries to top-2" in text
+    assert "Against top-2, clean: worse: codes, clear; cannot be told: narrow, narrower." in text
 
 
 def test_an_entry_of_another_budget_is_named_as_one(jobs, tmp_path):

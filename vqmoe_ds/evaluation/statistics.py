@@ -1,4 +1,4 @@
-"""Means over seeds, and differences of pairs of runs that share a seed."""
+"""Means over seeds, differences of pairs of runs that share a seed, and verdicts on many of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.05
+"""Chance of at least one false verdict in a family, and one minus the confidence of an interval."""
+DIGITS = 4
+"""Decimals of an interval as it is shown, and as its verdict sees it."""
 Pair = TypeVar("Pair", int, tuple[str, int])
 """Key that two runs have in common: a seed, or a corpus and a seed."""
 
@@ -30,21 +34,26 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the paired differences, and the confidence interval of that mean (None with one pair)."""
+    """Mean of the paired differences, the confidence interval of that mean and its p-value (None with one pair)."""
 
     mean: float
     low: float | None
     high: float | None
     pairs: int
+    p: float | None = None
+    """Two-sided, of Student's t test that the mean is zero."""
 
     @property
     def verdict(self) -> str:
-        """Which side is better, less being better; neither where the interval contains zero or there is none."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+        """Which side is better, less being better; neither where there is no interval or it contains zero as shown.
+
+        An interval that is shown as ending at zero is level: no reader should rest on its fifth decimal.
+        """
+        if self.low is None or self.high is None or round(self.low, DIGITS) <= 0 <= round(self.high, DIGITS):
             return "cannot be told"
         return "better" if self.high < 0 else "worse"
 
-    def show(self, digits: int = 4) -> str:
+    def show(self, digits: int = DIGITS) -> str:
         """Mean and interval, with so many decimals."""
         mean = f"{self.mean:+.{digits}f}"
         return f"{mean} (one seed)" if self.low is None else f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
@@ -67,5 +76,23 @@ def paired_difference(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) 
     mean = mean_of([ours[seed] - theirs[seed] for seed in seeds])
     if mean.error is None:
         return Difference(mean.mean, None, None, 1)
-    reach = float(stats.t.ppf(0.975, mean.seeds - 1)) * mean.error
-    return Difference(mean.mean, mean.mean - reach, mean.mean + reach, mean.seeds)
+    reach = float(stats.t.ppf(1 - LEVEL / 2, mean.seeds - 1)) * mean.error
+    # Equal differences have no error: p is 0, or 1 where they are all zero.
+    t = abs(mean.mean) / mean.error if mean.error else math.inf if mean.mean else 0.0
+    p = 2 * float(stats.t.sf(t, mean.seeds - 1))
+    return Difference(mean.mean, mean.mean - reach, mean.mean + reach, mean.seeds, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number by Holm's step-down method, in the same order (Holm 1979).
+
+    The i-th smallest of m counts ``m - i + 1`` times, at least as much as the one before and at most 1. Verdicts at
+    ``LEVEL`` on the adjusted values err at all with that chance at most, whatever the dependence between the tests. A
+    NaN, of runs that diverged, counts as 1.
+    """
+    known = [1.0 if math.isnan(p) else p for p in p_values]
+    adjusted, least = [0.0] * len(known), 0.0
+    for rank, place in enumerate(sorted(range(len(known)), key=known.__getitem__)):
+        least = max(least, min(1.0, (len(known) - rank) * known[place]))
+        adjusted[place] = least
+    return adjusted

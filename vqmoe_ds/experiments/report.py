@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.evaluation.plots import drawing, plot_curves, plot_differences
-from vqmoe_ds.evaluation.statistics import Difference, Mean, mean_of, paired_difference
+from vqmoe_ds.evaluation.statistics import LEVEL, Difference, Mean, holm, mean_of, paired_difference
 from vqmoe_ds.experiments import measures
 from vqmoe_ds.experiments.budget import Budget
 from vqmoe_ds.experiments.grid import Grid, group_of
@@ -19,9 +20,14 @@ from vqmoe_ds.runtime.files import write_atomically
 METHOD = (
     "Mean ± standard error over seeds; less is better. Runs of one seed start from the same weights outside the "
     "router and see the same batches in the same order, so differences are taken seed by seed: mean and 95 % "
-    "confidence interval (Student's t over the pairs). Where an interval contains zero, nothing is said to be better. "
-    "One in twenty intervals misses the truth by chance: a single narrow verdict among many is weak. Rise: over the "
-    "same data undamaged."
+    "confidence interval (Student's t over the pairs). Where an interval contains zero, or is shown as ending there, "
+    "nothing is said to be better. One in twenty intervals misses the truth by chance, so verdicts are corrected for "
+    "their number as the caption of their table says. Rise: over the same data undamaged."
+)
+FAMILY = (
+    "Intervals stand each for itself; verdicts stand together: Holm's correction at 5 % over the {family}, the family "
+    "of each kind of loss. An entry whose interval leaves zero out, but whose corrected p-value does not stay under "
+    "0.05, is among those of whom it cannot be told."
 )
 POOLED = (
     "Over all pairs of one corpus and one seed. Runs of one seed on two corpora start from the same weights, so pairs "
@@ -56,6 +62,7 @@ def _section(grid: Grid, jobs: list[Job], beside: list[Job], budgets: dict[str, 
     losses, unit = _losses(by_entry | _folders(beside))
     settings, train = group_of(grid, jobs[0].run.entry), jobs[0].config.run.train
     baselines = [name for name in [*settings.baselines, *settings.other_budgets] if name in losses]
+    differences = _all_differences(by_entry, baselines, losses)
     return {
         "unit": unit,
         "baselines": baselines,
@@ -70,7 +77,7 @@ def _section(grid: Grid, jobs: list[Job], beside: list[Job], budgets: dict[str, 
                 "losses": {kind: asdict(mean_of(list(by_seed.values()))) for kind, by_seed in losses[name].items()},
                 "by_seed": losses[name],
                 "health": _health(folders),
-                "differences": {base: _differences(losses[name], losses[base]) for base in baselines if base != name},
+                "differences": differences[name],
                 "curve": _curve(folders, unit == "bits/byte"),
             }
             for name, folders in by_entry.items()
@@ -91,12 +98,14 @@ def pool(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = [section for section in sections if section["group"] == group]
         bases = [base for base in parts[0]["baselines"] if base in values]
         if len(parts) > 1 and len({part["unit"] for part in parts}) == 1:
+            names = list(dict.fromkeys(name for part in parts for name in part["entries"]))
+            differences = _all_differences(names, bases, values)
             entries = {
                 name: {
                     "losses": {kind: asdict(mean_of(list(pairs.values()))) for kind, pairs in values[name].items()},
-                    "differences": {base: _differences(values[name], values[base]) for base in bases if base != name},
+                    "differences": differences[name],
                 }
-                for name in dict.fromkeys(name for part in parts for name in part["entries"])
+                for name in names
             }
             about = {"group": group, "corpora": [part["corpus"] for part in parts], "baselines": bases}
             pooled.append({**about, "other_budgets": parts[0]["other_budgets"], "entries": entries})
@@ -124,7 +133,34 @@ def _losses(by_entry: dict[str, dict[int, Path]]) -> tuple[dict[str, dict[str, d
     return table, unit
 
 
-def _differences(ours: dict[str, dict[Any, float]], theirs: dict[str, dict[Any, float]]) -> dict[str, Any]:
+Losses = Mapping[str, Mapping[str, Mapping[Any, float]]]
+"""Entry -> kind of loss -> seed, or corpus and seed -> value."""
+
+
+def _all_differences(names: Iterable[str], baselines: list[str], losses: Losses) -> dict[str, dict[str, Any]]:
+    """Entry -> baseline -> kind of loss -> difference and verdict, corrected over all of the kind."""
+    found = {
+        name: {base: _differences(losses[name], losses[base]) for base in baselines if base != name} for name in names
+    }
+    families: dict[str, list[dict[str, Any]]] = {}
+    for of_entry in found.values():
+        for of_base in of_entry.values():
+            for kind, difference in of_base.items():
+                families.setdefault(kind, []).append(difference)
+    for family in families.values():
+        _correct([difference for difference in family if difference["p"] is not None])
+    return found
+
+
+def _correct(family: list[dict[str, Any]]) -> None:
+    """Add Holm's p-value to each difference of a family, and take back the verdict that it does not bear."""
+    for difference, p in zip(family, holm([difference["p"] for difference in family]), strict=True):
+        difference["p_holm"] = p
+        if p >= LEVEL:
+            difference["verdict"] = "cannot be told"
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     found = {kind: paired_difference(ours[kind], theirs[kind]) for kind in ours if kind in theirs}
     return {kind: {**asdict(d), "verdict": d.verdict} for kind, d in found.items() if d is not None}
 
@@ -166,6 +202,8 @@ def _show_pooled(page: Page, section: dict[str, Any]) -> None:
 
 
 def _show_differences(page: Page, section: dict[str, Any]) -> None:
+    if section["baselines"]:
+        page.add(FAMILY.format(family=_family(section)))
     for baseline in section["baselines"]:
         page.add(_difference_table(section, baseline))
         for sentence in _verdicts(section, baseline):
@@ -223,6 +261,14 @@ def _difference_table(section: dict[str, Any], baseline: str) -> Table:
     ]
     other = " (another budget)" if baseline in section["other_budgets"] else ""
     return Table([f"difference to {baseline}{other}", *kinds], rows)
+
+
+def _family(section: dict[str, Any]) -> str:
+    """The largest family in words: the differences of every entry to every baseline that have an interval."""
+    found = [d for entry in section["entries"].values() for d in entry["differences"].values()]
+    sizes = [sum(kind in d and d[kind]["p"] is not None for d in found) for kind in _kinds(section)]
+    bases = ", ".join(section["baselines"])
+    return f"{max(sizes)} difference(s) of this section's entries to {bases}"
 
 
 def _kinds(section: dict[str, Any]) -> list[str]:
