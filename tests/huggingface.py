@@ -41,6 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "norms of heads": ({}, {}, {"qk_norm": "heads"}),
     "norms of wide heads": ({"router": "topk", "top_k": 2}, {}, {"qk_norm": "heads", "head_width": 16}),
     "norms over narrow heads": ({}, {}, {"qk_norm": "full", "head_width": 8}),
+    "grouped queries": ({"top_k": 0}, {}, {"heads": 4, "kv_heads": 2}),
+    "one key-value head, normed over all": ({}, {}, {"heads": 4, "kv_heads": 1, "qk_norm": "full", "head_width": 8}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),
     "dense": ({"router": "dense"}, {}, {}),
 }

@@ -423,9 +423,15 @@ def _topk(top_k: int, experts: int = 4, **model: Any) -> MoETransformer:
     return model_of(RunConfig(**base))
 
 
-@pytest.mark.parametrize(("top_k", "experts", "head_width"), [(2, 4, 0), (3, 4, 8), (4, 4, 0), (1, 1, 0), (1, 4, 0)])
-def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, head_width: int, tmp_path: Path) -> None:
-    model = _topk(top_k, experts, rope_theta=777.0, head_width=head_width)
+@pytest.mark.parametrize(
+    ("top_k", "experts", "shape"),
+    [
+        *[(2, 4, {}), (3, 4, {"head_width": 8}), (4, 4, {}), (1, 1, {}), (1, 4, {})],
+        (2, 4, {"heads": 4, "kv_heads": 2, "head_width": 8}),
+    ],
+)
+def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, shape: dict[str, int], tmp_path: Path) -> None:
+    model = _topk(top_k, experts, rope_theta=777.0, **shape)
     _export(model, tmp_path / "hf", arch="mixtral", max_shard="30KB")
     theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(theirs) is MixtralForCausalLM
@@ -464,18 +470,19 @@ def test_mixtral_with_dense_blocks_is_refused(tmp_path: Path) -> None:
         _export(_topk(2, moe_every=2), tmp_path / "hf", arch="mixtral")
 
 
-def test_a_mixtral_of_others_with_grouped_queries_is_refused(tmp_path: Path) -> None:
+def test_a_mixtral_of_others_with_another_epsilon_is_refused(tmp_path: Path) -> None:
     _export(_topk(2), tmp_path / "hf", arch="mixtral")
-    _edit(tmp_path / "hf" / "config.json", num_key_value_heads=1)
-    with pytest.raises(CheckpointError, match="num_key_value_heads=1, but this trainer knows only 2"):
+    _edit(tmp_path / "hf" / "config.json", rms_norm_eps=1e-5)
+    with pytest.raises(CheckpointError, match="rms_norm_eps=1e-05, but this trainer knows only 1e-06"):
         open_hf(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
 @pytest.mark.parametrize("original", [True, False])
-def test_experts_are_read_as_transformers_stacks_them(original: bool, tmp_path: Path) -> None:
+def test_experts_are_read_as_transformers_stacks_them(original: bool, kv_heads: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "intermediate_size": 12, "num_hidden_layers": 2, "max_position_embeddings": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "rms_norm_eps": 1e-6}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": kv_heads, "num_local_experts": 3, "rms_norm_eps": 1e-6}
     mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=50, **sizes, **heads)).eval()
     mixtral.save_pretrained(tmp_path / "m", save_original_format=original)
     stacked = "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "m" / "model.safetensors")

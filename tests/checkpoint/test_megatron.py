@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "top-2, norms of wide heads": {
         **{"moe": {"router": "topk", "top_k": 2}, "model": {"qk_norm": "heads", "head_width": 16}},
     },
+    "top-2, grouped queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"heads": 4, "kv_heads": 2}},
     "dense": {"moe": {"router": "dense"}},
     "dense, norms of heads": {"moe": {"router": "dense"}, "model": {"qk_norm": "heads"}},
     "codes": {"codebook": {"num_codes": 9}},
@@ -315,6 +316,7 @@ def _refused(path: Path) -> str:
     ("case", "options", "sentence"),
     [
         ("top-2", {"tp": 3}, "--tp 3 does not divide the 2 heads"),
+        ("top-2, grouped queries", {"tp": 4}, "--tp 4 does not divide the 2 key-value heads"),
         ("top-2", {"ep": 3}, "--ep 3 does not divide the 4 experts"),
         ("dense", {"ep": 2}, "--ep 2 does not divide the 1 experts"),
     ],

@@ -260,7 +260,9 @@ def test_what_a_folder_lacks_is_drawn_and_the_rest_stays_as_it_was_loaded(
 def test_special_tokens_are_declared_and_other_models_options_refused() -> None:
     config = VQMoEConfig()
     assert config.eos_token_id is None and config.bos_token_id is None and config.pad_token_id is None
-    for option in ({"num_key_value_heads": 2}, {"sliding_window": 8}, {"rope_scaling": {"rope_type": "yarn"}}):
+    with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide num_attention_heads=4"):
+        VQMoEConfig(num_key_value_heads=3)
+    for option in ({"sliding_window": 8}, {"rope_scaling": {"rope_type": "yarn"}}):
         with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not one of"):
             VQMoEConfig(**option)
 

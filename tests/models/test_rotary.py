@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels import DEVICES, kernels_on
 from vqmoe_ds.models import rotary
-from vqmoe_ds.models.rotary import rotate, rotate_qkv
+from vqmoe_ds.models.rotary import rotate, rotate_qkv, split_heads
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # the interpreter cuts bfloat16 off
 SHAPES = [(1, 1, 1, 2), (2, 5, 3, 12), (2, 3, 4, 16)]  # B, S, A, H
@@ -35,7 +35,7 @@ def test_plain_operations_are_the_formula(shape: tuple[int, ...], dtype: torch.d
     wide = qkv.detach().double().requires_grad_()
     q, k, v = wide.unbind(2)
     want = [_formula(q, cos.double(), sin.double()), _formula(k, cos.double(), sin.double()), v.transpose(1, 2)]
-    got = rotate_qkv(qkv, cos, sin)
+    got = rotate_qkv(qkv.flatten(2, 3), cos, sin, qkv.shape[3])
     q, k, v = qkv.unbind(2)
     apart = (*rotate(q, k, cos, sin), v.transpose(1, 2))
     g = [torch.randn_like(t) for t in got]
@@ -58,7 +58,7 @@ def test_kernel(shape: tuple[int, ...], dtype: torch.dtype, device: str, apart: 
             q, k, v = qkv.unbind(2)
             got = (*rotate(q, k, cos, sin), v.transpose(1, 2))
         else:
-            got = rotate_qkv(qkv, cos, sin)
+            got = rotate_qkv(qkv.flatten(2, 3), cos, sin, qkv.shape[3])
         g = [torch.randn_like(t) for t in got]  # of the layout that attention gives back
         (g_qkv,) = torch.autograd.grad(got, qkv, g)
     wide = qkv.detach().double().requires_grad_()
@@ -82,13 +82,15 @@ def test_gradients_of_unlike_strides(inner: int, device: str) -> None:
     """Attention may give its gradients back in layouts of its own, or expanded."""
     qkv, cos, sin = _draw((2, 3, 4, 16), torch.float32, device)
     with kernels_on(device):
-        q, k, v = rotate_qkv(qkv, cos, sin)
+        q, k, v = rotate_qkv(qkv.flatten(2, 3), cos, sin, qkv.shape[3])
         g_q = torch.randn(2, 4, 3, 16, device=device).transpose(inner, 3).contiguous().transpose(inner, 3)
         g_k = torch.randn(2, 3, 4, 16, device=device).transpose(1, 2)
         g_v = torch.ones(16, device=device).expand(2, 4, 3, 16)
         (got,) = torch.autograd.grad((q, k, v), qkv, (g_q, g_k, g_v))
     same = qkv.detach().cpu().requires_grad_()
-    (want,) = torch.autograd.grad(rotate_qkv(same, cos.cpu(), sin.cpu()), same, [g.cpu() for g in (g_q, g_k, g_v)])
+    (want,) = torch.autograd.grad(
+        rotate_qkv(same.flatten(2, 3), cos.cpu(), sin.cpu(), same.shape[3]), same, [g.cpu() for g in (g_q, g_k, g_v)]
+    )
     torch.testing.assert_close(got.cpu(), want)
 
 
@@ -96,7 +98,30 @@ def test_gradients_of_unlike_strides(inner: int, device: str) -> None:
 def test_queries_alone_have_a_gradient(device: str) -> None:
     qkv, cos, sin = _draw((2, 3, 4, 16), torch.float32, device)
     with kernels_on(device):
-        (got,) = torch.autograd.grad(rotate_qkv(qkv, cos, sin)[0].square().sum(), qkv)
+        (got,) = torch.autograd.grad(rotate_qkv(qkv.flatten(2, 3), cos, sin, qkv.shape[3])[0].square().sum(), qkv)
     same = qkv.detach().cpu().requires_grad_()
-    (want,) = torch.autograd.grad(rotate_qkv(same, cos.cpu(), sin.cpu())[0].square().sum(), same)
+    (want,) = torch.autograd.grad(
+        rotate_qkv(same.flatten(2, 3), cos.cpu(), sin.cpu(), same.shape[3])[0].square().sum(), same
+    )
     torch.testing.assert_close(got.cpu(), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("apart", [False, True], ids=["one projection", "queries and keys"])
+def test_fewer_key_value_heads_than_query_heads(device: str, apart: bool) -> None:
+    projection = torch.randn(2, 3, 6 + 2 * 2, 16).to(device).requires_grad_()
+    _, cos, sin = _draw((2, 3, 1, 16), torch.float32, device)
+    with kernels_on(device):
+        if apart:
+            q, k, v = split_heads(projection, 2)
+            got = (*rotate(q, k, cos, sin), v.transpose(1, 2))
+        else:
+            got = rotate_qkv(projection, cos, sin, 2)
+        g = [torch.randn_like(t) for t in got]
+        (g_projection,) = torch.autograd.grad(got, projection, g)
+    wide = projection.detach().double().requires_grad_()
+    q, k, v = wide[:, :, :6], wide[:, :, 6:8], wide[:, :, 8:]
+    want = (_formula(q, cos.double(), sin.double()), _formula(k, cos.double(), sin.double()), v.transpose(1, 2))
+    (want_g,) = torch.autograd.grad(want, wide, [t.double() for t in g])
+    for a, b in zip((*got, g_projection), (*want, want_g), strict=True):
+        torch.testing.assert_close(a.detach().double(), b.detach(), rtol=2e-6, atol=2e-6)

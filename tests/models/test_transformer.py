@@ -257,10 +257,46 @@ def test_initial_scales() -> None:
         assert weight.std().item() == pytest.approx(want, rel=0.1), name
 
 
+@pytest.mark.parametrize("norm", ["none", "heads"])
+def test_grouped_queries_are_all_heads_with_copies_of_keys_and_values(norm: str) -> None:
+    grouped = MoETransformer(_config("context", heads=4, kv_heads=2, head_width=8, qk_norm=norm))
+    every = MoETransformer(_config("context", heads=4, head_width=8, qk_norm=norm))
+    state = grouped.state_dict()
+    for name in [name for name in state if name.endswith("qkv.weight")]:
+        q, k, v = state[name].split([32, 16, 16])
+        state[name] = torch.cat([q, *(x.view(2, 8, 24).repeat_interleave(2, dim=0).flatten(0, 1) for x in (k, v))])
+    every.load_state_dict(state)
+    tokens_BS = _tokens()
+    losses = [model(tokens_BS[:, :-1], tokens_BS[:, 1:])[0] for model in (grouped, every)]
+    assert (losses[0] - losses[1]).abs() < 1e-6
+    for loss in losses:
+        loss.backward()
+    for mine, theirs in zip(grouped.blocks, every.blocks, strict=True):
+        q, k, v = theirs.attention.qkv.weight.grad.split([32, 32, 32])
+        summed = torch.cat([q, *(x.view(2, 2, 8, 24).sum(dim=1).flatten(0, 1) for x in (k, v))])
+        assert (mine.attention.qkv.weight.grad - summed).abs().max() < 1e-6
+
+
+def test_as_many_key_value_heads_as_heads_are_the_default_to_the_bit() -> None:
+    tokens_BS, seen = _tokens(), []
+    for kv_heads in (0, 2):
+        model = MoETransformer(_config("context", kv_heads=kv_heads))
+        loss, aux = model(tokens_BS[:, :-1], tokens_BS[:, 1:])
+        (loss + aux).backward()
+        seen.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def test_key_value_heads_that_cannot_be_shared_evenly_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.kv_heads=3 must divide model.heads=4"):
+        _config("context", heads=4, kv_heads=3, head_width=8)
+
+
 def test_rotary_positions_are_relative() -> None:
     attention = MoETransformer(_config("dense")).blocks[0].attention
+    attention.kv_heads = 1
     q, k = torch.randn(1, 1, 1, 12), torch.randn(1, 1, 1, 12)
-    qkv = torch.stack([q, k, k], dim=2).view(1, 1, 3, 1, 12).expand(1, LENGTH, 3, 1, 12)
+    qkv = torch.cat([q, k, k], dim=2).expand(1, LENGTH, 3, 12)
     turned_q, turned_k, _ = attention._turned(qkv, attention.cos_SF[:LENGTH], attention.sin_SF[:LENGTH])
     scores = turned_q[0, 0] @ turned_k[0, 0].t()
     for distance in range(4):

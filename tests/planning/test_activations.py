@@ -46,6 +46,7 @@ SAMPLE: dict[int, list[Case]] = {
     2: [
         *[(Layout(2, 2, 2, "bf16"), DUAL), (Layout(3, 2, 2), DISCRETE), (Layout(0, 2, 2), {**TOPK, **RECOMPUTED})],
         *[(Layout(2, 2, 2, "bf16"), {**SHARED, **TOPK}), (Layout(2, 1, 2), {**SHARED, **RECOMPUTED})],
+        (Layout(2, 2, 2, "bf16"), {**SHARED, **DISCRETE, "model.kv_heads": 2}),
     ],
 }
 TOLERANCE = 0.02
@@ -118,7 +119,9 @@ def _values(model: torch.nn.Module) -> list[Tensor]:
     return [param.data for param in model.parameters()]
 
 
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = True) -> Tensor:
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = True, enable_gqa: bool = False
+) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
 
 

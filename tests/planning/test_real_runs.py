@@ -43,7 +43,8 @@ def test_ranks_hold_and_send_what_was_counted(tmp_path, world):
 def test_ranks_that_share_sequences_send_what_was_counted(tmp_path):
     """The small sums of balance losses are left out, here and in the plan."""
     shared = {"train.sequence_parallel_size": 2, "model.heads": 4, **DISCRETE}
-    check(tmp_path, 4, [(Layout(2, 4, 4), shared), (Layout(3, 1, 4, "bf16"), shared | RECOMPUTED)])
+    grouped = shared | RECOMPUTED | {"model.kv_heads": 2}
+    check(tmp_path, 4, [(Layout(2, 4, 4), shared), (Layout(3, 1, 4, "bf16"), grouped)])
 
 
 @pytest.mark.slow

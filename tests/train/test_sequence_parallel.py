@@ -45,6 +45,7 @@ VQ: dict[str, dict[str, Any]] = {
         "train": {"activation_checkpointing": True},
     },
     "dense": {"moe": {"router": "dense"}, "model": {"qk_norm": "full"}},
+    "grouped queries": {"moe": {"top_k": 0}, "model": {"kv_heads": 2}},
 }
 
 
@@ -58,6 +59,7 @@ REFERENCE = Layout(1, 1, 0)
 FEW = {
     "context, top-1": [Layout(4, 2, 2), Layout(2, 2, 3)],
     "top-2 of normed heads, recomputed": [Layout(2, 4, 1)],
+    "grouped queries": [Layout(2, 2, 2)],
 }
 MANY = {
     "context, top-1": [Layout(2, 1, 0), Layout(4, 4, 1), Layout(4, 1, 3)],
@@ -68,6 +70,7 @@ MANY = {
     "the paper's input and rule": [Layout(2, 2, 0)],
     "top-2 of normed heads, recomputed": [Layout(4, 4, 2)],
     "dense": [Layout(2, 1, 3)],
+    "grouped queries": [Layout(2, 4, 3)],
 }
 REFUSED = ["expert_choice", "adaptive_clustering of the batch", "softmoe", "softmoe_ac"]
 OTHERS = sorted(set(ROUTERS) - set(REFUSED))
@@ -296,6 +299,7 @@ def test_batches_are_dealt_out_to_groups_of_ranks(tmp_path: Path) -> None:
     [
         ("context, top-1", {}, 3, "sequence-parallel size 3 does not divide the 4 ranks of this run"),
         ("context, top-1", {"model": {"heads": 2}}, 4, "sequence-parallel size 4 does not divide model.heads=2"),
+        ("grouped queries", {}, 4, "sequence-parallel size 4 does not divide model.kv_heads=2"),
         ("context, top-1", {"model": {"sequence_length": 30}}, 4, "does not divide model.sequence_length=30"),
         ("context, top-1", {"train": {"batch_size": 6}}, 2, "x 2 groups of 2 ranks that share sequences"),
         (

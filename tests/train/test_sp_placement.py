@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "moe": {"top_k": 1},
         "train": {"activation_checkpointing": True},
     },
+    "grouped queries": {"codebook": {"source": "context"}, "model": {"kv_heads": 2}},
     "positions, every second block": {
         "codebook": {"source": "position_embedding"},
         "model": {"layers": 4, "moe_every": 2, "qk_norm": "heads"},
@@ -71,13 +72,18 @@ def _check(folder: Path, matrix: dict[str, list[Layout]]) -> None:
 
 
 def test_tokens_at_their_experts_train_the_same_model(tmp_path: Path) -> None:
-    _check(tmp_path, {"context": [Layout(4, 4, 2)], "context beside top-1": [Layout(4, 2, 1)]})
+    few = {
+        "context": [Layout(4, 4, 2)],
+        "context beside top-1": [Layout(4, 2, 1)],
+        "grouped queries": [Layout(2, 2, 0)],
+    }
+    _check(tmp_path, few)
 
 
 @pytest.mark.slow
 def test_every_source_stage_and_layout(tmp_path: Path) -> None:
     layouts = [Layout(2, 2, 0), Layout(4, 4, 3), Layout(4, 2, 1)]
-    _check(tmp_path, dict.fromkeys(CASES, layouts))
+    _check(tmp_path, {**dict.fromkeys(CASES, layouts), "grouped queries": layouts[:1]})
 
 
 # ------------------------------------------------------------------ bytes

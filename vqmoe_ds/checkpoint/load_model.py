@@ -218,7 +218,8 @@ def check_size(config: RunConfig, reader: CheckpointReader, expert_memory: int |
     stored = sum(math.prod(shape) for shape in reader.shapes.values())
     layers = 0 if not moe.facts.has_experts else model.layers // model.moe_every
     experts = 3 * layers * moe.num_experts * moe.expert_hidden * model.width
-    values = model.vocab_size * model.width + 4 * model.layers * model.width * model.attention_width + experts
+    attention = 2 * model.layers * model.width * (model.attention_width + model.kv_width)
+    values = model.vocab_size * model.width + attention + experts
     if values > stored + _SMALL:
         raise CheckpointError(
             f"{path} holds another model: {values:,} values or more by its configuration, {stored:,} in its files"

@@ -351,7 +351,8 @@ def check_sequence_parallel(run: RunConfig, world: int) -> None:
         return
     if run.model.image_size:
         raise ConfigError(f"sequence-parallel size {size} shares texts; leave --sp_size out to train on images")
-    for name, number in (("heads", run.model.heads), ("sequence_length", run.model.sequence_length)):
+    for name in ("heads", "kv_heads", "sequence_length"):
+        number = getattr(run.model, name)
         if number % size:
             raise ConfigError(f"sequence-parallel size {size} does not divide model.{name}={number}")
     facts, remedy = run.moe.facts, "leave --sp_size (train.sequence_parallel_size) out"

@@ -61,6 +61,9 @@ MEANINGS = {
     ),
     **dict.fromkeys(("num_heads", "n_head", "n_heads", "num_attention_heads"), "did you mean model.heads?"),
     **dict.fromkeys(("head_dim", "kv_channels"), "did you mean model.head_width?"),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_query_groups", "n_kv_heads", "num_kv_heads"), "did you mean model.kv_heads?"
+    ),
     **dict.fromkeys(("seq_len", "seq_length", "block_size", "context", "context_length", "max_length"), _CONTEXT),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), _CONTEXT),
     **dict.fromkeys(

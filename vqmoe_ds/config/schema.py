@@ -123,6 +123,12 @@ class ModelConfig(Section):
     layers: int = option(4, "transformer blocks", ge=1, le=MOST_LAYERS)
     width: int = option(128, "model width d", "features", ge=2, le=MOST_FEATURES)
     heads: int = option(4, "attention heads; must divide the width unless head_width is set", ge=1, le=MOST_FEATURES)
+    kv_heads: int = option(
+        0,
+        "key-value heads, each shared by equally many query heads (grouped-query attention); 0: as many as heads",
+        ge=0,
+        le=MOST_FEATURES,
+    )
     head_width: int = option(0, "width of an attention head; 0: width / heads", "features", ge=0, le=MOST_FEATURES)
     qk_norm: QKNorm = option(
         QKNorm.NONE, "RMSNorm of queries and keys: none, heads (each head alone, Qwen 3) or full (all together, OLMoE)"
@@ -186,6 +192,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.heads={self.heads} must divide model.width={self.width} into an even width per head"
             )
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}: equally many query heads share "
+                "a key-value head"
+            )
         if self.attention_width > MOST_FEATURES:
             raise ValueError(
                 f"model.heads={self.heads} x model.head_width={self.head_width} is more than {MOST_FEATURES:,} features"
@@ -198,6 +209,11 @@ class ModelConfig(Section):
     def attention_width(self) -> int:
         """Features of all attention heads together."""
         return self.heads * (self.head_width or self.width // self.heads)
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all key heads together, and of all value heads."""
+        return self.attention_width // self.heads * (self.kv_heads or self.heads)
 
 
 class MoEConfig(Section):

@@ -29,6 +29,7 @@ SIZES = (
     "model.layers",
     "model.width",
     "model.heads",
+    "model.kv_heads",
     "model.head_width",
     "model.qk_norm",
     "model.moe_every",

@@ -1,6 +1,6 @@
 """Keys, values and ids of the tokens that a model has read, so that the next one costs the work of one token.
 
-Legend: B batch, P past tokens, S new tokens, A heads, H width of a head.
+Legend: B batch, P past tokens, S new tokens, K key-value heads, H width of a head.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class BlockCache:
             raise ValueError(f"{self.length + new} tokens are more than the cache's {self.capacity}")
         return self.length
 
-    def append(self, k_BASH: Tensor, v_BASH: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep those of new tokens; returns those of all, ``[B, A, P + S, H]``."""
-        batch, heads, new, width = k_BASH.shape
+    def append(self, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep those of new tokens; returns those of all, ``[B, K, P + S, H]``."""
+        batch, heads, new, width = k_BKSH.shape
         start, self.length = self.length, self.length + new
         if self._kept is None:
             room = (batch, heads, self.capacity, width)
-            self._kept = k_BASH.new_empty(room), v_BASH.new_empty(room)
-        for kept, fresh in zip(self._kept, (k_BASH, v_BASH), strict=True):
+            self._kept = k_BKSH.new_empty(room), v_BKSH.new_empty(room)
+        for kept, fresh in zip(self._kept, (k_BKSH, v_BKSH), strict=True):
             kept[:, :, start : self.length] = fresh
         return self._kept[0][:, :, : self.length], self._kept[1][:, :, : self.length]
 

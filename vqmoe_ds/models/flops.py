@@ -34,7 +34,7 @@ def forward_flops(config: RunConfig) -> Flops:
     calls, heads = config.rows_per_token, model.attention_width
     context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1
     return Flops(
-        attention=model.layers * (8 * model.width * heads + 2 * heads * context),
+        attention=model.layers * (4 * model.width * (heads + model.kv_width) + 2 * heads * context),
         experts=sparse * calls * 6 * model.width * moe.expert_hidden,
         dense=(model.layers - sparse) * 6 * model.width * (model.dense_hidden or calls * moe.expert_hidden),
         routing=sum(moe.facts.flops(config, layer) for layer in range(sparse)),

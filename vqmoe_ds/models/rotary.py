@@ -1,7 +1,7 @@
 """Rotary positions (Su 2021) on the two halves of each head: (a, b) -> (a cos - b sin, b cos + a sin).
 
-Legend: B batch, S sequence, A heads, H width of a head, F = H / 2 angles of a position; ``3`` stands for queries, keys
-and values.
+Legend: B batch, S sequence, A heads, K key-value heads, N = A + 2 K heads of a projection, H width of a head,
+F = H / 2 angles of a position.
 """
 
 from __future__ import annotations
@@ -17,55 +17,63 @@ from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, 
 _BLOCK = 2048  # angles that a program turns at a time
 
 
-def rotate_qkv(qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned queries and keys, and the values, each ``[B, A, S, H]``, of one projection.
+def rotate_qkv(qkv_BSNH: Tensor, cos_SF: Tensor, sin_SF: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Turned queries ``[B, A, S, H]`` and keys, and the values, each ``[B, K, S, H]``, of one projection.
 
     The values are copied too, so that the projection itself need not be kept, and the gradients of all three are
     written into one tensor.
 
     Args:
-        qkv_BS3AH: the projection.
+        qkv_BSNH: the projection: heads of queries, of keys, of values.
         cos_SF: cosines of the angles of these S positions, float32.
         sin_SF: sines of the same.
+        kv_heads: K.
     """
-    q_BSAH, k_BSAH, v_BSAH = _RotateQKV.apply(qkv_BS3AH, cos_SF.contiguous(), sin_SF.contiguous())
-    return q_BSAH.transpose(1, 2), k_BSAH.transpose(1, 2), v_BSAH.transpose(1, 2)
+    q_BSAH, k_BSKH, v_BSKH = _RotateQKV.apply(qkv_BSNH, cos_SF.contiguous(), sin_SF.contiguous(), kv_heads)
+    return q_BSAH.transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
 
 
-def rotate(q_BSAH: Tensor, k_BSAH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor]:
-    """Turned queries and keys, each ``[B, A, S, H]``; angles as of ``rotate_qkv``."""
-    q, k = _Rotate.apply(q_BSAH, k_BSAH, cos_SF.contiguous(), sin_SF.contiguous())
+def split_heads(qkv_BSNH: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[B, S, A, H]``, keys and values, each ``[B, S, K, H]``, of one projection."""
+    q_BSAH, k_BSKH, v_BSKH = qkv_BSNH.split([qkv_BSNH.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+    return q_BSAH, k_BSKH, v_BSKH
+
+
+def rotate(q_BSAH: Tensor, k_BSKH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor]:
+    """Turned queries ``[B, A, S, H]`` and keys ``[B, K, S, H]``; angles as of ``rotate_qkv``."""
+    q, k = _Rotate.apply(q_BSAH, k_BSKH, cos_SF.contiguous(), sin_SF.contiguous())
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
 class _RotateQKV(torch.autograd.Function):
-    """``[B, S, 3, A, H]`` -> three tensors ``[B, S, A, H]``; the gradient is turned back into one tensor."""
+    """``[B, S, N, H]`` -> ``[B, S, A, H]`` and twice ``[B, S, K, H]``; the gradient is turned back into one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv_BSNH: Tensor, cos_SF: Tensor, sin_SF: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_SF, sin_SF)
-        batch, length, _, heads, width = qkv_BS3AH.shape
-        out_3BSAH = qkv_BS3AH.new_empty(3, batch, length, heads, width)
-        _launch(qkv_BS3AH.unbind(2), out_3BSAH.unbind(0), cos_SF, sin_SF)
-        return out_3BSAH[0], out_3BSAH[1], out_3BSAH[2]
+        ctx.kv_heads = kv_heads
+        inputs = split_heads(qkv_BSNH, kv_heads)
+        outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        _launch(inputs, outputs, cos_SF, sin_SF)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         batch, length, heads, width = grads[0].shape
-        g_BS3AH = grads[0].new_empty(batch, length, 3, heads, width)
+        g_BSNH = grads[0].new_empty(batch, length, heads + 2 * ctx.kv_heads, width)
         cos_SF, sin_SF = ctx.saved_tensors
-        _launch(grads, g_BS3AH.unbind(2), cos_SF, sin_SF, back=True)
-        return g_BS3AH, None, None
+        _launch(grads, split_heads(g_BSNH, ctx.kv_heads), cos_SF, sin_SF, back=True)
+        return g_BSNH, None, None, None
 
 
 class _Rotate(torch.autograd.Function):
-    """Queries and keys ``[B, S, A, H]``, turned."""
+    """Queries ``[B, S, A, H]`` and keys ``[B, S, K, H]``, turned."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSAH: Tensor, k_BSAH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, q_BSAH: Tensor, k_BSKH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_SF, sin_SF)
-        return _turned((q_BSAH, k_BSAH), cos_SF, sin_SF)
+        return _turned((q_BSAH, k_BSKH), cos_SF, sin_SF)
 
     @staticmethod
     @once_differentiable
@@ -83,25 +91,32 @@ def _turned(inputs: tuple[Tensor, ...], cos_SF: Tensor, sin_SF: Tensor, back: bo
 def _launch(
     inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], cos_SF: Tensor, sin_SF: Tensor, back: bool = False
 ) -> None:
-    """Turn the first two inputs into the first two outputs and copy the third, all ``[B, S, A, H]``."""
+    """Turn the first two inputs into the first two outputs and copy the third, ``[B, S, A, H]`` or fewer heads."""
     batch, length, heads, width = inputs[0].shape
     if not inputs[0].numel():
         return
     if not use_triton(inputs[0]):
         # The gradient of a rotation is the rotation by the opposite angle.
         return _turn_plainly(inputs, outputs, cos_SF, -sin_SF if back else sin_SF)
+    if len(inputs) > 1 and inputs[1].shape[2] != heads:  # grouped queries: the kernel goes by one number of heads
+        for x, out in zip(inputs[:2], outputs[:2], strict=True):
+            _launch((x,), (out,), cos_SF, sin_SF, back)
+        for x, out in zip(inputs[2:], outputs[2:], strict=True):
+            out.copy_(x)
+        return
     # The kernel goes by one set of strides for all inputs, and by unit steps within a head.
     if any(x.stride() != inputs[0].stride() or x.stride(3) != 1 for x in inputs):
         inputs = tuple(x.contiguous() for x in inputs)
+    second = (inputs[1], outputs[1]) if len(inputs) > 1 else (None, None)
     third = (inputs[2], outputs[2]) if len(inputs) == 3 else (None, None)
     block_f = block_size(width // 2, _BLOCK)
     block_a = block_size(heads, _BLOCK // block_f)
     _turn_kernel[(batch * length, triton.cdiv(heads, block_a))](
         inputs[0],
-        inputs[1],
+        second[0],
         third[0],
         outputs[0],
-        outputs[1],
+        second[1],
         third[1],
         cos_SF,
         sin_SF,
@@ -111,6 +126,7 @@ def _launch(
         *inputs[0].stride()[:3],
         *outputs[0].stride()[:3],
         BACK=back,
+        SECOND=len(inputs) > 1,
         THIRD=len(inputs) == 3,
         BLOCK_A=block_a,
         BLOCK_F=block_f,
@@ -147,6 +163,7 @@ def _turn_kernel(
     out_stride_s: tl.tensor,
     out_stride_a: tl.tensor,
     BACK: tl.constexpr,
+    SECOND: tl.constexpr,
     THIRD: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -166,10 +183,11 @@ def _turn_kernel(
     second = tl.load(q_ptr + at + half, mask=inside).to(tl.float32)
     tl.store(q_out_ptr + out, first * cos - second * sin, mask=inside)
     tl.store(q_out_ptr + out + half, second * cos + first * sin, mask=inside)
-    first = tl.load(k_ptr + at, mask=inside).to(tl.float32)
-    second = tl.load(k_ptr + at + half, mask=inside).to(tl.float32)
-    tl.store(k_out_ptr + out, first * cos - second * sin, mask=inside)
-    tl.store(k_out_ptr + out + half, second * cos + first * sin, mask=inside)
+    if SECOND:
+        first = tl.load(k_ptr + at, mask=inside).to(tl.float32)
+        second = tl.load(k_ptr + at + half, mask=inside).to(tl.float32)
+        tl.store(k_out_ptr + out, first * cos - second * sin, mask=inside)
+        tl.store(k_out_ptr + out + half, second * cos + first * sin, mask=inside)
     if THIRD:
         tl.store(v_out_ptr + out, tl.load(v_ptr + at, mask=inside), mask=inside)
         tl.store(v_out_ptr + out + half, tl.load(v_ptr + at + half, mask=inside), mask=inside)

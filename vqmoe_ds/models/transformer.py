@@ -1,7 +1,7 @@
 """The language model: a pre-norm decoder with sparse experts. Plain PyTorch, no engine calls.
 
-Legend: B batch, S sequence, T = B * S tokens, M of them real (not padding), D width, A heads, H width of a head,
-F = H / 2 angles of a position, L MoE layers, V vocabulary.
+Legend: B batch, S sequence, T = B * S tokens, M of them real (not padding), D width, A heads, K key-value heads,
+N = A + 2 K heads of a projection, H width of a head, F = H / 2 angles of a position, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.loss import cross_entropy
-from vqmoe_ds.models.rotary import rotate, rotate_qkv
+from vqmoe_ds.models.rotary import rotate, rotate_qkv, split_heads
 from vqmoe_ds.models.ulysses import from_homes, to_heads, to_homes, to_positions
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
@@ -46,7 +46,8 @@ class Attention(nn.Module):
     """Causal self-attention with rotary positions (Su 2021) through PyTorch's fused kernel.
 
     Queries and keys may be normalised before they are turned (``model.qk_norm``): each head alone with one scale for
-    all heads, or all heads together.
+    all heads, or all heads together. Equally many query heads may share a key-value head (``model.kv_heads``,
+    grouped-query attention, Ainslie 2023, arXiv 2305.13245).
     """
 
     cos_SF: Tensor
@@ -58,13 +59,14 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner = config.attention_width
-        self.heads, self.head_width = config.heads, inner // config.heads
-        self.qkv = Linear(config.width, 3 * inner)
+        self.kv_heads, self.head_width = config.kv_heads or config.heads, inner // config.heads
+        self.qkv = Linear(config.width, inner + 2 * config.kv_width)
         self.out = Linear(inner, config.width)
         self.qk_norm = config.qk_norm
         if self.qk_norm is not QKNorm.NONE:
-            normed = inner if self.qk_norm is QKNorm.FULL else self.head_width
-            self.q_norm, self.k_norm = RMSNorm(normed), RMSNorm(normed)
+            full = self.qk_norm is QKNorm.FULL
+            self.q_norm = RMSNorm(inner if full else self.head_width)
+            self.k_norm = RMSNorm(config.kv_width if full else self.head_width)
         rates = config.rope_theta ** (-torch.arange(0, self.head_width, 2) / self.head_width)
         angles = torch.arange(config.sequence_length).unsqueeze(1) * rates
         self.register_buffer("cos_SF", angles.cos(), persistent=False)
@@ -75,8 +77,8 @@ class Attention(nn.Module):
         share, earlier = (self.share, 0) if past is None else (None, past.position_of(length))
         start = earlier if share is None else share.span.start
         places = slice(start, start + length) if homes is None else homes.positions_M
-        qkv = self.qkv(x_BSD).view(batch, length, 3, self.heads, self.head_width)
-        q, k, v = self._turned(qkv, self.cos_SF[places], self.sin_SF[places])
+        qkv_BSNH = self.qkv(x_BSD).view(batch, length, -1, self.head_width)
+        q, k, v = self._turned(qkv_BSNH, self.cos_SF[places], self.sin_SF[places])
         if past is not None:
             k, v = past.append(k, v)
         if homes is not None:
@@ -85,29 +87,43 @@ class Attention(nn.Module):
             q, k, v = to_heads(q, k, v, share)
         # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if earlier else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
+        y = attend(q, k, v, mask, self.causal and mask is None)
         if homes is not None:
             y = to_homes(y, homes)
         elif share is not None:
             y = to_positions(y, share)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def _turned(self, qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised as configured and turned to their positions, and values: ``[B, A, S, H]``."""
+    def _turned(self, qkv_BSNH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, A, S, H]`` and keys, normalised as configured and turned, and values, ``[B, K, S, H]`` each."""
         if self.qk_norm is QKNorm.NONE:
-            return rotate_qkv(qkv_BS3AH, cos_SF, sin_SF)
-        q_BSAH, k_BSAH, v_BSAH = self._normalized(qkv_BS3AH)
-        return *rotate(q_BSAH, k_BSAH, cos_SF, sin_SF), v_BSAH.transpose(1, 2)
+            return rotate_qkv(qkv_BSNH, cos_SF, sin_SF, self.kv_heads)
+        q_BSAH, k_BSKH, v_BSKH = self._normalized(qkv_BSNH)
+        return *rotate(q_BSAH, k_BSKH, cos_SF, sin_SF), v_BSKH.transpose(1, 2)
 
-    def _normalized(self, qkv_BS3AH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised as configured, and values: ``[B, S, A, H]``."""
-        q_BSAH, k_BSAH, v_BSAH = qkv_BS3AH.unbind(2)
+    def _normalized(self, qkv_BSNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, S, A, H]`` and keys, normalised as configured, and values, ``[B, S, K, H]`` each."""
+        q_BSAH, k_BSKH, v_BSKH = split_heads(qkv_BSNH, self.kv_heads)
         if self.qk_norm is QKNorm.HEADS:
-            q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
+            q_BSAH, k_BSKH = self.q_norm(q_BSAH), self.k_norm(k_BSKH)
         elif self.qk_norm is QKNorm.FULL:
             q_BSAH = self.q_norm(q_BSAH.flatten(2)).view_as(q_BSAH)
-            k_BSAH = self.k_norm(k_BSAH.flatten(2)).view_as(k_BSAH)
-        return q_BSAH, k_BSAH, v_BSAH
+            k_BSKH = self.k_norm(k_BSKH.flatten(2)).view_as(k_BSKH)
+        return q_BSAH, k_BSKH, v_BSKH
+
+
+def attend(q_BASH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_SS: Tensor | None, causal: bool) -> Tensor:
+    """PyTorch's fused attention, ``[B, A, S, H]``; query heads A / K at a time share a key-value head."""
+    if q_BASH.shape[1] == k_BKSH.shape[1]:
+        return F.scaled_dot_product_attention(q_BASH, k_BKSH, v_BKSH, attn_mask=mask_SS, is_causal=causal)
+    # On a GPU the kernels that take float32 or a mask know no groups, and what PyTorch does instead keeps S x S scores.
+    grouped = q_BASH.is_cpu or (q_BASH.dtype is not torch.float32 and mask_SS is None)
+    if not grouped:
+        copies = q_BASH.shape[1] // k_BKSH.shape[1]
+        k_BKSH, v_BKSH = (x.repeat_interleave(copies, dim=1) for x in (k_BKSH, v_BKSH))
+    return F.scaled_dot_product_attention(
+        q_BASH, k_BKSH, v_BKSH, attn_mask=mask_SS, is_causal=causal, enable_gqa=grouped
+    )
 
 
 class DenseMLP(nn.Module):

@@ -5,8 +5,8 @@ Outside attention a rank holds a part of the positions with all heads, inside it
 Where a rank's positions are no stretch but wherever its M tokens stand (``Homes``), rows are put in the order of the
 sequences on arrival.
 
-Legend: P ranks of a group, B batch, S positions of a whole sequence, s = S / P of one rank, A heads, a = A / P of one
-rank, H width of a head; ``3`` stands for queries, keys and values.
+Legend: P ranks of a group, B batch, S positions of a whole sequence, s = S / P of one rank, A heads, K key-value heads,
+a = A / P and k = K / P of one rank, n = a + 2 k, H width of a head.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ def sequence_share(run: RunConfig, rank: int) -> SequenceShare | None:
     return SequenceShare(group, rank % size, size, run.model.sequence_length)
 
 
-def to_heads(q_BAsH: Tensor, k_BAsH: Tensor, v_BAsH: Tensor, share: SequenceShare) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of all heads at this rank's positions -> of this rank's heads at all, ``[B, a, S, H]``.
+def to_heads(q_BAsH: Tensor, k_BKsH: Tensor, v_BKsH: Tensor, share: SequenceShare) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all heads at this rank's positions -> of this rank's at all, ``[B, a or k, S, H]``.
 
     They travel together, for one call costs less than three.
     """
-    by_rank = [x.unflatten(1, (share.size, -1)).transpose(0, 1) for x in (q_BAsH, k_BAsH, v_BAsH)]
-    received_P3BasH = exchange_parts(torch.stack(by_rank, dim=1), share.group)
+    by_rank = [x.unflatten(1, (share.size, -1)) for x in (q_BAsH, k_BKsH, v_BKsH)]
+    received_PBnsH = exchange_parts(torch.cat(by_rank, dim=2).transpose(0, 1).contiguous(), share.group)
     # A group's ranks stand in the order of their positions, so what they sent laid end to end is the sequence.
-    q, k, v = received_P3BasH.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).unbind(0)
+    heads_BnSH = received_PBnsH.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    q, k, v = heads_BnSH.split([x.shape[2] for x in by_rank], dim=1)
     return q, k, v
 
 
@@ -76,17 +77,17 @@ class _Sum(torch.autograd.Function):
         return grads[0] * ctx.size, None
 
 
-def from_homes(q_1AMH: Tensor, k_1AMH: Tensor, v_1AMH: Tensor, homes: Homes) -> tuple[Tensor, Tensor, Tensor]:
+def from_homes(q_1AMH: Tensor, k_1KMH: Tensor, v_1KMH: Tensor, homes: Homes) -> tuple[Tensor, Tensor, Tensor]:
     """``to_heads`` of this rank's tokens, wherever they stand."""
     share, count = homes.share, homes.counts[homes.share.rank]
-    all_M3AH = torch.cat([q_1AMH, k_1AMH, v_1AMH]).permute(2, 0, 1, 3)
-    by_rank_PM3aH = all_M3AH.unflatten(2, (share.size, -1)).permute(2, 0, 1, 3, 4)
-    heads = by_rank_PM3aH.shape[2:]
+    by_rank = [x.squeeze(0).unflatten(0, (share.size, -1)) for x in (q_1AMH, k_1KMH, v_1KMH)]
+    by_rank_PMnH = torch.cat(by_rank, dim=1).transpose(1, 2)
+    heads = by_rank_PMnH.shape[2:]
     received = exchange_rows(
-        by_rank_PM3aH.reshape(share.size * count, -1), [count] * share.size, homes.counts, share.group
+        by_rank_PMnH.reshape(share.size * count, -1), [count] * share.size, homes.counts, share.group
     )
     rows_T = PermuteRows.apply(received, homes.inverse_T, homes.order_T)
-    q, k, v = rows_T.view(-1, share.length, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = rows_T.view(-1, share.length, *heads).transpose(1, 2).split([x.shape[1] for x in by_rank], dim=1)
     return q, k, v
 
 

@@ -1,7 +1,7 @@
 """The transformer as a classifier of images: a vision transformer (Dosovitskiy 2021) on the blocks of the text model.
 
 Legend: B images, H pixels a side, C channels, p pixels a side of a patch, P = H / p patches a side, S = P * P patches,
-D width, A heads, H width of a head (in attention), V classes.
+D width, A heads, K key-value heads, N = A + 2 K heads of a projection, H width of a head (in attention), V classes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class PatchAttention(Attention):
 
     causal = False
 
-    def _turned(self, qkv_BS3AH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BSAH, k_BSAH, v_BSAH = self._normalized(qkv_BS3AH)
-        return q_BSAH.transpose(1, 2), k_BSAH.transpose(1, 2), v_BSAH.transpose(1, 2)
+    def _turned(self, qkv_BSNH: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_BSAH, k_BSKH, v_BSKH = self._normalized(qkv_BSNH)
+        return q_BSAH.transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
 
 
 class Positions(nn.Module):

@@ -56,7 +56,9 @@ def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any)
     return rows.new_empty(sum(receive), rows.shape[1])
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = True) -> Tensor:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = True, enable_gqa: bool = False
+) -> Tensor:
     """The kernel that PyTorch takes on real devices; on meta it would take the one that keeps S x S scores."""
     y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     return y

@@ -91,7 +91,7 @@ def _heads(config: EngineConfig) -> Transfer:
     and in a recomputation, which asks again: kept, they would be three times what it saves."""
     model, passes = config.run.model, 3 if config.run.train.activation_checkpointing else 2
     turns = passes * model.layers * config.accumulation_steps
-    payload = turns * 4 * model.attention_width * config.tokens * width_of(config)
+    payload = turns * 2 * (model.attention_width + model.kv_width) * config.tokens * width_of(config)
     return Transfer("heads and positions", "all_to_all", Over.SP, payload, 2 * turns)
 
 

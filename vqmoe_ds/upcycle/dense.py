@@ -1,8 +1,8 @@
 """Upcycling: a dense Hugging Face model of the Llama family becomes a VQMoE that computes the same function.
 
 Every expert starts as a copy of the block's MLP, so whatever the router picks, the layer gives what the MLP gave;
-training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (grouped
-queries, tied embeddings, another epsilon of the norms) or refused by name.
+training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (tied
+embeddings, another epsilon of the norms) or refused by name.
 
 Sources with experts of their own (``ROUTED``) are in ``routed.py``.
 
@@ -25,6 +25,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     NORM_EPS,
     head_width_of,
     is_sparse,
+    kv_heads_of,
     shapes_of,
     unstacked,
     why_not_exported,
@@ -109,6 +110,7 @@ class DenseSource:
             "model.layers": self.layers,
             "model.width": self.width,
             "model.heads": self.heads,
+            "model.kv_heads": kv_heads_of(self.options),
             "model.head_width": head_width_of(self.options),
             "model.qk_norm": self.qk_norm.value,
             "model.rope_theta": float(self.rope.get("rope_theta", self.options.get("rope_theta", 10000.0))),
@@ -306,10 +308,9 @@ class UpcycledReader(WeightsReader):
         if part == "attention.out.weight":
             return source.tensor(start + "self_attn.o_proj.weight") * source.stream_scale
         if part == "attention.qkv.weight":
-            return torch.cat([self._heads(f"{start}self_attn.{letter}_proj.weight", letter) for letter in "qkv"])
+            return torch.cat([self._heads(start, letter) for letter in "qkv"])
         if part in ("attention.q_norm.weight", "attention.k_norm.weight"):
-            name = part.removeprefix("attention.")
-            return self._heads(f"{start}self_attn.{name}", name[0] if source.qk_norm is QKNorm.FULL else "q")
+            return source.tensor(f"{start}self_attn.{part.removeprefix('attention.')}")
         if not is_sparse(self._run, block):
             matrix = source.tensor(f"{start}mlp.{part.split('.')[1]}_proj.weight")
             return matrix * source.stream_scale if part == "mlp.down.weight" else matrix
@@ -317,19 +318,14 @@ class UpcycledReader(WeightsReader):
             return self._expert(start, part.removeprefix("mlp.experts."), block, index)
         return self._router(part, block)
 
-    def _heads(self, name: str, letter: str) -> Tensor:
-        """Query, key or value weights with one key-value head for every query head.
+    def _heads(self, start: str, letter: str) -> Tensor:
+        """Query, key or value weights of a block.
 
-        Copies leave the mean square over all heads as it is. Queries and keys that are normed are scaled, which turns
-        the epsilon of their norm into ours; see ``DenseSource.stream_scale``.
+        Queries and keys that are normed are scaled, which turns the epsilon of their norm into ours; see
+        ``DenseSource.stream_scale``.
         """
-        source, weight = self._source, self._source.tensor(name)
-        if source.qk_norm is not QKNorm.NONE and letter != "v" and weight.dim() > 1:
-            weight = weight * source.stream_scale
-        if letter == "q" or source.kv_heads == source.heads:
-            return weight
-        heads = weight.view(source.kv_heads, -1, *weight.shape[1:])
-        return heads.repeat_interleave(source.heads // source.kv_heads, dim=0).flatten(0, 1)
+        source, weight = self._source, self._source.tensor(f"{start}self_attn.{letter}_proj.weight")
+        return weight * source.stream_scale if source.qk_norm is not QKNorm.NONE and letter != "v" else weight
 
     def _expert(self, start: str, matrix: str, block: int, expert: int) -> Tensor:
         """Slice ``expert mod G`` of the MLP.

@@ -18,8 +18,8 @@ class VQMoEConfig(PretrainedConfig):
     """A pre-norm decoder whose experts are chosen by discrete codes, by a linear router, or by both.
 
     Args:
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, rope_theta, rms_norm_eps: as in Llama, without
-            grouped queries.
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, rope_theta, rms_norm_eps:
+            as in Llama.
         head_dim: width of an attention head; None: ``hidden_size / num_attention_heads``.
         qk_norm: RMSNorm of queries and keys: ``none``, ``heads`` (each head alone) or ``full`` (all heads together).
         max_position_embeddings: length of the training context.
@@ -63,6 +63,7 @@ class VQMoEConfig(PretrainedConfig):
         hidden_size: int = 128,
         num_hidden_layers: int = 4,
         num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         qk_norm: str = "none",
         max_position_embeddings: int = 256,
@@ -108,7 +109,6 @@ class VQMoEConfig(PretrainedConfig):
             ("code_distance", code_distance, ("euclidean", "cosine")),
             ("classifier_pool", classifier_pool, POOLS),
             # Options of Llama and its like that would change what is computed, and that this model lacks.
-            ("num_key_value_heads", kwargs.get("num_key_value_heads"), (None, num_attention_heads)),
             ("sliding_window", kwargs.get("sliding_window"), (None,)),
             ("rope_scaling", _scaling(kwargs.get("rope_scaling") or kwargs.get("rope_parameters")), ("default",)),
         ):
@@ -119,10 +119,15 @@ class VQMoEConfig(PretrainedConfig):
                 f"code_groups={code_groups} must divide num_experts={num_experts}, and needs code_source to be one of "
                 f"{', '.join(AHEAD)}; it is {code_source}"
             )
+        if num_attention_heads % (num_key_value_heads or num_attention_heads):
+            raise ValueError(
+                f"num_key_value_heads={num_key_value_heads} does not divide num_attention_heads={num_attention_heads}"
+            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.qk_norm = qk_norm
         self.max_position_embeddings = max_position_embeddings

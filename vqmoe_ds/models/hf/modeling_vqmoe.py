@@ -2,8 +2,8 @@
 
 Exported folders carry this file and the two beside it, which need nothing but torch and transformers.
 
-Legend: B batch, S new tokens, P past tokens in the cache, T = B * S tokens, D width, A heads, H width of a head,
-I = A * H, L MoE layers, V vocabulary, W context window, C classes.
+Legend: B batch, S new tokens, P past tokens in the cache, T = B * S tokens, D width, A heads, K key-value heads,
+H width of a head, I = A * H, J = K * H, L MoE layers, V vocabulary, W context window, C classes.
 """
 
 from __future__ import annotations
@@ -50,34 +50,35 @@ class VQMoEAttention(nn.Module):
     """Causal self-attention with rotary positions, by the implementation that ``attn_implementation`` names."""
 
     is_causal = True
-    num_key_value_groups = 1
 
     def __init__(self, config: VQMoEConfig, block: int) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        kv_inner = config.num_key_value_heads * config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.config, self.layer_idx, self.head_dim = config, block, config.head_dim
         self.scaling = config.head_dim**-0.5
         self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(width, inner, bias=False)
-        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, kv_inner, bias=False)
+        self.v_proj = nn.Linear(width, kv_inner, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
         if config.qk_norm != "none":
-            normed = inner if config.qk_norm == "full" else config.head_dim
-            self.q_norm = VQMoERMSNorm(normed, config.rms_norm_eps)
-            self.k_norm = VQMoERMSNorm(normed, config.rms_norm_eps)
+            full = config.qk_norm == "full"
+            self.q_norm = VQMoERMSNorm(inner if full else config.head_dim, config.rms_norm_eps)
+            self.k_norm = VQMoERMSNorm(kv_inner if full else config.head_dim, config.rms_norm_eps)
 
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Any, past_key_values: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The output, and the weights where the implementation knows them."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSI, k_BSI, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD).view(heads).transpose(1, 2)
+        q_BSI, k_BSJ, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD).view(heads).transpose(1, 2)
         if self.config.qk_norm == "full":
-            q_BSI, k_BSI = self.q_norm(q_BSI), self.k_norm(k_BSI)
-        q_BSAH, k_BSAH = q_BSI.view(heads), k_BSI.view(heads)
+            q_BSI, k_BSJ = self.q_norm(q_BSI), self.k_norm(k_BSJ)
+        q_BSAH, k_BSKH = q_BSI.view(heads), k_BSJ.view(heads)
         if self.config.qk_norm == "heads":
-            q_BSAH, k_BSAH = self.q_norm(q_BSAH), self.k_norm(k_BSAH)
-        q, k = _rotate(q_BSAH.transpose(1, 2), rotary), _rotate(k_BSAH.transpose(1, 2), rotary)
+            q_BSAH, k_BSKH = self.q_norm(q_BSAH), self.k_norm(k_BSKH)
+        q, k = _rotate(q_BSAH.transpose(1, 2), rotary), _rotate(k_BSKH.transpose(1, 2), rotary)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
@@ -89,6 +90,7 @@ def _eager_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """``attn_implementation="eager"``: ``[B, S, A, H]`` and the weights ``[B, A, S, P + S]``."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * scaling
     if mask is not None:
         scores = scores + mask

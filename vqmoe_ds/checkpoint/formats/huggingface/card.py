@@ -29,7 +29,8 @@ def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] 
         logits_note: number type of the weights and what it means for the logits.
     """
     model, moe = config.model, config.moe
-    heads = f"{model.heads} attention heads{_norms(config)}"
+    groups = f" on {model.kv_heads} key-value heads" if model.kv_heads not in (0, model.heads) else ""
+    heads = f"{model.heads} attention heads{groups}{_norms(config)}"
     kind = "classifier of texts" if config.finetune.classes else "language model"
     sections = [
         _header(config, arch),

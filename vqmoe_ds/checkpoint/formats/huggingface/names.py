@@ -64,11 +64,12 @@ def parts_of(config: RunConfig, arch: str) -> list[Part]:
 
 
 def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
-    ours, theirs, inner = f"blocks.{block}.", f"model.layers.{block}.", config.model.attention_width
+    ours, theirs, first = f"blocks.{block}.", f"model.layers.{block}.", 0
     yield Part(theirs + "input_layernorm.weight", ours + "attention_norm.weight")
-    for place, letter in enumerate("qkv"):
-        rows = (place * inner, (place + 1) * inner)
-        yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", rows)
+    for letter in "qkv":
+        end = first + (config.model.attention_width if letter == "q" else config.model.kv_width)
+        yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", (first, end))
+        first = end
     yield Part(theirs + "self_attn.o_proj.weight", ours + "attention.out.weight")
     if config.model.qk_norm is not QKNorm.NONE:
         for letter in "qk":
@@ -159,14 +160,14 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of our model, by its name at expert-parallel size 1."""
     model, moe = config.model, config.moe
     width, hidden, experts, inner = model.width, moe.expert_hidden, moe.num_experts, model.attention_width
-    normed = inner if model.qk_norm is QKNorm.FULL else inner // model.heads
+    full = model.qk_norm is QKNorm.FULL
     endings = {
-        "attention.q_norm.weight": (normed,),
-        "attention.k_norm.weight": (normed,),
+        "attention.q_norm.weight": (inner if full else inner // model.heads,),
+        "attention.k_norm.weight": (model.kv_width if full else inner // model.heads,),
         "embed.weight": (model.vocab_size, width),
         "head.weight": (len(config.finetune.classes) or model.vocab_size, width),
         "norm.weight": (width,),
-        "attention.qkv.weight": (3 * inner, width),
+        "attention.qkv.weight": (inner + 2 * model.kv_width, width),
         "attention.out.weight": (width, inner),
         "mlp.gate.weight": (dense_hidden(config), width),
         "mlp.up.weight": (dense_hidden(config), width),
@@ -263,7 +264,7 @@ _SAME = {
     "soft_output": "codebook.soft_output",
     "commitment_coef": "codebook.commitment_weight",
 }
-NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None, "code_groups": 1}
+NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None, "code_groups": 1, "num_key_value_heads": None}
 """Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
 
@@ -306,6 +307,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         **options,
         **(labels if classes else {}),
         "head_dim": config.model.attention_width // config.model.heads,
+        "num_key_value_heads": config.model.kv_heads or config.model.heads,
         "norm_topk_prob": not weighs_over_all(config),
         "intermediate_size": dense_hidden(config),
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
@@ -332,6 +334,7 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             section, field = path.split(".")
             sections[section][field] = options[name]
         sections["model"]["head_width"] = head_width_of(options)
+        sections["model"]["kv_heads"] = kv_heads_of(options)
         sections["model"]["dense_hidden"] = options["intermediate_size"]
         sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
         sections["codebook"]["num_codes"] = options["num_codes"]
@@ -363,6 +366,12 @@ def head_width_of(options: dict[str, Any]) -> int:
     return head_dim or 0
 
 
+def kv_heads_of(options: dict[str, Any]) -> int:
+    """``model.kv_heads``: 0 where every query head has a key-value head of its own."""
+    kv_heads = options.get("num_key_value_heads")
+    return 0 if kv_heads in (None, options.get("num_attention_heads")) else kv_heads
+
+
 def softmax_over_of(norm_topk_prob: bool | None, top_k: int) -> SoftmaxOver:
     """``router.softmax_over`` of experts whose weights sum to 1, or not, or (None) as with us."""
     if norm_topk_prob is None or norm_topk_prob != softmax_over_all(SoftmaxOver.AUTO, top_k):
@@ -383,7 +392,7 @@ def _mixtral_options(config: RunConfig) -> dict[str, Any]:
         "intermediate_size": moe.expert_hidden,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
         "head_dim": model.attention_width // model.heads,
         "hidden_act": "silu",
         "max_position_embeddings": model.sequence_length,
@@ -422,10 +431,8 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
     """
-    heads, width = options.get("num_attention_heads"), options.get("hidden_size", 0)
     rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
     needed = {
-        "num_key_value_heads": heads,
         "rms_norm_eps": NORM_EPS,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
@@ -444,8 +451,9 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "model": {
                 "vocab_size": options["vocab_size"],
                 "layers": options["num_hidden_layers"],
-                "width": width,
-                "heads": heads,
+                "width": options["hidden_size"],
+                "heads": options["num_attention_heads"],
+                "kv_heads": kv_heads_of(options),
                 "head_width": head_width_of(options),
                 "sequence_length": options["max_position_embeddings"],
                 "rope_theta": rope.get("rope_theta", options.get("rope_theta", 1e6)),

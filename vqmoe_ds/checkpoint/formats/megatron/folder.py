@@ -138,7 +138,7 @@ class _Writer:
             if want != have.get(name):
                 raise CheckpointError(f"{path}: {name} is {have.get(name)}, its configuration asks for {want}")
         sparse = sparse_blocks(config)
-        widths = {"heads": config.model.heads}
+        widths = {"heads": config.model.heads, "key-value heads": config.model.kv_heads or config.model.heads}
         if len(sparse) < config.model.layers:
             widths["values of a dense MLP's hidden width"] = dense_hidden(config)
         if sparse:
@@ -179,7 +179,7 @@ class _Writer:
         if name.startswith(("embedding.", "output_layer.")):  # the largest tensors: only this rank's rows
             yield from self._vocabulary(sources[0], rank)
             return
-        yield share(name, [self.reader.tensor(source) for source in sources], config.model.heads, tp, rank)
+        yield share(name, [self.reader.tensor(source) for source in sources], config.model, tp, rank)
 
     def _vocabulary(self, source: str, rank: int) -> Iterator[Tensor]:
         rows = padded_vocab(self.config.model.vocab_size, self.options.tp) // self.options.tp
@@ -211,7 +211,7 @@ class _Writer:
             source = f"blocks.{block}.mlp.experts.{name}"
             shape = self.reader.shape(source)[1:]
             tensors.append(self.reader.read(source, "fp32", expert * math.prod(shape), math.prod(shape)).view(shape))
-        return [share(f"linear_fc{number}.weight", tensors, self.config.model.heads, self.options.tp, rank)]
+        return [share(f"linear_fc{number}.weight", tensors, self.config.model, self.options.tp, rank)]
 
     def _grouped(self, block: int, number: int, experts: range, rank: int) -> Iterator[Tensor]:
         for expert in experts:  # the kernel views weight1 as [E, D, 2H] and weight2 as [E, H, D]
@@ -452,7 +452,7 @@ class MegatronReader(WeightsReader):
 
     def _dense(self, name: str) -> list[Tensor]:
         shares = [self._model(tp, 0)[name].whole().float() for tp in range(self.layout["tp_size"])]
-        joined = join(name, shares, self._run.model.heads)
+        joined = join(name, shares, self._run.model)
         if name.startswith(("embedding.", "output_layer.")):
             return [joined[0][: self._run.model.vocab_size]]
         return joined
@@ -471,7 +471,7 @@ class MegatronReader(WeightsReader):
                 shares.append(stored.read(local * size, size).view(rows, -1).t().float())
             else:
                 shares.append(model[f"{prefix}local_experts.{local}.linear_fc{number}.weight"].whole().float())
-        return join(f"linear_fc{number}.weight", shares, self._run.model.heads)
+        return join(f"linear_fc{number}.weight", shares, self._run.model)
 
 
 register_format("megatron", lambda path: megatron_folder(path) is not None, open_megatron)

@@ -1,9 +1,10 @@
 """Names and layout of our parameters in a megatron-core ``GPTModel`` (0.16, local layer spec).
 
-Megatron keeps the rows of q, k and v of one head side by side, gate and up projection in one matrix (``linear_fc1``),
-and gives every tensor-parallel rank whole heads, both halves of its share of ``linear_fc1``, columns of ``linear_fc2``.
+Megatron keeps the rows of the queries, the key and the value of one key-value head side by side, gate and up projection
+in one matrix (``linear_fc1``), and gives every tensor-parallel rank whole heads, both halves of its share of
+``linear_fc1``, columns of ``linear_fc2``.
 
-Legend: D width, A heads, H hidden width, N experts, V vocabulary.
+Legend: D width, A heads, K key-value heads, H hidden width, N experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     dense_hidden,
     head_width_of,
     is_sparse,
+    kv_heads_of,
     moe_every_of,
     softmax_over_of,
     weighs_over_all,
 )
-from vqmoe_ds.config.schema import QKNorm, RunConfig
+from vqmoe_ds.config.schema import ModelConfig, QKNorm, RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 
 VOCAB_MULTIPLE = 128
@@ -71,13 +73,14 @@ def _router_name(config: RunConfig) -> str | None:
 # ---------------------------------------------------------------- how a tensor lies
 
 
-def share(name: str, tensors: list[Tensor], heads: int, tp: int, rank: int) -> Tensor:
+def share(name: str, tensors: list[Tensor], model: ModelConfig, tp: int, rank: int) -> Tensor:
     """A tensor-parallel rank's part of Megatron's tensor ``name``, from whole tensors of ours."""
     if name.endswith("linear_fc1.weight"):
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     (whole,) = tensors
     if name.endswith("linear_qkv.weight"):
-        whole = whole.view(3, heads, -1, whole.shape[1]).transpose(0, 1).reshape(whole.shape)
+        by_group = [x.unflatten(0, (_kv_heads(model), -1)) for x in whole.split(_rows(model))]
+        whole = torch.cat(by_group, dim=1).flatten(0, 1)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return whole.chunk(tp, dim=1)[rank].contiguous()
     if name.startswith(("embedding.", "output_layer.")) or name.endswith("linear_qkv.weight"):
@@ -85,7 +88,7 @@ def share(name: str, tensors: list[Tensor], heads: int, tp: int, rank: int) -> T
     return whole
 
 
-def join(name: str, shares: list[Tensor], heads: int) -> list[Tensor]:
+def join(name: str, shares: list[Tensor], model: ModelConfig) -> list[Tensor]:
     """The inverse of ``share``: whole tensors of ours from every rank's part."""
     if name.endswith("linear_fc1.weight"):
         halves = [part.chunk(2) for part in shares]
@@ -93,11 +96,21 @@ def join(name: str, shares: list[Tensor], heads: int) -> list[Tensor]:
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return [torch.cat(shares, dim=1)]
     if name.endswith("linear_qkv.weight"):
-        whole = torch.cat(shares)
-        return [whole.view(heads, 3, -1, whole.shape[1]).transpose(0, 1).reshape(whole.shape)]
+        by_group = torch.cat(shares).unflatten(0, (_kv_heads(model), -1))
+        parts = by_group.split([rows // _kv_heads(model) for rows in _rows(model)], dim=1)
+        return [torch.cat([part.flatten(0, 1) for part in parts])]
     if name.startswith(("embedding.", "output_layer.")):
         return [torch.cat(shares)]
     return [shares[0]]
+
+
+def _kv_heads(model: ModelConfig) -> int:
+    return model.kv_heads or model.heads
+
+
+def _rows(model: ModelConfig) -> list[int]:
+    """Rows of queries, keys and values."""
+    return [model.attention_width, model.kv_width, model.kv_width]
 
 
 def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
@@ -109,7 +122,7 @@ def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
         "k_layernorm.weight": head,
         "word_embeddings.weight": (vocab // tp, width),
         "output_layer.weight": (vocab // tp, width),
-        "linear_qkv.weight": (3 * inner // tp, width),
+        "linear_qkv.weight": (sum(_rows(config.model)) // tp, width),
         "linear_proj.weight": (width, inner // tp),
         "router.weight": (config.moe.num_experts, width),
         "mlp.linear_fc1.weight": (2 * dense_hidden(config) // tp, width),
@@ -138,7 +151,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
     sparse = sparse_blocks(config)
     options: dict[str, Any] = {
         **{"num_layers": model.layers, "hidden_size": model.width, "num_attention_heads": model.heads},
-        **{"group_query_attention": False, "num_query_groups": model.heads},
+        **{"group_query_attention": _kv_heads(model) != model.heads, "num_query_groups": _kv_heads(model)},
         **{"kv_channels": model.attention_width // model.heads, "qk_layernorm": model.qk_norm is QKNorm.HEADS},
         **{"ffn_hidden_size": dense_hidden(config), "seq_length": model.sequence_length},
         **{"max_position_embeddings": model.sequence_length, "position_embedding_type": "rope"},
@@ -172,8 +185,9 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
     """
     heads, experts, top_k = args.get("num_attention_heads"), args.get("num_experts"), args.get("moe_router_topk", 2)
     shape = {"head_dim": args.get("kv_channels"), "num_attention_heads": heads, "hidden_size": args.get("hidden_size")}
+    if args.get("group_query_attention"):
+        shape["num_key_value_heads"] = args.get("num_query_groups")
     needed = {
-        **{"num_query_groups": heads if args.get("group_query_attention") else args.get("num_query_groups")},
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
         **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
         **{"rotary_percent": 1.0, "rotary_interleaved": False},
@@ -192,7 +206,8 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         model = {
             **{"vocab_size": args.get("vocab_size") or args["padded_vocab_size"], "layers": args["num_layers"]},
             **{"width": args["hidden_size"], "heads": args["num_attention_heads"]},
-            **{"head_width": head_width_of(shape), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
+            **{"head_width": head_width_of(shape), "kv_heads": kv_heads_of(shape)},
+            **{"qk_norm": "heads" if args.get("qk_layernorm") else "none"},
             **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
             **{"moe_every": _every(args, where) if experts else 1, "dense_hidden": args["ffn_hidden_size"]},
         }
