@@ -78,6 +78,7 @@ MEANINGS = {
     **dict.fromkeys(("output_dir", "out_dir", "output", "save_dir", "log_dir"), "did you mean run.run_dir?"),
     **dict.fromkeys(("eval_steps", "eval_interval", "val_every", "validate_every"), "did you mean run.eval_every?"),
     **dict.fromkeys(("save_steps", "save_interval", "checkpoint_every"), "did you mean run.save_every?"),
+    **dict.fromkeys(("report_to", "log_with", "wandb", "mlflow", "tensorboard", "logger"), "did you mean run.log_to?"),
     **dict.fromkeys(("logging_steps", "log_interval", "log_steps"), "did you mean run.log_every?"),
     **dict.fromkeys(("save_total_limit", "keep_checkpoints", "max_checkpoints"), "did you mean run.keep_last?"),
     **dict.fromkeys(("dataset", "data_path", "train_data", "train_file", "corpus"), "did you mean data.path?"),

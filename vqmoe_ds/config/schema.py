@@ -107,6 +107,12 @@ class Augment(StrEnum):
     CROP_FLIP = "crop_flip"
 
 
+class LogTo(StrEnum):
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+
+
 class ModelConfig(Section):
     """The transformer around the experts: pre-norm decoder, RMSNorm, rotary positions, causal SDPA attention.
 
@@ -482,6 +488,11 @@ class OutputConfig(Section):
     """The run folder, what is written to it, and when."""
 
     run_dir: str = option("runs/pretrain", "folder of everything the run writes")
+    log_to: tuple[LogTo, ...] | None = option(
+        None,
+        "where metrics go beside metrics.jsonl: any of tensorboard, wandb and mlflow, as wandb,mlflow; "
+        "none: to tensorboard if it is installed",
+    )
     log_every: int = option(10, "interval of metrics", "steps", ge=1, le=MOST_STEPS)
     eval_every: int = option(200, "interval of validation; 0: only at the end", "steps", ge=0, le=MOST_STEPS)
     eval_batches: int = option(8, "batches of an interim validation", "batches", ge=1, le=MOST_STEPS)
@@ -508,6 +519,11 @@ class OutputConfig(Section):
         2048, "held-out tokens on which routing fluctuation is measured; 0: off", "tokens", ge=0, le=MOST_TOKENS
     )
     sample_tokens: int = option(200, "tokens of the text sample at the end; 0: none", "tokens", ge=0, le=MOST_TOKENS)
+
+    @field_validator("log_to", mode="before")
+    @classmethod
+    def _separate(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 class RunConfig(Section):

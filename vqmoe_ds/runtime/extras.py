@@ -8,20 +8,24 @@ from typing import Any
 from vqmoe_ds.runtime.errors import ConfigError, UserError
 
 EXTRAS = {
+    "alembic": ("alembic", "mlflow"),
     "datasets": ("datasets", "data"),
     "PIL": ("pillow", "images"),
     "google": ("protobuf", "data"),
     "lm_eval": ("lm-eval", "eval"),
     "matplotlib": ("matplotlib", "plots"),
     "megatron": ("megatron-core", "megatron"),
+    "mlflow": ("mlflow-skinny", "mlflow"),
     "mpi4py": ("mpi4py", "mpi"),
     "peft": ("peft", "lora"),
     "pyarrow": ("pyarrow", "data"),
     "sentencepiece": ("sentencepiece", "data"),
+    "sqlalchemy": ("sqlalchemy", "mlflow"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "textblob": ("textblob", "pos"),
     "tokenizers": ("tokenizers", "data"),
     "transformers": ("transformers", "hf"),
+    "wandb": ("wandb", "wandb"),
 }
 """First part of a module's name -> its package, and the extra that it comes with."""
 

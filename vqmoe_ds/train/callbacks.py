@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +25,11 @@ from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.console import Console
-from vqmoe_ds.runtime.errors import ConfigError, TrainingHalted
-from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.runtime.files import write_atomically
 from vqmoe_ds.runtime.stopping import STOP, Interrupted
 from vqmoe_ds.train.health import CommunicationMeter, health_line
+from vqmoe_ds.train.loggers import Logger, scalars
 from vqmoe_ds.train.loop import Callback, StepResult, Trainer
 
 PATIENCE = 10.0
@@ -37,28 +37,19 @@ PATIENCE = 10.0
 
 
 class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events, written by rank 0; on resume, rows past the checkpoint are dropped."""
+    """``metrics.jsonl`` and the loggers beside it, on rank 0; on resume, rows past the checkpoint are dropped."""
 
-    def __init__(self, run_dir: Path, rank: int, resumed_step: int, say: Callable[[str], None]) -> None:
-        self.path, self.writing = run_dir / "metrics.jsonl", rank == 0
+    def __init__(self, run_dir: Path, rank: int, resumed_step: int, loggers: Sequence[Logger]) -> None:
+        self.path, self.writing, self.loggers = run_dir / "metrics.jsonl", rank == 0, loggers
         self.rows: list[dict[str, Any]] = []
-        self._board: Any = None
         if not self.writing:
             return
         if self.path.exists():
             self.rows = [row for row in _read_rows(self.path) if row["step"] <= resumed_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        try:
-            library("tensorboard", "that")
-        except ConfigError as missing:
-            say(f"events for TensorBoard are left out: {missing}")
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers and per-layer lists also go to TensorBoard."""
+        """Append one row; numbers and per-layer lists also go to the loggers."""
         if not self.writing:
             return
         self.rows.append(row)
@@ -66,23 +57,18 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that presupposes it
-        if self._board is None:
-            return
-        for name, value in row.items():
-            if isinstance(value, list):
-                for layer, entry in enumerate(value):
-                    self._board.add_scalar(f"{name}/layer{layer}", entry, row["step"])
-            elif isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        for logger in self.loggers:
+            logger.write(scalars(row), row["step"])
 
     def note(self, name: str, text: str, step: int) -> None:
-        """Write a text, in Markdown, to TensorBoard."""
-        if self._board is not None:
-            self._board.add_text(name, text, step)
+        """Hand a text, in Markdown, to the loggers."""
+        for logger in self.loggers:
+            logger.note(name, text, step)
 
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+    def close(self, code: int) -> None:
+        """End the loggers' sessions; ``code`` is the exit code of the run."""
+        for logger in self.loggers:
+            logger.close(code)
 
 
 class Metrics(Callback):

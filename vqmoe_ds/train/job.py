@@ -22,6 +22,7 @@ from vqmoe_ds.runtime.importing import quickly
 from vqmoe_ds.runtime.leaving import cannot_write, hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.lock import RunLock
 from vqmoe_ds.runtime.ranks import Place, find_place, from_first, likely_rank
+from vqmoe_ds.train.loggers import require_loggers
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,7 @@ def launch(command: TrainingCommand) -> int:
         start = command.prepare(place, console)
         if start is None:
             return 0
+        require_loggers(start.config.run.run.log_to)
         for folder in (start.run_dir / "logs", *start.folders):
             make_folder(folder)
         lock = RunLock(start.run_dir) if place.rank == 0 else None

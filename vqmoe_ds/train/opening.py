@@ -24,6 +24,7 @@ from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
 from vqmoe_ds.train.compiling import before_compiling
 from vqmoe_ds.train.engine import build_session
 from vqmoe_ds.train.job import Job
+from vqmoe_ds.train.loggers import open_loggers
 from vqmoe_ds.train.loop import Callback, Trainer
 from vqmoe_ds.train.schedule import continued
 
@@ -40,10 +41,10 @@ class Opened:
     samples: int = 0
 
     def metrics_file(self) -> MetricsFile:
-        job = self.job
-        file = MetricsFile(job.run_dir, job.place.rank, -1 if self.tag is None else self.step, job.console.say)
-        file.note("configuration", f"```yaml\n{to_yaml(job.config.run)}\n```", self.step)
-        return file
+        job, step = self.job, -1 if self.tag is None else self.step
+        first = job.place.rank == 0
+        loggers = open_loggers(job.config, job.run_dir, step, job.console.say) if first else []
+        return MetricsFile(job.run_dir, job.place.rank, step, loggers)
 
     def train(self, batches: Batches, callbacks: list[Callback], file: MetricsFile) -> int:
         """Train to the end, or until a request to stop; returns the exit code.
@@ -65,11 +66,12 @@ class Opened:
             )
         try:
             trainer.run()
-            file.close()
+            code = TRY_AGAIN if trainer.stop_reason else 0
+            file.close(code)
         except OSError as error:
             raise cannot_write(error, f"training stopped at step {trainer.step}, {trainer.what_is_left()}") from error
         job.console.close_progress()
-        return TRY_AGAIN if trainer.stop_reason else 0
+        return code
 
 
 def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
