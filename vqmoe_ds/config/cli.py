@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -128,10 +129,24 @@ def common_parser(
     add("--sp_size", type=int, metavar="N", help="ranks that share every sequence (Ulysses sequence parallelism)")
     add_plugin_option(parser.further)
     add("--allow_changed_data", action="store_true", help="resume on other data than the checkpoint was trained on")
+    told = "write a torch profiler trace: N, as many steps after two to warm up, or FIRST:LAST, such as 10:13"
+    add("--profile", type=profiled_steps, metavar="STEPS", help=told)
     add("--print_config", action="store_true", help="show what would run, and stop")
     add("-h", "--help", action="help", help="show this, and stop")
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
+
+
+def profiled_steps(text: str) -> tuple[int | None, int]:
+    """First and last step of ``--profile FIRST:LAST``; None and their number of ``--profile N``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d{0,11}):)?([1-9]\d{0,11})", text)
+    if found is None or int(found[1] or 1) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number of steps and no FIRST:LAST; write 3, or 10:13")
+    return int(found[1]) if found[1] else None, int(found[2])
 
 
 def config_from_args(args: argparse.Namespace) -> LoadedConfig:

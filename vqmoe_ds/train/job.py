@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One run, on this rank. ``json_path``, ``resume`` and ``allow_changed_data`` are as on the command line."""
+    """One run, on this rank. ``json_path``, ``resume``, ``allow_changed_data`` and ``profile`` are as on the command
+    line."""
 
     config: EngineConfig
     place: Place
@@ -41,6 +42,7 @@ class Job:
     allow_changed_data: bool
     started: float
     """Seconds since the epoch, of the process."""
+    profile: tuple[int | None, int] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -62,7 +64,8 @@ class TrainingCommand(ABC):
     """A command that trains: ``launch`` calls ``prepare``, then ``run``.
 
     Args:
-        args: its parsed command line, with ``ds_config``, ``resume``, ``allow_changed_data`` and ``local_rank``.
+        args: its parsed command line, with ``ds_config``, ``resume``, ``allow_changed_data``, ``profile`` and
+            ``local_rank``.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -111,7 +114,7 @@ def launch(command: TrainingCommand) -> int:
         console.say(line)
     try:
         options = (args.ds_config, args.resume, args.allow_changed_data)
-        code = _run(command, Job(start.config, place, console, start.run_dir, *options, started))
+        code = _run(command, Job(start.config, place, console, start.run_dir, *options, started, args.profile))
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))

@@ -26,6 +26,7 @@ from vqmoe_ds.train.engine import build_session
 from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loggers import open_loggers
 from vqmoe_ds.train.loop import Callback, Trainer
+from vqmoe_ds.train.profiling import Profile
 from vqmoe_ds.train.schedule import continued
 
 
@@ -54,6 +55,8 @@ class Opened:
         """
         job, train, at = self.job, self.job.config.run.train, (self.step, self.samples)
         last = str(self.tag) if self.tag else None
+        if job.profile is not None:
+            callbacks = [Profile(job.profile, job.run_dir, job.place.rank, job.console.say), *callbacks]
         trainer = Trainer(self.session, batches, callbacks, self.step, at, last_checkpoint=last)
         counts, seconds = parameter_counts(trainer), time.time() - job.started
         job.console.say(
