@@ -30,7 +30,7 @@ def grid(tmp_path) -> dict[str, Any]:
         "set": SMALL,
         "seeds": [1],
         "corpora": {"squares": {"data.path": str(write_folder(tmp_path / "squares"))}},
-        "evaluate": {"corrupt": ["gaussian_noise:1", "fog:2"], "attacks": ["fgsm"], "eps": [1]},
+        "evaluate": {"corrupt": ["gaussian_noise:1", "fog:2"], "attacks": ["fgsm"], "eps": [1], "max_tokens": 64},
         "entries": [
             {"name": "top-2", "set": {"moe.router": "topk", "moe.top_k": 2}},
             {"name": "codes", "set": {"moe.router": "vq", "moe.top_k": 1}},
@@ -71,9 +71,11 @@ def test_runs_that_were_scored_in_another_way_are_scored_again(grid, tmp_path):
     parsed = read_grid(write(tmp_path, grid))
     job = jobs_of(parsed, runs_of(parsed, tmp_path / "out"))[0]
     rows = [{"kind": "gaussian_noise", "severity": 1}, {"kind": "fog", "severity": 2}]
-    scored = {"corrupted": rows, "attacked": [{"attack": "fgsm", "eps": 1.0}]}
+    scored: dict[str, Any] = {"corrupted": rows, "attacked": [{"attack": "fgsm", "eps": 1.0}], "setting": {}}
     job.run.folder.mkdir(parents=True)
-    for change, answer in ((scored, True), ({**scored, "attacked": []}, False), ({"corrupted": rows}, False)):
+    scored["setting"]["max_tokens"] = 64
+    fewer = {**scored, "setting": {}}
+    for change, answer in ((scored, True), ({**scored, "attacked": []}, False), (fewer, False), ({}, False)):
         job.evaluation.write_text(json.dumps(change))
         assert job.wanted is not None and job.evaluated(job.wanted) is answer
     assert job.state() is State.NEW

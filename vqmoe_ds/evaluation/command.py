@@ -179,7 +179,9 @@ def _evaluate(
         watch_peers(place, console, args.peer_timeout, "start it again"),
         memory_errors(place.rank, device, lambda: remedy),
     ):
-        return _score(args, corruptions, place, console, device)
+        result, seconds = _score(args, corruptions, place, console, device)
+        result.setting["max_tokens"] = args.max_tokens
+        return result, seconds
 
 
 def _score(

@@ -69,6 +69,8 @@ class Evaluation(_Part):
     """Draws of each damage to text."""
     stride: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Tokens of text scored per window; None: half the context."""
+    max_tokens: int | None = Field(default=None, ge=2, le=MOST_TOKENS)
+    """Tokens read, at most; None: all that is held out."""
     attacks: list[str] = []
     """Attacks on classifiers of images."""
     eps: list[float] = [1.0, 2.0]

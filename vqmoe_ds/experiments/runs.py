@@ -144,27 +144,28 @@ def _to_score(wanted: Evaluation, config: RunConfig) -> set[tuple[Any, ...]]:
     Raises:
         ConfigError: a damage or an attack that the data cannot take.
     """
+    asked: set[tuple[Any, ...]] = {("max_tokens", wanted.max_tokens)}
     if config.model.image_size:
-        specs = [kind for spec in wanted.corrupt for kind in (KINDS_OF_IMAGES if spec == "all" else (spec,))]
         check_attacks(wanted.attacks, wanted.eps)
-        damage = {tuple(each) for spec in specs for each in parse_image_corruption(spec)}
-        return damage | {(name, eps) for name in wanted.attacks for eps in wanted.eps}
+        specs = [kind for spec in wanted.corrupt for kind in (KINDS_OF_IMAGES if spec == "all" else (spec,))]
+        asked |= {(name, eps) for name in wanted.attacks for eps in wanted.eps}
+        return asked | {tuple(each) for spec in specs for each in parse_image_corruption(spec)}
     if wanted.attacks:
         raise ConfigError("evaluate: attacks are for images, and this is a model of text; leave them out")
     kinds = [each for s in wanted.corrupt for each in (all_corruptions() if s == "all" else [parse_corruption(s)])]
-    return {(*each, wanted.seeds) for each in kinds} | {
-        ("stride", checked_stride(wanted.stride, config.model.sequence_length))
-    }
+    asked.add(("stride", checked_stride(wanted.stride, config.model.sequence_length)))
+    return asked | {(*each, wanted.seeds) for each in kinds}
 
 
 def _scored(recorded: dict[str, Any], config: RunConfig) -> set[tuple[Any, ...]]:
     """What ``launchers/evaluate.py`` scored, as ``_to_score`` has it."""
-    damaged = recorded["corrupted"]
+    damaged, setting = recorded["corrupted"], recorded["setting"]
+    found: set[tuple[Any, ...]] = {("max_tokens", setting.get("max_tokens"))}
     if config.model.image_size:
-        attacked = {(row["attack"], row["eps"]) for row in recorded["attacked"]}
-        return {(row["kind"], row["severity"]) for row in damaged} | attacked
-    damage = {(row["kind"], row["rate"], len(row["seeds"])) for row in damaged}
-    return damage | {("stride", recorded["setting"]["stride"])}
+        found |= {(row["attack"], row["eps"]) for row in recorded["attacked"]}
+        return found | {(row["kind"], row["severity"]) for row in damaged}
+    found.add(("stride", setting["stride"]))
+    return found | {(row["kind"], row["rate"], len(row["seeds"])) for row in damaged}
 
 
 def _fields(config: RunConfig) -> dict[str, Any]:
@@ -287,6 +288,8 @@ def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
     options = [] if wanted.stride is None else ["--stride", str(wanted.stride)]
     for spec in wanted.corrupt:
         options += ["--corruptions", "all"] if spec == "all" else ["--corrupt", spec]
+    if wanted.max_tokens is not None:
+        options += ["--max_tokens", str(wanted.max_tokens)]
     if wanted.attacks:
         options += ["--attacks", *wanted.attacks, "--eps", *map(str, wanted.eps)]
     options += ["--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
