@@ -21,7 +21,6 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("grid", metavar="GRID.yaml", help="entries, seeds, corpora, groups (docs/results.md)")
     add("--out", required=True, metavar="DIR", help="run folders and report")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting that the entries share")
-    add("--ds_config", metavar="JSON", help="in place of the grid's")
     add("--only", nargs="+", metavar="NAME", help="run only these entries (the report shows all)")
     add("--index", type=int, metavar="I", help="run only the run of this index of --list, without a report")
     add("--list", action="store_true", help="print the index, state and folder of every run, and stop")
@@ -43,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         grid = read_grid(args.grid)
         shared = {**grid.overrides, **dict(parse_override(text) for text in args.set)}
-        grid = grid.model_copy(update={"overrides": shared, "ds_config": args.ds_config or grid.ds_config})
+        grid = grid.model_copy(update={"overrides": shared})
         jobs = jobs_of(grid, runs_of(grid, Path(args.out)))
         if args.list:
             print("\n".join(f"{job.run.index} {job.state():<10} {job.run} {job.run.folder}" for job in jobs))
