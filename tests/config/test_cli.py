@@ -85,7 +85,7 @@ def test_help_shows_the_defaults_of_the_preset(words, parts, capsys):
 
 def test_help_lists_choices_and_only_the_fields_of_the_command(capsys):
     text = _help(cli.build_parser(""), capsys=capsys)
-    assert "(choices: layer_state, token_embedding, position_embedding, context, early_block)" in text
+    assert "(choices: layer_state, token_embedding, position_embedding, context, early_block, patch)" in text
     assert "(choices: euclidean, cosine)" in text and "train.activation_checkpointing = false" in text
     assert "finetune." not in text
     text = _help(finetune_cli.build_parser(""), capsys=capsys)

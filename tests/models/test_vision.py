@@ -14,13 +14,14 @@ from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.models.vision import PIXEL_MEAN, PIXEL_SCALE, VisionTransformer
 from vqmoe_ds.moe.state_sync import StateSync
+from vqmoe_ds.planning.memory import code_shape
 from vqmoe_ds.runtime.errors import ConfigError
 
 SMALL = {
     **{"model.image_size": 8, "model.patch_size": 2, "model.width": 16, "model.heads": 2, "model.vocab_size": 3},
     **{"moe.num_experts": 4, "moe.expert_hidden": 8, "model.dense_hidden": 16},
 }
-SOURCES = ("layer_state", "token_embedding", "position_embedding", "early_block")
+SOURCES = ("layer_state", "token_embedding", "position_embedding", "early_block", "patch")
 ROUTERS = [
     *({"codebook.source": source} for source in SOURCES),
     {"moe.top_k": 0},
@@ -124,6 +125,33 @@ def test_codes_look_at_the_source_that_is_named():
     assert not torch.equal(found["position_embedding"][0, 0], found["position_embedding"][0, 10])
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_a_dictionary_of_patches_is_clustered_once_and_then_names_their_codes_for_good(stem):
+    """The codes of patches are known before the first block, and no training of the model moves them."""
+    model = model_of(
+        **{"codebook.source": "patch", "codebook.num_codes": 6, "codebook.freeze_step": 1, "model.stem": stem}
+    )
+    bank, looked_at = model.bank, []
+    look_up = model._look_up
+    model._look_up = lambda z, *rest: looked_at.append(z) or look_up(z, *rest)
+    optimizer, sync, books = torch.optim.AdamW(model.parameters(), lr=1e-2), StateSync(model, 1), []
+    images, labels = batch(24)
+    for _ in range(3):
+        books.append(bank.codes_LKC.clone())
+        sum(model(images, labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+    assert bank.codes_LKC.shape == code_shape(model.config) == (2, 6, 2 * 2 * 3) and bank.initialized
+    assert not torch.equal(books[1], books[0]) and torch.equal(books[2], books[1])
+    assert all(torch.equal(z_TF, looked_at[0]) for z_TF in looked_at)
+    z_BSF = looked_at[0].view(24, 16, 12)
+    assert torch.equal(z_BSF[3, 4 * 2 + 1], ((images[3, 4:6, 2:4] / 255 - PIXEL_MEAN) / PIXEL_SCALE).flatten())
+    unit_TF = F.rms_norm(looked_at[0], (12,), eps=1e-6)
+    nearest = torch.cdist(unit_TF, bank.codes_LKC[0]).min(dim=1).values.square().mean()
+    assert nearest < 0.5 * torch.cdist(unit_TF, books[0][0]).min(dim=1).values.square().mean(), "k-means fits them"
+
+
 def test_models_of_other_routers_are_equal_in_everything_else():
     ours, theirs = model_of(), model_of(**{"moe.router": "topk"})
     mine = dict(ours.named_parameters())
@@ -160,6 +188,11 @@ def test_recomputation_gives_the_same_gradients():
         ({"moe.router": "stablemoe"}, "reads ids of tokens"),
         ({"codebook.source": "context"}, "codebook.source=context mixes the tokens before"),
         ({"codebook.source": "token_embedding", "codebook.source_momentum": 0.9}, "images have none"),
+        ({"codebook.source": "patch", "codebook.code_dim": 13}, "exceeds the values of a patch=12"),
+        (
+            {"model.image_size": 0, "codebook.source": "patch", "train.label_smoothing": 0, "model.sequence_length": 8},
+            "codebook.source=patch looks at the pixels of images",
+        ),
         ({"model.patch_size": 3}, "model.patch_size=3 must divide model.image_size=8"),
         ({"model.patch_size": 8}, "model.patch_size=8 leaves one patch of model.image_size=8"),
         ({"model.image_size": 16, "model.patch_size": 8}, "model.stem=conv needs model.patch_size 2 or 4, not 8"),

@@ -224,7 +224,7 @@ def check_size(config: RunConfig, reader: CheckpointReader, expert_memory: int |
         raise CheckpointError(
             f"{path} holds another model: {values:,} values or more by its configuration, {stored:,} in its files"
         )
-    codes = layers * (book.num_codes or moe.num_experts) * (book.code_dim or model.width)
+    codes = layers * (book.num_codes or moe.num_experts) * (book.code_dim or config.source_width)
     positions = model.sequence_length * (model.width + model.attention_width)
     tables = model.vocab_size * (model.width + 2 * layers) + positions
     what = f"the model of {path} (model.sequence_length={model.sequence_length}, codebook.num_codes={book.num_codes})"

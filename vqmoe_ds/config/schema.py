@@ -52,6 +52,7 @@ class CodeSource(StrEnum):
     POSITION_EMBEDDING = "position_embedding"
     CONTEXT = "context"
     EARLY_BLOCK = "early_block"
+    PATCH = "patch"
 
 
 class QKNorm(StrEnum):
@@ -566,6 +567,11 @@ class RunConfig(Section):
         if not self.model.image_size:
             if self.train.label_smoothing:
                 raise ValueError("train.label_smoothing is for images (model.image_size); leave it out")
+            if self.moe.facts.uses_codebook and book.source is CodeSource.PATCH:
+                raise ValueError(
+                    "codebook.source=patch looks at the pixels of images (model.image_size), and text has none; use "
+                    "context or token_embedding"
+                )
             return
         if self.moe.facts.needs_token_ids:
             raise ValueError(
@@ -575,7 +581,7 @@ class RunConfig(Section):
         if self.moe.facts.uses_codebook and book.source is CodeSource.CONTEXT:
             raise ValueError(
                 "codebook.source=context mixes the tokens before a token, and patches have no such order; use "
-                "layer_state, token_embedding, position_embedding or early_block"
+                "layer_state, patch, token_embedding, position_embedding or early_block"
             )
         if self.moe.facts.uses_codebook and book.source_momentum:
             raise ValueError("codebook.source_momentum averages a table of tokens, and images have none; leave it out")
@@ -584,6 +590,13 @@ class RunConfig(Section):
     def rows_per_token(self) -> int:
         """Expert calls of a token in one layer; the mean over the run, rounded up, where that varies."""
         return self.moe.facts.calls_per_token(self)
+
+    @property
+    def source_width(self) -> int:
+        """Width of the vectors that are compared with codes, before ``codebook.code_dim``: values of a patch, or D."""
+        model = self.model
+        of_pixels = self.codebook.source is CodeSource.PATCH
+        return model.patch_size**2 * model.channels if of_pixels else model.width
 
     @property
     def looks_ahead(self) -> LooksAhead | None:

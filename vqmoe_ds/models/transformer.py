@@ -215,7 +215,7 @@ class MoETransformer(nn.Module):
         self.bank: CodebookBank | None = None
         self.source: EmbeddingSource | None = None
         if facts.uses_codebook:
-            self.bank = CodebookBank(book, layers, moe.num_experts, model.width, config.train.seed)
+            self.bank = CodebookBank(book, layers, moe.num_experts, config.source_width, config.train.seed)
             self.source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
         table_LV = facts.token_table(config, layers)
         self.register_buffer("token_table_LV", table_LV)

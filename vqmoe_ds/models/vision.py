@@ -1,7 +1,8 @@
 """The transformer as a classifier of images: a vision transformer (Dosovitskiy 2021) on the blocks of the text model.
 
 Legend: B images, H pixels a side, C channels, p pixels a side of a patch, P = H / p patches a side, S = P * P patches,
-D width, A heads, K key-value heads, N = A + 2 K heads of a projection, H width of a head (in attention), V classes.
+F = p * p * C values of one, D width, A heads, K key-value heads, N = A + 2 K heads of a projection, H width of a head
+(in attention), V classes.
 """
 
 from __future__ import annotations
@@ -55,10 +56,15 @@ class PatchStem(nn.Module):
         self.map = Linear(self.patch**2 * config.channels, config.width)
 
     def forward(self, x_BHHC: Tensor) -> Tensor:
-        batch, size, _, channels = x_BHHC.shape
-        x_BPpPpC = x_BHHC.view(batch, size // self.patch, self.patch, size // self.patch, self.patch, channels)
-        y: Tensor = self.map(x_BPpPpC.transpose(2, 3).flatten(3).flatten(1, 2))
+        y: Tensor = self.map(patches_of(x_BHHC, self.patch))
         return y
+
+
+def patches_of(x_BHHC: Tensor, patch: int) -> Tensor:
+    """The values of every patch, ``[B, S, F]``."""
+    batch, size, _, channels = x_BHHC.shape
+    x_BPpPpC = x_BHHC.view(batch, size // patch, patch, size // patch, patch, channels)
+    return x_BPpPpC.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 class ConvStem(nn.Module):
@@ -75,6 +81,12 @@ class ConvStem(nn.Module):
         return y.flatten(2).transpose(1, 2)
 
 
+def normalized_pixels(images_BHHC: Tensor) -> Tensor:
+    """Pixels of images, uint8 or floating-point in [0, 1], as the model sees them."""
+    pixels = images_BHHC if images_BHHC.is_floating_point() else images_BHHC.float() / 255
+    return (pixels - PIXEL_MEAN) / PIXEL_SCALE
+
+
 class PatchEmbedding(nn.Module):
     """Vectors ``[B, S, D]`` of the patches of images ``[B, H, H, C]``, row by row; positions are added apart."""
 
@@ -84,8 +96,7 @@ class PatchEmbedding(nn.Module):
         self.positions = Positions(config.sequence_length, config.width)
 
     def forward(self, images_BHHC: Tensor) -> Tensor:
-        pixels = images_BHHC if images_BHHC.is_floating_point() else images_BHHC.float() / 255
-        y: Tensor = self.stem(((pixels - PIXEL_MEAN) / PIXEL_SCALE).to(self.positions.weight.dtype))
+        y: Tensor = self.stem(normalized_pixels(images_BHHC).to(self.positions.weight.dtype))
         return y
 
     def initialize(self, seed: int) -> None:
@@ -102,8 +113,8 @@ class VisionTransformer(MoETransformer):
     """Classifier of images over ``config.model.image_size``; the head reads the mean of the patches' states.
 
     Blocks, MoE layers, routers and experts are those of ``MoETransformer``, and so are the arguments. Codes look at the
-    state of the layer, at the patch as embedded (``token_embedding``), at that with a sinusoidal vector of its place
-    (``position_embedding``), or at the output of an early block.
+    state of the layer, at the pixels of the patch (``patch``), at the patch as embedded (``token_embedding``), at that
+    with a sinusoidal vector of its place (``position_embedding``), or at the output of an early block.
     """
 
     attention_class = PatchAttention
@@ -135,12 +146,12 @@ class VisionTransformer(MoETransformer):
         """Normalised states ``[B, S, D]`` after the last block, and the auxiliary loss of all routers."""
         assert isinstance(self.embed, PatchEmbedding)
         embedded_BSD = self.embed(images_BHHC)
-        routes = self._routes_of_patches(embedded_BSD)
+        routes = self._routes_of_patches(images_BHHC, embedded_BSD)
         context = RoutingContext(codebooks=self.bank)
         return self._through_blocks(self.embed.positions(embedded_BSD), context, routes)
 
-    def _routes_of_patches(self, embedded_BSD: Tensor) -> dict[int, Route]:
-        """Routes of the blocks whose experts follow from the embedded patches, by block index."""
+    def _routes_of_patches(self, images_BHHC: Tensor, embedded_BSD: Tensor) -> dict[int, Route]:
+        """Routes of the blocks whose experts follow from the patches, by block index."""
         book = self.config.codebook
         if self.bank is None or self.source is None:
             return {}
@@ -148,5 +159,8 @@ class VisionTransformer(MoETransformer):
             return self._plan_from_source(embedded_BSD.flatten(0, 1), end_block=book.source_block + 1)
         if not self.config.moe.facts.known_ahead(self.config):
             return {}
+        if book.source is CodeSource.PATCH:
+            pixels_BSF = patches_of(normalized_pixels(images_BHHC), self.config.model.patch_size)
+            return self._plan_from_source(pixels_BSF.flatten(0, 1))
         # No table of tokens is averaged, so the source reads nothing of the ids but their number.
         return self._plan_from_source(self.source(embedded_BSD[..., 0], embedded_BSD).flatten(0, 1))

@@ -46,7 +46,7 @@ def check_host_memory(config: EngineConfig, place: Place) -> None:
 def _at_most(config: EngineConfig) -> int:
     """Upper bound of a rank's bytes, by which small models pass without the imports that counting takes (1.3 s)."""
     model, moe, book = config.run.model, config.run.moe, config.run.codebook
-    wide = max(model.width, model.attention_width, moe.expert_hidden, book.code_dim or 0)
+    wide = max(model.width, config.run.source_width, model.attention_width, moe.expert_hidden)
     tables = 4 * (book.num_codes or moe.num_experts) + 4 * moe.num_experts + 2 * model.sequence_length
     values = model.layers * wide * (8 * wide + 4 * moe.num_experts * wide + tables) + 3 * model.vocab_size * wide
     tokens = config.micro_batch * model.sequence_length

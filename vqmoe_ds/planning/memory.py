@@ -269,7 +269,7 @@ def codebook(config: EngineConfig, parameters: Parameters) -> int:
 def code_shape(run: RunConfig) -> tuple[int, int, int]:
     """(L, K, C) of the codebooks."""
     book = run.codebook
-    return moe_layers(run), book.num_codes or run.moe.num_experts, book.code_dim or run.model.width
+    return moe_layers(run), book.num_codes or run.moe.num_experts, book.code_dim or run.source_width
 
 
 def code_statistics(run: RunConfig) -> int:

@@ -75,10 +75,11 @@ class VQRouter(Router):
         if book.groups > 1 and not cls.known_ahead(run):
             raise ValueError(
                 f"codebook.groups={book.groups} needs the codes of all layers before the first block: set "
-                "codebook.source to context, token_embedding or position_embedding"
+                "codebook.source to context, token_embedding or position_embedding; of images, patch"
             )
-        if book.code_dim > model.width:
-            raise ValueError(f"codebook.code_dim={book.code_dim} exceeds model.width={model.width}")
+        if book.code_dim > run.source_width:
+            which = "model.width" if run.source_width == model.width else "the values of a patch"
+            raise ValueError(f"codebook.code_dim={book.code_dim} exceeds {which}={run.source_width}")
         if book.source_momentum and book.source in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK):
             raise ValueError(
                 "codebook.source_momentum works on embeddings, not on codebook.source=" + book.source.value
@@ -100,8 +101,8 @@ class VQRouter(Router):
         Where codes follow from tokens alone each token of a batch is looked up once, so there it is an upper bound.
         """
         book, width = run.codebook, run.model.width
-        codes, code_width = book.num_codes or run.moe.num_experts, book.code_dim or width
-        lookup = 2 * codes * code_width + (2 * width * book.code_dim if layer == 0 else 0)
+        codes, code_width = book.num_codes or run.moe.num_experts, book.code_dim or run.source_width
+        lookup = 2 * codes * code_width + (2 * run.source_width * book.code_dim if layer == 0 else 0)
         return lookup + (super().flops(run, layer) + 4 * width if run.moe.top_k else 0)
 
     @classmethod
