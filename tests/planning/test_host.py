@@ -84,3 +84,10 @@ def test_the_bound_that_needs_no_count_is_above_it(router, fields):
     for zero in ("zero0", "zero2", "zero3"):
         config = resolve(ZERO.replace("zero0", zero), loaded, 1, gpu=False)
         assert host._at_most(config) > fit.least_bytes(config, 0)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 100, 4096])
+def test_the_bound_counts_slots(slots):
+    loaded = load_config("vit-cifar", None, {"moe.router": "softmoe", "router.slots": slots})
+    config = resolve(ZERO, loaded, 1, gpu=False)
+    assert host._at_most(config) > fit.least_bytes(config, 0)

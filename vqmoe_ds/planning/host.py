@@ -50,5 +50,6 @@ def _at_most(config: EngineConfig) -> int:
     tables = 4 * (book.num_codes or moe.num_experts) + 4 * moe.num_experts + 2 * model.sequence_length
     values = model.layers * wide * (8 * wide + 4 * moe.num_experts * wide + tables) + 3 * model.vocab_size * wide
     tokens = config.micro_batch * model.sequence_length
-    kept = tokens * (64 * model.layers * wide * (1 + moe.top_k) + 4 * model.vocab_size)
+    calls = max(1 + moe.top_k, config.run.rows_per_token)
+    kept = tokens * (64 * model.layers * wide * calls + 4 * model.vocab_size)
     return 4 * (10 * values + kept)
