@@ -264,14 +264,38 @@ def test_rows_come_out_as_from_experts_in_memory_to_the_bit(width, hidden, dtype
         torch.set_num_threads(before)
 
 
-def test_rows_of_no_expert_and_rows_with_gradients_are_refused() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "hidden"), [(WIDTH, HIDDEN), (12, 10)])
+@pytest.mark.parametrize("counts", [[0, 0, 1, 0, 0, 0], [3, 0, 200, 7, 1, 0], [0] * 6])
+def test_rows_have_the_gradients_of_experts_in_memory_to_the_bit(width, hidden, dtype, threads, counts) -> None:
+    files, before = Files(width, hidden, dtype), torch.get_num_threads()
+    stacked, stored = (kind(width, hidden, EXPERTS, layer=1) for kind in (StackedExperts, StoredExperts))
+    for part in PARTS:
+        getattr(stacked, part).data = files.stacks[1][part]
+    stacked.requires_grad_(False)
+    x_PD = torch.randn(sum(counts), width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ends_E, gradients = torch.tensor(counts).cumsum(0, dtype=torch.int32), []
+    torch.set_num_threads(threads)
+    try:
+        with opened(files, rooms=1) as store:
+            stored.store = store
+            for experts in (stacked, stored):
+                rows = x_PD.clone().requires_grad_()
+                experts(rows * 1, ends_E).square().sum().backward()
+                gradients.append(rows.grad)
+            assert store.uses == 2 * sum(count > 0 for count in counts) and store.most_held <= 1
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*gradients)
+
+
+def test_rows_of_no_expert_are_refused() -> None:
     files, stored = Files(), StoredExperts(WIDTH, HIDDEN, EXPERTS)
     with opened(files, 2) as store:
         stored.store = store
         with pytest.raises(IndexError, match="rows were given"):
             stored(torch.zeros(3, WIDTH), torch.tensor([1] * EXPERTS))
-        with pytest.raises(RuntimeError, match="for inference"):
-            stored(torch.zeros(1, WIDTH, requires_grad=True), torch.tensor([1] * EXPERTS))
         assert not files.begun
 
 

@@ -468,6 +468,10 @@ class FinetuneConfig(Section):
     trainable: Trainable = option(
         Trainable.EXPERTS, "what learns: experts (with the head), head, or all but the quantizer"
     )
+    expert_memory: str | None = option(
+        None,
+        "memory for frozen experts, such as 256MiB; all of them lie in a file of the run folder's disk; none: whole",
+    )
     lora_rank: int = option(
         0, "rank of LoRA adapters on the attention's matrices, which learn too; 0: none", ge=0, le=MOST_FEATURES
     )

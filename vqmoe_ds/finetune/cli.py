@@ -35,6 +35,8 @@ def build_parser(description: str, ds_config: str | Path = DS_CONFIG) -> argpars
         help=f"of the label (default label); NAME:coarse: as far as its first colon{more}",
     )
     add = parser.further.add_argument
+    what = "memory for frozen experts (finetune.trainable=head), such as 256MiB; the rest stays in a file"
+    add("--expert_memory", metavar="SIZE", help=what)
     add("--tokenizer", metavar="TOKENIZER", help="of the model, where it is not found: bytes, a folder, .model or .txt")
     return parser
 

@@ -8,7 +8,10 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+from vqmoe_ds.checkpoint.load_experts import check_place
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.checkpoint.views.discrete import discrete_config
 from vqmoe_ds.checkpoint.whereabouts import whole_task, with_whole_paths
@@ -18,11 +21,17 @@ from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.config.schema import CodeSource, RunConfig, Trainable
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
+from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.memory import parse_memory
 from vqmoe_ds.runtime.ranks import Place
 
-COLUMNS = {"text_column": "finetune.text_key", "label_column": "finetune.label_key"}
+OPTIONS = {
+    "text_column": "finetune.text_key",
+    "label_column": "finetune.label_key",
+    "expert_memory": "finetune.expert_memory",
+}
 """Options and the fields that they set."""
 
 SIZES = (
@@ -63,7 +72,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
     overrides = overrides_from_args(args)
     whole = {"finetune.checkpoint": os.path.abspath(args.checkpoint), "finetune.task": whole_task(args.task)}
     overrides.update(whole)  # they are read again from wherever the run goes on
-    for option, name in COLUMNS.items():
+    for option, name in OPTIONS.items():
         value = getattr(args, option)
         if value is not None and overrides.get(name, value) != value:
             raise ConfigError(f"--{option} {value} contradicts --set {name}={overrides[name]}; leave one of them out")
@@ -189,13 +198,27 @@ def check_can_run(config: EngineConfig) -> None:
     """Refuse a layout at which DeepSpeed would fail hours later.
 
     Raises:
-        ConfigError: frozen experts at ZeRO-3, which it cannot save.
+        ConfigError: frozen experts at ZeRO-3, which it cannot save; or a memory for experts that are not frozen, on a
+            GPU, or on several ranks.
     """
+    _check_expert_memory(config)
     frozen = config.run.finetune.trainable is Trainable.HEAD and config.run.moe.facts.has_experts
     if frozen and config.zero_stage == 3:
         raise ConfigError(
             "finetune.trainable=head freezes the experts, and DeepSpeed cannot save frozen experts at ZeRO-3; "
             "take a DeepSpeed config of ZeRO 0 to 2"
+        )
+
+
+def _check_expert_memory(config: EngineConfig) -> None:
+    finetune = config.run.finetune
+    if parse_memory(finetune.expert_memory, "--expert_memory") is None:
+        return
+    check_place(config.run, torch.device("cuda" if uses_gpu() else "cpu"), config.ep_size)
+    if finetune.trainable is not Trainable.HEAD:
+        raise ConfigError(
+            f"--expert_memory is for frozen experts, and finetune.trainable={finetune.trainable.value} trains them; "
+            "set finetune.trainable=head (perhaps with finetune.lora_rank), or leave it out"
         )
 
 

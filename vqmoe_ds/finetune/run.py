@@ -124,6 +124,10 @@ class FineTuning(TrainingCommand):
         ]
         code = opened.train(batches, callbacks, file)
         opened.session.engine.destroy()
+        store = opened.session.model.expert_store
+        if store is not None:
+            store.close()
+            job.console.say(store.summary())
         return code
 
 

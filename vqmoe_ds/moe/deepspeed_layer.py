@@ -28,6 +28,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.expert_store import StoredExperts
 from vqmoe_ds.moe.gradients import clip_gradients, gradient_norm
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import ConfigError
@@ -87,6 +88,12 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
             }
             for name, value in tags.items():
                 setattr(param, name, value)
+
+
+class StoredDeepSpeedMoELayer(DeepSpeedMoELayer):
+    """A ``DeepSpeedMoELayer`` whose experts are frozen and lie in an ``ExpertStore``."""
+
+    experts_class = StoredExperts
 
 
 def clip_over_all_experts(engine: Any) -> None:

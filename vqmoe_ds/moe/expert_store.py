@@ -18,7 +18,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -277,7 +277,8 @@ class StoredExperts(StackedExperts):
     """The experts of one layer in an ``ExpertStore``; computes what ``StackedExperts`` of the same weights computes.
 
     To the bit: the same kernels get the same rows of each expert, and experts share the threads by the same rule.
-    Its parameters have the right shapes and no values (device "meta").
+    Its parameters have the right shapes and no values (device "meta"), unless ``moe/expert_file.py`` gives them some.
+    They do not learn, and backward asks for each expert once more.
 
     Args:
         width, hidden, num_local: as of ``StackedExperts``; those of one rank alone.
@@ -299,34 +300,65 @@ class StoredExperts(StackedExperts):
 
         Raises:
             CheckpointError: an expert could not be read.
-            RuntimeError: rows that need a gradient; its weights may be gone by the time of backward.
         """
-        if x_PD.requires_grad:
-            raise RuntimeError("experts in a store are for inference; run it under torch.no_grad()")
-        ends = [0, *ends_E.tolist()]
-        rows_E = [end - start for start, end in pairwise(ends)]
+        rows_E = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
         check_counts(rows_E, self.num_local, len(x_PD))
-        x_PD = x_PD.contiguous()
-        out_PD = torch.empty_like(x_PD)
+        out_PD: Tensor = _StoredRows.apply(x_PD.contiguous(), self, rows_E)
+        return out_PD
+
+    def each(self, rows_E: list[int], job: Callable[[slice, Callable[[Tensor], Tensor]], None]) -> None:
+        """Call ``job(mine, expert)`` with the rows of every expert that has any, and the expert as a function.
+
+        Raises:
+            CheckpointError: an expert could not be read.
+        """
+        ends = [0, *accumulate(rows_E)]
         needed = [e for e, rows in enumerate(rows_E) if rows]
 
         def run(index: int) -> None:
             e = needed[index]
-            mine = slice(ends[e], ends[e + 1])
             with self.store.lent(self.layer, e) as weights:
                 w1, w2, w3 = (weights[part].unsqueeze(0) for part in PARTS)
-                out_PD[mine] = run_on_cpu(x_PD[mine], w1, w2, w3, [rows_E[e]])
+                job(slice(ends[e], ends[e + 1]), lambda rows: run_on_cpu(rows, w1, w2, w3, [rows_E[e]]))
 
         self.store.expect(self.layer, rows_E)
         try:
             run_experts(run, [rows_E[e] for e in needed])
         finally:
             self.store.forget(self.layer)
+
+
+class _StoredRows(torch.autograd.Function):
+    """Rows through their experts; what an expert keeps for backward would be its weights, so it is run again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, experts: StoredExperts, rows_E: list[int]) -> Tensor:
+        out_PD = torch.empty_like(x_PD)
+
+        def run(mine: slice, expert: Callable[[Tensor], Tensor]) -> None:
+            out_PD[mine] = expert(x_PD[mine])
+
+        experts.each(rows_E, run)
+        ctx.save_for_backward(x_PD)
+        ctx.experts, ctx.rows_E = experts, rows_E
         return out_PD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x_PD,), g_PD = ctx.saved_tensors, grads[0].contiguous()
+        gx_PD = torch.empty_like(x_PD)
+
+        def run(mine: slice, expert: Callable[[Tensor], Tensor]) -> None:
+            with torch.enable_grad():  # of this thread
+                rows = x_PD[mine].detach().requires_grad_()
+                (gx_PD[mine],) = torch.autograd.grad(expert(rows), rows, g_PD[mine])
+
+        ctx.experts.each(ctx.rows_E, run)
+        return gx_PD, None, None
 
 
 class StoredMoELayer(MoELayer):
-    """A ``MoELayer`` whose experts lie in an ``ExpertStore``, for inference on a CPU."""
+    """A ``MoELayer`` whose experts lie in an ``ExpertStore``, on a CPU."""
 
     experts_class = StoredExperts
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
-from vqmoe_ds.runtime.memory import GIB, total_bytes
+from vqmoe_ds.runtime.memory import GIB, parse_memory, total_bytes
 
 if TYPE_CHECKING:
     from vqmoe_ds.runtime.ranks import Place
@@ -30,7 +31,7 @@ def check_host_memory(config: EngineConfig, place: Place) -> None:
     # Weights first: only of a model that could be held is it quick to count all the rest.
     from vqmoe_ds.planning import fit, parameters
 
-    need = ranks * parameters.least_bytes(config.run, config.ep_size)
+    need = ranks * (parameters.least_bytes(config.run, config.ep_size) - _in_file(config.run))
     if need <= there and config.run.finetune.checkpoint is None:
         need = ranks * fit.least_bytes(config, place.rank)
     if need > there:
@@ -41,6 +42,19 @@ def check_host_memory(config: EngineConfig, place: Place) -> None:
             f"model.vocab_size={config.run.model.vocab_size}, and this machine has {there / GIB:,.1f} GiB; reduce one "
             "of these, model.sequence_length or the micro-batch, or take more machines"
         )
+
+
+def expert_memory(run: RunConfig) -> int | None:
+    """Bytes of memory for the frozen experts of a fine-tuning, which lie in a file; None: they are all in memory."""
+    return parse_memory(run.finetune.expert_memory, "--expert_memory") if run.finetune.checkpoint else None
+
+
+def _in_file(run: RunConfig) -> int:
+    """Bytes of experts in float32 that are not in memory."""
+    memory = expert_memory(run)
+    layers = run.model.layers // run.model.moe_every
+    experts = 12 * layers * run.moe.num_experts * run.moe.expert_hidden * run.model.width
+    return 0 if memory is None else max(0, experts - memory)
 
 
 def _at_most(config: EngineConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,13 +16,14 @@ from vqmoe_ds.models.build import build_model
 from vqmoe_ds.models.parameter_groups import parameter_groups
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.models.ulysses import sequence_share
-from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, StoredDeepSpeedMoELayer, clip_over_all_experts
+from vqmoe_ds.moe.expert_file import experts_in_file
 from vqmoe_ds.moe.state_sync import StateSync
-from vqmoe_ds.planning.host import check_host_memory
+from vqmoe_ds.planning.host import check_host_memory, expert_memory
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import Place
-from vqmoe_ds.train.zero import import_optimizers, spare_passes
+from vqmoe_ds.train.zero import frozen_experts_allowed, import_optimizers, spare_passes
 
 
 def build_session(config: EngineConfig, place: Place, json_path: str) -> Session:
@@ -36,12 +38,17 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     check_host_memory(config, place)
     # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
-    model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), DeepSpeedMoELayer)
+    memory = expert_memory(config.run)
+    layer_class = DeepSpeedMoELayer if memory is None else StoredDeepSpeedMoELayer
+    model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), layer_class)
+    if memory is not None:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        model.expert_store = experts_in_file(model.moe_layers(), Path(config.run.run.run_dir), dtype, memory)
     share = sequence_share(config.run, place.rank)
     if share is not None:
         model.share_sequences(share)
     import_optimizers(config.deepspeed["optimizer"]["type"])
-    with refusals(json_path):
+    with refusals(json_path), frozen_experts_allowed():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, config.run.train.weight_decay),

@@ -6,7 +6,8 @@ costs as much as a seventh of Adam. docs/performance.md has the figures.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed.comm as dist
@@ -32,6 +33,24 @@ def import_optimizers(chosen: str) -> None:
     with quickly(), nullcontext() if chosen.lower() == "muon" else uncompiled():
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     step_without_dynamo()
+
+
+@contextmanager
+def frozen_experts_allowed() -> Iterator[None]:
+    """While it lasts, ZeRO 1 and 2 take models whose experts are all frozen, at which DeepSpeed asserts."""
+    configure = DeepSpeedZeroOptimizer._configure_moe_settings
+
+    def configure_if_any_learn(optimizer: Any) -> None:
+        if any(map(optimizer.is_moe_group, optimizer.optimizer.param_groups)):
+            configure(optimizer)
+        else:
+            optimizer.has_moe_layers = False  # in what it optimizes
+
+    DeepSpeedZeroOptimizer._configure_moe_settings = configure_if_any_learn
+    try:
+        yield
+    finally:
+        DeepSpeedZeroOptimizer._configure_moe_settings = configure
 
 
 def spare_passes(engine: Any) -> None:
