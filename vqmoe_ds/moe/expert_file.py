@@ -56,7 +56,7 @@ def experts_in_file(layers: Sequence[MoELayer], folder: Path, dtype: torch.dtype
 def _nameless_file(folder: Path, size: int) -> IO[bytes]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=folder)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open for as long as the store)
         os.posix_fallocate(file.fileno(), 0, size)  # else the disk could be full when a page is written, which kills
     except OSError as error:
         raise ConfigError(
