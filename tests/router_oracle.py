@@ -53,6 +53,19 @@ def linear_scores(x_TD: Tensor, gate_ND: Tensor) -> list[Tensor]:
     return [torch.stack([gate_D @ x_D for gate_D in gate_ND]) for x_D in x_TD]
 
 
+def context_source(embedded_SD: Tensor, window: int, decay: float) -> list[Tensor]:
+    """What codes look at: embeddings of the last tokens at unit root mean square, mixed, and their sum at unit size."""
+
+    def unit(x_D: Tensor) -> Tensor:
+        return x_D / (x_D.square().mean() + 1e-6).sqrt()
+
+    mixed = []
+    for t in range(len(embedded_SD)):
+        parts = [decay**back * unit(embedded_SD[t - back]).roll(back) for back in range(min(window, t + 1))]
+        mixed.append(unit(sum(parts, torch.zeros_like(embedded_SD[0]))))
+    return mixed
+
+
 def expert_bias(x_TD: Tensor, gate_ND: Tensor, bias_N: list[float], k: int) -> Rows:
     """DeepSeek-V3 Eq. 12 to 16: chosen by ``sigmoid + bias``, weighted by sigmoid alone."""
     rows = []
@@ -91,6 +104,24 @@ def stablemoe(
         for e in chosen:
             loss = loss - (light_N[e].exp() / light_N.exp().sum()).log() / (k * len(ids_T))
     return rows, scores_TN, loss
+
+
+def hash_of_context(ids_S: list[int], tables_WV: list[list[int]], experts: int) -> list[int]:
+    """Expert of each token of one sequence: a sum of one table's entry per token of its window, modulo N."""
+    chosen = []
+    for t in range(len(ids_S)):
+        window = [(table_V, ids_S[t - back]) for back, table_V in enumerate(tables_WV) if back <= t]
+        chosen.append(sum(table_V[token] for table_V, token in window) % experts)
+    return chosen
+
+
+def dual(x_TD: Tensor, chosen_T: list[int], gate_ND: Tensor, paths_2D: Tensor, bias_2: Tensor, k: int) -> Rows:
+    """VQMoE Eq. 4 around any discrete expert: TopK of ``W x`` at ``g_c``, then the expert of the token at ``g_d``."""
+    rows = []
+    for row, x_D, discrete in zip(softmax_rows(linear_scores(x_TD, gate_ND), k, k == 1), x_TD, chosen_T, strict=True):
+        continuous, other = (paths_2D @ x_D + bias_2).softmax(0)
+        rows.append([*((e, continuous * w) for e, w in row), (discrete, other)])
+    return rows
 
 
 def online_kmeans_scores(x_TD: Tensor, means_ND: Tensor, temperature: float) -> list[Tensor]:

@@ -27,6 +27,7 @@ def _config(router: str, top_k: int = 2, book: dict[str, Any] | None = None, **m
     [
         *("topk", "expert_bias", "xmoe", "stablemoe", "random_frozen", "smoe_dropout", "online_kmeans"),
         *("expert_choice", "adaptive_clustering", "hash_token"),
+        *("hash_context", "topk_context", "topk_frozen"),
     ],
 )
 def test_a_router_costs_what_pytorch_counts(router):

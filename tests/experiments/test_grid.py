@@ -151,3 +151,23 @@ def test_the_grids_of_the_repository_are_whole(path):
     grid = read_grid(str(path))
     for run in runs_of(grid, Path("out")):
         load_config(run.entry.preset or grid.preset, None, overrides_of(grid, run))
+
+
+@pytest.mark.parametrize("name", ["controls"])
+def test_the_grids_of_the_verdicts_compare_equal_budgets_and_mark_what_looks_ahead(name):
+    from vqmoe_ds.config.load import load_config
+    from vqmoe_ds.experiments.budget import budget_of, check_group
+
+    grid = read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml"))
+    first = {run.entry.name: run for run in reversed(runs_of(grid, Path("out")))}
+    configs = {
+        entry.name: load_config(
+            entry.preset or grid.preset, None, {**overrides_of(grid, first[entry.name]), "data.path": None}
+        ).config
+        for entry in grid.entries
+    }
+    for group, settings in grid.groups.items():
+        members = {e.name: budget_of(configs[e.name]) for e in grid.entries if e.group == group}
+        check_group(group, members, (settings.baselines or list(members))[0], settings.tolerance)
+        ahead = {e.name for e in grid.entries if e.group == group and configs[e.name].looks_ahead is not None}
+        assert settings.noncausal is bool(ahead), f"{group}: {ahead}"

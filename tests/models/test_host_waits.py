@@ -75,7 +75,9 @@ def test_a_micro_batch_reads_nothing(case: str, recompute: bool, monkeypatch: py
     assert [place for place in reads.places if allowed not in place] == []
 
 
-WITHOUT_STATE = ("dense", "topk", "xmoe", "hash_token", "token_table", "expert_choice")
+WITHOUT_STATE = (
+    *("dense", "topk", "topk_context", "xmoe", "hash_token", "hash_context", "token_table", "expert_choice"),
+)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT_STATE])

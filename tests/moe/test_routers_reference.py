@@ -16,12 +16,13 @@ from torch import Tensor
 
 from tests import router_oracle as oracle
 from vqmoe_ds.config.routers import routers
-from vqmoe_ds.config.schema import MoEConfig
+from vqmoe_ds.config.schema import CodebookConfig, MoEConfig
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.adaptive_clustering import FeatureScaling, feature_weights
 from vqmoe_ds.moe.routers.stablemoe import StableMoERouter
+from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.moe.state_sync import StateSync
 
 WIDTH, EXPERTS, SEQUENCE, SEQUENCES, VOCAB, SEED = 12, 6, 10, 3, 9, 5
@@ -103,6 +104,54 @@ def test_topk(top_k: int, over: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
+def test_topk_context(top_k: int) -> None:
+    embedded_TD = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(6))
+    mixed = [s_D for part_SD in embedded_TD.double().split(SEQUENCE) for s_D in oracle.context_source(part_SD, 3, 0.5)]
+    book = CodebookConfig(source="context", context_window=3, context_decay=0.5)
+    source = EmbeddingSource(book, VOCAB, WIDTH, SEQUENCE)
+    ids_BS = torch.zeros(SEQUENCES, SEQUENCE, dtype=torch.int64)
+    source_TD = source(ids_BS, embedded_TD.view(SEQUENCES, SEQUENCE, WIDTH)).flatten(0, 1)
+
+    def reference(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
+        scores = oracle.linear_scores(torch.stack(mixed), weights["gate.weight"])
+        rows = oracle.softmax_rows(scores, top_k, over_all=top_k == 1)
+        return rows, oracle.auxiliary(scores, rows, 0.3, 0.2)
+
+    _compare(_layer("topk_context", top_k), reference, RoutingContext(source_TD=source_TD))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_topk_frozen(top_k: int) -> None:
+    layer = _layer("topk_frozen", top_k, freeze_step=2)
+    sync, gate = StateSync(layer), layer.router.gate.weight
+    for step in range(2):
+        kept_ND = gate.detach().double()
+
+        def learned(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
+            scores = oracle.linear_scores(x_TD, weights["gate.weight"])
+            rows = oracle.softmax_rows(scores, top_k, over_all=top_k == 1)
+            return rows, oracle.auxiliary(scores, rows, 0.3, 0.2)
+
+        layer.zero_grad()
+        _compare(layer, learned)
+        assert gate.grad.abs().max() > 0.01
+        sync.step()
+        assert layer.router.is_frozen is (step == 1)
+        gate.data += 0.3 * torch.randn(gate.shape, generator=torch.Generator().manual_seed(step))
+
+    def frozen(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
+        rows = oracle.softmax_rows(oracle.linear_scores(x_TD, kept_ND), top_k, over_all=top_k == 1)
+        return rows, torch.zeros((), dtype=torch.float64)
+
+    layer.zero_grad()
+    _compare(layer, frozen)
+    assert gate.grad is not None and gate.grad.abs().max() == 0, "engines wait for it"
+    again = _layer("topk_frozen", top_k, freeze_step=90)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(_states().unsqueeze(0))[0], layer(_states().unsqueeze(0))[0]), "the checkpoint decides"
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
 def test_expert_bias(top_k: int) -> None:
     layer = _layer("expert_bias", top_k)
     bias_N = [0.3, -0.2, 0.0, 0.5, -0.4, 0.1]
@@ -146,6 +195,17 @@ def test_frozen_gates(router: str, top_k: int) -> None:
         return oracle.softmax_rows(scores, top_k, over_all=False), torch.zeros(())
 
     _compare(layer, reference)
+
+
+@pytest.mark.parametrize("router", ["random_frozen", "smoe_dropout"])
+def test_the_scale_of_a_frozen_gate_is_that_of_its_logits(router: str) -> None:
+    config = LayerConfig(400, MoEConfig(router=router, num_experts=64, top_k=2), {"gate_scale": 0.32})
+    x_TD = torch.nn.functional.rms_norm(torch.randn(500, 400, generator=torch.Generator().manual_seed(1)), (400,))
+    layer = MoELayer(config)
+    assert (x_TD @ layer.router.gate_ND.t()).std().item() == pytest.approx(0.32, rel=0.02)
+    whole = MoELayer(LayerConfig(400, config.moe))
+    assert torch.allclose(whole.router.gate_ND * 0.32, layer.router.gate_ND)
+    assert torch.equal(whole(x_TD.unsqueeze(0))[2], layer(x_TD.unsqueeze(0))[2]), "the same choice"
 
 
 def test_smoe_dropout_grows_linearly_and_reads_a_saved_counter() -> None:
@@ -232,6 +292,29 @@ def test_stablemoe_changes_stage_once_though_the_run_goes_on_with_another_length
     StateSync(then).step()
     assert bool(then.router.frozen)
     assert torch.equal(then.router.table_Vk, then.router.light.table(1))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_hash_context(top_k: int) -> None:
+    layer, told_T = _layer("hash_context", top_k), _ids(EXPERTS)
+
+    def reference(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
+        if top_k == 0:
+            one = torch.ones((), dtype=torch.float64)
+            return [[(e, one)] for e in told_T.tolist()], torch.zeros((), dtype=torch.float64)
+        scores = oracle.linear_scores(x_TD, weights["continuous.gate.weight"])
+        rows = oracle.dual(
+            x_TD,
+            told_T.tolist(),
+            weights["continuous.gate.weight"],
+            weights["path_gate.weight"],
+            weights["path_gate.bias"],
+            top_k,
+        )
+        chosen = oracle.softmax_rows(scores, top_k, over_all=True)
+        return rows, oracle.auxiliary(scores, chosen, 0.3, 0.2)
+
+    _compare(layer, reference, RoutingContext(told_T))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -66,6 +66,8 @@ class RouterFacts:
     needs_top_k: ClassVar[bool] = True
     """Whether ``moe.top_k=0`` would leave tokens without experts."""
     uses_codebook: ClassVar[bool] = False
+    reads_source: ClassVar[bool] = False
+    """Whether it reads the vectors of ``codebook.source`` (``RoutingContext.source_TD``), though it has no codes."""
     uses_token_table: ClassVar[bool] = False
     """Whether ``token_table`` of its class names the experts of every token."""
     needs_token_ids: ClassVar[bool] = False
@@ -119,9 +121,22 @@ class RouterFacts:
         return False
 
     @classmethod
+    def looks_back(cls, run: RunConfig) -> int:
+        """Tokens before a token on which its expert by ``token_table`` depends."""
+        return 0
+
+    @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Any:
-        """Experts of all tokens of the vocabulary where they are known before training: a tensor, int64 ``[L, V]``."""
+        """Experts of all tokens of the vocabulary where they are known before training: a tensor, int64 ``[L, V]``.
+
+        Of a router that looks back it is whatever its ``experts_of`` reads.
+        """
         return None
+
+    @classmethod
+    def experts_of(cls, table: Any, ids_BS: Any, num_experts: int) -> Any:
+        """Experts of tokens by ``token_table``, int64 ``[L, B, S]``."""
+        return table[:, ids_BS]
 
     @classmethod
     def check_start(cls, run: RunConfig, layers: int) -> None:

@@ -139,7 +139,7 @@ def table_of_codes(model: MoETransformer) -> Tensor:
         CheckpointError: its codes look at more, or it has none.
     """
     book = model.config.codebook
-    if model.token_table_LV is not None:
+    if model.token_table_LV is not None and model.token_table_LV.dim() == 2:
         return model.token_table_LV.clone()
     if model.bank is None or model.source is None or book.source is not CodeSource.TOKEN_EMBEDDING:
         looks = (

@@ -216,6 +216,7 @@ class MoETransformer(nn.Module):
         self.source: EmbeddingSource | None = None
         if facts.uses_codebook:
             self.bank = CodebookBank(book, layers, moe.num_experts, config.source_width, config.train.seed)
+        if facts.uses_codebook or facts.reads_source:
             self.source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
         table_LV = facts.token_table(config, layers)
         self.register_buffer("token_table_LV", table_LV)
@@ -297,12 +298,14 @@ class MoETransformer(nn.Module):
         if routes is None:
             routes = self._routes_ahead(ids_BS, embedded_BSD, earlier, cache, real_M)
         x_BSD = embedded_BSD[:, earlier:] if earlier else embedded_BSD
+        reads_source = self.config.moe.facts.reads_source
         context = RoutingContext(
             token_ids_T=real_tokens(ids_BS[:, earlier:], real_M),
             lengths=None if real_BS is None else self._lengths(real_BS),
             codebooks=self.bank,
             share=self.share if cache is None else None,
             mean_tokens=self._mean_tokens(homes),
+            source_TD=self._source_of(ids_BS, embedded_BSD, earlier, cache, real_M)[0] if reads_source else None,
         )
         x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes)
         if cache is not None:
@@ -356,7 +359,7 @@ class MoETransformer(nn.Module):
         Raises:
             ValueError: ranks that share sequences are given some of another length.
         """
-        back = 0 if self.source is None else self.source.looks_back
+        back = self.config.moe.facts.looks_back(self.config) if self.source is None else self.source.looks_back
         if cache is not None:
             ids_BS = cache.with_earlier(tokens_BS, back)
             return ids_BS, ids_BS.shape[1] - tokens_BS.shape[1]
@@ -373,9 +376,12 @@ class MoETransformer(nn.Module):
     ) -> dict[int, Route]:
         """Routes of the blocks whose experts follow from the tokens, by block index; without the ``earlier`` ones."""
         book = self.config.codebook
-        tokens_M = real_tokens(ids_BS[:, earlier:], real_M)
         if self.token_table_LV is not None:
-            return self._plans(self.token_table_LV[:, tokens_M], list(self.moe_blocks))
+            moe = self.config.moe
+            experts_LBS = moe.facts.experts_of(self.token_table_LV, ids_BS, moe.num_experts)
+            experts_LT = experts_LBS[..., earlier:].flatten(1)
+            return self._plans(experts_LT if real_M is None else experts_LT[:, real_M], list(self.moe_blocks))
+        tokens_M = real_tokens(ids_BS[:, earlier:], real_M)
         if self.bank is None or self.source is None:
             return {}
         if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding

@@ -245,7 +245,8 @@ def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
     here, defaults = run.model_dump(mode="json"), RunConfig().model_dump(mode="json")
     facts = run.moe.facts
     defaults["router"] = facts.Options().model_dump(mode="json")
-    parts = STRUCTURE | {"router": facts.structure} | ({} if facts.uses_codebook else {"codebook": ()})
+    reads_codebook = facts.uses_codebook or facts.reads_source
+    parts = STRUCTURE | {"router": facts.structure} | ({} if reads_codebook else {"codebook": ()})
     for section, names in parts.items():
         for name in here[section] if names is None else names:
             theirs, ours = saved.get(section, {}).get(name, defaults[section][name]), here[section][name]

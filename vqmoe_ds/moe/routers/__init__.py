@@ -19,6 +19,7 @@ from vqmoe_ds.moe.routers import (  # noqa: F401  # isort: skip  # in the order 
     frozen,
     hash_token,
     token_table,
+    hash_context,
     online_kmeans,
     expert_choice,
     adaptive_clustering,

@@ -7,6 +7,7 @@ mixtures, B sequences of C slots each, M = B C.
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,8 @@ class RoutingContext:
     """The part of every sequence that these tokens are, where ranks share sequences."""
     mean_tokens: float | None = None
     """Tokens per rank that shares them, where these are more or fewer."""
+    source_TD: Tensor | None = None
+    """Vectors of ``codebook.source``, float32 without gradient, for a router without codes that reads them."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,17 @@ class StatefulRouter(SteppedState, Router):
     def averaging(self, decay: float) -> float:
         """Decay of running statistics: a plain mean over the first steps, which would weigh the start too much."""
         return min(decay, self.steps_taken / (self.steps_taken + 1))
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[object]:
+    """Context with the whole weights of a module, where ZeRO-3 holds them in pieces; all ranks enter it together."""
+    weights = list(module.parameters())
+    if not hasattr(weights[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(weights)
+    return context
 
 
 def choose(logits_TN: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,31 @@
-"""Routers that never learn: a random gate, alone or with more and more experts per token.
+"""Routers that never learn, or no longer: a random gate, alone or with more and more experts per token; a learned one.
 
 Legend: T tokens, D width, N experts, k experts chosen.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.config.fields import MOST_EXPERTS, MOST_STEPS, option
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, MOST_EXPERTS, MOST_STEPS, option
 from vqmoe_ds.config.routers import register_router
 from vqmoe_ds.config.schema import MoEConfig, RunConfig
 from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.routers.base import (
+    Float32Linear,
     Routing,
     RoutingContext,
     StatefulRouter,
     TopKOptions,
+    auxiliary_loss,
     choose,
     drawn,
+    gathered,
     softmax_over_all,
 )
 
@@ -32,14 +38,21 @@ class RandomFrozenRouter(StatefulRouter):
     bfloat16, the optimizer and its weight decay leave it alone.
     """
 
-    Options: ClassVar[type[TopKOptions]] = TopKOptions
-    structure = ("softmax_over",)
+    class Options(TopKOptions):
+        gate_scale: float = option(
+            1.0,
+            "size of the frozen gate: the deviation of its logits over states of unit size (the authors' is 0.32)",
+            gt=0,
+            le=LARGEST_WEIGHT,
+        )
+
+    structure = ("softmax_over", "gate_scale")
     gate_ND: Tensor
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
-        shape = (self.moe.num_experts, config.width)
-        self.register_buffer("gate_ND", drawn(shape, config.width**-0.5, config.seed, config.layer, "gate"))
+        shape, scale = (self.moe.num_experts, config.width), self.options.gate_scale * config.width**-0.5
+        self.register_buffer("gate_ND", drawn(shape, scale, config.seed, config.layer, "gate"))
 
     @property
     def top_k(self) -> int:
@@ -60,7 +73,7 @@ class SMoEDropoutRouter(RandomFrozenRouter):
     optimizer steps taken, which is kept in the checkpoint. Evaluation uses the k of its moment.
     """
 
-    class Options(TopKOptions):
+    class Options(RandomFrozenRouter.Options):
         final_top_k: int = option(0, "moe.top_k grows to this; 0: all experts", "experts", ge=0, le=MOST_EXPERTS)
         growth_steps: int = option(0, "steps over which it grows; 0: the whole run", "steps", ge=0, le=MOST_STEPS)
 
@@ -98,3 +111,63 @@ class SMoEDropoutRouter(RandomFrozenRouter):
         first, last = self.moe.top_k, self._final(self.moe, self.options)
         done = min(1.0, self.steps_taken / max(1, self.growth_steps))
         return int(first + (last - first) * done + 0.5)
+
+
+class KeptLinear(Float32Linear):
+    """A ``Float32Linear`` that may compute with a copy of its weights from some moment."""
+
+    def forward(self, x_TD: Tensor, kept_ND: Tensor | None = None) -> Tensor:
+        if kept_ND is None:
+            return super().forward(x_TD)
+        # A gradient of 0 for the weights that nothing reads: engines wait for the gradient of every weight.
+        return F.linear(x_TD.float(), kept_ND + 0.0 * self.weight.float())
+
+
+@register_router("topk_frozen")
+class FrozenTopKRouter(StatefulRouter):
+    """The learned linear router, which stops learning after ``router.freeze_step`` optimizer steps.
+
+    Until then it is ``topk``, losses included. From then on the gate is the copy in a buffer, which neither Adam's
+    momentum nor weight decay can move, and there is no balance loss. States go on moving, so routes may still change:
+    the control that says how much of a lead is a router that stands still.
+    """
+
+    class Options(TopKOptions):
+        freeze_step: int = option(
+            0, "optimizer step from which the gate no longer moves; 0: a tenth of the run", "steps", ge=0, le=MOST_STEPS
+        )
+
+    structure = ("softmax_over",)
+    kept_ND: Tensor
+    frozen: Tensor
+    """Whether the gate is kept. Saved, because a longer or shorter run that goes on has another ``freeze_step``."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.freeze_step = self.with_schedules(self.options, config.steps).freeze_step
+        self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
+        self.gate = KeptLinear(config.width, self.moe.num_experts)
+        self.register_buffer("kept_ND", torch.zeros(self.moe.num_experts, config.width))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))
+        self._frozen = HostMirror()
+
+    @classmethod
+    def with_schedules(cls, options: Any, steps: int) -> Any:
+        return options.model_copy(update={"freeze_step": options.freeze_step or max(1, steps // 10)})
+
+    @property
+    def is_frozen(self) -> bool:
+        """``frozen`` as a truth value."""
+        return bool(self._frozen.read(self.frozen))
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        logits_TN = self.gate(x_TD, self.kept_ND if self.is_frozen else None)
+        ids_Tk, weights_Tk = choose(logits_TN, self.moe.top_k, self.over_all)
+        aux = None if self.is_frozen else auxiliary_loss(logits_TN, ids_Tk, self.moe, context)
+        return Routing(ids_Tk, weights_Tk, aux)
+
+    def learn(self, statistics: Tensor) -> None:
+        if not self.is_frozen and self.steps_taken + 1 >= self.freeze_step:
+            with gathered(self.gate), torch.no_grad():
+                self.kept_ND.copy_(self.gate.weight)
+            self._frozen.write(self.frozen, 1)

@@ -5,7 +5,6 @@ Legend: T tokens, D width, P low dimension, N experts, V vocabulary, k experts c
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from vqmoe_ds.moe.routers.base import (
     StatefulRouter,
     auxiliary_loss,
     drawn,
+    gathered,
     mean_of_all,
 )
 from vqmoe_ds.runtime.errors import ConfigError
@@ -47,7 +47,7 @@ class LightRouter(nn.Module):
     @torch.no_grad()
     def table(self, top_k: int) -> Tensor:
         """Experts of every token of the vocabulary, int64 ``[V, k]``; all ranks must call it together."""
-        with _gathered(self):
+        with gathered(self):
             return (self.words_VP.float() @ self.experts_NP.float().t()).topk(top_k, dim=-1).indices
 
 
@@ -122,14 +122,3 @@ class StableMoERouter(StatefulRouter):
         if not self.in_second_stage and self.steps_taken + 1 >= self.distil_steps:
             self.table_Vk.copy_(self.light.table(self.moe.top_k))
             self._frozen.write(self.frozen, 1)
-
-
-def _gathered(module: nn.Module) -> AbstractContextManager[object]:
-    """Whole weights where ZeRO-3 holds them in pieces."""
-    weights = list(module.parameters())
-    if not hasattr(weights[0], "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(weights)
-    return context

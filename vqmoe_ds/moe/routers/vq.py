@@ -5,22 +5,19 @@ Legend: T tokens, D width, C code width, K codes, R routed rows per token.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqmoe_ds.config.routers import register_router
-from vqmoe_ds.config.schema import CodeSource, MoEConfig, RunConfig
+from vqmoe_ds.config.schema import CodeSource, RunConfig
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext, TopKOptions, mean_of_all
-from vqmoe_ds.moe.routers.topk import TopKRouter
+from vqmoe_ds.moe.routers.base import Routing, RoutingContext, mean_of_all
+from vqmoe_ds.moe.routers.dual import DualRouter
 
 
 @register_router("vq")
-class VQRouter(Router):
+class VQRouter(DualRouter):
     """Discrete codes beside an optional linear router (paper Eq. 4).
 
     ``y = g_c f_SMoE(x) + g_d E_{map(k)}(q)`` with ``k`` the nearest code, ``g = softmax(W_g x)`` and
@@ -28,21 +25,15 @@ class VQRouter(Router):
     ``moe.input_norm`` and ``moe.output_norm`` it is ``LN(E_{map(k)}(LN(q)))``, as released.
     """
 
-    Options = TopKOptions
-    structure = ("softmax_over",)
-    needs_top_k = False
     uses_codebook = True
     exported_as = "vq"
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
-        top_k, width = self.moe.top_k, config.width
-        self.continuous = TopKRouter(config) if top_k else None
-        self.path_gate = nn.Linear(width, 2) if top_k else None
         self.own_codebook: CodebookBank | None = None
         self.index = config.layer
         if not config.shared_codebook:
-            self.own_codebook = CodebookBank(config.codebook, 1, self.moe.num_experts, width, config.seed)
+            self.own_codebook = CodebookBank(config.codebook, 1, self.moe.num_experts, config.width, config.seed)
             self.index = 0
 
     # ------------------------------------------------------------ what is known of it
@@ -86,10 +77,6 @@ class VQRouter(Router):
             )
 
     @classmethod
-    def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
-        return moe.top_k + 1
-
-    @classmethod
     def weights_rows(cls, run: RunConfig) -> bool:
         soft = run.codebook.soft_output > 0 and run.codebook.source is CodeSource.LAYER_STATE
         return run.moe.top_k > 0 or soft
@@ -109,19 +96,11 @@ class VQRouter(Router):
     def known_ahead(cls, run: RunConfig) -> bool:
         return run.codebook.source not in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK)
 
-    @classmethod
-    def linear_gate(cls, moe: MoEConfig) -> str | None:
-        return "continuous.gate.weight" if moe.top_k else None
-
     # ------------------------------------------------------------ routing
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        routing = self._route(x_TD, context)
-        return replace(routing, input_norm=self.moe.input_norm, output_norm=self.moe.output_norm)
-
-    def _route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         moe, book = self.moe, self.config.codebook
-        offset, aux, soft_T = None, x_TD.new_zeros((), dtype=torch.float32), None
+        offset, aux, soft_T1 = None, x_TD.new_zeros((), dtype=torch.float32), None
         if context.expert_ids_T is not None:
             discrete_T = context.expert_ids_T
         else:
@@ -136,17 +115,9 @@ class VQRouter(Router):
                 squares_TC = (x_TD.float() - codes_TC).square()
                 aux = aux + book.commitment_weight * mean_of_all(squares_TC, context.mean_tokens)
             if book.soft_output:
-                soft_T = self._soft_weight(x_TD, bank)
-        if self.continuous is None or self.path_gate is None:
-            weights_TR = None if soft_T is None else soft_T.unsqueeze(1)
-            return Routing(discrete_T.unsqueeze(1), weights_TR, aux, discrete_offset_TD=offset)
-        smoe = self.continuous(x_TD, context)
-        gates_T2 = self.path_gate(x_TD).float().softmax(dim=-1)
-        discrete_weight_T1 = gates_T2[:, 1:] if soft_T is None else gates_T2[:, 1:] * soft_T.unsqueeze(1)
-        weights_TR = torch.cat([gates_T2[:, :1] * smoe.weights_TR, discrete_weight_T1], dim=1)
-        ids_TR = torch.cat([smoe.expert_ids_TR, discrete_T.unsqueeze(1)], dim=1)
-        aux = aux + smoe.aux_loss
-        return Routing(ids_TR, weights_TR, aux, last_is_discrete=True, discrete_offset_TD=offset)
+                soft_T1 = self._soft_weight(x_TD, bank).unsqueeze(1)
+        discrete = Routing(discrete_T.unsqueeze(1), soft_T1, aux, discrete_offset_TD=offset)
+        return self.beside(x_TD, context, discrete)
 
     def _codebook(self, context: RoutingContext) -> CodebookBank:
         bank = self.own_codebook if context.codebooks is None else context.codebooks
