@@ -135,6 +135,10 @@ def test_expert_calls_of_slots_go_by_the_length_of_a_sequence() -> None:
             {"moe.router": "softmoe", "finetune.classes": ("a", "b"), "finetune.checkpoint": "runs/x"},
             "moe.router=softmoe mixes the tokens of sequences of one length, and texts to classify have any",
         ),
+        (
+            {"moe.router": "adaptive_clustering", "router.plain_layers": 4},
+            "router.plain_layers=4 leaves no layer to moe.router=adaptive_clustering, of 4 MoE layers; lower it",
+        ),
         ({"router.temperature": 0}, "configuration field router.temperature=0"),
         ({"router.statistic": "batch"}, "did you mean router.statistics?"),
         ({"moe.router": "kmeans"}, "moe.router='kmeans' is unknown; "),

@@ -506,6 +506,22 @@ def test_softmoe_ac_follows_earlier_steps_and_its_control_is_softmoe() -> None:
     assert _layer("softmoe_ac", 1, layer=0).router.name == "softmoe"
 
 
+def test_the_first_layers_of_adaptive_clustering_may_be_plain() -> None:
+    for plain in (1, 2, 3):
+        routers_of = [
+            type(_layer("adaptive_clustering", 2, layer=layer, plain_layers=plain).router).name for layer in range(5)
+        ]
+        assert routers_of == ["topk"] * plain + ["adaptive_clustering"] * (5 - plain)
+
+    def reference(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
+        scores = oracle.linear_scores(x_TD, weights["gate.weight"])
+        rows = oracle.softmax_rows(scores, 2, over_all=False)
+        return rows, oracle.auxiliary(scores, rows, 0.3, 0.2)
+
+    known = RoutingContext(previous_T=CLUSTERS["mixed"])
+    _compare(_layer("adaptive_clustering", 2, layer=1, plain_layers=2, statistics="batch"), reference, known)
+
+
 @pytest.mark.parametrize("router", ["expert_bias", "smoe_dropout", "stablemoe", "online_kmeans", "adaptive_clustering"])
 def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_none(router: str) -> None:
     layer = _layer(router, 2).bfloat16()

@@ -386,7 +386,13 @@ class TrainConfig(Section):
     extended_from: int = option(
         0, "steps of the run that extension goes on from, filled in by the run", "steps", ge=0, le=MOST_STEPS
     )
-    weight_decay: float = option(0.1, "decay of weight matrices (not of norms and gates)", ge=0, le=LARGEST_WEIGHT)
+    weight_decay: float = option(
+        0.1,
+        "decay of weight matrices (not of norms and biases; decay_gates says whether of routers)",
+        ge=0,
+        le=LARGEST_WEIGHT,
+    )
+    decay_gates: bool = option(True, "whether weight decay falls on the matrices of routers (gates) too")
     beta1: float = option(0.9, "AdamW beta 1", ge=0, lt=1)
     beta2: float = option(0.95, "AdamW beta 2", ge=0, lt=1)
     grad_clip: float = option(1.0, "gradient norm limit; 0: none", ge=0, le=LARGEST_WEIGHT)

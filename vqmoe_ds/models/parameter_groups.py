@@ -7,12 +7,22 @@ from typing import Any
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two named groups of what learns: matrices decay, vectors do not. DeepSpeed splits experts off each by itself."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+def decays(name: str, dimensions: int, decay_gates: bool = True) -> bool:
+    """Whether weight decay falls on a parameter: on matrices, but on those of routers only with ``train.decay_gates``.
+
+    Checkpoints list parameters in the order of the groups, so whoever reads or lays one out asks here too.
+    """
+    return dimensions >= 2 and (decay_gates or ".router." not in name)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_gates: bool = True) -> list[dict[str, Any]]:
+    """Two named groups of what learns: ``matrices`` decay (``decays``), ``vectors`` do not.
+
+    DeepSpeed splits experts off each by itself.
+    """
+    learned = [(p, decays(name, p.ndim, decay_gates)) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
-        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+        {"params": [p for p, decayed in learned if decayed], "weight_decay": weight_decay, "name": "matrices"},
+        {"params": [p for p, decayed in learned if not decayed], "weight_decay": 0.0, "name": "vectors"},
     ]
     return [group for group in groups if group["params"]]

@@ -176,7 +176,7 @@ def _optimizer_groups(model: Any, config: EngineConfig) -> list[int]:
 
     from vqmoe_ds.models.parameter_groups import parameter_groups
 
-    named = parameter_groups(model, config.run.train.weight_decay)
+    named = parameter_groups(model, config.run.train.weight_decay, config.run.train.decay_gates)
     split = configure_moe_param_groups(named) if model.moe_layers() else named
     return [size for size in (sum(p.numel() for p in group["params"]) for group in split) if size]
 

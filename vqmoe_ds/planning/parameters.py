@@ -14,6 +14,7 @@ import torch
 from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.build import pretrained_class
+from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.layer import MoELayer
 
@@ -24,6 +25,8 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
+    decays: bool
+    """Whether it is in the group of what decays."""
 
     @property
     def is_expert(self) -> bool:
@@ -32,7 +35,7 @@ class Weight:
     @property
     def group(self) -> str:
         """The optimizer group that DeepSpeed partitions it in."""
-        return "experts" if self.is_expert else "matrices" if len(self.shape) >= 2 else "vectors"
+        return "experts" if self.is_expert else "matrices" if self.decays else "vectors"
 
     def numel(self, ep_size: int = 1) -> int:
         """Values of it that one rank uses: its own experts, all of anything else."""
@@ -114,7 +117,7 @@ def count(run: RunConfig) -> Parameters:
         for name, param in model.named_parameters()
     }
     return Parameters(
-        tuple(Weight(name, shape) for name, shape in shapes.items()),
+        tuple(Weight(name, shape, decays(name, len(shape), run.train.decay_gates)) for name, shape in shapes.items()),
         sum(buffer.nbytes for buffer in model.buffers()),
         **sizes(shapes, run),
     )

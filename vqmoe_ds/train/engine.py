@@ -51,7 +51,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     with refusals(json_path), frozen_experts_allowed():
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, config.run.train.weight_decay),
+            model_parameters=parameter_groups(model, config.run.train.weight_decay, config.run.train.decay_gates),
             config=config.deepspeed,
             dist_init_required=False,
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqmoe_ds.config.fields import LARGEST_WEIGHT, option
+from vqmoe_ds.config.fields import LARGEST_WEIGHT, MOST_LAYERS, option
 from vqmoe_ds.config.routers import LooksAhead, RouterOptions, register_router
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.config import LayerConfig
@@ -70,6 +70,10 @@ class ClusterOptions(RouterOptions):
     )
     feature_clip: float = option(10.0, "largest weight, as a multiple of the mean", gt=1, le=LARGEST_WEIGHT)
 
+    plain_layers: int = option(
+        1, "first MoE layers without clusters; the release of the text models has 2", "layers", ge=1, le=MOST_LAYERS
+    )
+
 
 class ClusteredRouter(StatefulRouter):
     """Base of routers that weigh the features of a token by how tight its cluster is in them (``feature_weights``).
@@ -95,11 +99,16 @@ class ClusteredRouter(StatefulRouter):
     @classmethod
     def check(cls, run: RunConfig) -> None:
         super().check(run)
-        model = run.model
+        model, plain = run.model, getattr(run.router, "plain_layers", 1)
         if model.layers // model.moe_every < 2:
             raise ValueError(
                 f"moe.router={cls.name} looks at the choices of the MoE layer before, so it needs two or more: "
                 f"raise model.layers={model.layers} or lower model.moe_every={model.moe_every}"
+            )
+        if model.layers // model.moe_every <= plain:
+            raise ValueError(
+                f"router.plain_layers={plain} leaves no layer to moe.router={cls.name}, of "
+                f"{model.layers // model.moe_every} MoE layers; lower it or raise model.layers={model.layers}"
             )
 
     @torch.no_grad()
@@ -150,13 +159,13 @@ class AdaptiveClusteringRouter(ClusteredRouter):
 
     ``router.statistics=none`` is the control, M = 1, which differs in nothing else. A cluster without two tokens, or
     whose tokens are all alike, has M = 1 and takes no part in clip and scale. The first MoE layer has no layer before
-    it: its router is the linear one.
+    it: its router is the linear one, as is that of the other first ``router.plain_layers``.
     """
 
     class Options(ClusterOptions, TopKOptions):
         pass
 
-    structure = ("softmax_over", "statistics", "scaling")
+    structure = ("softmax_over", "statistics", "scaling", "plain_layers")
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
@@ -165,7 +174,7 @@ class AdaptiveClusteringRouter(ClusteredRouter):
 
     @classmethod
     def build(cls, config: LayerConfig) -> Router:
-        return cls(config) if config.layer > 0 else TopKRouter(config)
+        return cls(config) if config.layer >= config.options.plain_layers else TopKRouter(config)
 
     @classmethod
     def looks_ahead(cls, options: Any) -> LooksAhead | None:

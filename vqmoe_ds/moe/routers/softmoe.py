@@ -103,7 +103,7 @@ class SoftMoEACRouter(ClusteredRouter, SoftMoERouter):
 
     With the diagonal ``M_c`` of a token's cluster c, the expert whose slot weighed most for it in the MoE layer before:
     ``L = s (M_c x / |x|) . phi / |phi|``, and slots are mixtures of ``M_c x``. M is that of ``adaptive_clustering``, of
-    the vectors of unit length. The first MoE layer is ``softmoe``.
+    the vectors of unit length. The first ``router.plain_layers`` are ``softmoe``.
     """
 
     class Options(ClusterOptions, SoftMoERouter.Options):
@@ -114,7 +114,7 @@ class SoftMoEACRouter(ClusteredRouter, SoftMoERouter):
             0.35, "added to deviations of vectors of unit length before they are inverted", ge=1e-4, le=1e4
         )
 
-    structure = ("slots", "statistics", "scaling")
+    structure = ("slots", "statistics", "scaling", "plain_layers")
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
@@ -122,7 +122,7 @@ class SoftMoEACRouter(ClusteredRouter, SoftMoERouter):
 
     @classmethod
     def build(cls, config: LayerConfig) -> Router:
-        return cls(config) if config.layer > 0 else SoftMoERouter(config)
+        return cls(config) if config.layer >= config.options.plain_layers else SoftMoERouter(config)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         unit_TD = F.normalize(x_TD.float(), dim=-1)

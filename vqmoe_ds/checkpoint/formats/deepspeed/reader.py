@@ -20,6 +20,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.formats.portable import STATE
 from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, register_format
+from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.runtime.errors import CheckpointError
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
@@ -225,8 +226,9 @@ class TagReader(CheckpointReader):
         """Names as the optimizer numbers them, see ``vqmoe_ds.models.parameter_groups``."""
         learned = self.names_of("exp_avg")
         dense = [name for name in learned if name not in self._experts]
-        matrices = [name for name in dense if len(self.shape(name)) >= 2]
-        vectors = [name for name in dense if len(self.shape(name)) < 2]
+        gates = self.config.get("train", {}).get("decay_gates", True)
+        matrices = [name for name in dense if decays(name, len(self.shape(name)), gates)]
+        vectors = [name for name in dense if name not in matrices]
         return [*matrices, *vectors, *(name for name in learned if name in self._experts)]
 
     def _by_number(

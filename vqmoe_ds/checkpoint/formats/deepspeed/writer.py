@@ -21,6 +21,7 @@ from vqmoe_ds.checkpoint.formats.portable import Tell, seal
 from vqmoe_ds.checkpoint.io.safetensors_io import Sealed
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
 from vqmoe_ds.checkpoint.reader import CheckpointReader
+from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import sha256_of
 
@@ -73,13 +74,15 @@ class _TagWriter(ZeroWriter):
         dense = [self._member(name, 0) for name in self.reader.names() if name not in self.experts]
         experts = cut_experts([self._member(name, ep_rank) for name in self.experts])
         train = self.reader.config["train"]
+        gates = train.get("decay_gates", True)
+        decayed = {m.local for m in dense if decays(m.local, len(m.shape), gates)}
         decay, expert = train["weight_decay"], {"name": f"ep_size_{self.layout.ep_size}", "moe": True}
         adam = {"lr": train["learning_rate"], "betas": (train["beta1"], train["beta2"])}
         blank = torch.optim.AdamW([torch.zeros(())], **adam).state_dict()["param_groups"][0]
         blank.update({k: tuple(v) if k == "betas" else v for k, v in (self.reader.counters.get("adam") or {}).items()})
         rows: list[tuple[dict[str, Any], list[Member], bool]] = [
-            ({"weight_decay": decay, "name": "matrices"}, [m for m in dense if len(m.shape) >= 2], False),
-            ({"weight_decay": 0.0, "name": "vectors"}, [m for m in dense if len(m.shape) < 2], False),
+            ({"weight_decay": decay, "name": "matrices"}, [m for m in dense if m.local in decayed], False),
+            ({"weight_decay": 0.0, "name": "vectors"}, [m for m in dense if m.local not in decayed], False),
             *(({"weight_decay": decay, **expert}, part, True) for part in experts),
         ]
         return [Group({**blank, **options}, members, moe) for options, members, moe in rows]
