@@ -153,16 +153,17 @@ def test_the_grids_of_the_repository_are_whole(path):
         load_config(run.entry.preset or grid.preset, None, overrides_of(grid, run))
 
 
-@pytest.mark.parametrize("name", ["controls"])
+@pytest.mark.parametrize("name", ["controls", "verdict"])
 def test_the_grids_of_the_verdicts_compare_equal_budgets_and_mark_what_looks_ahead(name):
     from vqmoe_ds.config.load import load_config
     from vqmoe_ds.experiments.budget import budget_of, check_group
 
     grid = read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml"))
     first = {run.entry.name: run for run in reversed(runs_of(grid, Path("out")))}
+    vocabulary = {"model.vocab_size": {"controls": 256, "verdict": 8192}[name]}  # the data tell it otherwise
     configs = {
         entry.name: load_config(
-            entry.preset or grid.preset, None, {**overrides_of(grid, first[entry.name]), "data.path": None}
+            entry.preset or grid.preset, None, {**overrides_of(grid, first[entry.name]), **vocabulary}
         ).config
         for entry in grid.entries
     }
@@ -171,3 +172,19 @@ def test_the_grids_of_the_verdicts_compare_equal_budgets_and_mark_what_looks_ahe
         check_group(group, members, (settings.baselines or list(members))[0], settings.tolerance)
         ahead = {e.name for e in grid.entries if e.group == group and configs[e.name].looks_ahead is not None}
         assert settings.noncausal is bool(ahead), f"{group}: {ahead}"
+
+
+def test_the_released_entries_keep_the_released_layer_and_take_the_training_of_their_grid():
+    from vqmoe_ds.config.load import load_config
+
+    released = load_config("released").config
+    for name in ("controls", "verdict"):
+        grid = read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml"))
+        by_entry = {run.entry.name: run for run in runs_of(grid, Path("out"))}
+        ours, theirs = (
+            load_config(by_entry[entry].entry.preset or grid.preset, None, overrides_of(grid, by_entry[entry])).config
+            for entry in ("released", "top-2 balanced")
+        )
+        assert ours.codebook == released.codebook and ours.router == released.router
+        assert ours.moe.model_copy(update={"expert_hidden": 344}) == released.moe
+        assert ours.train == theirs.train and ours.model == theirs.model, "so that the layer alone is compared"
