@@ -125,6 +125,7 @@ def test_expert_calls_of_slots_go_by_the_length_of_a_sequence() -> None:
             {"moe.router": "topk_context", "codebook.source": "layer_state"},
             "moe.router=topk_context reads what is known before the first block, not codebook.source=layer_state",
         ),
+        ({"codebook.init": "normal"}, "codebook.init=normal looks at no data, and codebook.code_map=balanced needs"),
         ({"moe.router": "adaptive_clustering", "model.layers": 1}, "it needs two or more: raise model.layers=1"),
         ({"moe.router": "adaptive_clustering", "model.moe_every": 4}, "or lower model.moe_every=4"),
         (

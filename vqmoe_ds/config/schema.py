@@ -240,7 +240,7 @@ class MoEConfig(Section):
     )
     balance_weight: float = option(
         0.01,
-        "weight of the load-balancing loss (vq, topk, xmoe, stablemoe, adaptive_clustering)",
+        "weight of the load-balancing loss (vq, hash_context, topk and its kin, xmoe, stablemoe, adaptive_clustering)",
         ge=0,
         le=LARGEST_WEIGHT,
     )

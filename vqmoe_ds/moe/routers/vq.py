@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.config.routers import register_router
-from vqmoe_ds.config.schema import CodeSource, RunConfig
+from vqmoe_ds.config.schema import CodeMap, CodeSource, RunConfig
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import Routing, RoutingContext, mean_of_all
@@ -67,6 +67,11 @@ class VQRouter(DualRouter):
             raise ValueError(
                 f"codebook.groups={book.groups} needs the codes of all layers before the first block: set "
                 "codebook.source to context, token_embedding or position_embedding; of images, patch"
+            )
+        if book.init == "normal" and book.code_map is CodeMap.BALANCED:
+            raise ValueError(
+                "codebook.init=normal looks at no data, and codebook.code_map=balanced needs the frequency of codes in "
+                "them; set codebook.code_map=mod, or codebook.init to kmeans or random"
             )
         if book.code_dim > run.source_width:
             which = "model.width" if run.source_width == model.width else "the values of a patch"
