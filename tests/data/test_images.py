@@ -10,6 +10,7 @@ import pytest
 from tests.images import CLASSES, encoded, squares, write_folder
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import Augment
+from vqmoe_ds.data.image_augment import Mixing
 from vqmoe_ds.data.images import DecodedWhenRead, ImageBatches, ImageSet, mixed, open_images, shifted
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
@@ -24,10 +25,12 @@ def image_set(count: int = 30) -> ImageSet:
     return ImageSet(*squares(count), np.arange(count), CLASSES, 4)
 
 
+@pytest.mark.parametrize("mixing", [None, Mixing(0.8, 1.0, 3)], ids=("plain", "mixed"))
 @pytest.mark.parametrize("augment", list(Augment))
-def test_a_batch_does_not_depend_on_ranks_and_accumulation(augment):
+def test_a_batch_does_not_depend_on_ranks_and_accumulation(augment, mixing):
     def step(first: int, world: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        batches = [ImageBatches(image_set(), 16, 5, augment).micro_batches(first, r, world, size) for r in range(world)]
+        data = ImageBatches(image_set(), 16, 5, augment, mixing)
+        batches = [data.micro_batches(first, r, world, size) for r in range(world)]
         blocks = [batches[r][m] for m in range(len(batches[0])) for r in range(world)]
         return np.concatenate([b.inputs_BS for b in blocks]), np.concatenate([b.targets_BS for b in blocks])
 

@@ -170,6 +170,16 @@ def test_labels_are_smoothed_in_training_alone():
     assert model.eval()(images, labels)[0].item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
 
 
+def test_labels_may_be_shares_of_classes():
+    model = model_of(**{"train.label_smoothing": 0.2})
+    images, labels = batch()
+    whole = F.one_hot(labels, 3).float()
+    assert model(images, whole)[0].item() == pytest.approx(model(images, labels)[0].item(), abs=1e-6)
+    mixed = 0.3 * whole + 0.7 * whole.roll(1, 0)
+    both = 0.3 * model(images, labels)[0] + 0.7 * model(images, labels.roll(1))[0]
+    assert model(images, mixed)[0].item() == pytest.approx(both.item(), abs=1e-6)
+
+
 def test_recomputation_gives_the_same_gradients():
     gradients = []
     for recompute in (False, True):

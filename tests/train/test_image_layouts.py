@@ -20,7 +20,7 @@ LAYOUTS = {2: [Layout(1, 2, 2), Layout(3, 1, 2)], 4: [Layout(0, 4, 4), Layout(2,
 STEPS, MORE = 4, 3
 CASES: list[dict[str, Any]] = [
     {"codebook.source": "position_embedding", "codebook.num_codes": 6, "codebook.kmeans_samples": 64},
-    {"moe.router": "expert_choice", "moe.top_k": 2},
+    {"moe.router": "expert_choice", "moe.top_k": 2, "data.augment": "rand", "data.mixup": 0.2, "data.cutmix": 0.5},
     {"moe.router": "softmoe_ac"},  # its first layer is softmoe
 ]
 
@@ -31,6 +31,7 @@ class Training:
     def __init__(self, folder: Path, layout: Layout, rank: int, changes: dict[str, Any]) -> None:
         from vqmoe_ds.config.deepspeed_json import resolve
         from vqmoe_ds.config.load import load_config
+        from vqmoe_ds.data.image_augment import Mixing
         from vqmoe_ds.data.images import ImageBatches, ImageSet
         from vqmoe_ds.runtime.ranks import Place
         from vqmoe_ds.train.engine import build_session
@@ -43,8 +44,9 @@ class Training:
         config = resolve(str(path), loaded, layout.world, layout.ep)
         self.session = build_session(config, Place(rank, layout.world, rank, layout.world), str(path))
         self.images = ImageSet(*squares(40), np.arange(40), CLASSES, config.run.model.sequence_length)
-        train = config.run.train
-        batches = ImageBatches(self.images, train.batch_size, train.seed, config.run.data.augment)
+        train, data = config.run.train, config.run.data
+        mixing = Mixing(data.mixup, data.cutmix, len(CLASSES)) if data.mixup else None
+        batches = ImageBatches(self.images, train.batch_size, train.seed, data.augment, mixing)
         self.trainer = Trainer(self.session, batches, [])
 
     def train(self, steps: int) -> list[float]:

@@ -106,6 +106,7 @@ class Augment(StrEnum):
     NONE = "none"
     CROP = "crop"
     CROP_FLIP = "crop_flip"
+    RAND = "rand"
 
 
 class LogTo(StrEnum):
@@ -454,7 +455,14 @@ class DataConfig(Section):
     )
     classes: tuple[str, ...] = option((), "names of the classes of images, filled in by the run; none: text")
     augment: Augment = option(
-        Augment.CROP_FLIP, "changes of training images: none, crop (shifts by up to image_size / 8) or crop_flip"
+        Augment.CROP_FLIP,
+        "changes of training images: none, crop (shifts by up to image_size / 8), crop_flip, or rand (and RandAugment)",
+    )
+    mixup: float = option(
+        0.0, "images: alpha of the Beta distribution by which each is blended with another; 0: none are", ge=0, le=100
+    )
+    cutmix: float = option(
+        0.0, "images: alpha of the Beta distribution by which each gets a box of another; 0: none do", ge=0, le=100
     )
     resize: bool = option(False, "scale images in files of their own and cut out the centre; false: refuse other sizes")
 
@@ -575,8 +583,14 @@ class RunConfig(Section):
         """Refuse what images do not have: ids of tokens, and an order in which one patch comes before another."""
         book, router = self.codebook, self.moe.router
         if not self.model.image_size:
-            if self.train.label_smoothing:
-                raise ValueError("train.label_smoothing is for images (model.image_size); leave it out")
+            of_images = {
+                "train.label_smoothing": self.train.label_smoothing,
+                "data.mixup": self.data.mixup,
+                "data.cutmix": self.data.cutmix,
+            }
+            given = next((name for name, value in of_images.items() if value), None)
+            if given is not None:
+                raise ValueError(f"{given} is for images (model.image_size); leave it out")
             if self.moe.facts.uses_codebook and book.source is CodeSource.PATCH:
                 raise ValueError(
                     "codebook.source=patch looks at the pixels of images (model.image_size), and text has none; use "

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     inputs_BS: np.ndarray
     """int64; of images uint8 ``[B, H, H, channels]``"""
     targets_BS: np.ndarray
-    """int64; ``MASKED`` where a document starts"""
+    """int64; ``MASKED`` where a document starts; of images that are mixed float32 ``[B, classes]``, shares of labels"""
     bytes_B: np.ndarray | None
     """UTF-8 bytes that the targets of each window stand for; None where that is unknown, or targets are labels"""
     patches: int = 0

@@ -14,8 +14,10 @@ import numpy as np
 
 from vqmoe_ds.config.schema import Augment, RunConfig
 from vqmoe_ds.data.batches import Batch, ShuffledBatches
+from vqmoe_ds.data.image_augment import Mixing, rand_augment
 from vqmoe_ds.data.image_files import REMEDY, ImageFiles, Split, Wanted, find_images
 from vqmoe_ds.runtime.errors import ConfigError, DataError
+from vqmoe_ds.runtime.extras import library
 
 MARGIN = 8
 """Images are shifted by up to this part of their size: 4 pixels of 32, as is usual for CIFAR-10."""
@@ -70,22 +72,45 @@ class ImageSet:
 
 
 class ImageBatches(ShuffledBatches):
-    """Shuffled training images; shift and flip of a sample follow from (seed, its number), whatever its micro-batch."""
+    """Shuffled training images; what becomes of a sample follows from (seed, its number), whatever its micro-batch.
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, augment: Augment) -> None:
+    Args:
+        mixing: mixes every sample with the one that follows it in the order of all samples.
+    """
+
+    def __init__(
+        self, images: ImageSet, batch_size: int, seed: int, augment: Augment, mixing: Mixing | None = None
+    ) -> None:
         super().__init__(len(images), batch_size, seed)
-        self.images, self.augment = images, augment
+        self.images, self.augment, self.mixing = images, augment, mixing
 
     def _batch(self, first: int, rows: np.ndarray) -> Batch:
+        if self.mixing is None:
+            return self._augmented(first, rows)
+        more = self._augmented(first, np.append(rows, self.rows(first + len(rows), 1)))
+        draws = [self._draws(first, len(rows), stream) for stream in ("shares", "places")]
+        images_BHHC, targets_BK = self.mixing(more.inputs_BS, more.targets_BS, *draws)
+        return more._replace(inputs_BS=images_BHHC, targets_BS=targets_BK)
+
+    def _augmented(self, first: int, rows: np.ndarray) -> Batch:
         batch = self.images.read(rows)
         if self.augment is Augment.NONE:
             return batch
-        draws_B = mixed(self.seed, np.arange(first, first + len(rows)))
-        return batch._replace(inputs_BS=shifted(batch.inputs_BS, draws_B, self.augment))
+        images_BHHC = shifted(batch.inputs_BS, self._draws(first, len(rows), "shifts"), self.augment)
+        if self.augment is Augment.RAND:
+            images_BHHC = rand_augment(images_BHHC, self._draws(first, len(rows), "operations"))
+        return batch._replace(inputs_BS=images_BHHC)
+
+    def _draws(self, first: int, count: int, stream: str) -> np.ndarray:
+        """A number for each sample from ``first`` on, uint64; those of several streams are independent."""
+        return mixed(self.seed, np.arange(first, first + count) + (_STREAMS.index(stream) << 48))
+
+
+_STREAMS = ("shifts", "operations", "shares", "places")
 
 
 def shifted(images_BHHC: np.ndarray, draws_B: np.ndarray, augment: Augment) -> np.ndarray:
-    """Images cut at a place of their own out of a frame of zeros, and every second one mirrored with ``crop_flip``.
+    """Images cut at a place of their own out of a frame of zeros; unless told ``crop``, every second one is mirrored.
 
     Args:
         draws_B: uint64, uniform and independent.
@@ -98,7 +123,7 @@ def shifted(images_BHHC: np.ndarray, draws_B: np.ndarray, augment: Augment) -> n
     top_B = (draws_B % places).astype(np.int64)
     left_B = ((draws_B >> np.uint64(24)) % places).astype(np.int64)
     columns_BH = left_B[:, None] + np.arange(size)
-    if augment is Augment.CROP_FLIP:
+    if augment is not Augment.CROP:
         flips_B = (draws_B >> np.uint64(63)).astype(bool)
         columns_BH[flips_B] = columns_BH[flips_B, ::-1]
     rows_BH = top_B[:, None] + np.arange(size)
@@ -170,7 +195,9 @@ class ImageData:
         arrays, notes = decoded(self.files, self.wanted, cache)
         self.notes.extend(notes)
         train, held = self.sets(config.model.sequence_length, arrays["train"], arrays.get("test"))
-        return ImageBatches(train, config.train.batch_size, config.train.seed, config.data.augment), held
+        data = config.data
+        mixing = Mixing(data.mixup, data.cutmix, config.model.vocab_size) if data.mixup or data.cutmix else None
+        return ImageBatches(train, config.train.batch_size, config.train.seed, data.augment, mixing), held
 
     def sets(self, patches: int, train: Any, test: Any) -> tuple[ImageSet, ImageSet]:
         """Training and held-out images, given what decoded ones are read from."""
@@ -219,6 +246,8 @@ def open_images(config: RunConfig) -> ImageData:
             "model.image_size asks for images: give one file or folder with --data, without data.valid_path and "
             "data.tokenizer (a folder test beside train is validated on)"
         )
+    if data.augment is Augment.RAND:
+        library("PIL.Image", "data.augment=rand", DataError)  # else the first batch would tell
     files = find_images(data.path)
     found = ImageData(files, Wanted(model.image_size, model.channels, data.resize), data.holdout_every)
     for split in filter(None, (files.train, files.test)):

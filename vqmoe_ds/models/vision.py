@@ -131,14 +131,16 @@ class VisionTransformer(MoETransformer):
 
         Args:
             images_BHHC: uint8, or floating-point in [0, 1].
-            labels_B: ``MASKED`` where an image does not count. In training they are smoothed by
-                ``train.label_smoothing``.
+            labels_B: ``MASKED`` where an image does not count; or shares of the classes, ``[B, V]``, each row of which
+                sums to 1. In training they are smoothed by ``train.label_smoothing``.
         """
         states_BSD, aux_loss = self.states_of(images_BHHC)
         logits_BV = self.head(states_BSD.float().mean(dim=1).to(states_BSD.dtype)).float()
         if labels_B is None:
             return logits_BV, aux_loss
         smoothing = self.config.train.label_smoothing if self.training else 0.0
+        if labels_B.dim() == 2:
+            return F.cross_entropy(logits_BV, labels_B, label_smoothing=smoothing), aux_loss
         total = F.cross_entropy(logits_BV, labels_B, ignore_index=MASKED, reduction="sum", label_smoothing=smoothing)
         return total / labels_B.ne(MASKED).sum().clamp_min(1), aux_loss
 
