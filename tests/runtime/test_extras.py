@@ -19,7 +19,7 @@ from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.labelled import KNOWN_SETS, _hub_rows
 from vqmoe_ds.data.recipes import _hub
 from vqmoe_ds.data.spread import world
-from vqmoe_ds.data.tables import _hub_data, _parquet
+from vqmoe_ds.data.tables import _hub_data, parquet_file
 from vqmoe_ds.data.tokenizers import sentencepiece
 from vqmoe_ds.evaluation.plots import pyplot
 from vqmoe_ds.runtime.errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def test_every_extra_that_is_named_brings_the_package():
 
 
 def _read_parquet() -> None:
-    with _parquet("nowhere.parquet"):
+    with parquet_file("nowhere.parquet"):
         pass
 
 

@@ -1,7 +1,8 @@
 """Labelled images as they are published: found, checked and read one by one, without running anything that they hold.
 
 A source is a folder of image files (``train/CLASS/name.png`` and ``test/CLASS/name.png``, or ``CLASS/name.png``), the
-original pickles of CIFAR-10, the idx files of MNIST and Fashion-MNIST, or CIFAR-10 packed as JPEG.
+original pickles of CIFAR-10, the idx files of MNIST and Fashion-MNIST, Parquet files with a column of images, or
+CIFAR-10 packed as JPEG.
 
 Legend: N images, H pixels of height, W of width, C channels.
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 from vqmoe_ds.data.corpus import FilePiece
 from vqmoe_ds.data.fingerprint import of_pieces
+from vqmoe_ds.data.image_tables import ImageTable, parts_of
 from vqmoe_ds.runtime.errors import DataError, one_line
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import open_regular
@@ -174,7 +176,7 @@ def find_images(path: str) -> ImageFiles:
     if not place.exists():
         raise DataError(f"images {path} do not exist; give a folder of images, of CIFAR-10 or of idx files")
     try:
-        for find in (_packed, _pickles, _idx, _folders):
+        for find in (_packed, _pickles, _idx, _folders, _tables):
             found = find(place)
             if found is not None:
                 return _sound(found)
@@ -182,7 +184,7 @@ def find_images(path: str) -> ImageFiles:
         raise DataError(f"images {path} cannot be read: {_reason(error)}") from None
     raise DataError(
         f"{path} holds no labelled images that are known: give a folder with a folder of {', '.join(SUFFIXES[:3])} "
-        "files for each class, CIFAR-10's data_batch_* files, or *-images-idx3-ubyte files"
+        "files for each class, CIFAR-10's data_batch_* files, *-images-idx3-ubyte files, or *.parquet files"
     )
 
 
@@ -467,3 +469,23 @@ def _idx_array(file: Path, dimensions: int) -> np.ndarray:
     if not shape or len(data) != size or not size:
         raise DataError(f"{file} is no idx file of {dimensions} dimension(s), or it is cut off; copy it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+# ---------------------------------------------------------------- Parquet files
+
+
+def _tables(place: Path) -> ImageFiles | None:
+    """``train-*.parquet`` and those of a test set, or files without such names, also in ``data``; or one file."""
+    parts = parts_of(place)
+    if not parts:
+        return None
+    held = next((name for name in HELD_OUT_NAMES if name in parts), "") if "train" in parts else ""
+    every = [file for some in parts.values() for file in some]
+    chosen = [parts.get("train", every), *([parts[held]] if held else [])]
+    train, *test = [ImageTable(files) for files in chosen]
+    classes = train.names or tuple(map(str, range(int(train.labels_N.max(initial=0)) + 1)))
+    if test and test[0].names != train.names:
+        raise DataError(f"{place} has other classes in {held}-*.parquet than in train-*.parquet; copy them again")
+    splits = [Encoded(table.labels_N, table.name, table.blob) for table in (train, *test)]
+    files = tuple(file for some in chosen for file in some)
+    return ImageFiles(str(place), classes, splits[0], splits[1] if test else None, files)

@@ -33,8 +33,8 @@ def parquet_spans(path: str, options: SourceOptions, unit_bytes: int, stamp: str
     """Row groups, as many in a span as fit."""
     skips, key = Skips(options.on_error), options.text_key
     try:
-        with _parquet(path) as file:
-            groups, names = _row_groups(file, os.path.getsize(path)), file.schema_arrow.names
+        with parquet_file(path) as file:
+            groups, names = row_groups(file, os.path.getsize(path)), file.schema_arrow.names
         if key not in names:
             skips.add(NO_COLUMN, Place(path, 0, "file"), f"no {key!r}; it has {some_of(names)}")
     except DataError:
@@ -53,7 +53,7 @@ def parquet_spans(path: str, options: SourceOptions, unit_bytes: int, stamp: str
     yield Span(PARQUET, path, start, len(groups), True, size, stamp, rows_before)
 
 
-def _row_groups(file: Any, size: int) -> list[tuple[int, int]]:
+def row_groups(file: Any, size: int) -> list[tuple[int, int]]:
     """(bytes, by its share of the rows, rows) of each row group of a file of ``size`` bytes.
 
     pyarrow's metadata of row groups and columns would end the process where they are damaged: it throws what Python
@@ -67,7 +67,7 @@ def read_parquet(span: Span, options: SourceOptions, skips: Skips) -> Iterator[P
     """The pieces of row groups of a parquet file, one document per row."""
     row = span.rows_before
     try:
-        with _parquet(span.path) as file:
+        with parquet_file(span.path) as file:
             if options.text_key not in file.schema_arrow.names:
                 skips.add(NO_COLUMN, Place(span.path, 0, "file"), f"no {options.text_key!r}")
                 return
@@ -82,7 +82,13 @@ def read_parquet(span: Span, options: SourceOptions, skips: Skips) -> Iterator[P
 
 
 @contextmanager
-def _parquet(path: str) -> Iterator[Any]:
+def parquet_file(path: str) -> Iterator[Any]:
+    """An open Parquet file.
+
+    Raises:
+        DataError: pyarrow is not installed.
+        OSError: the file cannot be read; of a damaged one pyarrow may raise more.
+    """
     pq = library("pyarrow.parquet", "reading Parquet", DataError)
     with open_regular(path, links=True) as stream, pq.ParquetFile(stream) as file:
         yield file
