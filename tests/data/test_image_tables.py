@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.images import CLASSES, encoded, squares
+from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.image_files import Wanted, find_images
 from vqmoe_ds.data.images import open_images
@@ -57,6 +58,58 @@ def test_what_datasets_writes_is_read(deeper, tmp_path):
     config = load_config("vit-cifar", None, {"model.image_size": 8, "data.path": str(tmp_path)}).config
     batches, held = open_images(config).open(config, tmp_path / "cache")
     assert np.array_equal(held.read(np.arange(6)).inputs_BS, IMAGES[24:]) and len(batches.images) == 24
+
+
+def hub_set(names: list[str] | None = None, **splits: slice):
+    import datasets
+    from PIL import Image
+
+    label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+    told = datasets.Features({"image": datasets.Image(), "label": label})
+
+    def rows(part: slice):
+        return {"image": [Image.fromarray(image) for image in IMAGES[part]], "label": LABELS[part]}
+
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict(rows(part), features=told) for name, part in splits.items()}
+    )
+
+
+def test_data_sets_of_the_hub_are_read_as_their_files_would_be(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+    loaded = hub_set(list(CLASSES), train=slice(0, 24), validation=slice(24, 27), test=slice(24, 30))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *told: asked.append(told) or loaded)
+    found = find_images("hub:some/squares:plain")
+    assert asked == [("some/squares", "plain")] and found.classes == CLASSES
+    assert np.array_equal(whole(found.train), IMAGES[:24]) and np.array_equal(whole(found.test), IMAGES[24:])
+    assert found.train.name(3) == "image 3 of hub:some/squares:plain, train"
+    config = load_config("vit-cifar", None, {"model.image_size": 8, "data.path": "hub:some/squares"}).config
+    assert with_whole_paths(config).data.path == "hub:some/squares"
+    _, held = open_images(config).open(config, tmp_path / "cache")
+    assert np.array_equal(held.read(np.arange(6)).inputs_BS, IMAGES[24:])
+    before = find_images("hub:x").fingerprint()
+    loaded = hub_set(list(CLASSES), train=slice(0, 23), test=slice(24, 30))
+    assert find_images("hub:x").fingerprint() != before
+    loaded = hub_set(all=slice(0, 30))
+    found = find_images("hub:x")
+    assert (found.classes, found.test, len(found.train.labels_N)) == (("0", "1", "2"), None, 30)
+
+
+def test_what_the_hub_has_not_is_one_sentence(monkeypatch):
+    import datasets
+
+    def unreachable(*told: object) -> None:
+        raise ConnectionError("no route\nto it")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"hub:x cannot be loaded \(ConnectionError: no route\); check name"):
+        find_images("hub:x")
+    other = hub_set(train=slice(0, 6)).rename_column("label", "kind")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *told: other)
+    with pytest.raises(DataError, match="hub:x, train has no column label or labels or fine_label"):
+        find_images("hub:x")
 
 
 def test_one_file_without_names_has_numbers_for_classes(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.image_tables import HUB
 from vqmoe_ds.data.indexed import UNKNOWN, weighted_entry
 from vqmoe_ds.data.labelled import KNOWN_SETS
 from vqmoe_ds.data.tokenizer_base import Tokenizer
@@ -46,6 +47,8 @@ def whole_task(task: str | None) -> str | None:
 def _whole(path: Any) -> Any:
     if path is None or isinstance(path, list):
         return path and [_whole(each) for each in path]
+    if path.startswith(HUB):
+        return path
     prefix, weight = weighted_entry(path)
     return os.path.abspath(path) if weight is None else f"{weight}:{os.path.abspath(prefix)}"
 

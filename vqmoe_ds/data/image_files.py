@@ -17,8 +17,8 @@ import pickle
 import pickletools
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from vqmoe_ds.data.corpus import FilePiece
 from vqmoe_ds.data.fingerprint import of_pieces
-from vqmoe_ds.data.image_tables import ImageTable, parts_of
+from vqmoe_ds.data.image_tables import HUB, HubSplit, ImageTable, hub_splits, parts_of
 from vqmoe_ds.runtime.errors import DataError, one_line
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import open_regular
@@ -158,20 +158,25 @@ class ImageFiles:
     test: Split | None
     """None where the source has no test set of its own."""
     files: tuple[Path, ...]
+    mark: str = ""
+    """Fingerprint of what is in no files."""
 
     def fingerprint(self) -> str:
         """Fingerprint of all files, of their names within the source, and of the classes."""
         names = [os.path.relpath(file, self.name) for file in self.files] if os.path.isdir(self.name) else []
         content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
-        return hashlib.sha256(repr([self.classes, names, content]).encode()).hexdigest()[:16]
+        told = [self.classes, names, content, *([self.mark] if self.mark else [])]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def find_images(path: str) -> ImageFiles:
-    """The images of a file or folder.
+    """The images of a file or folder, or of ``hub:NAME``.
 
     Raises:
         DataError: nothing is there that is known, it is damaged, or there are fewer than two classes.
     """
+    if path.startswith(HUB):
+        return _sound(_hub(path))
     place = Path(path)
     if not place.exists():
         raise DataError(f"images {path} do not exist; give a folder of images, of CIFAR-10 or of idx files")
@@ -479,13 +484,27 @@ def _tables(place: Path) -> ImageFiles | None:
     parts = parts_of(place)
     if not parts:
         return None
-    held = next((name for name in HELD_OUT_NAMES if name in parts), "") if "train" in parts else ""
-    every = [file for some in parts.values() for file in some]
-    chosen = [parts.get("train", every), *([parts[held]] if held else [])]
-    train, *test = [ImageTable(files) for files in chosen]
+    chosen = [parts[name] for name in _named(parts)] or [[file for some in parts.values() for file in some]]
+    tables = [ImageTable(files) for files in chosen]
+    return _of_tables(str(place), tables, tuple(file for some in chosen for file in some))
+
+
+def _hub(path: str) -> ImageFiles:
+    """A data set of the hub, of which a split alone is not told from a training split."""
+    splits = hub_splits(path)
+    tables = [splits[name] for name in _named(splits) or list(splits)[:1]]
+    return replace(_of_tables(path, tables, ()), mark=" ".join(table.mark for table in tables))
+
+
+def _named(splits: Collection[str]) -> list[str]:
+    """The training split and the first test split; nothing where there is no training split."""
+    return ["train", *[name for name in HELD_OUT_NAMES if name in splits][:1]] if "train" in splits else []
+
+
+def _of_tables(name: str, tables: Sequence[ImageTable | HubSplit], files: tuple[Path, ...]) -> ImageFiles:
+    train, *test = tables
     classes = train.names or tuple(map(str, range(int(train.labels_N.max(initial=0)) + 1)))
     if test and test[0].names != train.names:
-        raise DataError(f"{place} has other classes in {held}-*.parquet than in train-*.parquet; copy them again")
-    splits = [Encoded(table.labels_N, table.name, table.blob) for table in (train, *test)]
-    files = tuple(file for some in chosen for file in some)
-    return ImageFiles(str(place), classes, splits[0], splits[1] if test else None, files)
+        raise DataError(f"{name} has other classes in its test set than in its training set; copy both again")
+    splits = [Encoded(table.labels_N, table.name, table.blob) for table in tables]
+    return ImageFiles(name, classes, splits[0], splits[1] if test else None, files)

@@ -1,4 +1,4 @@
-"""Labelled images in Parquet files, as ``datasets`` and the Hugging Face hub have them.
+"""Labelled images in Parquet files, as ``datasets`` writes them, and in data sets of the Hugging Face hub.
 
 Legend: N rows of all files of a split.
 """
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.data.tables import parquet_file, row_groups
-from vqmoe_ds.data.units import some_of
+from vqmoe_ds.data.units import first_line, some_of
 from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.extras import library
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 """Names that the columns of images and of labels may have; the first that is there counts."""
+HUB, HUB_NEEDS = "hub:", "reading from the Hugging Face hub"
 _KEPT = 2
 """Row groups that are kept: threads ask for images one after the other, some a little ahead."""
 
@@ -43,7 +45,7 @@ class ImageTable:
         labels, sizes = [_labels(file) for file in files], [0]
         for file in files:
             with _opened(file) as opened:
-                _column_of(IMAGES, file, opened)
+                _column_of(IMAGES, file, opened.schema_arrow.names)
                 counts = [count for _, count in row_groups(opened, file.stat().st_size)]
             self._groups += [(file, group) for group in range(len(counts))]
             sizes += counts
@@ -65,11 +67,7 @@ class ImageTable:
             ValueError: there is none.
         """
         group, row = self._place(index)
-        value = self._column(group)[row].as_py()
-        found = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(found, bytes):
-            raise ValueError("its row has no bytes of an image")
-        return found
+        return _bytes_in(self._column(group)[row].as_py())
 
     def _place(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -81,11 +79,60 @@ class ImageTable:
             if group not in self._kept:
                 file, number = self._groups[group]
                 with _opened(file) as opened:
-                    column = _column_of(IMAGES, file, opened)
+                    column = _column_of(IMAGES, file, opened.schema_arrow.names)
                     self._kept[group] = opened.read_row_group(number, columns=[column]).column(0)
                 while len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
             return self._kept[group]
+
+
+class HubSplit:
+    """Images and labels of one split of a data set of the hub (``ImageTable``).
+
+    Args:
+        rows: a ``datasets.Dataset``.
+        told: its name, for the user.
+
+    Raises:
+        DataError: it lacks one of the columns.
+    """
+
+    def __init__(self, rows: Any, told: str) -> None:
+        self._told = told
+        self._image = _column_of(IMAGES, told, rows.column_names)
+        label = _column_of(LABELS, told, rows.column_names)
+        # As they are stored: ``datasets`` would decode them, by any reader that Pillow has.
+        plain = library("datasets", HUB_NEEDS, DataError).Image(decode=False)
+        self._rows = rows.cast_column(self._image, plain)
+        self.labels_N = _whole_numbers(rows.select_columns([label]).with_format("arrow")[:].column(label), told)
+        self.names = _listed(getattr(rows.features[label], "names", None))
+        self.mark = str(rows._fingerprint)
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self._told}"
+
+    def blob(self, index: int) -> bytes:
+        """As that of ``ImageTable``."""
+        return _bytes_in(self._rows[index][self._image])
+
+
+def hub_splits(path: str) -> dict[str, HubSplit]:
+    """The splits of ``hub:NAME`` or ``hub:NAME:CONFIGURATION``.
+
+    Raises:
+        DataError: it cannot be loaded, or lacks a column of images or labels.
+    """
+    datasets = library("datasets", HUB_NEEDS, DataError)
+    name, _, configuration = path.removeprefix(HUB).partition(":")
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, configuration or None)
+    except Exception as error:  # a library of many back ends: whatever it raises, the user named what it cannot load
+        raise DataError(
+            f"{path} cannot be loaded ({type(error).__name__}: {first_line(error)}); check name and configuration "
+            "(hub:NAME:CONFIGURATION) and that the hub can be reached, or give a folder with its Parquet files"
+        ) from None
+    return {split: HubSplit(rows, f"{path}, {split}") for split, rows in found.items()}
 
 
 def parts_of(place: Path) -> dict[str, list[Path]]:
@@ -119,30 +166,46 @@ def _opened(file: Path) -> Iterator[Any]:
         raise DataError(f"{file} cannot be read ({one_line(str(error), 200)}); copy it again") from None
 
 
-def _column_of(names: tuple[str, ...], file: Path, opened: Any) -> str:
-    there = opened.schema_arrow.names
+def _column_of(names: tuple[str, ...], told: Any, there: list[str]) -> str:
     found = next((name for name in names if name in there), None)
     if found is None:
-        raise DataError(f"{file} has no column {' or '.join(names)}, only {some_of(there)}; rename one")
+        raise DataError(f"{told} has no column {' or '.join(names)}, only {some_of(there)}; rename one")
     return found
 
 
 def _labels(file: Path) -> np.ndarray:
     """The labels of a file, int64."""
     with _opened(file) as opened:
-        column = opened.read(columns=[_column_of(LABELS, file, opened)]).column(0)
-        values = column.to_numpy() if not column.null_count else np.zeros(0)
-        if values.dtype.kind not in "iu" or len(values) != len(column):
-            raise DataError(f"{file} has labels that are no whole numbers; give a number to each class")
-        return values.astype(np.int64)
+        column = _column_of(LABELS, file, opened.schema_arrow.names)
+        return _whole_numbers(opened.read(columns=[column]).column(0), file)
+
+
+def _whole_numbers(column: Any, told: Any) -> np.ndarray:
+    """An Arrow column as int64."""
+    values = column.to_numpy() if not column.null_count else np.zeros(0)
+    if values.dtype.kind not in "iu" or len(values) != len(column):
+        raise DataError(f"{told} has labels that are no whole numbers; give a number to each class")
+    return values.astype(np.int64)
+
+
+def _bytes_in(value: Any) -> bytes:
+    """The encoded image of a cell, which ``datasets`` keeps as ``bytes`` beside ``path``."""
+    found = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(found, bytes):
+        raise ValueError("its row has no bytes of an image")
+    return found
 
 
 def _names(file: Path) -> tuple[str, ...] | None:
     """Names of the classes, which ``datasets`` keeps in the schema; None where they are unknown."""
     with _opened(file) as opened:
+        column = _column_of(LABELS, file, opened.schema_arrow.names)
         try:
             about = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            names = about["info"]["features"][_column_of(LABELS, file, opened)]["names"]
+            return _listed(about["info"]["features"][column]["names"])
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
+
+
+def _listed(names: Any) -> tuple[str, ...] | None:
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
