@@ -15,7 +15,7 @@ import yaml
 from tests.checkpoint.layouts import Layout, write_one
 from tests.distributed import run_ranks
 from tests.images import squares, write_arrays, write_folder
-from tests.launchers.test_pretrain import ROOT, losses, run
+from tests.launchers.test_pretrain import ROOT, _free_port, losses, run
 from vqmoe_ds.checkpoint import convert, inspect
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.images import open_split
@@ -236,3 +236,22 @@ def test_a_checkpoint_of_images_is_inspected_and_moved_but_not_exported(finished
     done = run([str(tmp_path / "portable")], EVALUATE)
     summary = json.loads((finished[0] / "summary.json").read_text())
     assert f"accuracy {summary['validation_accuracy']:.2%}" in done.stdout, done.stderr
+
+
+def test_two_ranks_score_published_damage_and_other_images_as_one_does(finished, tmp_path):
+    images, labels = squares(75, seed=1)
+    published = write_arrays(tmp_path / "published", {"fog": images, "contrast": images // 2}, labels)
+    told = [str(finished[0]), "--data", str(published), "--ood", "noise", "--batch_size", "4"]
+    ranks = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(_free_port())]
+    found = []
+    for launcher, more in ((EVALUATE, []), ([*ranks, EVALUATE[1]], ["--ep_size", "2"])):
+        done = run([*told, *more, "--json", str(tmp_path / "scores.json")], launcher)
+        assert done.returncode == 0, done.stderr
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        found.append([scores[name] for name in ("corrupted", "out_of_distribution")])
+    (one, one_other), (two, two_other) = found
+    assert len(one) == len(two) == 10
+    for first, second in zip(one, two, strict=True):
+        assert first == pytest.approx(second, abs=1e-5)
+    for name in ("probability", "energy"):
+        assert one_other[0][name] == pytest.approx(two_other[0][name], abs=1e-5)
