@@ -17,8 +17,9 @@ from measuring import seconds
 from peers import copy_bandwidth
 from torch import Tensor, nn
 
-from vqmoe_ds.models.linear import Linear
-from vqmoe_ds.models.transformer import DenseMLP, RMSNorm
+from vqmoe_ds.models.transformer import RMSNorm
+from vqmoe_ds.moe.linear import Linear
+from vqmoe_ds.moe.mlp import DenseMLP
 
 ADAM_BYTES = 28  # a weight: read gradient, master and both moments, write master and both moments, in float32
 REPEATS = 2  # of each part, each time they are measured

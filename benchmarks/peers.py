@@ -25,10 +25,10 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
-from vqmoe_ds.models.transformer import DenseMLP
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.mlp import DenseMLP
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.runtime.torch_setup import build_no_shared_memory_op
 

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "norms over narrow heads": ({}, {}, {"qk_norm": "full", "head_width": 8}),
     "grouped queries": ({"top_k": 0}, {}, {"heads": 4, "kv_heads": 2}),
     "one key-value head, normed over all": ({}, {}, {"heads": 4, "kv_heads": 1, "qk_norm": "full", "head_width": 8}),
+    "shared experts": ({"top_k": 0, "shared_experts": 2}, {}, {}),
+    "shared experts, every second": ({"router": "topk", "top_k": 2, "shared_experts": 1}, {}, {"moe_every": 2}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),
     "dense": ({"router": "dense"}, {}, {}),
 }

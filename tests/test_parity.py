@@ -50,6 +50,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "early block": {"moe": {"top_k": 0}, "codebook": {"source": "early_block"}, "model": {"layers": 3}},
     "top-2 router": {"moe": {"router": "topk", "top_k": 2, "z_loss_weight": 0.01}},
+    "shared experts beside codes, grouped queries": {
+        "moe": {"top_k": 0, "shared_experts": 2},
+        "codebook": {"source": "context"},
+        "model": {"kv_heads": 1},
+    },
     "hash of tokens": {"moe": {"router": "hash_token"}, "model": {"layers": 3, "moe_every": 2}},
 }
 
@@ -261,6 +266,7 @@ MATRIX = {
     "norms around the discrete expert": [Layout(4, 0), Layout(2, 2)],
     "early block": [Layout(4, 2)],
     "top-2 router": [Layout(4, 0), Layout(2, 3)],
+    "shared experts beside codes, grouped queries": [Layout(4, 0), Layout(2, 1), Layout(4, 2), Layout(2, 3)],
     "hash of tokens": [Layout(4, 1)],
 }
 

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         **{"moe": {"router": "topk", "top_k": 2}, "model": {"qk_norm": "heads", "head_width": 16}},
     },
     "top-2, grouped queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"heads": 4, "kv_heads": 2}},
+    "top-2, shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}, "model": {"moe_every": 2}},
     "dense": {"moe": {"router": "dense"}},
     "dense, norms of heads": {"moe": {"router": "dense"}, "model": {"qk_norm": "heads"}},
     "codes": {"codebook": {"num_codes": 9}},
@@ -123,6 +124,7 @@ def megatron_model(args: Namespace, ranks: dict[str, int]) -> Any:
             "moe_use_legacy_grouped_gemm",
             "moe_layer_freq",
         ),
+        "moe_shared_expert_intermediate_size",
         *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_dtype"),
         *("tensor_model_parallel_size", "expert_model_parallel_size", "rotary_interleaved"),
     )

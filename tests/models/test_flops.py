@@ -27,11 +27,14 @@ def test_one_expert_call_instead_of_two_saves_what_the_paper_says_at_its_size() 
     assert both.routing > discrete.routing > 0
 
 
-@pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("kv_heads, shared", [(0, 0), (2, 0), (0, 3)])
 @pytest.mark.parametrize("router, top_k", [("vq", 0), ("vq", 1), ("topk", 2), ("softmoe", 2), ("dense", 1)])
-def test_all_but_the_fused_attention_is_what_pytorch_counts(router: str, top_k: int, kv_heads: int) -> None:
+def test_all_but_the_fused_attention_is_what_pytorch_counts(
+    router: str, top_k: int, kv_heads: int, shared: int
+) -> None:
     shape = {"model.layers": 3, "model.width": 32, "model.sequence_length": 16, "model.moe_every": 2}
     changes = {**shape, "moe.router": router, "moe.top_k": top_k, "codebook.num_codes": 10, "model.kv_heads": kv_heads}
+    changes["moe.shared_experts"] = shared
     config = load_config("tiny", None, changes).config
     model, tokens_BS = MoETransformer(config).eval(), torch.randint(0, 256, (2, 16))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models.transformer import DenseMLP, MoETransformer, moe_block_indices
+from vqmoe_ds.models.transformer import MoETransformer, moe_block_indices
 from vqmoe_ds.moe.dispatch import sort_rows
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.mlp import DenseMLP
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.state_sync import StateSync
 

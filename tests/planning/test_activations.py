@@ -46,7 +46,7 @@ SAMPLE: dict[int, list[Case]] = {
     2: [
         *[(Layout(2, 2, 2, "bf16"), DUAL), (Layout(3, 2, 2), DISCRETE), (Layout(0, 2, 2), {**TOPK, **RECOMPUTED})],
         *[(Layout(2, 2, 2, "bf16"), {**SHARED, **TOPK}), (Layout(2, 1, 2), {**SHARED, **RECOMPUTED})],
-        (Layout(2, 2, 2, "bf16"), {**SHARED, **DISCRETE, "model.kv_heads": 2}),
+        (Layout(2, 2, 2, "bf16"), {**SHARED, **DISCRETE, "model.kv_heads": 2, "moe.shared_experts": 2}),
     ],
 }
 TOLERANCE = 0.02

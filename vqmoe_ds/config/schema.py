@@ -147,7 +147,7 @@ class ModelConfig(Section):
     )
     dense_hidden: int = option(
         0,
-        "hidden width of the dense MLPs; 0: that of all expert calls of a token",
+        "hidden width of the dense MLPs; 0: that of all experts of a token, shared ones included",
         "features",
         ge=0,
         le=MOST_FEATURES,
@@ -239,6 +239,13 @@ class MoEConfig(Section):
     top_k: int = option(
         1, "experts per token that the router chooses; 0 with vq: discrete path only", ge=0, le=MOST_EXPERTS
     )
+    shared_experts: int = option(
+        0,
+        "experts that every token passes beside those of the router, as one wide MLP",
+        "experts",
+        ge=0,
+        le=MOST_EXPERTS,
+    )
     balance_weight: float = option(
         0.01,
         "weight of the load-balancing loss (vq, hash_context, topk and its kin, xmoe, stablemoe, adaptive_clustering)",
@@ -263,6 +270,11 @@ class MoEConfig(Section):
     def _check(self) -> MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}")
+        if self.shared_experts * self.expert_hidden > MOST_FEATURES:
+            raise ValueError(
+                f"moe.shared_experts={self.shared_experts} x moe.expert_hidden={self.expert_hidden} is more than "
+                f"{MOST_FEATURES:,} features; lower one of them"
+            )
         return self
 
     @property
@@ -621,6 +633,11 @@ class RunConfig(Section):
         model = self.model
         of_pixels = self.codebook.source is CodeSource.PATCH
         return model.patch_size**2 * model.channels if of_pixels else model.width
+
+    @property
+    def dense_hidden(self) -> int:
+        """Hidden width of the MLPs of layers without experts."""
+        return self.model.dense_hidden or self.moe.expert_hidden * (self.rows_per_token + self.moe.shared_experts)
 
     @property
     def looks_ahead(self) -> LooksAhead | None:

@@ -47,6 +47,7 @@ SIZES = (
     "model.rope_theta",
     "moe.num_experts",
     "moe.expert_hidden",
+    "moe.shared_experts",
     "codebook.num_codes",
     "codebook.code_dim",
     "codebook.groups",

@@ -75,8 +75,8 @@ def pretrained_name(name: str) -> str:
 def learns(name: str, config: RunConfig) -> bool:
     """Whether a fine-tuned run trains the parameter of this name.
 
-    ``experts`` are those of all MoE layers; in a dense model, which has none, the MLPs. Continuous routers and gates
-    learn with ``trainable=all`` alone; codebooks are buffers and no parameters.
+    ``experts`` are those of all MoE layers, shared ones too; in a dense model, which has none, the MLPs. Continuous
+    routers and gates learn with ``trainable=all`` alone; codebooks are buffers and no parameters.
     """
     if ".lora_" in name or name.startswith("head."):
         return True
@@ -84,7 +84,8 @@ def learns(name: str, config: RunConfig) -> bool:
         return True
     if config.finetune.trainable is Trainable.HEAD:
         return False
-    return (".experts." if config.moe.facts.has_experts else ".mlp.") in name
+    learned = (".experts.", ".shared.") if config.moe.facts.has_experts else (".mlp.",)
+    return any(part in name for part in learned)
 
 
 def _add_adapters(model: nn.Module, config: FinetuneConfig) -> None:

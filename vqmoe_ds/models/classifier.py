@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vqmoe_ds.config.schema import Pool, RunConfig
 from vqmoe_ds.data.batches import MASKED, PADDING
-from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.models.ulysses import sum_over_positions
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.linear import Linear
 
 
 class Classifier(MoETransformer):

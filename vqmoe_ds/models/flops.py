@@ -17,7 +17,7 @@ class Flops(NamedTuple):
     attention: int
     experts: int
     dense: int
-    """MLPs of the layers without experts."""
+    """MLPs of the layers without experts, and shared experts."""
     routing: int
     head: int
     """A classifier's is used once per text or image, and not counted."""
@@ -32,11 +32,12 @@ def forward_flops(config: RunConfig) -> Flops:
     model, moe = config.model, config.moe
     sparse = len(moe_block_indices(model)) if moe.facts.has_experts else 0
     calls, heads = config.rows_per_token, model.attention_width
+    dense = (model.layers - sparse) * config.dense_hidden + sparse * moe.shared_experts * moe.expert_hidden
     context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1
     return Flops(
         attention=model.layers * (4 * model.width * (heads + model.kv_width) + 2 * heads * context),
         experts=sparse * calls * 6 * model.width * moe.expert_hidden,
-        dense=(model.layers - sparse) * 6 * model.width * (model.dense_hidden or calls * moe.expert_hidden),
+        dense=dense * 6 * model.width,
         routing=sum(moe.facts.flops(config, layer) for layer in range(sparse)),
         head=0 if config.finetune.classes or model.image_size else 2 * model.width * model.vocab_size,
     )

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, RunConfig, SequencePlacement
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.cache import BlockCache, Cache
-from vqmoe_ds.models.linear import Linear
 from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.models.rotary import rotate, rotate_qkv, split_heads
 from vqmoe_ds.models.ulysses import from_homes, to_heads, to_homes, to_positions
@@ -25,6 +24,8 @@ from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import Ahead, Kept, make_plans, sort_rows
 from vqmoe_ds.moe.expert_store import ExpertStore
 from vqmoe_ds.moe.layer import MoELayer
+from vqmoe_ds.moe.linear import Linear
+from vqmoe_ds.moe.mlp import DenseMLP
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.base import drawn
 from vqmoe_ds.moe.sequence import Homes, SequenceShare
@@ -126,19 +127,6 @@ def attend(q_BASH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_SS: Tensor | Non
     )
 
 
-class DenseMLP(nn.Module):
-    """One SwiGLU MLP: an expert without a router."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate = Linear(width, hidden)
-        self.up = Linear(width, hidden)
-        self.down = Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 Route = tuple[Tensor, Ahead]
 """One block's routes: the expert of each token that is known ahead, and what is known of the dispatch."""
 
@@ -206,8 +194,7 @@ class MoETransformer(nn.Module):
                 layer = self.moe_blocks.index(index)
                 mlp: nn.Module = layer_class(LayerConfig.of(config, layer, ep_size, ep_rank))
             else:
-                hidden = model.dense_hidden or moe.expert_hidden * config.rows_per_token
-                mlp = DenseMLP(model.width, hidden)
+                mlp = DenseMLP(model.width, config.dense_hidden)
             self.blocks.append(Block(model, mlp, self.attention_class(model)))
         self.norm = RMSNorm(model.width)
         self.head = Linear(model.width, model.vocab_size)

@@ -26,6 +26,7 @@ from vqmoe_ds.moe.dispatch import (
     sort_rows,
 )
 from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.moe.mlp import SharedExperts
 from vqmoe_ds.moe.routers import Routing, RoutingContext, build_router
 from vqmoe_ds.moe.state import KeepsPrecision, recomputing
 from vqmoe_ds.runtime.errors import ConfigError
@@ -75,6 +76,7 @@ class MoELayer(KeepsPrecision):
             std=config.width**-0.5,
             out_scale=config.out_scale,
         )
+        self.shared = SharedExperts(config) if config.moe.shared_experts else None
         self.router = build_router(config)
         self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts, dtype=torch.float64), persistent=False)
         if group is not None:
@@ -156,6 +158,8 @@ class MoELayer(KeepsPrecision):
             y_TD = y_TD.new_zeros(x_TD.shape).index_add(0, chosen, y_TD)
         if slots is not None:
             y_TD = slots.gather(y_TD)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
         return y_TD.view_as(x_BSD), aux_loss, self.router.experts_of_tokens(routing, len(x_TD))
 

@@ -27,7 +27,16 @@ from vqmoe_ds.runtime.ranks import from_first
 STRUCTURE = {
     "model": None,
     "train": ("decay_gates",),
-    "moe": ("router", "num_experts", "expert_hidden", "top_k", "code_blend", "input_norm", "output_norm"),
+    "moe": (
+        "router",
+        "num_experts",
+        "expert_hidden",
+        "top_k",
+        "code_blend",
+        "input_norm",
+        "output_norm",
+        "shared_experts",
+    ),
     "codebook": (
         *("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning", "groups"),
     ),

@@ -62,7 +62,8 @@ def discrete_config(config: dict[str, Any]) -> dict[str, Any]:
     model, moe = config["model"], config["moe"]
     # The width of dense blocks follows the number of expert calls, which falls now, unless it is written out.
     if model["moe_every"] > 1:
-        model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * _calls(config)
+        calls = _calls(config) + moe.get("shared_experts", 0)
+        model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * calls
     moe["top_k"] = 0
     config["codebook"].update(learning="frozen", commitment_weight=0.0)
     return config

@@ -29,6 +29,7 @@ class VQMoEConfig(PretrainedConfig):
         router: ``vq`` (codes, beside a linear router where ``num_experts_per_tok`` > 0), ``topk``, ``hash_token``
             (experts from a table of token ids) or ``dense`` (no experts).
         num_experts: experts of a layer.
+        n_shared_experts: experts beside them that every token passes, as one MLP of their widths together.
         num_experts_per_tok: experts of the linear router for each token; 0 with ``vq``: the code alone decides.
         norm_topk_prob: whether the weights of the linear router's experts sum to 1, or are their probabilities among
             all experts; None: the latter for a single expert alone.
@@ -74,6 +75,7 @@ class VQMoEConfig(PretrainedConfig):
         moe_every: int = 1,
         router: str = "vq",
         num_experts: int = 16,
+        n_shared_experts: int = 0,
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool | None = None,
         code_blend: float = 0.0,
@@ -138,6 +140,7 @@ class VQMoEConfig(PretrainedConfig):
         self.moe_every = moe_every
         self.router = router
         self.num_experts = num_experts
+        self.n_shared_experts = n_shared_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
         self.code_blend = code_blend

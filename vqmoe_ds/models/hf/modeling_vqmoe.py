@@ -31,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vqmoe import VQMoEConfig
-from .routing_vqmoe import Codes, VQMoECodebook, VQMoEExperts, VQMoESparseMLP, source_layer
+from .routing_vqmoe import Codes, VQMoECodebook, VQMoEExperts, VQMoEMLP, VQMoESparseMLP, source_layer
 
 
 class VQMoERMSNorm(nn.Module):
@@ -111,19 +111,6 @@ def _rotary(positions_BS: Tensor, config: VQMoEConfig, dtype: torch.dtype) -> tu
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class VQMoEMLP(nn.Module):
-    """One dense SwiGLU MLP."""
-
-    def __init__(self, config: VQMoEConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class VQMoEBlock(GradientCheckpointingLayer):
     """Attention and one feed-forward part, sparse or dense, each on the normalised stream."""
 
@@ -133,7 +120,9 @@ class VQMoEBlock(GradientCheckpointingLayer):
         self.input_layernorm = VQMoERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = VQMoEAttention(config, block)
         self.post_attention_layernorm = VQMoERMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = VQMoESparseMLP(config, config.moe_blocks.index(block)) if sparse else VQMoEMLP(config)
+        layer = config.moe_blocks.index(block) if sparse else 0
+        dense = config.hidden_size, config.intermediate_size
+        self.mlp = VQMoESparseMLP(config, layer) if sparse else VQMoEMLP(*dense)
 
     def forward(
         self,

@@ -33,6 +33,19 @@ Codes = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """The codebook as a function: a module among arguments would be moved about by whoever places models on devices."""
 
 
+class VQMoEMLP(nn.Module):
+    """One dense SwiGLU MLP."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class VQMoEExperts(nn.Module):
     """The SwiGLU experts of one layer, stacked."""
 
@@ -203,7 +216,7 @@ class VQMoESparseMLP(nn.Module):
     """Experts under the routers ``vq``, ``topk`` and ``hash_token``.
 
     ``y = g_c sum_i p_i E_i(x) + g_d E_{map(k)}(q)`` with ``k`` the nearest code, ``g`` the two-way softmax gate and
-    ``q = x + c (v_k - x)``; one of the two paths may be missing.
+    ``q = x + c (v_k - x)``; one of the two paths may be missing. Shared experts are added for every token.
     """
 
     def __init__(self, config: VQMoEConfig, layer: int) -> None:
@@ -213,6 +226,8 @@ class VQMoESparseMLP(nn.Module):
         self.gate = VQMoEGate(config) if linear else None
         self.path_gate = nn.Linear(config.hidden_size, 2) if linear and config.router == "vq" else None
         self.experts = VQMoEExperts(config)
+        hidden = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = VQMoEMLP(config.hidden_size, hidden) if hidden else None
 
     def forward(
         self, x_BSD: Tensor, known_T: Tensor | None, codes: Codes, kept_BS: Tensor | None
@@ -238,7 +253,10 @@ class VQMoESparseMLP(nn.Module):
         y_TRD = self.experts(x_TD, ids_TR, offset_TD)
         if weights_TR is not None:
             y_TRD = y_TRD * weights_TR.to(y_TRD.dtype).unsqueeze(-1)
-        return y_TRD.sum(dim=1).view_as(x_BSD), aux_loss, logits_TN
+        y_TD = y_TRD.sum(dim=1)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(x_BSD), aux_loss, logits_TN
 
     def _linear_route(self, logits_TN: Tensor, kept_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The chosen experts, their weights, and the auxiliary loss."""

@@ -87,7 +87,8 @@ def _experts(config: RunConfig) -> str:
     where = "every block" if every == 1 else f"every {every}. block"
     if not config.moe.facts.has_experts:
         return "no experts"
-    return f"{config.moe.num_experts} experts of hidden width {config.moe.expert_hidden} in {where}"
+    shared = f" and {config.moe.shared_experts} shared ones" if config.moe.shared_experts else ""
+    return f"{config.moe.num_experts} experts{shared} of hidden width {config.moe.expert_hidden} in {where}"
 
 
 def _usage(config: RunConfig, arch: str) -> str:

@@ -87,6 +87,8 @@ def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
     else:
         for name, our_name in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
             yield Part(f"{theirs}mlp.experts.{name}_proj", f"{ours}mlp.experts.{our_name}")
+        for name in ("gate", "up", "down") if config.moe.shared_experts else ():
+            yield Part(f"{theirs}mlp.shared_experts.{name}_proj.weight", f"{ours}mlp.shared.{name}.weight")
         yield from _router_parts(config, ours + "mlp.router.", theirs + "mlp.")
 
 
@@ -169,9 +171,12 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
         "norm.weight": (width,),
         "attention.qkv.weight": (inner + 2 * model.kv_width, width),
         "attention.out.weight": (width, inner),
-        "mlp.gate.weight": (dense_hidden(config), width),
-        "mlp.up.weight": (dense_hidden(config), width),
-        "mlp.down.weight": (width, dense_hidden(config)),
+        "mlp.gate.weight": (config.dense_hidden, width),
+        "mlp.up.weight": (config.dense_hidden, width),
+        "mlp.down.weight": (width, config.dense_hidden),
+        "shared.gate.weight": (moe.shared_experts * hidden, width),
+        "shared.up.weight": (moe.shared_experts * hidden, width),
+        "shared.down.weight": (width, moe.shared_experts * hidden),
         "experts.w1": (experts, hidden, width),
         "experts.w2": (experts, width, hidden),
         "experts.w3": (experts, hidden, width),
@@ -229,11 +234,6 @@ def weighs_over_all(config: RunConfig) -> bool:
     return softmax_over_all(getattr(config.router, "softmax_over", SoftmaxOver.AUTO), config.moe.top_k)
 
 
-def dense_hidden(config: RunConfig) -> int:
-    """Hidden width of the dense MLPs, as the model computes it."""
-    return config.model.dense_hidden or config.moe.expert_hidden * config.rows_per_token
-
-
 # ---------------------------------------------------------------- options
 
 _SAME = {
@@ -248,6 +248,7 @@ _SAME = {
     "moe_intermediate_size": "moe.expert_hidden",
     "router": "moe.router",
     "num_experts": "moe.num_experts",
+    "n_shared_experts": "moe.shared_experts",
     "num_experts_per_tok": "moe.top_k",
     "code_blend": "moe.code_blend",
     "router_aux_loss_coef": "moe.balance_weight",
@@ -264,7 +265,14 @@ _SAME = {
     "soft_output": "codebook.soft_output",
     "commitment_coef": "codebook.commitment_weight",
 }
-NEWER = {"head_dim": None, "qk_norm": "none", "norm_topk_prob": None, "code_groups": 1, "num_key_value_heads": None}
+NEWER = {
+    "head_dim": None,
+    "qk_norm": "none",
+    "norm_topk_prob": None,
+    "code_groups": 1,
+    "num_key_value_heads": None,
+    "n_shared_experts": 0,
+}
 """Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
 
@@ -309,7 +317,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         "head_dim": config.model.attention_width // config.model.heads,
         "num_key_value_heads": config.model.kv_heads or config.model.heads,
         "norm_topk_prob": not weighs_over_all(config),
-        "intermediate_size": dense_hidden(config),
+        "intermediate_size": config.dense_hidden,
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
         "source_table": source_table,
         "rms_norm_eps": NORM_EPS,
@@ -415,6 +423,8 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
         return "it is a classifier, which pools its states otherwise"
     if not moe.facts.is_stock:
         return f"moe.router={moe.router} is not its linear router (topk)"
+    if moe.shared_experts:
+        return f"moe.shared_experts={moe.shared_experts} stand beside the routed ones, and it has none"
     if config.model.moe_every != 1:
         return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
     if config.model.qk_norm is not QKNorm.NONE:

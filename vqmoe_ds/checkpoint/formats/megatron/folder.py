@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
-from vqmoe_ds.checkpoint.formats.huggingface.names import dense_hidden, shapes_of
+from vqmoe_ds.checkpoint.formats.huggingface.names import shapes_of
 from vqmoe_ds.checkpoint.formats.megatron.names import (
     dense_names,
     join,
@@ -140,7 +140,7 @@ class _Writer:
         sparse = sparse_blocks(config)
         widths = {"heads": config.model.heads, "key-value heads": config.model.kv_heads or config.model.heads}
         if len(sparse) < config.model.layers:
-            widths["values of a dense MLP's hidden width"] = dense_hidden(config)
+            widths["values of a dense MLP's hidden width"] = config.dense_hidden
         if sparse:
             widths["values of an expert's hidden width"] = config.moe.expert_hidden
         for what, count in widths.items():

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.huggingface.names import (
     NORM_EPS,
-    dense_hidden,
     head_width_of,
     is_sparse,
     kv_heads_of,
@@ -51,12 +50,14 @@ def dense_names(config: RunConfig) -> dict[str, tuple[str, ...]]:
                 name = f"{theirs}self_attention.{letter}_layernorm.weight"
                 names[name] = (f"{ours}attention.{letter}_norm.weight",)
         names[theirs + "pre_mlp_layernorm.weight"] = (ours + "mlp_norm.weight",)
-        if is_sparse(config, block):
+        sparse = is_sparse(config, block)
+        if sparse:
             router = _router_name(config)
             names[theirs + "mlp.router.weight"] = (ours + router,) if router else ()
-        else:
-            names[theirs + "mlp.linear_fc1.weight"] = (ours + "mlp.gate.weight", ours + "mlp.up.weight")
-            names[theirs + "mlp.linear_fc2.weight"] = (ours + "mlp.down.weight",)
+        if not sparse or config.moe.shared_experts:
+            mlp, ours = ("mlp.shared_experts.", ours + "mlp.shared.") if sparse else ("mlp.", ours + "mlp.")
+            names[f"{theirs}{mlp}linear_fc1.weight"] = (ours + "gate.weight", ours + "up.weight")
+            names[f"{theirs}{mlp}linear_fc2.weight"] = (ours + "down.weight",)
     return names | {"decoder.final_layernorm.weight": ("norm.weight",), "output_layer.weight": ("head.weight",)}
 
 
@@ -116,7 +117,7 @@ def _rows(model: ModelConfig) -> list[int]:
 def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
     """Shape of ``share``."""
     width, inner, vocab = config.model.width, config.model.attention_width, padded_vocab(config.model.vocab_size, tp)
-    head = (inner // config.model.heads,)
+    head, shared = (inner // config.model.heads,), config.moe.shared_experts * config.moe.expert_hidden
     shapes = {
         "q_layernorm.weight": head,
         "k_layernorm.weight": head,
@@ -125,8 +126,10 @@ def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
         "linear_qkv.weight": (sum(_rows(config.model)) // tp, width),
         "linear_proj.weight": (width, inner // tp),
         "router.weight": (config.moe.num_experts, width),
-        "mlp.linear_fc1.weight": (2 * dense_hidden(config) // tp, width),
-        "mlp.linear_fc2.weight": (width, dense_hidden(config) // tp),
+        "mlp.linear_fc1.weight": (2 * config.dense_hidden // tp, width),
+        "mlp.linear_fc2.weight": (width, config.dense_hidden // tp),
+        "shared_experts.linear_fc1.weight": (2 * shared // tp, width),
+        "shared_experts.linear_fc2.weight": (width, shared // tp),
     }
     return next((shape for end, shape in shapes.items() if name.endswith(end)), (width,))
 
@@ -153,7 +156,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
         **{"num_layers": model.layers, "hidden_size": model.width, "num_attention_heads": model.heads},
         **{"group_query_attention": _kv_heads(model) != model.heads, "num_query_groups": _kv_heads(model)},
         **{"kv_channels": model.attention_width // model.heads, "qk_layernorm": model.qk_norm is QKNorm.HEADS},
-        **{"ffn_hidden_size": dense_hidden(config), "seq_length": model.sequence_length},
+        **{"ffn_hidden_size": config.dense_hidden, "seq_length": model.sequence_length},
         **{"max_position_embeddings": model.sequence_length, "position_embedding_type": "rope"},
         **{"rotary_base": model.rope_theta, "rotary_percent": 1.0, "rotary_interleaved": False},
         **{"add_position_embedding": True, "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
@@ -166,6 +169,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
     if sparse:
         options |= {
             **{"moe_router_topk": max(1, moe.top_k), "moe_ffn_hidden_size": moe.expert_hidden},
+            **{"moe_shared_expert_intermediate_size": moe.shared_experts * moe.expert_hidden or None},
             **{"moe_grouped_gemm": grouped, "moe_use_legacy_grouped_gemm": grouped},
             **{"moe_layer_freq": [int(block in sparse) for block in range(model.layers)]},
             # The weight of a single expert is its probability among all, that of several among the chosen.
@@ -192,7 +196,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
         **{"rotary_percent": 1.0, "rotary_interleaved": False},
         **({"moe_router_score_function": "softmax"} if experts else {}),
-        **({"moe_shared_expert_intermediate_size": None} if experts else {}),
+        **({"moe_shared_expert_gate": False} if experts else {}),
     }
     for name, value in needed.items():
         if args.get(name, value) != value:
@@ -202,6 +206,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         hidden = args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size")
         moe = {"router": "topk", "num_experts": experts, "expert_hidden": hidden, "top_k": top_k}
         moe["balance_weight"] = args.get("moe_aux_loss_coeff") or 0.0
+        moe["shared_experts"] = _shared_experts(args, hidden, where)
     try:
         model = {
             **{"vocab_size": args.get("vocab_size") or args["padded_vocab_size"], "layers": args["num_layers"]},
@@ -215,6 +220,17 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         raise CheckpointError(f"{where} records no {error.args[0]}, so its model is not known") from None
     normalised = not args.get("moe_router_pre_softmax", False) if experts else None
     return {"model": model, "moe": moe, "router": {"softmax_over": softmax_over_of(normalised, top_k)}}
+
+
+def _shared_experts(args: dict[str, Any], hidden: Any, where: str) -> int:
+    """``moe.shared_experts`` of a hidden width of all shared experts together."""
+    together = args.get("moe_shared_expert_intermediate_size") or 0
+    if together and (not hidden or together % hidden):
+        raise CheckpointError(
+            f"{where} has moe_shared_expert_intermediate_size={together}, but this trainer knows only whole experts of "
+            f"width {hidden}"
+        )
+    return together // hidden if together else 0
 
 
 def _every(args: dict[str, Any], where: str) -> int:

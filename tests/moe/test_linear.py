@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vqmoe_ds.models.linear import Linear
+from vqmoe_ds.moe.linear import Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
