@@ -14,6 +14,7 @@ from vqmoe_ds.models.transformer import MoETransformer
 
 VOCAB, LENGTH = 50, 16
 
+ROPE = {"rope_factor": 4.0, "rope_original_length": 8}
 IN_LAYER = {"source": "layer_state", "normalize_source": False}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "context": ({}, {"num_codes": 9}, {}),
@@ -43,6 +44,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "norms over narrow heads": ({}, {}, {"qk_norm": "full", "head_width": 8}),
     "grouped queries": ({"top_k": 0}, {}, {"heads": 4, "kv_heads": 2}),
     "one key-value head, normed over all": ({}, {}, {"heads": 4, "kv_heads": 1, "qk_norm": "full", "head_width": 8}),
+    "llama3 positions": ({"top_k": 0}, {}, ROPE | {"rope_scaling": "llama3"}),
+    "yarn positions": ({"router": "topk", "top_k": 2}, {}, ROPE | {"rope_scaling": "yarn"}),
+    "linear positions": ({"router": "topk", "top_k": 2}, {}, ROPE | {"rope_scaling": "linear", "head_width": 16}),
     "shared experts": ({"top_k": 0, "shared_experts": 2}, {}, {}),
     "shared experts, every second": ({"router": "topk", "top_k": 2, "shared_experts": 1}, {}, {"moe_every": 2}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),

@@ -28,7 +28,7 @@ from transformers import (
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
-from tests.huggingface import CASES, ModelReader, config_of, load_back, model_of, tokens_of
+from tests.huggingface import CASES, ROPE, ModelReader, config_of, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.convert import build_parser, main
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf, open_hf
 from vqmoe_ds.checkpoint.formats.huggingface.names import CODE_FILES, NEWER
@@ -428,6 +428,8 @@ def _topk(top_k: int, experts: int = 4, **model: Any) -> MoETransformer:
     [
         *[(2, 4, {}), (3, 4, {"head_width": 8}), (4, 4, {}), (1, 1, {}), (1, 4, {})],
         (2, 4, {"heads": 4, "kv_heads": 2, "head_width": 8}),
+        *[(2, 4, ROPE | {"rope_scaling": kind, "head_width": 16}) for kind in ("llama3", "yarn")],
+        (2, 4, {"rope_scaling": "linear", "rope_factor": 2.0}),
     ],
 )
 def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, shape: dict[str, int], tmp_path: Path) -> None:

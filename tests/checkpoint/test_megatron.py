@@ -332,6 +332,7 @@ def test_sizes_that_cannot_be(case, options, sentence, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
+        ({"model": {"rope_scaling": "linear", "rope_factor": 2.0}}, r"positions \(model.rope_scaling=linear\)"),
         ({"model": {"qk_norm": "full"}}, r"over all heads together \(model.qk_norm=full\), Megatron each"),
         (
             {"moe": {"router": "topk", "top_k": 1}, "router": {"softmax_over": "chosen"}},

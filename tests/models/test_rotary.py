@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.kernels import DEVICES, kernels_on
+from vqmoe_ds.config.schema import ModelConfig
 from vqmoe_ds.models import rotary
-from vqmoe_ds.models.rotary import rotate, rotate_qkv, split_heads
+from vqmoe_ds.models.rotary import rotary_tables, rotate, rotate_qkv, split_heads
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # the interpreter cuts bfloat16 off
 SHAPES = [(1, 1, 1, 2), (2, 5, 3, 12), (2, 3, 4, 16)]  # B, S, A, H
@@ -125,3 +126,28 @@ def test_fewer_key_value_heads_than_query_heads(device: str, apart: bool) -> Non
     (want_g,) = torch.autograd.grad(want, wide, [t.double() for t in g])
     for a, b in zip((*got, g_projection), (*want, want_g), strict=True):
         torch.testing.assert_close(a.detach().double(), b.detach(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [64, 4096])
+@pytest.mark.parametrize("kind", ["none", "linear", "llama3", "yarn"])
+def test_scaled_tables_are_those_of_transformers(kind: str, length: int) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install -r requirements-dev.txt")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {"factor": 8.0, "original_max_position_embeddings": length}
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    parameters = {"rope_type": kind, **scaling, **more} if kind != "none" else {"rope_type": "default"}
+    theirs = LlamaConfig(head_dim=32, rope_parameters=parameters | {"rope_theta": 5e4}, max_position_embeddings=512)
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(512).unsqueeze(0))
+    model = ModelConfig(
+        rope_scaling=kind, rope_factor=8.0, rope_original_length=length, rope_theta=5e4, sequence_length=512
+    )
+    for got, want in zip(rotary_tables(model, 32), (cos, sin), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want[0, :, :16], rtol=0, atol=1e-4)
+
+
+def test_a_scaling_without_the_context_before_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="model.rope_scaling=yarn goes by the context before it; set model.rope_orig"):
+        ModelConfig(rope_scaling="yarn", rope_factor=2.0)

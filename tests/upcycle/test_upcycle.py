@@ -75,6 +75,11 @@ def _distance(dense: Any, model: MoETransformer) -> float:
         return float((model(tokens_BS)[0] - want).abs().max())
 
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 ROUTES: dict[str, dict[str, Any]] = {
     "both paths": {},
     "codes alone": {"moe.top_k": 0, "moe.num_experts": 5},
@@ -92,6 +97,9 @@ SOURCES: dict[str, dict[str, Any]] = {
     "larger epsilon": {"rms_norm_eps": 1e-2},
     "epsilon of Llama 2": {"rms_norm_eps": 1e-5},
     "another rotary base": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+    "positions of Llama 3": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
+    "positions of YaRN": {"kind": Qwen3Config, "head_dim": 6, "rope_parameters": YARN},
+    "positions scaled linearly": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}},
     "wide heads": {"head_dim": 8, "num_key_value_heads": 2},
     "norms of heads": {"kind": Qwen3Config, "head_dim": 6},
     "norms of wide heads, larger epsilon": {
@@ -179,6 +187,15 @@ def _options(folder: Path, **values: Any) -> None:
         ({"clip_qkv": 8.0}, r"queries, keys and values are clipped \(clip_qkv=8.0\)"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not silu"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"scaled \(llama3\)"),
+        (
+            {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}},
+            r"\(llama3\) with low_freq_factor=2.0; known is only 1",
+        ),
+        (
+            {"rope_parameters": YARN | {"attention_factor": 1.0}},
+            r"\(yarn\) with attention_factor=1.0; known is only 1.1",
+        ),
+        ({"rope_parameters": YARN | {"rope_type": "longrope"}}, r"scaled \(longrope\); known are default, linear"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"num_key_value_heads": 3}, "cannot be shared evenly"),
         ({"hidden_size": None}, "has no number hidden_size"),

@@ -61,6 +61,15 @@ class QKNorm(StrEnum):
     FULL = "full"
 
 
+class RopeScaling(StrEnum):
+    """Values of ``model.rope_scaling``, by the names that ``transformers`` has for them."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
 class SequencePlacement(StrEnum):
     """Values of ``train.sp_placement``."""
 
@@ -153,6 +162,15 @@ class ModelConfig(Section):
         le=MOST_FEATURES,
     )
     rope_theta: float = option(10000.0, "base of the rotary frequencies", gt=0, le=1e12)
+    rope_scaling: RopeScaling = option(
+        RopeScaling.NONE,
+        "how rotary frequencies are slowed down for a longer context: none, linear (all alike), llama3 (Llama 3.1) or "
+        "yarn (Peng 2023)",
+    )
+    rope_factor: float = option(1.0, "rope_scaling: how many times slower the slowest turn", ge=1, le=LARGEST_WEIGHT)
+    rope_original_length: int = option(
+        0, "rope_scaling=llama3 and yarn: context that the frequencies were learned at", "tokens", ge=0, le=MOST_TOKENS
+    )
     image_size: int = option(
         0, "height and width of the images that are classified; 0: a language model", "pixels", ge=0, le=4096
     )
@@ -199,6 +217,11 @@ class ModelConfig(Section):
         if not self.head_width and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ValueError(
                 f"model.heads={self.heads} must divide model.width={self.width} into an even width per head"
+            )
+        if self.rope_scaling in (RopeScaling.LLAMA3, RopeScaling.YARN) and not self.rope_original_length:
+            raise ValueError(
+                f"model.rope_scaling={self.rope_scaling.value} goes by the context before it; set "
+                "model.rope_original_length to it"
             )
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(

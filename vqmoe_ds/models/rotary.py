@@ -6,15 +6,54 @@ F = H / 2 angles of a position.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vqmoe_ds.config.schema import ModelConfig, RopeScaling
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
+LLAMA3_TURNS = (1, 4)
+YARN_TURNS = (1, 32)
+"""Turns within the original context below which a frequency is slowed down by the whole factor, and above which by
+none."""
 _BLOCK = 2048  # angles that a program turns at a time
+
+
+def rotary_tables(config: ModelConfig, head_width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of all positions of the context, float32 ``[S, F]``.
+
+    Scaled as ``model.rope_scaling`` says: linear (Chen 2023, arXiv 2306.15595), Llama 3.1 (Dubey 2024, arXiv
+    2407.21783) or YaRN (Peng 2023, arXiv 2309.00071), whose tables are longer than 1 to sharpen attention.
+    """
+    rates_F = config.rope_theta ** (-torch.arange(0, head_width, 2) / head_width)
+    size = 1.0
+    if config.rope_scaling is not RopeScaling.NONE:
+        kept_F = _kept_share(rates_F, config)
+        rates_F = rates_F * (kept_F + (1 - kept_F) / config.rope_factor)
+        size = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling is RopeScaling.YARN else 1.0
+    angles = torch.arange(config.sequence_length).unsqueeze(1) * rates_F
+    return angles.cos() * size, angles.sin() * size
+
+
+def _kept_share(rates_F: Tensor, config: ModelConfig) -> Tensor:
+    """How much of each frequency stays as it was; the rest is divided by the factor."""
+    if config.rope_scaling is RopeScaling.LINEAR:
+        return torch.zeros_like(rates_F)
+    if config.rope_scaling is RopeScaling.LLAMA3:
+        few, many = LLAMA3_TURNS
+        turns_F = config.rope_original_length * rates_F / (2 * math.pi)
+        return ((turns_F - few) / (many - few)).clamp(0, 1)
+    width, length = 2 * len(rates_F), config.rope_original_length
+    last, first = (
+        width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta)) for turns in YARN_TURNS
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+    places_F = torch.arange(len(rates_F), dtype=torch.float32)
+    return 1 - ((places_F - low) / (high - low or 0.001)).clamp(0, 1)
 
 
 def rotate_qkv(qkv_BSNH: Tensor, cos_SF: Tensor, sin_SF: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

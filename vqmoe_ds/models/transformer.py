@@ -17,7 +17,7 @@ from vqmoe_ds.config.schema import CodeSource, ModelConfig, QKNorm, RunConfig, S
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.models.cache import BlockCache, Cache
 from vqmoe_ds.models.loss import cross_entropy
-from vqmoe_ds.models.rotary import rotate, rotate_qkv, split_heads
+from vqmoe_ds.models.rotary import rotary_tables, rotate, rotate_qkv, split_heads
 from vqmoe_ds.models.ulysses import from_homes, to_heads, to_homes, to_positions
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
@@ -68,10 +68,9 @@ class Attention(nn.Module):
             full = self.qk_norm is QKNorm.FULL
             self.q_norm = RMSNorm(inner if full else self.head_width)
             self.k_norm = RMSNorm(config.kv_width if full else self.head_width)
-        rates = config.rope_theta ** (-torch.arange(0, self.head_width, 2) / self.head_width)
-        angles = torch.arange(config.sequence_length).unsqueeze(1) * rates
-        self.register_buffer("cos_SF", angles.cos(), persistent=False)
-        self.register_buffer("sin_SF", angles.sin(), persistent=False)
+        cos_SF, sin_SF = rotary_tables(config, self.head_width)
+        self.register_buffer("cos_SF", cos_SF, persistent=False)
+        self.register_buffer("sin_SF", sin_SF, persistent=False)
 
     def forward(self, x_BSD: Tensor, past: BlockCache | None = None, homes: Homes | None = None) -> Tensor:
         batch, length, _ = x_BSD.shape

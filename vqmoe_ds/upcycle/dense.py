@@ -26,6 +26,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     head_width_of,
     is_sparse,
     kv_heads_of,
+    rope_of,
     shapes_of,
     unstacked,
     why_not_exported,
@@ -86,7 +87,6 @@ class DenseSource:
         self.heads = self._number("num_attention_heads")
         self.kv_heads = int(self.options.get("num_key_value_heads") or self.heads)
         self.hidden = self._number("intermediate_size")
-        self.rope = self.options.get("rope_parameters") or self.options.get("rope_scaling") or {}
         self._refuse_what_is_lacking()
 
     @property
@@ -113,7 +113,7 @@ class DenseSource:
             "model.kv_heads": kv_heads_of(self.options),
             "model.head_width": head_width_of(self.options),
             "model.qk_norm": self.qk_norm.value,
-            "model.rope_theta": float(self.rope.get("rope_theta", self.options.get("rope_theta", 10000.0))),
+            **{f"model.{name}": value for name, value in self.rope.items()},
         }
 
     def tensor(self, name: str) -> Tensor:
@@ -134,13 +134,12 @@ class DenseSource:
 
     def _refuse_what_is_lacking(self) -> None:
         options, clip = self.options, self.options.get("clip_qkv")
-        scaling = self.rope.get("rope_type", self.rope.get("type", "default"))
-        partial = self.rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
+        rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
+        partial = rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
         quantised = options.get("quantization_config")
         problems = {
             "its weights are quantised (quantization_config); dequantise them first": quantised is not None,
             f"queries, keys and values are clipped (clip_qkv={clip})": clip is not None,
-            f"rotary positions are scaled ({scaling})": scaling != "default",
             f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
             f"hidden_act={options.get('hidden_act')} is not silu": options.get("hidden_act", "silu") != "silu",
             "heads cannot be shared evenly among key-value heads": self.heads % self.kv_heads != 0,
@@ -148,6 +147,10 @@ class DenseSource:
         for problem, there in problems.items():
             if there:
                 raise CheckpointError(f"{self.path} cannot be represented: {problem}")
+        try:
+            self.rope = rope_of(options)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} cannot be represented: {error}") from None
         known = set(self._known())
         for name, stored in self.weights.items():
             if name in known or name.endswith(IGNORED):

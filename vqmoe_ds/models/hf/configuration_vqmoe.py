@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 ROUTERS = ("vq", "topk", "hash_token", "dense")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 QK_NORMS = ("none", "heads", "full")
 POOLS = ("mean", "last")
 AHEAD = ("token_embedding", "position_embedding", "context")
@@ -21,6 +22,9 @@ class VQMoEConfig(PretrainedConfig):
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, rope_theta, rms_norm_eps:
             as in Llama.
         head_dim: width of an attention head; None: ``hidden_size / num_attention_heads``.
+        rope_scaling_type: ``none``, or how frequencies are slowed down: ``linear``, ``llama3`` or ``yarn``.
+        rope_factor: how many times slower the slowest turn.
+        rope_original_length: of ``llama3`` and ``yarn``: context that the frequencies were learned at.
         qk_norm: RMSNorm of queries and keys: ``none``, ``heads`` (each head alone) or ``full`` (all heads together).
         max_position_embeddings: length of the training context.
         intermediate_size: hidden width of the dense MLPs.
@@ -69,6 +73,9 @@ class VQMoEConfig(PretrainedConfig):
         qk_norm: str = "none",
         max_position_embeddings: int = 256,
         rope_theta: float = 10000.0,
+        rope_scaling_type: str = "none",
+        rope_factor: float = 1.0,
+        rope_original_length: int = 0,
         rms_norm_eps: float = 1e-6,
         intermediate_size: int = 384,
         moe_intermediate_size: int = 192,
@@ -107,6 +114,7 @@ class VQMoEConfig(PretrainedConfig):
         for name, value, known in (
             ("router", router, ROUTERS),
             ("qk_norm", qk_norm, QK_NORMS),
+            ("rope_scaling_type", rope_scaling_type, ROPE_SCALINGS),
             ("code_source", code_source, CODE_SOURCES),
             ("code_distance", code_distance, ("euclidean", "cosine")),
             ("classifier_pool", classifier_pool, POOLS),
@@ -134,6 +142,9 @@ class VQMoEConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
+        self.rope_scaling_type = rope_scaling_type
+        self.rope_factor = rope_factor
+        self.rope_original_length = rope_original_length
         self.rms_norm_eps = rms_norm_eps
         self.intermediate_size = intermediate_size
         self.moe_intermediate_size = moe_intermediate_size

@@ -107,8 +107,29 @@ def _rotate(x_BASH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 def _rotary(positions_BS: Tensor, config: VQMoEConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, ``[B, 1, S, H / 2]``; angles in float32 whatever the model's type."""
     halves = torch.arange(0, config.head_dim, 2, device=positions_BS.device, dtype=torch.float32)
-    angles = positions_BS[:, None, :, None] * config.rope_theta ** (-halves / config.head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    rates_F, size = config.rope_theta ** (-halves / config.head_dim), 1.0
+    if config.rope_scaling_type != "none":
+        kept_F = _kept_share(rates_F, config)
+        rates_F = rates_F * (kept_F + (1 - kept_F) / config.rope_factor)
+        size = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling_type == "yarn" else 1.0
+    angles = positions_BS[:, None, :, None] * rates_F
+    return (angles.cos() * size).to(dtype), (angles.sin() * size).to(dtype)
+
+
+def _kept_share(rates_F: Tensor, config: VQMoEConfig) -> Tensor:
+    """How much of each rotary frequency stays as it was, as its scaling says; the rest is divided by the factor."""
+    length = config.rope_original_length
+    if config.rope_scaling_type == "linear":
+        return torch.zeros_like(rates_F)
+    if config.rope_scaling_type == "llama3":
+        return ((length * rates_F / (2 * math.pi) - 1) / 3).clamp(0, 1)
+    last, first = (
+        config.head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        for turns in (1, 32)
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), config.head_dim - 1)
+    places_F = torch.arange(len(rates_F), dtype=torch.float32, device=rates_F.device)
+    return 1 - ((places_F - low) / (high - low or 0.001)).clamp(0, 1)
 
 
 class VQMoEBlock(GradientCheckpointingLayer):

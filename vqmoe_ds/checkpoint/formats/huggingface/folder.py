@@ -376,7 +376,13 @@ def _with_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
 
 _NOT_STRUCTURE = {
     "vqmoe": ("auto_map", "architectures", "use_cache"),
-    "mixtral": ("architectures", "use_cache", "rope_theta", "head_dim"),  # transformers writes the last two otherwise
+    "mixtral": (
+        "architectures",
+        "use_cache",
+        "rope_theta",
+        "rope_parameters",
+        "head_dim",
+    ),  # transformers writes these otherwise
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.config.routers import routers
-from vqmoe_ds.config.schema import MoEConfig, QKNorm, RunConfig, SoftmaxOver
+from vqmoe_ds.config.schema import ModelConfig, MoEConfig, QKNorm, RopeScaling, RunConfig, SoftmaxOver
 from vqmoe_ds.moe.routers.base import softmax_over_all
 from vqmoe_ds.runtime.errors import CheckpointError
 
@@ -244,6 +244,9 @@ _SAME = {
     "qk_norm": "model.qk_norm",
     "max_position_embeddings": "model.sequence_length",
     "rope_theta": "model.rope_theta",
+    "rope_scaling_type": "model.rope_scaling",
+    "rope_factor": "model.rope_factor",
+    "rope_original_length": "model.rope_original_length",
     "moe_every": "model.moe_every",
     "moe_intermediate_size": "moe.expert_hidden",
     "router": "moe.router",
@@ -272,6 +275,9 @@ NEWER = {
     "code_groups": 1,
     "num_key_value_heads": None,
     "n_shared_experts": 0,
+    "rope_scaling_type": "none",
+    "rope_factor": 1.0,
+    "rope_original_length": 0,
 }
 """Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
@@ -380,6 +386,56 @@ def kv_heads_of(options: dict[str, Any]) -> int:
     return 0 if kv_heads in (None, options.get("num_attention_heads")) else kv_heads
 
 
+_FIXED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {},
+    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
+    "yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None},
+}
+"""Kinds of scaled rotary positions by ``transformers``' name, and their options that are constants here."""
+
+
+def rope_of(options: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+    """The fields ``model.rope_...`` of a stock ``config.json``.
+
+    Args:
+        options: of ``config.json``.
+        theta: where it names none.
+
+    Raises:
+        CheckpointError: they are scaled in a way that this trainer does not know; the option is named.
+    """
+    rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+    section: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", options.get("rope_theta", theta)))}
+    if kind not in _FIXED:
+        raise CheckpointError(f"rotary positions are scaled ({kind}); known are {', '.join(_FIXED)}")
+    if kind == "default":
+        return section
+    if not isinstance(factor, int | float):
+        raise CheckpointError(f"rotary positions are scaled ({kind}) by no factor; config.json must name it")
+    fixed = _FIXED[kind] | ({"attention_factor": 0.1 * math.log(factor) + 1} if kind == "yarn" else {})
+    for name, only in fixed.items():
+        if rope.get(name) not in (None, only):
+            raise CheckpointError(
+                f"rotary positions are scaled ({kind}) with {name}={rope[name]}; known is only {only}"
+            )
+    length = rope.get("original_max_position_embeddings", options.get("max_position_embeddings"))
+    section |= {"rope_scaling": kind, "rope_factor": float(factor)}
+    return section if kind == "linear" else section | {"rope_original_length": length}
+
+
+def stock_rope(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of ``rope_of``: rotary positions as stock models name them."""
+    if model.rope_scaling is RopeScaling.NONE:
+        return {"rope_theta": model.rope_theta}
+    kind = model.rope_scaling.value
+    scaling = {"rope_type": kind, "rope_theta": model.rope_theta, "factor": model.rope_factor}
+    if model.rope_scaling is not RopeScaling.LINEAR:
+        scaling["original_max_position_embeddings"] = model.rope_original_length
+    return {"rope_parameters": scaling | {name: only for name, only in _FIXED[kind].items() if only is not None}}
+
+
 def softmax_over_of(norm_topk_prob: bool | None, top_k: int) -> SoftmaxOver:
     """``router.softmax_over`` of experts whose weights sum to 1, or not, or (None) as with us."""
     if norm_topk_prob is None or norm_topk_prob != softmax_over_all(SoftmaxOver.AUTO, top_k):
@@ -405,7 +461,7 @@ def _mixtral_options(config: RunConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": model.sequence_length,
         "rms_norm_eps": NORM_EPS,
-        "rope_theta": model.rope_theta,
+        **stock_rope(model),
         "sliding_window": None,
         "attention_dropout": 0.0,
         "num_local_experts": moe.num_experts,
@@ -441,7 +497,6 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
     """
-    rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
     needed = {
         "rms_norm_eps": NORM_EPS,
         "hidden_act": "silu",
@@ -454,8 +509,6 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"this Mixtral has {name}={options[name]}, but this trainer knows only {value}; "
                 "tools/upcycle.py converts more"
             )
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError("this Mixtral scales its rotary positions, which this trainer does not")
     try:
         return {
             "model": {
@@ -466,7 +519,7 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "kv_heads": kv_heads_of(options),
                 "head_width": head_width_of(options),
                 "sequence_length": options["max_position_embeddings"],
-                "rope_theta": rope.get("rope_theta", options.get("rope_theta", 1e6)),
+                **rope_of(options, 1e6),
             },
             "moe": {
                 "router": "topk",

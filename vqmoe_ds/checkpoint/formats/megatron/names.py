@@ -24,7 +24,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     softmax_over_of,
     weighs_over_all,
 )
-from vqmoe_ds.config.schema import ModelConfig, QKNorm, RunConfig
+from vqmoe_ds.config.schema import ModelConfig, QKNorm, RopeScaling, RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 
 VOCAB_MULTIPLE = 128
@@ -142,6 +142,10 @@ def why_not_megatron(config: RunConfig) -> str | None:
     moe = config.moe
     if config.model.qk_norm is QKNorm.FULL:
         return "it norms queries and keys over all heads together (model.qk_norm=full), Megatron each head alone"
+    if config.model.rope_scaling is not RopeScaling.NONE:
+        return (
+            f"it scales its rotary positions (model.rope_scaling={config.model.rope_scaling.value}), this export cannot"
+        )
     single = moe.facts.is_stock and moe.top_k == 1 < moe.num_experts
     if single and not weighs_over_all(config):
         return "it weights a single expert by 1 (router.softmax_over=chosen), Megatron by its probability"
@@ -194,7 +198,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
     needed = {
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
         **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
-        **{"rotary_percent": 1.0, "rotary_interleaved": False},
+        **{"rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False},
         **({"moe_router_score_function": "softmax"} if experts else {}),
         **({"moe_shared_expert_gate": False} if experts else {}),
     }
