@@ -47,6 +47,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llama3 positions": ({"top_k": 0}, {}, ROPE | {"rope_scaling": "llama3"}),
     "yarn positions": ({"router": "topk", "top_k": 2}, {}, ROPE | {"rope_scaling": "yarn"}),
     "linear positions": ({"router": "topk", "top_k": 2}, {}, ROPE | {"rope_scaling": "linear", "head_width": 16}),
+    "biased queries, gated shared experts": (
+        {"router": "topk", "top_k": 2, "shared_experts": 2, "shared_gate": True},
+        {},
+        {"qkv_bias": True, "heads": 4, "kv_heads": 2},
+    ),
     "shared experts": ({"top_k": 0, "shared_experts": 2}, {}, {}),
     "shared experts, every second": ({"router": "topk", "top_k": 2, "shared_experts": 1}, {}, {"moe_every": 2}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),
@@ -67,7 +72,7 @@ def model_of(config: RunConfig) -> MoETransformer:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "path_gate" in name:
+            if "norm" in name or "path_gate" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         if model.bank is not None:
             shape = model.bank.code_map_LK.shape

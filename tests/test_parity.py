@@ -51,9 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
     "early block": {"moe": {"top_k": 0}, "codebook": {"source": "early_block"}, "model": {"layers": 3}},
     "top-2 router": {"moe": {"router": "topk", "top_k": 2, "z_loss_weight": 0.01}},
     "shared experts beside codes, grouped queries": {
-        "moe": {"top_k": 0, "shared_experts": 2},
+        "moe": {"top_k": 0, "shared_experts": 2, "shared_gate": True},
         "codebook": {"source": "context"},
-        "model": {"kv_heads": 1},
+        "model": {"kv_heads": 1, "qkv_bias": True},
     },
     "hash of tokens": {"moe": {"router": "hash_token"}, "model": {"layers": 3, "moe_every": 2}},
 }

@@ -457,6 +457,7 @@ def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, shape: dict[st
         ("top-2, over all experts", "with router.softmax_over=all experts are weighted"),
         ("norms of wide heads", "model.qk_norm=heads norms queries and keys"),
         ("shared experts, every second", "moe.shared_experts=1 stand beside the routed ones"),
+        ("biased queries, gated shared experts", "model.qkv_bias adds a bias"),
         ("context", "moe.router=vq"),
         ("hash of tokens", "moe.router=hash_token"),
         ("dense", "moe.router=dense"),

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         **{"moe": {"router": "topk", "top_k": 2}, "model": {"qk_norm": "heads", "head_width": 16}},
     },
     "top-2, grouped queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"heads": 4, "kv_heads": 2}},
+    "top-2, biased queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"qkv_bias": True}},
     "top-2, shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}, "model": {"moe_every": 2}},
     "dense": {"moe": {"router": "dense"}},
     "dense, norms of heads": {"moe": {"router": "dense"}, "model": {"qk_norm": "heads"}},
@@ -333,6 +334,7 @@ def test_sizes_that_cannot_be(case, options, sentence, tmp_path):
     ("sections", "sentence"),
     [
         ({"model": {"rope_scaling": "linear", "rope_factor": 2.0}}, r"positions \(model.rope_scaling=linear\)"),
+        ({"moe": {"router": "topk", "shared_experts": 1, "shared_gate": True}}, r"by a gate \(moe.shared_gate\)"),
         ({"model": {"qk_norm": "full"}}, r"over all heads together \(model.qk_norm=full\), Megatron each"),
         (
             {"moe": {"router": "topk", "top_k": 1}, "router": {"softmax_over": "chosen"}},

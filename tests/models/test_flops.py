@@ -34,7 +34,7 @@ def test_all_but_the_fused_attention_is_what_pytorch_counts(
 ) -> None:
     shape = {"model.layers": 3, "model.width": 32, "model.sequence_length": 16, "model.moe_every": 2}
     changes = {**shape, "moe.router": router, "moe.top_k": top_k, "codebook.num_codes": 10, "model.kv_heads": kv_heads}
-    changes["moe.shared_experts"] = shared
+    changes |= {"moe.shared_experts": shared, "moe.shared_gate": shared > 0 and router != "dense"}
     config = load_config("tiny", None, changes).config
     model, tokens_BS = MoETransformer(config).eval(), torch.randint(0, 256, (2, 16))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

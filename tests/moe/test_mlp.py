@@ -16,9 +16,9 @@ from vqmoe_ds.planning.parameters import count
 ROUTERS = CASES | {"codes": ({"router": "vq", "top_k": 0}, {}), "codes and top-1": ({"router": "vq"}, {})}
 
 
-def _layer(case: str, shared: int, layer: int = 0) -> MoELayer:
+def _layer(case: str, shared: int, layer: int = 0, gate: bool = False) -> MoELayer:
     moe, options = ROUTERS[case]
-    config = MoEConfig(**{"num_experts": 8, "expert_hidden": 12, **moe, "shared_experts": shared})
+    config = MoEConfig(**{"num_experts": 8, "expert_hidden": 12, **moe, "shared_experts": shared, "shared_gate": gate})
     return MoELayer(LayerConfig(16, config, options, layer=layer, seed=3, vocab_size=30, out_scale=0.5)).eval()
 
 
@@ -37,6 +37,14 @@ def test_they_are_added_whatever_routes(case: str) -> None:
     assert shared.gate.weight.shape == (24, 16) and want.abs().mean() > 0.01
     assert torch.equal(ids, same_ids)
     torch.testing.assert_close(both - alone, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_weights_them_by_the_state_of_each_token() -> None:
+    x_BSD = torch.randn(2, 6, 16)
+    alone, even, gated = (_layer("codes", *options)(x_BSD)[0] for options in ((0,), (2,), (2, 0, True)))
+    weights = (x_BSD @ _layer("codes", 2, gate=True).shared.scale.weight.t()).sigmoid()
+    assert weights.std() > 0.05
+    torch.testing.assert_close(gated - alone, (even - alone) * weights, rtol=1e-5, atol=1e-6)
 
 
 def test_they_follow_from_the_seed_and_the_layer() -> None:
@@ -60,6 +68,11 @@ def test_a_dense_model_of_the_same_shape_is_as_wide() -> None:
         run.moe.router: sizes({w.name: w.shape for w in count(run).weights}, run)["active"] for run in (sparse, dense)
     }
     assert active["topk"] - routers == active["dense"]
+
+
+def test_a_gate_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="moe.shared_gate=true weights shared experts, and moe.shared_experts=0"):
+        MoEConfig(shared_gate=True)
 
 
 def test_more_than_a_matrix_holds_are_refused() -> None:

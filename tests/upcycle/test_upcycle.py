@@ -21,6 +21,8 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -54,7 +56,7 @@ def _dense(folder: Path, kind: Any = LlamaConfig, **options: Any) -> Any:
     model = AutoModelForCausalLM.from_config(kind(**{**SHAPE, **options})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
@@ -100,6 +102,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "positions of Llama 3": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
     "positions of YaRN": {"kind": Qwen3Config, "head_dim": 6, "rope_parameters": YARN},
     "positions scaled linearly": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}},
+    "biases of Qwen 2": {"kind": Qwen2Config, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "wide heads": {"head_dim": 8, "num_key_value_heads": 2},
     "norms of heads": {"kind": Qwen3Config, "head_dim": 6},
     "norms of wide heads, larger epsilon": {
@@ -182,7 +185,10 @@ def _options(folder: Path, **values: Any) -> None:
     ("values", "reason"),
     [
         ({"model_type": "gpt2"}, "a model of type gpt2"),
-        ({"model_type": "olmo2"}, "a model of type olmo2; those that can be upcycled are llama, mistral, qwen3, mix"),
+        (
+            {"model_type": "olmo2"},
+            "a model of type olmo2; those that can be upcycled are llama, mistral, qwen2, qwen3, mix",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised .*dequantise them first"),
         ({"clip_qkv": 8.0}, r"queries, keys and values are clipped \(clip_qkv=8.0\)"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not silu"),
@@ -236,6 +242,7 @@ def test_weights_that_cannot_be_represented_are_named(
         ({"moe.top_k": 1, "moe.router": "topk"}, 1, "set moe.top_k to 2 or more, or to 0"),
         ({"codebook.soft_output": 1.0}, 1, "set both to 0"),
         ({"moe.output_norm": True}, 1, "set both to false"),
+        ({"moe.shared_experts": 1}, 1, "moe.shared_experts=1 would add to what copies"),
         ({}, 2, "one slice is not the whole MLP"),
         ({"moe.router": "topk"}, 5, "does not divide the MLP's hidden width 36"),
         ({"moe.router": "topk", "moe.top_k": 3}, 2, "multiples of 2"),
@@ -283,6 +290,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OLMoE": {"kind": OlmoeConfig, "rms_norm_eps": 1e-5},
     "OLMoE, grouped queries": {"kind": OlmoeConfig, "rms_norm_eps": 1e-2, "num_key_value_heads": 2},
     "OLMoE, weights that sum to 1": {"kind": OlmoeConfig, "norm_topk_prob": True},
+    "Qwen2-MoE": {"kind": Qwen2MoeConfig, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "Qwen2-MoE, some blocks dense": {"kind": Qwen2MoeConfig, "norm_topk_prob": True, "mlp_only_layers": [0, 2]},
     "Qwen3-MoE": {"kind": Qwen3MoeConfig, "head_dim": 8, "num_key_value_heads": 2, "norm_topk_prob": True},
     "Qwen3-MoE, larger epsilon": {"kind": Qwen3MoeConfig, "head_dim": 6, "rms_norm_eps": 1e-2},
     "Qwen3-MoE, one expert a token": {"kind": Qwen3MoeConfig, "head_dim": 6, "num_experts_per_tok": 1},
@@ -298,6 +307,8 @@ def _routed(folder: Path, **options: Any) -> Any:
     kind = options.pop("kind", MixtralConfig)
     if kind is Qwen3MoeConfig:
         experts["moe_intermediate_size"] = 20
+    if kind is Qwen2MoeConfig:
+        experts |= {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 40}
     return _dense(folder, kind, **{**experts, **options})
 
 
@@ -320,7 +331,7 @@ def test_the_routed_source_is_itself_under_a_linear_router(family: str, tmp_path
     ("family", "where"),
     [
         *(("Mixtral", "layer_state"), ("Mixtral", "context"), ("OLMoE", "layer_state"), ("Qwen3-MoE", "context")),
-        *(("Qwen3-MoE", "layer_state"), ("Qwen3-MoE, every second block", "layer_state")),
+        *(("Qwen2-MoE", "layer_state"), ("Qwen3-MoE", "layer_state"), ("Qwen3-MoE, every second block", "layer_state")),
     ],
 )
 def test_codes_are_the_means_of_the_tokens_each_expert_receives(family: str, where: str, tmp_path: Path) -> None:
@@ -385,7 +396,7 @@ def test_an_expert_alone_gives_what_the_chosen_gave_together_on_average(tmp_path
             assert torch.allclose(reader.tensor(f"blocks.{layer}.mlp.experts.w2")[1], old * scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "OLMoE", "Qwen3-MoE, every second block"])
+@pytest.mark.parametrize("family", ["Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE, every second block"])
 def test_the_tool_reports_agreement_and_loss(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _routed(tmp_path / "moe", **FAMILIES[family])
     command = [str(tmp_path / "moe"), str(tmp_path / "new"), "--calibration", str(_text(tmp_path))]
@@ -429,6 +440,11 @@ def test_experts_that_cannot_be_calibrated_are_refused(
         ({"kind": OlmoeConfig}, {"clip_qkv": 8.0}, r"\(clip_qkv=8.0\)"),
         ({"kind": OlmoeConfig, "attention_bias": True}, {}, "bias, a bias that is not zero"),
         ({"kind": Qwen3MoeConfig, "head_dim": 6, "attention_bias": True}, {}, "bias, a bias that is not zero"),
+        (
+            {"kind": Qwen2MoeConfig, "shared_expert_intermediate_size": 30},
+            {},
+            "a shared expert of width 30, which is no multiple",
+        ),
         ({"kind": Qwen3MoeConfig, "head_dim": 6, "mlp_only_layers": [1]}, {}, r"experts in blocks \[0, 2\] alone"),
         ({"kind": Qwen3MoeConfig, "head_dim": 6, "decoder_sparse_step": 4}, {}, r"experts in blocks \[\] alone"),
         ({"kind": Qwen3MoeConfig, "head_dim": 6}, {"num_local_experts": None}, "has no number num_local_experts"),

@@ -146,6 +146,7 @@ class ModelConfig(Section):
         ge=0,
         le=MOST_FEATURES,
     )
+    qkv_bias: bool = option(False, "add a learned bias to queries, keys and values (Qwen 2)")
     head_width: int = option(0, "width of an attention head; 0: width / heads", "features", ge=0, le=MOST_FEATURES)
     qk_norm: QKNorm = option(
         QKNorm.NONE, "RMSNorm of queries and keys: none, heads (each head alone, Qwen 3) or full (all together, OLMoE)"
@@ -269,6 +270,9 @@ class MoEConfig(Section):
         ge=0,
         le=MOST_EXPERTS,
     )
+    shared_gate: bool = option(
+        False, "weight the shared experts by a learned sigmoid of the token's state (Qwen2-MoE); false: by 1"
+    )
     balance_weight: float = option(
         0.01,
         "weight of the load-balancing loss (vq, hash_context, topk and its kin, xmoe, stablemoe, adaptive_clustering)",
@@ -293,6 +297,10 @@ class MoEConfig(Section):
     def _check(self) -> MoEConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}")
+        if self.shared_gate and not self.shared_experts:
+            raise ValueError(
+                "moe.shared_gate=true weights shared experts, and moe.shared_experts=0; set it or leave it out"
+            )
         if self.shared_experts * self.expert_hidden > MOST_FEATURES:
             raise ValueError(
                 f"moe.shared_experts={self.shared_experts} x moe.expert_hidden={self.expert_hidden} is more than "

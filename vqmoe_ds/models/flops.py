@@ -34,10 +34,11 @@ def forward_flops(config: RunConfig) -> Flops:
     calls, heads = config.rows_per_token, model.attention_width
     dense = (model.layers - sparse) * config.dense_hidden + sparse * moe.shared_experts * moe.expert_hidden
     context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1
+    weights = 2 * sparse * model.width if moe.shared_gate else 0
     return Flops(
         attention=model.layers * (4 * model.width * (heads + model.kv_width) + 2 * heads * context),
         experts=sparse * calls * 6 * model.width * moe.expert_hidden,
-        dense=dense * 6 * model.width,
+        dense=dense * 6 * model.width + weights,
         routing=sum(moe.facts.flops(config, layer) for layer in range(sparse)),
         head=0 if config.finetune.classes or model.image_size else 2 * model.width * model.vocab_size,
     )

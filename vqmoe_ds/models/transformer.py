@@ -62,6 +62,7 @@ class Attention(nn.Module):
         inner = config.attention_width
         self.kv_heads, self.head_width = config.kv_heads or config.heads, inner // config.heads
         self.qkv = Linear(config.width, inner + 2 * config.kv_width)
+        self.qkv_bias = nn.Parameter(torch.zeros(inner + 2 * config.kv_width)) if config.qkv_bias else None
         self.out = Linear(inner, config.width)
         self.qk_norm = config.qk_norm
         if self.qk_norm is not QKNorm.NONE:
@@ -77,7 +78,8 @@ class Attention(nn.Module):
         share, earlier = (self.share, 0) if past is None else (None, past.position_of(length))
         start = earlier if share is None else share.span.start
         places = slice(start, start + length) if homes is None else homes.positions_M
-        qkv_BSNH = self.qkv(x_BSD).view(batch, length, -1, self.head_width)
+        qkv = self.qkv(x_BSD) if self.qkv_bias is None else self.qkv(x_BSD) + self.qkv_bias
+        qkv_BSNH = qkv.view(batch, length, -1, self.head_width)
         q, k, v = self._turned(qkv_BSNH, self.cos_SF[places], self.sin_SF[places])
         if past is not None:
             k, v = past.append(k, v)

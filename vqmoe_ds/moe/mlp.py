@@ -30,8 +30,9 @@ class DenseMLP(nn.Module):
 class SharedExperts(DenseMLP):
     """Experts that every token passes beside those of its router (DeepSeekMoE, Dai 2024, arXiv 2401.06066).
 
-    Their SwiGLU MLPs add up to one of their widths together. Every rank holds them, and no row travels to them. Weights
-    follow from the seed and the layer alone.
+    Their SwiGLU MLPs add up to one of their widths together, weighted by a sigmoid of the token's state where
+    ``moe.shared_gate`` asks for it. Every rank holds them, and no row travels to them. Weights follow from the seed and
+    the layer alone.
 
     Args:
         config: of the layer; ``config.moe.shared_experts`` is at least 1.
@@ -39,8 +40,14 @@ class SharedExperts(DenseMLP):
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config.width, config.moe.shared_experts * config.moe.expert_hidden)
+        self.scale = Linear(config.width, 1) if config.moe.shared_gate else None
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 scale = weight.shape[1] ** -0.5 * (config.out_scale if name == "down.weight" else 1.0)
                 place = f"layers.{config.layer}.shared.{name}"
                 weight.copy_(drawn(tuple(weight.shape), scale, config.seed, place))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """``[T, D]`` -> ``[T, D]``."""
+        y_TD = super().forward(x_TD)
+        return y_TD if self.scale is None else y_TD * self.scale(x_TD).sigmoid()

@@ -26,7 +26,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--granularity", type=int, default=1, metavar="G", help="cut every copy of the MLP into G experts (topk only)")
     add("--noise", type=float, default=0.0, metavar="S", help="noise on the experts, relative to each matrix")
     add("--force", action="store_true", help="replace DST if it exists")
-    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen3-MoE): each gets a code")
+    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE): each gets a code")
     experts.add_argument("--calibration", metavar="FILE", help="UTF-8 text like that of training (needed)")
     experts.add_argument(
         "--calibration_tokens", type=int, default=100_000, metavar="N", help="tokens of it that are read"

@@ -40,7 +40,8 @@ from vqmoe_ds.config.schema import QKNorm, RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
-DENSE, ROUTED = ("llama", "mistral", "qwen3"), ("mixtral", "olmoe", "qwen3_moe")
+DENSE, ROUTED = ("llama", "mistral", "qwen2", "qwen3"), ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+QKV_BIASES = ("qwen2", "qwen2_moe")
 QK_NORMS = {"qwen3": QKNorm.HEADS, "qwen3_moe": QKNorm.HEADS, "olmoe": QKNorm.FULL}
 IGNORED = "rotary_emb.inv_freq"
 MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -82,6 +83,7 @@ class DenseSource:
                 + ", ".join(DENSE + ROUTED)
             )
         self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
+        self.qkv_bias = self.kind in QKV_BIASES
         self.width, self.layers = self._number("hidden_size"), self._number("num_hidden_layers")
         check_described({"model": {"layers": self.layers}}, self.weights, self.path)
         self.heads = self._number("num_attention_heads")
@@ -113,6 +115,7 @@ class DenseSource:
             "model.kv_heads": kv_heads_of(self.options),
             "model.head_width": head_width_of(self.options),
             "model.qk_norm": self.qk_norm.value,
+            "model.qkv_bias": self.qkv_bias,
             **{f"model.{name}": value for name, value in self.rope.items()},
         }
 
@@ -166,6 +169,8 @@ class DenseSource:
             start = f"model.layers.{layer}."
             names += [f"{start}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
             names += [f"{start}self_attn.{letter}_proj.weight" for letter in "qkvo"]
+            if self.qkv_bias:
+                names += [f"{start}self_attn.{letter}_proj.bias" for letter in "qkv"]
             if self.qk_norm is not QKNorm.NONE:
                 names += [f"{start}self_attn.{letter}_norm.weight" for letter in "qk"]
             names += [start + name for name in self.mlp_names(layer)]
@@ -217,6 +222,11 @@ def upcycled_config(
 
 def _check_function(config: RunConfig, slices: int) -> None:
     moe = config.moe
+    if moe.shared_experts and moe.facts.has_experts:
+        raise ConfigError(
+            f"moe.shared_experts={moe.shared_experts} would add to what copies of the MLP give, so the function would "
+            "not be preserved; leave it out"
+        )
     linear = moe.facts.linear_gate(moe) is not None
     if linear and moe.top_k == 1 and moe.num_experts > 1:
         raise ConfigError(
@@ -312,6 +322,8 @@ class UpcycledReader(WeightsReader):
             return source.tensor(start + "self_attn.o_proj.weight") * source.stream_scale
         if part == "attention.qkv.weight":
             return torch.cat([self._heads(start, letter) for letter in "qkv"])
+        if part == "attention.qkv_bias":
+            return torch.cat([source.tensor(f"{start}self_attn.{letter}_proj.bias") for letter in "qkv"])
         if part in ("attention.q_norm.weight", "attention.k_norm.weight"):
             return source.tensor(f"{start}self_attn.{part.removeprefix('attention.')}")
         if not is_sparse(self._run, block):

@@ -1,7 +1,7 @@
 """A Hugging Face Mixture-of-Experts model becomes a VQMoE whose codes take its router's place.
 
-Mixtral, OLMoE and Qwen3-MoE differ in what their weights and options are called, in the norms of queries and keys, and
-in whether the weights of a token's experts sum to 1.
+Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE differ in what their weights and options are called, in the norms and biases of
+queries and keys, in whether the weights of a token's experts sum to 1, and in shared experts.
 
 Attention, experts and, beside the codes, the router are those of the source. Each expert has one code: the mean of what
 the code source shows of the tokens that the old router sends to it, measured on a calibration text. How often the new
@@ -36,12 +36,17 @@ GATE_BIAS = 2.0
 """Path gate at the start: the linear router's path weighs 98 %, so that little is lost before training."""
 MOST_CALIBRATION = 10_000_000
 """Tokens: some hundreds for each of the experts there are anywhere, and more than an hour's work."""
+SHARED = {
+    **{f"{name}.weight": f"shared_expert.{name}_proj" for name in ("gate", "up", "down")},
+    "scale.weight": "shared_expert_gate",
+}
+"""Matrices of shared experts: ours and those of Qwen2-MoE."""
 HELD_OUT = 10
 """One in this many calibration windows measures."""
 
 
 class RoutedSource(DenseSource):
-    """A Mixtral, OLMoE or Qwen3-MoE in a Hugging Face folder; see ``DenseSource``."""
+    """A Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE in a Hugging Face folder; see ``DenseSource``."""
 
     model_types = ROUTED
 
@@ -55,7 +60,20 @@ class RoutedSource(DenseSource):
 
     @property
     def expert_hidden(self) -> int:
-        return self._number("moe_intermediate_size") if self.kind == "qwen3_moe" else self.hidden
+        return self._number("moe_intermediate_size") if self.kind in ("qwen2_moe", "qwen3_moe") else self.hidden
+
+    @property
+    def shared_experts(self) -> int:
+        """Experts of the routed ones' width that the shared one is as wide as."""
+        if self.kind != "qwen2_moe":
+            return 0
+        together = self._number("shared_expert_intermediate_size")
+        if together % self.expert_hidden:
+            raise CheckpointError(
+                f"{self.path} has a shared expert of width {together}, which is no multiple of the routed ones' "
+                f"{self.expert_hidden}, as it is in this trainer"
+            )
+        return together // self.expert_hidden
 
     @property
     def softmax_over(self) -> SoftmaxOver:
@@ -80,12 +98,20 @@ class RoutedSource(DenseSource):
             "model.dense_hidden": 0 if every == 1 else self.hidden,
             "moe.num_experts": self.experts,
             "moe.expert_hidden": self.expert_hidden,
+            "moe.shared_experts": self.shared_experts,
+            "moe.shared_gate": self.shared_experts > 0,
         }
 
     def mlp_names(self, layer: int) -> list[str]:
         if layer not in self.sparse_blocks:
             return super().mlp_names(layer)
-        return [self.router_name(), *(self.expert_name(e, w) for e in range(self.experts) for w in MATRICES)]
+        shared = [self.shared_name(part) for part in SHARED] if self.shared_experts else []
+        routed = [self.expert_name(e, w) for e in range(self.experts) for w in MATRICES]
+        return [self.router_name(), *routed, *shared]
+
+    def shared_name(self, part: str) -> str:
+        """One matrix of a block's shared expert, by its name in ours."""
+        return f"mlp.{SHARED[part]}.weight"
 
     def router_name(self) -> str:
         """The linear router of a block."""
@@ -132,6 +158,10 @@ class RoutedReader(UpcycledReader):
             return torch.zeros(2, self._source.width)
         if part.endswith("path_gate.bias"):
             return torch.tensor([GATE_BIAS, -GATE_BIAS])
+        if part.startswith("mlp.shared."):
+            name = self._source.shared_name(part.removeprefix("mlp.shared."))
+            weight = self._source.tensor(f"model.layers.{block}.{name}")
+            return weight * self._source.stream_scale if part.endswith("down.weight") else weight
         return self._source.tensor(f"model.layers.{block}.{self._source.router_name()}")
 
 

@@ -28,14 +28,8 @@ STRUCTURE = {
     "model": None,
     "train": ("decay_gates",),
     "moe": (
-        "router",
-        "num_experts",
-        "expert_hidden",
-        "top_k",
-        "code_blend",
-        "input_norm",
-        "output_norm",
-        "shared_experts",
+        *("router", "num_experts", "expert_hidden", "shared_experts", "shared_gate", "top_k", "code_blend"),
+        *("input_norm", "output_norm"),
     ),
     "codebook": (
         *("num_codes", "source", "context_window", "context_decay", "code_dim", "distance", "learning", "groups"),

@@ -26,6 +26,7 @@ class VQMoEConfig(PretrainedConfig):
         rope_factor: how many times slower the slowest turn.
         rope_original_length: of ``llama3`` and ``yarn``: context that the frequencies were learned at.
         qk_norm: RMSNorm of queries and keys: ``none``, ``heads`` (each head alone) or ``full`` (all heads together).
+        qkv_bias: whether queries, keys and values have a bias.
         max_position_embeddings: length of the training context.
         intermediate_size: hidden width of the dense MLPs.
         moe_intermediate_size: hidden width of one expert.
@@ -34,6 +35,7 @@ class VQMoEConfig(PretrainedConfig):
             (experts from a table of token ids) or ``dense`` (no experts).
         num_experts: experts of a layer.
         n_shared_experts: experts beside them that every token passes, as one MLP of their widths together.
+        shared_expert_gate: whether they are weighted by a sigmoid of the token's state.
         num_experts_per_tok: experts of the linear router for each token; 0 with ``vq``: the code alone decides.
         norm_topk_prob: whether the weights of the linear router's experts sum to 1, or are their probabilities among
             all experts; None: the latter for a single expert alone.
@@ -71,6 +73,7 @@ class VQMoEConfig(PretrainedConfig):
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         qk_norm: str = "none",
+        qkv_bias: bool = False,
         max_position_embeddings: int = 256,
         rope_theta: float = 10000.0,
         rope_scaling_type: str = "none",
@@ -83,6 +86,7 @@ class VQMoEConfig(PretrainedConfig):
         router: str = "vq",
         num_experts: int = 16,
         n_shared_experts: int = 0,
+        shared_expert_gate: bool = False,
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool | None = None,
         code_blend: float = 0.0,
@@ -140,6 +144,7 @@ class VQMoEConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.rope_scaling_type = rope_scaling_type
@@ -152,6 +157,7 @@ class VQMoEConfig(PretrainedConfig):
         self.router = router
         self.num_experts = num_experts
         self.n_shared_experts = n_shared_experts
+        self.shared_expert_gate = shared_expert_gate
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
         self.code_blend = code_blend

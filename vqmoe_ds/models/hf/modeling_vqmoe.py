@@ -58,9 +58,9 @@ class VQMoEAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.config, self.layer_idx, self.head_dim = config, block, config.head_dim
         self.scaling = config.head_dim**-0.5
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(width, kv_inner, bias=False)
-        self.v_proj = nn.Linear(width, kv_inner, bias=False)
+        self.q_proj = nn.Linear(width, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=False)
         if config.qk_norm != "none":
             full = config.qk_norm == "full"

@@ -228,6 +228,7 @@ class VQMoESparseMLP(nn.Module):
         self.experts = VQMoEExperts(config)
         hidden = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = VQMoEMLP(config.hidden_size, hidden) if hidden else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(
         self, x_BSD: Tensor, known_T: Tensor | None, codes: Codes, kept_BS: Tensor | None
@@ -255,7 +256,10 @@ class VQMoESparseMLP(nn.Module):
             y_TRD = y_TRD * weights_TR.to(y_TRD.dtype).unsqueeze(-1)
         y_TD = y_TRD.sum(dim=1)
         if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+            shared_TD = self.shared_experts(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+            y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD), aux_loss, logits_TN
 
     def _linear_route(self, logits_TN: Tensor, kept_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,12 +64,15 @@ def parts_of(config: RunConfig, arch: str) -> list[Part]:
 
 
 def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
-    ours, theirs, first = f"blocks.{block}.", f"model.layers.{block}.", 0
-    yield Part(theirs + "input_layernorm.weight", ours + "attention_norm.weight")
+    ours, theirs, first, rows = f"blocks.{block}.", f"model.layers.{block}.", 0, {}
     for letter in "qkv":
         end = first + (config.model.attention_width if letter == "q" else config.model.kv_width)
-        yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", (first, end))
-        first = end
+        rows[letter], first = (first, end), end
+    yield Part(theirs + "input_layernorm.weight", ours + "attention_norm.weight")
+    for letter in "qkv" if config.model.qkv_bias else "":
+        yield Part(f"{theirs}self_attn.{letter}_proj.bias", ours + "attention.qkv_bias", rows[letter])
+    for letter in "qkv":
+        yield Part(f"{theirs}self_attn.{letter}_proj.weight", ours + "attention.qkv.weight", rows[letter])
     yield Part(theirs + "self_attn.o_proj.weight", ours + "attention.out.weight")
     if config.model.qk_norm is not QKNorm.NONE:
         for letter in "qk":
@@ -89,6 +92,8 @@ def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
             yield Part(f"{theirs}mlp.experts.{name}_proj", f"{ours}mlp.experts.{our_name}")
         for name in ("gate", "up", "down") if config.moe.shared_experts else ():
             yield Part(f"{theirs}mlp.shared_experts.{name}_proj.weight", f"{ours}mlp.shared.{name}.weight")
+        if config.moe.shared_gate:
+            yield Part(f"{theirs}mlp.shared_expert_gate.weight", f"{ours}mlp.shared.scale.weight")
         yield from _router_parts(config, ours + "mlp.router.", theirs + "mlp.")
 
 
@@ -170,10 +175,12 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
         "head.weight": (len(config.finetune.classes) or model.vocab_size, width),
         "norm.weight": (width,),
         "attention.qkv.weight": (inner + 2 * model.kv_width, width),
+        "attention.qkv_bias": (inner + 2 * model.kv_width,),
         "attention.out.weight": (width, inner),
         "mlp.gate.weight": (config.dense_hidden, width),
         "mlp.up.weight": (config.dense_hidden, width),
         "mlp.down.weight": (width, config.dense_hidden),
+        "shared.scale.weight": (1, width),
         "shared.gate.weight": (moe.shared_experts * hidden, width),
         "shared.up.weight": (moe.shared_experts * hidden, width),
         "shared.down.weight": (width, moe.shared_experts * hidden),
@@ -242,6 +249,7 @@ _SAME = {
     "num_hidden_layers": "model.layers",
     "num_attention_heads": "model.heads",
     "qk_norm": "model.qk_norm",
+    "qkv_bias": "model.qkv_bias",
     "max_position_embeddings": "model.sequence_length",
     "rope_theta": "model.rope_theta",
     "rope_scaling_type": "model.rope_scaling",
@@ -252,6 +260,7 @@ _SAME = {
     "router": "moe.router",
     "num_experts": "moe.num_experts",
     "n_shared_experts": "moe.shared_experts",
+    "shared_expert_gate": "moe.shared_gate",
     "num_experts_per_tok": "moe.top_k",
     "code_blend": "moe.code_blend",
     "router_aux_loss_coef": "moe.balance_weight",
@@ -275,6 +284,8 @@ NEWER = {
     "code_groups": 1,
     "num_key_value_heads": None,
     "n_shared_experts": 0,
+    "shared_expert_gate": False,
+    "qkv_bias": False,
     "rope_scaling_type": "none",
     "rope_factor": 1.0,
     "rope_original_length": 0,
@@ -479,6 +490,8 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
         return "it is a classifier, which pools its states otherwise"
     if not moe.facts.is_stock:
         return f"moe.router={moe.router} is not its linear router (topk)"
+    if config.model.qkv_bias:
+        return "model.qkv_bias adds a bias to queries, keys and values, and it has none"
     if moe.shared_experts:
         return f"moe.shared_experts={moe.shared_experts} stand beside the routed ones, and it has none"
     if config.model.moe_every != 1:

@@ -45,6 +45,8 @@ def dense_names(config: RunConfig) -> dict[str, tuple[str, ...]]:
         names[theirs + "input_layernorm.weight"] = (ours + "attention_norm.weight",)
         names[theirs + "self_attention.linear_proj.weight"] = (ours + "attention.out.weight",)
         names[theirs + "self_attention.linear_qkv.weight"] = (ours + "attention.qkv.weight",)
+        if config.model.qkv_bias:
+            names[theirs + "self_attention.linear_qkv.bias"] = (ours + "attention.qkv_bias",)
         if config.model.qk_norm is not QKNorm.NONE:
             for letter in "qk":
                 name = f"{theirs}self_attention.{letter}_layernorm.weight"
@@ -79,12 +81,12 @@ def share(name: str, tensors: list[Tensor], model: ModelConfig, tp: int, rank: i
     if name.endswith("linear_fc1.weight"):
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     (whole,) = tensors
-    if name.endswith("linear_qkv.weight"):
+    if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
         by_group = [x.unflatten(0, (_kv_heads(model), -1)) for x in whole.split(_rows(model))]
         whole = torch.cat(by_group, dim=1).flatten(0, 1)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return whole.chunk(tp, dim=1)[rank].contiguous()
-    if name.startswith(("embedding.", "output_layer.")) or name.endswith("linear_qkv.weight"):
+    if name.startswith(("embedding.", "output_layer.")) or ".linear_qkv." in name:
         return whole.chunk(tp)[rank]
     return whole
 
@@ -96,7 +98,7 @@ def join(name: str, shares: list[Tensor], model: ModelConfig) -> list[Tensor]:
         return [torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return [torch.cat(shares, dim=1)]
-    if name.endswith("linear_qkv.weight"):
+    if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
         by_group = torch.cat(shares).unflatten(0, (_kv_heads(model), -1))
         parts = by_group.split([rows // _kv_heads(model) for rows in _rows(model)], dim=1)
         return [torch.cat([part.flatten(0, 1) for part in parts])]
@@ -124,6 +126,7 @@ def share_shape(name: str, config: RunConfig, tp: int) -> tuple[int, ...]:
         "word_embeddings.weight": (vocab // tp, width),
         "output_layer.weight": (vocab // tp, width),
         "linear_qkv.weight": (sum(_rows(config.model)) // tp, width),
+        "linear_qkv.bias": (sum(_rows(config.model)) // tp,),
         "linear_proj.weight": (width, inner // tp),
         "router.weight": (config.moe.num_experts, width),
         "mlp.linear_fc1.weight": (2 * config.dense_hidden // tp, width),
@@ -146,6 +149,8 @@ def why_not_megatron(config: RunConfig) -> str | None:
         return (
             f"it scales its rotary positions (model.rope_scaling={config.model.rope_scaling.value}), this export cannot"
         )
+    if moe.shared_gate:
+        return "it weights shared experts by a gate (moe.shared_gate), this export cannot"
     single = moe.facts.is_stock and moe.top_k == 1 < moe.num_experts
     if single and not weighs_over_all(config):
         return "it weights a single expert by 1 (router.softmax_over=chosen), Megatron by its probability"
@@ -164,7 +169,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
         **{"max_position_embeddings": model.sequence_length, "position_embedding_type": "rope"},
         **{"rotary_base": model.rope_theta, "rotary_percent": 1.0, "rotary_interleaved": False},
         **{"add_position_embedding": True, "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
-        **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
+        **{"add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "untie_embeddings_and_output_weights": True},
         **{"vocab_size": model.vocab_size, "padded_vocab_size": padded_vocab(model.vocab_size, tp)},
         **{"make_vocab_size_divisible_by": VOCAB_MULTIPLE, "transformer_impl": "local", "params_dtype": dtype},
         **{"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": ep},
@@ -197,7 +202,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         shape["num_key_value_heads"] = args.get("num_query_groups")
     needed = {
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
-        **{"add_bias_linear": False, "add_qkv_bias": False, "untie_embeddings_and_output_weights": True},
+        **{"add_bias_linear": False, "untie_embeddings_and_output_weights": True},
         **{"rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False},
         **({"moe_router_score_function": "softmax"} if experts else {}),
         **({"moe_shared_expert_gate": False} if experts else {}),
@@ -216,7 +221,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
             **{"vocab_size": args.get("vocab_size") or args["padded_vocab_size"], "layers": args["num_layers"]},
             **{"width": args["hidden_size"], "heads": args["num_attention_heads"]},
             **{"head_width": head_width_of(shape), "kv_heads": kv_heads_of(shape)},
-            **{"qk_norm": "heads" if args.get("qk_layernorm") else "none"},
+            **{"qkv_bias": bool(args.get("add_qkv_bias")), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
             **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
             **{"moe_every": _every(args, where) if experts else 1, "dense_hidden": args["ffn_hidden_size"]},
         }
