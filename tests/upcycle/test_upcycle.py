@@ -17,6 +17,9 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -82,6 +85,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MULTIPLIED = {
+    **{"embedding_multiplier": 1.5, "attention_multiplier": 0.3, "residual_multiplier": 0.6, "logits_scaling": 0.7},
+    **{"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+}
 ROUTES: dict[str, dict[str, Any]] = {
     "both paths": {},
     "codes alone": {"moe.top_k": 0, "moe.num_experts": 5},
@@ -103,6 +110,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "positions of YaRN": {"kind": Qwen3Config, "head_dim": 6, "rope_parameters": YARN},
     "positions scaled linearly": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}},
     "biases of Qwen 2": {"kind": Qwen2Config, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "multipliers of Granite": {"kind": GraniteConfig, **MULTIPLIED, "tie_word_embeddings": True},
     "wide heads": {"head_dim": 8, "num_key_value_heads": 2},
     "norms of heads": {"kind": Qwen3Config, "head_dim": 6},
     "norms of wide heads, larger epsilon": {
@@ -187,8 +195,14 @@ def _options(folder: Path, **values: Any) -> None:
         ({"model_type": "gpt2"}, "a model of type gpt2"),
         (
             {"model_type": "olmo2"},
-            "a model of type olmo2; those that can be upcycled are llama, mistral, qwen2, qwen3, mix",
+            "a model of type olmo2; those that can be upcycled are llama, mistral, qwen2, qwen3, granite, mix",
         ),
+        (
+            {"model_type": "deepseek_v3", "kv_lora_rank": 512},
+            r"type deepseek_v3, whose attention is latent \(kv_lora_rank",
+        ),
+        ({"model_type": "qwen3_next", "linear_num_value_heads": 8}, "type qwen3_next, whose attention is linear"),
+        ({"model_type": "glm4_moe", "n_group": 4}, "type glm4_moe, whose router picks groups of experts first"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised .*dequantise them first"),
         ({"clip_qkv": 8.0}, r"queries, keys and values are clipped \(clip_qkv=8.0\)"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not silu"),
@@ -292,6 +306,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OLMoE, weights that sum to 1": {"kind": OlmoeConfig, "norm_topk_prob": True},
     "Qwen2-MoE": {"kind": Qwen2MoeConfig, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "Qwen2-MoE, some blocks dense": {"kind": Qwen2MoeConfig, "norm_topk_prob": True, "mlp_only_layers": [0, 2]},
+    "Granite-MoE": {"kind": GraniteMoeConfig, **MULTIPLIED, "tie_word_embeddings": True},
+    "Granite-MoE, one expert a token": {"kind": GraniteMoeConfig, **MULTIPLIED, "num_experts_per_tok": 1},
+    "Granite-MoE, shared experts": {"kind": GraniteMoeSharedConfig, **MULTIPLIED, "shared_intermediate_size": 72},
+    "Granite-MoE, no shared expert": {"kind": GraniteMoeSharedConfig, "shared_intermediate_size": 0},
     "Qwen3-MoE": {"kind": Qwen3MoeConfig, "head_dim": 8, "num_key_value_heads": 2, "norm_topk_prob": True},
     "Qwen3-MoE, larger epsilon": {"kind": Qwen3MoeConfig, "head_dim": 6, "rms_norm_eps": 1e-2},
     "Qwen3-MoE, one expert a token": {"kind": Qwen3MoeConfig, "head_dim": 6, "num_experts_per_tok": 1},
@@ -323,7 +341,7 @@ def test_the_routed_source_is_itself_under_a_linear_router(family: str, tmp_path
     source = RoutedSource(tmp_path / "moe")
     model = load_back(RoutedReader(source, routed_config(source, {}, router="topk")))
     assert model.config.moe.router == "topk" and _distance(theirs, model) < 1e-5
-    sparse = [hasattr(layer.mlp, "gate") for layer in theirs.model.layers]
+    sparse = [hasattr(layer, "block_sparse_moe") or hasattr(layer.mlp, "gate") for layer in theirs.model.layers]
     assert model.moe_blocks == [block for block, there in enumerate(sparse) if there]
 
 
@@ -396,7 +414,13 @@ def test_an_expert_alone_gives_what_the_chosen_gave_together_on_average(tmp_path
             assert torch.allclose(reader.tensor(f"blocks.{layer}.mlp.experts.w2")[1], old * scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE, every second block"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *["Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE, every second block"],
+        "Granite-MoE, shared experts",
+    ],
+)
 def test_the_tool_reports_agreement_and_loss(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _routed(tmp_path / "moe", **FAMILIES[family])
     command = [str(tmp_path / "moe"), str(tmp_path / "new"), "--calibration", str(_text(tmp_path))]
@@ -407,6 +431,19 @@ def test_the_tool_reports_agreement_and_loss(family: str, tmp_path: Path, capsys
     model = load_back(open_checkpoint(tmp_path / "new"))
     assert model.bank is not None and model.bank.initialized and not model.bank.initialization_due
     assert model.config.moe.top_k == 0 and model.config.codebook.num_codes == 4
+
+
+def test_a_family_that_cannot_be_kept_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No weight is there, and no calibration text: what the model is decides first."""
+    (tmp_path / "moe").mkdir()
+    config = {"model_type": "deepseek_v2", "kv_lora_rank": 16, "n_shared_experts": 2}
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    for more in ([], ["--calibration", "missing.txt"]):
+        assert main(build_parser("").parse_args([str(tmp_path / "moe"), str(tmp_path / "new"), *more])) == 2
+        said = capsys.readouterr().err
+        assert "type deepseek_v2, whose attention is latent (kv_lora_rank)" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from vqmoe_ds.checkpoint.reader import sound
 from vqmoe_ds.config.load import parse_override
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError, UserError
-from vqmoe_ds.upcycle.dense import DENSE, ROUTED, UpcycleOptions, upcycle
+from vqmoe_ds.upcycle.dense import DENSE, ROUTED, UpcycleOptions, check_kind, upcycle
 from vqmoe_ds.upcycle.routed import RoutedSource, calibration_ids, routed_config, with_codes
 
 
@@ -26,7 +26,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--granularity", type=int, default=1, metavar="G", help="cut every copy of the MLP into G experts (topk only)")
     add("--noise", type=float, default=0.0, metavar="S", help="noise on the experts, relative to each matrix")
     add("--force", action="store_true", help="replace DST if it exists")
-    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE): each gets a code")
+    experts = parser.add_argument_group("SRC has experts (Mixtral, OLMoE, Qwen-MoE, Granite-MoE): each gets a code")
     experts.add_argument("--calibration", metavar="FILE", help="UTF-8 text like that of training (needed)")
     experts.add_argument(
         "--calibration_tokens", type=int, default=100_000, metavar="N", help="tokens of it that are read"
@@ -46,7 +46,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
-    if read_json(Path(args.source) / "config.json").get("model_type") in ROUTED:
+    described = read_json(Path(args.source) / "config.json")
+    check_kind(described, Path(args.source))
+    if described.get("model_type") in ROUTED:
         return _upcycle_routed(args, overrides)
     if args.calibration:
         raise ConfigError("--calibration is for a source with experts, and SRC is dense; leave it out")

@@ -40,9 +40,22 @@ from vqmoe_ds.config.schema import QKNorm, RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
-DENSE, ROUTED = ("llama", "mistral", "qwen2", "qwen3"), ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "granite")
+ROUTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared")
 QKV_BIASES = ("qwen2", "qwen2_moe")
 QK_NORMS = {"qwen3": QKNorm.HEADS, "qwen3_moe": QKNorm.HEADS, "olmoe": QKNorm.FULL}
+GRANITE_NAMES = {
+    "block_sparse_moe.input_linear.weight": "mlp.experts.gate_up_proj",
+    "block_sparse_moe.output_linear.weight": "mlp.experts.down_proj",
+    "block_sparse_moe.router.layer.weight": "mlp.gate.weight",
+}
+"""Experts of Granite-MoE by the names that transformers has for the same stacks in a Mixtral."""
+LACKING = {
+    "kv_lora_rank": "whose attention is latent (kv_lora_rank), and this trainer's projects keys and values directly",
+    "n_group": "whose router picks groups of experts first (n_group)",
+    "linear_num_value_heads": "whose attention is linear in most blocks (linear_num_value_heads)",
+}
+"""Options of families that have a part no other model here has, and what it is."""
 IGNORED = "rotary_emb.inv_freq"
 MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -70,18 +83,12 @@ class DenseSource:
         CheckpointError: not of that family, damaged, or with a part that our transformer cannot represent.
     """
 
-    model_types: tuple[str, ...] = DENSE
-
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.options = read_json(self.path / "config.json")
         self.kind = str(self.options.get("model_type"))
-        self.weights: dict[str, Stored] = unstacked(read_weights(self.path), self.kind)
-        if self.kind not in self.model_types:
-            raise CheckpointError(
-                f"{self.path} holds a model of type {self.kind}; those that can be upcycled are "
-                + ", ".join(DENSE + ROUTED)
-            )
+        check_kind(self.options, self.path)
+        self.weights = _by_known_names(read_weights(self.path), self.kind)
         self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
         self.qkv_bias = self.kind in QKV_BIASES
         self.width, self.layers = self._number("hidden_size"), self._number("num_hidden_layers")
@@ -92,8 +99,29 @@ class DenseSource:
         self._refuse_what_is_lacking()
 
     @property
+    def embed_scale(self) -> float:
+        """Factor on the embeddings: Granite multiplies them."""
+        return self.stream_scale * self._multiplier("embedding_multiplier")
+
+    @property
+    def branch_scale(self) -> float:
+        """Factor on what attention, MLPs and experts add to the residual stream: Granite multiplies it."""
+        return self.stream_scale * self._multiplier("residual_multiplier")
+
+    @property
+    def query_scale(self) -> float:
+        """Factor on queries: Granite's scores have a scale of their own instead of 1 / sqrt(head width)."""
+        scale = self.options.get("attention_multiplier")
+        if scale is None:
+            return 1.0
+        return float(scale) * math.sqrt(self.options.get("head_dim") or self.width // self.heads)
+
+    def _multiplier(self, name: str) -> float:
+        return float(self.options.get(name, 1.0))
+
+    @property
     def stream_scale(self) -> float:
-        """Factor on everything that is written to the residual stream.
+        """Factor on everything that is written to the residual stream, for the epsilon of the norms.
 
         ``x / sqrt(mean(x^2) + eps)`` with ``c x`` for ``x`` is the same with ``eps / c^2`` for ``eps``; all norms read
         the stream, so scaling it turns any epsilon into ours.
@@ -188,6 +216,32 @@ class DenseSource:
                 f"{self.path} attends to the last {window} tokens alone (sliding_window), so longer contexts cannot be "
                 f"represented; set model.sequence_length={window} or less"
             )
+
+
+def check_kind(options: dict[str, Any], path: Path) -> None:
+    """Refuse a family that cannot be upcycled before its weights are looked at.
+
+    Raises:
+        CheckpointError: it is one; what it has that this trainer lacks is named where that is known.
+    """
+    kind = str(options.get("model_type"))
+    if kind in DENSE + ROUTED:
+        return
+    lacking = next((f", {what}" for name, what in LACKING.items() if options.get(name)), "")
+    raise CheckpointError(
+        f"{path} holds a model of type {kind}{lacking}; those that can be upcycled are {', '.join(DENSE + ROUTED)}"
+    )
+
+
+def _by_known_names(weights: dict[str, Stored], kind: str) -> dict[str, Stored]:
+    """Weights expert by expert; those of Granite-MoE by the names of Mixtral."""
+    if not kind.startswith("granitemoe"):
+        return unstacked(weights, kind)
+    renamed = {}
+    for name, stored in weights.items():
+        theirs = next((ending for ending in GRANITE_NAMES if name.endswith(ending)), None)
+        renamed[name if theirs is None else name.removesuffix(theirs) + GRANITE_NAMES[theirs]] = stored
+    return unstacked(renamed, "mixtral")
 
 
 def upcycled_config(
@@ -308,9 +362,10 @@ class UpcycledReader(WeightsReader):
         if name == "norm.weight":
             return source.tensor("model.norm.weight")
         if name == "embed.weight":
-            return source.tensor("model.embed_tokens.weight") * source.stream_scale
+            return source.tensor("model.embed_tokens.weight") * source.embed_scale
         tied = source.options.get("tie_word_embeddings", False) or "lm_head.weight" not in source.weights
-        return source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        weight = source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        return weight / float(source.options.get("logits_scaling", 1.0))
 
     def _inside(self, block: int, part: str, index: int) -> Tensor:
         source, start = self._source, f"model.layers.{block}."
@@ -319,7 +374,7 @@ class UpcycledReader(WeightsReader):
         if part == "mlp_norm.weight":
             return source.tensor(start + "post_attention_layernorm.weight")
         if part == "attention.out.weight":
-            return source.tensor(start + "self_attn.o_proj.weight") * source.stream_scale
+            return source.tensor(start + "self_attn.o_proj.weight") * source.branch_scale
         if part == "attention.qkv.weight":
             return torch.cat([self._heads(start, letter) for letter in "qkv"])
         if part == "attention.qkv_bias":
@@ -328,7 +383,7 @@ class UpcycledReader(WeightsReader):
             return source.tensor(f"{start}self_attn.{part.removeprefix('attention.')}")
         if not is_sparse(self._run, block):
             matrix = source.tensor(f"{start}mlp.{part.split('.')[1]}_proj.weight")
-            return matrix * source.stream_scale if part == "mlp.down.weight" else matrix
+            return matrix * source.branch_scale if part == "mlp.down.weight" else matrix
         if part.startswith("mlp.experts."):
             return self._expert(start, part.removeprefix("mlp.experts."), block, index)
         return self._router(part, block)
@@ -340,6 +395,7 @@ class UpcycledReader(WeightsReader):
         ``DenseSource.stream_scale``.
         """
         source, weight = self._source, self._source.tensor(f"{start}self_attn.{letter}_proj.weight")
+        weight = weight * source.query_scale if letter == "q" else weight
         return weight * source.stream_scale if source.qk_norm is not QKNorm.NONE and letter != "v" else weight
 
     def _expert(self, start: str, matrix: str, block: int, expert: int) -> Tensor:
@@ -349,7 +405,7 @@ class UpcycledReader(WeightsReader):
         """
         slices, weight = self._options.granularity, self._source.tensor(f"{start}mlp.{MATRICES[matrix]}.weight")
         if matrix == "w2":
-            weight = weight.chunk(slices, dim=1)[expert % slices] * (slices * self._source.stream_scale)
+            weight = weight.chunk(slices, dim=1)[expert % slices] * (slices * self._source.branch_scale)
         else:
             weight = weight.chunk(slices, dim=0)[expert % slices]
         if self._options.noise:

@@ -1,7 +1,7 @@
 """A Hugging Face Mixture-of-Experts model becomes a VQMoE whose codes take its router's place.
 
-Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE differ in what their weights and options are called, in the norms and biases of
-queries and keys, in whether the weights of a token's experts sum to 1, and in shared experts.
+Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE and Granite-MoE differ in what their weights and options are called, in the norms
+and biases of queries and keys, in whether the weights of a token's experts sum to 1, in shared experts and multipliers.
 
 Attention, experts and, beside the codes, the router are those of the source. Each expert has one code: the mean of what
 the code source shows of the tokens that the old router sends to it, measured on a calibration text. How often the new
@@ -30,25 +30,39 @@ from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.routers import Routing
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError
 from vqmoe_ds.runtime.files import open_regular
-from vqmoe_ds.upcycle.dense import MATRICES, ROUTED, DenseSource, UpcycledReader, UpcycleOptions
+from vqmoe_ds.upcycle.dense import MATRICES, DenseSource, UpcycledReader, UpcycleOptions
 
 GATE_BIAS = 2.0
 """Path gate at the start: the linear router's path weighs 98 %, so that little is lost before training."""
 MOST_CALIBRATION = 10_000_000
 """Tokens: some hundreds for each of the experts there are anywhere, and more than an hour's work."""
 SHARED = {
-    **{f"{name}.weight": f"shared_expert.{name}_proj" for name in ("gate", "up", "down")},
-    "scale.weight": "shared_expert_gate",
+    "qwen2_moe": {
+        **{f"{name}.weight": f"mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")},
+        "scale.weight": "mlp.shared_expert_gate.weight",
+    },
+    "granitemoeshared": {
+        **dict.fromkeys(("gate.weight", "up.weight"), "shared_mlp.input_linear.weight"),
+        "down.weight": "shared_mlp.output_linear.weight",
+    },
 }
-"""Matrices of shared experts: ours and those of Qwen2-MoE."""
+"""Matrices of shared experts, ours and theirs, by family; Granite has gate and up projection in one."""
 HELD_OUT = 10
 """One in this many calibration windows measures."""
 
 
 class RoutedSource(DenseSource):
-    """A Mixtral, OLMoE, Qwen2-MoE or Qwen3-MoE in a Hugging Face folder; see ``DenseSource``."""
+    """A model with experts, of a family in ``ROUTED``, in a Hugging Face folder; see ``DenseSource``."""
 
-    model_types = ROUTED
+    @property
+    def like_mixtral(self) -> bool:
+        """Whether experts are named and weighted as in a Mixtral."""
+        return self.kind == "mixtral" or self.kind.startswith("granitemoe")
+
+    @property
+    def shared_names(self) -> dict[str, str]:
+        """Matrices of a block's shared expert: ours and theirs; none where there is none."""
+        return SHARED.get(self.kind, {}) if self.shared_experts else {}
 
     @property
     def experts(self) -> int:
@@ -65,9 +79,10 @@ class RoutedSource(DenseSource):
     @property
     def shared_experts(self) -> int:
         """Experts of the routed ones' width that the shared one is as wide as."""
-        if self.kind != "qwen2_moe":
+        if self.kind not in SHARED:
             return 0
-        together = self._number("shared_expert_intermediate_size")
+        moe = "expert_" if self.kind == "qwen2_moe" else ""
+        together = self._number(f"shared_{moe}intermediate_size")
         if together % self.expert_hidden:
             raise CheckpointError(
                 f"{self.path} has a shared expert of width {together}, which is no multiple of the routed ones' "
@@ -78,7 +93,7 @@ class RoutedSource(DenseSource):
     @property
     def softmax_over(self) -> SoftmaxOver:
         """Over which experts the weights of the chosen sum to 1."""
-        return softmax_over_of(self.kind == "mixtral" or bool(self.options.get("norm_topk_prob", False)), self.top_k)
+        return softmax_over_of(self.like_mixtral or bool(self.options.get("norm_topk_prob", False)), self.top_k)
 
     @property
     def sparse_blocks(self) -> list[int]:
@@ -99,27 +114,22 @@ class RoutedSource(DenseSource):
             "moe.num_experts": self.experts,
             "moe.expert_hidden": self.expert_hidden,
             "moe.shared_experts": self.shared_experts,
-            "moe.shared_gate": self.shared_experts > 0,
+            "moe.shared_gate": "scale.weight" in self.shared_names,
         }
 
     def mlp_names(self, layer: int) -> list[str]:
         if layer not in self.sparse_blocks:
             return super().mlp_names(layer)
-        shared = [self.shared_name(part) for part in SHARED] if self.shared_experts else []
         routed = [self.expert_name(e, w) for e in range(self.experts) for w in MATRICES]
-        return [self.router_name(), *routed, *shared]
-
-    def shared_name(self, part: str) -> str:
-        """One matrix of a block's shared expert, by its name in ours."""
-        return f"mlp.{SHARED[part]}.weight"
+        return [self.router_name(), *routed, *self.shared_names.values()]
 
     def router_name(self) -> str:
         """The linear router of a block."""
-        return "block_sparse_moe.gate.weight" if self.kind == "mixtral" else "mlp.gate.weight"
+        return "block_sparse_moe.gate.weight" if self.like_mixtral else "mlp.gate.weight"
 
     def expert_name(self, expert: int, matrix: str) -> str:
         """One matrix (``w1``, ``w2``, ``w3``) of one expert of a block."""
-        if self.kind == "mixtral":
+        if self.like_mixtral:
             return f"block_sparse_moe.experts.{expert}.{matrix}.weight"
         return f"mlp.experts.{expert}.{MATRICES[matrix]}.weight"
 
@@ -151,7 +161,15 @@ class RoutedReader(UpcycledReader):
 
     def _expert(self, start: str, matrix: str, block: int, expert: int) -> Tensor:
         weight = self._source.tensor(start + self._source.expert_name(expert, matrix))
-        return weight * (self._source.stream_scale * self._scales.get(block, 1.0)) if matrix == "w2" else weight
+        return weight * (self._source.branch_scale * self._scales.get(block, 1.0)) if matrix == "w2" else weight
+
+    def _shared(self, part: str, block: int) -> Tensor:
+        names = self._source.shared_names
+        weight = self._source.tensor(f"model.layers.{block}.{names[part]}")
+        if part == "down.weight":
+            return weight * self._source.branch_scale
+        together = names["gate.weight"] == names["up.weight"] == names[part]
+        return weight.chunk(2)[part == "up.weight"] if together else weight
 
     def _router(self, part: str, block: int) -> Tensor:
         if part.endswith("path_gate.weight"):
@@ -159,9 +177,7 @@ class RoutedReader(UpcycledReader):
         if part.endswith("path_gate.bias"):
             return torch.tensor([GATE_BIAS, -GATE_BIAS])
         if part.startswith("mlp.shared."):
-            name = self._source.shared_name(part.removeprefix("mlp.shared."))
-            weight = self._source.tensor(f"model.layers.{block}.{name}")
-            return weight * self._source.stream_scale if part.endswith("down.weight") else weight
+            return self._shared(part.removeprefix("mlp.shared."), block)
         return self._source.tensor(f"model.layers.{block}.{self._source.router_name()}")
 
 
