@@ -14,8 +14,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vqmoe_ds.config.deepspeed_values import check_values
-from vqmoe_ds.config.gpu import check_widths, set_precision, use_bf16, use_fused_adam, use_torchs_adam
+from vqmoe_ds.config.deepspeed_values import ADAMS, OPTIMIZERS, WITHOUT_BETAS, check_values
+from vqmoe_ds.config.gpu import (
+    check_optimizer_runs,
+    check_widths,
+    set_precision,
+    use_bf16,
+    use_fused_adam,
+    use_torchs_adam,
+)
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.meanings import IN_DEEPSPEED_JSON, nearest_key
 from vqmoe_ds.config.problems import first_problem
@@ -199,7 +206,8 @@ def resolve(
     sp_size = _sequence_parallel_size(values, joiner, world_size)
     micro, accumulation = _batch_sizes(values, joiner, world_size // sp_size, path)
     run = joiner.config()
-    params["betas"] = [run.train.beta1, run.train.beta2]
+    if kind_of_optimizer(values) not in WITHOUT_BETAS:
+        params["betas"] = [run.train.beta1, run.train.beta2]
     size = _expert_parallel_size(values, path, ep_size)
     values.setdefault("steps_per_print", 10**9)
     values.update(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation)
@@ -216,6 +224,7 @@ def resolve(
     set_precision(values, run.train.precision, path)
     if gpu:
         use_bf16(values)
+    check_optimizer_runs(values, gpu, path)
     use_torchs_adam(values)
     use_fused_adam(values)
     config = EngineConfig(values, run, size, world_size, micro, accumulation)
@@ -256,6 +265,17 @@ def _join_optimizer(joiner: _Joiner, values: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's ``params``, joined but for betas that are "auto"."""
     optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
     optimizer.setdefault("type", "AdamW")  # else DeepSpeed makes none
+    if optimizer["type"].lower() in OPTIMIZERS:
+        optimizer["type"] = OPTIMIZERS[optimizer["type"].lower()]
+        if optimizer["type"].lower() not in ADAMS:
+            values.setdefault("zero_allow_untested_optimizer", True)  # it is tested here
+        if optimizer["type"] == "Adagrad" and values.get("zero_optimization", {}).get("stage"):
+            raise ConfigError(
+                f"DeepSpeed config {joiner.path}: DeepSpeed makes one group of all parameters for Adagrad at ZeRO 1 to "
+                '3, and experts need their own; set "zero_optimization": {"stage": 0} or take another optimizer'
+            )
+        if optimizer["type"] == "Muon" and values.get("zero_optimization", {}).get("stage") == 3:
+            values["zero_optimization"].setdefault("reduce_scatter", False)  # DeepSpeed refuses the two together
     params: dict[str, Any] = optimizer.setdefault("params", {})
     if params.get("betas", "auto") != "auto":
         joiner.join(params, "betas", "train.beta1", part=0)
@@ -263,6 +283,11 @@ def _join_optimizer(joiner: _Joiner, values: dict[str, Any]) -> dict[str, Any]:
     joiner.join(params, "lr", "train.learning_rate")
     joiner.join(params, "weight_decay", "train.weight_decay")
     return params
+
+
+def kind_of_optimizer(values: dict[str, Any]) -> str:
+    """``optimizer.type`` of a DeepSpeed JSON, in small letters."""
+    return str(values["optimizer"]["type"]).lower()
 
 
 def _sequence_parallel_size(values: dict[str, Any], joiner: _Joiner, world: int) -> int:

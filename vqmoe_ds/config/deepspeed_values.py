@@ -82,6 +82,21 @@ OWN_ADAM_ALONE = {"bias_correction", "set_grad_none"}
 """Options of DeepSpeed's Adam that PyTorch's does not have; a JSON that gives one gets DeepSpeed's."""
 _OWN_ADAM = (*_ANY_ADAM, *sorted(OWN_ADAM_ALONE))
 _LAMB = ("bias_correction", "eps", "eps_inside_sqrt", "max_coeff", "min_coeff", "amsgrad")
+OPTIMIZERS = {
+    name.lower(): name
+    for name in ("Adam", "AdamW", "Muon", "Adagrad", "Lion", "Lamb", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax")
+}
+"""``optimizer.type`` in small letters -> as DeepSpeed, or ``torch.optim``, has it: those that were tried
+(tests/train/test_optimizers.py)."""
+ADAMS = ("adam", "adamw")
+"""Optimizers whose checkpoints any layout goes on from."""
+WITHOUT_BETAS = ("adagrad", "sgd", "rmsprop")
+IMPOSSIBLE = {
+    **dict.fromkeys(("muadam", "muadamw", "musgd"), "scales by the base shapes of muP, which models here do not have"),
+    "lbfgs": "evaluates the loss several times a step",
+    "sparseadam": "takes sparse gradients alone",
+}
+"""``optimizer.type`` that DeepSpeed 0.19.8 would make, in small letters -> why it cannot train here."""
 PARAMS = {
     "lamb": ("lr", "betas", "weight_decay", *_LAMB),
     "lion": ("lr", "betas", "weight_decay", "set_grad_none"),
@@ -148,8 +163,13 @@ def check_values(path: str, values: dict[str, Any]) -> None:
 
 def _check_optimizer(path: str, optimizer: dict[str, Any]) -> None:
     name, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
+    if name.lower() in IMPOSSIBLE:
+        raise ConfigError(
+            f"DeepSpeed config {path}: optimizer {shown(name)[1:-1]} {IMPOSSIBLE[name.lower()]}; take one of "
+            f"{', '.join(OPTIMIZERS.values())}"
+        )
     known = PARAMS.get(name.lower(), ())
-    if name.lower() in ("adam", "adamw"):
+    if name.lower() in ADAMS:
         known = _TORCH_ADAM if params.get("torch_adam", not OWN_ADAM_ALONE & params.keys()) else _OWN_ADAM
     for key in params if known else ():
         if key not in known:

@@ -102,6 +102,21 @@ def use_bf16(values: dict[str, Any]) -> None:
         values["data_types"] = {"grad_accum_dtype": "fp32", **values.get("data_types", {})}
 
 
+def check_optimizer_runs(values: dict[str, Any], gpu: bool, path: str) -> None:
+    """Refuse DeepSpeed's own kernels of a GPU on a CPU.
+
+    Raises:
+        ConfigError: Lamb, or Lion that is not offloaded.
+    """
+    kind = str(values["optimizer"]["type"])
+    if gpu or kind not in ("Lamb", "Lion") or (kind == "Lion" and _offloads(values)):
+        return
+    remedy = ' (on the host with zero_optimization.offload_optimizer {"device": "cpu"})' if kind == "Lion" else ""
+    raise ConfigError(
+        f"DeepSpeed config {path}: optimizer {kind} is a kernel for GPUs in DeepSpeed{remedy}; on a CPU take another"
+    )
+
+
 def use_fused_adam(values: dict[str, Any]) -> None:
     """Have torch's Adam update weights in one pass over memory, unless the JSON names ``fused`` or ``foreach``.
 

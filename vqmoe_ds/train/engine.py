@@ -55,6 +55,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
             config=config.deepspeed,
             dist_init_required=False,
         )
+    engine.rate_shares = rate_shares(engine, config.run.train.learning_rate)
     spare_passes(engine)
     if config.zero_stage == 0:
         clip_over_all_experts(engine)
@@ -80,9 +81,16 @@ def undo_empty_step(optimizer: Any) -> None:
             state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
 
+def rate_shares(engine: Any, rate: float) -> list[float]:
+    """Learning rate of each parameter group of a new engine as a share of ``rate``: others than 1 are Muon's
+    (``muon_lr``, ``adam_lr``)."""
+    return [group["lr"] / rate for group in engine.optimizer.param_groups]
+
+
 def set_learning_rate(engine: Any, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    """Set the rate of the schedule; groups keep their shares of it."""
+    for group, share in zip(engine.optimizer.param_groups, engine.rate_shares, strict=True):
+        group["lr"] = rate * share
 
 
 def checks_gradients(engine: Any) -> bool:

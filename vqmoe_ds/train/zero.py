@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.importing import quickly, step_without_dynamo, uncompiled
 
 BLOCK, CHUNK = 4096, 65536
@@ -24,13 +25,13 @@ BLOCK, CHUNK = 4096, 65536
 def import_optimizers(chosen: str) -> None:
     """Import what ``deepspeed.initialize`` imports for ZeRO's sake, sooner and in two thirds of the time.
 
-    It asks of every optimizer whether it is Muon, whose kernels ``torch.compile`` decorates at their import. Where
-    another one is chosen nobody calls them.
+    It asks of every optimizer whether it is Muon, whose kernels ``torch.compile`` decorates at their import. They stay
+    compiled where Muon is chosen, on a GPU: a CPU would compile for minutes to save little.
 
     Args:
         chosen: ``optimizer.type`` of the DeepSpeed JSON.
     """
-    with quickly(), nullcontext() if chosen.lower() == "muon" else uncompiled():
+    with quickly(), nullcontext() if chosen.lower() == "muon" and uses_gpu() else uncompiled():
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     step_without_dynamo()
 

@@ -16,7 +16,8 @@ from vqmoe_ds.checkpoint.resume.restore import restore_any_layout
 from vqmoe_ds.checkpoint.resume.restricted import without_pickles
 from vqmoe_ds.checkpoint.resume.retention import clear_leftovers
 from vqmoe_ds.checkpoint.resume.sealing import Sealing, as_halted, written_to
-from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.deepspeed_json import EngineConfig, kind_of_optimizer
+from vqmoe_ds.config.deepspeed_values import ADAMS
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.tokenizers import nothing_known
@@ -152,13 +153,14 @@ def _newest_or_refuse(folder: Path) -> Found:
 def load(session: Session, tag: Path) -> int:
     """Restore weights, optimizer, codebooks and step from a tag of any layout; returns the step.
 
-    DeepSpeed's own loading is left to fp16, whose loss scale only it restores: it takes the same layout only.
+    DeepSpeed's own loading is left to fp16, whose loss scale only it restores, and to optimizers that are no Adam: it
+    takes the same layout only.
 
     Raises:
         CheckpointError: ``check_fits`` or the files say why it cannot be.
     """
     check_fits(session.config, tag)
-    if session.config.precision == "fp16":
+    if _takes_one_layout(session.config) is not None:
         open_checkpoint(tag)  # its sentences come first
         with without_pickles():
             session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
@@ -173,7 +175,8 @@ def consumed_samples(tag: Path) -> int:
 
 
 def check_fits(config: EngineConfig, tag: Path) -> None:
-    """Refuse, by name, a tag of another tokenizer or architecture, or of images, and in fp16 one of another layout.
+    """Refuse, by name, a tag of another tokenizer or architecture, or of images, and where only the same layout can go
+    on one of another.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -182,12 +185,21 @@ def check_fits(config: EngineConfig, tag: Path) -> None:
     check_kind(config.run, manifest["config"], tag)
     check_tokenizer(config.run, manifest["config"], tag)
     check_structure(config.run, manifest["config"], tag)
-    for name, value in config.layout().items() if config.precision == "fp16" else ():
+    kind = _takes_one_layout(config)
+    for name, value in config.layout().items() if kind is not None else ():
         if manifest["layout"][name] != value:
             raise CheckpointError(
-                f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; fp16 resumes "
-                "on the layout it was written with only"
+                f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; {kind} "
+                "resumes on the layout it was written with only"
             )
+
+
+def _takes_one_layout(config: EngineConfig) -> str | None:
+    """What makes a run resume on the layout of its checkpoint only; None: it resumes on any."""
+    if config.precision == "fp16":
+        return "fp16"
+    kind = kind_of_optimizer(config.deepspeed)
+    return None if kind in ADAMS else f"optimizer {config.deepspeed['optimizer']['type']}"
 
 
 def check_data(here: dict[str, str], tag: Path, allowed: bool) -> str | None:
