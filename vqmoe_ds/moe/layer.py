@@ -139,25 +139,11 @@ class MoELayer(KeepsPrecision):
         # A recomputation sees the same tokens again, and each counts once.
         if self.training and not recomputing():
             self.tokens_per_expert += plan.sent_counts_N
-        chosen, slots = routing.tokens_M, routing.slots
-        inputs = x_TD if chosen is None else x_TD.index_select(0, chosen)
-        rows_MD = expand_rows(inputs if slots is None else slots.inputs_MD, plan)
-        if routing.discrete_offset_TD is not None:
-            rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
-        if routing.input_norm:
-            rows_MD = _normalize_last(rows_MD, plan)
         group, kept = self.exchange_group, ahead.kept
         # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
-        rows_PD = self.experts(send_rows(rows_MD, plan, group, kept), plan.ends_E)
-        asked_again = routing.weights_TR is not None or routing.output_norm or slots is not None
-        rows_MD = return_rows(rows_PD, plan, group, kept, asked_again)
-        if routing.output_norm:
-            rows_MD = _normalize_last(rows_MD, plan)
-        y_TD = combine(rows_MD, plan, routing.weights_TR)
-        if chosen is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
-            y_TD = y_TD.new_zeros(x_TD.shape).index_add(0, chosen, y_TD)
-        if slots is not None:
-            y_TD = slots.gather(y_TD)
+        rows_PD = self.experts(send_rows(_rows(x_TD, routing, plan), plan, group, kept), plan.ends_E)
+        asked_again = routing.weights_TR is not None or routing.output_norm or routing.slots is not None
+        y_TD = _gathered(return_rows(rows_PD, plan, group, kept, asked_again), x_TD, routing, plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
@@ -181,6 +167,30 @@ class MoELayer(KeepsPrecision):
         if kept is not None:
             kept.plan = plan
         return plan
+
+
+def _rows(x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """What the experts see, row by row in the order of the plan, ``[M, D]``."""
+    if routing.slots is not None:
+        x_TD = routing.slots.inputs_MD
+    elif routing.tokens_M is not None:
+        x_TD = x_TD.index_select(0, routing.tokens_M)
+    rows_MD = expand_rows(x_TD, plan)
+    if routing.discrete_offset_TD is not None:
+        rows_MD = rows_MD + _offset_rows(routing.discrete_offset_TD, plan)
+    return _normalize_last(rows_MD, plan) if routing.input_norm else rows_MD
+
+
+def _gathered(rows_MD: Tensor, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """The weighted sum of each token's rows as they come from the experts, ``[T, D]``."""
+    if routing.output_norm:
+        rows_MD = _normalize_last(rows_MD, plan)
+    y_TD = combine(rows_MD, plan, routing.weights_TR)
+    if routing.slots is not None:
+        return routing.slots.gather(y_TD)
+    if routing.tokens_M is not None:  # sequential on CPU, PyTorch's deterministic kernel elsewhere
+        return y_TD.new_zeros(x_TD.shape).index_add(0, routing.tokens_M, y_TD)
+    return y_TD
 
 
 def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:
