@@ -52,6 +52,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
         {"qkv_bias": True, "heads": 4, "kv_heads": 2},
     ),
+    "first block dense": ({"router": "topk", "top_k": 2}, {}, {"dense_layers": 1, "dense_hidden": 40}),
+    "codes after two dense": ({"top_k": 0}, {"num_codes": 9}, {"dense_layers": 2}),
     "shared experts": ({"top_k": 0, "shared_experts": 2}, {}, {}),
     "shared experts, every second": ({"router": "topk", "top_k": 2, "shared_experts": 1}, {}, {"moe_every": 2}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),

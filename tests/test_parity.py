@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared experts beside codes, grouped queries": {
         "moe": {"top_k": 0, "shared_experts": 2, "shared_gate": True},
         "codebook": {"source": "context"},
-        "model": {"kv_heads": 1, "qkv_bias": True},
+        "model": {"kv_heads": 1, "qkv_bias": True, "layers": 3, "dense_layers": 1},
     },
     "hash of tokens": {"moe": {"router": "hash_token"}, "model": {"layers": 3, "moe_every": 2}},
 }

@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         **{"moe": {"router": "topk", "top_k": 2}, "model": {"qk_norm": "heads", "head_width": 16}},
     },
     "top-2, grouped queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"heads": 4, "kv_heads": 2}},
+    "top-2, first blocks dense": {"moe": {"router": "topk", "top_k": 2}, "model": {"dense_layers": 2}},
     "top-2, biased queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"qkv_bias": True}},
     "top-2, shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}, "model": {"moe_every": 2}},
     "dense": {"moe": {"router": "dense"}},

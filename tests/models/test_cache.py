@@ -22,6 +22,7 @@ MORE: dict[str, dict[str, Any]] = {
     "dense": {"moe": {"router": "dense"}},
     "every second block": {"model": {**SHAPE, "moe_every": 2}},
     "queries and keys normalised": {"model": {**SHAPE, "qk_norm": "heads"}},
+    "first blocks dense": {"moe": {"top_k": 0}, "model": {**SHAPE, "dense_layers": 2}},
     "shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}},
     "grouped queries": {"model": {**SHAPE, "heads": 4, "kv_heads": 2}},
     "all heads normalised": {"model": {**SHAPE, "qk_norm": "full", "head_width": 8}},

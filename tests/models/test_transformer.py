@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vqmoe_ds.checkpoint.formats.huggingface.names import placement_of
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer, moe_block_indices
 from vqmoe_ds.moe.dispatch import sort_rows
@@ -291,6 +292,24 @@ def test_as_many_key_value_heads_as_heads_are_the_default_to_the_bit() -> None:
 def test_key_value_heads_that_cannot_be_shared_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model.kv_heads=3 must divide model.heads=4"):
         _config("context", heads=4, kv_heads=3, head_width=8)
+
+
+@pytest.mark.parametrize(
+    ("layers", "every", "dense", "blocks"),
+    [(4, 1, 0, [0, 1, 2, 3]), (4, 1, 1, [1, 2, 3]), (5, 2, 0, [1, 3]), (6, 2, 2, [3, 5]), (6, 2, 3, [3, 5])],
+)
+def test_first_blocks_may_be_dense(layers: int, every: int, dense: int, blocks: list[int]) -> None:
+    config = _config("context", layers=layers, moe_every=every, dense_layers=dense)
+    model = MoETransformer(config)
+    assert [index for index, block in enumerate(model.blocks) if isinstance(block.mlp, MoELayer)] == blocks
+    assert placement_of(blocks, layers) is not None
+    found = config.model.model_copy(update=placement_of(blocks, layers))
+    assert found.moe_blocks == blocks
+
+
+def test_all_blocks_dense_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.dense_layers=4 with model.moe_every=1 leaves no MoE layer"):
+        _config("context", dense_layers=4)
 
 
 def test_rotary_positions_are_relative() -> None:

@@ -55,7 +55,9 @@ def test_ranks_of_one_machine_count_together(monkeypatch):
         check(16)
 
 
-@pytest.mark.parametrize("fields", [{}, {"moe_every": 2}, {"moe_every": 3}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"moe_every": 2}, {"moe_every": 3}, {"dense_layers": 2}, {"moe_every": 2, "dense_layers": 3}]
+)
 def test_the_quick_count_is_that_of_the_model_or_a_little_less(fields):
     run = load_config("tiny", None, {"model.layers": 13, **{f"model.{k}": v for k, v in fields.items()}}).config
     whole = 4 * count(run).stored + count(run).buffer_bytes

@@ -96,6 +96,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "linear": {"moe.router": "topk"},
     "hash": {"moe.router": "hash_token"},
     "every second block": {"model.moe_every": 2},
+    "after the first block": {"model.dense_layers": 1},
     "dense again": {"moe.router": "dense"},
 }
 SOURCES: dict[str, dict[str, Any]] = {
@@ -315,6 +316,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3-MoE, one expert a token": {"kind": Qwen3MoeConfig, "head_dim": 6, "num_experts_per_tok": 1},
     "Qwen3-MoE, every second block": {"kind": Qwen3MoeConfig, "head_dim": 6, "decoder_sparse_step": 2},
     "Qwen3-MoE, some blocks dense": {"kind": Qwen3MoeConfig, "head_dim": 6, "mlp_only_layers": [0, 2]},
+    "Qwen3-MoE, first block dense": {"kind": Qwen3MoeConfig, "head_dim": 6, "mlp_only_layers": [0]},
     "Qwen3-MoE, tied": {"kind": Qwen3MoeConfig, "head_dim": 6, "tie_word_embeddings": True},
 }
 

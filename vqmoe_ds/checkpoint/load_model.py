@@ -216,7 +216,7 @@ def check_size(config: RunConfig, reader: CheckpointReader, expert_memory: int |
     """
     model, moe, book, path = config.model, config.moe, config.codebook, reader.path
     stored = sum(math.prod(shape) for shape in reader.shapes.values())
-    layers = 0 if not moe.facts.has_experts else model.layers // model.moe_every
+    layers = 0 if not moe.facts.has_experts else len(model.moe_blocks)
     experts = 3 * layers * moe.num_experts * moe.expert_hidden * model.width
     attention = 2 * model.layers * model.width * (model.attention_width + model.kv_width)
     values = model.vocab_size * model.width + attention + experts

@@ -155,6 +155,13 @@ class ModelConfig(Section):
     moe_every: int = option(
         1, "an MoE layer in every n-th block (1: all, 2: every second)", "blocks", ge=1, le=MOST_LAYERS
     )
+    dense_layers: int = option(
+        0,
+        "first blocks that have no MoE layer, whatever moe_every says (first-k-dense)",
+        "blocks",
+        ge=0,
+        le=MOST_LAYERS,
+    )
     dense_hidden: int = option(
         0,
         "hidden width of the dense MLPs; 0: that of all experts of a token, shared ones included",
@@ -235,7 +242,17 @@ class ModelConfig(Section):
             )
         if self.moe_every > self.layers:
             raise ValueError(f"model.moe_every={self.moe_every} leaves no MoE layer in model.layers={self.layers}")
+        if not self.moe_blocks:
+            raise ValueError(
+                f"model.dense_layers={self.dense_layers} with model.moe_every={self.moe_every} leaves no MoE layer in "
+                f"model.layers={self.layers}"
+            )
         return self
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """Blocks with an MoE layer: the last of every ``moe_every``, after the first ``dense_layers``."""
+        return [block for block in range(self.moe_every - 1, self.layers, self.moe_every) if block >= self.dense_layers]
 
     @property
     def attention_width(self) -> int:
@@ -697,7 +714,7 @@ class RunConfig(Section):
                 "end at 9.2e18; lower one of them"
             )
 
-        experts = (self.model.layers // self.model.moe_every) * self.moe.num_experts
+        experts = len(self.model.moe_blocks) * self.moe.num_experts
         if experts > MOST_EXPERTS_IN_ALL and self.moe.facts.has_experts:
             raise ValueError(
                 f"model.layers={self.model.layers} with moe.num_experts={self.moe.num_experts} each are {experts:,} "

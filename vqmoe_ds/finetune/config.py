@@ -43,6 +43,7 @@ SIZES = (
     "model.head_width",
     "model.qk_norm",
     "model.moe_every",
+    "model.dense_layers",
     "model.vocab_size",
     "model.dense_hidden",
     "model.rope_theta",

@@ -473,5 +473,5 @@ def real_tokens(x_BS: Tensor, real_M: Tensor | None) -> Tensor:
 
 
 def moe_block_indices(model: ModelConfig) -> list[int]:
-    """Blocks with an MoE layer: the last of every ``moe_every``."""
-    return list(range(model.moe_every - 1, model.layers, model.moe_every))
+    """Blocks with an MoE layer."""
+    return model.moe_blocks

@@ -201,7 +201,7 @@ def rows_of(config: EngineConfig) -> int:
 
 def moe_layers(run: RunConfig) -> int:
     """MoE layers L of the model."""
-    return run.model.layers // run.model.moe_every if run.moe.facts.has_experts else 0
+    return len(run.model.moe_blocks) if run.moe.facts.has_experts else 0
 
 
 def dispatch_rows(config: EngineConfig, imbalance: float) -> int:

@@ -88,11 +88,12 @@ def thin_model(run: RunConfig) -> MoETransformer:
 def least_bytes(run: RunConfig, ep_size: int = 1) -> int:
     """Bytes of float32 weights that a rank uses, and of the buffers, at least; from two shallow models of its blocks.
 
-    Blocks repeat every ``moe_every``, so that sizes grow evenly with them; a deep model takes minutes to be made, and
-    this is asked before it is known that there is room for it.
+    After the first dense ones, blocks repeat every ``moe_every``: sizes grow evenly with them. A deep model takes
+    minutes to be made, and this is asked before it is known that there is room for it.
     """
     period = run.model.moe_every
-    few, more = 2 * period, 3 * period
+    few = (2 + -(-run.model.dense_layers // period)) * period
+    more = few + period
     if run.model.layers <= more:
         return _bytes(run, ep_size)
     book = run.codebook.model_copy(update={"source_block": 0})

@@ -259,7 +259,8 @@ def upcycled_config(
         raise ConfigError(f"--granularity {slices} does not divide the MLP's hidden width {source.hidden}")
     forced = source.model_section() | {"moe.expert_hidden": source.hidden // slices}
     asked = load_config("tiny", file, {**overrides, **forced})
-    sparse_everywhere = asked.config.moe.facts.has_experts and asked.config.model.moe_every == 1
+    shape = asked.config.model
+    sparse_everywhere = asked.config.moe.facts.has_experts and len(shape.moe_blocks) == shape.layers
     forced["model.dense_hidden"] = 0 if sparse_everywhere else source.hidden
     for name, value in forced.items():
         if overrides.get(name, value) != value:

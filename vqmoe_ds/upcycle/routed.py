@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import settled_codebook
-from vqmoe_ds.checkpoint.formats.huggingface.names import moe_every_of, softmax_over_of
+from vqmoe_ds.checkpoint.formats.huggingface.names import placement_of, softmax_over_of
 from vqmoe_ds.checkpoint.load_model import build_model
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import CodeSource, RunConfig, SoftmaxOver
@@ -102,15 +102,15 @@ class RoutedSource(DenseSource):
         return [block for block in range(self.layers) if block not in dense and (block + 1) % step == 0]
 
     def model_section(self) -> dict[str, Any]:
-        every = moe_every_of(self.sparse_blocks, self.layers)
-        if every is None:
+        placement = placement_of(self.sparse_blocks, self.layers)
+        if placement is None:
             raise CheckpointError(
                 f"{self.path} has experts in blocks {self.sparse_blocks} alone (mlp_only_layers, decoder_sparse_step); "
-                "this trainer has them in the last of every n blocks"
+                "this trainer has them in the last of every n blocks, after the first k"
             )
         return super().model_section() | {
-            "model.moe_every": every,
-            "model.dense_hidden": 0 if every == 1 else self.hidden,
+            **{f"model.{name}": value for name, value in placement.items()},
+            "model.dense_hidden": 0 if len(self.sparse_blocks) == self.layers else self.hidden,
             "moe.num_experts": self.experts,
             "moe.expert_hidden": self.expert_hidden,
             "moe.shared_experts": self.shared_experts,

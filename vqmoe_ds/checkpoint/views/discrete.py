@@ -61,7 +61,7 @@ def discrete_config(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     model, moe = config["model"], config["moe"]
     # The width of dense blocks follows the number of expert calls, which falls now, unless it is written out.
-    if model["moe_every"] > 1:
+    if model["moe_every"] > 1 or model.get("dense_layers"):
         calls = _calls(config) + moe.get("shared_experts", 0)
         model["dense_hidden"] = model["dense_hidden"] or moe["expert_hidden"] * calls
     moe["top_k"] = 0

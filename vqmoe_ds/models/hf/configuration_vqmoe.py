@@ -31,6 +31,7 @@ class VQMoEConfig(PretrainedConfig):
         intermediate_size: hidden width of the dense MLPs.
         moe_intermediate_size: hidden width of one expert.
         moe_every: an MoE layer in every n-th block (1: all, 2: every second).
+        first_k_dense_replace: first blocks that have none.
         router: ``vq`` (codes, beside a linear router where ``num_experts_per_tok`` > 0), ``topk``, ``hash_token``
             (experts from a table of token ids) or ``dense`` (no experts).
         num_experts: experts of a layer.
@@ -83,6 +84,7 @@ class VQMoEConfig(PretrainedConfig):
         intermediate_size: int = 384,
         moe_intermediate_size: int = 192,
         moe_every: int = 1,
+        first_k_dense_replace: int = 0,
         router: str = "vq",
         num_experts: int = 16,
         n_shared_experts: int = 0,
@@ -154,6 +156,7 @@ class VQMoEConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.moe_intermediate_size = moe_intermediate_size
         self.moe_every = moe_every
+        self.first_k_dense_replace = first_k_dense_replace
         self.router = router
         self.num_experts = num_experts
         self.n_shared_experts = n_shared_experts
@@ -191,7 +194,8 @@ class VQMoEConfig(PretrainedConfig):
         """Indices of the blocks with experts."""
         if self.router == "dense":
             return []
-        return list(range(self.moe_every - 1, self.num_hidden_layers, self.moe_every))
+        every = range(self.moe_every - 1, self.num_hidden_layers, self.moe_every)
+        return [block for block in every if block >= self.first_k_dense_replace]
 
 
 def _scaling(rope: dict[str, Any] | None) -> str:

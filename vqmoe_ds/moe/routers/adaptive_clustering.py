@@ -100,15 +100,15 @@ class ClusteredRouter(StatefulRouter):
     def check(cls, run: RunConfig) -> None:
         super().check(run)
         model, plain = run.model, getattr(run.router, "plain_layers", 1)
-        if model.layers // model.moe_every < 2:
+        layers = len(model.moe_blocks)
+        if layers < 2:
             raise ValueError(
                 f"moe.router={cls.name} looks at the choices of the MoE layer before, so it needs two or more: "
                 f"raise model.layers={model.layers} or lower model.moe_every={model.moe_every}"
             )
-        if model.layers // model.moe_every <= plain:
+        if layers <= plain:
             raise ValueError(
-                f"router.plain_layers={plain} leaves no layer to moe.router={cls.name}, of "
-                f"{model.layers // model.moe_every} MoE layers; lower it or raise model.layers={model.layers}"
+                f"router.plain_layers={plain} leaves no layer to moe.router={cls.name}, of {layers} MoE layers; lower it or raise model.layers={model.layers}"
             )
 
     @torch.no_grad()

@@ -85,6 +85,7 @@ def _norms(config: RunConfig) -> str:
 def _experts(config: RunConfig) -> str:
     every = config.model.moe_every
     where = "every block" if every == 1 else f"every {every}. block"
+    where += f" after the first {config.model.dense_layers}" if config.model.dense_layers else ""
     if not config.moe.facts.has_experts:
         return "no experts"
     shared = f" and {config.moe.shared_experts} shared ones" if config.moe.shared_experts else ""

@@ -153,14 +153,19 @@ def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Store
 
 def is_sparse(config: RunConfig, block: int) -> bool:
     """Tell whether a block has experts."""
-    every = config.model.moe_every
-    return config.moe.facts.has_experts and block % every == every - 1
+    every, first = config.model.moe_every, config.model.dense_layers
+    return config.moe.facts.has_experts and block >= first and block % every == every - 1
 
 
-def moe_every_of(sparse: list[int], layers: int) -> int | None:
-    """``model.moe_every`` of a model whose blocks ``sparse`` have experts; None where ours cannot have them there."""
-    every = sparse[0] + 1 if sparse else 0
-    return every if every and sparse == list(range(every - 1, layers, every)) else None
+def placement_of(sparse: list[int], layers: int) -> dict[str, int] | None:
+    """``moe_every`` and ``dense_layers`` of a model whose blocks ``sparse`` have experts; None where ours cannot."""
+    if not sparse:
+        return None
+    step = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+    for every, first in ((sparse[0] + 1, 0), (step, sparse[0])):
+        if sparse == [block for block in range(every - 1, layers, every) if block >= first]:
+            return {"moe_every": every, "dense_layers": first}
+    return None
 
 
 def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
@@ -256,6 +261,7 @@ _SAME = {
     "rope_factor": "model.rope_factor",
     "rope_original_length": "model.rope_original_length",
     "moe_every": "model.moe_every",
+    "first_k_dense_replace": "model.dense_layers",
     "moe_intermediate_size": "moe.expert_hidden",
     "router": "moe.router",
     "num_experts": "moe.num_experts",
@@ -284,6 +290,7 @@ NEWER = {
     "code_groups": 1,
     "num_key_value_heads": None,
     "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
     "shared_expert_gate": False,
     "qkv_bias": False,
     "rope_scaling_type": "none",
@@ -494,6 +501,8 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
         return "model.qkv_bias adds a bias to queries, keys and values, and it has none"
     if moe.shared_experts:
         return f"moe.shared_experts={moe.shared_experts} stand beside the routed ones, and it has none"
+    if config.model.dense_layers:
+        return f"model.dense_layers={config.model.dense_layers} leaves dense blocks, and it has experts in every block"
     if config.model.moe_every != 1:
         return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
     if config.model.qk_norm is not QKNorm.NONE:

@@ -20,7 +20,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     head_width_of,
     is_sparse,
     kv_heads_of,
-    moe_every_of,
+    placement_of,
     softmax_over_of,
     weighs_over_all,
 )
@@ -223,7 +223,8 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
             **{"head_width": head_width_of(shape), "kv_heads": kv_heads_of(shape)},
             **{"qkv_bias": bool(args.get("add_qkv_bias")), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
             **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
-            **{"moe_every": _every(args, where) if experts else 1, "dense_hidden": args["ffn_hidden_size"]},
+            **(_placement(args, where) if experts else {}),
+            **{"dense_hidden": args["ffn_hidden_size"]},
         }
     except KeyError as error:
         raise CheckpointError(f"{where} records no {error.args[0]}, so its model is not known") from None
@@ -242,14 +243,18 @@ def _shared_experts(args: dict[str, Any], hidden: Any, where: str) -> int:
     return together // hidden if together else 0
 
 
-def _every(args: dict[str, Any], where: str) -> int:
-    """``model.moe_every`` of Megatron's ``moe_layer_freq``: a number n means blocks 0, n, 2n, …; a list says it."""
+def _placement(args: dict[str, Any], where: str) -> dict[str, int]:
+    """``model.moe_every`` and ``model.dense_layers`` of Megatron's ``moe_layer_freq``.
+
+    A number n means blocks 0, n, 2n, …; a list says it.
+    """
     frequency, layers = args.get("moe_layer_freq", 1), args["num_layers"]
     if not isinstance(frequency, list):
         frequency = [int(block % frequency == 0) for block in range(layers)]
-    every = moe_every_of([block for block, sparse in enumerate(frequency) if sparse], layers)
-    if every is None:
+    placement = placement_of([block for block, sparse in enumerate(frequency) if sparse], layers)
+    if placement is None:
         raise CheckpointError(
-            f"{where} has experts in blocks {frequency}; this trainer has them in the last of every n blocks"
+            f"{where} has experts in blocks {frequency}; this trainer has them in the last of every n blocks, "
+            "after the first k"
         )
-    return every
+    return placement
