@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.session import check_fits, load
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.deepspeed_values import ADAMS, OPTIMIZERS
@@ -47,6 +50,7 @@ def _train(rank: int, world: int, folder: str, layout: Layout, kinds: list[str])
         through = Training(str(place), layout, rank)
         losses = through.train(2)
         tag = through.save(place)
+        read = _as_it_was_saved(through.session, open_checkpoint(tag), layout)
         losses += through.train(2)
         through.close()
         again = Training(str(place), layout, rank)
@@ -58,8 +62,20 @@ def _train(rank: int, world: int, folder: str, layout: Layout, kinds: list[str])
         again.close()
         with pytest.raises(CheckpointError, match=f"optimizer {kind} resumes on the layout it was written with only"):
             check_fits(_other_layout(again.session.config), tag)
-        found[kind] = losses, resumed, all(param.isfinite().all() for param in experts)
+        found[kind] = losses, resumed, read and all(param.isfinite().all() for param in experts)
     return found
+
+
+def _as_it_was_saved(session: Any, reader: Any, layout: Layout) -> bool:
+    """Whether the tools read the weights that were saved, and none of Adam's moments where there are none."""
+    params, rank = dict(session.model.named_parameters()), session.config.ep_rank(session.place.rank)
+    gathered = deepspeed.zero.GatheredParameters(list(params.values())) if layout.stage == 3 else nullcontext()
+    with gathered:
+        for name, param in params.items():
+            first = rank * len(param) if ".experts." in name else 0
+            if not torch.equal(reader.tensor(name)[first : first + len(param)], param.detach()):
+                return False
+    return bool(reader.has_optimizer == (session.config.deepspeed["optimizer"]["type"] in ("NAdam", "RAdam")))
 
 
 def _other_layout(config: Any) -> Any:
@@ -121,6 +137,14 @@ def test_adagrad_is_refused_where_deepspeed_merges_its_groups(tmp_path):
     (tmp_path / "ds.json").write_text('{"optimizer": {"type": "Adagrad"}, "zero_optimization": {"stage": 2}}')
     with pytest.raises(ConfigError, match="ds.json: DeepSpeed makes one group of all parameters for Adagrad"):
         resolve(str(tmp_path / "ds.json"), load_config(), 1)
+
+
+def test_muon_in_16_bits_needs_zero(tmp_path):
+    for stage, fits in ((0, False), (1, True)):
+        values = {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+        (tmp_path / "ds.json").write_text(json.dumps(values))
+        with nullcontext() if fits else pytest.raises(ConfigError, match="Muon in 16 bits needs ZeRO 1 to 3"):
+            resolve(str(tmp_path / "ds.json"), load_config(), 1)
 
 
 def test_kernels_of_gpus_run_on_gpus(tmp_path):

@@ -224,7 +224,7 @@ def resolve(
     set_precision(values, run.train.precision, path)
     if gpu:
         use_bf16(values)
-    check_optimizer_runs(values, gpu, path)
+    check_optimizer_runs(values, gpu, path)  # which asks for the precision
     use_torchs_adam(values)
     use_fused_adam(values)
     config = EngineConfig(values, run, size, world_size, micro, accumulation)

@@ -103,12 +103,16 @@ def use_bf16(values: dict[str, Any]) -> None:
 
 
 def check_optimizer_runs(values: dict[str, Any], gpu: bool, path: str) -> None:
-    """Refuse DeepSpeed's own kernels of a GPU on a CPU.
+    """Refuse DeepSpeed's own kernels of a GPU on a CPU, and Muon where its checkpoints could not be read.
 
     Raises:
-        ConfigError: Lamb, or Lion that is not offloaded.
+        ConfigError: Lamb, or Lion that is not offloaded; Muon at ZeRO 0 in 16 bits.
     """
     kind = str(values["optimizer"]["type"])
+    low = any(values.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    if kind == "Muon" and low and not values.get("zero_optimization", {}).get("stage"):
+        # Its files number the master weights in Muon's order, without their names.
+        raise ConfigError(f"DeepSpeed config {path}: Muon in 16 bits needs ZeRO 1 to 3; set zero_optimization.stage")
     if gpu or kind not in ("Lamb", "Lion") or (kind == "Lion" and _offloads(values)):
         return
     remedy = ' (on the host with zero_optimization.offload_optimizer {"device": "cpu"})' if kind == "Lion" else ""

@@ -69,7 +69,8 @@ class TagReader(CheckpointReader):
 
     @property
     def has_optimizer(self) -> bool:
-        return bool(self._adam(self._optimizer(0))["state"])
+        states = self._adam(self._optimizer(0))["state"].values()
+        return bool(states) and all("exp_avg_sq" in state for state in states)  # else it is no Adam's
 
     def optimizer_step(self) -> int:
         adam = self._adam(self._optimizer(0))
