@@ -30,7 +30,8 @@ def _train(small: list[str], folder: Path, steps: int, log_to: str, **env: str) 
     words += ["--set", "train.extension=keep", "--set", "run.log_every=2"]
     offline = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "HOME": str(folder)}
     command = [*LAUNCHER, *small, *words]
-    return warm.run(command, capture_output=True, text=True, timeout=120, env={**environment(), **offline, **env})
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": folder}  # MLflow's artifacts go there
+    return warm.run(command, env={**environment(), **offline, **env}, **options)
 
 
 def _wandb(folder: Path, run_id: str) -> tuple[Curves, dict[str, Any], str]:
