@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqmoe_ds.checkpoint.formats.huggingface.names import placement_of
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models.transformer import MoETransformer, moe_block_indices
+from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.dispatch import sort_rows
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.mlp import DenseMLP
@@ -208,9 +208,9 @@ def test_an_moe_layer_in_every_second_block(case: str) -> None:
 
 def test_blocks_with_experts() -> None:
     shape = _config("dense").model
-    assert moe_block_indices(shape) == [0, 1, 2, 3]
-    assert moe_block_indices(shape.model_copy(update={"moe_every": 2})) == [1, 3]
-    assert moe_block_indices(shape.model_copy(update={"moe_every": 3})) == [2]
+    assert shape.moe_blocks == [0, 1, 2, 3]
+    assert shape.model_copy(update={"moe_every": 2}).moe_blocks == [1, 3]
+    assert shape.model_copy(update={"moe_every": 3}).moe_blocks == [2]
 
 
 def test_dense_model_has_neither_experts_nor_codes() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models.transformer import MoETransformer, moe_block_indices
+from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.expert_store import PARTS, ExpertStore, Source, bind_store
 from vqmoe_ds.runtime.device import ACCELERATOR
 from vqmoe_ds.runtime.errors import ConfigError
@@ -47,7 +47,7 @@ def open_store(reader: CheckpointReader, config: RunConfig, dtype: torch.dtype, 
         ConfigError: the budget is smaller than one expert.
     """
     model, moe = config.model, config.moe
-    blocks = moe_block_indices(model)
+    blocks = model.moe_blocks
     names = {
         (layer, part): f"blocks.{block}.mlp.experts.{part}" for layer, block in enumerate(blocks) for part in PARTS
     }

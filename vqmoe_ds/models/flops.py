@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models.transformer import moe_block_indices
 
 
 class Flops(NamedTuple):
@@ -30,7 +29,7 @@ class Flops(NamedTuple):
 def forward_flops(config: RunConfig) -> Flops:
     """FLOPs of a token from the shapes alone; nothing is built."""
     model, moe = config.model, config.moe
-    sparse = len(moe_block_indices(model)) if moe.facts.has_experts else 0
+    sparse = len(model.moe_blocks) if moe.facts.has_experts else 0
     calls, heads = config.rows_per_token, model.attention_width
     dense = (model.layers - sparse) * config.dense_hidden + sparse * moe.shared_experts * moe.expert_hidden
     context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1

@@ -188,7 +188,7 @@ class MoETransformer(nn.Module):
         model, moe, book, facts = config.model, config.moe, config.codebook, config.moe.facts
         self.config = config
         self.embed = self._embedding()
-        self.moe_blocks = moe_block_indices(model) if facts.has_experts else []
+        self.moe_blocks = model.moe_blocks if facts.has_experts else []
         self.blocks = nn.ModuleList()
         for index in range(model.layers):
             if index in self.moe_blocks:
@@ -470,8 +470,3 @@ def real_tokens(x_BS: Tensor, real_M: Tensor | None) -> Tensor:
     """``[B, S, ...]`` -> the rows ``[M, ...]`` of the real tokens; of all T where none is padding."""
     rows = x_BS.flatten(0, 1)
     return rows if real_M is None else rows.index_select(0, real_M)
-
-
-def moe_block_indices(model: ModelConfig) -> list[int]:
-    """Blocks with an MoE layer."""
-    return model.moe_blocks

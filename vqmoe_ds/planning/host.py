@@ -52,8 +52,7 @@ def expert_memory(run: RunConfig) -> int | None:
 def _in_file(run: RunConfig) -> int:
     """Bytes of experts in float32 that are not in memory."""
     memory = expert_memory(run)
-    layers = run.model.layers // run.model.moe_every
-    experts = 12 * layers * run.moe.num_experts * run.moe.expert_hidden * run.model.width
+    experts = 12 * len(run.model.moe_blocks) * run.moe.num_experts * run.moe.expert_hidden * run.model.width
     return 0 if memory is None else max(0, experts - memory)
 
 

@@ -15,7 +15,6 @@ from vqmoe_ds.checkpoint.whereabouts import keep_tokenizer
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.data.batches import Batches
 from vqmoe_ds.models.session import Session
-from vqmoe_ds.models.transformer import moe_block_indices
 from vqmoe_ds.moe.kernels import build
 from vqmoe_ds.runtime.errors import TRY_AGAIN
 from vqmoe_ds.runtime.files import write_atomically
@@ -93,7 +92,7 @@ def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
         job = _with_schedule(job, tag)
     elif job.config.run.finetune.checkpoint is None:
         run = job.config.run
-        run.moe.facts.check_start(run, len(moe_block_indices(run.model)))
+        run.moe.facts.check_start(run, len(run.model.moe_blocks))
     return tag, job
 
 

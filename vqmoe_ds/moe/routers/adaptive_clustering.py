@@ -108,7 +108,8 @@ class ClusteredRouter(StatefulRouter):
             )
         if layers <= plain:
             raise ValueError(
-                f"router.plain_layers={plain} leaves no layer to moe.router={cls.name}, of {layers} MoE layers; lower it or raise model.layers={model.layers}"
+                f"router.plain_layers={plain} leaves no layer to moe.router={cls.name}, of {layers} MoE layers; "
+                f"lower it or raise model.layers={model.layers}"
             )
 
     @torch.no_grad()
