@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -277,8 +278,10 @@ def test_bytes_go_round(vocab: int, tmp_path: Path) -> None:
 
 
 def _sentencepiece(folder: Path, brackets: bool = True, **options: Any) -> str:
-    """Trained on this file; without ``brackets`` on one in which they do not occur."""
+    """Trained on this file; without ``brackets`` on one in which they do not occur. No cuts tie by rounding."""
     import sentencepiece
+
+    from vqmoe_ds.data.tokenizer_training import with_exact_sums
 
     text = Path(__file__).read_text(encoding="utf-8") + "\n".join(TEXTS[:2]).replace("\u0000", "")
     text = text if brackets else text.replace("<", "").replace("x", "")
@@ -287,7 +290,10 @@ def _sentencepiece(folder: Path, brackets: bool = True, **options: Any) -> str:
         **{"input": str(folder / "text.txt"), "model_prefix": str(folder / "spm"), "vocab_size": 500},
         **{"byte_fallback": True, "minloglevel": 2, **options},
     )
-    return str(folder / "spm.model")
+    model = folder / "spm.model"
+    if options["model_type"] == "unigram":
+        model.write_bytes(with_exact_sums(model.read_bytes()))
+    return str(model)
 
 
 PLAIN = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
@@ -381,6 +387,28 @@ def test_a_conversion_that_went_wrong_is_found_at_export(damage: str, tmp_path: 
         patch.setattr(module, "_unigram_scores", wrong)
         with pytest.raises(CheckpointError, match="it cuts .* otherwise"):
             _export(model_of(config), tmp_path / "hf", tokenizer=path)
+
+
+def test_cuts_that_score_alike_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scores as SentencePiece leaves them the rounding of sums decides, in float32 here and in float64 there."""
+    from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import _from_sentencepiece
+    from vqmoe_ds.data import tokenizer_training
+
+    sources = sorted((Path(__file__).parents[2] / "vqmoe_ds").rglob("*.py"))
+    sample = "".join(source.read_text(encoding="utf-8") for source in sources)[:300_000]
+    draw = random.Random(0)
+    runs = ["".join(draw.choice("IX=-_a.(") * draw.randint(1, 9) for _ in range(30)) for _ in range(2000)]
+
+    def unlike() -> int:
+        ours = tokenizer_training.train_pieces([sample], "unigram", 2500)
+        fast, _, _ = _from_sentencepiece(ours)
+        fast.encode_special_tokens = True
+        texts = [*runs, *(sample[start : start + 3000] for start in range(0, len(sample), 3000)), sample[:60_000]]
+        return sum(ours.encode(text).tolist() != fast.encode(text).ids for text in texts)
+
+    assert unlike() == 0
+    monkeypatch.setattr(tokenizer_training, "with_exact_sums", lambda model: model)
+    assert unlike() > 0
 
 
 def test_a_tokenizer_json_adds_nothing_that_training_did_not_see(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from vqmoe_ds.data.tokenizers import (
     SentencePieceTokenizer,
     WordTokenizer,
     sentencepiece,
+    sentencepiece_proto,
 )
 from vqmoe_ds.data.units import Skips, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError, one_line
@@ -46,6 +47,8 @@ READ_AT_MOST = 8
 HELD_OUT_EVERY = 20
 LONGEST_PART, LONGEST_LINE = 8192, 4096
 """Characters, at most, of what is drawn for the sample and of what SentencePiece gets at a time."""
+SCORE_STEP = 1 / 32
+"""Nats; a sum of -8 per byte of 64 KiB takes 24 bits, which is what float32 has."""
 _A_BYTE = 4
 """Bytes of memory per byte of the sample: itself, in the lists that are made of it, and in SentencePiece."""
 THREADS = 16
@@ -222,7 +225,20 @@ def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePi
         reason = one_line(str(error).strip().partition("\n")[0], 200)
         other = DataError(f"SentencePiece cannot train a {kind} vocabulary of {vocab_size} ({reason}); try other text")
         raise _size_error(str(error), kind, vocab_size) or other from error
-    return SentencePieceTokenizer(model.getvalue())
+    return SentencePieceTokenizer(with_exact_sums(model.getvalue()) if kind == "unigram" else model.getvalue())
+
+
+def with_exact_sums(model: bytes) -> bytes:
+    """A unigram model with the scores of its pieces rounded to multiples of ``SCORE_STEP``.
+
+    Their sums are then exact in float32 and float64 for texts of up to 64 KiB. Else the rounding of sums decides
+    between two cuts that score alike (``X II I``, ``X I II``), and two libraries decide differently.
+    """
+    proto = sentencepiece_proto(model)
+    for piece in proto.pieces:
+        if piece.type == piece.NORMAL:
+            piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
+    return bytes(proto.SerializeToString())
 
 
 def _interruptible(work: Callable[..., Any], **options: Any) -> None:
