@@ -169,7 +169,8 @@ def _one_step(layer: MoELayer, x_TD: Tensor, direction_TD: Tensor, step: int) ->
     }
     x_TD = x_TD.to(device, copy=True).requires_grad_()
     layer.zero_grad()
-    y_BSD, aux, _ = layer(x_TD.view(2, -1, WIDTH), RoutingContext(**cast(dict[str, Any], ids)))
+    context = RoutingContext(**cast(dict[str, Any], ids), source_TD=x_TD.detach().float())
+    y_BSD, aux, _ = layer(x_TD.view(2, -1, WIDTH), context)
     loss = (y_BSD.view(TOKENS, WIDTH) * direction_TD.to(device)).sum()
     (loss if aux is None else loss + aux).backward()
     found = {"output": y_BSD, "input gradient": x_TD.grad, "loss": aux}

@@ -21,7 +21,7 @@ def test_arrays_hold_five_severities_one_after_the_other(tmp_path):
         *(("fog", s, "weather") for s in range(1, 6)),
         *(("spatter", s, EXTRA) for s in range(1, 6)),
     ]
-    third = found[7].open()  # fog
+    third = found[7].load()  # fog
     assert third.labels_N.tolist() == labels[12:18].tolist()
     assert np.array_equal(third.pixels(4).fit(Wanted(8, 3, False))[0], images[16])
     assert third.name(4) == f"image 4 of {tmp_path}/fog.npy, severity 3"
@@ -33,7 +33,7 @@ def test_folders_of_classes_lie_under_kind_and_severity(tmp_path, deeper):
         write_folder(tmp_path / deeper / "fog" / str(severity), 6, seed=severity)
     first, fourth = find_published(str(tmp_path), CLASSES)
     assert (first.severity, fourth.kind, fourth.severity) == (1, "fog", 4)
-    split = fourth.open()
+    split = fourth.load()
     assert split.labels_N.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.array_equal(split.pixels(0).fit(Wanted(8, 3, False))[0], squares(6, seed=4)[0][0])
 

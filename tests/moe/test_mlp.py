@@ -27,8 +27,9 @@ def test_they_are_added_whatever_routes(case: str) -> None:
     from vqmoe_ds.moe.routers import RoutingContext
 
     x_BSD = torch.randn(2, 6, 16)
-    context = RoutingContext(token_ids_T=torch.arange(12), expert_ids_T=torch.arange(12) % 8)
-    context = context if case in ("hash_token", "stablemoe", "token_table") else None
+    known_T = torch.arange(12)
+    context = RoutingContext(token_ids_T=known_T, expert_ids_T=known_T % 8, source_TD=torch.randn(12, 16))
+    context = context if ROUTERS[case][0]["router"] not in ("vq", "topk") else None
     alone, _, ids = _layer(case, 0)(x_BSD, context)
     layer = _layer(case, 2)
     both, _, same_ids = layer(x_BSD, context)

@@ -36,7 +36,7 @@ class PublishedSplit:
 
     kind: str
     severity: int
-    open: Callable[[], Split]
+    load: Callable[[], Split]
     """Finds the images; of folders their files are listed then, which may be some millions in all."""
 
     @property

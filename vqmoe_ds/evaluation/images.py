@@ -145,11 +145,11 @@ class DamagedSet(NamedTuple):
     kind: str
     severity: int
     group: str
-    open: Callable[[], ImageSet]
+    load: Callable[[], ImageSet]
 
     def evenly(self, most: int) -> DamagedSet:
         """The same with at most so many of the images."""
-        return self._replace(open=lambda: self.open().evenly(most))
+        return self._replace(load=lambda: self.load().evenly(most))
 
 
 def damaged_here(images: ImageSet, corruptions: Iterable[ImageCorruption]) -> list[DamagedSet]:
@@ -176,14 +176,14 @@ def open_published(loaded: LoadedModel, data: Sequence[str] | None) -> tuple[lis
     wanted = Wanted(config.model.image_size, config.model.channels, config.data.resize)
 
     def opened(part: PublishedSplit) -> ImageSet:
-        split, patches = part.open(), config.model.sequence_length
+        split, patches = part.load(), config.model.sequence_length
         rows = np.arange(len(split.labels_N))
         return ImageSet(DecodedWhenRead(split, wanted), split.labels_N, rows, config.data.classes, patches)
 
     parts = published[0] if published else []
     sets = [DamagedSet(part.kind, part.severity, part.group, partial(opened, part)) for part in parts]
     for kind in {each.kind: each for each in reversed(sets)}.values():
-        kind.open().read(np.zeros(1, int))  # before long work
+        kind.load().read(np.zeros(1, int))  # before long work
     return [path for path, some in found.items() if some is None] or None, sets
 
 
