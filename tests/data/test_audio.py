@@ -61,7 +61,7 @@ def test_energies_are_those_of_a_sine():
 
 
 def test_pixels_are_decibels_below_the_loudest():
-    louder, quieter = tone(500), 0.01 * tone(4000)  # 40 of 80 dB: half of 255
+    louder, quieter = tone(500), 10**-1.25 * tone(4000)  # 25 of 50 dB: half of 255
     image = spectrogram(louder + quieter, 32).astype(int)
     rows = [32 - int(np.searchsorted(mel_edges(32)[1:-1], hertz)) for hertz in (500, 4000)]
     low, high = (image[row - 1 : row + 1, 4:-4].max(0) for row in rows)

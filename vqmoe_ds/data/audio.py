@@ -30,8 +30,8 @@ RATES = (4_000, 384_000)
 """Samples per second that a file may have."""
 LOWEST = 20.0
 """Hz, where the first mel band begins; the last one ends at ``RATE / 2``."""
-RANGE_DB = 80.0
-"""Below the loudest pixel of a clip, where black begins."""
+RANGE_DB = 50.0
+"""Below the loudest pixel of a clip, where black begins: with 80 dB, noise that is hardly heard lights all pixels."""
 LARGEST = 256 << 20
 """Bytes of a file of one clip."""
 TALKERS = 6
