@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from vqmoe_ds.data.audio import RATE, SUFFIXES, Noise, fitted, read_clip, spectrogram, talkers
 from vqmoe_ds.data.image_files import HELD_OUT_NAMES
@@ -186,7 +187,7 @@ def _write(folder: Path, clips: Sequence[Clip], options: argparse.Namespace) -> 
     bad: list[str] = []
     for label in sorted({clip.label for clip in clips}):
         (folder / label).mkdir(parents=True)
-    for clip in clips:
+    for clip in tqdm(clips, desc=folder.name, unit="clip", disable=None, leave=False):
         try:
             clip_T, own = fitted(read_clip(clip.file), length)
         except ValueError as error:
