@@ -134,8 +134,12 @@ class RouterFacts:
         return None
 
     @classmethod
-    def experts_of(cls, table: Any, ids_BS: Any, num_experts: int) -> Any:
-        """Experts of tokens by ``token_table``, int64 ``[L, B, S]``."""
+    def experts_of(cls, table: Any, ids_BS: Any, num_experts: int, positions_BS: Any = None) -> Any:
+        """Experts of tokens by ``token_table``, int64 ``[L, B, S]``.
+
+        A router that looks back must look at no more tokens than ``positions_BS``, those of the same document before a
+        token; None: the whole sequence is one document.
+        """
         return table[:, ids_BS]
 
     @classmethod

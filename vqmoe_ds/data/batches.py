@@ -30,11 +30,24 @@ class Batch(NamedTuple):
     """UTF-8 bytes that the targets of each window stand for; None where that is unknown, or targets are labels"""
     patches: int = 0
     """Tokens that an image becomes; 0: inputs are tokens"""
+    positions_BS: np.ndarray | None = None
+    """int64, of ``positions_in_documents``; None: a window is read as one text"""
 
     @property
     def tokens(self) -> int:
         """Tokens read, padding not counted."""
         return self.patches * len(self.inputs_BS) or int((self.inputs_BS != PADDING).sum())
+
+
+def positions_in_documents(starts_BS: np.ndarray) -> np.ndarray:
+    """Position of each token in its document, int64 ``[B, S]``; in one that began before the window, in its rest.
+
+    Args:
+        starts_BS: whether a token is the first of a document.
+    """
+    places_S = np.arange(starts_BS.shape[1])
+    answer: np.ndarray = places_S - np.maximum.accumulate(np.where(starts_BS, places_S, 0), axis=1)
+    return answer
 
 
 class Windows(Protocol):

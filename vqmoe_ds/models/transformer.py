@@ -7,6 +7,7 @@ N = A + 2 K heads of a projection, H width of a head, F = H / 2 angles of a posi
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
 
 
+class Documents(NamedTuple):
+    """Documents that are packed into windows and kept apart."""
+
+    positions_T: Tensor
+    """Position in its document of each token that this rank computes."""
+    mask_B1SS: Tensor
+    """Whether a token of the whole windows (first S) sees another."""
+
+    @classmethod
+    def of(cls, positions_BS: Tensor, mine_T: Tensor) -> Documents:
+        """Documents in which the tokens of whole windows have these positions.
+
+        Args:
+            mine_T: of the positions those of this rank's tokens.
+        """
+        places_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
+        back_SS = places_S.unsqueeze(1) - places_S
+        return cls(mine_T, (back_SS >= 0) & (back_SS <= positions_BS[:, None, :, None]))
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions (Su 2021) through PyTorch's fused kernel.
 
@@ -73,14 +94,23 @@ class Attention(nn.Module):
         self.register_buffer("cos_SF", cos_SF, persistent=False)
         self.register_buffer("sin_SF", sin_SF, persistent=False)
 
-    def forward(self, x_BSD: Tensor, past: BlockCache | None = None, homes: Homes | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        past: BlockCache | None = None,
+        homes: Homes | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         batch, length, _ = x_BSD.shape
         share, earlier = (self.share, 0) if past is None else (None, past.position_of(length))
         start = earlier if share is None else share.span.start
         places = slice(start, start + length) if homes is None else homes.positions_M
         qkv = self.qkv(x_BSD) if self.qkv_bias is None else self.qkv(x_BSD) + self.qkv_bias
         qkv_BSNH = qkv.view(batch, length, -1, self.head_width)
-        q, k, v = self._turned(qkv_BSNH, self.cos_SF[places], self.sin_SF[places])
+        if documents is None:
+            q, k, v = self._turned(qkv_BSNH, self.cos_SF[places], self.sin_SF[places])
+        else:
+            q, k, v = self._turned_in(documents, qkv_BSNH)
         if past is not None:
             k, v = past.append(k, v)
         if homes is not None:
@@ -89,6 +119,7 @@ class Attention(nn.Module):
             q, k, v = to_heads(q, k, v, share)
         # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
         mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if earlier else None
+        mask = mask if documents is None else documents.mask_B1SS
         y = attend(q, k, v, mask, self.causal and mask is None)
         if homes is not None:
             y = to_homes(y, homes)
@@ -103,6 +134,15 @@ class Attention(nn.Module):
         q_BSAH, k_BSKH, v_BSKH = self._normalized(qkv_BSNH)
         return *rotate(q_BSAH, k_BSKH, cos_SF, sin_SF), v_BSKH.transpose(1, 2)
 
+    def _turned_in(self, documents: Documents, qkv_BSNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``_turned`` with a position of its own for every token of the batch."""
+        batch, length = qkv_BSNH.shape[:2]
+        # Turned as one long sequence, for the kernel takes the same angles for all sequences of a batch.
+        places = documents.positions_T
+        turned = self._turned(qkv_BSNH.flatten(0, 1).unsqueeze(0), self.cos_SF[places], self.sin_SF[places])
+        q, k, v = (x.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1) for x in turned)
+        return q, k, v
+
     def _normalized(self, qkv_BSNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, S, A, H]`` and keys, normalised as configured, and values, ``[B, S, K, H]`` each."""
         q_BSAH, k_BSKH, v_BSKH = split_heads(qkv_BSNH, self.kv_heads)
@@ -115,7 +155,11 @@ class Attention(nn.Module):
 
 
 def attend(q_BASH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_SS: Tensor | None, causal: bool) -> Tensor:
-    """PyTorch's fused attention, ``[B, A, S, H]``; query heads A / K at a time share a key-value head."""
+    """PyTorch's fused attention, ``[B, A, S, H]``; query heads A / K at a time share a key-value head.
+
+    Args:
+        mask_SS: whether a token sees another, ``[S, S]`` or ``[B, 1, S, S]``; None: as ``causal`` says.
+    """
     if q_BASH.shape[1] == k_BKSH.shape[1]:
         return F.scaled_dot_product_attention(q_BASH, k_BKSH, v_BKSH, attn_mask=mask_SS, is_causal=causal)
     # On a GPU the kernels that take float32 or a mask know no groups, and what PyTorch does instead keeps S x S scores.
@@ -126,6 +170,21 @@ def attend(q_BASH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_SS: Tensor | Non
     return F.scaled_dot_product_attention(
         q_BASH, k_BKSH, v_BKSH, attn_mask=mask_SS, is_causal=causal, enable_gqa=grouped
     )
+
+
+class _Tokens(NamedTuple):
+    """Tokens that this rank embeds."""
+
+    ids_BS: Tensor
+    earlier: int
+    """The first so many are not computed, only looked back at."""
+    positions_BS: Tensor | None
+    """In their documents, where these are kept apart."""
+
+    @property
+    def computed_BS(self) -> Tensor:
+        """Ids of those that are computed."""
+        return self.ids_BS[:, self.earlier :]
 
 
 Route = tuple[Tensor, Ahead]
@@ -148,9 +207,10 @@ class Block(nn.Module):
         past: BlockCache | None = None,
         real_M: Tensor | None = None,
         homes: Homes | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the stream ``[B, S, D]``, and of an MoE layer the auxiliary loss and the chosen experts ``[T, R]``."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past, homes)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past, homes, documents)
         rows = self.mlp_norm(x_BSD)
         if real_M is not None:  # padding reaches no expert: to those the real tokens are one sequence
             rows = real_tokens(rows, real_M).unsqueeze(0)
@@ -245,16 +305,27 @@ class MoETransformer(nn.Module):
             self.bank.share = share
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        positions_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (language-model loss, auxiliary loss) with targets, or (logits ``[B, S, V]``, auxiliary loss).
 
         The loss to train on is the sum of the two; the first alone is what is reported. It is the mean over the
         targets that are not ``MASKED``, and 0 where all are. With a ``cache`` the tokens follow those read before, in
         evaluation mode and by a causal router.
+
+        Args:
+            positions_BS: of tokens in their documents, int64, 0 where one starts: tokens attend, and routes look back,
+                within a document alone. None: every sequence is one document.
+
+        Raises:
+            ValueError: positions beside a cache, whose tokens are those of one document.
         """
-        homes, routes = self._homes(tokens_BS) if self._by_expert(cache) else (None, None)
-        x_BSD, aux_loss = self.states(tokens_BS, cache, homes=homes, routes=routes)
+        homes, routes = self._homes(tokens_BS, positions_BS) if self._by_expert(cache) else (None, None)
+        x_BSD, aux_loss = self.states(tokens_BS, cache, homes=homes, routes=routes, positions_BS=positions_BS)
         logits_BSV = self.head(x_BSD)
         if targets_BS is None:
             return logits_BSV, aux_loss
@@ -271,6 +342,7 @@ class MoETransformer(nn.Module):
         real_BS: Tensor | None = None,
         homes: Homes | None = None,
         routes: dict[int, Route] | None = None,
+        positions_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normalised states ``[B, S, D]`` after the last block, and the auxiliary loss of all routers.
 
@@ -279,23 +351,27 @@ class MoETransformer(nn.Module):
                 and all statistics never see it. None: all are real.
             homes: of the tokens, where it is not their position that decides which this rank computes, with their
                 ``routes``; the states are then those of its tokens, ``[1, M, D]``.
+            positions_BS: as of ``forward``.
         """
         real_M = None if real_BS is None else real_BS.flatten().nonzero().squeeze(1)
-        ids_BS, earlier = self._ids(tokens_BS, cache) if homes is None else (homes.mine(tokens_BS), 0)
-        embedded_BSD = self.embed(ids_BS)
+        tokens = self._tokens(tokens_BS, cache, positions_BS, homes)
+        embedded_BSD = self.embed(tokens.ids_BS)
         if routes is None:
-            routes = self._routes_ahead(ids_BS, embedded_BSD, earlier, cache, real_M)
-        x_BSD = embedded_BSD[:, earlier:] if earlier else embedded_BSD
+            routes = self._routes_ahead(tokens, embedded_BSD, cache, real_M)
+        x_BSD = embedded_BSD[:, tokens.earlier :] if tokens.earlier else embedded_BSD
         reads_source = self.config.moe.facts.reads_source
         context = RoutingContext(
-            token_ids_T=real_tokens(ids_BS[:, earlier:], real_M),
+            token_ids_T=real_tokens(tokens.computed_BS, real_M),
             lengths=None if real_BS is None else self._lengths(real_BS),
             codebooks=self.bank,
             share=self.share if cache is None else None,
             mean_tokens=self._mean_tokens(homes),
-            source_TD=self._source_of(ids_BS, embedded_BSD, earlier, cache, real_M)[0] if reads_source else None,
+            source_TD=self._source_of(tokens, embedded_BSD, cache, real_M)[0] if reads_source else None,
         )
-        x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes)
+        documents = None
+        if positions_BS is not None and tokens.positions_BS is not None:
+            documents = Documents.of(positions_BS, tokens.positions_BS[:, tokens.earlier :].flatten())
+        x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes, documents)
         if cache is not None:
             cache.advance(tokens_BS)
         return x_BSD, aux_loss
@@ -308,6 +384,7 @@ class MoETransformer(nn.Module):
         cache: Cache | None = None,
         real_M: Tensor | None = None,
         homes: Homes | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: states ``[B, S, D]``, and the auxiliary loss of all routers."""
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
@@ -321,11 +398,11 @@ class MoETransformer(nn.Module):
                 # New in every forward: what an earlier micro-batch kept must not answer this one's recomputation.
                 ahead = replace(ahead, kept=Kept())
                 x_BSD, aux, experts_TR = checkpoint(
-                    block, x_BSD, known, ahead, None, real_M, homes, use_reentrant=False
+                    block, x_BSD, known, ahead, None, real_M, homes, documents, use_reentrant=False
                 )
             else:
                 past = None if cache is None else cache.blocks[index]
-                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M, homes)
+                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M, homes, documents)
             if aux is not None:
                 aux_loss = aux_loss + aux
             if experts_TR is not None:
@@ -341,70 +418,73 @@ class MoETransformer(nn.Module):
 
     # ------------------------------------------------------------ routes known ahead
 
-    def _ids(self, tokens_BS: Tensor, cache: Cache | None) -> tuple[Tensor, int]:
-        """Ids that this rank embeds: of the tokens it computes, after ``earlier`` ones that their codes look back at.
+    def _tokens(
+        self, tokens_BS: Tensor, cache: Cache | None, positions_BS: Tensor | None, homes: Homes | None = None
+    ) -> _Tokens:
+        """The tokens that this rank computes, after the ``earlier`` ones that their codes look back at.
 
         Raises:
-            ValueError: ranks that share sequences are given some of another length.
+            ValueError: ranks that share sequences are given some of another length, or a cache comes with positions.
         """
+        if cache is not None and positions_BS is not None:
+            raise ValueError("a cache holds the tokens of one document; read packed documents without it")
+        if homes is not None:
+            return _Tokens(homes.mine(tokens_BS), 0, None if positions_BS is None else homes.mine(positions_BS))
         back = self.config.moe.facts.looks_back(self.config) if self.source is None else self.source.looks_back
         if cache is not None:
             ids_BS = cache.with_earlier(tokens_BS, back)
-            return ids_BS, ids_BS.shape[1] - tokens_BS.shape[1]
+            return _Tokens(ids_BS, ids_BS.shape[1] - tokens_BS.shape[1], None)
         if self.share is None:
-            return tokens_BS, 0
+            return _Tokens(tokens_BS, 0, positions_BS)
         if tokens_BS.shape[1] != self.share.length:
             raise ValueError(f"ranks share sequences of {self.share.length} tokens, not of {tokens_BS.shape[1]}")
         span = self.share.span
         earlier = min(back, span.start)
-        return tokens_BS[:, span.start - earlier : span.stop], earlier
+        here = slice(span.start - earlier, span.stop)
+        return _Tokens(tokens_BS[:, here], earlier, None if positions_BS is None else positions_BS[:, here])
 
     def _routes_ahead(
-        self, ids_BS: Tensor, embedded_BSD: Tensor, earlier: int, cache: Cache | None, real_M: Tensor | None
+        self, tokens: _Tokens, embedded_BSD: Tensor, cache: Cache | None, real_M: Tensor | None
     ) -> dict[int, Route]:
         """Routes of the blocks whose experts follow from the tokens, by block index; without the ``earlier`` ones."""
         book = self.config.codebook
         if self.token_table_LV is not None:
             moe = self.config.moe
-            experts_LBS = moe.facts.experts_of(self.token_table_LV, ids_BS, moe.num_experts)
-            experts_LT = experts_LBS[..., earlier:].flatten(1)
+            experts_LBS = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
+            experts_LT = experts_LBS[..., tokens.earlier :].flatten(1)
             return self._plans(experts_LT if real_M is None else experts_LT[:, real_M], list(self.moe_blocks))
-        tokens_M = real_tokens(ids_BS[:, earlier:], real_M)
+        tokens_M = real_tokens(tokens.computed_BS, real_M)
         if self.bank is None or self.source is None:
             return {}
         if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
         if not self.config.moe.facts.known_ahead(self.config):
             return {}
-        return self._plan_from_source(*self._source_of(ids_BS, embedded_BSD, earlier, cache, real_M))
+        return self._plan_from_source(*self._source_of(tokens, embedded_BSD, cache, real_M))
 
     def _source_of(
-        self,
-        ids_BS: Tensor,
-        embedded_BSD: Tensor,
-        earlier: int,
-        cache: Cache | None = None,
-        real_M: Tensor | None = None,
+        self, tokens: _Tokens, embedded_BSD: Tensor, cache: Cache | None = None, real_M: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Vectors that codes look at, without the ``earlier`` ones; and their tokens where these alone decide them."""
         assert self.source is not None
         start = cache.length if cache is not None else 0 if self.share is None else self.share.span.start
-        source_BSD = self.source(ids_BS, embedded_BSD, start - earlier)[:, earlier:]
+        earlier = tokens.earlier
+        source_BSD = self.source(tokens.ids_BS, embedded_BSD, start - earlier, tokens.positions_BS)[:, earlier:]
         alone = cache is None and self.config.codebook.source is CodeSource.TOKEN_EMBEDDING
-        return real_tokens(source_BSD, real_M), real_tokens(ids_BS[:, earlier:], real_M) if alone else None
+        return real_tokens(source_BSD, real_M), real_tokens(tokens.computed_BS, real_M) if alone else None
 
     def _by_expert(self, cache: Cache | None) -> bool:
         """Whether tokens are computed on the rank of their experts; in training alone, and it changes no result."""
         by_expert = self.config.train.sp_placement is SequencePlacement.EXPERT
         return by_expert and self.share is not None and self.training and cache is None
 
-    def _homes(self, tokens_BS: Tensor) -> tuple[Homes, dict[int, Route]]:
+    def _homes(self, tokens_BS: Tensor, positions_BS: Tensor | None) -> tuple[Homes, dict[int, Route]]:
         """The rank of each token's experts, and the routes of this rank's tokens, which need no exchange."""
         assert self.share is not None
         share, layer = self.share, self.moe_layers()[0]
-        ids_BS, earlier = self._ids(tokens_BS, None)
+        tokens = self._tokens(tokens_BS, None, positions_BS)
         with torch.no_grad():  # every rank looks up a stretch, as in the other placement: so statistics are the same
-            experts_LT = share.gather(self._look_up(*self._source_of(ids_BS, self.embed(ids_BS), earlier)))
+            experts_LT = share.gather(self._look_up(*self._source_of(tokens, self.embed(tokens.ids_BS))))
             replicas = share.size // layer.ep_size
             # Where several ranks hold a group, its tokens take turns.
             turn_T = torch.arange(experts_LT.shape[1], device=experts_LT.device) % replicas

@@ -24,7 +24,8 @@ class EmbeddingSource(nn.Module):
     * ``token_embedding``: the embedding of the token.
     * ``position_embedding``: plus a sinusoidal vector of its position, ``position_weight`` times as long.
     * ``context``: ``sum_j decay^j roll(e(x_{t-j}), j)`` over the last ``context_window`` tokens. Rolling the features
-      by one place per step back keeps word order (permutation binding, Kanerva 2009). It looks back only.
+      by one place per step back keeps word order (permutation binding, Kanerva 2009). It looks back only, and not past
+      the start of a document.
 
     With ``source_momentum`` the embeddings come from a moving average of the table; at 1, from a copy of it.
     """
@@ -49,23 +50,27 @@ class EmbeddingSource(nn.Module):
         return self.config.context_window - 1 if self.config.source is CodeSource.CONTEXT else 0
 
     @torch.no_grad()
-    def forward(self, tokens_BS: Tensor, embedded_BSD: Tensor, start: int = 0) -> Tensor:
-        """Vectors of tokens whose first stands at position ``start``."""
+    def forward(
+        self, tokens_BS: Tensor, embedded_BSD: Tensor, start: int = 0, positions_BS: Tensor | None = None
+    ) -> Tensor:
+        """Vectors of tokens whose first stands at position ``start``, or of all at their positions in documents."""
         source_BSD = embedded_BSD.detach().float()
         if self.table_VD is not None and self._ready.read(self.table_ready):
             source_BSD = F.embedding(tokens_BS, self.table_VD)
         if self.positions_SD is not None:
             unit_BSD = F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6)
-            positions_SD = self.positions_SD[start : start + tokens_BS.shape[1]]
-            return unit_BSD + self.config.position_weight * positions_SD
+            places = slice(start, start + tokens_BS.shape[1]) if positions_BS is None else positions_BS
+            return unit_BSD + self.config.position_weight * self.positions_SD[places]
         if self.config.source is CodeSource.CONTEXT:
-            return self._mix(F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6))
+            return self._mix(F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6), positions_BS)
         return source_BSD
 
-    def _mix(self, unit_BSD: Tensor) -> Tensor:
+    def _mix(self, unit_BSD: Tensor, positions_BS: Tensor | None) -> Tensor:
         mixed_BSD = unit_BSD.clone()
         for back in range(1, min(self.config.context_window, unit_BSD.shape[1])):
             earlier = torch.roll(unit_BSD[:, :-back], shifts=back, dims=-1)
+            if positions_BS is not None:
+                earlier = earlier * positions_BS[:, back:, None].ge(back)
             mixed_BSD[:, back:] += self.config.context_decay**back * earlier
         return mixed_BSD
 

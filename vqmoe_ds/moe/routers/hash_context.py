@@ -57,11 +57,12 @@ class HashContextRouter(DualRouter):
         return torch.stack(tables).view(window, layers, vocab).transpose(0, 1).contiguous()
 
     @classmethod
-    def experts_of(cls, table: Tensor, ids_BS: Tensor, num_experts: int) -> Tensor:
-        """Experts by a table ``[L, W, V]``, int64 ``[L, B, S]``; of places before a sequence nothing is added."""
+    def experts_of(cls, table: Tensor, ids_BS: Tensor, num_experts: int, positions_BS: Tensor | None = None) -> Tensor:
+        """Experts by a table ``[L, W, V]``, int64 ``[L, B, S]``; of places before a document nothing is added."""
         sums_LBS = table[:, 0][:, ids_BS]
         for back in range(1, min(table.shape[1], ids_BS.shape[1])):
-            sums_LBS[..., back:] += table[:, back][:, ids_BS[:, :-back]]
+            added_LBS = table[:, back][:, ids_BS[:, :-back]]
+            sums_LBS[..., back:] += added_LBS if positions_BS is None else added_LBS * positions_BS[:, back:].ge(back)
         return sums_LBS % num_experts
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
