@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.batches import positions_in_documents
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, clip_over_all_experts
 from vqmoe_ds.moe.layer import MoELayer
@@ -55,6 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
         "codebook": {"source": "context"},
         "model": {"kv_heads": 1, "qkv_bias": True, "layers": 3, "dense_layers": 1},
     },
+    "documents kept apart": {
+        "moe": {"top_k": 1},
+        "codebook": {"source": "context", "num_codes": 20, "context_window": 5},
+        "train": {"activation_checkpointing": True},
+        "data": {"separate_documents": True},
+    },
     "hash of tokens": {"moe": {"router": "hash_token"}, "model": {"layers": 3, "moe_every": 2}},
 }
 
@@ -65,20 +72,25 @@ def _config(case: str, **changes: dict[str, Any]) -> RunConfig:
         "moe": {"num_experts": EXPERTS, "expert_hidden": 16},
         "codebook": {"init_step": 2, "kmeans_samples": 128, "dead_below": 0.2},
         "train": {},
+        "data": {},
     }
     for section, values in [*CASES[case].items(), *changes.items()]:
         sections[section] = {**sections[section], **values}
     return RunConfig(**sections)
 
 
-def _micro_batch(config: RunConfig, step: int, number: int) -> tuple[Tensor, Tensor]:
-    """Symbols of a noisy counting machine, so that there is something to learn."""
+def _micro_batch(config: RunConfig, step: int, number: int) -> dict[str, Tensor]:
+    """Symbols of a noisy counting machine, so that there is something to learn, cut into documents at any places."""
     generator = torch.Generator().manual_seed(100 * step + number)
     length = config.model.sequence_length + 1
     start, stride = (torch.randint(1, 64, (MICRO_SIZE, 1), generator=generator) for _ in range(2))
     noise = torch.rand(MICRO_SIZE, length, generator=generator) < 0.1
     tokens_BS = (start + (stride % 3 + 1) * torch.arange(length) + 17 * noise) % VOCAB
-    return tokens_BS[:, :-1], tokens_BS[:, 1:]
+    batch = {"tokens_BS": tokens_BS[:, :-1], "targets_BS": tokens_BS[:, 1:]}
+    if config.data.separate_documents:
+        starts_BS = torch.rand(MICRO_SIZE, length - 1, generator=generator) < 0.2
+        batch["positions_BS"] = torch.from_numpy(positions_in_documents(starts_BS.numpy()))
+    return batch
 
 
 @dataclass
@@ -132,7 +144,7 @@ def _plain(config: RunConfig, steps: int, one_expert: int | None = None) -> Run:
         total = 0.0
         for number in range(MICRO_BATCHES):
             recorder.place = (step, number)
-            loss, aux = model(*_micro_batch(config, step, number))
+            loss, aux = model(**_micro_batch(config, step, number))
             ((loss + aux) / MICRO_BATCHES).backward()
             total += loss.item()
         if step == 0:
@@ -189,7 +201,7 @@ def _engine_run(rank: int, world: int, config: RunConfig, layout: Layout, steps:
         for micro in range(accumulation):
             number = micro * world + rank
             recorder.place = (step, number)
-            loss, aux = engine(*_micro_batch(config, step, number))
+            loss, aux = engine(**_micro_batch(config, step, number))
             engine.backward(loss + aux)
             total += loss.detach().float()
             if step == 0 and micro == accumulation - 1 and layout.stage == 0:
@@ -267,6 +279,7 @@ MATRIX = {
     "early block": [Layout(4, 2)],
     "top-2 router": [Layout(4, 0), Layout(2, 3)],
     "shared experts beside codes, grouped queries": [Layout(4, 0), Layout(2, 1), Layout(4, 2), Layout(2, 3)],
+    "documents kept apart": [Layout(4, 2), Layout(2, 3)],
     "hash of tokens": [Layout(4, 1)],
 }
 

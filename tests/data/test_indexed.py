@@ -177,6 +177,26 @@ def test_sequences_without_an_end_of_document_are_not_predicted_from_each_other(
     assert batch.bytes_B is None, "the tokenizer is unknown"
 
 
+def test_documents_are_told_apart_where_targets_are_masked_and_only_when_asked(corpora, tmp_path):
+    plain = _batches(_config(corpora[0]), tmp_path / "one").micro_batches(0, 0, 1, BATCH)[0]
+    batch = _batches(_config(corpora[0], separate_documents=True), tmp_path / "two").micro_batches(0, 0, 1, BATCH)[0]
+    assert plain.positions_BS is None
+    assert np.array_equal(batch.inputs_BS, plain.inputs_BS) and np.array_equal(batch.targets_BS, plain.targets_BS)
+    first_BS = batch.positions_BS == 0
+    follows_BS = np.diff(batch.inputs_BS, axis=1) == 1  # tokens of a document count upwards
+    assert first_BS[:, 0].all() and np.array_equal(first_BS[:, 1:], ~follows_BS) and first_BS[:, 1:].any()
+    assert np.array_equal(batch.positions_BS[:, 1:][follows_BS], batch.positions_BS[:, :-1][follows_BS] + 1)
+
+
+def test_held_out_documents_are_told_apart_behind_their_ends(tmp_path):
+    texts = [f"Nr. {i}!" * (1 + i % 3) for i in range(60)]
+    config = _config(write_texts(tmp_path / "text", texts), separate_documents=True, split="50,50,0")
+    windows = open_indexed_text(config).open(config, tmp_path / "cache")[1]
+    batch = windows.read(np.arange(len(windows)))
+    ends_BS = batch.inputs_BS == 256
+    assert ends_BS[:, :-1].any() and np.array_equal(batch.positions_BS[:, 1:] == 0, ends_BS[:, :-1])
+
+
 def test_held_out_windows_do_not_depend_on_the_seed_and_are_never_trained_on(tmp_path):
     config = _config(_numbered(tmp_path / "a", 0, 100))
     data = open_indexed_text(config)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.corpus import Corpus
-from vqmoe_ds.data.raw_text import Split, TrainingBatches
+from vqmoe_ds.data.raw_text import Split, TrainingBatches, open_raw_text
 
 WINDOWS, BATCH = 21, 8
 
@@ -76,3 +79,24 @@ def test_a_rank_reads_the_micro_batches_of_a_step_together() -> None:
 def test_a_batch_larger_than_the_corpus_goes_round() -> None:
     batch = _batches(batch_size=50).micro_batch(0, 0, 0, 1, 50)
     assert np.bincount(batch[:, 0], minlength=WINDOWS).min() >= 2
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_files_are_told_apart_only_when_asked(tmp_path: Path, held_out: bool) -> None:
+    sizes = np.random.default_rng(0).integers(1, 9, 80).tolist()
+    for number, size in enumerate(sizes):  # every byte tells where in its file it stands
+        (tmp_path / f"{number:03}.txt").write_bytes(bytes(range(size)))
+    for separate in (False, True):
+        data = {"path": str(tmp_path), "separate_documents": separate, "holdout_every": 2}
+        data |= {"valid_path": str(tmp_path)} if held_out else {}
+        text = open_raw_text(RunConfig(model={"sequence_length": 6}, train={"batch_size": 8}, data=data))
+        valid = text.valid.read(np.arange(len(text.valid)))
+        [train] = TrainingBatches(text.train, 8, 0).micro_batches(0, 0, 1, 8)
+        for batch in (train, valid):
+            if not separate:
+                assert batch.positions_BS is None
+                continue
+            places_BS, inputs_BS = batch.positions_BS, batch.inputs_BS
+            begun_BS = np.maximum.accumulate(inputs_BS == 0, axis=1)
+            assert np.array_equal(places_BS[begun_BS], inputs_BS[begun_BS]) and begun_BS.any()
+            assert np.array_equal(np.where(begun_BS, 0, places_BS), np.where(begun_BS, 0, np.arange(6)))

@@ -86,6 +86,22 @@ def test_killed_on_two_ranks_it_goes_on_on_one_with_the_losses_of_a_run_never_st
     assert losses(run_dir) == pytest.approx(expected, abs=1e-5) and len(expected) == 12
 
 
+def test_documents_kept_apart_are_trained_on_resumed_and_scored(arguments, finished, folder):
+    run_dir, apart = folder / "apart", ["--set", "data.separate_documents=true", "--set", "run.keep_last=0"]
+    command = [*arguments, *apart, "--run_dir", str(run_dir)]
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    expected, packed = losses(run_dir), losses(finished[0])
+    assert expected.keys() == packed.keys() and all(abs(expected[step] - packed[step]) > 1e-5 for step in packed)
+    validated = json.loads((run_dir / "summary.json").read_text())["validation_loss"]
+    assert validated != json.loads((finished[0] / "summary.json").read_text())["validation_loss"]
+    other, tag = folder / "apart again", run_dir / "checkpoints/global_step0000004"
+    result = run([*arguments, *apart, "--run_dir", str(other), "--resume", str(tag)])
+    assert result.returncode == 0 and "resumed from" in result.stdout, result.stderr
+    assert losses(other) == {step: loss for step, loss in expected.items() if step > 4}
+    assert json.loads((other / "summary.json").read_text())["validation_loss"] == validated
+
+
 def test_a_checkpoint_is_not_resumed_on_data_of_another_tokenizer(arguments, finished, folder):
     plain = [*arguments[:4], "--run_dir", str(finished[0]), "--train_steps", "14"]
     result = run([*plain, "--data", str(folder / "text.txt")])

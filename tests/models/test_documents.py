@@ -88,3 +88,8 @@ def test_positions_count_from_the_last_start_and_before_it_from_that_of_the_wind
     starts_BS = np.array([[0, 0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1]], dtype=bool)
     expected = [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 0]]
     assert positions_in_documents(starts_BS).tolist() == expected
+
+
+def test_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="data.separate_documents is for text, not for images"):
+        RunConfig(model={"image_size": 8, "patch_size": 4}, moe={"router": "topk"}, data={"separate_documents": True})

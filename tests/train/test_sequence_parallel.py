@@ -21,7 +21,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.routers import routers
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.batches import MASKED, Batch
+from vqmoe_ds.data.batches import MASKED, Batch, positions_in_documents
 from vqmoe_ds.runtime.errors import ConfigError
 
 WORLD, MICRO, LENGTH, VOCAB, BATCH, STEPS = 4, 2, 24, 64, 8, 20
@@ -46,6 +46,11 @@ VQ: dict[str, dict[str, Any]] = {
     },
     "dense": {"moe": {"router": "dense"}, "model": {"qk_norm": "full"}},
     "grouped queries": {"moe": {"top_k": 0}, "model": {"kv_heads": 2}},
+    "documents kept apart": {
+        "moe": {"top_k": 1},
+        "codebook": {"source": "context", "num_codes": 20, "context_window": 9},
+        "data": {"separate_documents": True},
+    },
 }
 
 
@@ -60,6 +65,7 @@ FEW = {
     "context, top-1": [Layout(4, 2, 2), Layout(2, 2, 3)],
     "top-2 of normed heads, recomputed": [Layout(2, 4, 1)],
     "grouped queries": [Layout(2, 2, 2)],
+    "documents kept apart": [Layout(4, 2, 2)],
 }
 MANY = {
     "context, top-1": [Layout(2, 1, 0), Layout(4, 4, 1), Layout(4, 1, 3)],
@@ -71,6 +77,7 @@ MANY = {
     "top-2 of normed heads, recomputed": [Layout(4, 4, 2)],
     "dense": [Layout(2, 1, 3)],
     "grouped queries": [Layout(2, 4, 3)],
+    "documents kept apart": [Layout(2, 4, 3), Layout(2, 1, 1)],
 }
 REFUSED = ["expert_choice", "adaptive_clustering of the batch", "softmoe", "softmoe_ac"]
 OTHERS = sorted(set(ROUTERS) - set(REFUSED))
@@ -83,6 +90,7 @@ def _config(case: str, **train: Any) -> RunConfig:
         "moe": {"num_experts": 8, "expert_hidden": 16, "balance_weight": 0.05, "z_loss_weight": 0.01},
         "codebook": {"init_step": 2, "kmeans_samples": 128, "dead_below": 0.2},
         "train": {"batch_size": BATCH, "steps": STEPS, "warmup_steps": 2, "grad_clip": 0.4},
+        "data": {},
     }
     moe, options = ROUTERS.get(case, ({}, {}))
     for section, values in [*VQ.get(case, {}).items(), ("moe", moe), ("train", train)]:
@@ -95,6 +103,9 @@ class Symbols:
 
     masked, sequence_length = True, LENGTH
 
+    def __init__(self, separate: bool = False) -> None:
+        self.separate = separate
+
     def __len__(self) -> int:
         return 11
 
@@ -102,7 +113,10 @@ class Symbols:
         windows, masks = zip(*(self._window(int(position)) for position in positions), strict=True)
         tokens_BS = np.stack(windows)
         targets_BS = np.where(np.stack(masks), MASKED, tokens_BS[:, 1:])
-        return Batch(tokens_BS[:, :-1], targets_BS, (targets_BS != MASKED).sum(axis=1) * 3)
+        batch = Batch(tokens_BS[:, :-1], targets_BS, (targets_BS != MASKED).sum(axis=1) * 3)
+        if not self.separate:
+            return batch
+        return batch._replace(positions_BS=positions_in_documents(np.roll(targets_BS == MASKED, 1, axis=1)))
 
     def micro_batches(self, first: int, rank: int, world: int, size: int) -> list[Batch]:
         starts = range(first + rank * size, first + BATCH, world * size)
@@ -154,7 +168,7 @@ def _trainer(folder: Path, rank: int, config: RunConfig, layout: Layout) -> Any:
 
     engine_config = _engine_config(folder, rank, config, layout)
     session = build_session(engine_config, Place(rank, WORLD, rank, WORLD), "test.json")
-    return Trainer(session, Symbols(), [])
+    return Trainer(session, Symbols(config.data.separate_documents), [])
 
 
 def _report(trainer: Any, layout: Layout, steps: int) -> Report:
@@ -167,7 +181,7 @@ def _report(trainer: Any, layout: Layout, steps: int) -> Report:
         results.append(trainer.train_step())
         norms.append(float(session.engine.get_global_grad_norm()))
     model = session.model
-    score = validate(session, Symbols())
+    score = validate(session, Symbols(session.config.run.data.separate_documents))
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=layout.stage == 3):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     report = Report(

@@ -513,6 +513,9 @@ class DataConfig(Section):
     cache_dir: str | None = option(
         None, "folder of shuffled indices of prepared data, or of decoded images; none: data_index in the run folder"
     )
+    separate_documents: bool = option(
+        False, "attend, and mix context codes, within a document alone (of raw text a file), whose positions begin anew"
+    )
     classes: tuple[str, ...] = option((), "names of the classes of images, filled in by the run; none: text")
     augment: Augment = option(
         Augment.CROP_FLIP,
@@ -657,6 +660,8 @@ class RunConfig(Section):
                     "context or token_embedding"
                 )
             return
+        if self.data.separate_documents:
+            raise ValueError("data.separate_documents is for text, not for images (model.image_size); leave it out")
         if self.moe.facts.needs_token_ids:
             raise ValueError(
                 f"moe.router={router} reads ids of tokens, and patches of images have none; use moe.router=vq with "

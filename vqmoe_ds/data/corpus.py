@@ -93,6 +93,15 @@ class Corpus:
             start, length, piece = start + len(part), length - len(part), piece + 1
         return np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
 
+    def starts(self, index: int, sequence_length: int) -> np.ndarray:
+        """Whether each byte of a window but the last is the first of a file, bool ``[sequence_length]``."""
+        start, answer = index * sequence_length, np.zeros(sequence_length, dtype=bool)
+        piece = bisect.bisect_left(self.ends, start)
+        while self.ends[piece] < start + sequence_length:
+            answer[self.ends[piece] - start] = True
+            piece += 1
+        return answer
+
 
 def open_corpus(path: str | None) -> Corpus:
     """The corpus at ``path``: a file, or every file of a folder in the order of their paths.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.config.schema import DataConfig, RunConfig
-from vqmoe_ds.data.batches import MASKED, Batch
+from vqmoe_ds.data.batches import MASKED, Batch, positions_in_documents
 from vqmoe_ds.data.index_files import check_index, check_prefix
 from vqmoe_ds.data.portions import HELD_OUT, Portion, Prefix
 from vqmoe_ds.data.tokenizer_base import Tokenizer
@@ -139,9 +139,11 @@ class Reader:
     Args:
         tokenizer: the one that made the ids; None where it is unknown.
         vocab_size: of the model; ids past it or past the tokenizer's are refused.
+        separate: whether batches tell documents apart (``data.separate_documents``).
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, separate: bool = False) -> None:
+        self.separate = separate
         self.vocab_size = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
         self.eod = tokenizer.eod if tokenizer is not None else None
         self._bytes_V = tokenizer.token_bytes() if tokenizer is not None else None
@@ -163,7 +165,11 @@ class Reader:
         bytes_B = None
         if self._bytes_V is not None:
             bytes_B = (self._bytes_V[labels_BS] * (kept_BS > 0)).sum(axis=1, dtype=np.int64)
-        return Batch(inputs_BS, targets_BS, bytes_B)
+        positions_BS = None
+        if self.separate:  # a target is masked where, and only where, a document or a stored sequence starts
+            first_BS = np.concatenate([np.zeros_like(kept_BS[:, :1], dtype=bool), kept_BS[:, :-1] == 0], axis=1)
+            positions_BS = positions_in_documents(first_BS)
+        return Batch(inputs_BS, targets_BS, bytes_B, positions_BS=positions_BS)
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,7 @@ class IndexedText:
         if self.weighted:
             portions = [Portion((p,), self.train.share, self.train.sequence_length) for p in self.train.prefixes]
             weights = [p.weight or 0.0 for p in self.train.prefixes]
-        reader = Reader(self.tokenizer, config.model.vocab_size)
+        reader = Reader(self.tokenizer, config.model.vocab_size, config.data.separate_documents)
         train = config.train
         shared = config.data.cache_dir is not None
         batches = IndexedBatches(portions, weights, train.batch_size, train.seed, cache, reader, shared)

@@ -5,14 +5,14 @@ Legend: B windows, S positions of a window (``sequence_length``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.batches import Batch, ShuffledBatches
+from vqmoe_ds.data.batches import Batch, ShuffledBatches, positions_in_documents
 from vqmoe_ds.data.corpus import Corpus, open_corpus
 from vqmoe_ds.runtime.errors import DataError
 
@@ -22,11 +22,16 @@ STRETCH = 64
 
 @dataclass(frozen=True)
 class Split:
-    """Windows of one corpus for one purpose."""
+    """Windows of one corpus for one purpose.
+
+    Attributes:
+        separate: whether batches tell the files apart (``data.separate_documents``).
+    """
 
     corpus: Corpus
     sequence_length: int
     indices: np.ndarray
+    separate: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -38,7 +43,11 @@ class Split:
 
     def read(self, positions: np.ndarray) -> Batch:
         """Windows at ``positions`` with their targets."""
-        return byte_batch(self.batch(positions))
+        batch = byte_batch(self.batch(positions))
+        if not self.separate:
+            return batch
+        starts = [self.corpus.starts(int(self.indices[p]), self.sequence_length) for p in positions]
+        return batch._replace(positions_BS=positions_in_documents(np.stack(starts)))
 
 
 def split_corpus(corpus: Corpus, sequence_length: int, holdout_every: int) -> tuple[Split, Split]:
@@ -86,7 +95,7 @@ class TrainingBatches(ShuffledBatches):
         return self.split.batch(self.rows(step * self.batch_size + (micro * world + rank) * size, size))
 
     def _batch(self, first: int, rows: np.ndarray) -> Batch:
-        return byte_batch(self.split.batch(rows))
+        return self.split.read(rows)
 
 
 def byte_batch(windows: np.ndarray) -> Batch:
@@ -131,5 +140,7 @@ def open_raw_text(config: RunConfig) -> RawText:
     assert not isinstance(data.path, list) and not isinstance(data.valid_path, list)
     corpus = open_corpus(data.path)
     if data.valid_path is None:
-        return RawText(*split_corpus(corpus, length, data.holdout_every))
-    return RawText(whole_corpus(corpus, length), whole_corpus(open_corpus(data.valid_path), length))
+        splits = split_corpus(corpus, length, data.holdout_every)
+    else:
+        splits = whole_corpus(corpus, length), whole_corpus(open_corpus(data.valid_path), length)
+    return RawText(*(replace(split, separate=data.separate_documents) for split in splits))

@@ -83,7 +83,7 @@ def validate(
 def _row_totals(session: Session, batch: Batch) -> Tensor:
     """Nats, targets and bytes of each window, over its positions; float64 ``[3, B]``."""
     inputs_BS, targets_BS = (torch.from_numpy(ids).to(session.device) for ids in (batch.inputs_BS, batch.targets_BS))
-    logits_BSV, _ = session.engine(inputs_BS.contiguous())
+    logits_BSV, _ = session.engine(inputs_BS.contiguous(), **session.documents_of(batch))
     if session.model.share is not None:  # the mean over its group is that of whole windows
         targets_BS = targets_BS[:, session.model.share.span]
     losses_BS = torch.nn.functional.cross_entropy(

@@ -32,8 +32,9 @@ class RoutingHealth:
         rows = min(len(probe), -(-probe_tokens // length)) if layers else 0
         self._probe_BS: Tensor | None = None
         if rows:
-            inputs_BS = probe.read(np.linspace(0, len(probe) - 1, rows).astype(int)).inputs_BS
-            self._probe_BS = torch.from_numpy(inputs_BS.copy()).to(session.device)
+            batch = probe.read(np.linspace(0, len(probe) - 1, rows).astype(int))
+            self._probe_BS = torch.from_numpy(batch.inputs_BS.copy()).to(session.device)
+            self._documents = session.documents_of(batch)
         self._last_LTR: Tensor | None = None
         self.last_counts_LN = torch.zeros(0)
         self.last_usage_LK: Tensor | None = None
@@ -77,7 +78,7 @@ class RoutingHealth:
             layer.register_forward_hook(lambda _layer, _args, outputs: seen.append(outputs[2])) for layer in layers
         ]
         engine.eval()
-        engine(self._probe_BS)
+        engine(self._probe_BS, **self._documents)
         engine.train()
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.data.batches import Batch
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.ranks import Place
@@ -43,6 +44,12 @@ class Session:
     def round_size(self) -> int:
         """Sequences in one micro-batch of every reader."""
         return self.config.micro_batch * self.config.readers
+
+    def documents_of(self, batch: Batch) -> dict[str, Tensor]:
+        """What tells the model of documents that are kept apart, by argument; nothing where a window is one text."""
+        if batch.positions_BS is None:
+            return {}
+        return {"positions_BS": torch.from_numpy(batch.positions_BS).to(self.device)}
 
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """Average over all ranks, on the device; NaN on one rank is NaN on all."""

@@ -160,7 +160,8 @@ class Trainer:
         engine, sums = session.engine, torch.zeros(2, dtype=torch.float64, device=self.session.device)
         weights, sizes = self._weigh(batches)
         for micro, batch in enumerate(batches):
-            lm_loss, aux_loss = engine(self._tensor(batch.inputs_BS), self._tensor(batch.targets_BS))
+            documents = session.documents_of(batch)
+            lm_loss, aux_loss = engine(self._tensor(batch.inputs_BS), self._tensor(batch.targets_BS), **documents)
             if weights is not None:
                 lm_loss = lm_loss * weights[micro].to(lm_loss.dtype)
             if micro == rounds - 1:
