@@ -49,6 +49,16 @@ def test_logits_are_those_of_the_trainer(case: str, pairs: dict[str, Pair]) -> N
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_packed_documents_are_kept_apart_as_by_the_trainer(case: str, pairs: dict[str, Pair]) -> None:
+    ours, theirs = pairs[case]
+    positions_BS = (torch.arange(LENGTH) % 5).expand(len(tokens_of()), -1)
+    with torch.no_grad():
+        logits = theirs(tokens_of(), position_ids=positions_BS, use_cache=False).logits
+        assert (logits - ours(tokens_of(), positions_BS=positions_BS)[0]).abs().max() < 1e-5
+    assert (logits - _logits(ours, tokens_of())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_those_of_the_trainer(case: str, pairs: dict[str, Pair]) -> None:
     ours, theirs = (copy.deepcopy(model).train() for model in pairs[case])
     tokens_BS = tokens_of(4)
