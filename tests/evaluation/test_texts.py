@@ -130,6 +130,17 @@ def test_raw_text_that_is_named_is_scored_whole_and_the_runs_own_where_it_was_he
     assert sum(len(t.ids_N) for t in open_texts(loaded, [str(tmp_path / "text")], max_tokens=100)) == 100
 
 
+def test_held_out_stretches_are_cut_at_the_ends_of_files_where_documents_are_kept_apart(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(chr(ord("a") + number % 26) * (number % 7 + 20))
+    joined, apart = (
+        [text.raw for text in open_texts(_loaded(ByteTokenizer(), path=str(tmp_path), separate_documents=on), None)]
+        for on in (False, True)
+    )
+    assert b"".join(apart) == b"".join(joined) and len(apart) > len(joined)
+    assert all(len(set(raw)) == 1 for raw in apart) and not all(len(set(raw)) == 1 for raw in joined)
+
+
 def test_prepared_sequences_are_documents_of_the_held_out_share(tmp_path):
     texts = [f"story {i} " * (i % 5 + 3) for i in range(40)]
     prefix = write_texts(tmp_path / "corpus", texts)

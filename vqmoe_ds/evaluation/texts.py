@@ -194,17 +194,23 @@ def _raw(loaded: LoadedModel, config: RunConfig, whole: bool) -> Iterator[Text]:
         pieces = [piece.tobytes() for piece in corpus.pieces]
     else:
         split = split_corpus(corpus, config.model.sequence_length, config.data.holdout_every)[1]
-        pieces = list(_stretches(split))
+        pieces = list(_stretches(split, config.data.separate_documents))
     for piece in pieces:
         yield encode(tokenizer, piece)
 
 
-def _stretches(split: Split) -> Iterator[bytes]:
-    """The held-out stretches of raw text; their targets are those of the trainer's windows."""
+def _stretches(split: Split, separate: bool) -> Iterator[bytes]:
+    """The held-out stretches of raw text, or of each the parts of files that it holds.
+
+    The targets of whole ones are those of the trainer's windows.
+    """
+    ends = np.array(split.corpus.ends if separate else (), dtype=np.int64)
     runs = np.split(split.indices, np.flatnonzero(np.diff(split.indices) > 1) + 1)
     for run in runs:
         windows = [split.corpus.window(int(index), split.sequence_length) for index in run]
-        yield b"".join([*(window[:-1].tobytes() for window in windows), windows[-1][-1:].tobytes()])
+        stretch = np.concatenate([*(window[:-1] for window in windows), windows[-1][-1:]])
+        cuts = ends - run[0] * split.sequence_length
+        yield from (part.tobytes() for part in np.split(stretch, cuts[(cuts > 0) & (cuts < len(stretch))]))
 
 
 def _prepared(loaded: LoadedModel, data: IndexedText) -> Iterator[Text]:
