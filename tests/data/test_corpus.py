@@ -74,6 +74,30 @@ def test_batches_are_int64_windows() -> None:
     assert len(whole_corpus(corpus, 4)) == 50
 
 
+def test_texts_of_the_hub_stand_end_to_end_and_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    texts = ["Grüße", "", None, *(f"{number} little words. " * (number % 3) for number in range(300)), "end"]
+    table = datasets.Dataset.from_dict({"text": texts, "number": list(range(len(texts)))})
+    (tmp_path / "set").mkdir()
+    table.select(range(200)).to_parquet(str(tmp_path / "set/train-00000-of-00002.parquet"), batch_size=30)
+    table.select(range(200, len(texts))).to_parquet(str(tmp_path / "set/train-00001-of-00002.parquet"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for split, wanted in (("", texts), ("::train[10:250]", texts[10:250])):
+        corpus = open_corpus(f"hub:{tmp_path / 'set'}{split}")
+        assert [piece.tobytes().decode() for piece in corpus.pieces] == [text for text in wanted if text]
+        assert corpus.num_bytes == sum(len(text.encode()) for text in wanted if text)
+    for column in ("number", "body"):
+        (tmp_path / column).mkdir()
+        odd = (
+            table.select(range(9)).select_columns(["number"]).rename_column("number", column.replace("number", "text"))
+        )
+        odd.to_parquet(str(tmp_path / column / "train.parquet"))
+        with pytest.raises(DataError, match="no column 'text' of strings, only .*prepare it"):
+            open_corpus(f"hub:{tmp_path / column}")
+
+
 def test_folder_is_read_in_path_order_without_hidden_files(tmp_path: Path) -> None:
     files = {"b.txt": b"BB", "a/z.txt": b"ZZZ", "a/c/k.txt": b"K", ".hidden": b"no", ".git/config": b"no", "e.txt": b""}
     for name, content in files.items():

@@ -37,7 +37,7 @@ SHORT_NAMES = {
     "sp_size": "train.sequence_parallel_size",
 }
 """Options that are another name for one field."""
-PREPARED = "file or folder of text, or prepared data as PREFIX ... or WEIGHT:PREFIX ..."
+PREPARED = "file or folder of text, hub:NAME, or prepared data as PREFIX ... or WEIGHT:PREFIX ..."
 """Values of ``--data``, for ``--help``."""
 EXIT_CODES = """exit codes: 0 finished, 1 defect, 2 bad input, 3 training cannot go on, 75 stopped by a signal after \
 saving, 76 a rank went missing"""

@@ -104,7 +104,7 @@ class Corpus:
 
 
 def open_corpus(path: str | None) -> Corpus:
-    """The corpus at ``path``: a file, or every file of a folder in the order of their paths.
+    """The corpus at ``path``: a file, every file of a folder in the order of their paths, or the texts of ``hub:NAME``.
 
     None gives the documentation of the running Python (``stdlib_text``).
 
@@ -117,6 +117,10 @@ def open_corpus(path: str | None) -> Corpus:
         text = np.frombuffer(stdlib_text(), dtype=np.uint8)
         version = ".".join(map(str, sys.version_info[:3]))
         return Corpus(f"documentation of CPython {version}'s standard library", (text,), (len(text),))
+    if path.startswith("hub:"):
+        from vqmoe_ds.data.tables import hub_texts
+
+        return _joined(path, hub_texts(path))
     if not os.path.exists(path):
         raise DataError(f"data path {path} {why_missing(path)}; give a text file or a folder of text files with --data")
     files, others = _files_of(path) if os.path.isdir(path) else ([path], [])
@@ -126,8 +130,12 @@ def open_corpus(path: str | None) -> Corpus:
         raise DataError(
             f"data path {path} holds no bytes{passed_over}; give a text file or a folder of text files with --data"
         )
+    return _joined(f"{path}{passed_over}", pieces)
+
+
+def _joined(name: str, pieces: Sequence[np.ndarray | FilePiece]) -> Corpus:
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    return Corpus(f"{path}{passed_over}", tuple(pieces), tuple(ends.tolist()))
+    return Corpus(name, tuple(pieces), tuple(ends.tolist()))
 
 
 def _files_of(folder: str) -> tuple[list[str], list[str]]:

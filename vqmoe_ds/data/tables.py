@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from vqmoe_ds.data.units import (
     BAD_UTF8,
@@ -138,6 +141,29 @@ def read_hub(span: Span, options: SourceOptions, skips: Skips) -> Iterator[Piece
     for start in range(span.start, span.end, 1024):
         column = table[start : min(start + 1024, span.end)].column(key)
         yield from _column(column, span.path, start, skips)
+
+
+def hub_texts(path: str) -> list[np.ndarray]:
+    """UTF-8 bytes of the texts of a data set, uint8, empty ones left out; they stay where ``datasets`` keeps them.
+
+    Raises:
+        DataError: it cannot be loaded, or has no column ``text`` of strings.
+    """
+    pa, key = library("pyarrow", "reading from the Hugging Face hub", DataError), SourceOptions.text_key
+    table = _hub_data(path, False, None).data
+    kind = table.schema.field(key).type if key in table.column_names else None
+    if kind not in (pa.string(), pa.large_string()):
+        raise DataError(
+            f"{path}: no column {key!r} of strings, only {some_of(table.column_names)}; prepare it "
+            "(tools/prepare_data.py --text_key)"
+        )
+    texts: list[np.ndarray] = []
+    for chunk in table.column(key).chunks:
+        rows = (chunk.drop_null() if chunk.null_count else chunk).cast(pa.large_binary())
+        _, offsets, content = (np.frombuffer(buffer or b"", dtype=np.uint8) for buffer in rows.buffers())
+        offsets_N = offsets.view(np.int64)[rows.offset : rows.offset + len(rows) + 1].tolist()
+        texts += [content[start:end] for start, end in pairwise(offsets_N) if start < end]
+    return texts
 
 
 @lru_cache(maxsize=4)
