@@ -86,7 +86,7 @@ GUARDED = {
         "megatron-core's numpy.load(allow_pickle=True): read_array in its place (tests/data/test_index_cache.py)",
     ),
     "open_memmap": (
-        ["vqmoe_ds/data/image_cache.py", "vqmoe_ds/data/image_published.py", "vqmoe_ds/data/index_cache.py"],
+        ["vqmoe_ds/data/arrays.py", "vqmoe_ds/data/image_cache.py"],
         "numpy refuses object arrays to map; there is no pickle in it",
     ),
     "memmap": (

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.images import squares
-from vqmoe_ds.evaluation.image_damage import KINDS, SEVERITIES, ImageCorruption, parse_image_corruption
+from vqmoe_ds.data.image_published import SEVERITIES
+from vqmoe_ds.evaluation.image_damage import KINDS, ImageCorruption, parse_image_corruption
 from vqmoe_ds.runtime.errors import ConfigError
 
 

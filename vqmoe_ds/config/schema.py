@@ -491,8 +491,7 @@ class DataConfig(Section):
     path: str | list[str] | None = option(
         None,
         "file or folder of any bytes, hub:NAME[:CONFIG[:SPLIT]], or one or more prepared prefixes, each PREFIX or "
-        "WEIGHT:PREFIX; "
-        "none: the standard library's documentation",
+        "WEIGHT:PREFIX; none: the standard library's documentation",
     )
     holdout_every: int = option(
         10,

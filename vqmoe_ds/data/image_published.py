@@ -6,15 +6,15 @@ Legend: N images of all severities of a kind, H pixels of height, W of width, C 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from vqmoe_ds.data.arrays import mapped_array
 from vqmoe_ds.data.image_files import Split, Stored, class_folders
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.errors import DataError
 
 EXTRA = "extra"
 """Group of the kinds that the published means leave out."""
@@ -118,16 +118,10 @@ def _severities(file: Path, labels_N: np.ndarray) -> list[Callable[[], Split]]:
 
 
 def _array(file: Path) -> np.ndarray:
-    """The array of a ``.npy`` file, mapped; arrays of objects, which are pickles, cannot be."""
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError("it is not a regular file")
-        return np.lib.format.open_memmap(file, mode="r")
-    except OSError:
-        raise
-    except Exception as error:  # numpy parses the header as Python's syntax, with all that can go wrong there
-        reason = one_line(str(error).split("\n")[0], 200)
-        raise DataError(f"{file} is no array of numbers ({reason}); copy it again") from None
+        return mapped_array(file, links=True)
+    except ValueError as error:
+        raise DataError(f"{file} is no array of numbers ({error}); copy it again") from None
 
 
 def _folder(folder: Path, classes: tuple[str, ...]) -> Callable[[], Split]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.data.arrays import mapped_array
+from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import read_small, sha256_of, write_atomically
 
 SIDECAR = "sealed.json"
@@ -35,14 +36,9 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
         OSError: the file cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise ValueError("it is not a regular file")
-        return np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
-    except Exception as error:  # numpy parses the header as Python's syntax, with all that can go wrong there
-        reason = one_line(str(error).split("\n")[0], 200)
-        refusal = DataError(f"{path} is not an array of numbers ({reason}); remove its folder, and it is made again")
+        return mapped_array(path, links=False)
+    except ValueError as error:
+        refusal = DataError(f"{path} is not an array of numbers ({error}); remove its folder, and it is made again")
         refusal.local = True
         raise refusal from None
 

@@ -246,7 +246,6 @@ def share_windows(loaded: LoadedModel, size: int, place: Place) -> None:
 
 
 def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, console: Console) -> tuple[Any, float]:
-
     from vqmoe_ds.evaluation.corruption_error import read_reference
     from vqmoe_ds.evaluation.images import evaluate_images, open_published, open_split
     from vqmoe_ds.evaluation.out_of_distribution import open_others

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from vqmoe_ds.data.image_published import SEVERITIES
 from vqmoe_ds.runtime.errors import ConfigError, DataError, shown
 from vqmoe_ds.runtime.extras import library
 
-SEVERITIES = range(1, 6)
 Draws = list[np.random.Generator]
 """A generator for each image."""
 

@@ -52,8 +52,8 @@ def open_others(loaded: LoadedModel, name: str, most: int) -> OtherImages:
     files = find_images(name)
     split = files.test or files.train
     labels_N = np.zeros(len(split.labels_N), np.int64)  # their classes are none of the model's
-    rows = np.linspace(0, len(labels_N) - 1, min(most, len(labels_N))).astype(int)
-    images = ImageSet(DecodedWhenRead(Converted(split, wanted), wanted), labels_N, rows, *about)
+    every = ImageSet(DecodedWhenRead(Converted(split, wanted), wanted), labels_N, np.arange(len(labels_N)), *about)
+    images = every.evenly(most)
     images.read(np.zeros(1, int))
     return OtherImages(files.name, images, _changes(split.pixels(0), wanted))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from vqmoe_ds.data.images import ImageSet
 from vqmoe_ds.evaluation.classification import ClassScore, classify, judge, plot_confusion
 from vqmoe_ds.evaluation.plots import NoPictures
@@ -21,7 +19,7 @@ class ImageReport(FinalReport):
 
     def _validate(self, session: Session, most: int) -> ClassScore:
         assert isinstance(self.windows, ImageSet)
-        return classify(session, self.windows.take(np.linspace(0, len(self.windows) - 1, most).astype(int)))
+        return classify(session, self.windows.evenly(most))
 
     def _about(self, score: ClassScore) -> dict[str, Any]:
         assert isinstance(self.windows, ImageSet)

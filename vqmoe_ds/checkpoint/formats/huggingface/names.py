@@ -153,8 +153,7 @@ def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Store
 
 def is_sparse(config: RunConfig, block: int) -> bool:
     """Tell whether a block has experts."""
-    every, first = config.model.moe_every, config.model.dense_layers
-    return config.moe.facts.has_experts and block >= first and block % every == every - 1
+    return config.moe.facts.has_experts and block in config.model.moe_blocks
 
 
 def placement_of(sparse: list[int], layers: int) -> dict[str, int] | None:
