@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 
 import numpy as np
@@ -29,6 +29,20 @@ DEVICES = [
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
     ),
 ]
+
+
+BY = [
+    "pytorch",
+    *(pytest.param(by.values[0], marks=by.marks, id=name) for by, name in zip(DEVICES, ["triton", "gpu"], strict=True)),
+]
+"""Parameters of a fixture: by PyTorch's operations, by kernels in the interpreter, by kernels on a GPU."""
+
+
+@contextmanager
+def computed(by: str) -> Iterator[None]:
+    """Inside, new tensors are where one of ``BY`` computes, and their kernels are taken."""
+    with nullcontext() if by == "pytorch" else kernels_on(by), torch.device("cpu" if by == "pytorch" else by):
+        yield
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from vqmoe_ds.config.routers import routers
 from vqmoe_ds.config.schema import CodebookConfig, CodeMap, CodeSource, MoEConfig
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.kernels.codes import nearest_codes, sum_by_code
+from vqmoe_ds.moe.kernels.codes import nearest_codes
 from vqmoe_ds.moe.kernels.integers import count_ids
+from vqmoe_ds.moe.kernels.statistics import sum_by_code
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.state_sync import StateSync

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.config.schema import CodebookConfig
-from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized, sum_by_code
+from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized
 from vqmoe_ds.moe.kernels.integers import count_ids
+from vqmoe_ds.moe.kernels.statistics import add_by_code, follow_means
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.sequence import SequenceShare, evenly
 from vqmoe_ds.moe.state import SteppedState
@@ -174,10 +175,10 @@ class CodebookBank(SteppedState):
         # Sources may serve the layers in parts; the one that serves the first counts the micro-batch.
         if layers.start == 0:
             self.count_micro_batch()
-        pending_LKC1 = self._pending[layers]
-        pending_LKC1[..., -1] += count_ids(codes_LT, self.num_codes)
         if self.moving:
-            pending_LKC1[..., :-1] += sum_by_code(z_TC, codes_LT, self.num_codes)
+            add_by_code(self._pending[layers], z_TC, codes_LT)
+        else:
+            self._pending[layers][..., -1] += count_ids(codes_LT, self.num_codes)
         if self.initialization_due or self.splitting_due or self.reseeding_due:
             keep = 4 * self.num_codes if self.initialized and not self.splitting_due else self.config.kmeans_samples
             if self.share is not None:
@@ -282,7 +283,7 @@ class CodebookBank(SteppedState):
             if self.config.learning == "gradient":
                 self._adam_step(sums_LKC, counts_LK)
             else:
-                self._ema_step(sums_LKC, counts_LK)
+                follow_means(self.codes_LKC, self.ema_sum_LKC, self.ema_count_LK, stats_LKC1, self.decay())
             if self.config.distance == "cosine":
                 self.codes_LKC.copy_(F.normalize(self.codes_LKC, dim=-1))
         # Last, for decay and bias correction above go by the steps before this one.
@@ -300,16 +301,6 @@ class CodebookBank(SteppedState):
         age = self.steps_taken - max(0, self._born_at.read(self.born_at))
         done = min(1.0, age / c.decay_steps) if c.decay_steps else 1.0
         return c.decay + (c.decay_final - c.decay) * done
-
-    def _ema_step(self, sums_LKC: Tensor, counts_LK: Tensor) -> None:
-        decay = self.decay()
-        # In float64 and rounded once: buffers hold float32.
-        self.ema_count_LK.copy_(self.ema_count_LK.double() * decay + counts_LK * (1 - decay))
-        self.ema_sum_LKC.copy_(self.ema_sum_LKC.double() * decay + sums_LKC * (1 - decay))
-        means_LKC = self.ema_sum_LKC / self.ema_count_LK.clamp_min(1e-12).unsqueeze(-1)
-        # Codes that fade away keep their place: their mean is a quotient of two vanishing numbers.
-        alive_LK1 = (self.ema_count_LK > 1e-6).unsqueeze(-1)
-        self.codes_LKC.copy_(torch.where(alive_LK1, means_LKC, self.codes_LKC))
 
     def _adam_step(self, sums_LKC: Tensor, counts_LK: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         rate = self.config.learning_rate or self.model_rate

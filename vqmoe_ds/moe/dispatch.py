@@ -147,8 +147,8 @@ def sort_rows(expert_ids_LTR: Tensor, num_experts: int) -> SortedRows:
     layers, tokens, routes = expert_ids_LTR.shape
     flat_LM = expert_ids_LTR.reshape(layers, tokens * routes)
     # Stable: which of two rows of an expert comes first decides the last bits of its weight gradient.
-    order_LM, ends_LN = sort_by_kind(flat_LM, num_experts)
-    return SortedRows(routes, flat_LM, invert(order_LM), ends_LN, order_LM)
+    order_LM, inverse_LM, ends_LN = sort_by_kind(flat_LM, num_experts)
+    return SortedRows(routes, flat_LM, inverse_LM, ends_LN, order_LM)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.moe.communication import comm
-from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
+from vqmoe_ds.moe.kernels.integers import sort_by_kind
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Homes:
     """
 
     def __init__(self, share: SequenceShare, ranks_T: Tensor) -> None:
-        order_1T, ends_1P = sort_by_kind(ranks_T.unsqueeze(0), share.size)
+        order_1T, inverse_1T, ends_1P = sort_by_kind(ranks_T.unsqueeze(0), share.size)
         ends = ends_1P[0].tolist()
-        self.share, self.order_T, self.inverse_T = share, order_1T[0], invert(order_1T)[0]
+        self.share, self.order_T, self.inverse_T = share, order_1T[0], inverse_1T[0]
         self.counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         """Tokens of each rank."""
         self.mine_M = self.order_T[ends[share.rank] - self.counts[share.rank] : ends[share.rank]]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource
+from vqmoe_ds.moe.kernels.codes import mix_context
 from vqmoe_ds.moe.mirror import HostMirror
 
 
@@ -54,25 +55,17 @@ class EmbeddingSource(nn.Module):
         self, tokens_BS: Tensor, embedded_BSD: Tensor, start: int = 0, positions_BS: Tensor | None = None
     ) -> Tensor:
         """Vectors of tokens whose first stands at position ``start``, or of all at their positions in documents."""
-        source_BSD = embedded_BSD.detach().float()
+        source_BSD = embedded_BSD.detach()
         if self.table_VD is not None and self._ready.read(self.table_ready):
             source_BSD = F.embedding(tokens_BS, self.table_VD)
+        if self.config.source is CodeSource.CONTEXT:
+            return mix_context(source_BSD, self.config.context_window, self.config.context_decay, positions_BS)
+        source_BSD = source_BSD.float()
         if self.positions_SD is not None:
             unit_BSD = F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6)
             places = slice(start, start + tokens_BS.shape[1]) if positions_BS is None else positions_BS
             return unit_BSD + self.config.position_weight * self.positions_SD[places]
-        if self.config.source is CodeSource.CONTEXT:
-            return self._mix(F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6), positions_BS)
         return source_BSD
-
-    def _mix(self, unit_BSD: Tensor, positions_BS: Tensor | None) -> Tensor:
-        mixed_BSD = unit_BSD.clone()
-        for back in range(1, min(self.config.context_window, unit_BSD.shape[1])):
-            earlier = torch.roll(unit_BSD[:, :-back], shifts=back, dims=-1)
-            if positions_BS is not None:
-                earlier = earlier * positions_BS[:, back:, None].ge(back)
-            mixed_BSD[:, back:] += self.config.context_decay**back * earlier
-        return mixed_BSD
 
     @property
     def follows(self) -> bool:

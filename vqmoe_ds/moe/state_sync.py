@@ -164,9 +164,10 @@ class _Codebooks:
         if not (splitting_due or reseeding_due):
             return
         bank = self.bank
-        seen = torch.stack([bank.overused_codes().any().long(), bank.dead_codes().sum(dim=1).max()])
-        overused, most_dead = seen.tolist()  # the one copy to the host
-        if splitting_due and overused:
+        seen = [bank.overused_codes().any().long()] if splitting_due else []
+        seen.append(bank.dead_codes().sum(dim=1).max())
+        *overused, most_dead = torch.stack(seen).tolist()  # the one copy to the host
+        if any(overused):
             split_overused_codes(bank, self._all_samples(), self._my_layers())
             self._broadcast_layers()
             most_dead = int(bank.dead_codes().sum(dim=1).max())

@@ -1,38 +1,28 @@
-"""Nearest codes and sums by code: Triton kernels, in its interpreter, and PyTorch's operations against float64."""
+"""Nearest codes and what they are compared with: Triton kernels and PyTorch's, against float64."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import why_not_interpreted
-from vqmoe_ds.moe.kernels.codes import nearest_codes, normalized, sum_by_code
-from vqmoe_ds.moe.kernels.integers import count_ids
-from vqmoe_ds.moe.kernels.triton_support import interpreted
+from tests.kernels import BY, computed
+from vqmoe_ds.moe.kernels.codes import mix_context, nearest_codes, normalized
 
 # (T, L, K, C): below, at and above the sizes of blocks, which are 128 tokens, 64 codes, 32 and 128 columns, 64 rows
 SHAPES = [(5, 2, 7, 9), (130, 3, 33, 70), (1, 1, 1, 1), (40, 2, 150, 33), (200, 1, 1, 140), (128, 2, 64, 32)]
 
 
-@pytest.fixture(params=["pytorch", "triton"], autouse=True)
+@pytest.fixture(params=BY, autouse=True)
 def _by(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton" and why_not_interpreted() is not None:
-        pytest.skip(str(why_not_interpreted()))
-    with interpreted() if request.param == "triton" else nullcontext():
+    with computed(request.param):
         yield request.param
 
 
 def _nearest(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
     return torch.stack([torch.cdist(z_TC.double(), codes_KC.double()).argmin(dim=1) for codes_KC in codes_LKC])
-
-
-def _sums(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
-    member_LKT = codes_LT.unsqueeze(1) == torch.arange(num_codes).view(1, -1, 1)
-    return member_LKT.double() @ z_TC.double()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -68,9 +58,7 @@ def test_vectors_that_are_no_numbers_get_a_code_that_exists() -> None:
 
 def test_views_are_taken_as_they_are() -> None:
     z_TC, codes_LKC = torch.randn(12, 40).t()[:, ::2], torch.randn(3, 5, 12)[1:, :, ::2]
-    codes_LT = nearest_codes(z_TC, codes_LKC)
-    assert torch.equal(codes_LT, _nearest(z_TC, codes_LKC))
-    assert (sum_by_code(z_TC, codes_LT, 5) - _sums(z_TC, codes_LT, 5)).abs().max() < 1e-5
+    assert torch.equal(nearest_codes(z_TC, codes_LKC), _nearest(z_TC, codes_LKC))
 
 
 @pytest.mark.parametrize("width", [1, 33, 64, 5000])
@@ -85,28 +73,29 @@ def test_vectors_over_their_root_mean_square(width: int, dtype: torch.dtype) -> 
     assert normalized(x_TC[:0]).shape == (0, width)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sums_and_counts(shape: tuple[int, int, int, int]) -> None:
-    tokens, layers, codes, width = shape
-    z_TC, codes_LT = torch.randn(tokens, width), torch.randint(0, codes, (layers, tokens))
-    sums_LKC = sum_by_code(z_TC, codes_LT, codes)
-    assert sums_LKC.dtype == torch.float32 and sums_LKC.shape == (layers, codes, width)
-    assert (sums_LKC - _sums(z_TC, codes_LT, codes)).abs().max() < 1e-4
-    want_LK = torch.stack([torch.bincount(codes_T, minlength=codes) for codes_T in codes_LT])
-    assert torch.equal(count_ids(codes_LT, codes), want_LK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "width"), [(1, 8), (3, 7), (5, 33), (9, 4)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_context(dtype: torch.dtype, window: int, width: int, documents: bool) -> None:
+    x_BSD = torch.randn(2, width, 7).to(dtype).transpose(1, 2)
+    x_BSD[1, 2] = 0.0
+    starts_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [4, 5, 6, 7, 8, 0, 0]])  # the second goes on from what is not here
+    got_BSD = mix_context(x_BSD, window, 0.7, starts_BS if documents else None)
+    unit_BSD = x_BSD.double() / (x_BSD.double().square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
+    assert got_BSD.dtype == torch.float32 and got_BSD.is_contiguous()
+    for b in range(2):
+        for s in range(7):
+            seen = min(window - 1, s, int(starts_BS[b, s]) if documents else s)
+            want_D = sum(0.7**back * unit_BSD[b, s - back].roll(back) for back in range(seen + 1))
+            assert (got_BSD[b, s] - want_D).abs().max() < 1e-5, (b, s)
 
 
-def test_codes_without_tokens_have_zero_sums() -> None:
-    z_TC, codes_LT = torch.randn(70, 5), torch.full((2, 70), 3)
-    codes_LT[1] = 0  # the first code follows on codes of another layer
-    sums_LKC = sum_by_code(z_TC, codes_LT, 6)
-    assert torch.equal(sums_LKC.abs().sum(dim=2) > 0, torch.eye(6)[[3, 0]] > 0)
-    assert torch.allclose(sums_LKC[[0, 1], [3, 0]], z_TC.sum(dim=0).expand(2, -1), atol=1e-4)
+def test_context_of_no_tokens() -> None:
+    assert mix_context(torch.randn(0, 4, 8), 3, 0.5).shape == (0, 4, 8)
+    assert mix_context(torch.randn(2, 0, 8), 3, 0.5).shape == (2, 0, 8)
 
 
 def test_no_tokens() -> None:
     z_TC, codes_LKC = torch.randn(0, 8), torch.randn(2, 4, 8)
     codes_LT = nearest_codes(z_TC, codes_LKC)
     assert codes_LT.shape == (2, 0) and codes_LT.dtype == torch.int64
-    assert torch.equal(sum_by_code(z_TC, codes_LT, 4), torch.zeros(2, 4, 8))
-    assert torch.equal(count_ids(codes_LT, 4), torch.zeros(2, 4, dtype=torch.int64))

@@ -22,7 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from vqmoe_ds.models.loss import cross_entropy
 from vqmoe_ds.models.rotary import rotate, rotate_qkv
-from vqmoe_ds.moe.kernels import codes, combine, swiglu, triton_support
+from vqmoe_ds.moe.kernels import codes, combine, statistics, swiglu, triton_support
 
 class Card:
     get_current_device = staticmethod(lambda: 0)
@@ -61,7 +61,12 @@ for dtype in (torch.float32, torch.bfloat16):
     backward(*rotate_qkv(draw(2, 4, 8, 48), cos, sin, 2))
     backward(cross_entropy(draw(8, 9999), torch.arange(8)))
 ids = codes.nearest_codes(torch.randn(200, 48), torch.randn(2, 33, 48))
-codes.sum_by_code(torch.randn(200, 48), ids, 33)
+codes.mix_context(torch.randn(2, 9, 48).bfloat16(), 3, 0.5)
+codes.mix_context(torch.randn(2, 9, 48), 3, 0.5, torch.zeros(2, 9, dtype=torch.int64))
+statistics.sum_by_code(torch.randn(200, 48), ids, 33)
+moments = torch.zeros(2, 33, 49, dtype=torch.float64)
+statistics.add_by_code(moments, torch.randn(200, 48), ids)
+statistics.follow_means(*torch.randn(2, 2, 33, 48), torch.rand(2, 33), moments, 0.9)
 print(*sorted(compiled))
 """
 
@@ -73,5 +78,6 @@ def test_for_an_h100(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _SCRIPT], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     kernels = {"_forward_kernel", "_backward_kernel", "_gather_kernel", "_spread_kernel", "_turn_kernel"}
-    kernels |= {"_loss_kernel", "_gradient_kernel", "_nearest_codes", "_sum_by_code"}
+    kernels |= {"_loss_kernel", "_gradient_kernel", "_nearest_codes", "_sum_by_code", "_mix_context"}
+    kernels |= {"_count_kinds", "_place_rows", "_follow"}
     assert kernels <= set(done.stdout.split())

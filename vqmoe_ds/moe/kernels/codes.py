@@ -1,9 +1,8 @@
-"""Nearest codes and statistics by code, without a copy to the host: Triton kernels and PyTorch's own operations.
+"""What codes are compared with, and the nearest of them, without a copy to the host: Triton kernels and PyTorch's own.
 
-Legend: L layers, K codes, C code width, T tokens; R rows, B* sizes of a block.
+Legend: L layers, K codes, C code width, T tokens, B batch, S sequence, D width; B* sizes of a block.
 
-Results do not change from run to run: nothing is added atomically but integers. Kernels and PyTorch's operations add
-floats in another order, so a token half-way between two codes may go to either.
+Kernels and PyTorch's operations add floats in another order, so a token half-way between two codes may go to either.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqmoe_ds.moe.kernels.integers import sort_by_kind
-from vqmoe_ds.moe.kernels.triton_support import block_size, interpreting, kernel, tl, use_triton
+from vqmoe_ds.moe.kernels.triton_support import block_size, interpreting, kernel, tl, triton, use_triton
 
 _LARGEST_ROW = 4096
 """Columns of a vector that a program holds."""
@@ -37,7 +35,7 @@ def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
         distances = torch.addmm(half_norms_K, z_TC, flat_KC.t(), alpha=-1)
         return distances.view(-1, layers, codes).argmin(dim=-1).t().contiguous()
     z_TC, codes_LKC = z_TC.contiguous(), codes_LKC.contiguous()
-    nearest_LT = torch.zeros(layers, len(z_TC), dtype=torch.int64, device=z_TC.device)
+    nearest_LT = torch.empty(layers, len(z_TC), dtype=torch.int64, device=z_TC.device)
     if len(z_TC):
         block_T, block_K, block_C = 128, block_size(codes, 64, 16), block_size(width, 32, 16)
         grid = (layers * -(-len(z_TC) // block_T),)
@@ -58,31 +56,36 @@ def normalized(x_TC: Tensor, eps: float = 1e-6) -> Tensor:
     return z_TC
 
 
-def sum_by_code(z_TC: Tensor, codes_LT: Tensor, num_codes: int) -> Tensor:
-    """Sums of the vectors of each code, float32 ``[L, K, C]``, in an order that never changes; zeros where none is.
+def mix_context(x_BSD: Tensor, window: int, decay: float, positions_BS: Tensor | None = None) -> Tensor:
+    """``sum_j decay^j roll(u_{t-j}, j)`` over the last ``window`` tokens, float32 ``[B, S, D]``.
+
+    ``u`` is a token's vector over its root mean square; features roll by one place per token back.
 
     Args:
-        z_TC: float32 vectors.
-        codes_LT: int64 code of each vector in every layer.
-        num_codes: codes K of a layer.
+        x_BSD: vectors of any float type.
+        window: tokens that a token looks at, itself included.
+        decay: weight of a token against that of the one behind it.
+        positions_BS: place of each token in its document, past whose start none looks; None: place in the sequence.
     """
-    layers, (tokens, width) = len(codes_LT), z_TC.shape
-    sums_LKC = z_TC.new_zeros(layers, num_codes, width)
-    if use_triton(z_TC):
-        if tokens:
-            # Sorted first, so that a program adds the rows of one code alone and nothing is added atomically.
-            order_LT, ends_LK = sort_by_kind(codes_LT, num_codes)
-            block_R, block_C = 64, block_size(width, 128, 16)
-            grid = (layers * num_codes, -(-width // block_C))
-            sizes = (tokens, num_codes, width, block_R, block_C)
-            _sum_by_code[grid](z_TC.contiguous(), order_LT, ends_LK, sums_LKC, *sizes)
-    elif z_TC.is_cuda:  # index_add_ would add in any order
-        for sums_KC, codes_T in zip(sums_LKC, codes_LT, strict=True):
-            torch.mm(F.one_hot(codes_T, num_codes).to(z_TC.dtype).t(), z_TC, out=sums_KC)
-    else:
-        for sums_KC, codes_T in zip(sums_LKC, codes_LT, strict=True):
-            sums_KC.index_add_(0, codes_T, z_TC)
-    return sums_LKC
+    batch, length, width = x_BSD.shape
+    if use_triton(x_BSD):
+        x_BSD = x_BSD.contiguous()
+        mixed_BSD = torch.empty_like(x_BSD, dtype=torch.float32)
+        places = None if positions_BS is None else positions_BS.contiguous()
+        if x_BSD.numel():
+            block = triton.next_power_of_2(width)  # a whole row
+            _mix_context[(batch * length,)](
+                x_BSD, places, mixed_BSD, length, width, window, decay, 1e-6, block, num_warps=8 if block > 2048 else 4
+            )
+        return mixed_BSD
+    unit_BSD = F.rms_norm(x_BSD.float(), (width,), eps=1e-6)
+    mixed_BSD = unit_BSD.clone()
+    for back in range(1, min(window, length)):
+        earlier = torch.roll(unit_BSD[:, :-back], shifts=back, dims=-1)
+        if positions_BS is not None:
+            earlier = earlier * positions_BS[:, back:, None].ge(back)
+        mixed_BSD[:, back:] += decay**back * earlier
+    return mixed_BSD
 
 
 @kernel
@@ -142,27 +145,27 @@ def _nearest_codes(
 
 
 @kernel
-def _sum_by_code(
-    z_ptr: tl.tensor,
-    order_ptr: tl.tensor,
-    ends_ptr: tl.tensor,
-    sums_ptr: tl.tensor,
-    num_tokens: tl.tensor,
-    num_codes: tl.constexpr,
+def _mix_context(
+    x_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    mixed_ptr: tl.tensor,
+    length: tl.tensor,
     width: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    window: tl.constexpr,
+    decay: tl.constexpr,
+    eps: tl.constexpr,
+    BD: tl.constexpr,
 ) -> None:
-    # All layers and codes of one block of columns run before the next block: its part of the vectors stays in L2.
-    segment = tl.program_id(0).to(tl.int64)
-    c_C = tl.program_id(1) * BC + tl.arange(0, BC)
-    start = tl.load(ends_ptr + segment - 1, mask=segment % num_codes > 0, other=0)
-    end = tl.load(ends_ptr + segment)
-    order_ptr += segment // num_codes * num_tokens
-    sums_RC = tl.zeros((BR, BC), tl.float32)
-    for first in range(start, end, BR):
-        r_R = first + tl.arange(0, BR)
-        rows_R = tl.load(order_ptr + r_R, mask=r_R < end, other=0)
-        is_RC = (r_R < end)[:, None] & (c_C < width)[None, :]
-        sums_RC += tl.load(z_ptr + rows_R[:, None] * width + c_C[None, :], mask=is_RC, other=0.0)
-    tl.store(sums_ptr + segment * width + c_C, tl.sum(sums_RC, axis=0), mask=c_C < width)
+    token = tl.program_id(0).to(tl.int64)
+    place = token % length
+    if positions_ptr is not None:  # none stands further into its document than into the sequence that is at hand
+        place = tl.minimum(place, tl.load(positions_ptr + token))
+    d_D = tl.arange(0, BD)
+    mixed_D, weight = tl.zeros((BD,), tl.float32), 1.0
+    for back in tl.static_range(window):
+        seen_D = (d_D < width) & (place >= back)
+        rolled_D = (d_D + width - back % width) % width
+        x_D = tl.load(x_ptr + (token - back) * width + rolled_D, mask=seen_D, other=0.0).to(tl.float32)
+        mixed_D += weight * (x_D / tl.sqrt(tl.sum(x_D * x_D, axis=0) / width + eps))
+        weight = weight * decay
+    tl.store(mixed_ptr + token * width + d_D, mixed_D, mask=d_D < width)

@@ -19,8 +19,8 @@ from vqmoe_ds.config.routers import RouterFacts, RouterOptions
 from vqmoe_ds.config.schema import MoEConfig, SoftmaxOver
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.kernels.codes import sum_by_code
 from vqmoe_ds.moe.kernels.integers import count_ids
+from vqmoe_ds.moe.kernels.statistics import sum_by_code
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.sequence import SequenceShare
 from vqmoe_ds.moe.state import SteppedState

@@ -1,0 +1,60 @@
+"""Sorts, counts and permutations of whole numbers: Triton kernels and PyTorch's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.kernels import BY, computed
+from vqmoe_ds.moe.kernels.integers import count_ids, invert, sort_by_kind
+
+# (L, M, K): below, at and above a block of 256 rows and one of 32 kinds; more kinds than rows; one kind
+SHAPES = [(1, 1, 1), (2, 7, 40), (3, 256, 32), (2, 257, 33), (1, 700, 5), (2, 300, 1)]
+
+
+@pytest.fixture(params=BY, autouse=True)
+def _by(request: pytest.FixtureRequest) -> Iterator[str]:
+    with computed(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_by_kind_stand_as_they_came(shape: tuple[int, int, int]) -> None:
+    layers, rows, kinds = shape
+    ids_LM = torch.randint(0, kinds, (rows, layers)).t()  # a view
+    order_LM, inverse_LM, ends_LK = sort_by_kind(ids_LM, kinds)
+    assert torch.equal(order_LM, ids_LM.argsort(dim=1, stable=True)) and order_LM.dtype == torch.int64
+    assert torch.equal(inverse_LM, order_LM.argsort(dim=1)) and inverse_LM.dtype == torch.int64
+    assert torch.equal(ends_LK, count_ids(ids_LM, kinds).cumsum(dim=1)) and ends_LK.dtype == torch.int32
+    assert ends_LK.is_contiguous()
+
+
+def test_all_rows_of_the_last_kind() -> None:
+    order_LM, inverse_LM, ends_LK = sort_by_kind(torch.full((2, 300), 6), 7)
+    assert torch.equal(order_LM, torch.arange(300).expand(2, -1)) and torch.equal(inverse_LM, order_LM)
+    assert ends_LK.tolist() == [[0] * 6 + [300]] * 2
+
+
+def test_no_rows() -> None:
+    order_LM, inverse_LM, ends_LK = sort_by_kind(torch.zeros(2, 0, dtype=torch.int64), 3)
+    assert order_LM.shape == inverse_LM.shape == (2, 0) and ends_LK.tolist() == [[0, 0, 0]] * 2
+    assert torch.equal(count_ids(torch.zeros(2, 0, dtype=torch.int64), 3), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_a_kind_that_does_not_exist_still_gives_a_permutation(_by: str) -> None:
+    if _by == "pytorch":
+        pytest.skip("torch.sort takes any number")
+    ids_LM = torch.tensor([[2, -5, 9, 0, 2**40, 1]])
+    order_LM, inverse_LM, ends_LK = sort_by_kind(ids_LM, 3)
+    assert order_LM.tolist() == [[1, 3, 5, 0, 2, 4]] and ends_LK.tolist() == [[2, 3, 6]]
+    assert torch.equal(invert(order_LM), inverse_LM)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts(shape: tuple[int, int, int]) -> None:
+    layers, rows, kinds = shape
+    ids_LM = torch.randint(0, kinds, (layers, rows))
+    want_LK = torch.stack([torch.bincount(ids_M, minlength=kinds) for ids_M in ids_LM])
+    assert torch.equal(count_ids(ids_LM, kinds), want_LK)
