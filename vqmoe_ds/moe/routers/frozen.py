@@ -5,7 +5,7 @@ Legend: T tokens, D width, N experts, k experts chosen.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,40 @@ class SMoEDropoutRouter(RandomFrozenRouter):
         return int(first + (last - first) * done + 0.5)
 
 
+class FreezingRouter(StatefulRouter):
+    """Base of routers that learn for some optimizer steps, and keep what they have learned from then on."""
+
+    frozen: Tensor
+    """Whether that step is behind. Saved, because a longer or shorter run that goes on has another one."""
+    freeze_option: ClassVar[str]
+    """The option that names the step; 0 there: a tenth of the run."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        self.freeze_step: int = getattr(self.with_schedules(self.options, config.steps), self.freeze_option)
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))
+        self._frozen = HostMirror()
+
+    @classmethod
+    def with_schedules(cls, options: Any, steps: int) -> Any:
+        step = getattr(options, cls.freeze_option) or max(1, steps // 10)
+        return options.model_copy(update={cls.freeze_option: step})
+
+    @property
+    def is_frozen(self) -> bool:
+        """``frozen`` as a truth value."""
+        return bool(self._frozen.read(self.frozen))
+
+    def learn(self, statistics: Tensor) -> None:
+        if not self.is_frozen and self.steps_taken + 1 >= self.freeze_step:
+            self.freeze()
+            self._frozen.write(self.frozen, 1)
+
+    def freeze(self) -> None:
+        """Take what was learned into buffers; all ranks call it together."""
+        raise NotImplementedError
+
+
 class KeptLinear(Float32Linear):
     """A ``Float32Linear`` that may compute with a copy of its weights from some moment."""
 
@@ -124,7 +158,7 @@ class KeptLinear(Float32Linear):
 
 
 @register_router("topk_frozen")
-class FrozenTopKRouter(StatefulRouter):
+class FrozenTopKRouter(FreezingRouter):
     """The learned linear router, which stops learning after ``router.freeze_step`` optimizer steps.
 
     Until then it is ``topk``, losses included. From then on the gate is the copy in a buffer, which neither Adam's
@@ -138,27 +172,14 @@ class FrozenTopKRouter(StatefulRouter):
         )
 
     structure = ("softmax_over",)
+    freeze_option = "freeze_step"
     kept_ND: Tensor
-    frozen: Tensor
-    """Whether the gate is kept. Saved, because a longer or shorter run that goes on has another ``freeze_step``."""
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
-        self.freeze_step = self.with_schedules(self.options, config.steps).freeze_step
         self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
         self.gate = KeptLinear(config.width, self.moe.num_experts)
         self.register_buffer("kept_ND", torch.zeros(self.moe.num_experts, config.width))
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))
-        self._frozen = HostMirror()
-
-    @classmethod
-    def with_schedules(cls, options: Any, steps: int) -> Any:
-        return options.model_copy(update={"freeze_step": options.freeze_step or max(1, steps // 10)})
-
-    @property
-    def is_frozen(self) -> bool:
-        """``frozen`` as a truth value."""
-        return bool(self._frozen.read(self.frozen))
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.gate(x_TD, self.kept_ND if self.is_frozen else None)
@@ -166,8 +187,6 @@ class FrozenTopKRouter(StatefulRouter):
         aux = None if self.is_frozen else auxiliary_loss(logits_TN, ids_Tk, self.moe, context)
         return Routing(ids_Tk, weights_Tk, aux)
 
-    def learn(self, statistics: Tensor) -> None:
-        if not self.is_frozen and self.steps_taken + 1 >= self.freeze_step:
-            with gathered(self.gate), torch.no_grad():
-                self.kept_ND.copy_(self.gate.weight)
-            self._frozen.write(self.frozen, 1)
+    def freeze(self) -> None:
+        with gathered(self.gate), torch.no_grad():
+            self.kept_ND.copy_(self.gate.weight)

@@ -5,8 +5,6 @@ Legend: T tokens, D width, P low dimension, N experts, V vocabulary, k experts c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,17 +13,16 @@ from vqmoe_ds.config.fields import LARGEST_WEIGHT, MOST_FEATURES, MOST_STEPS, op
 from vqmoe_ds.config.routers import RouterOptions, register_router
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.config import LayerConfig
-from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.routers.base import (
     Float32Linear,
     Routing,
     RoutingContext,
-    StatefulRouter,
     auxiliary_loss,
     drawn,
     gathered,
     mean_of_all,
 )
+from vqmoe_ds.moe.routers.frozen import FreezingRouter
 from vqmoe_ds.runtime.errors import ConfigError
 
 LIGHT_DIM = 50
@@ -52,7 +49,7 @@ class LightRouter(nn.Module):
 
 
 @register_router("stablemoe")
-class StableMoERouter(StatefulRouter):
+class StableMoERouter(FreezingRouter):
     """StableMoE (Dai 2022).
 
     Stage 1: ``s = E x``, experts TopK s, weights ``sigmoid(s_i)``, a balance loss, and a light router
@@ -72,9 +69,8 @@ class StableMoERouter(StatefulRouter):
 
     structure = ("low_dim",)
     needs_token_ids = True
+    freeze_option = "distil_steps"
     table_Vk: Tensor
-    frozen: Tensor
-    """Whether stage 2 has begun. Kept, because a longer or shorter run that goes on has another ``distil_steps``."""
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
@@ -83,32 +79,20 @@ class StableMoERouter(StatefulRouter):
                 "the stablemoe router keeps a table of tokens: set LayerConfig.vocab_size to their number"
             )
         experts, low_dim = self.moe.num_experts, self.options.low_dim or LIGHT_DIM
-        self.distil_steps = self.with_schedules(self.options, config.steps).distil_steps
         self.gate = Float32Linear(config.width, experts)
         self.light = LightRouter(config.vocab_size, low_dim, experts, config.seed, config.layer)
         self.register_buffer("table_Vk", torch.zeros(config.vocab_size, self.moe.top_k, dtype=torch.int64))
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.int64))
-        self._frozen = HostMirror()
 
     @classmethod
     def flops(cls, run: RunConfig, layer: int) -> int:
         return super().flops(run, layer) + 2 * (getattr(run.router, "low_dim", 0) or LIGHT_DIM) * run.moe.num_experts
-
-    @classmethod
-    def with_schedules(cls, options: Any, steps: int) -> Any:
-        return options.model_copy(update={"distil_steps": options.distil_steps or max(1, steps // 10)})
-
-    @property
-    def in_second_stage(self) -> bool:
-        """``frozen`` as a truth value."""
-        return bool(self._frozen.read(self.frozen))
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         if context.token_ids_T is None:
             raise ValueError("the stablemoe router needs the token ids of its layer's input")
         scores_TN = self.gate(x_TD)
         log_light_TN = self.light(context.token_ids_T).log_softmax(dim=-1)
-        if self.in_second_stage:
+        if self.is_frozen:
             ids_Tk = self.table_Vk[context.token_ids_T]
             # Nothing, with a gradient of 0: engines wait for the gradient of every weight.
             aux = 0.0 * log_light_TN.sum()
@@ -118,7 +102,5 @@ class StableMoERouter(StatefulRouter):
             aux = auxiliary_loss(scores_TN, ids_Tk, self.moe, context) + self.options.distil_weight * distillation
         return Routing(ids_Tk, scores_TN.gather(1, ids_Tk).sigmoid(), aux)
 
-    def learn(self, statistics: Tensor) -> None:
-        if not self.in_second_stage and self.steps_taken + 1 >= self.distil_steps:
-            self.table_Vk.copy_(self.light.table(self.moe.top_k))
-            self._frozen.write(self.frozen, 1)
+    def freeze(self) -> None:
+        self.table_Vk.copy_(self.light.table(self.moe.top_k))
