@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from vqmoe_ds.data.image_published import SEVERITIES
+from vqmoe_ds.data.image_published import PUBLISHED, SEVERITIES
 from vqmoe_ds.runtime.errors import ConfigError, DataError, shown
 from vqmoe_ds.runtime.extras import library
 
@@ -156,16 +156,15 @@ def jpeg_compression(x: np.ndarray, draws: Draws, quality: int) -> np.ndarray:
 
 Damage = Callable[..., np.ndarray]
 """Of images, float64 ``[B, H, H, C]`` in [0, 1], a generator for each, and the constants of a severity."""
-KINDS: dict[str, tuple[str, Damage, tuple[tuple[Any, ...], ...]]] = {
-    "gaussian_noise": ("noise", gaussian_noise, ((0.04,), (0.06,), (0.08,), (0.09,), (0.10,))),
-    "shot_noise": ("noise", shot_noise, ((500,), (250,), (100,), (75,), (50,))),
-    "impulse_noise": ("noise", impulse_noise, ((0.01,), (0.02,), (0.03,), (0.05,), (0.07,))),
-    "defocus_blur": ("blur", defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
-    "glass_blur": ("blur", glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))),
-    "motion_blur": ("blur", motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": ("blur", zoom_blur, ((1.06,), (1.11,), (1.16,), (1.21,), (1.26,))),
+KINDS: dict[str, tuple[Damage, tuple[tuple[Any, ...], ...]]] = {
+    "gaussian_noise": (gaussian_noise, ((0.04,), (0.06,), (0.08,), (0.09,), (0.10,))),
+    "shot_noise": (shot_noise, ((500,), (250,), (100,), (75,), (50,))),
+    "impulse_noise": (impulse_noise, ((0.01,), (0.02,), (0.03,), (0.05,), (0.07,))),
+    "defocus_blur": (defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
+    "glass_blur": (glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))),
+    "motion_blur": (motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (zoom_blur, ((1.06,), (1.11,), (1.16,), (1.21,), (1.26,))),
     "snow": (
-        "weather",
         snow,
         (
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
@@ -175,18 +174,17 @@ KINDS: dict[str, tuple[str, Damage, tuple[tuple[Any, ...], ...]]] = {
             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
         ),
     ),
-    "fog": ("weather", fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
-    "brightness": ("weather", brightness, ((0.05,), (0.1,), (0.15,), (0.2,), (0.3,))),
-    "contrast": ("digital", contrast, ((0.75,), (0.5,), (0.4,), (0.3,), (0.15,))),
+    "fog": (fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": (brightness, ((0.05,), (0.1,), (0.15,), (0.2,), (0.3,))),
+    "contrast": (contrast, ((0.75,), (0.5,), (0.4,), (0.3,), (0.15,))),
     "elastic_transform": (
-        "digital",
         elastic_transform,
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     ),
-    "pixelate": ("digital", pixelate, ((0.95,), (0.9,), (0.85,), (0.75,), (0.65,))),
-    "jpeg_compression": ("digital", jpeg_compression, ((80,), (65,), (58,), (50,), (40,))),
+    "pixelate": (pixelate, ((0.95,), (0.9,), (0.85,), (0.75,), (0.65,))),
+    "jpeg_compression": (jpeg_compression, ((80,), (65,), (58,), (50,), (40,))),
 }
-"""Kind -> (group, function, constants by severity)."""
+"""Kind -> (function, constants by severity)."""
 
 
 class ImageCorruption(NamedTuple):
@@ -197,7 +195,7 @@ class ImageCorruption(NamedTuple):
 
     @property
     def group(self) -> str:
-        return KINDS[self.kind][0]
+        return PUBLISHED[self.kind]
 
     def __call__(self, images_BHHC: np.ndarray, numbers_B: np.ndarray) -> np.ndarray:
         """Damaged images, uint8.
@@ -206,7 +204,7 @@ class ImageCorruption(NamedTuple):
             images_BHHC: uint8.
             numbers_B: of the images within their set: each is damaged in its own way.
         """
-        _, damage, constants = KINDS[self.kind]
+        damage, constants = KINDS[self.kind]
         seeds = [[list(KINDS).index(self.kind), self.severity, int(number)] for number in numbers_B]
         draws = [np.random.default_rng(seed) for seed in seeds]
         x_BHHC = damage(images_BHHC / 255, draws, *constants[self.severity - 1])
