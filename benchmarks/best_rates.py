@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Routers compared at the learning rate that is best for each: rates are tried on two seeds, the best on fresh ones.
+
+    nice python benchmarks/best_rates.py --out runs/rates --jobs 2 > rates.log 2>&1 &
+
+trains ``benchmarks/grids/rates.yaml`` in ``OUT/tried``, chooses for every router the rate with the least mean loss over
+corpora and seeds, writes the grid of these to ``OUT/best.yaml`` and trains it in ``OUT/best``, whose report is the
+comparison. Seeds that chose a rate take no part in it. Interrupted, the same command goes on. Options that this command
+does not have go to ``tools/compare_routers.py``, in both rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vqmoe_ds.experiments import compare
+from vqmoe_ds.experiments.grid import Grid, read_grid
+from vqmoe_ds.experiments.measures import CLEAN
+from vqmoe_ds.runtime.errors import ConfigError, UserError
+
+GRID = Path(__file__).resolve().parent / "grids/rates.yaml"
+FIELD = "train.learning_rate"
+FRESH = [4, 5, 6]
+"""Seeds of the comparison, by default: neither those of rates.yaml nor, but for 3, those of the published tables."""
+Tried = dict[str, dict[float, list[float]]]
+"""Router -> learning rate -> losses of its finished runs, over corpora and seeds."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try, choose, compare; returns the exit code of ``tools/compare_routers.py``."""
+    options, rest = parse(argv)
+    out = Path(options.out)
+    try:
+        grid = read_grid(options.grid)
+        code = compare_in(out / "tried", options.grid, rest)
+        report = out / "tried/report.json"
+        if code not in (0, 1) or not report.exists():  # 1: a run failed, as one that diverges does
+            return code
+        best = choose(losses_of(grid, json.loads(report.read_text("utf-8"))))
+        chosen = grid_of_the_best(grid, best, options.seeds).model_dump(by_alias=True, exclude_defaults=True)
+        (out / "best.yaml").write_text(json.dumps(chosen, indent=1) + "\n", "utf-8")
+    except UserError as error:
+        return error.report()
+    ends = {choice(overrides[FIELD] for overrides in grid.corpora.values()) for choice in (min, max)}
+    for name, rate in best.items():
+        print(f"{name}: {rate:g}{', an end of the rates tried' if rate in ends else ''}")
+    return compare_in(out / "best", str(out / "best.yaml"), rest)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--grid", default=str(GRID), metavar="YAML", help="whose corpora name a rate")
+    parser.add_argument("--out", required=True, metavar="DIR", help="both rounds, and the grid of the second")
+    parser.add_argument("--seeds", type=int, nargs="+", default=FRESH, metavar="N", help="fresh ones (default 4 5 6)")
+    return parser.parse_known_args(argv)
+
+
+def compare_in(folder: Path, grid: str, rest: list[str]) -> int:
+    return compare.main(compare.build_parser("").parse_args([grid, "--out", str(folder), *rest]))
+
+
+def losses_of(grid: Grid, sections: list[dict[str, Any]]) -> Tried:
+    """Losses in a report of a grid whose corpora name a learning rate."""
+    tried: Tried = {}
+    for section in sections:
+        rate = grid.corpora[section["corpus"]][FIELD]
+        for name, entry in section["entries"].items():
+            tried.setdefault(name, {}).setdefault(rate, []).extend(entry["by_seed"][CLEAN].values())
+    return tried
+
+
+def choose(tried: Tried) -> dict[str, float]:
+    """The rate of each router with the least mean loss; rates at which runs failed or diverged are left out.
+
+    Raises:
+        ConfigError: a router of which no rate has all its runs.
+    """
+    best = {}
+    runs = max(len(losses) for rates in tried.values() for losses in rates.values())
+    for name, rates in tried.items():
+        means = {r: sum(v) / runs for r, v in rates.items() if len(v) == runs and all(map(math.isfinite, v))}
+        if not means:
+            raise ConfigError(f"{name} has no learning rate with {runs} finished runs; look at the logs of its runs")
+        best[name] = min(means, key=means.__getitem__)
+    return best
+
+
+def grid_of_the_best(grid: Grid, best: dict[str, float], seeds: list[int]) -> Grid:
+    """The grid with fresh seeds, the rate of each entry in its settings, and each corpus once.
+
+    Raises:
+        ConfigError: a seed that chose the rates, or an entry without a rate.
+    """
+    seen = sorted(set(seeds) & set(grid.seeds))
+    if seen:
+        raise ConfigError(f"--seeds {seen[0]} is one that the rates are chosen by; give others")
+    missing = [entry.name for entry in grid.entries if entry.name not in best]
+    if missing:
+        raise ConfigError(f"{missing[0]} has no finished run, so no rate can be chosen for it; run the whole grid")
+    corpora = {
+        name.partition(" at ")[0]: {field: value for field, value in overrides.items() if field != FIELD}
+        for name, overrides in grid.corpora.items()
+    }
+    entries = [e.model_copy(update={"overrides": {**e.overrides, FIELD: best[e.name]}}) for e in grid.entries]
+    return grid.model_copy(update={"seeds": seeds, "corpora": corpora, "entries": entries})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""benchmarks/best_rates.py: what is chosen, what is compared, and that rates.yaml tries the routers of routers.yaml."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from vqmoe_ds.config.load import load_config
+from vqmoe_ds.experiments.grid import overrides_of, read_grid, runs_of
+from vqmoe_ds.runtime.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RATES = read_grid(str(ROOT / "benchmarks/grids/rates.yaml"))
+LOSSES = {0.003: [2.8, 2.7], 0.006: [2.6, 2.7], 0.012: [2.7, 2.9]}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("best_rates", ROOT / "benchmarks/best_rates.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_grid_tries_the_routers_of_the_published_tables_and_nothing_else_differs():
+    published = read_grid(str(ROOT / "benchmarks/grids/routers.yaml"))
+    assert RATES.entries == published.entries and RATES.groups == published.groups
+    texts = [{k: v for k, v in fields.items() if k != "train.learning_rate"} for fields in RATES.corpora.values()]
+    for rate in (0.003, 0.006, 0.012):
+        at = [name for name, fields in RATES.corpora.items() if fields["train.learning_rate"] == rate]
+        assert [name.partition(" at ")[0] for name in at] == list(published.corpora)
+    assert Counter(map(str, texts)) == {str(fields): 3 for fields in published.corpora.values()}
+    rate = {"train.learning_rate": published.overrides["train.learning_rate"]}
+    assert {**RATES.overrides, **rate} == published.overrides
+    assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 2 * 3) == (228, 114), "as the header counts them"
+
+
+def test_the_least_mean_loss_chooses_and_a_rate_that_failed_does_not(tool):
+    assert tool.choose({"a": LOSSES}) == {"a": 0.006}
+    assert tool.choose({"a": LOSSES, "b": {0.003: [2.8, 2.7], 0.006: [2.0]}}) == {"a": 0.006, "b": 0.003}
+    assert tool.choose({"a": {**LOSSES, 0.006: [2.0, math.nan]}}) == {"a": 0.003}
+    with pytest.raises(ConfigError, match="b has no learning rate with 2 finished runs"):
+        tool.choose({"a": LOSSES, "b": {0.003: [1.0], 0.006: [math.inf, 1.0]}})
+
+
+def test_the_second_round_has_fresh_seeds_the_best_rates_and_each_corpus_once(tool):
+    best = {entry.name: 0.003 for entry in RATES.entries} | {"xmoe": 0.012}
+    grid = tool.grid_of_the_best(RATES, best, [4, 5, 6])
+    assert list(grid.corpora) == ["enwiki-mini", "WikiText-2"] and grid.groups == RATES.groups
+    for run in runs_of(grid, Path("out")):
+        config = load_config(grid.preset, None, overrides_of(grid, run)).config
+        assert config.train.learning_rate == (0.012 if run.entry.name == "xmoe" else 0.003)
+        assert config.train.seed in (4, 5, 6)
+    with pytest.raises(ConfigError, match="--seeds 2 is one that the rates are chosen by"):
+        tool.grid_of_the_best(RATES, best, [2, 4])
+    with pytest.raises(ConfigError, match="xmoe has no finished run"):
+        tool.grid_of_the_best(RATES, {name: rate for name, rate in best.items() if name != "xmoe"}, [4])
+
+
+def _sections(corpora: list[str]) -> list[dict]:
+    """A report in which every router is best at 0.012."""
+    losses = {corpus: 3 - RATES.corpora[corpus]["train.learning_rate"] for corpus in corpora}
+    entries = [entry.name for entry in RATES.entries]
+    return [
+        {"corpus": c, "entries": {name: {"by_seed": {"clean": {"1": loss, "2": loss}}} for name in entries}}
+        for c, loss in losses.items()
+    ]
+
+
+def test_one_command_tries_chooses_and_compares(tool, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run(args):
+        out = Path(args.out)
+        asked.append((out.name, read_grid(args.grid), args.jobs))
+        out.mkdir()
+        (out / "report.json").write_text(json.dumps(_sections(list(RATES.corpora))))
+        return 0
+
+    monkeypatch.setattr(tool.compare, "main", run)
+    assert tool.main(["--out", str(tmp_path), "--jobs", "2"]) == 0
+    (first, tried, _), (second, compared, jobs) = asked
+    assert (first, second, jobs) == ("tried", "best", 2) and tried == RATES
+    assert compared.seeds == [4, 5, 6]
+    assert {entry.overrides["train.learning_rate"] for entry in compared.entries} == {0.012}
+    assert "xmoe: 0.012, an end of the rates tried" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_a_first_round_without_a_result_ends_the_command(tool, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(tool.compare, "main", lambda args: code)
+    assert tool.main(["--out", str(tmp_path)]) == code
+    assert not (tmp_path / "best.yaml").exists()
