@@ -19,6 +19,7 @@ from vqmoe_ds.data import prepare
 from vqmoe_ds.evaluation import command as evaluation
 from vqmoe_ds.experiments import compare
 from vqmoe_ds.experiments.grid import read_grid, runs_of
+from vqmoe_ds.finetune import cli as finetuning
 from vqmoe_ds.planning import command as planning
 from vqmoe_ds.planning.parameters import count
 
@@ -76,7 +77,9 @@ def _check_comparison(words: list[str], array: str | None) -> None:
 def _check_job(submit, words: list[str]) -> None:
     args = submit.build_parser().parse_args(words)
     if args.job == "finetune":
-        Path(args.rest[args.rest.index("--checkpoint") + 1]).mkdir(parents=True, exist_ok=True)
+        options = finetuning.build_parser("").parse_args(args.rest)
+        Path(options.checkpoint).mkdir(parents=True, exist_ok=True)
+        load_config("tiny", None, dict(parse_override(text) for text in options.set))
     submit.check(args)
     assert "#SBATCH --gpus-per-node=" in submit.render(args)
     if args.job == "compare":
