@@ -277,8 +277,8 @@ def test_bytes_go_round(vocab: int, tmp_path: Path) -> None:
     assert padded["input_ids"] == [[97, 98], [255, 99]] and padded["attention_mask"] == [[1, 1], [0, 1]]
 
 
-def _sentencepiece(folder: Path, brackets: bool = True, **options: Any) -> str:
-    """Trained on this file; without ``brackets`` on one in which they do not occur. No cuts tie by rounding."""
+def _sentencepiece(folder: Path, brackets: bool = True, exact: bool = True, **options: Any) -> str:
+    """Trained on this file; without ``brackets`` on one in which they do not occur; ``exact``: sums of scores are."""
     import sentencepiece
 
     from vqmoe_ds.data.tokenizer_training import with_exact_sums
@@ -291,7 +291,7 @@ def _sentencepiece(folder: Path, brackets: bool = True, **options: Any) -> str:
         **{"byte_fallback": True, "minloglevel": 2, **options},
     )
     model = folder / "spm.model"
-    if options["model_type"] == "unigram":
+    if exact and options["model_type"] == "unigram":
         model.write_bytes(with_exact_sums(model.read_bytes()))
     return str(model)
 
@@ -368,6 +368,18 @@ def test_tokenizers_without_an_equal_are_refused(which: str, tmp_path: Path) -> 
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_unigram_model_whose_sums_are_rounded_is_taken_on_request_alone(tmp_path: Path) -> None:
+    from vqmoe_ds.data.tokenizers import load_tokenizer
+
+    path = _sentencepiece(tmp_path, exact=False, model_type="unigram", **PLAIN)
+    model = model_of(config_of("dense", vocab=load_tokenizer(path).vocab_size))
+    with pytest.raises(CheckpointError, match="scores whose sums are rounded.*--inexact_tokenizer.*--tokenizer none"):
+        _export(model, tmp_path / "hf", tokenizer=path)
+    assert not (tmp_path / "hf").exists()
+    _export(model, tmp_path / "hf", tokenizer=path, inexact_tokenizer=True)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
 @pytest.mark.parametrize("damage", ["pieces of other scores", "control symbols in text"])
 def test_a_conversion_that_went_wrong_is_found_at_export(damage: str, tmp_path: Path) -> None:
     import vqmoe_ds.checkpoint.formats.huggingface.tokenizer as module
@@ -401,7 +413,7 @@ def test_cuts_that_score_alike_are_chosen_alike(monkeypatch: pytest.MonkeyPatch)
 
     def unlike() -> int:
         ours = tokenizer_training.train_pieces([sample], "unigram", 2500)
-        fast, _, _ = _from_sentencepiece(ours)
+        fast, _, _ = _from_sentencepiece(ours, inexact=True)
         fast.encode_special_tokens = True
         texts = [*runs, *(sample[start : start + 3000] for start in range(0, len(sample), 3000)), sample[:60_000]]
         return sum(ours.encode(text).tolist() != fast.encode(text).ids for text in texts)

@@ -47,6 +47,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     hf.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     hf.add_argument("--arch", choices=("vqmoe", "mixtral"), default="vqmoe", help="stock Mixtral where it is equal")
     hf.add_argument("--tokenizer", default="auto", help="auto (that of the run's data), none, or a tokenizer's path")
+    ties = "take a unigram tokenizer whose sums of scores are rounded: about one token in a million differs"
+    hf.add_argument("--inexact_tokenizer", action="store_true", help=ties)
     add_plugin_option(parser)
     return parser
 
@@ -165,7 +167,12 @@ def _to_hf(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> 
 
     more = {"max_shard": options.max_shard} if options.max_shard else {}
     wanted = ExportOptions(
-        dtype=options.dtype, arch=options.arch, tokenizer=options.tokenizer, force=options.force, **more
+        dtype=options.dtype,
+        arch=options.arch,
+        tokenizer=options.tokenizer,
+        inexact_tokenizer=options.inexact_tokenizer,
+        force=options.force,
+        **more,
     )
     return [f"{dst}: Hugging Face model", *export_hf(reader, dst, wanted)]
 

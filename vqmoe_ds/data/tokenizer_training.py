@@ -241,6 +241,11 @@ def with_exact_sums(model: bytes) -> bytes:
     return bytes(proto.SerializeToString())
 
 
+def sums_are_exact(proto: Any) -> bool:
+    """Whether the scores of a unigram model's pieces are multiples of ``SCORE_STEP``."""
+    return all((piece.score / SCORE_STEP).is_integer() for piece in proto.pieces if piece.type == piece.NORMAL)
+
+
 def _interruptible(work: Callable[..., Any], **options: Any) -> None:
     """Make a long call of a library in a thread of its own: Python runs signal handlers only between its own steps."""
     with ThreadPool(1) as pool:

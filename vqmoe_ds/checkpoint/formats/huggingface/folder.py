@@ -71,6 +71,7 @@ class ExportOptions:
         max_shard: largest file, like ``2GB``; a tensor that is larger has a file of its own.
         arch: ``vqmoe``, or ``mixtral`` where stock Mixtral is equal.
         tokenizer: ``auto`` (what the run's data names), ``none``, or what ``load_tokenizer`` takes.
+        inexact_tokenizer: as ``inexact`` of ``write_tokenizer``.
         force: replace a folder that exists.
         progress: show a bar on a terminal.
     """
@@ -79,6 +80,7 @@ class ExportOptions:
     max_shard: str = "2GB"
     arch: str = "vqmoe"
     tokenizer: str = "auto"
+    inexact_tokenizer: bool = False
     force: bool = False
     progress: bool = True
 
@@ -122,7 +124,7 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
             from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import write_tokenizer
 
             lengths = config.model.vocab_size, config.model.sequence_length
-            description.update(write_tokenizer(folder, tokenizer, *lengths))
+            description.update(write_tokenizer(folder, tokenizer, *lengths, options.inexact_tokenizer))
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=hide) as bar:
             write_weights(folder, entries, limit, bar.update)
         _write_small_files(folder, reader, config, options, description)

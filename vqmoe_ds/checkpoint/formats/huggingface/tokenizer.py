@@ -10,6 +10,7 @@ from typing import Any
 
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer, byte_symbols
 from vqmoe_ds.data.tokenizer_base import SPACE_MARK, Tokenizer
+from vqmoe_ds.data.tokenizer_training import sums_are_exact
 from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, sentencepiece_proto
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.extras import library
@@ -58,7 +59,9 @@ PARTS = (
 MOST_PIECES, PROBE_LENGTH = 40_000, 40
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_length: int) -> dict[str, int]:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, vocab_size: int, max_length: int, inexact: bool = False
+) -> dict[str, int]:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, proven to give the ids of training.
 
     Returns the ids of special tokens for ``config.json``.
@@ -68,6 +71,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_len
         tokenizer: that of the training data.
         vocab_size: of the model; a byte model of 256 ids has no end of a document.
         max_length: the training context.
+        inexact: take a unigram model whose sums of scores are rounded, so that rare ties may be cut otherwise.
 
     Raises:
         CheckpointError: a kind of tokenizer, or a model, that has no equal there.
@@ -79,7 +83,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int, max_len
         if vocab_size > tokenizer.eod:
             names["eos_token"] = END
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        fast, names, pieces = _from_sentencepiece(tokenizer)
+        fast, names, pieces = _from_sentencepiece(tokenizer, inexact)
     elif isinstance(tokenizer, JsonTokenizer):
         fast, names = _as_it_is(tokenizer)
         pieces = sorted(fast.get_vocab())
@@ -133,7 +137,7 @@ def _byte_level(with_end: bool) -> Any:
     return tokenizer
 
 
-def _from_sentencepiece(source: SentencePieceTokenizer) -> tuple[Any, dict[str, str], list[str]]:
+def _from_sentencepiece(source: SentencePieceTokenizer, inexact: bool) -> tuple[Any, dict[str, str], list[str]]:
     """The same model for the ``tokenizers`` library, and its pieces.
 
     Raises:
@@ -141,6 +145,13 @@ def _from_sentencepiece(source: SentencePieceTokenizer) -> tuple[Any, dict[str, 
     """
     proto = sentencepiece_proto(source._model)
     _refuse_what_is_known(proto, source)
+    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and not (inexact or sums_are_exact(proto)):
+        raise CheckpointError(
+            f"this unigram tokenizer ({source.checksum[:12]}) has scores whose sums are rounded, in float32 here and "
+            "in float64 in the tokenizers library, so that of two cuts which score alike each may choose another "
+            "(about one token in a million); accept that with --inexact_tokenizer, export without a tokenizer "
+            "(--tokenizer none), or train with one of tools/train_tokenizer.py, whose sums are exact"
+        )
     return *_converted(proto, source), [piece.piece.replace(SPACE_MARK, " ") for piece in proto.pieces]
 
 
