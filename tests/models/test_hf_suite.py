@@ -141,7 +141,17 @@ class _Suite(ModelTesterMixin, GenerationTesterMixin):  # type: ignore[valid-typ
 
 
 class TestContext(_Suite, unittest.TestCase):
-    options: ClassVar[dict[str, Any]] = {"router": "vq", "code_source": "context", "num_codes": 8}
+    """With fewer heads of keys and values, experts that all tokens pass, and groups of experts."""
+
+    options: ClassVar[dict[str, Any]] = {
+        "router": "vq",
+        "code_source": "context",
+        "num_codes": 8,
+        "code_groups": 2,
+        "num_key_value_heads": 2,
+        "n_shared_experts": 1,
+        "shared_expert_gate": True,
+    }
 
 
 class TestLayerState(_Suite, unittest.TestCase):
