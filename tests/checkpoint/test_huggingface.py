@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     pipeline,
@@ -509,6 +510,50 @@ def test_what_mixtral_cannot_compute_is_refused(case: str, reason: str, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"dense_hidden": 40, "rope_theta": 777.0},
+        {"heads": 4, "kv_heads": 2, "head_width": 8},
+        *[ROPE | {"rope_scaling": kind, "head_width": 16} for kind in ("linear", "llama3", "yarn")],
+    ],
+)
+def test_dense_models_are_stock_llama(shape: dict[str, Any], tmp_path: Path) -> None:
+    base = config_of("dense").model_dump()
+    base["model"].update(shape)
+    model = model_of(RunConfig(**base))
+    _export(model, tmp_path / "hf", arch="llama", max_shard="30KB")
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(theirs) is LlamaForCausalLM and not any(found.values()), found
+    with torch.no_grad():
+        assert (theirs(tokens_of()).logits - model(tokens_of())[0]).abs().max() < 1e-5
+    for name in ("vqmoe_training.json", "none"):  # with our own configuration, and from Llama's alone
+        back = load_back(open_hf(tmp_path / "hf"))
+        assert back.config.dense_hidden == model.config.dense_hidden and back.config.moe.router == "dense"
+        with torch.no_grad():
+            assert torch.equal(back(tokens_of())[0], model(tokens_of())[0])
+        (tmp_path / "hf" / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("top-2", r"moe.router=topk has experts"), ("context", "moe.router=vq has experts")],
+)
+def test_what_llama_cannot_compute_is_refused(case: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"Llama cannot stand for this model: {reason}"):
+        _export(model_of(config_of(case)), tmp_path / "hf", arch="llama")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"rms_norm_eps": 1e-5}, {"attention_bias": True}, {"tie_word_embeddings": True}])
+def test_a_llama_of_others_that_ours_cannot_compute_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
+    _export(model_of(config_of("dense")), tmp_path / "hf", arch="llama")
+    _edit(tmp_path / "hf" / "config.json", **option)
+    name, value = next(iter(option.items()))
+    with pytest.raises(CheckpointError, match=f"this Llama has {name}={value}, but .* tools/upcycle.py converts more"):
+        open_hf(tmp_path / "hf")
+
+
 def test_mixtral_with_dense_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="model.moe_every=2 leaves dense blocks"):
         _export(_topk(2, moe_every=2), tmp_path / "hf", arch="mixtral")
@@ -631,7 +676,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
     [
         ({"max_shard": "many"}, "--max_shard many is no size"),
         ({"dtype": "int4"}, "'int4' is none of float32, bfloat16"),
-        ({"arch": "gpt"}, "'gpt' is none of vqmoe, mixtral"),
+        ({"arch": "gpt"}, "'gpt' is none of vqmoe, mixtral, llama"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, str], reason: str, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     megatron.add_argument("--experts", choices=("sequential", "grouped"), default="sequential", help="Megatron's layer")
     hf = parser.add_argument_group("--to hf (--dtype: megatron too)")
     hf.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    hf.add_argument("--arch", choices=("vqmoe", "mixtral"), default="vqmoe", help="stock Mixtral where it is equal")
+    hf.add_argument("--arch", choices=("vqmoe", "mixtral", "llama"), default="vqmoe", help="stock where equal")
     hf.add_argument("--tokenizer", default="auto", help="auto (that of the run's data), none, or a tokenizer's path")
     ties = "take a unigram tokenizer whose sums of scores are rounded: about one token in a million differs"
     hf.add_argument("--inexact_tokenizer", action="store_true", help=ties)

@@ -18,15 +18,18 @@ SOURCES = {
 }
 
 
-def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] | None, logits_note: str) -> str:
+def model_card(
+    config: RunConfig, arch: str, step: int, summary: dict[str, Any] | None, logits_note: str, no_gguf: str | None
+) -> str:
     """Text of the card.
 
     Args:
         config: of the run.
-        arch: ``vqmoe`` or ``mixtral``.
+        arch: one of ``ARCHITECTURES``.
         step: optimizer steps behind the weights.
         summary: ``summary.json`` of the run, if it was found and speaks of these very weights.
         logits_note: number type of the weights and what it means for the logits.
+        no_gguf: why llama.cpp cannot take the folder; None where its converter can.
     """
     model, moe = config.model, config.moe
     groups = f" on {model.kv_heads} key-value heads" if model.kv_heads not in (0, model.heads) else ""
@@ -45,6 +48,8 @@ def model_card(config: RunConfig, arch: str, step: int, summary: dict[str, Any] 
         _figures(summary),
         "## Weights\n",
         logits_note + "\n",
+        "## Other programs\n",
+        _programs(config, arch, no_gguf),
         "## Limits\n",
         f"{_purpose(config)} Nothing is known of its text past "
         f"{model.sequence_length} tokens of context. The training data is not described here: whoever publishes this "
@@ -111,6 +116,19 @@ inputs = tokenizer(["The ", "Once upon a time"], return_tensors="pt", padding=Tr
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=0.8)))
 ```
 """
+
+
+def _programs(config: RunConfig, arch: str, no_gguf: str | None) -> str:
+    served = f"they read {arch.capitalize()} by themselves" if arch != "vqmoe" else "their Transformers backends"
+    gguf = "`python convert_hf_to_gguf.py THIS_FOLDER --outtype f32` of its repository" if no_gguf is None else no_gguf
+    rows = [
+        ("transformers", "yes", "as above" if arch == "vqmoe" else "as above; nothing but stock code"),
+        ("vqmoe_ds", "yes", "`python tools/convert_checkpoint.py THIS_FOLDER CHECKPOINT --to deepspeed` trains on"),
+        ("llama.cpp (GGUF)", "yes" if no_gguf is None else "no", gguf),
+        ("vLLM, SGLang", "not tried", served),
+    ]
+    shown = rows[:2] if config.finetune.classes else rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in [("program", "", "how, or why not"), ("---",) * 3, *shown])
 
 
 def _routing(config: RunConfig) -> str:

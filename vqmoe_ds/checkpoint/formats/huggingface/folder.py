@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.formats.huggingface.card import find_summary, model_card
+from vqmoe_ds.checkpoint.formats.huggingface.llama_cpp import why_no_gguf
 from vqmoe_ds.checkpoint.formats.huggingface.names import (
     ARCHITECTURES,
     CODE_FILES,
@@ -33,10 +34,10 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     Part,
     buffer_shapes,
     hf_options,
-    mixtral_sections,
     parts_of,
     run_sections,
     shapes_of,
+    stock_sections,
     unstacked,
 )
 from vqmoe_ds.checkpoint.formats.portable import new_folder
@@ -69,7 +70,7 @@ class ExportOptions:
     Attributes:
         dtype: of the weights, ``float32`` or ``bfloat16``; codes are always float32.
         max_shard: largest file, like ``2GB``; a tensor that is larger has a file of its own.
-        arch: ``vqmoe``, or ``mixtral`` where stock Mixtral is equal.
+        arch: ``vqmoe``, or ``mixtral`` or ``llama`` where the stock model is equal.
         tokenizer: ``auto`` (what the run's data names), ``none``, or what ``load_tokenizer`` takes.
         inexact_tokenizer: as ``inexact`` of ``write_tokenizer``.
         force: replace a folder that exists.
@@ -112,6 +113,9 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
     description = hf_options(config, options.arch, source_table)
     _check_tensors(reader, config)
     tokenizer, remarks = _find_tokenizer(reader, config, options.tokenizer)
+    no_gguf = why_no_gguf(config, options.arch, tokenizer)
+    if no_gguf and options.arch != "vqmoe" and tokenizer is not None:
+        remarks.append(f"make no GGUF of it, for llama.cpp would cut text otherwise than training did: {no_gguf}")
     inference, training = _split_buffers(buffers, options.arch, source_table)
     if options.arch == "vqmoe":
         _check_tables(inference, config, Path(reader.path))
@@ -124,10 +128,14 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
             from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import write_tokenizer
 
             lengths = config.model.vocab_size, config.model.sequence_length
-            description.update(write_tokenizer(folder, tokenizer, *lengths, options.inexact_tokenizer))
+            stock, inexact = options.arch != "vqmoe", options.inexact_tokenizer
+            description.update(write_tokenizer(folder, tokenizer, *lengths, stock=stock, inexact=inexact))
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=hide) as bar:
             write_weights(folder, entries, limit, bar.update)
         _write_small_files(folder, reader, config, options, description)
+        summary = find_summary(Path(reader.path), reader.step)
+        card = model_card(config, options.arch, reader.step, summary, LOGITS[options.dtype], no_gguf)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if training:
             write_safetensors(folder / TRAINING_BUFFERS, [entry_of(*item) for item in training.items()])
     return remarks
@@ -165,7 +173,7 @@ def _split_buffers(
     buffers: dict[str, Tensor], arch: str, source_table: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Buffers that routes follow from, by their names there, and the rest, by ours."""
-    here = {} if arch == "mixtral" else dict(INFERENCE_BUFFERS)
+    here = dict(INFERENCE_BUFFERS) if arch == "vqmoe" else {}
     if not source_table:
         here.pop("source.table_VD", None)
     inference = {here[name]: tensor for name, tensor in buffers.items() if name in here}
@@ -194,9 +202,6 @@ def _write_small_files(
     tokens: dict[str, Any] = {n: description[n] for n in ("eos_token_id", "pad_token_id") if n in description}
     write_json(folder / "config.json", {**description, "dtype": options.dtype, **version})
     write_json(folder / "generation_config.json", {**tokens, **version})
-    summary = find_summary(Path(reader.path), reader.step)
-    card = model_card(config, options.arch, reader.step, summary, LOGITS[options.dtype])
-    (folder / "README.md").write_text(card, encoding="utf-8")
     run = config.model_dump(mode="json", exclude={"data", "run"})  # those two hold paths of the machine
     checksum = config.model_dump(mode="json")["data"].get("tokenizer_sha256")
     if checksum is not None:
@@ -258,7 +263,7 @@ class HFReader(WeightsReader):
         path: the folder.
 
     Raises:
-        CheckpointError: not one of ours nor a Mixtral that this trainer can compute, damaged, or incomplete.
+        CheckpointError: not one of ours nor a Mixtral or Llama that this trainer can compute, damaged, or incomplete.
     """
 
     kind = "hf"
@@ -270,8 +275,8 @@ class HFReader(WeightsReader):
         self.arch = str(options.get("model_type"))
         if self.arch not in ARCHITECTURES:
             raise CheckpointError(
-                f"{self.path} holds a model of type {self.arch}; this reads vqmoe and mixtral, and tools/upcycle.py "
-                "makes a VQMoE of a dense Llama"
+                f"{self.path} holds a model of type {self.arch}; this reads {' and '.join(ARCHITECTURES)}, and "
+                "tools/upcycle.py makes a VQMoE of models of more types"
             )
         training = read_json(self.path / TRAINING) if (self.path / TRAINING).exists() else {}
         if training.get("format", 0) > FORMAT:
@@ -357,7 +362,7 @@ register_format("hf", lambda path: (path / "config.json").exists(), open_hf)
 
 def _merged_config(options: dict[str, Any], training: dict[str, Any], arch: str, path: Path) -> RunConfig:
     """The run's own configuration where it still describes the model of ``config.json``, else one made from that."""
-    sections = run_sections(options) if arch == "vqmoe" else mixtral_sections(options)
+    sections = run_sections(options) if arch == "vqmoe" else stock_sections(options, arch)
     kept = training.get("config")
     if isinstance(kept, dict):
         config = run_config(kept, path / TRAINING)
@@ -376,16 +381,9 @@ def _with_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update=data_of_folder(folder))})
 
 
-_NOT_STRUCTURE = {
-    "vqmoe": ("auto_map", "architectures", "use_cache"),
-    "mixtral": (
-        "architectures",
-        "use_cache",
-        "rope_theta",
-        "rope_parameters",
-        "head_dim",
-    ),  # transformers writes these otherwise
-}
+# transformers writes these otherwise
+_STOCK = ("architectures", "use_cache", "rope_theta", "rope_parameters", "head_dim")
+_NOT_STRUCTURE = {"vqmoe": ("auto_map", "architectures", "use_cache"), "mixtral": _STOCK, "llama": _STOCK}
 
 
 def settled_codebook(config: RunConfig, codes_LKC: Tensor, code_map_LK: Tensor) -> dict[str, Tensor]:

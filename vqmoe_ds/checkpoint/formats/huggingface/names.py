@@ -1,7 +1,8 @@
 """One table of names and one of options: what a tensor or an option of ours is called in a Hugging Face folder.
 
-Two architectures: ``vqmoe``, our own model there, and ``mixtral``, stock Mixtral, which models with a top-k router of
-two or more experts in every block are equal to. Both tables are read in both directions.
+Three architectures: ``vqmoe``, our own model there, and two stock ones: ``mixtral``, which models with a top-k router
+of two or more experts in every block are equal to, and ``llama``, which dense models are. Both tables are read in both
+directions.
 
 Legend: D width, H expert hidden width, N experts, V vocabulary.
 """
@@ -19,7 +20,7 @@ from vqmoe_ds.config.schema import ModelConfig, MoEConfig, QKNorm, RopeScaling, 
 from vqmoe_ds.moe.routers.base import softmax_over_all
 from vqmoe_ds.runtime.errors import CheckpointError
 
-ARCHITECTURES = ("vqmoe", "mixtral")
+ARCHITECTURES = ("vqmoe", "mixtral", "llama")
 CODE_FILES = ("configuration_vqmoe.py", "routing_vqmoe.py", "modeling_vqmoe.py")
 
 
@@ -311,8 +312,8 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
     Raises:
         CheckpointError: the architecture cannot compute what this model computes; the option is named.
     """
-    if arch == "mixtral":
-        return _mixtral_options(config)
+    if arch != "vqmoe":
+        return _stock_options(config, arch)
     reason = why_not_exported(config.moe)
     if reason is not None:
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
@@ -460,17 +461,17 @@ def softmax_over_of(norm_topk_prob: bool | None, top_k: int) -> SoftmaxOver:
     return SoftmaxOver.CHOSEN if norm_topk_prob else SoftmaxOver.ALL
 
 
-def _mixtral_options(config: RunConfig) -> dict[str, Any]:
-    model, moe = config.model, config.moe
-    reason = _why_not_mixtral(config)
+def _stock_options(config: RunConfig, arch: str) -> dict[str, Any]:
+    model, name = config.model, arch.capitalize()
+    reason = why_not_stock(config, arch)
     if reason:
-        raise CheckpointError(f"Mixtral cannot stand for this model: {reason}; export with --arch vqmoe")
+        raise CheckpointError(f"{name} cannot stand for this model: {reason}; export with --arch vqmoe")
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": arch,
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
-        "intermediate_size": moe.expert_hidden,
+        "intermediate_size": config.moe.expert_hidden if arch == "mixtral" else config.dense_hidden,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads or model.heads,
@@ -479,41 +480,59 @@ def _mixtral_options(config: RunConfig) -> dict[str, Any]:
         "max_position_embeddings": model.sequence_length,
         "rms_norm_eps": NORM_EPS,
         **stock_rope(model),
-        "sliding_window": None,
-        "attention_dropout": 0.0,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": moe.balance_weight,
-        "output_router_logits": False,
+        **(_mixtral_alone(config) if arch == "mixtral" else _LLAMA_ALONE),
         "tie_word_embeddings": False,
         "use_cache": True,
     }
 
 
-def _why_not_mixtral(config: RunConfig) -> str | None:
-    moe = config.moe
+_LLAMA_ALONE = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}
+
+
+def _mixtral_alone(config: RunConfig) -> dict[str, Any]:
+    return {
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "router_aux_loss_coef": config.moe.balance_weight,
+        "output_router_logits": False,
+    }
+
+
+def why_not_stock(config: RunConfig, arch: str) -> str | None:
+    """Why stock Mixtral or Llama cannot compute the model; None where it can."""
     if config.finetune.classes:
         return "it is a classifier, which pools its states otherwise"
-    if not moe.facts.is_stock:
-        return f"moe.router={moe.router} is not its linear router (topk)"
     if config.model.qkv_bias:
         return "model.qkv_bias adds a bias to queries, keys and values, and it has none"
+    if config.model.qk_norm is not QKNorm.NONE:
+        return f"model.qk_norm={config.model.qk_norm.value} norms queries and keys, and it does not"
+    if arch == "mixtral":
+        return _why_not_mixtral(config)
+    if config.moe.facts.has_experts:
+        return f"moe.router={config.moe.router} has experts, and it has none (moe.router=dense)"
+    return None
+
+
+def _why_not_mixtral(config: RunConfig) -> str | None:
+    moe = config.moe
+    if not moe.facts.is_stock:
+        return f"moe.router={moe.router} is not its linear router (topk)"
     if moe.shared_experts:
         return f"moe.shared_experts={moe.shared_experts} stand beside the routed ones, and it has none"
     if config.model.dense_layers:
         return f"model.dense_layers={config.model.dense_layers} leaves dense blocks, and it has experts in every block"
     if config.model.moe_every != 1:
         return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
-    if config.model.qk_norm is not QKNorm.NONE:
-        return f"model.qk_norm={config.model.qk_norm.value} norms queries and keys, and it does not"
     if weighs_over_all(config) and moe.num_experts > 1:
         over = "moe.top_k=1" if moe.top_k == 1 else "router.softmax_over=all"
         return f"with {over} experts are weighted by their probabilities among all here, among the chosen there"
     return None
 
 
-def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sections of a run configuration that describe the model, from a Mixtral ``config.json``.
+def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, Any]]:
+    """The sections of a run configuration that describe the model, from a ``config.json`` of stock Mixtral or Llama.
 
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
@@ -522,35 +541,34 @@ def mixtral_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "rms_norm_eps": NORM_EPS,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "sliding_window": None,
+        **({"sliding_window": None} if arch == "mixtral" else {"attention_bias": False, "mlp_bias": False}),
     }
     for name, value in needed.items():
         if options.get(name) not in (value, None):
             raise CheckpointError(
-                f"this Mixtral has {name}={options[name]}, but this trainer knows only {value}; "
+                f"this {arch.capitalize()} has {name}={options[name]}, but this trainer knows only {value}; "
                 "tools/upcycle.py converts more"
             )
     try:
-        return {
-            "model": {
-                "vocab_size": options["vocab_size"],
-                "layers": options["num_hidden_layers"],
-                "width": options["hidden_size"],
-                "heads": options["num_attention_heads"],
-                "kv_heads": kv_heads_of(options),
-                "head_width": head_width_of(options),
-                "sequence_length": options["max_position_embeddings"],
-                **rope_of(options, 1e6),
-            },
-            "moe": {
-                "router": "topk",
-                "num_experts": options["num_local_experts"],
-                "expert_hidden": options["intermediate_size"],
-                "top_k": options["num_experts_per_tok"],
-                "balance_weight": options.get("router_aux_loss_coef", 0.01),
-            },
-            "codebook": {},
-            "router": {"softmax_over": softmax_over_of(True, options["num_experts_per_tok"])},
+        model = {
+            "vocab_size": options["vocab_size"],
+            "layers": options["num_hidden_layers"],
+            "width": options["hidden_size"],
+            "heads": options["num_attention_heads"],
+            "kv_heads": kv_heads_of(options),
+            "head_width": head_width_of(options),
+            "sequence_length": options["max_position_embeddings"],
+            **rope_of(options, 1e6 if arch == "mixtral" else 1e4),
+        }
+        if arch == "llama":
+            return {"model": model | {"dense_hidden": options["intermediate_size"]}, "moe": {"router": "dense"}}
+        moe = {
+            "router": "topk",
+            "num_experts": options["num_local_experts"],
+            "expert_hidden": options["intermediate_size"],
+            "top_k": options["num_experts_per_tok"],
+            "balance_weight": options.get("router_aux_loss_coef", 0.01),
         }
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None
+    return {"model": model, "moe": moe, "router": {"softmax_over": softmax_over_of(True, moe["top_k"])}}

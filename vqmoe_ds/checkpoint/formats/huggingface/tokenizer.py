@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.checkpoint.formats.huggingface.llama_cpp import sentencepiece_model
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer, byte_symbols
 from vqmoe_ds.data.tokenizer_base import SPACE_MARK, Tokenizer
 from vqmoe_ds.data.tokenizer_training import sums_are_exact
@@ -60,7 +61,12 @@ MOST_PIECES, PROBE_LENGTH = 40_000, 40
 
 
 def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, vocab_size: int, max_length: int, inexact: bool = False
+    folder: Path,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    max_length: int,
+    stock: bool = False,
+    inexact: bool = False,
 ) -> dict[str, int]:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, proven to give the ids of training.
 
@@ -71,6 +77,7 @@ def write_tokenizer(
         tokenizer: that of the training data.
         vocab_size: of the model; a byte model of 256 ids has no end of a document.
         max_length: the training context.
+        stock: whether the model is a stock one; then with a ``tokenizer.model`` for llama.cpp, where one has equal ids.
         inexact: take a unigram model whose sums of scores are rounded, so that rare ties may be cut otherwise.
 
     Raises:
@@ -102,9 +109,19 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
         "padding_side": "left",
+        **(_for_llama_cpp(folder, tokenizer, names.get("eos_token", END), vocab_size) if stock else {}),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {name + "_id": fast.token_to_id(token) for name, token in names.items()}
+
+
+def _for_llama_cpp(folder: Path, tokenizer: Tokenizer, end: str, vocab_size: int) -> dict[str, bool]:
+    """Write ``tokenizer.model``; what ``tokenizer_config.json`` has to say of it."""
+    if (proto := sentencepiece_model(tokenizer, end, vocab_size)) is None:
+        return {}
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    # By default llama.cpp begins a text with a token of its own and a space.
+    return {"add_bos_token": False, "add_prefix_space": proto.normalizer_spec.add_dummy_prefix}
 
 
 def _as_it_is(source: JsonTokenizer) -> tuple[Any, dict[str, str]]:
