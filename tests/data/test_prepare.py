@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from vqmoe_ds.data.documents import plan_units
 from vqmoe_ds.data.index_files import check_prefix
-from vqmoe_ds.data.prepare import build_parser, main
+from vqmoe_ds.data.prepare import build_parser, main, prepare
 from vqmoe_ds.data.spread import deal
 from vqmoe_ds.data.units import SourceOptions
+from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,3 +277,129 @@ def test_a_reader_of_the_recipes_may_leave_early() -> None:
     left = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=ENVIRONMENT)
     os.close(writing)
     assert left.returncode == 0 and left.stderr == ""
+
+
+# ------------------------------------------------------------ --max_tokens
+
+
+def _prefix(alone: Path, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, lengths of sequences): what ``--max_tokens`` asks for, told from the whole corpus of bytes."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(str(alone))
+    lengths, ends = data.sequence_lengths.tolist(), set(data.document_indices.tolist())
+    taken = total = 0
+    for number, length in enumerate(lengths):
+        if total + length + (number + 1 not in ends) > most:
+            break
+        taken, total = taken + 1, total + length
+    ids = np.fromfile(f"{alone}.bin", dtype=np.uint16)[:total]
+    kept = lengths[:taken]
+    if taken not in ends:  # the document that is cut ends here
+        ids, kept[-1] = np.append(ids, 256), kept[-1] + 1
+    return ids, np.array(kept)
+
+
+@pytest.mark.parametrize(
+    "most",
+    [
+        *(70_000, 1_100_000, 1_049_000),  # inside the first unit, inside the second, about where it begins
+        *(2_600_000, 4_000_000, 10**9),  # inside the JSON lines, and all
+    ],
+)
+def test_max_tokens_takes_the_first_documents_whatever_the_workers(most, sources, alone, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    want_ids, want_lengths = _prefix(alone, most)
+    for workers in (1, 3):
+        prefix = tmp_path / f"w{workers}"
+        options = ["--output", str(prefix), "--max_tokens", str(most), "--workers", str(workers)]
+        assert main(build_parser("").parse_args([str(sources), *options])) == 0
+        assert np.array_equal(np.fromfile(f"{prefix}.bin", dtype=np.uint16), want_ids) and len(want_ids) <= most
+        data = IndexedDataset(str(prefix))
+        lengths = data.sequence_lengths.copy()
+        if lengths[-1] == 1:  # the end of a document whose last sequence was written before
+            lengths = np.append(lengths[:-2], lengths[-2] + 1)
+        assert np.array_equal(lengths, want_lengths)
+        about = json.loads(Path(f"{prefix}.json").read_text())
+        assert about["tokens"] == len(want_ids) and about["max_tokens"] == most
+        assert not Path(f"{prefix}.parts").exists()
+    assert digests(tmp_path / "w1") == digests(tmp_path / "w3")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_stream_is_read_and_kept_as_far_as_it_is_asked_for(kind, tmp_path, monkeypatch):
+    """A folder that ``datasets`` streams without a network: three files of 4,000 texts of 26 tokens."""
+    from vqmoe_ds.data import tables
+
+    (tmp_path / "set").mkdir()
+    for shard in range(3):
+        texts = [f"text {shard} {i:04d} of some words" for i in range(4000)]
+        path = tmp_path / f"set/train-{shard}.{kind}"
+        if kind == "parquet":
+            parquet.write_table(pa.table({"text": texts}), path, row_group_size=100)
+        else:
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    read = []
+    pieces_of = tables.pieces_of
+    monkeypatch.setattr(tables, "pieces_of", lambda *row: read.append(1) or pieces_of(*row))
+    monkeypatch.setattr("vqmoe_ds.data.parts.BATCH_BYTES", 10_000)
+    source, cache = f"hub:{tmp_path / 'set'}", ["--cache_dir", str(tmp_path / "cache")]
+    for most, rows in ((52_000, 2000), (156_000, 6000)):
+        read.clear()
+        prefix = tmp_path / f"first{most}"
+        options = ["--output", str(prefix), "--streaming", "--max_tokens", str(most), *cache]
+        assert main(build_parser("").parse_args([source, *options])) == 0
+        assert rows <= len(read) < rows + 200  # no more than a batch of texts beyond what was asked for
+        ids = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
+        last = f"text {rows // 4001} {(rows - 1) % 4000:04d} of some words"
+        assert len(ids) == most and bytes(ids[-26:-1].astype(np.uint8)).decode() == last
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # datasets kept no copy
+
+
+def test_a_killed_stream_leaves_nothing_that_looks_whole_and_goes_on(tmp_path):
+    (tmp_path / "set").mkdir()
+    for shard in range(6):
+        texts = [f"text {i} of shard {shard} " + "word " * 50 for i in range(500)]
+        parquet.write_table(pa.table({"text": texts}), tmp_path / f"set/train-{shard}.parquet")
+    command = [
+        f"hub:{tmp_path / 'set'}",
+        "--streaming",
+        "--max_tokens",
+        "600000",
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    ]
+    output = tmp_path / "data"
+    process = subprocess.Popen([*PREPARE, *command, "--output", str(output)], env=slow_tokenizer(tmp_path))
+    parts, deadline = tmp_path / "data.parts", time.monotonic() + 100
+    while len([p for p in parts.glob("*") if p.is_dir() and p.suffix != ".tmp"]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("data.[bij]*"))
+    finished = {p.name for p in parts.iterdir() if p.is_dir() and p.suffix != ".tmp"}
+    assert 2 <= len(finished) < 5
+    assert main(build_parser("").parse_args([*command, "--output", str(output)])) == 0
+    assert main(build_parser("").parse_args([*command, "--output", str(tmp_path / "again")])) == 0
+    assert digests(output) == digests(tmp_path / "again")
+    assert json.loads(Path(f"{output}.json").read_text())["tokens"] <= 600_000
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--max_tokens", "0"], "--max_tokens 0 must be at least 1"),
+        (["--max_tokens", "20"], "--max_tokens 20 is less than the first text takes; give more"),
+    ],
+)
+def test_a_limit_that_nothing_fits_is_refused(options, sentence, sources, tmp_path, capsys):
+    assert main(build_parser("").parse_args([str(sources), "--output", str(tmp_path / "data"), *options])) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+    assert not list(tmp_path.glob("data.[bij]*"))
+
+
+def test_a_limit_is_not_for_ranks(sources, tmp_path):
+    options = build_parser("").parse_args([str(sources), "--output", str(tmp_path / "data"), "--max_tokens", "9"])
+    with pytest.raises(DataError, match="--max_tokens does not go with mpirun; give --workers"):
+        prepare(options, comm=object())

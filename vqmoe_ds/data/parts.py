@@ -14,7 +14,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Counts:
     skipped: dict[str, int] = field(default_factory=dict)
     first: dict[str, Place] = field(default_factory=dict)
     """First place of each reason to skip."""
+    cut: bool = False
+    """Whether the unit holds more than its limit."""
 
     def add(self, other: Counts) -> None:
         for name in ("documents", "sequences", "tokens", "bytes", "unknown"):
@@ -59,6 +61,7 @@ class Counts:
         for reason, count in other.skipped.items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
             self.first.setdefault(reason, other.first[reason])
+        self.cut |= other.cut
 
 
 class Parts:
@@ -93,17 +96,20 @@ class Parts:
         return counts if whole and not refused else None
 
     def make(self, unit: Unit) -> Counts:
-        """Read, tokenize and write one unit.
+        """Read, tokenize and write one unit, or as much of it as its limit allows.
+
+        One that is below its limit is kept as the part of the unit without a limit, which serves any other limit too.
 
         Raises:
             DataError: text that is to be refused; a full disk.
         """
-        final = self.path(unit)
-        temporary = self.folder / f"{final.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        temporary = self.folder / f"{self.path(unit).name}.{socket.gethostname()}.{os.getpid()}.tmp"
         try:
             with disk_errors(str(self.folder)):
                 temporary.mkdir()
                 counts = self._write(unit, temporary)
+                below = unit.limit is not None and not counts.cut and counts.tokens < unit.limit
+                final = self.path(replace(unit, limit=None) if below else unit)
                 shutil.rmtree(final, ignore_errors=True)  # one that is damaged or left out too much
                 temporary.rename(final)
         finally:
@@ -116,28 +122,35 @@ class Parts:
             files = [stack.enter_context(HashedFile(f"{folder / name}", keep=False)) for name in _FILES]
             before = text_before(unit)
             for batch in _batches(read_unit(unit, skips)):
-                for file, array in zip(files, self._encode(batch, before, counts), strict=True):
+                for file, array in zip(files, self._encode(batch, before, counts, unit.limit), strict=True):
                     file.write(array)
+                if counts.cut:
+                    break
                 before = _after(batch[-1])
         counts.skipped, counts.first = skips.counts, skips.first
         digests = [file.sha256 for file in files]
         (folder / _COUNTS).write_text(json.dumps({**asdict(counts), "sha256": digests}), encoding="utf-8")
         return counts
 
-    def _encode(self, batch: list[Piece], before: str, counts: Counts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _encode(
+        self, batch: list[Piece], before: str, counts: Counts, limit: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids ``[tokens]``, lengths ``[sequences]``, ends ``[documents]``) of a batch, added to ``counts``.
 
         Args:
             before: the last character before it, if it begins inside a document.
+            limit: tokens of the part, at most; None for all.
         """
+        encoded = self.tokenizer.encode_pieces([p.text for p in batch], [before, *map(_after, batch[:-1])])
+        if limit is not None:
+            batch, encoded, counts.cut = _within(limit - counts.tokens, batch, encoded, before)
         texts = [piece.text for piece in batch]
-        encoded = self.tokenizer.encode_pieces(texts, [before, *map(_after, batch[:-1])])
         if self.tokenizer.unknown_id is not None:
             counts.unknown += sum(map(self.tokenizer.count_unknown, texts, encoded))
         end = np.array([self.tokenizer.eod], dtype=np.int32)
-        ended = np.array([piece.ends_document for piece in batch])
+        ended = np.array([piece.ends_document for piece in batch], dtype=bool)
         arrays = [array for ids, last in zip(encoded, ended, strict=True) for array in ((ids, end) if last else (ids,))]
-        ids = np.concatenate(arrays).astype(self.dtype)
+        ids = np.concatenate([end[:0], *arrays]).astype(self.dtype)
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int32) + ended
         kept = lengths > 0  # a piece of a document may hold no token at all
         documents = counts.sequences + np.cumsum(kept, dtype=np.int64)[ended]
@@ -249,6 +262,23 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _within(
+    room: int, batch: list[Piece], encoded: list[np.ndarray], before: str
+) -> tuple[list[Piece], list[np.ndarray], bool]:
+    """(pieces from the first on that have at most ``room`` tokens, their ids, whether that leaves any out).
+
+    A document that is cut ends with its last piece, and one whose earlier pieces are written with an empty one.
+    """
+    sizes = np.cumsum([len(ids) + piece.ends_document for ids, piece in zip(encoded, batch, strict=True)])
+    ends_to_come = np.array([not piece.ends_document for piece in batch])
+    fits = int(np.cumprod(sizes + ends_to_come <= room).sum())
+    if fits == len(batch):
+        return batch, encoded, False
+    if not fits:
+        return ([Piece("", True)], [encoded[0][:0]], True) if before else ([], [], True)
+    return [*batch[: fits - 1], batch[fits - 1]._replace(ends_document=True)], encoded[:fits], True
 
 
 def _after(piece: Piece) -> str:

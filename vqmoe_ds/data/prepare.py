@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +54,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_unknown", type=float, default=1.0, help="refuse more than this %% of tokens for unknown symbols"
     )
+    parser.add_argument("--max_tokens", type=int, help="stop after so many tokens (default: everything)")
     parser.add_argument("--streaming", action="store_true", help="read hub sources without keeping them on disk")
     parser.add_argument("--cache_dir", help="where recipes and hub sources are kept")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at PREFIX, once the new is whole")
@@ -112,7 +114,10 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
     with _locked(parts.folder):
         parts.clean()
         try:
-            new = _make_parts(options, comm, parts, units)
+            if options.max_tokens is None:
+                new = _make_parts(options, comm, parts, units)
+            else:
+                units, new = _first_parts(options, parts, units)
         except KeyboardInterrupt:
             parts.clean()  # of workers that were ended
             raise
@@ -120,7 +125,8 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
         for unit in units:
             total.add(_counts(parts, unit))
         _check_total(total, options)
-        about = {"sources": options.sources, "on_error": options.on_error}
+        limit = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
+        about = {"sources": options.sources, "on_error": options.on_error, **limit}
         merge(parts, units, total, options.output, about)
         shutil.rmtree(parts.folder)
     if comm is not None:
@@ -146,23 +152,59 @@ def _make_parts(options: argparse.Namespace, comm: Any, parts: Parts, units: lis
     """Make the parts that are missing; returns what they hold."""
     by_path = {parts.path(unit): unit for unit in units}  # the same source given twice is read once
     missing = [unit for unit in by_path.values() if parts.counts(unit, verify=True) is None]
-    new = Counts()
     with Progress(sum(unit.size for unit in by_path.values()), sum(unit.size for unit in missing)) as progress:
+        return _make(options, comm, parts, missing, lambda unit, counts: progress.add(unit.size))
 
-        def done(unit: Unit, counts: Counts) -> None:
-            new.add(counts)
-            progress.add(unit.size)
-            if new.tokens >= _ENOUGH:
-                _check_unknown(new, options)
 
-        if comm is not None:
-            spread.send_plan(comm, (str(parts.folder), options.tokenizer, missing))
-            spread.run_ranks(comm, parts, missing, done)
-        elif options.workers > 1 and len(missing) > 1:
-            spread.run_workers(parts, missing, done, options.workers, options.tokenizer)
-        else:
-            spread.run_alone(parts, missing, done)
+def _make(options: argparse.Namespace, comm: Any, parts: Parts, missing: list[Unit], tell: spread.Done) -> Counts:
+    new = Counts()
+
+    def done(unit: Unit, counts: Counts) -> None:
+        new.add(counts)
+        tell(unit, counts)
+        if new.tokens >= _ENOUGH:
+            _check_unknown(new, options)
+
+    if comm is not None:
+        spread.send_plan(comm, (str(parts.folder), options.tokenizer, missing))
+        spread.run_ranks(comm, parts, missing, done)
+    elif options.workers > 1 and len(missing) > 1:
+        spread.run_workers(parts, missing, done, options.workers, options.tokenizer)
+    else:
+        spread.run_alone(parts, missing, done)
     return new
+
+
+def _first_parts(options: argparse.Namespace, parts: Parts, units: list[Unit]) -> tuple[list[Unit], Counts]:
+    """(the first units that have ``--max_tokens`` together, the last of them cut, what was made for them).
+
+    As many as there are workers are made at a time, each with the limit that is left before all of them, so that no
+    more is read or kept than that; the one that turns out to have less room is made again.
+    """
+    taken: list[Unit] = []
+    new, left = Counts(), int(options.max_tokens)
+
+    def part(unit: Unit) -> Unit:
+        whole = parts.counts(unit)
+        return unit if whole is not None and whole.tokens < left else replace(unit, limit=left)
+
+    with Progress(left, left, " tokens") as progress:
+
+        def make(units: list[Unit], verify: bool = False) -> None:
+            missing = {parts.path(unit): unit for unit in units if parts.counts(unit, verify) is None}
+            new.add(_make(options, None, parts, [*missing.values()], lambda _, counts: progress.add(counts.tokens)))
+
+        for start in range(0, len(units), options.workers):
+            wave = units[start : start + options.workers]
+            make([part(unit) for unit in wave], verify=True)
+            for unit in wave:
+                make([part(unit)])
+                taken.append(part(unit))
+                counts = _counts(parts, taken[-1])
+                if counts.cut or counts.tokens >= left:
+                    return taken, new
+                left -= counts.tokens
+    return taken, new
 
 
 def _counts(parts: Parts, unit: Unit) -> Counts:
@@ -184,6 +226,10 @@ def _check(options: argparse.Namespace, comm: Any) -> None:
         raise DataError(f"--output {options.output} is a folder; add the name that the files begin with")
     if options.workers < 1:
         raise DataError(f"--workers {options.workers} must be at least 1")
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise DataError(f"--max_tokens {options.max_tokens} must be at least 1")
+    if comm is not None and options.max_tokens is not None:
+        raise DataError("--max_tokens does not go with mpirun; give --workers on one machine instead")
     if comm is not None and options.workers > 1:
         raise DataError("--workers does not go with mpirun; give more ranks (mpirun -n) instead")
 
@@ -198,6 +244,8 @@ def _check_free(options: argparse.Namespace, parts: Parts) -> None:
 
 
 def _check_total(total: Counts, options: argparse.Namespace) -> None:
+    if total.documents == 0 and total.cut:
+        raise DataError(f"--max_tokens {options.max_tokens} is less than the first text takes; give more")
     if total.documents == 0:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in total.skipped.items()) or "empty"
         raise DataError(f"the sources {' '.join(options.sources)} hold no document ({skipped}); nothing is written")
@@ -235,16 +283,22 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal, a plain line every ten seconds elsewhere: MB of the sources, MB/s, time left."""
+    """A bar on a terminal, a plain line every ten seconds elsewhere: MB of the sources, MB/s, time left.
 
-    def __init__(self, total: int, missing: int) -> None:
-        self.live, self.every = sys.stderr.isatty(), 10.0
+    Args:
+        total: of the sources.
+        missing: of it, what is still to be made.
+        unit: of both.
+    """
+
+    def __init__(self, total: int, missing: int, unit: str = "B") -> None:
+        self.live, self.every, self.unit = sys.stderr.isatty(), 10.0, f"M{unit}"
         done = total - missing
         if done:
             print(f"going on: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB are finished", file=sys.stderr, flush=True)
         tqdm.monitor_interval = 0  # no thread of its own: workers may be forked from here
         self.bar: Any = tqdm(
-            total=total, initial=done, unit="B", unit_scale=True, desc="preparing", disable=not self.live
+            total=total, initial=done, unit=unit, unit_scale=True, desc="preparing", disable=not self.live
         )
         self.total, self.begun, self.now = total, done, done
         self.start = self.said = time.monotonic()
@@ -264,7 +318,8 @@ class Progress:
         rate = (self.now - self.begun) / (self.said - self.start)
         left = tqdm.format_interval((self.total - self.now) / rate)
         print(
-            f"preparing: {self.now / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {left} left",
+            f"preparing: {self.now / 1e6:,.1f} of {self.total / 1e6:,.1f} {self.unit}, {rate / 1e6:.1f} {self.unit}/s, "
+            f"{left} left",
             file=sys.stderr,
             flush=True,
         )

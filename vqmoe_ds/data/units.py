@@ -96,6 +96,8 @@ class Unit:
 
     spans: tuple[Span, ...]
     options: SourceOptions
+    limit: int | None = None
+    """Tokens to take of it, at most."""
 
     @property
     def size(self) -> int:
@@ -105,7 +107,8 @@ class Unit:
     def fingerprint(self, *more: object) -> str:
         """Hex digest of what is read and how; two units with the same one give the same pieces."""
         how = (self.options.text_key, self.options.document)  # what is skipped or cached changes no piece
-        return hashlib.sha256(json.dumps([[asdict(s) for s in self.spans], how, more]).encode()).hexdigest()[:32]
+        what = [[asdict(s) for s in self.spans], how, more, *([] if self.limit is None else [self.limit])]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
 class Place(NamedTuple):
