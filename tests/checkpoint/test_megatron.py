@@ -9,6 +9,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "top-2, first blocks dense": {"moe": {"router": "topk", "top_k": 2}, "model": {"dense_layers": 2}},
     "top-2, biased queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"qkv_bias": True}},
     "top-2, shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}, "model": {"moe_every": 2}},
+    "top-2, sliding window": {"moe": {"router": "topk", "top_k": 2}, "model": {"sliding_window": 5}},
     "dense": {"moe": {"router": "dense"}},
     "dense, norms of heads": {"moe": {"router": "dense"}, "model": {"qk_norm": "heads"}},
     "codes": {"codebook": {"num_codes": 9}},
@@ -88,6 +90,7 @@ def export(case: str, dst: Path, **options: Any) -> Path:
 
 def let_megatron_run_on_cpu() -> None:
     """It asks for the current CUDA device and for its random states, though nothing here needs either."""
+    import megatron.core.fusions.fused_softmax as softmax
     import megatron.core.transformer.moe.grouped_gemm_util as grouped
     import megatron.core.transformer.moe.moe_utils as utils
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -95,8 +98,20 @@ def let_megatron_run_on_cpu() -> None:
     torch._dynamo.config.disable = True  # its fused activations would be compiled
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[return-value]
     CudaRNGStatesTracker.fork = lambda self, name=None: nullcontext()
+    softmax.get_sliding_window_causal_mask = _on_cpu(softmax.get_sliding_window_causal_mask)
     utils.te_general_gemm = None
     grouped.assert_grouped_gemm_is_available = lambda: None
+
+
+def _on_cpu(function: Any) -> Any:
+    """A function that makes its tensors by ``torch.ones`` on the GPU, and here does not."""
+    ones = torch.ones
+
+    def inside(*args: Any) -> Any:
+        with patch("torch.ones", lambda *shape, device=None, **options: ones(*shape, **options)):
+            return function(*args)
+
+    return inside
 
 
 def megatron_model(args: Namespace, ranks: dict[str, int]) -> Any:
@@ -128,7 +143,7 @@ def megatron_model(args: Namespace, ranks: dict[str, int]) -> Any:
         ),
         "moe_shared_expert_intermediate_size",
         *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_dtype"),
-        *("tensor_model_parallel_size", "expert_model_parallel_size", "rotary_interleaved"),
+        *("tensor_model_parallel_size", "expert_model_parallel_size", "rotary_interleaved", "window_size"),
     )
     config = TransformerConfig(
         **{name: getattr(args, name) for name in names if hasattr(args, name)},

@@ -27,6 +27,18 @@ def test_one_expert_call_instead_of_two_saves_what_the_paper_says_at_its_size() 
     assert both.routing > discrete.routing > 0
 
 
+@pytest.mark.parametrize("window", [1, 5, 16, 40])
+def test_a_sliding_window_shortens_the_context(window: int) -> None:
+    changes = {"model.sequence_length": 16, "model.layers": 1}
+    whole, windowed = (
+        forward_flops(load_config("tiny", None, {**changes, "model.sliding_window": size}).config)
+        for size in (0, window)
+    )
+    saved = whole.attention - windowed.attention
+    pairs = sum(min(place, 16) - min(place, window, 16) for place in range(1, 17))
+    assert saved == 4 * 128 * pairs // 16 and windowed.head == whole.head
+
+
 @pytest.mark.parametrize("kv_heads, shared", [(0, 0), (2, 0), (0, 3)])
 @pytest.mark.parametrize("router, top_k", [("vq", 0), ("vq", 1), ("topk", 2), ("softmoe", 2), ("dense", 1)])
 def test_all_but_the_fused_attention_is_what_pytorch_counts(

@@ -54,10 +54,11 @@ def _packed() -> tuple[list[Tensor], Tensor, Tensor]:
     return documents, torch.cat(documents, dim=1), torch.cat([torch.arange(n) for n in DOCUMENTS]).unsqueeze(0)
 
 
-def _blocks() -> Tensor:
+def _blocks(window: int | None) -> Tensor:
     """Which token sees which, ``[1, 1, S, S]``."""
     number = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS))
-    return ((number == number.unsqueeze(1)) & torch.ones(LENGTH, LENGTH).tril().bool())[None, None]
+    band = torch.ones(LENGTH, LENGTH).tril().triu(1 - (window or LENGTH)).bool()
+    return ((number == number.unsqueeze(1)) & band)[None, None]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -66,10 +67,11 @@ def test_packed_documents_do_not_see_each_other(case: str, attention: str, model
     model = copy.deepcopy(models[case])
     model.set_attn_implementation(attention)
     documents, together, positions = _packed()
-    additive = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~_blocks(), torch.finfo(torch.float32).min)
+    blocks = _blocks(model.config.sliding_window)
+    additive = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~blocks, torch.finfo(torch.float32).min)
     ways: list[dict[str, Any]] = [{}, {"use_cache": False}, {"attention_mask": additive}]
     if attention == "sdpa":  # eager attention adds masks up, as everywhere
-        ways.append({"attention_mask": _blocks()})
+        ways.append({"attention_mask": blocks})
     with torch.no_grad():
         alone = torch.cat([model(document).logits for document in documents], dim=1)
         for way in ways:
@@ -262,7 +264,7 @@ def test_special_tokens_are_declared_and_other_models_options_refused() -> None:
     assert config.eos_token_id is None and config.bos_token_id is None and config.pad_token_id is None
     with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide num_attention_heads=4"):
         VQMoEConfig(num_key_value_heads=3)
-    for option in ({"sliding_window": 8}, {"rope_scaling": {"rope_type": "yarn"}}):
+    for option in ({"layer_types": ["sliding_attention"]}, {"rope_scaling": {"rope_type": "yarn"}}):
         with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not one of"):
             VQMoEConfig(**option)
 

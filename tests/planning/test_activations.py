@@ -38,11 +38,12 @@ DISCRETE = {"moe.top_k": 0}
 OF_STATE = {"codebook.source": "layer_state", "codebook.source_momentum": 0.0}
 TOPK = {"moe.router": "topk", "moe.top_k": 2}
 RECOMPUTED = {"train.activation_checkpointing": True}
+WINDOW = {"model.sliding_window": 16}
 SHARED: dict[str, Any] = {"train.sequence_parallel_size": 2}
 
 Case = tuple[Layout, dict[str, Any]]
 SAMPLE: dict[int, list[Case]] = {
-    1: [(Layout(2, 1, 1), DUAL), (Layout(2, 1, 1, "bf16"), RECOMPUTED)],
+    1: [(Layout(2, 1, 1), DUAL), (Layout(2, 1, 1, "bf16"), RECOMPUTED), (Layout(2, 1, 1), WINDOW)],
     2: [
         *[(Layout(2, 2, 2, "bf16"), DUAL), (Layout(3, 2, 2), DISCRETE), (Layout(0, 2, 2), {**TOPK, **RECOMPUTED})],
         *[(Layout(2, 2, 2, "bf16"), {**SHARED, **TOPK}), (Layout(2, 1, 2), {**SHARED, **RECOMPUTED})],
@@ -120,9 +121,9 @@ def _values(model: torch.nn.Module) -> list[Tensor]:
 
 
 def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, is_causal: bool = True, enable_gqa: bool = False
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = True, enable_gqa: bool = False
 ) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
 
 
 def cpu_loss(logits_TV: Tensor, targets_T: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ VQ: dict[str, dict[str, Any]] = {
     },
     "dense": {"moe": {"router": "dense"}, "model": {"qk_norm": "full"}},
     "grouped queries": {"moe": {"top_k": 0}, "model": {"kv_heads": 2}},
+    "sliding window": {"moe": {"top_k": 1}, "codebook": {"source": "context"}, "model": {"sliding_window": 5}},
     "documents kept apart": {
         "moe": {"top_k": 1},
         "codebook": {"source": "context", "num_codes": 20, "context_window": 9},
@@ -65,6 +66,7 @@ FEW = {
     "context, top-1": [Layout(4, 2, 2), Layout(2, 2, 3)],
     "top-2 of normed heads, recomputed": [Layout(2, 4, 1)],
     "grouped queries": [Layout(2, 2, 2)],
+    "sliding window": [Layout(2, 2, 3)],
     "documents kept apart": [Layout(4, 2, 2)],
 }
 MANY = {

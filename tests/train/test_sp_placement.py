@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"activation_checkpointing": True},
     },
     "grouped queries": {"codebook": {"source": "context"}, "model": {"kv_heads": 2}},
+    "sliding window": {"codebook": {"source": "context"}, "model": {"sliding_window": 5}},
     "documents kept apart": {
         "codebook": {"source": "context", "num_codes": 20, "context_window": 5},
         "data": {"separate_documents": True},
@@ -80,6 +81,7 @@ def test_tokens_at_their_experts_train_the_same_model(tmp_path: Path) -> None:
         "context": [Layout(4, 4, 2)],
         "context beside top-1": [Layout(4, 2, 1)],
         "grouped queries": [Layout(2, 2, 0)],
+        "sliding window": [Layout(2, 2, 0)],
         "documents kept apart": [Layout(4, 4, 1)],
     }
     _check(tmp_path, few)

@@ -113,6 +113,8 @@ SOURCES: dict[str, dict[str, Any]] = {
     "biases of Qwen 2": {"kind": Qwen2Config, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "multipliers of Granite": {"kind": GraniteConfig, **MULTIPLIED, "tie_word_embeddings": True},
     "wide heads": {"head_dim": 8, "num_key_value_heads": 2},
+    "sliding window": {"kind": MistralConfig, "sliding_window": 5, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "no sliding window": {"kind": Qwen3Config, "head_dim": 6, "sliding_window": 5, "use_sliding_window": False},
     "norms of heads": {"kind": Qwen3Config, "head_dim": 6},
     "norms of wide heads, larger epsilon": {
         **{"kind": Qwen3Config, "head_dim": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-2},
@@ -139,8 +141,23 @@ def test_what_our_transformer_lacks_is_rewritten_exactly(source: str, tmp_path: 
 def test_mistral_within_its_window(tmp_path: Path) -> None:
     dense = _dense(tmp_path / "dense", MistralConfig, sliding_window=32, num_key_value_heads=2)
     assert _distance(dense, _upcycled(tmp_path / "dense")) < 1e-5
-    with pytest.raises(CheckpointError, match="set model.sequence_length=32 or less"):
-        _upcycled(tmp_path / "dense", {"model.sequence_length": 64})
+    assert _upcycled(tmp_path / "dense", {"model.sequence_length": 64}).config.model.sliding_window == 32
+
+
+@pytest.mark.parametrize("layers, window", [(0, 8), (3, 0), (1, None)])
+def test_a_window_is_that_of_all_layers_or_refused_by_name(layers: int, window: int | None, tmp_path: Path) -> None:
+    options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": layers}
+    dense = _dense(tmp_path / "dense", Qwen2Config, **options)
+    for types in (dense.config.layer_types, None):  # None: as transformers 4 writes it
+        _options(tmp_path / "dense", layer_types=types)
+        if window is not None:
+            model = _upcycled(tmp_path / "dense")
+            assert model.config.model.sliding_window == window and _distance(dense, model) < 1e-5
+            continue
+        name = "layer_types" if types else "max_window_layers"
+        with pytest.raises(CheckpointError, match=rf"\(sliding_window, {name}\).*set model.sequence_length=8 or less"):
+            _upcycled(tmp_path / "dense")
+        assert _upcycled(tmp_path / "dense", {"model.sequence_length": 8}).config.model.sliding_window == 0
 
 
 @pytest.mark.parametrize(("granularity", "top_k", "experts"), [(2, 2, 6), (3, 3, 12), (2, 4, 8), (4, 8, 8)])
@@ -302,6 +319,10 @@ def test_back_to_hugging_face(tmp_path: Path) -> None:
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"kind": MixtralConfig, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "sliding_window": None},
     "Mixtral, one expert a token": {"kind": MixtralConfig, "num_experts_per_tok": 1, "head_dim": 8},
+    "Mixtral, sliding window": {"kind": MixtralConfig, "num_key_value_heads": 2, "sliding_window": 5},
+    "Qwen3-MoE, sliding window": {
+        **{"kind": Qwen3MoeConfig, "head_dim": 6, "use_sliding_window": True, "sliding_window": 5},
+    },
     "OLMoE": {"kind": OlmoeConfig, "rms_norm_eps": 1e-5},
     "OLMoE, grouped queries": {"kind": OlmoeConfig, "rms_norm_eps": 1e-2, "num_key_value_heads": 2},
     "OLMoE, weights that sum to 1": {"kind": OlmoeConfig, "norm_topk_prob": True},

@@ -152,6 +152,13 @@ class ModelConfig(Section):
         QKNorm.NONE, "RMSNorm of queries and keys: none, heads (each head alone, Qwen 3) or full (all together, OLMoE)"
     )
     sequence_length: int = option(256, "training context", "tokens", ge=2, le=MOST_TOKENS)
+    sliding_window: int = option(
+        0,
+        "sliding-window attention: the last tokens that a token sees, itself included (Mistral); 0: all before it",
+        "tokens",
+        ge=0,
+        le=MOST_TOKENS,
+    )
     moe_every: int = option(
         1, "an MoE layer in every n-th block (1: all, 2: every second)", "blocks", ge=1, le=MOST_LAYERS
     )
@@ -205,6 +212,11 @@ class ModelConfig(Section):
     def _check_patches(self) -> ModelConfig:
         if not self.image_size:
             return self
+        if self.sliding_window:
+            raise ValueError(
+                f"model.sliding_window={self.sliding_window} is of text, and all patches of an image see each other; "
+                "leave it out"
+            )
         if self.channels == 2:
             raise ValueError("model.channels=2 is of no image; give 3 (colour) or 1 (grey-scale)")
         if self.image_size % self.patch_size:

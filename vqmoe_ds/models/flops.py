@@ -11,7 +11,10 @@ from vqmoe_ds.config.schema import RunConfig
 
 
 class Flops(NamedTuple):
-    """Operations per token, over all layers, at the mean length of the context, which is causal but for images."""
+    """Operations per token, over all layers, at the mean length of the context, which is causal but for images.
+
+    A sliding window shortens the context, whether or not a kernel makes use of it.
+    """
 
     attention: int
     experts: int
@@ -32,10 +35,12 @@ def forward_flops(config: RunConfig) -> Flops:
     sparse = len(model.moe_blocks) if moe.facts.has_experts else 0
     calls, heads = config.rows_per_token, model.attention_width
     dense = (model.layers - sparse) * config.dense_hidden + sparse * moe.shared_experts * moe.expert_hidden
-    context = 2 * model.sequence_length if model.image_size else model.sequence_length + 1
+    length = model.sequence_length
+    window = min(model.sliding_window or length, length)
+    pairs = length * length if model.image_size else window * (2 * length - window + 1) // 2
     weights = 2 * sparse * model.width if moe.shared_gate else 0
     return Flops(
-        attention=model.layers * (4 * model.width * (heads + model.kv_width) + 2 * heads * context),
+        attention=model.layers * (4 * model.width * (heads + model.kv_width) + 4 * heads * pairs // length),
         experts=sparse * calls * 6 * model.width * moe.expert_hidden,
         dense=dense * 6 * model.width + weights,
         routing=sum(moe.facts.flops(config, layer) for layer in range(sparse)),

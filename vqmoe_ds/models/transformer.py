@@ -44,24 +44,32 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
 
 
-class Documents(NamedTuple):
-    """Documents that are packed into windows and kept apart."""
+def attention_mask(
+    like: Tensor, length: int, earlier: int = 0, window: int = 0, positions_BS: Tensor | None = None
+) -> Tensor | None:
+    """What is added to attention scores: 0 where a token sees another, else minus infinity. None: plainly causal.
 
-    positions_T: Tensor
-    """Position in its document of each token that this rank computes."""
-    mask_B1SS: Tensor
-    """Whether a token of the whole windows (first S) sees another."""
+    Args:
+        like: a tensor of the type and on the device of the scores.
+        length: S, tokens whose queries are computed.
+        earlier: P, tokens read before them.
+        window: w, a token sees itself and the w - 1 before it; 0: all before it.
+        positions_BS: of the tokens in their documents, which do not see each other.
 
-    @classmethod
-    def of(cls, positions_BS: Tensor, mine_T: Tensor) -> Documents:
-        """Documents in which the tokens of whole windows have these positions.
-
-        Args:
-            mine_T: of the positions those of this rank's tokens.
-        """
-        places_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
-        back_SS = places_S.unsqueeze(1) - places_S
-        return cls(mine_T, (back_SS >= 0) & (back_SS <= positions_BS[:, None, :, None]))
+    Returns:
+        ``[S, P + S]``, or ``[B, 1, S, S]`` with documents.
+    """
+    if positions_BS is None and not earlier and not 0 < window < length:
+        return None
+    places_P = torch.arange(earlier + length, device=like.device)
+    back = places_P[earlier:].unsqueeze(1) - places_P
+    seen = back >= 0
+    if window:
+        seen = seen & (back < window)
+    if positions_BS is not None:
+        seen = seen & (back <= positions_BS[:, None, :, None])
+    # Once for all blocks, and in the scores' type: of a mask of truth values PyTorch keeps such a copy for every block.
+    return like.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 class Attention(nn.Module):
@@ -69,7 +77,7 @@ class Attention(nn.Module):
 
     Queries and keys may be normalised before they are turned (``model.qk_norm``): each head alone with one scale for
     all heads, or all heads together. Equally many query heads may share a key-value head (``model.kv_heads``,
-    grouped-query attention, Ainslie 2023, arXiv 2305.13245).
+    grouped-query attention, Ainslie 2023, arXiv 2305.13245). Which tokens see which is for ``attention_mask`` to say.
     """
 
     cos_SF: Tensor
@@ -99,27 +107,25 @@ class Attention(nn.Module):
         x_BSD: Tensor,
         past: BlockCache | None = None,
         homes: Homes | None = None,
-        documents: Documents | None = None,
+        mask: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> Tensor:
         batch, length, _ = x_BSD.shape
-        share, earlier = (self.share, 0) if past is None else (None, past.position_of(length))
-        start = earlier if share is None else share.span.start
+        share = self.share if past is None else None
+        start = share.span.start if share is not None else 0 if past is None else past.position_of(length)
         places = slice(start, start + length) if homes is None else homes.positions_M
         qkv = self.qkv(x_BSD) if self.qkv_bias is None else self.qkv(x_BSD) + self.qkv_bias
         qkv_BSNH = qkv.view(batch, length, -1, self.head_width)
-        if documents is None:
+        if positions_T is None:
             q, k, v = self._turned(qkv_BSNH, self.cos_SF[places], self.sin_SF[places])
         else:
-            q, k, v = self._turned_in(documents, qkv_BSNH)
+            q, k, v = self._turned_in_documents(qkv_BSNH, positions_T)
         if past is not None:
             k, v = past.append(k, v)
         if homes is not None:
             q, k, v = from_homes(q, k, v, homes)
         elif share is not None:
             q, k, v = to_heads(q, k, v, share)
-        # is_causal aligns the mask with the first key, so it holds only where no tokens came before.
-        mask = x_BSD.new_ones(length, start + length, dtype=torch.bool).tril(start) if earlier else None
-        mask = mask if documents is None else documents.mask_B1SS
         y = attend(q, k, v, mask, self.causal and mask is None)
         if homes is not None:
             y = to_homes(y, homes)
@@ -134,12 +140,11 @@ class Attention(nn.Module):
         q_BSAH, k_BSKH, v_BSKH = self._normalized(qkv_BSNH)
         return *rotate(q_BSAH, k_BSKH, cos_SF, sin_SF), v_BSKH.transpose(1, 2)
 
-    def _turned_in(self, documents: Documents, qkv_BSNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _turned_in_documents(self, qkv_BSNH: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``_turned`` with a position of its own for every token of the batch."""
         batch, length = qkv_BSNH.shape[:2]
         # Turned as one long sequence, for the kernel takes the same angles for all sequences of a batch.
-        places = documents.positions_T
-        turned = self._turned(qkv_BSNH.flatten(0, 1).unsqueeze(0), self.cos_SF[places], self.sin_SF[places])
+        turned = self._turned(qkv_BSNH.flatten(0, 1).unsqueeze(0), self.cos_SF[positions_T], self.sin_SF[positions_T])
         q, k, v = (x.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1) for x in turned)
         return q, k, v
 
@@ -158,7 +163,7 @@ def attend(q_BASH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_SS: Tensor | Non
     """PyTorch's fused attention, ``[B, A, S, H]``; query heads A / K at a time share a key-value head.
 
     Args:
-        mask_SS: whether a token sees another, ``[S, S]`` or ``[B, 1, S, S]``; None: as ``causal`` says.
+        mask_SS: as of ``attention_mask``; None: as ``causal`` says.
     """
     if q_BASH.shape[1] == k_BKSH.shape[1]:
         return F.scaled_dot_product_attention(q_BASH, k_BKSH, v_BKSH, attn_mask=mask_SS, is_causal=causal)
@@ -207,10 +212,11 @@ class Block(nn.Module):
         past: BlockCache | None = None,
         real_M: Tensor | None = None,
         homes: Homes | None = None,
-        documents: Documents | None = None,
+        mask: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the stream ``[B, S, D]``, and of an MoE layer the auxiliary loss and the chosen experts ``[T, R]``."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past, homes, documents)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), past, homes, mask, positions_T)
         rows = self.mlp_norm(x_BSD)
         if real_M is not None:  # padding reaches no expert: to those the real tokens are one sequence
             rows = real_tokens(rows, real_M).unsqueeze(0)
@@ -368,10 +374,10 @@ class MoETransformer(nn.Module):
             mean_tokens=self._mean_tokens(homes),
             source_TD=self._source_of(tokens, embedded_BSD, cache, real_M)[0] if reads_source else None,
         )
-        documents = None
-        if positions_BS is not None and tokens.positions_BS is not None:
-            documents = Documents.of(positions_BS, tokens.positions_BS[:, tokens.earlier :].flatten())
-        x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes, documents)
+        places_BS, past = tokens.positions_BS, 0 if cache is None else cache.length
+        positions_T = None if places_BS is None else places_BS[:, tokens.earlier :].flatten()
+        mask = attention_mask(x_BSD, tokens_BS.shape[1], past, self.config.model.sliding_window, positions_BS)
+        x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes, mask, positions_T)
         if cache is not None:
             cache.advance(tokens_BS)
         return x_BSD, aux_loss
@@ -384,7 +390,8 @@ class MoETransformer(nn.Module):
         cache: Cache | None = None,
         real_M: Tensor | None = None,
         homes: Homes | None = None,
-        documents: Documents | None = None,
+        mask: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All blocks and the last norm: states ``[B, S, D]``, and the auxiliary loss of all routers."""
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
@@ -398,11 +405,11 @@ class MoETransformer(nn.Module):
                 # New in every forward: what an earlier micro-batch kept must not answer this one's recomputation.
                 ahead = replace(ahead, kept=Kept())
                 x_BSD, aux, experts_TR = checkpoint(
-                    block, x_BSD, known, ahead, None, real_M, homes, documents, use_reentrant=False
+                    block, x_BSD, known, ahead, None, real_M, homes, mask, positions_T, use_reentrant=False
                 )
             else:
                 past = None if cache is None else cache.blocks[index]
-                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M, homes, documents)
+                x_BSD, aux, experts_TR = block(x_BSD, known, ahead, past, real_M, homes, mask, positions_T)
             if aux is not None:
                 aux_loss = aux_loss + aux
             if experts_TR is not None:

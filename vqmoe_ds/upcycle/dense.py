@@ -30,6 +30,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     shapes_of,
     unstacked,
     why_not_exported,
+    window_of,
 )
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
@@ -144,6 +145,7 @@ class DenseSource:
             "model.head_width": head_width_of(self.options),
             "model.qk_norm": self.qk_norm.value,
             "model.qkv_bias": self.qkv_bias,
+            "model.sliding_window": window_of(self.options),
             **{f"model.{name}": value for name, value in self.rope.items()},
         }
 
@@ -209,13 +211,11 @@ class DenseSource:
         return [f"mlp.{name}.weight" for name in MATRICES.values()]
 
     def check_length(self, length: int) -> None:
-        """Refuse a context that reaches past a sliding window, which our attention does not have."""
-        window = self.options.get("sliding_window")
-        if window and self.options.get("use_sliding_window", True) and length > int(window):
-            raise CheckpointError(
-                f"{self.path} attends to the last {window} tokens alone (sliding_window), so longer contexts cannot be "
-                f"represented; set model.sequence_length={window} or less"
-            )
+        """Refuse a context that reaches past a sliding window which some layers alone have."""
+        try:
+            window_of(self.options, length)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path} cannot be represented: {error}") from None
 
 
 def check_kind(options: dict[str, Any], path: Path) -> None:

@@ -28,6 +28,8 @@ class VQMoEConfig(PretrainedConfig):
         qk_norm: RMSNorm of queries and keys: ``none``, ``heads`` (each head alone) or ``full`` (all heads together).
         qkv_bias: whether queries, keys and values have a bias.
         max_position_embeddings: length of the training context.
+        sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it, as in Mistral; None: all
+            before it.
         intermediate_size: hidden width of the dense MLPs.
         moe_intermediate_size: hidden width of one expert.
         moe_every: an MoE layer in every n-th block (1: all, 2: every second).
@@ -76,6 +78,7 @@ class VQMoEConfig(PretrainedConfig):
         qk_norm: str = "none",
         qkv_bias: bool = False,
         max_position_embeddings: int = 256,
+        sliding_window: int | None = None,
         rope_theta: float = 10000.0,
         rope_scaling_type: str = "none",
         rope_factor: float = 1.0,
@@ -125,7 +128,7 @@ class VQMoEConfig(PretrainedConfig):
             ("code_distance", code_distance, ("euclidean", "cosine")),
             ("classifier_pool", classifier_pool, POOLS),
             # Options of Llama and its like that would change what is computed, and that this model lacks.
-            ("sliding_window", kwargs.get("sliding_window"), (None,)),
+            ("layer_types", kwargs.get("layer_types"), (None,)),
             ("rope_scaling", _scaling(kwargs.get("rope_scaling") or kwargs.get("rope_parameters")), ("default",)),
         ):
             if value not in known:
@@ -148,6 +151,7 @@ class VQMoEConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.qkv_bias = qkv_bias
         self.max_position_embeddings = max_position_embeddings
+        self.sliding_window = sliding_window
         self.rope_theta = rope_theta
         self.rope_scaling_type = rope_scaling_type
         self.rope_factor = rope_factor

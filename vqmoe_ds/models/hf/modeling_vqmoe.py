@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
@@ -82,7 +86,8 @@ class VQMoEAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
-        y_BSAH, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        options = {"dropout": 0.0, "scaling": self.scaling, "sliding_window": self.config.sliding_window, **kwargs}
+        y_BSAH, weights = attend(self, q, k, v, mask, **options)
         return self.o_proj(y_BSAH.reshape(*x_BSD.shape[:2], -1)), weights
 
 
@@ -254,9 +259,11 @@ class VQMoEModel(VQMoEPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        seen = _Seen(x_BSD, attention_mask, position_ids, past)
+        first = 0 if past_key_values is None else past_key_values.get_mask_sizes(x_BSD.shape[1], 0)[1]
+        seen = _Seen(x_BSD, attention_mask, position_ids, past, first)
         cached = past_key_values if seen.documents_BS is None else None  # transformers looks for documents without one
-        mask = create_causal_mask(config, x_BSD, attention_mask, cached, position_ids=seen.positions_BS)
+        make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+        mask = make_mask(config, x_BSD, attention_mask, cached, position_ids=seen.positions_BS)
         rotary = _rotary(seen.positions_BS, config, x_BSD.dtype)
         known = self._routes_ahead(input_ids, x_BSD, seen, past_key_values)
         aux_loss = x_BSD.new_zeros((), dtype=torch.float32)
@@ -346,7 +353,9 @@ class VQMoEModel(VQMoEPreTrainedModel):
         """``sum_j decay^j roll(u_{t-j}, j)`` over those of the last W tokens that a token sees, ``[B, S, D]``."""
         if seen.kept_BS is not None:
             unit_BSD = unit_BSD * seen.kept_BS.unsqueeze(-1)
-        earlier = unit_BSD if past_key_values is None else source_layer(past_key_values).remember(unit_BSD)
+        earlier = unit_BSD
+        if past_key_values is not None:
+            earlier = source_layer(past_key_values, self.config.sliding_window is not None).remember(unit_BSD)
         mixed_BSD = unit_BSD.clone()
         for back in range(1, self.config.context_window):
             places_S = (seen.places_S - back).clamp_min(0)
@@ -363,14 +372,18 @@ class _Seen:
         positions_BS: of the rotary embedding.
         kept_BS: false for padding; None where nothing tells of padding.
         documents_BS: number of the packed document of each token; None where there is one.
-        mask_BSP: which tokens see which, where that was given.
+        mask_BSP: which tokens see which, where that was given; its first column is token ``first``, before which a
+            cache with a sliding window has forgotten all.
 
     Raises:
         ValueError: the mask has another shape than the tokens.
     """
 
-    def __init__(self, x_BSD: Tensor, attention_mask: Any, position_ids: Tensor | None, past: int | Tensor) -> None:
+    def __init__(
+        self, x_BSD: Tensor, attention_mask: Any, position_ids: Tensor | None, past: int | Tensor, first: int = 0
+    ) -> None:
         batch, length = x_BSD.shape[:2]
+        self.first = first
         self.places_S = torch.arange(length, device=x_BSD.device) + past
         self.kept_BS: Tensor | None = None
         self.documents_BS: Tensor | None = None
@@ -403,6 +416,11 @@ class _Seen:
                 "this model's codes look back at the tokens that a token sees: give a mask that is a tensor"
             )
         there = (self.places_S >= steps).unsqueeze(0)
+        if self.mask_BSP is not None and self.first > 0 and self.mask_BSP.shape[2] - len(self.places_S) < steps:
+            raise ValueError(
+                "this model's codes look back further than its sliding window, and a mask [batch, 1, new, past + new] "
+                "tells nothing of what the cache has forgotten: use a DynamicCache and a mask [batch, past + new]"
+            )
         if self.mask_BSP is not None:
             return there & self._in_mask(steps)
         if self.documents_BS is not None:
@@ -411,7 +429,7 @@ class _Seen:
 
     def _in_mask(self, steps: int) -> Tensor:
         assert self.mask_BSP is not None
-        places_1S1 = (self.places_S - steps).clamp_min(0).view(1, -1, 1)
+        places_1S1 = (self.places_S - steps - self.first).clamp_min(0).view(1, -1, 1)
         return self.mask_BSP.gather(2, places_1S1.expand(len(self.mask_BSP), -1, 1)).squeeze(2)
 
 

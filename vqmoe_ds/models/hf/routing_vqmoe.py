@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from .configuration_vqmoe import VQMoEConfig
 
@@ -318,7 +324,8 @@ class _Sources:
 
     def remember(self, vectors_BSD: Tensor) -> Tensor:
         """Add those of new tokens, before their keys and values are added: ``[B, P + S, D]``, or more, with zeros."""
-        raise NotImplementedError
+        self.sources = vectors_BSD if self.sources is None else torch.cat([self.sources, vectors_BSD], dim=1)
+        return self.sources
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -348,9 +355,13 @@ class _Sources:
 class VQMoEDynamicLayer(_Sources, DynamicLayer):
     """``DynamicLayer`` with the vectors that codes look back at."""
 
-    def remember(self, vectors_BSD: Tensor) -> Tensor:
-        self.sources = vectors_BSD if self.sources is None else torch.cat([self.sources, vectors_BSD], dim=1)
-        return self.sources
+
+class VQMoESlidingWindowLayer(_Sources, DynamicSlidingWindowLayer):
+    """``DynamicSlidingWindowLayer`` with the vectors that codes look back at, those of all tokens."""
+
+
+class VQMoEStaticSlidingWindowLayer(_Sources, StaticSlidingWindowLayer):
+    """``StaticSlidingWindowLayer`` with the vectors that codes look back at, which grow: codes see past the window."""
 
 
 class VQMoEStaticLayer(_Sources, StaticLayer):
@@ -371,11 +382,20 @@ class VQMoEStaticLayer(_Sources, StaticLayer):
         self.sources = None if sources is None else sources.zero_()  # its address is part of compiled graphs
 
 
-_LAYERS: dict[type, type] = {DynamicLayer: VQMoEDynamicLayer, StaticLayer: VQMoEStaticLayer}
+_LAYERS: dict[type, type] = {
+    DynamicLayer: VQMoEDynamicLayer,
+    StaticLayer: VQMoEStaticLayer,
+    DynamicSlidingWindowLayer: VQMoESlidingWindowLayer,
+    StaticSlidingWindowLayer: VQMoEStaticSlidingWindowLayer,
+}
 
 
-def source_layer(cache: Cache) -> VQMoEDynamicLayer | VQMoEStaticLayer:
+def source_layer(cache: Cache, sliding: bool = False) -> _Sources:
     """The first layer of a cache, made to keep source vectors.
+
+    Args:
+        cache: of one model.
+        sliding: whether that model's attention has a window, as the layer of the cache may have.
 
     Raises:
         ValueError: it is of a kind that cannot, or another model filled it.
@@ -384,7 +404,7 @@ def source_layer(cache: Cache) -> VQMoEDynamicLayer | VQMoEStaticLayer:
         cache.layers.append(VQMoEDynamicLayer())
     first = cache.layers[0]
     if not isinstance(first, _Sources):
-        if type(first) not in _LAYERS:
+        if type(first) not in _LAYERS or (first.is_sliding and not sliding):
             raise ValueError(
                 f"this model's codes look back at earlier tokens, which a {type(first).__name__} cannot keep: "
                 "use a DynamicCache or a StaticCache"

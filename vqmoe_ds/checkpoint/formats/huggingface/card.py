@@ -33,7 +33,8 @@ def model_card(
     """
     model, moe = config.model, config.moe
     groups = f" on {model.kv_heads} key-value heads" if model.kv_heads not in (0, model.heads) else ""
-    heads = f"{model.heads} attention heads{groups}{_norms(config)}"
+    window = f" over the last {model.sliding_window} tokens" if model.sliding_window else ""
+    heads = f"{model.heads} attention heads{groups}{window}{_norms(config)}"
     kind = "classifier of texts" if config.finetune.classes else "language model"
     sections = [
         _header(config, arch),

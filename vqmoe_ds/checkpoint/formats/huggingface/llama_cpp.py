@@ -31,6 +31,8 @@ def why_no_gguf(config: RunConfig, arch: str, tokenizer: Tokenizer | None) -> st
         form = next((stock for stock in ARCHITECTURES[1:] if why_not_stock(config, stock) is None), None)
         other = f"it reads this model in another form (`--to hf --arch {form}`)"
         return other if form else "no model there is equal to it"
+    if config.model.sliding_window:
+        return f"there Mixtral attends to all tokens, and here to {config.model.sliding_window}"
     if tokenizer is None:
         return "its converter wants a tokenizer, and this folder has none"
     return why_no_tokenizer(tokenizer)

@@ -296,6 +296,7 @@ NEWER = {
     "rope_scaling_type": "none",
     "rope_factor": 1.0,
     "rope_original_length": 0,
+    "sliding_window": None,
 }
 """Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
@@ -340,6 +341,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         **(labels if classes else {}),
         "head_dim": config.model.attention_width // config.model.heads,
         "num_key_value_heads": config.model.kv_heads or config.model.heads,
+        "sliding_window": config.model.sliding_window or None,
         "norm_topk_prob": not weighs_over_all(config),
         "intermediate_size": config.dense_hidden,
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
@@ -367,6 +369,7 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             sections[section][field] = options[name]
         sections["model"]["head_width"] = head_width_of(options)
         sections["model"]["kv_heads"] = kv_heads_of(options)
+        sections["model"]["sliding_window"] = options["sliding_window"] or 0
         sections["model"]["dense_hidden"] = options["intermediate_size"]
         sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
         sections["codebook"]["num_codes"] = options["num_codes"]
@@ -402,6 +405,44 @@ def kv_heads_of(options: dict[str, Any]) -> int:
     """``model.kv_heads``: 0 where every query head has a key-value head of its own."""
     kv_heads = options.get("num_key_value_heads")
     return 0 if kv_heads in (None, options.get("num_attention_heads")) else kv_heads
+
+
+def window_of(options: dict[str, Any], length: int = 0) -> int:
+    """``model.sliding_window`` of a stock ``config.json``: 0 where every token sees all before it.
+
+    Args:
+        options: of ``config.json``.
+        length: of the context; a window that it stays within may be that of some layers alone.
+
+    Raises:
+        CheckpointError: some layers alone have a window, and the context is longer; the option is named.
+    """
+    window = options.get("sliding_window") if options.get("use_sliding_window", True) else None
+    sliding = _sliding_layers(options) if window else []
+    if not window or not any(sliding):
+        return 0
+    if all(sliding):
+        return int(window)
+    if length > int(window):
+        name = "layer_types" if options.get("layer_types") else "max_window_layers"
+        raise CheckpointError(
+            f"some layers alone attend to the last {window} tokens (sliding_window, {name}), and in this trainer all "
+            f"layers are alike; set model.sequence_length={window} or less"
+        )
+    return 0
+
+
+def _sliding_layers(options: dict[str, Any]) -> list[bool]:
+    """Which layers have the window, as ``transformers`` reads a ``config.json`` that has one."""
+    kind, layers = options.get("model_type"), range(int(options.get("num_hidden_layers", 1)))
+    first = int(options.get("max_window_layers", 28))
+    if kind not in ("qwen2", "qwen3", "qwen2_moe"):
+        return [True for _ in layers]
+    if options.get("layer_types"):
+        return [name == "sliding_attention" for name in options["layer_types"]]
+    if kind == "qwen2_moe":
+        return [layer % 2 == 0 and layer < first for layer in layers]
+    return [layer >= first for layer in layers]
 
 
 _FIXED: dict[str, dict[str, Any]] = {
@@ -491,7 +532,7 @@ _LLAMA_ALONE = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": F
 
 def _mixtral_alone(config: RunConfig) -> dict[str, Any]:
     return {
-        "sliding_window": None,
+        "sliding_window": config.model.sliding_window or None,
         "attention_dropout": 0.0,
         "num_local_experts": config.moe.num_experts,
         "num_experts_per_tok": config.moe.top_k,
@@ -512,6 +553,8 @@ def why_not_stock(config: RunConfig, arch: str) -> str | None:
         return _why_not_mixtral(config)
     if config.moe.facts.has_experts:
         return f"moe.router={config.moe.router} has experts, and it has none (moe.router=dense)"
+    if config.model.sliding_window:
+        return f"model.sliding_window={config.model.sliding_window} limits attention, and it has no window"
     return None
 
 
@@ -541,7 +584,7 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
         "rms_norm_eps": NORM_EPS,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        **({"sliding_window": None} if arch == "mixtral" else {"attention_bias": False, "mlp_bias": False}),
+        **({"attention_bias": False, "mlp_bias": False} if arch == "llama" else {}),
     }
     for name, value in needed.items():
         if options.get(name) not in (value, None):
@@ -562,6 +605,7 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
         }
         if arch == "llama":
             return {"model": model | {"dense_hidden": options["intermediate_size"]}, "moe": {"router": "dense"}}
+        model["sliding_window"] = window_of(options)
         moe = {
             "router": "topk",
             "num_experts": options["num_local_experts"],

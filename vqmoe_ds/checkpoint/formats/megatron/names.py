@@ -174,6 +174,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
         **{"make_vocab_size_divisible_by": VOCAB_MULTIPLE, "transformer_impl": "local", "params_dtype": dtype},
         **{"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": ep},
         **{"num_experts": moe.num_experts if sparse else None, "attention_dropout": 0.0, "hidden_dropout": 0.0},
+        "window_size": (model.sliding_window - 1, 0) if model.sliding_window else None,
     }
     if sparse:
         options |= {
@@ -204,6 +205,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
         **{"add_bias_linear": False, "untie_embeddings_and_output_weights": True},
         **{"rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False},
+        "window_attn_skip_freq": None,
         **({"moe_router_score_function": "softmax"} if experts else {}),
         **({"moe_shared_expert_gate": False} if experts else {}),
     }
@@ -223,6 +225,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
             **{"head_width": head_width_of(shape), "kv_heads": kv_heads_of(shape)},
             **{"qkv_bias": bool(args.get("add_qkv_bias")), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
             **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
+            "sliding_window": _window(args, where),
             **(_placement(args, where) if experts else {}),
             **{"dense_hidden": args["ffn_hidden_size"]},
         }
@@ -241,6 +244,14 @@ def _shared_experts(args: dict[str, Any], hidden: Any, where: str) -> int:
             f"width {hidden}"
         )
     return together // hidden if together else 0
+
+
+def _window(args: dict[str, Any], where: str) -> int:
+    """``model.sliding_window`` of Megatron's ``window_size``: how many tokens before a token and after it are seen."""
+    before, after = args.get("window_size") or (-1, 0)
+    if after != 0:
+        raise CheckpointError(f"{where} has window_size={(before, after)}, but this trainer knows only causal windows")
+    return int(before) + 1
 
 
 def _placement(args: dict[str, Any], where: str) -> dict[str, int]:
