@@ -62,6 +62,12 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"activation_checkpointing": True},
         "data": {"separate_documents": True},
     },
+    "tied embeddings, sliding window": {
+        "moe": {"top_k": 1},
+        "codebook": {"source": "context", "num_codes": 20},
+        "model": {"tie_embeddings": True, "sliding_window": 7},
+        "train": {"activation_checkpointing": True},
+    },
     "hash of tokens": {"moe": {"router": "hash_token"}, "model": {"layers": 3, "moe_every": 2}},
 }
 
@@ -269,6 +275,8 @@ def _compare(config: RunConfig, layouts: list[Layout], steps: int, one_expert: i
 
 ALL_LAYOUTS = [Layout(ep_size, stage) for stage in range(4) for ep_size in (1, 2, 4)]
 OFFLOAD = (("zero_optimization", {"offload_optimizer": {"device": "cpu"}}), ("zero_force_ds_cpu_optimizer", False))
+IN_PARTS = (("zero_optimization", {"stage3_param_persistence_threshold": 0}),)
+"""ZeRO-3 keeps no small weight whole, so each is gathered for every use."""
 MATRIX = {
     "context, discrete only": [Layout(1, 0), Layout(1, 1), Layout(1, 2), Layout(4, 3), Layout(2, 2, OFFLOAD)],
     "layer state, top-1": [Layout(4, 0), Layout(2, 1), Layout(4, 2), Layout(2, 3), Layout(1, 3)],
@@ -280,6 +288,7 @@ MATRIX = {
     "top-2 router": [Layout(4, 0), Layout(2, 3)],
     "shared experts beside codes, grouped queries": [Layout(4, 0), Layout(2, 1), Layout(4, 2), Layout(2, 3)],
     "documents kept apart": [Layout(4, 2), Layout(2, 3)],
+    "tied embeddings, sliding window": [Layout(2, 0), Layout(4, 1), Layout(1, 2), Layout(2, 3), Layout(4, 3, IN_PARTS)],
     "hash of tokens": [Layout(4, 1)],
 }
 

@@ -129,11 +129,18 @@ def write_one(rank: int, world: int, folder: str, layout: Layout, changes: dict[
     return [name for name, _ in training.session.model.named_parameters()]
 
 
-def load_natively(rank: int, world: int, folder: str, tags: list[tuple[str, Layout]], steps: int) -> list[list[float]]:
+def load_natively(
+    rank: int,
+    world: int,
+    folder: str,
+    tags: list[tuple[str, Layout]],
+    steps: int,
+    changes: dict[str, Any] | None = None,
+) -> list[list[float]]:
     """Losses after DeepSpeed's own ``load_checkpoint`` of each tag folder under ``folder``."""
     losses = []
     for name, layout in tags:
-        training = Training(folder, layout, rank)
+        training = Training(folder, layout, rank, **changes or {})
         tag = open_checkpoint(Path(folder) / name).path
         training.session.engine.load_checkpoint(str(tag.parent), tag=tag.name)
         training.step = SAVED_AT
@@ -142,11 +149,13 @@ def load_natively(rank: int, world: int, folder: str, tags: list[tuple[str, Layo
     return losses
 
 
-def write_sources(rank: int, world: int, folder: str, layouts: list[Layout], steps: int) -> dict[Layout, list[float]]:
+def write_sources(
+    rank: int, world: int, folder: str, layouts: list[Layout], steps: int, changes: dict[str, Any] | None = None
+) -> dict[Layout, list[float]]:
     """Train, save after ``SAVED_AT`` steps, go on for ``steps``: the losses of the run that never moved."""
     losses = {}
     for layout in layouts:
-        training = Training(folder, layout, rank)
+        training = Training(folder, layout, rank, **changes or {})
         training.train(SAVED_AT)
         training.save(Path(folder) / str(layout))
         losses[layout] = training.train(steps)
@@ -155,12 +164,18 @@ def write_sources(rank: int, world: int, folder: str, layouts: list[Layout], ste
 
 
 def move(
-    rank: int, world: int, folder: str, jobs: list[tuple[str, Layout]], steps: int, save_to: str = ""
+    rank: int,
+    world: int,
+    folder: str,
+    jobs: list[tuple[str, Layout]],
+    steps: int,
+    save_to: str = "",
+    changes: dict[str, Any] | None = None,
 ) -> list[list[float]]:
     """Restore each source (a folder under ``folder``) on its target, optionally save it at once, and go on."""
     losses = []
     for source, target in jobs:
-        training = Training(folder, target, rank)
+        training = Training(folder, target, rank, **changes or {})
         training.restore(Path(folder) / source)
         if save_to:
             training.save(Path(folder) / save_to / f"{source}-to-{target}")

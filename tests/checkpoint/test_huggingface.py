@@ -472,6 +472,7 @@ def _topk(top_k: int, experts: int = 4, **model: Any) -> MoETransformer:
         *[(2, 4, ROPE | {"rope_scaling": kind, "head_width": 16}) for kind in ("llama3", "yarn")],
         (2, 4, {"rope_scaling": "linear", "rope_factor": 2.0}),
         (2, 4, {"sliding_window": 5, "heads": 4, "kv_heads": 2}),
+        (2, 4, {"tie_embeddings": True}),
     ],
 )
 def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, shape: dict[str, int], tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "top-2, biased queries": {"moe": {"router": "topk", "top_k": 2}, "model": {"qkv_bias": True}},
     "top-2, shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}, "model": {"moe_every": 2}},
     "top-2, sliding window": {"moe": {"router": "topk", "top_k": 2}, "model": {"sliding_window": 5}},
+    "top-2, tied embeddings": {"moe": {"router": "topk", "top_k": 2}, "model": {"tie_embeddings": True}},
     "dense": {"moe": {"router": "dense"}},
     "dense, norms of heads": {"moe": {"router": "dense"}, "model": {"qk_norm": "heads"}},
     "codes": {"codebook": {"num_codes": 9}},

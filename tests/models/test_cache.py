@@ -26,6 +26,7 @@ MORE: dict[str, dict[str, Any]] = {
     "shared experts": {"moe": {"router": "topk", "top_k": 2, "shared_experts": 2}},
     "grouped queries": {"model": {**SHAPE, "heads": 4, "kv_heads": 2}},
     "all heads normalised": {"model": {**SHAPE, "qk_norm": "full", "head_width": 8}},
+    "tied embeddings": {"model": {**SHAPE, "tie_embeddings": True}},
     "sliding window": {"model": {**SHAPE, "sliding_window": 5}},
 }
 

@@ -208,6 +208,7 @@ def test_recomputation_gives_the_same_gradients():
         ({"model.image_size": 16, "model.patch_size": 8}, "model.stem=conv needs model.patch_size 2 or 4, not 8"),
         ({"model.sequence_length": 17}, "model.sequence_length=17 is not the 16 patches"),
         ({"model.channels": 2}, "model.channels=2 is of no image"),
+        ({"model.tie_embeddings": True}, "model.tie_embeddings=true shares an embedding of tokens"),
         ({"model.sliding_window": 4}, "model.sliding_window=4 is of text, and all patches of an image see each other"),
         ({"model.image_size": 0, "model.sequence_length": 8}, "train.label_smoothing is for images"),
         ({"model.image_size": "big"}, "model.image_size"),

@@ -19,6 +19,7 @@ Case = tuple[Layout, dict[str, Any]]
 FLOAT32_SUMS = {"deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}}
 DISCRETE = {"moe.top_k": 0}
 RECOMPUTED = {"train.activation_checkpointing": True}
+TIED: dict[str, Any] = {"model.tie_embeddings": True, "model.sliding_window": 5}
 FEW_ROUNDS = {"train.batch_size": 16}
 
 KINDS = {
@@ -30,7 +31,13 @@ KINDS = {
 
 SAMPLE: dict[int, list[Case]] = {
     1: [(Layout(0, 1, 1), {}), (Layout(2, 1, 1, "bf16"), {}), (Layout(3, 1, 1), {})],
-    2: [(Layout(2, 2, 2), RECOMPUTED), (Layout(1, 1, 2, "bf16"), {}), (Layout(3, 2, 2, "bf16"), FEW_ROUNDS)],
+    2: [
+        (Layout(2, 2, 2), RECOMPUTED),
+        (Layout(1, 1, 2, "bf16"), {}),
+        (Layout(3, 2, 2, "bf16"), FEW_ROUNDS),
+        (Layout(1, 1, 2, "bf16"), TIED),
+        (Layout(3, 2, 2), TIED),
+    ],
     4: [(Layout(2, 2, 4, "bf16"), FLOAT32_SUMS), (Layout(2, 2, 4), DISCRETE), (Layout(0, 4, 4), {})],
 }
 

@@ -144,6 +144,18 @@ def test_mistral_within_its_window(tmp_path: Path) -> None:
     assert _upcycled(tmp_path / "dense", {"model.sequence_length": 64}).config.model.sliding_window == 32
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": GraniteConfig, **MULTIPLIED}, {"rms_norm_eps": 1e-2}], ids=str)
+def test_tied_embeddings_stay_tied_unless_told_otherwise(options: dict[str, Any], tmp_path: Path) -> None:
+    dense = _dense(tmp_path / "dense", **options, tie_word_embeddings=True)
+    tied, apart = (_upcycled(tmp_path / "dense", more) for more in ({}, {"model.tie_embeddings": False}))
+    assert tied.head.weight is tied.embed.weight and apart.head.weight is not apart.embed.weight
+    assert _distance(dense, tied) < 1e-5 and _distance(dense, apart) < 1e-5
+    _dense(tmp_path / "apart", **options, tie_word_embeddings=False)
+    assert not _upcycled(tmp_path / "apart").config.model.tie_embeddings
+    with pytest.raises(ConfigError, match="model.tie_embeddings=True contradicts the source, whose model has False"):
+        _upcycled(tmp_path / "apart", {"model.tie_embeddings": True})
+
+
 @pytest.mark.parametrize("layers, window", [(0, 8), (3, 0), (1, None)])
 def test_a_window_is_that_of_all_layers_or_refused_by_name(layers: int, window: int | None, tmp_path: Path) -> None:
     options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": layers}
@@ -305,9 +317,13 @@ def test_back_to_hugging_face(tmp_path: Path) -> None:
     import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
     from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 
-    dense = _dense(tmp_path / "dense", num_key_value_heads=2)
+    kept = {"kind": MistralConfig, "sliding_window": 5, "tie_word_embeddings": True}
+    dense = _dense(tmp_path / "dense", num_key_value_heads=2, **kept)
     upcycle(tmp_path / "dense", tmp_path / "new", UpcycleOptions(), {"moe.top_k": 0, "moe.num_experts": 3})
     export_hf(open_checkpoint(tmp_path / "new"), tmp_path / "hf", ExportOptions(tokenizer="none"))
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (described["sliding_window"], described["tie_word_embeddings"]) == (5, True)
+    assert "lm_head.weight" not in load_file(tmp_path / "hf" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
         assert (model(tokens_of()).logits - dense(tokens_of()).logits).abs().max() < 1e-5

@@ -159,6 +159,7 @@ class ModelConfig(Section):
         ge=0,
         le=MOST_TOKENS,
     )
+    tie_embeddings: bool = option(False, "the output head shares the weight of the embedding (tied embeddings)")
     moe_every: int = option(
         1, "an MoE layer in every n-th block (1: all, 2: every second)", "blocks", ge=1, le=MOST_LAYERS
     )
@@ -216,6 +217,10 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.sliding_window={self.sliding_window} is of text, and all patches of an image see each other; "
                 "leave it out"
+            )
+        if self.tie_embeddings:
+            raise ValueError(
+                "model.tie_embeddings=true shares an embedding of tokens, and images have none; leave it out"
             )
         if self.channels == 2:
             raise ValueError("model.channels=2 is of no image; give 3 (colour) or 1 (grey-scale)")
@@ -698,6 +703,11 @@ class RunConfig(Section):
         model = self.model
         of_pixels = self.codebook.source is CodeSource.PATCH
         return model.patch_size**2 * model.channels if of_pixels else model.width
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the output layer is the embedding's weight; the head of a classifier is its own."""
+        return self.model.tie_embeddings and not self.finetune.classes
 
     @property
     def dense_hidden(self) -> int:

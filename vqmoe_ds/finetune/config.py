@@ -42,6 +42,8 @@ SIZES = (
     "model.qkv_bias",
     "model.head_width",
     "model.qk_norm",
+    "model.sliding_window",
+    "model.tie_embeddings",
     "model.moe_every",
     "model.dense_layers",
     "model.vocab_size",
@@ -122,7 +124,9 @@ def _discrete_sections(base: dict[str, Any], loaded: LoadedConfig) -> dict[str, 
     Codes that look at embeddings look at a copy of them that stays, if the embeddings learn or had such a copy.
     """
     discrete = discrete_config({name: base[name] for name in ("model", "moe", "router", "codebook")})
-    book, learning = discrete["codebook"], loaded.config.finetune.trainable is Trainable.ALL
+    book, finetune = discrete["codebook"], loaded.config.finetune
+    tied = loaded.config.model.tie_embeddings and finetune.task == LANGUAGE_MODEL
+    learning = tied or finetune.trainable is Trainable.ALL
     of_states = book["source"] in (CodeSource.LAYER_STATE.value, CodeSource.EARLY_BLOCK.value)
     frozen = "codebook.learning" not in loaded.explicit or loaded.config.codebook.learning == "frozen"
     if frozen and not of_states and (learning or book["source_momentum"]):

@@ -75,10 +75,12 @@ def pretrained_name(name: str) -> str:
 def learns(name: str, config: RunConfig) -> bool:
     """Whether a fine-tuned run trains the parameter of this name.
 
+    The head learns in every case, and with it an embedding that it shares (``model.tie_embeddings``).
     ``experts`` are those of all MoE layers, shared ones too; in a dense model, which has none, the MLPs. Continuous
     routers and gates learn with ``trainable=all`` alone; codebooks are buffers and no parameters.
     """
-    if ".lora_" in name or name.startswith("head."):
+    head = "embed." if config.ties_head else "head."
+    if ".lora_" in name or name.startswith(head):
         return True
     if config.finetune.trainable is Trainable.ALL:
         return True

@@ -7,7 +7,7 @@ N = A + 2 K heads of a projection, H width of a head, F = H / 2 angles of a posi
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.base import drawn
 from vqmoe_ds.moe.sequence import Homes, SequenceShare
 from vqmoe_ds.moe.sources import EmbeddingSource
+
+LOGIT_SCALE = 0.5
+"""Standard deviation of logits at the start."""
 
 
 class RMSNorm(nn.Module):
@@ -192,6 +195,24 @@ class _Tokens(NamedTuple):
         return self.ids_BS[:, self.earlier :]
 
 
+class TiedHead(Linear):
+    """The output layer whose weight is the embedding's (Press 2017): one parameter, known by the embedding's name.
+
+    A module of its own, so that ZeRO-3 gathers the weight for it too; in a state dict it has no entry.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        with torch.device("meta"):
+            super().__init__(embedding.embedding_dim, embedding.num_embeddings)
+        self.weight = embedding.weight
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        pass
+
+
 Route = tuple[Tensor, Ahead]
 """One block's routes: the expert of each token that is known ahead, and what is known of the dispatch."""
 
@@ -264,7 +285,7 @@ class MoETransformer(nn.Module):
                 mlp = DenseMLP(model.width, config.dense_hidden)
             self.blocks.append(Block(model, mlp, self.attention_class(model)))
         self.norm = RMSNorm(model.width)
-        self.head = Linear(model.width, model.vocab_size)
+        self.head = TiedHead(self.embed) if model.tie_embeddings else Linear(model.width, model.vocab_size)
         layers = len(self.moe_blocks)
         self.bank: CodebookBank | None = None
         self.source: EmbeddingSource | None = None
@@ -283,19 +304,23 @@ class MoETransformer(nn.Module):
     def _initialize(self, seed: int, out_scale: float) -> None:
         """Normal weights of 1/sqrt(fan in), smaller where they write to the stream; embeddings of unit size.
 
-        Each follows from the seed and its name: models that differ in their router are equal in everything else.
+        Each follows from the seed and its name: models that differ in their router are equal in everything else. Tied
+        embeddings have the size of a head: of unit size they would make logits of sqrt(D), and no norm follows the
+        head, while one stands before whatever reads the stream.
         """
-        scales = {"head": 0.5, "out": out_scale, "down": out_scale}
+        scales = {"head": LOGIT_SCALE, "out": out_scale, "down": out_scale}
         with torch.no_grad():
             for name, module in self.named_modules():
                 # Routers draw their own: a router with other maps must leave every other weight as it is.
-                if isinstance(module, nn.Linear) and ".router." not in name:
+                if isinstance(module, nn.Linear) and not isinstance(module, TiedHead) and ".router." not in name:
                     scale = module.in_features**-0.5 * scales.get(name.rsplit(".", 1)[-1], 1.0)
                     module.weight.copy_(drawn(tuple(module.weight.shape), scale, seed, name))
             self._initialize_embedding(seed)
 
     def _initialize_embedding(self, seed: int) -> None:
-        self.embed.weight.copy_(drawn(tuple(self.embed.weight.shape), 1.0, seed, "embed"))
+        vocabulary, width = self.embed.weight.shape
+        scale = LOGIT_SCALE * width**-0.5 if self.config.model.tie_embeddings else 1.0
+        self.embed.weight.copy_(drawn((vocabulary, width), scale, seed, "embed"))
 
     def share_sequences(self, share: SequenceShare) -> None:
         """Compute this rank's part of every sequence alone from now on; a pass with a cache still reads the whole.

@@ -125,11 +125,20 @@ def _weights(groups: list[Group], config: EngineConfig) -> list[Transfer]:
 
 
 def _gathered(groups: list[Group], config: EngineConfig) -> tuple[int, int]:
-    """Values and calls of ZeRO-3's gathers: small weights once a step, the others twice a micro-batch."""
+    """Values and calls of ZeRO-3's gathers: small weights once a step, the others twice a micro-batch.
+
+    The weight of tied embeddings is gathered for the embedding and for the head.
+    """
     threshold = int(config.deepspeed["zero_optimization"].get("stage3_param_persistence_threshold", 1e5))
-    sizes = [(size, -(-size // g.ranks) * g.ranks) for g in groups for size in g.sizes]
-    kept = [padded for size, padded in sizes if size <= threshold]
-    large = [padded for size, padded in sizes if size > threshold]
+    weights = [
+        (weight.name, size, -(-size // g.ranks) * g.ranks)
+        for g in groups
+        for weight, size in zip(g.weights, g.sizes, strict=True)
+    ]
+    kept = [padded for _, size, padded in weights if size <= threshold]
+    large = [padded for _, size, padded in weights if size > threshold]
+    if config.run.ties_head:
+        large += [padded for name, size, padded in weights if name == "embed.weight" and size > threshold]
     uses = 2 * config.accumulation_steps
     return sum(kept) + uses * sum(large), bool(kept) + uses * len(large)
 

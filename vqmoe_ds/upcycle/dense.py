@@ -1,8 +1,8 @@
 """Upcycling: a dense Hugging Face model of the Llama family becomes a VQMoE that computes the same function.
 
 Every expert starts as a copy of the block's MLP, so whatever the router picks, the layer gives what the MLP gave;
-training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (tied
-embeddings, another epsilon of the norms) or refused by name.
+training then lets the copies part (Komatsuzaki 2023). What our transformer lacks is either rewritten exactly (another
+epsilon of the norms, multipliers) or refused by name.
 
 Sources with experts of their own (``ROUTED``) are in ``routed.py``.
 
@@ -147,7 +147,19 @@ class DenseSource:
             "model.qkv_bias": self.qkv_bias,
             "model.sliding_window": window_of(self.options),
             **{f"model.{name}": value for name, value in self.rope.items()},
+            **({} if self.tied else {"model.tie_embeddings": False}),
         }
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding's weight; it stays so unless ``model.tie_embeddings`` is false."""
+        return bool(self.options.get("tie_word_embeddings", False)) or "lm_head.weight" not in self.weights
+
+    def default_section(self) -> dict[str, Any]:
+        """Fields of the run configuration that the source fills in where they are not set."""
+        length = int(self.options.get("max_position_embeddings", 2048))
+        tied = {"model.tie_embeddings": self.tied}
+        return {"model.sequence_length": length, **tied, **self.data_section()}
 
     def tensor(self, name: str) -> Tensor:
         """A weight in float32.
@@ -265,9 +277,7 @@ def upcycled_config(
     for name, value in forced.items():
         if overrides.get(name, value) != value:
             raise ConfigError(f"{name}={overrides[name]} contradicts the source, whose model has {value}; leave it out")
-    length = int(source.options.get("max_position_embeddings", 2048))
-    defaults = {"moe.num_experts": 8 * slices, "moe.top_k": 2 * slices, "model.sequence_length": length}
-    defaults |= source.data_section()
+    defaults = {"moe.num_experts": 8 * slices, "moe.top_k": 2 * slices, **source.default_section()}
     free = {name: value for name, value in defaults.items() if name not in asked.explicit}
     config = load_config("tiny", file, {**overrides, **free, **forced}).config
     source.check_length(config.model.sequence_length)
@@ -360,13 +370,14 @@ class UpcycledReader(WeightsReader):
 
     def _outside(self, name: str) -> Tensor:
         source = self._source
+        divisor = float(source.options.get("logits_scaling", 1.0))
         if name == "norm.weight":
-            return source.tensor("model.norm.weight")
+            weight = source.tensor("model.norm.weight")
+            # A shared weight has the embedding's scale: the norm before the head makes up for it.
+            return weight / (divisor * source.embed_scale) if self._run.ties_head else weight
         if name == "embed.weight":
             return source.tensor("model.embed_tokens.weight") * source.embed_scale
-        tied = source.options.get("tie_word_embeddings", False) or "lm_head.weight" not in source.weights
-        weight = source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-        return weight / float(source.options.get("logits_scaling", 1.0))
+        return source.tensor("model.embed_tokens.weight" if source.tied else "lm_head.weight") / divisor
 
     def _inside(self, block: int, part: str, index: int) -> Tensor:
         source, start = self._source, f"model.layers.{block}."

@@ -232,10 +232,9 @@ def routed_config(
         if router == "vq" and overrides.get(name, value) != value:
             raise ConfigError(f"{name}={overrides[name]} contradicts what SRC becomes ({value}); leave it out")
     asked = load_config("tiny", file, {**overrides, **forced})
-    length = int(source.options.get("max_position_embeddings", 2048))
     routing = {"moe.top_k": source.top_k, "router.softmax_over": source.softmax_over.value}
-    defaults = routing | {"codebook.source": "layer_state", "model.sequence_length": min(length, 4096)}
-    defaults |= source.data_section()
+    defaults = routing | {"codebook.source": "layer_state"} | source.default_section()
+    defaults["model.sequence_length"] = min(defaults["model.sequence_length"], 4096)
     free = {name: value for name, value in defaults.items() if name not in asked.explicit}
     if router == "topk":
         forced |= routing

@@ -132,7 +132,8 @@ class _TagWriter(ZeroWriter):
         if stage:
             frozen: OrderedDict[str, Any] | None = OrderedDict() if stage > 1 else None
             file.tree.update(param_shapes=self.param_shapes(), frozen_param_shapes=frozen)
-            file.tree.update(shared_params={}, frozen_param_fragments=OrderedDict() if stage > 1 else None)
+            tied = {} if "head.weight" in self.reader.names() else {"head.weight": "embed.weight"}
+            file.tree.update(shared_params=tied, frozen_param_fragments=OrderedDict() if stage > 1 else None)
         layers = self._layer_records(rank)
         if layers:
             file.tree["num_experts"] = [self._num_experts()] * len(layers)

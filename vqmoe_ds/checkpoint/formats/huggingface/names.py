@@ -60,8 +60,9 @@ def parts_of(config: RunConfig, arch: str) -> list[Part]:
     parts = [Part("model.embed_tokens.weight", "embed.weight")]
     for block in range(config.model.layers):
         parts += _block_parts(config, block, arch)
+    parts.append(Part("model.norm.weight", "norm.weight"))
     head = "score" if config.finetune.classes else "lm_head"
-    return [*parts, Part("model.norm.weight", "norm.weight"), Part(f"{head}.weight", "head.weight")]
+    return parts if config.ties_head else [*parts, Part(f"{head}.weight", "head.weight")]
 
 
 def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
@@ -256,6 +257,7 @@ _SAME = {
     "qk_norm": "model.qk_norm",
     "qkv_bias": "model.qkv_bias",
     "max_position_embeddings": "model.sequence_length",
+    "tie_word_embeddings": "model.tie_embeddings",
     "rope_theta": "model.rope_theta",
     "rope_scaling_type": "model.rope_scaling",
     "rope_factor": "model.rope_factor",
@@ -297,6 +299,7 @@ NEWER = {
     "rope_factor": 1.0,
     "rope_original_length": 0,
     "sliding_window": None,
+    "tie_word_embeddings": False,
 }
 """Options that folders of earlier versions lack, and what they mean there."""
 NORM_EPS = 1e-6
@@ -347,7 +350,6 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
         "source_table": source_table,
         "rms_norm_eps": NORM_EPS,
-        "tie_word_embeddings": False,
         "use_cache": True,
     }
 
@@ -358,9 +360,9 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: an option is missing, or has a value that the trainer cannot compute.
     """
-    for name, only in (("rms_norm_eps", NORM_EPS), ("tie_word_embeddings", False)):
-        if options.get(name, only) != only:
-            raise CheckpointError(f"config.json has {name}={options[name]}, but this trainer knows only {only}")
+    if options.get("rms_norm_eps", NORM_EPS) != NORM_EPS:
+        eps = options["rms_norm_eps"]
+        raise CheckpointError(f"config.json has rms_norm_eps={eps}, but this trainer knows only {NORM_EPS}")
     options = {**NEWER, **options}
     sections: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "codebook": {}, "router": {}}
     try:
@@ -522,7 +524,7 @@ def _stock_options(config: RunConfig, arch: str) -> dict[str, Any]:
         "rms_norm_eps": NORM_EPS,
         **stock_rope(model),
         **(_mixtral_alone(config) if arch == "mixtral" else _LLAMA_ALONE),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
     }
 
@@ -580,12 +582,9 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
     """
-    needed = {
-        "rms_norm_eps": NORM_EPS,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        **({"attention_bias": False, "mlp_bias": False} if arch == "llama" else {}),
-    }
+    needed: dict[str, Any] = {"rms_norm_eps": NORM_EPS, "hidden_act": "silu"}
+    if arch == "llama":
+        needed |= {"attention_bias": False, "mlp_bias": False}
     for name, value in needed.items():
         if options.get(name) not in (value, None):
             raise CheckpointError(
@@ -601,6 +600,7 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
             "kv_heads": kv_heads_of(options),
             "head_width": head_width_of(options),
             "sequence_length": options["max_position_embeddings"],
+            "tie_embeddings": bool(options.get("tie_word_embeddings", False)),
             **rope_of(options, 1e6 if arch == "mixtral" else 1e4),
         }
         if arch == "llama":

@@ -60,7 +60,8 @@ def dense_names(config: RunConfig) -> dict[str, tuple[str, ...]]:
             mlp, ours = ("mlp.shared_experts.", ours + "mlp.shared.") if sparse else ("mlp.", ours + "mlp.")
             names[f"{theirs}{mlp}linear_fc1.weight"] = (ours + "gate.weight", ours + "up.weight")
             names[f"{theirs}{mlp}linear_fc2.weight"] = (ours + "down.weight",)
-    return names | {"decoder.final_layernorm.weight": ("norm.weight",), "output_layer.weight": ("head.weight",)}
+    names["decoder.final_layernorm.weight"] = ("norm.weight",)
+    return names if config.ties_head else names | {"output_layer.weight": ("head.weight",)}
 
 
 def sparse_blocks(config: RunConfig) -> list[int]:
@@ -169,7 +170,8 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
         **{"max_position_embeddings": model.sequence_length, "position_embedding_type": "rope"},
         **{"rotary_base": model.rope_theta, "rotary_percent": 1.0, "rotary_interleaved": False},
         **{"add_position_embedding": True, "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
-        **{"add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "untie_embeddings_and_output_weights": True},
+        **{"add_bias_linear": False, "add_qkv_bias": model.qkv_bias},
+        "untie_embeddings_and_output_weights": not model.tie_embeddings,
         **{"vocab_size": model.vocab_size, "padded_vocab_size": padded_vocab(model.vocab_size, tp)},
         **{"make_vocab_size_divisible_by": VOCAB_MULTIPLE, "transformer_impl": "local", "params_dtype": dtype},
         **{"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": ep},
@@ -203,7 +205,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         shape["num_key_value_heads"] = args.get("num_query_groups")
     needed = {
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
-        **{"add_bias_linear": False, "untie_embeddings_and_output_weights": True},
+        "add_bias_linear": False,
         **{"rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False},
         "window_attn_skip_freq": None,
         **({"moe_router_score_function": "softmax"} if experts else {}),
@@ -226,6 +228,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
             **{"qkv_bias": bool(args.get("add_qkv_bias")), "qk_norm": "heads" if args.get("qk_layernorm") else "none"},
             **{"sequence_length": args["max_position_embeddings"], "rope_theta": args.get("rotary_base", 10000)},
             "sliding_window": _window(args, where),
+            "tie_embeddings": not args.get("untie_embeddings_and_output_weights", True),
             **(_placement(args, where) if experts else {}),
             **{"dense_hidden": args["ffn_hidden_size"]},
         }
