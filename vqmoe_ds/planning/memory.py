@@ -238,7 +238,15 @@ def kept(config: EngineConfig, imbalance: float = 1.0) -> int:
     blocks, outside = _kept_by_block(config, imbalance)
     if run.train.activation_checkpointing:
         blocks = [run.model.sequence_length * run.model.width * width_of(config)] * len(blocks)
-    return config.micro_batch * (sum(blocks) + outside) // config.sp_size
+    return config.micro_batch * (sum(blocks) + outside) // config.sp_size + attention_mask(config)
+
+
+def attention_mask(config: EngineConfig) -> int:
+    """Bytes of the one mask of all blocks, over whole sequences; where documents are kept apart, one per sequence."""
+    run, length = config.run, config.run.model.sequence_length
+    if not (run.data.separate_documents or 0 < run.model.sliding_window < length):
+        return 0
+    return (config.micro_batch if run.data.separate_documents else 1) * length * length * width_of(config)
 
 
 def _kept_by_block(config: EngineConfig, imbalance: float) -> tuple[list[int], int]:

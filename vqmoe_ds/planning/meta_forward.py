@@ -59,18 +59,12 @@ def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any)
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = True, enable_gqa: bool = False
 ) -> Tensor:
-    """The kernel that PyTorch takes on real devices; on meta it would take the one that keeps S x S scores."""
+    """The kernel that PyTorch takes on real devices; on meta it would take the one that keeps S x S scores.
+
+    The mask, one for all blocks, is counted elsewhere (``memory.attention_mask``).
+    """
     y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-    return y if attn_mask is None else _Masked.apply(y, attn_mask)
-
-
-class _Masked(torch.autograd.Function):
-    """Keeps the mask that the kernel keeps; the one that stands in for it on meta takes none."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return torch.empty_like(y)
+    return y
 
 
 class _FusedNorm(torch.autograd.Function):
