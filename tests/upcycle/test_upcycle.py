@@ -369,6 +369,18 @@ def _routed(folder: Path, **options: Any) -> Any:
     return _dense(folder, kind, **{**experts, **options})
 
 
+def test_a_window_of_every_second_layer_is_refused_past_its_length(tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    theirs = _routed(tmp_path / "moe", kind=Qwen2MoeConfig, **window)
+    assert theirs.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+    for types in (theirs.config.layer_types, None):
+        _options(tmp_path / "moe", layer_types=types)
+        source = RoutedSource(tmp_path / "moe")
+        with pytest.raises(CheckpointError, match=r"sliding_window, .*set model.sequence_length=8 or less"):
+            routed_config(source, {})
+        assert routed_config(source, {"model.sequence_length": 8}).model.sliding_window == 0
+
+
 def _text(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}. " for n in range(400)))
     return tmp_path / "text.txt"

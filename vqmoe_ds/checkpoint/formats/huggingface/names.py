@@ -435,13 +435,13 @@ def window_of(options: dict[str, Any], length: int = 0) -> int:
 
 
 def _sliding_layers(options: dict[str, Any]) -> list[bool]:
-    """Which layers have the window, as ``transformers`` reads a ``config.json`` that has one."""
-    kind, layers = options.get("model_type"), range(int(options.get("num_hidden_layers", 1)))
-    first = int(options.get("max_window_layers", 28))
+    """Which layers have the window, as ``transformers`` reads a ``config.json`` with one; a single entry for all."""
+    kind, first = options.get("model_type"), int(options.get("max_window_layers", 28))
     if kind not in ("qwen2", "qwen3", "qwen2_moe"):
-        return [True for _ in layers]
+        return [True]
     if options.get("layer_types"):
         return [name == "sliding_attention" for name in options["layer_types"]]
+    layers = range(int(options["num_hidden_layers"]))
     if kind == "qwen2_moe":
         return [layer % 2 == 0 and layer < first for layer in layers]
     return [layer >= first for layer in layers]
