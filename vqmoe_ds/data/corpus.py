@@ -43,9 +43,10 @@ class FilePiece:
         try:
             content = os.pread(_opened(self.path).fileno(), last - first, first)
         except OSError as error:
-            raise _lost(f"data file {self.path} can no longer be read ({error.strerror}); restore it") from None
+            sentence = f"data file {self.path} can no longer be read ({error.strerror}); restore it"
+            raise DataError(sentence, local=True) from None
         if len(content) != last - first:
-            raise _lost(f"data file {self.path} became shorter while it was in use; restore it")
+            raise DataError(f"data file {self.path} became shorter while it was in use; restore it", local=True)
         return np.frombuffer(content, dtype=np.uint8)
 
     def tobytes(self) -> bytes:
@@ -55,12 +56,6 @@ class FilePiece:
 @lru_cache(maxsize=64)
 def _opened(path: str) -> BufferedReader:
     return open_regular(path, links=True)
-
-
-def _lost(sentence: str) -> DataError:
-    error = DataError(sentence)
-    error.local = True
-    return error
 
 
 @dataclass(frozen=True)

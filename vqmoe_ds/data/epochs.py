@@ -80,13 +80,8 @@ def _check_values(dataset: Any, path: str) -> None:
         end_to_end = starts[places] + offsets == np.arange(len(places)) * dataset.config.sequence_length
         whole = bool((within & end_to_end).all()) and shuffle.min() >= 0 and shuffle.max() < len(places) - 1
     if not whole:
-        raise _refusal(f"the index of {path} in {dataset.config.path_to_cache} is not that of its data; remove it")
-
-
-def _refusal(sentence: str) -> DataError:
-    error = DataError(sentence)
-    error.local = True
-    return error
+        where = f"{path} in {dataset.config.path_to_cache}"
+        raise DataError(f"the index of {where} is not that of its data; remove it", local=True)
 
 
 class _EndOfDocument:
@@ -129,12 +124,12 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
         if not isinstance(cause, OSError):
             raise
         sentence = f"the index of the data cannot be kept in {cache} ({cause.strerror}); set data.cache_dir"
-        raise _refusal(sentence) from error
+        raise DataError(sentence, local=True) from error
     if hasattr(dataset, "dataset_index"):  # of several corpora
         which, entry = dataset.dataset_index, dataset.dataset_sample_index
         windows = np.array(portion.windows)
         if not ((which >= 0) & (which < len(windows))).all() or not ((entry >= 0) & (entry < windows[which])).all():
-            raise _refusal(f"the index of the data in {final} is not that of its data; remove it")
+            raise DataError(f"the index of the data in {final} is not that of its data; remove it", local=True)
     assert len(dataset) == len(portion), f"{len(dataset)} windows instead of {len(portion)}"
     return dataset
 

@@ -38,9 +38,8 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
     try:
         return mapped_array(path, links=False)
     except ValueError as error:
-        refusal = DataError(f"{path} is not an array of numbers ({error}); remove its folder, and it is made again")
-        refusal.local = True
-        raise refusal from None
+        sentence = f"{path} is not an array of numbers ({error}); remove its folder, and it is made again"
+        raise DataError(sentence, local=True) from None
 
 
 def seal(folder: Path) -> None:

@@ -155,12 +155,11 @@ class Reader:
         largest, least = max(inputs_BS.max(), labels_BS.max()), min(inputs_BS.min(), labels_BS.min())
         if largest >= self.vocab_size or least < 0:
             outside = least if least < 0 else largest
-            error = DataError(
+            raise DataError(
                 f"the prepared data has the id {outside}, past the vocabulary of {self.vocab_size}; it was made by "
-                "another tokenizer than the one named for it (data.tokenizer, model.vocab_size), or is damaged"
+                "another tokenizer than the one named for it (data.tokenizer, model.vocab_size), or is damaged",
+                local=True,  # the other ranks read other windows
             )
-            error.local = True  # the other ranks read other windows
-            raise error
         targets_BS = np.where(kept_BS > 0, labels_BS, MASKED)
         bytes_B = None
         if self._bytes_V is not None:

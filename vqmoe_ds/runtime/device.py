@@ -265,8 +265,6 @@ def memory_errors(rank: int, device: torch.device, remedy: Callable[[], str]) ->
             raise
         first_line = str(error).partition("\n")[0]
         reason = ": ".join(first_line.split(". ")[:2])  # the third and later ones are of PyTorch's allocator
-        lost = ConfigError(
-            f"rank {rank} on {socket.gethostname()}: {device} has too little memory ({reason}); {remedy()}"
-        )
-        lost.local = True
-        raise lost from error
+        raise ConfigError(
+            f"rank {rank} on {socket.gethostname()}: {device} has too little memory ({reason}); {remedy()}", local=True
+        ) from error

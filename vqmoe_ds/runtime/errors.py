@@ -49,11 +49,17 @@ _QUOTES = _Quotes()
 
 class UserError(Exception):
     """Bad input: what is wrong, where, and the remedy, in one sentence of at most ``LONGEST`` characters or a little
-    more; it is safe to print whatever of the input it quotes."""
+    more; it is safe to print whatever of the input it quotes.
+
+    Args:
+        local: one rank alone met the error, so that it has to speak for itself.
+    """
 
     exit_code = 2
-    local = False
-    """True where one rank alone met the error, so that it has to speak for itself."""
+
+    def __init__(self, sentence: str, local: bool = False) -> None:
+        super().__init__(sentence)
+        self.local = local
 
     def __str__(self) -> str:
         return one_line(super().__str__())

@@ -46,12 +46,11 @@ def hear_requests(place: Place, console: Console, remedy: str = "the same comman
 def cannot_write(error: OSError, state: str) -> UserError:
     """The sentence for a disk that is full, a file system that became read-only, a run folder that was moved."""
     where = error.filename or "a file of the run"
-    halted = TrainingHalted(
+    return TrainingHalted(
         f"{where} cannot be read or written ({error.strerror or error}); {state}; make room or bring it back, "
-        "and start the same command again"
+        "and start the same command again",
+        local=True,
     )
-    halted.local = True
-    return halted
 
 
 def leave_together(code: int, place: Place) -> int:

@@ -34,8 +34,8 @@ class PeerLost(UserError):
 
     exit_code = 76
 
-    def __init__(self, message: str, exit_code: int = exit_code, rank: int | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, exit_code: int = exit_code, rank: int | None = None, local: bool = False) -> None:
+        super().__init__(message, local)
         self.exit_code = exit_code
         self.rank = rank
         """Number of the rank that is missing, if one is."""
@@ -70,9 +70,8 @@ def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU,
             what = f"port {port} of rank 0 at {address} is taken: choose a free one with {flag}"
         if getattr(error, "errno", None) == errno.EACCES:
             raise ConfigError(f"port {port} of rank 0 is for root alone; set MASTER_PORT to 1024 or more") from None
-        lost = PeerLost(f"{what} ({reason}); look at the other ranks' logs, MASTER_ADDR, MASTER_PORT and firewalls")
-        lost.local = place.local_rank == 0  # one sentence per host
-        raise lost from None
+        sentence = f"{what} ({reason}); look at the other ranks' logs, MASTER_ADDR, MASTER_PORT and firewalls"
+        raise PeerLost(sentence, local=place.local_rank == 0) from None  # one sentence per host
     if verdict:
         raise ConfigError(verdict)
 
@@ -174,10 +173,9 @@ def _start_backend(backend: str, place: Place, device: torch.device, store: Any)
     except (RuntimeError, ValueError) as error:  # ValueError: PyTorch has NCCL, and no GPU
         if backend != "nccl":
             raise
-        failed = ConfigError(
+        raise ConfigError(
             f"NCCL does not start on rank {place.rank} ({device} of {socket.gethostname()}): "
             f"{str(error).splitlines()[0]}; run again with NCCL_DEBUG=INFO to see why, and try NCCL_SOCKET_IFNAME=(the "
-            "network between the nodes), NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
-        )
-        failed.local = place.local_rank == 0
-        raise failed from None
+            "network between the nodes), NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1",
+            local=place.local_rank == 0,
+        ) from None

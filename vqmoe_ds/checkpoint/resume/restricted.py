@@ -43,9 +43,8 @@ def without_pickles() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not _in_torch_load(error):
             raise
-        damage = CheckpointError(f"a file of the checkpoint is damaged ({_reason(error)}); take an earlier one")
-        damage.local = True
-        raise damage from error
+        sentence = f"a file of the checkpoint is damaged ({_reason(error)}); take an earlier one"
+        raise CheckpointError(sentence, local=True) from error
     finally:
         del os.environ[_SWITCH]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -127,9 +127,9 @@ def as_halted(error: Exception, tag: Path) -> Exception:
     reason = str(error).splitlines()[0]
     halted = TrainingHalted(
         f"checkpoint {tag} could not be written ({reason}); earlier checkpoints in {tag.parent} are untouched; "
-        "make room or bring it back, and start the same command again"
+        "make room or bring it back, and start the same command again",
+        local=True,
     )
-    halted.local = True
     halted.__cause__ = error
     return halted
 
