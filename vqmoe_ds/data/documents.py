@@ -12,7 +12,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
 from vqmoe_ds.data.json_lines import read_json_lines
@@ -94,7 +93,6 @@ def _expand(source: str, options: SourceOptions) -> list[str]:
         from vqmoe_ds.data.recipes import fetch_recipe
 
         found = fetch_recipe(source.removeprefix("recipe:"), options.cache_dir)
-        found = [found] if isinstance(found, str | Path) else found
         return [path for item in found for path in _expand(str(item), options)]
     if os.path.isdir(source):
         files = _files_of(source)

@@ -28,9 +28,9 @@ from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import read_small, sha256_of
 
 FORMAT = 1
+"""Version of the layout of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
 _PIECES = 2
 """Version of the encoding, of parts alone: raised when the same text gives other ids than before."""
-"""Version of the layout of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
 
 BATCH_BYTES = 1 << 20
 _BLOCK = 4 << 20
@@ -224,8 +224,7 @@ def _description(parts: Parts, total: Counts, digests: dict[str, str], about: di
     counted = {name: getattr(total, name) for name in ("documents", "sequences", "tokens", "bytes", "unknown")}
     skipped = {reason: total.skipped[reason] for reason in sorted(total.skipped)}
     first = {reason: str(total.first[reason]) for reason in skipped}
-    tokenizer = {name: getattr(parts.tokenizer, name) for name in ("kind", "vocab_size", "eod", "checksum")}
-    rest = {"tokenizer": tokenizer, "sha256": digests, **about, "skipped": skipped, "first_skipped": first}
+    rest = {"tokenizer": parts.tokenizer.describe(), "sha256": digests, **about, "skipped": skipped, "first_skipped": first}
     return (json.dumps({"format": FORMAT, **counted, **rest}, indent=2) + "\n").encode()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -106,11 +105,6 @@ class Tokenizer(ABC):
     def describe(self) -> dict[str, Any]:
         """kind, vocab_size, eod and checksum, as ``tokenizer.json`` and the data's description hold them."""
         return {"kind": self.kind, "vocab_size": self.vocab_size, "eod": self.eod, "checksum": self.checksum}
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, Any]:
-        """Identifiers that megatron-core hashes into the names of its cached indices."""
-        return OrderedDict(self.describe())
 
     def save(self, folder: str | Path) -> None:
         """Write the ``*.tokenizer`` folder; its description comes last, so that a half-written one cannot be loaded."""
