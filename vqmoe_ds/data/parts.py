@@ -224,7 +224,8 @@ def _description(parts: Parts, total: Counts, digests: dict[str, str], about: di
     counted = {name: getattr(total, name) for name in ("documents", "sequences", "tokens", "bytes", "unknown")}
     skipped = {reason: total.skipped[reason] for reason in sorted(total.skipped)}
     first = {reason: str(total.first[reason]) for reason in skipped}
-    rest = {"tokenizer": parts.tokenizer.describe(), "sha256": digests, **about, "skipped": skipped, "first_skipped": first}
+    made = {"tokenizer": parts.tokenizer.describe(), "sha256": digests}
+    rest = {**made, **about, "skipped": skipped, "first_skipped": first}
     return (json.dumps({"format": FORMAT, **counted, **rest}, indent=2) + "\n").encode()
 
 
