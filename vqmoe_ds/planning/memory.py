@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import ep_place
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import ALIGNMENT, LARGEST_GROUP
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import CodeSource, RunConfig
 from vqmoe_ds.planning import meta_forward
 from vqmoe_ds.planning.parameters import Parameters, Weight, thin_model
-
-MOE_GROUP_LIMIT = 178_956_971
-"""Values of an optimizer group of experts (``split_params_into_different_moe_groups_for_optimizer``)."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Group:
 
     @property
     def padded(self) -> int:
-        """Values with ZeRO-1 and 2's alignment to two values per rank."""
-        step = 2 * self.ranks
+        """Values with the alignment of ZeRO-1 and 2."""
+        step = ALIGNMENT * self.ranks
         return -(-sum(self.sizes) // step) * step
 
     def touched(self, rank: int) -> int:
@@ -80,7 +79,7 @@ def optimizer_groups(parameters: Parameters, config: EngineConfig) -> list[Group
         members = [w for w in parameters.weights if w.group == name]
         is_expert = name == "experts"
         ranks = config.world_size // config.ep_size if is_expert else config.world_size
-        limit = MOE_GROUP_LIMIT if is_expert else math.inf
+        limit = LARGEST_GROUP if is_expert else math.inf
         current: list[Weight] = []
         values = 0
         for weight in members:
@@ -98,9 +97,8 @@ def place_in_group(config: EngineConfig, rank: int, group: Group) -> int:
     """Number of ``rank`` in the data-parallel or expert-data-parallel group that shares ``group``."""
     if not group.is_expert:
         return rank
-    if config.deepspeed.get("use_data_before_expert_parallelism"):
-        return rank % (config.world_size // config.ep_size)
-    return rank // config.ep_size
+    data_first = bool(config.deepspeed.get("use_data_before_expert_parallelism"))
+    return ep_place(rank, config.world_size, config.ep_size, data_first)[1]
 
 
 def estimate(parameters: Parameters, config: EngineConfig, rank: int = 0, imbalance: float = 1.0) -> Memory:

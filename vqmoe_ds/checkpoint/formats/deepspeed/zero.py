@@ -26,7 +26,8 @@ from vqmoe_ds.runtime.errors import CheckpointError
 ALIGNMENT = 2
 """ZeRO 1 and 2 pad a group to a multiple of this times its ranks."""
 LARGEST_GROUP = 178_956_971
-"""Values at which DeepSpeed cuts a group of experts in two (``max_group_size``)."""
+"""Values at which DeepSpeed cuts a group of experts in two (``max_group_size`` of its
+``split_params_into_different_moe_groups_for_optimizer``)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
