@@ -20,7 +20,8 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.runtime.errors import CheckpointError, UserError, one_line, shown
 
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("fp32", *MOMENTS)
 CHUNK = 1 << 20
 """Values that ``stream`` reads at a time (4 MiB of float32)."""
 

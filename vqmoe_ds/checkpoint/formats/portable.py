@@ -28,7 +28,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_shards, write_json, write_shards
 from vqmoe_ds.checkpoint.io.store import write_manifest
-from vqmoe_ds.checkpoint.reader import KINDS, CheckpointReader, Piece, register_format
+from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader, Piece, register_format
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import sha256_of
 
@@ -58,7 +58,7 @@ class PortableReader(CheckpointReader):
         self._places = {"fp32": read_shards(path, "model")}
         if index_of(path, "optimizer").exists():
             moments = read_shards(path, "optimizer")
-            for kind in KINDS[1:]:
+            for kind in MOMENTS:
                 prefix = f"{kind}."
                 self._places[kind] = {n.removeprefix(prefix): s for n, s in moments.items() if n.startswith(prefix)}
 
@@ -94,7 +94,7 @@ def write_portable(
     weights = [_entry(reader, n, "fp32", n) for n in reader.names()]
     files = write_shards(folder, "model", split_shards(weights, shard_bytes), tell)
     if reader.has_optimizer:
-        moments = [_entry(reader, n, kind, f"{kind}.{n}") for n in reader.names_of(KINDS[1]) for kind in KINDS[1:]]
+        moments = [_entry(reader, n, kind, f"{kind}.{n}") for n in reader.names_of(MOMENTS[0]) for kind in MOMENTS]
         files |= write_shards(folder, "optimizer", split_shards(moments, shard_bytes), tell)
     buffers = [entry_of(name, buffer) for name, buffer in reader.buffers().items()]
     files["buffers.safetensors"] = write_safetensors(folder / "buffers.safetensors", buffers)

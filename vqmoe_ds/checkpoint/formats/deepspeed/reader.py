@@ -74,7 +74,7 @@ class TagReader(CheckpointReader):
 
     def optimizer_step(self) -> int:
         adam = self._adam(self._optimizer(0))
-        return _adam_step(adam)
+        return adam_step(adam["state"], adam["param_groups"])
 
     def _adam_options(self) -> dict[str, Any]:
         """Options of the optimizer itself; what the run configuration sets is not among them."""
@@ -171,7 +171,7 @@ class TagReader(CheckpointReader):
         return optimizer
 
     def _check_adam(self, rank: int, adam: dict[str, Any]) -> None:
-        step, expected = _adam_step(adam), self.optimizer_step()
+        step, expected = adam_step(adam["state"], adam["param_groups"]), self.optimizer_step()
         if step != expected:
             raise CheckpointError(
                 f"{self.path} mixes tags: the optimizer of rank {rank} is at step {step}, that of rank 0 at {expected}"
@@ -327,10 +327,11 @@ def _is_tag(path: Path) -> bool:
 register_format("deepspeed", _is_tag, TagReader, sealed=True)
 
 
-def _adam_step(adam: dict[str, Any]) -> int:
-    if not adam["state"]:
+def adam_step(state: dict[int, Any], groups: list[dict[str, Any]]) -> int:
+    """Adam's count of steps by its state and its parameter groups, one of which has it; 0 where there is no state."""
+    if not state:
         return 0
-    step = next(iter(adam["state"].values())).get("step", adam["param_groups"][0].get("step", 0))
+    step = next(iter(state.values())).get("step", groups[0].get("step", 0))
     return int(step.whole()) if isinstance(step, Stored) else int(step)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.deepspeed.reader import ep_place
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
-from vqmoe_ds.checkpoint.reader import CHUNK, KINDS, CheckpointReader
+from vqmoe_ds.checkpoint.reader import CHUNK, MOMENTS, CheckpointReader
 from vqmoe_ds.runtime.errors import CheckpointError
 
 ALIGNMENT = 2
@@ -143,7 +143,7 @@ class ZeroWriter(ABC):
         self, file: Skeleton, place: tuple[Any, ...], shape: tuple[int, ...], runs: list[Run]
     ) -> dict[str, Tensor]:
         state = {"step": file.small((*place, "step"), self.step)}
-        return state | {kind: self.tensor(file, (*place, kind), shape, runs, kind) for kind in KINDS[1:]}
+        return state | {kind: self.tensor(file, (*place, kind), shape, runs, kind) for kind in MOMENTS}
 
     # ------------------------------------------------------------------ files
 

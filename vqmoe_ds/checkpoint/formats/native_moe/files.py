@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import adam_step
 from vqmoe_ds.checkpoint.formats.native_moe.names import expert_name, numbered, pattern_of, prefix_of
 from vqmoe_ds.checkpoint.io.archive import Record, Stored, load_archive
-from vqmoe_ds.checkpoint.reader import KINDS
+from vqmoe_ds.checkpoint.reader import MOMENTS
 from vqmoe_ds.runtime.errors import CheckpointError
 
 MODEL = "mp_rank_00_model_states.pt"
@@ -131,18 +132,14 @@ class NativeFiles:
             raise CheckpointError(f"{self.path} was saved with elastic_checkpoint, which is not supported")
         state = inner["state"]
         for entry in state.values():
-            if not all(kind in entry for kind in KINDS[1:]):
+            if not all(kind in entry for kind in MOMENTS):
                 raise CheckpointError(
                     f"{self.path} has an optimizer that is not of the Adam family, which cannot be moved"
                 )
         return state, inner["param_groups"]
 
     def adam_step(self, rank: int) -> int:
-        state, groups = self.adam(rank)
-        if not state:
-            return 0
-        step = next(iter(state.values())).get("step", groups[0].get("step", 0))
-        return int(step.whole()) if isinstance(step, Stored) else int(step)
+        return adam_step(*self.adam(rank))
 
     def clip_grad(self) -> float:
         return float(self.optimizer(0).get("clip_grad") or 0.0) if self.optimizers else 0.0
