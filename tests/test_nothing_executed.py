@@ -50,7 +50,6 @@ ALLOWED = {
     ("vqmoe_ds/checkpoint/resume/restricted.py", "pickle"): "catches the refusals of PyTorch's restricted unpickler",
     ("vqmoe_ds/checkpoint/resume/sealing.py", "all_gather_object"): RANKS,
     ("vqmoe_ds/checkpoint/resume/restore.py", "all_gather_object"): RANKS,
-    ("vqmoe_ds/data/epochs.py", "broadcast_object_list"): RANKS,
     ("vqmoe_ds/runtime/ranks.py", "broadcast_object_list"): RANKS,
     ("vqmoe_ds/runtime/watchdog.py", "all_gather_object"): RANKS,
     ("vqmoe_ds/moe/kernels/build.py", "ctypes"): "loads a library that nobody else can have put there (why_unsafe)",

@@ -21,6 +21,7 @@ from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
 from vqmoe_ds.data.portions import HELD_OUT, Portion, members
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.ranks import from_first, several_ranks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about optional GPU libraries
@@ -183,20 +184,19 @@ def _shapes(portion: Portion) -> Shapes:
 
 def _agreed_folder(final: Path, portion: Portion) -> Path:
     """The finished index where rank 0 sees one that is sound, else a name of this run's own to build it under."""
-    answer = [final]
+    folder = final
     if not (dist.is_initialized() and dist.get_rank()) and why_unsound(final, _shapes(portion)):
-        answer = [final.with_name(f".{final.name}.{os.getpid()}")]
-        for stale in (final, answer[0]):  # the latter left by a kill of another process with this number
+        folder = final.with_name(f".{final.name}.{os.getpid()}")
+        for stale in (final, folder):  # the latter left by a kill of another process with this number
             shutil.rmtree(stale, ignore_errors=True)
-        answer[0].mkdir(parents=True)  # ours: what others put there would be taken for an index
+        folder.mkdir(parents=True)  # ours: what others put there would be taken for an index
     # Rank 0 decides for all: ranks may see other states of a shared file system, and would part ways at a barrier.
-    if _many_ranks():
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    agreed: Path = from_first(folder)
+    return agreed
 
 
 def _seal(folder: Path, final: Path) -> None:
-    if _many_ranks():
+    if several_ranks():
         dist.barrier()  # the others have opened the files
         if dist.get_rank() != 0:
             return
@@ -206,7 +206,3 @@ def _seal(folder: Path, final: Path) -> None:
         folder.rename(final)
     except OSError:  # another run with the same cache was first
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _many_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1

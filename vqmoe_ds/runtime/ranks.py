@@ -289,15 +289,22 @@ def _free_port() -> int:
 # ---------------------------------------------------------------- one answer
 
 
+def several_ranks() -> bool:
+    """Whether a process group is up and has more than this rank."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def from_first(value: Any, group: Any = None) -> Any:
     """Rank 0's value on all ranks of a process group (the default one), which call this together.
 
     Ranks may see other states of a file system, or other first free names in it.
     """
+    if not several_ranks():
+        return value
     import torch.distributed as dist
 
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return value
     answer = [value]
     dist.broadcast_object_list(answer, src=0, group=group)
     return answer[0]

@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader
+from vqmoe_ds.checkpoint.reader import CHUNK, MOMENTS, CheckpointReader
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import CheckpointError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from vqmoe_ds.runtime.ranks import several_ranks
 
 
 class _Slot(NamedTuple):
@@ -63,7 +62,7 @@ def restore_any_layout(session: Session, reader: CheckpointReader) -> int:
 
 
 def _fail_together(error: CheckpointError | None) -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         sentences: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(sentences, str(error) if error else None)
         first = next((sentence for sentence in sentences if sentence), None)

@@ -20,7 +20,7 @@ from vqmoe_ds.checkpoint.io.store import checksums, files_of, known_whole, write
 from vqmoe_ds.checkpoint.resume.retention import SAVING, owner_of, publish, remove, retired
 from vqmoe_ds.runtime.errors import TrainingHalted
 from vqmoe_ds.runtime.files import sync_folder
-from vqmoe_ds.runtime.ranks import Place, from_first
+from vqmoe_ds.runtime.ranks import Place, from_first, several_ranks
 from vqmoe_ds.runtime.watchdog import of_communication
 
 
@@ -52,7 +52,7 @@ class Sealing:
     ) -> None:
         self.tag, self._state, self._place = tag, state, place
         self._keep_last, self._keep_every, self._on_sealed = keep_last, keep_every, on_sealed
-        self._group = _own_group() if _several() else None
+        self._group = _own_group() if several_ranks() else None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -132,10 +132,6 @@ def as_halted(error: Exception, tag: Path) -> Exception:
     )
     halted.__cause__ = error
     return halted
-
-
-def _several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 @functools.cache

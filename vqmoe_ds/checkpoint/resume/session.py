@@ -23,7 +23,7 @@ from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.tokenizers import nothing_known
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.ranks import from_first
+from vqmoe_ds.runtime.ranks import from_first, several_ranks
 
 STRUCTURE = {
     "model": None,
@@ -274,5 +274,5 @@ def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
 
 
 def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         dist.barrier()
