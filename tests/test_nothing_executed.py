@@ -61,7 +61,7 @@ ALLOWED = {
     ("vqmoe_ds/runtime/ranks.py", "subprocess"): "scontrol with the node list in one word; no shell",
     ("vqmoe_ds/experiments/runs.py", "subprocess"): "this Python with our launchers; words from the user's command",
     (
-        "vqmoe_ds/data/image_files.py",
+        "vqmoe_ds/data/image_pickles.py",
         "pickle",
     ): "an unpickler with listed opcodes, whose three names are inert stand-ins (tests/data/test_image_files.py)",
     ("vqmoe_ds/data/image_files.py", "np.load"): "arrays of objects, which are pickles, are refused unless asked for",

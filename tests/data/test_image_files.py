@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from tests.images import CLASSES, encoded, squares, write_folder, write_idx, write_packed, write_pickles
-from vqmoe_ds.data import image_files
-from vqmoe_ds.data.image_files import Wanted, are_images, find_images, read_pickle
+from vqmoe_ds.data import image_files, image_splits
+from vqmoe_ds.data.image_files import are_images, find_images
+from vqmoe_ds.data.image_pickles import read_pickle
+from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.runtime.errors import DataError
 
 COLOUR, GREY = Wanted(8, 3, False), Wanted(8, 1, False)
@@ -78,7 +80,7 @@ def test_what_unpacks_to_more_than_anything_needs_is_refused(tmp_path, monkeypat
     write_packed(tmp_path / "x.npz", *squares(3), payload=np.zeros(20_000, np.uint8))
     with pytest.raises(DataError, match="it unpacks to more than"):
         find_images(str(tmp_path / "x.npz"))
-    monkeypatch.setattr(image_files, "MOST_PIXELS", 63)
+    monkeypatch.setattr(image_splits, "MOST_PIXELS", 63)
     with pytest.raises(ValueError, match="it has 8 x 8 pixels, too many to unpack"):
         find_images(str(write_folder(tmp_path / "a", 6))).train.pixels(0)
 

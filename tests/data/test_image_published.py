@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.images import CLASSES, squares, write_arrays, write_folder
-from vqmoe_ds.data.image_files import Wanted
 from vqmoe_ds.data.image_published import EXTRA, PUBLISHED, find_published
+from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.evaluation.image_damage import KINDS
 from vqmoe_ds.runtime.errors import DataError
 

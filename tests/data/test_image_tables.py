@@ -13,7 +13,8 @@ import pytest
 from tests.images import CLASSES, encoded, squares
 from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.data.image_files import Wanted, find_images
+from vqmoe_ds.data.image_files import find_images
+from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.data.images import open_images
 from vqmoe_ds.runtime.errors import DataError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.io import wavfile
 
-from vqmoe_ds.data.image_files import Wanted, find_images
+from vqmoe_ds.data.image_files import find_images
+from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.data.prepare_audio import build_parser, main
 
 PITCHES = {"high": 2000, "low": 300}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.test_commands import SMALL
-from vqmoe_ds.data.image_files import Encoded
+from vqmoe_ds.data.image_splits import Encoded
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.labelled import KNOWN_SETS, _hub_rows
 from vqmoe_ds.data.recipes import _hub

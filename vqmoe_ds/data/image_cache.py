@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from vqmoe_ds.data.image_files import REMEDY, ImageFiles, Split, Wanted
+from vqmoe_ds.data.image_splits import REMEDY, ImageFiles, Split, Wanted
 from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.ranks import from_first

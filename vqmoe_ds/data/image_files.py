@@ -1,4 +1,4 @@
-"""Labelled images as they are published: found, checked and read one by one, without running anything that they hold.
+"""Labelled images as they are published: found and checked, without running anything that they hold.
 
 A source is a folder of image files (``train/CLASS/name.png`` and ``test/CLASS/name.png``, or ``CLASS/name.png``), the
 original pickles of CIFAR-10, the idx files of MNIST and Fashion-MNIST, Parquet files with a column of images, or
@@ -10,163 +10,27 @@ Legend: N images, H pixels of height, W of width, C channels.
 from __future__ import annotations
 
 import gzip
-import hashlib
-import io
 import os
-import pickle
-import pickletools
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.corpus import FilePiece
-from vqmoe_ds.data.fingerprint import of_pieces
+from vqmoe_ds.data.image_pickles import read_pickle
+from vqmoe_ds.data.image_splits import Encoded, ImageFiles, Split, Stored, bytes_of, reason_of
 from vqmoe_ds.data.image_tables import HUB, HubSplit, ImageTable, hub_splits, parts_of
-from vqmoe_ds.runtime.errors import DataError, one_line
-from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
-"""What Pillow may take a file for: others of its readers start programs."""
 HELD_OUT_NAMES = ("test", "val", "valid", "validation")
 """Folders of the test set beside ``train``; the first that is there counts."""
-LARGEST_PICKLE, LARGEST_ARRAYS = 256 << 20, 1 << 30
-"""Bytes of a file of pickles, and of what an archive or an idx file may unpack to."""
-REMEDY = "give images of model.image_size and model.channels, or set data.resize=true; a broken file must go"
-"""The end of sentences on images that cannot be used."""
-MOST_PIXELS = 1 << 26
-"""Of an image: a file of some kilobytes may unpack to more."""
-MODES = {"RGB": 3, "P": 3, "CMYK": 3, "L": 1, "1": 1}
-"""Modes of Pillow that are read, and their channels; others are transparent or of more than 8 bits."""
-
-
-class Split(Protocol):
-    """Images of one split, which may be damaged: ``pixels`` says so."""
-
-    @property
-    def labels_N(self) -> np.ndarray:
-        """int64"""
-
-    @property
-    def name(self) -> Callable[[int], str]:
-        """File of an image, for messages."""
-
-    def pixels(self, index: int) -> Pixels:
-        """One image.
-
-        Raises:
-            ValueError: it cannot be read; the message is the reason.
-        """
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Size and channels of the images that a model reads."""
-
-    size: int
-    channels: int
-    resize: bool
-    """Scale what is of another size, and cut out the centre."""
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """One image as it is stored: uint8 ``[H, W, C]``, and its Pillow image where it is encoded."""
-
-    array_HWC: np.ndarray | None
-    encoded: Any = None
-
-    def fit(self, wanted: Wanted) -> tuple[np.ndarray, bool]:
-        """uint8 ``[size, size, channels]``, and whether a grey-scale image was made one of colours.
-
-        Raises:
-            ValueError: another size, or colours where a grey-scale image is wanted.
-        """
-        if self.encoded is None:
-            assert self.array_HWC is not None
-            return _checked(self.array_HWC, wanted), False
-        image = self.encoded
-        if image.mode not in MODES:
-            raise ValueError(f"it is of Pillow's mode {image.mode}, which is transparent or of more than 8 bits")
-        grey = MODES[image.mode] < wanted.channels
-        if MODES[image.mode] > wanted.channels:
-            raise ValueError("it has 3 channels, and model.channels=1")
-        if wanted.resize and image.size != (wanted.size, wanted.size):
-            ops = library("PIL.ImageOps", "scaling images", DataError)
-            image = ops.fit(image.convert("RGB"), (wanted.size, wanted.size))
-        array_HWC = np.asarray(image.convert("RGB" if wanted.channels == 3 else "L"))
-        return _checked(array_HWC.reshape(*array_HWC.shape[:2], wanted.channels), wanted), grey
-
-
-def _checked(array_HWC: np.ndarray, wanted: Wanted) -> np.ndarray:
-    height, width, channels = array_HWC.shape
-    if (height, width) != (wanted.size, wanted.size):
-        raise ValueError(f"it is {width} x {height} pixels, and model.image_size={wanted.size}")
-    if channels != wanted.channels:
-        raise ValueError(f"it has {channels} channel(s), and model.channels={wanted.channels}")
-    return array_HWC
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Images that Pillow decodes."""
-
-    labels_N: np.ndarray
-    name: Callable[[int], str]
-    blob: Callable[[int], bytes]
-
-    def pixels(self, index: int) -> Pixels:
-        pillow = library("PIL.Image", "reading images", DataError)
-        try:
-            image = pillow.open(io.BytesIO(self.blob(index)), formats=FORMATS)
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, too many to unpack")
-            image.load()
-        except Exception as error:  # Pillow raises a dozen kinds for damaged files
-            raise ValueError(_reason(error)) from None
-        return Pixels(None, image)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Images that are stored as they are: uint8 ``[N, H, W, C]``."""
-
-    labels_N: np.ndarray
-    images_NHWC: np.ndarray
-    file: str
-
-    def name(self, index: int) -> str:
-        return f"image {index} of {self.file}"
-
-    def pixels(self, index: int) -> Pixels:
-        return Pixels(self.images_NHWC[index])
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Labelled images of a source."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    test: Split | None
-    """None where the source has no test set of its own."""
-    files: tuple[Path, ...]
-    mark: str = ""
-    """Fingerprint of what is in no files."""
-
-    def fingerprint(self) -> str:
-        """Fingerprint of all files, of their names within the source, and of the classes."""
-        names = [os.path.relpath(file, self.name) for file in self.files] if os.path.isdir(self.name) else []
-        content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
-        told = [self.classes, names, content, *([self.mark] if self.mark else [])]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+LARGEST_ARRAYS = 1 << 30
+"""Bytes that an archive or an idx file may unpack to."""
 
 
 def find_images(path: str) -> ImageFiles:
@@ -186,7 +50,7 @@ def find_images(path: str) -> ImageFiles:
             if found is not None:
                 return _sound(found)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"images {path} cannot be read: {_reason(error)}") from None
+        raise DataError(f"images {path} cannot be read: {reason_of(error)}") from None
     raise DataError(
         f"{path} holds no labelled images that are known: give a folder with a folder of {', '.join(SUFFIXES[:3])} "
         "files for each class, CIFAR-10's data_batch_* files, *-images-idx3-ubyte files, or *.parquet files"
@@ -216,10 +80,6 @@ def _sound(found: ImageFiles) -> ImageFiles:
 def _several(name: str, classes: tuple[str, ...]) -> None:
     if len(classes) < 2:
         raise DataError(f"images {name} are all of one class ({', '.join(classes)}); give a folder for each class")
-
-
-def _reason(error: BaseException) -> str:
-    return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__), 200)
 
 
 # ---------------------------------------------------------------- folders of files
@@ -255,7 +115,7 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
         raise DataError(f"{place} has images of a class that training lacks: {strangers[0]!r}; remove it, or add some")
     files = [file for name in classes for file in found.get(name, [])]
     labels = [number for number, name in enumerate(classes) for _ in found.get(name, [])]
-    return Encoded(np.array(labels, np.int64), lambda i: str(files[i]), lambda i: _bytes_of(files[i])), files
+    return Encoded(np.array(labels, np.int64), lambda i: str(files[i]), lambda i: bytes_of(files[i])), files
 
 
 def _files(folder: str) -> list[Path]:
@@ -263,14 +123,6 @@ def _files(folder: str) -> list[Path]:
     inner = Path(folder, "images")
     names = sorted(os.listdir(inner if inner.is_dir() else folder))
     return [Path(inner if inner.is_dir() else folder, name) for name in names if name.lower().endswith(SUFFIXES)]
-
-
-def _bytes_of(file: Path, limit: int = LARGEST_PICKLE) -> bytes:
-    with open_regular(file, links=True) as opened:
-        data = opened.read(limit + 1)
-    if len(data) > limit:
-        raise DataError(f"{file} has more than {limit >> 20} MiB, which no such file has; leave it out")
-    return data
 
 
 # ---------------------------------------------------------------- CIFAR-10, packed as JPEG
@@ -308,7 +160,7 @@ def _unpacked(file: Path) -> tuple[tuple[str, ...], Split]:
     except OSError:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
-        raise DataError(f"{file} is no archive of packed images ({_reason(error)}); copy it again") from None
+        raise DataError(f"{file} is no archive of packed images ({reason_of(error)}); copy it again") from None
     prefix, payload = arrays["prefix"].tobytes(), arrays["payload"]
     split = Encoded(
         arrays["labels"].astype(np.int64),
@@ -355,82 +207,6 @@ def _entry(part: Any, key: str, file: Path) -> Any:
     if found is None or not hasattr(found, "__len__"):
         raise DataError(f"{file} has no entry {key}: it is not of CIFAR-10, or damaged; copy it again")
     return found
-
-
-OPCODES = {
-    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
-    *("SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES", "SHORT_BINUNICODE", "BINUNICODE"),
-    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS"),
-    *("EMPTY_DICT", "SETITEM", "SETITEMS", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
-    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
-}
-"""Opcodes that arrays of bytes, lists and dicts are pickled with (protocols 2 to 4)."""
-_MEMO = 1 << 20
-"""Objects that a pickle may keep for later: more would be memory for the asking."""
-
-
-def read_pickle(file: Path) -> Any:
-    """Plain values and arrays of uint8 of a pickle; everything that it names is one of three inert stand-ins.
-
-    Raises:
-        DataError: it asks for anything else, or is damaged. Nothing of it is executed.
-        OSError: the file cannot be read.
-    """
-    data = _bytes_of(file)
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in OPCODES or (opcode.name.endswith("PUT") and int(argument or 0) > _MEMO):
-                raise pickle.UnpicklingError(f"it asks for {opcode.name}")
-        return _plain(_Arrays(io.BytesIO(data), encoding="bytes").load())
-    except Exception as error:  # a pickle can raise anything
-        raise DataError(
-            f"{file} is refused: it is no pickle of images, or damaged ({_reason(error)}); nothing of it was executed"
-        ) from None
-
-
-class _Dtype:
-    """Stand-in for ``numpy.dtype``."""
-
-    def __init__(self, kind: Any, *_: Any) -> None:
-        self.kind = kind.decode() if isinstance(kind, bytes) else kind
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class _Array:
-    """Stand-in for an array: (version, shape, type, order, bytes)."""
-
-    state: Any = None
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Arrays(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        stand_ins = {
-            ("numpy.core.multiarray", "_reconstruct"): _Array,
-            ("numpy._core.multiarray", "_reconstruct"): _Array,
-            ("numpy", "ndarray"): "ndarray",  # only named: nothing can call a text, or give it attributes
-            ("numpy", "dtype"): _Dtype,
-        }
-        if (module, name) not in stand_ins:
-            raise pickle.UnpicklingError(f"it asks for {one_line(f'{module}.{name}', 80)}")
-        return stand_ins[module, name]
-
-
-def _plain(value: Any) -> Any:
-    """The top of a pickle with its stand-ins as arrays."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) if isinstance(entry, _Array) else entry for key, entry in value.items()}
-    if not isinstance(value, _Array):
-        return value
-    _, shape, kind, fortran, data = value.state
-    if type(kind) is not _Dtype or kind.kind != "u1" or fortran or type(data) is not bytes:
-        raise ValueError("an array that is not of bytes in C order")
-    return np.frombuffer(data, np.uint8).reshape([int(n) for n in shape])
 
 
 # ---------------------------------------------------------------- idx files of MNIST and Fashion-MNIST

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from vqmoe_ds.data.arrays import mapped_array
-from vqmoe_ds.data.image_files import Split, Stored, class_folders
+from vqmoe_ds.data.image_files import class_folders
+from vqmoe_ds.data.image_splits import Split, Stored
 from vqmoe_ds.runtime.errors import DataError
 
 EXTRA = "extra"

@@ -15,7 +15,8 @@ import numpy as np
 from vqmoe_ds.config.schema import Augment, RunConfig
 from vqmoe_ds.data.batches import Batch, ShuffledBatches
 from vqmoe_ds.data.image_augment import Mixing, rand_augment
-from vqmoe_ds.data.image_files import REMEDY, ImageFiles, Split, Wanted, find_images
+from vqmoe_ds.data.image_files import find_images
+from vqmoe_ds.data.image_splits import REMEDY, ImageFiles, Split, Wanted
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 from vqmoe_ds.runtime.extras import library
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
-from vqmoe_ds.data.image_files import Wanted, are_images
+from vqmoe_ds.data.image_files import are_images
 from vqmoe_ds.data.image_published import EXTRA, PublishedSplit, find_published
+from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet, open_images
 from vqmoe_ds.evaluation.attacks import ATTACKS, attack
 from vqmoe_ds.evaluation.classification import ClassScore, Scoring, judge

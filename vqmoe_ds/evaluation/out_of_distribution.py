@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
-from vqmoe_ds.data.image_files import MODES, Pixels, Split, Wanted, find_images
+from vqmoe_ds.data.image_files import find_images
+from vqmoe_ds.data.image_splits import MODES, Pixels, Split, Wanted
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet
 from vqmoe_ds.evaluation.classification import ClassScore
 from vqmoe_ds.runtime.errors import DataError
