@@ -17,9 +17,10 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
-from vqmoe_ds.evaluation.command import share_windows, table
+from vqmoe_ds.evaluation.command import share_windows
 from vqmoe_ds.evaluation.corruption import Corruption, all_corruptions
-from vqmoe_ds.evaluation.evaluate import Options, evaluate, standard_error
+from vqmoe_ds.evaluation.evaluate import Options, evaluate, table
+from vqmoe_ds.evaluation.statistics import mean_of
 from vqmoe_ds.evaluation.texts import Text, encode, open_texts
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 from vqmoe_ds.runtime.ranks import Place
@@ -107,7 +108,7 @@ def test_seeds_differ_runs_do_not_and_the_spread_is_their_standard_error(loaded,
     assert len(set(values)) == 3 and [seed["seed"] for seed in row["seeds"]] == [0, 1, 2]
     assert row["mean"]["bits_per_byte"] == pytest.approx(sum(values) / 3)
     assert row["standard_error"]["bits_per_byte"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
-    assert standard_error([1.0]) is None
+    assert mean_of([1.0]).error is None
     lines = table(json.loads(json.dumps(result.as_dict())))
     assert len(lines) == 3 + 1 + 8 and "±" in lines[-1] and lines[4].startswith("word_swap 0.025, inputs ")
     assert len({len(line) for line in lines[2:]}) == 1

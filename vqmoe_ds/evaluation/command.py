@@ -308,43 +308,6 @@ def _report(args: argparse.Namespace, result: Any, seconds: float, console: Cons
             write_atomically(Path(args.json), json.dumps(result.as_dict(), indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--json {args.json} could not be written ({error.strerror})") from None
-    for line in result.lines() if hasattr(result, "lines") else table(result.as_dict()):
+    for line in result.lines():
         console.say(line)
     console.say(f"scored in {seconds:.0f} s" + (f"; every figure is in {args.json}" if args.json else ""))
-
-
-# ---------------------------------------------------------------- the table
-
-COLUMNS = {
-    "bits_per_byte": ("bits/byte", ".4f"),
-    "perplexity": ("perplexity", ".3f"),
-    "word_perplexity": ("per word", ".2f"),
-    "bits_per_byte_rise": ("rise, bits/byte", "+.4f"),
-    "changed": ("changed", ".2%"),
-}
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """Figures as lines of a table, means with their standard errors."""
-    model, setting, clean = result["model"], result["setting"], result["clean"]
-    amount = f"{clean['tokens']:,} tokens" + (f", {clean['bytes']:,} bytes" if clean["bytes"] is not None else "")
-    lines = [
-        f"{model['checkpoint']}, step {model['step']}: {model['router']}, {model['experts']} experts",
-        f"{amount} of {setting['documents']} document(s); context {setting['context']}, stride {setting['stride']}",
-    ]
-    rows = [["", *(head for head, _ in COLUMNS.values())], ["clean", *_cells(clean, {})]]
-    for row in result["corrupted"]:
-        name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
-        rows.append([name, *_cells(row["mean"], row["standard_error"])])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    layout = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
-    return lines + [layout.format(*row) for row in rows]
-
-
-def _cells(mean: dict[str, Any], error: dict[str, Any]) -> list[str]:
-    cells = []
-    for name, (_, layout) in COLUMNS.items():
-        value, spread = mean.get(name), error.get(name)
-        cell = "-" if value is None else format(value, layout)
-        cells.append(cell if spread is None or name == "changed" else f"{cell} ± {format(spread, layout.strip('+'))}")
-    return cells

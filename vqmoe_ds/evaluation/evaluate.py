@@ -20,6 +20,7 @@ from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.data.batches import MASKED
 from vqmoe_ds.evaluation.corruption import Corruption, Damage
 from vqmoe_ds.evaluation.perplexity import bits_per_byte
+from vqmoe_ds.evaluation.statistics import mean_of
 from vqmoe_ds.evaluation.texts import Text, still_there
 from vqmoe_ds.evaluation.window import fitting_batch, score, windows_of
 from vqmoe_ds.runtime.errors import ConfigError, DataError
@@ -82,6 +83,10 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Figures for the user."""
+        return table(self.as_dict())
 
 
 def evaluate(
@@ -236,15 +241,10 @@ def _summary(corruption: Corruption, mode: str, rows: list[dict[str, Any]]) -> d
     head = {"kind": corruption.kind, "rate": corruption.rate, "mode": mode}
     columns = [name for name in rows[0] if name != "seed"]
     values = {name: [row[name] for row in rows] for name in columns}
-    known = {name: column for name, column in values.items() if None not in column}
-    mean = {name: float(np.mean(known[name])) if name in known else None for name in columns}
-    error = {name: standard_error(known[name]) if name in known else None for name in columns}
+    known = {name: None if None in column else mean_of(column) for name, column in values.items()}
+    mean = {name: found and found.mean for name, found in known.items()}
+    error = {name: found and found.error for name, found in known.items()}
     return {**head, "mean": mean, "standard_error": error, "seeds": rows}
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean; None for a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _perplexity(nats: float | None) -> float | None:
@@ -262,3 +262,40 @@ def about_model(loaded: LoadedModel) -> dict[str, Any]:
         "top_k": moe.top_k,
         "tokenizer": loaded.tokenizer.kind if loaded.tokenizer else None,
     }
+
+
+# ---------------------------------------------------------------- the table for the user
+
+COLUMNS = {
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "perplexity": ("perplexity", ".3f"),
+    "word_perplexity": ("per word", ".2f"),
+    "bits_per_byte_rise": ("rise, bits/byte", "+.4f"),
+    "changed": ("changed", ".2%"),
+}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Figures as lines of a table, means with their standard errors."""
+    model, setting, clean = result["model"], result["setting"], result["clean"]
+    amount = f"{clean['tokens']:,} tokens" + (f", {clean['bytes']:,} bytes" if clean["bytes"] is not None else "")
+    lines = [
+        f"{model['checkpoint']}, step {model['step']}: {model['router']}, {model['experts']} experts",
+        f"{amount} of {setting['documents']} document(s); context {setting['context']}, stride {setting['stride']}",
+    ]
+    rows = [["", *(head for head, _ in COLUMNS.values())], ["clean", *_cells(clean, {})]]
+    for row in result["corrupted"]:
+        name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
+        rows.append([name, *_cells(row["mean"], row["standard_error"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    layout = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return lines + [layout.format(*row) for row in rows]
+
+
+def _cells(mean: dict[str, Any], error: dict[str, Any]) -> list[str]:
+    cells = []
+    for name, (_, layout) in COLUMNS.items():
+        value, spread = mean.get(name), error.get(name)
+        cell = "-" if value is None else format(value, layout)
+        cells.append(cell if spread is None or name == "changed" else f"{cell} ± {format(spread, layout.strip('+'))}")
+    return cells

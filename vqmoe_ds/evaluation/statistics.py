@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.05
 """Chance of at least one false verdict in a family, and one minus the confidence of an interval."""
@@ -70,6 +69,8 @@ def paired_difference(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) 
 
     At one seed both started from the same weights and saw the same data, so what they share cancels.
     """
+    from scipy import stats  # half a second, which means alone need not wait for
+
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
