@@ -5,11 +5,13 @@ Legend: L MoE layers, K codes, N experts, T tokens, R routed rows per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.evaluation.balance import busiest, gini, perplexity, variation
@@ -73,21 +75,15 @@ class RoutingHealth:
         if self._probe_BS is None:
             return {}
         engine, layers = self.session.engine, self.session.model.moe_layers()
-        seen: list[Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _layer, _args, outputs: seen.append(outputs[2])) for layer in layers
-        ]
         engine.eval()
-        engine(self._probe_BS, **self._documents)
+        with heard(layers, lambda _inputs, outputs: outputs[2]) as seen:
+            engine(self._probe_BS, **self._documents)
         engine.train()
-        for hook in hooks:
-            hook.remove()
         routes_LTR = torch.stack(seen)
         last, self._last_LTR = self._last_LTR, routes_LTR
         if last is None:
             return {}
-        changed_LT = (last.sort(dim=-1).values != routes_LTR.sort(dim=-1).values).any(dim=-1)
-        report = {"fluctuation": self._share_of(changed_LT)}
+        report = {"fluctuation": self._share_of(differing(last, routes_LTR))}
         if self.session.model.bank is not None:  # the discrete row is the last
             report["code_fluctuation"] = self._share_of(last[..., -1] != routes_LTR[..., -1])
         return report
@@ -103,3 +99,24 @@ class RoutingHealth:
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(float(v), 4) for v in values]
+
+
+@contextmanager
+def heard(layers: list[Any], pick: Callable[[Any, Any], Tensor]) -> Iterator[list[Tensor]]:
+    """In this context what ``pick`` takes of the inputs and outputs of each layer's calls is kept, in order."""
+    seen: list[Tensor] = []
+
+    def keep(_layer: nn.Module, inputs: Any, outputs: Any) -> None:
+        seen.append(pick(inputs, outputs).clone())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def differing(one_LTR: Tensor, other_LTR: Tensor) -> Tensor:
+    """Where two routes differ, as sets of experts: bool ``[L, T]``."""
+    return (one_LTR.sort(dim=-1).values != other_LTR.sort(dim=-1).values).any(dim=-1)

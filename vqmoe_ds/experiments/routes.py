@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 from vqmoe_ds.checkpoint.io.shards import write_json
@@ -27,6 +25,7 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.plots import drawing, pyplot, save
 from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
+from vqmoe_ds.evaluation.routing import differing, heard
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 from vqmoe_ds.runtime.extras import library
 
@@ -108,7 +107,7 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
 
 def against(reference_LTR: Tensor, routes_LTR: Tensor, way: str, discrete_apart: bool = False) -> Comparison:
     """Where two routes differ, as sets of experts."""
-    differs_LT = (reference_LTR.sort(dim=-1).values != routes_LTR.sort(dim=-1).values).any(dim=-1)
+    differs_LT = differing(reference_LTR, routes_LTR)
     discrete = None
     if discrete_apart:
         discrete = float((reference_LTR[..., -1] != routes_LTR[..., -1]).double().mean())
@@ -169,22 +168,6 @@ def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor) -> Tenso
         with heard(experts, lambda inputs, _outputs: inputs[1]) as seen:
             model(tokens_BS, use_cache=False)
         return torch.stack(seen)
-
-
-@contextmanager
-def heard(layers: list[Any], pick: Callable[[Any, Any], Tensor]) -> Iterator[list[Tensor]]:
-    """In this context what ``pick`` takes of the inputs and outputs of each layer's calls is kept, in order."""
-    seen: list[Tensor] = []
-
-    def keep(_layer: nn.Module, inputs: Any, outputs: Any) -> None:
-        seen.append(pick(inputs, outputs).clone())
-
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---------------------------------------------------------------- what is shown
