@@ -120,20 +120,24 @@ def train_tokenizer(
     size = sum(len(text.encode()) for text in training)
     logger.info(f"training a {kind} vocabulary of {vocab_size:,} on {size / 1e6:.2f} MB")
     tokenizer = train_words(training, vocab_size) if kind == "word" else train_pieces(training, kind, vocab_size)
-    measured = held_out or training
-    ids = tokenizer.encode_batch(measured)
-    tokens = sum(map(len, ids))
-    unknown = sum(tokenizer.count_unknown(text, i) for text, i in zip(measured, ids, strict=True))
-    bytes_measured = sum(len(text.encode()) for text in measured)
+    per_token, unknown = _measured(tokenizer, held_out or training)
     return TrainedTokenizer(
         tokenizer=tokenizer,
         sample_bytes=size,
-        held_out_bytes=bytes_measured if held_out else 0,
-        bytes_per_token=bytes_measured / max(tokens, 1),
-        unknown=unknown / max(tokens, 1),
+        held_out_bytes=sum(len(text.encode()) for text in held_out),
+        bytes_per_token=per_token,
+        unknown=unknown,
         seconds=time.perf_counter() - start,
         skipped=skips.counts,
     )
+
+
+def _measured(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[float, float]:
+    """UTF-8 bytes per token, and the share of tokens that stand for a symbol outside the vocabulary."""
+    ids = tokenizer.encode_batch(texts)
+    tokens = max(sum(map(len, ids)), 1)
+    unknown = sum(tokenizer.count_unknown(text, i) for text, i in zip(texts, ids, strict=True))
+    return sum(len(text.encode()) for text in texts) / tokens, unknown / tokens
 
 
 def sample_pieces(units: Sequence[Unit], limit: int, seed: int, skips: Skips | None = None) -> list[str]:

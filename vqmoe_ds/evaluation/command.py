@@ -205,12 +205,7 @@ def _score(
         with closing(loaded):
             return _score_images(args, loaded, place, console)
     refuse_images(loaded, args.data)
-    for name in ("attacks", "ood", "relative_to"):
-        if getattr(args, name):
-            verb = "is" if name == "relative_to" else "are"
-            raise ConfigError(f"--{name} {verb} for classifiers of images, and {args.checkpoint} is a model of text")
-    for spec in args.corrupt:
-        parse_corruption(spec)  # one of images is unknown to text
+    _refuse_options_of_images(args)
     checked_stride(args.stride, loaded.config.model.sequence_length)
     share_windows(loaded, args.sp_size, place)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
@@ -226,6 +221,15 @@ def _score(
     result.setting["data"] = args.data or "the run's own"
     result.setting["split"] = args.split
     return result, time.monotonic() - started
+
+
+def _refuse_options_of_images(args: argparse.Namespace) -> None:
+    for name in ("attacks", "ood", "relative_to"):
+        if getattr(args, name):
+            verb = "is" if name == "relative_to" else "are"
+            raise ConfigError(f"--{name} {verb} for classifiers of images, and {args.checkpoint} is a model of text")
+    for spec in args.corrupt:
+        parse_corruption(spec)  # one of images is unknown to text
 
 
 def share_windows(loaded: LoadedModel, size: int, place: Place) -> None:

@@ -211,14 +211,8 @@ def evaluate_images(
         attacks: names of ``ATTACKS``, each with the largest change of a value in 255ths.
         others: images of something else, which the model should be less sure of.
     """
-
-    def total(tensor: Tensor) -> Tensor:
-        if world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     size = batch_size or TOGETHER
-    scoring = Scoring(loaded.model, loaded.device, size, rank, world, total)
+    scoring = Scoring(loaded.model, loaded.device, size, rank, world, _sum_over_ranks if world > 1 else lambda x: x)
 
     def scored(part: ImageSet, what: str) -> ClassScore:
         tell = progress(what, len(part)) if progress is not None else None
@@ -241,6 +235,11 @@ def evaluate_images(
         unknown = scored(other.images, other.name)
         result.out_of_distribution.append({**other.about(), **told_apart(score, unknown)})
     return result
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor)
+    return tensor
 
 
 def _clean(score: ClassScore, classes: Sequence[str]) -> dict[str, Any]:

@@ -80,11 +80,7 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     Raises:
         ConfigError: a rank that is none, or a JSON that DeepSpeed refuses.
     """
-    world = config.world_size
-    if not 0 <= rank < world:
-        raise ConfigError(f"--rank {shown(rank)} is not one of the {world} ranks 0 to {world - 1}")
-    if per_node < 1:
-        raise ConfigError(f"--gpus_per_node {shown(per_node)} must be at least 1")
+    _check_rank(rank, config.world_size, per_node)
     # Heavy imports only now: bad input has been answered.
     import torch
     import torch.distributed as dist
@@ -94,7 +90,7 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     from vqmoe_ds.planning import memory, meta_forward
     from vqmoe_ds.planning.parameters import count, meta_model
 
-    with fake_ranks(rank, world):
+    with fake_ranks(rank, config.world_size):
         check_by_deepspeed(config.deepspeed, json_path)
         model = meta_model(config.run, config.ep_size, config.ep_rank(rank), DeepSpeedMoELayer)
         share, sequence_group = sequence_share(config.run, rank), [rank]
@@ -122,6 +118,13 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
         list(loss.shape),
         NOT_BUILT,
     )
+
+
+def _check_rank(rank: int, world: int, per_node: int) -> None:
+    if not 0 <= rank < world:
+        raise ConfigError(f"--rank {shown(rank)} is not one of the {world} ranks 0 to {world - 1}")
+    if per_node < 1:
+        raise ConfigError(f"--gpus_per_node {shown(per_node)} must be at least 1")
 
 
 def _values_of_rank(model: Any) -> dict[str, int]:
