@@ -22,13 +22,8 @@ from tests.distributed import run_ranks
 from tests.huggingface import LENGTH, ModelReader, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.convert import build_parser, main
 from vqmoe_ds.checkpoint.figures import sizes
-from vqmoe_ds.checkpoint.formats.megatron.folder import (
-    EXTRA,
-    EXTRA_TENSORS,
-    MegatronOptions,
-    export_megatron,
-    open_megatron,
-)
+from vqmoe_ds.checkpoint.formats.megatron.reader import EXTRA, EXTRA_TENSORS, open_megatron
+from vqmoe_ds.checkpoint.formats.megatron.writer import MegatronOptions, export_megatron
 from vqmoe_ds.checkpoint.inspect import inspect
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CheckpointReader

@@ -18,7 +18,7 @@ from tests.evaluation.routed_models import CASES, LENGTH, VOCAB, model_of, token
 from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
-from vqmoe_ds.checkpoint.formats.megatron.folder import export_megatron
+from vqmoe_ds.checkpoint.formats.megatron.writer import export_megatron
 from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.generate import Sampling, generate

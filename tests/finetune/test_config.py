@@ -14,7 +14,7 @@ from tests.distributed import run_ranks
 from tests.finetune.small import finetune_config
 from tests.prepared import write_texts
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
-from vqmoe_ds.checkpoint.formats.megatron.folder import MegatronOptions, export_megatron
+from vqmoe_ds.checkpoint.formats.megatron.writer import MegatronOptions, export_megatron
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly

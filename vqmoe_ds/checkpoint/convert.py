@@ -178,7 +178,7 @@ def _to_hf(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> 
 
 
 def _to_megatron(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.formats.megatron.folder import MegatronOptions, export_megatron
+    from vqmoe_ds.checkpoint.formats.megatron.writer import MegatronOptions, export_megatron
 
     check_complete(reader)
     wanted = MegatronOptions(options.tp, options.ep or 1, options.experts, options.dtype, options.force)

@@ -8,7 +8,7 @@ from typing import Any
 
 import vqmoe_ds.checkpoint.formats.deepspeed.reader
 import vqmoe_ds.checkpoint.formats.huggingface.folder
-import vqmoe_ds.checkpoint.formats.megatron.folder
+import vqmoe_ds.checkpoint.formats.megatron.reader
 import vqmoe_ds.checkpoint.formats.native_moe.reader
 import vqmoe_ds.checkpoint.formats.portable  # noqa: F401 (each registers its format)
 from vqmoe_ds.checkpoint.io.shards import check_inside
