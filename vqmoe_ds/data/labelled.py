@@ -20,21 +20,19 @@ import numpy as np
 
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
 from vqmoe_ds.data.json_lines import read_json
+from vqmoe_ds.data.units import BAD_UTF8, DAMAGED, HALF, NO_KEY, NOT_TEXT, OnError
 from vqmoe_ds.runtime.errors import DataError, one_line, shown
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import why_missing
 from vqmoe_ds.runtime.memory import free_bytes
 
 Split = Literal["train", "validation", "test"]
-OnError = Literal["fail", "skip"]
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 """Names of the files of each split in a folder."""
 _FORMATS = r"csv|tsv|jsonl|ndjson|txt"
 
-EMPTY, NO_LABEL, UNSEEN, BAD_UTF8 = "empty text", "no label", "label never seen in training", "not UTF-8"
-BROKEN, NO_KEY, NOT_TEXT, DAMAGED = "broken row", "without the key", "not a string", "damaged file"
-HALF = "half of a surrogate pair"
+EMPTY, NO_LABEL, UNSEEN, BROKEN = "empty text", "no label", "label never seen in training", "broken row"
 LONGEST_LINE = 32 << 20
 """Characters, at most, of a line, and of a quoted field with its line breaks."""
 _SAMPLE = 20  # lines that tell what separates the columns
