@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -60,6 +61,12 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
         answers.append(answer)
     try:
         return _gather(answers, time.monotonic() + timeout, timeout)
+    except RankFailure as failure:  # which may be of a rank that misses the one that died
+        for process in processes:
+            process.join(0.5)
+        died = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+        failure.add_note(f"ranks that died, with their exit codes: {died or 'none'}")
+        raise
     finally:
         for process in processes:
             process.kill()
@@ -125,7 +132,17 @@ def _rank_main(
         question.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
+_held: deque[socket.socket] = deque(maxlen=16)
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that the system gives to nobody else until rank 0 listens at it.
+
+    The socket stays bound, without listening: another test's ranks, at the same time in another worker, get other
+    ports, and whoever names this one may bind it too (both set ``SO_REUSEADDR``, as every listener of PyTorch does).
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    _held.append(held)
+    return int(held.getsockname()[1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import RankFailure, run_ranks
+from tests.distributed import RankFailure, _free_port, run_ranks
 
 
 def _sum_of_ranks(rank: int, world: int, offset: int) -> tuple[int, float, bool]:
@@ -42,8 +44,9 @@ def _die_on_one(rank: int, world: int) -> None:
 
 
 def test_dead_rank_is_named() -> None:
-    with pytest.raises(RankFailure, match="rank [01] (died|failed)"):
+    with pytest.raises(RankFailure, match="rank [01] (died|failed)") as caught:
         run_ranks(2, _die_on_one)
+    assert caught.value.__notes__ == ["ranks that died, with their exit codes: {1: 3}"]
 
 
 def _hang_on_one(rank: int, world: int) -> None:
@@ -56,3 +59,13 @@ def test_hanging_rank_is_killed_at_the_timeout() -> None:
     with pytest.raises(RankFailure, match=r"ranks \[1\] did not finish within 3 s"):
         run_ranks(2, _hang_on_one, timeout=3)
     assert time.monotonic() - start < 20
+
+
+def test_a_port_is_kept_for_the_rank_that_will_listen_at_it() -> None:
+    port = _free_port()
+    with socket.socket() as other, pytest.raises(OSError) as caught:
+        other.bind(("127.0.0.1", port))
+    assert caught.value.errno == errno.EADDRINUSE
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set("key", "value")
+    assert store.get("key") == b"value"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import warm
+from tests.distributed import _free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = [sys.executable, str(ROOT / "launchers/pretrain.py")]
@@ -259,11 +260,3 @@ def _wait_for(condition, process, timeout: float = 90) -> None:
         assert process.poll() is None, "the run ended before it was disturbed"
         assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.02)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
