@@ -38,14 +38,18 @@ def make(folder, step, text="weights", state=STATE):
 
 
 def flips(path):
-    """The file with every single bit flipped, one after the other; whole again at the end."""
+    """The file with every single bit flipped, one after the other; whole again at the end.
+
+    Bytes are replaced in place: what was truncated and written anew, ext4 sends to the disk as it is closed.
+    """
     whole = path.read_bytes()
-    for at in range(8 * len(whole)):
-        changed = bytearray(whole)
-        changed[at // 8] ^= 1 << at % 8
-        path.write_bytes(changed)
-        yield at
-    path.write_bytes(whole)
+    with path.open("r+b", buffering=0) as file:
+        for at in range(8 * len(whole)):
+            file.seek(at // 8)
+            file.write(bytes([whole[at // 8] ^ 1 << at % 8]))
+            yield at
+            file.seek(at // 8)
+            file.write(whole[at // 8 : at // 8 + 1])
 
 
 def test_the_newest_whole_tag_is_found_and_the_others_are_named_with_the_reason(tmp_path):
