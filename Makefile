@@ -1,5 +1,6 @@
 # make pretrain   train the default model (one command from a bare machine)
-# make test       the default test suite, ruff, mypy and the order of imports
+# make test       the default test suite, ruff, mypy and the order of imports; the tests in two processes, or as many as
+#                 WORKERS says (0: in pytest's own, where ARGS may be --pdb or -s)
 # make test-all   everything, the slow tests included
 # make test-layouts   a checkpoint of every layout goes on in every other one
 # make compare-smoke   a small comparison of routers from grid to report: trainings, evaluations, paired intervals
@@ -19,6 +20,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 MINUTES ?= 30
+WORKERS ?= 2
+
+# A file's tests stay together, for they share fixtures and launches; tests/conftest.py puts the longest files first. A
+# worker that dies ends the run, as a process of pytest's own would: started again, it would meet the same test.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: setup setup-dev pretrain test test-all test-layouts test-cluster test-gpu test-hf compare-smoke fuzz lint docs bench bench-gpu clean
 
@@ -26,7 +32,7 @@ pretrain: setup
 	@. $(BIN)/activate && deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json $(ARGS)
 
 test: setup-dev lint
-	@$(BIN)/python -m pytest tests -m "not slow"
+	@$(BIN)/python -m pytest tests -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: setup-dev lint
 	@$(BIN)/python -m pytest tests

@@ -21,6 +21,16 @@ import torch
 
 torch.set_num_threads(1)
 
+LONGEST = (
+    *("test_parity.py", "models/test_hf_use.py", "test_gpu_benchmark.py", "test_tutorial.py"),
+    *("train/test_sequence_parallel.py", "train/test_image_layouts.py", "train/test_sp_placement.py"),
+    *("train/test_optimizers.py", "launchers/test_faults.py", "models/test_hf.py", "launchers/test_evaluate.py"),
+    *("runtime/test_stopping.py", "moe/test_router_parity.py", "launchers/test_pretrain.py", "models/test_vision.py"),
+    *("moe/test_add_a_router.py", "checkpoint/test_restore.py", "finetune/test_sharing.py", "train/test_fused_adam.py"),
+    *("checkpoint/test_store.py", "launchers/test_images.py", "checkpoint/test_huggingface.py"),
+)
+"""Files that two workers begin with (``make test``), so that both end at about the same time: half of all seconds."""
+
 
 def _only_gpu(config: pytest.Config) -> bool:
     return config.getoption("markexpr") == "gpu"
@@ -50,6 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items if reason is not None else ():
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,14 @@ import errno
 import os
 import socket
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests import conftest
 from tests.distributed import RankFailure, _free_port, run_ranks
 
 
@@ -69,3 +72,16 @@ def test_a_port_is_kept_for_the_rank_that_will_listen_at_it() -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     store.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def test_workers_begin_with_the_longest_files(pytestconfig: pytest.Config) -> None:
+    """``make test`` gives each worker of pytest-xdist one file after the other, in the order of collection."""
+    folder = Path(conftest.__file__).parent
+    assert [name for name in conftest.LONGEST if not (folder / name).is_file()] == []
+    short, long = ["data/test_a.py", "data/test_b.py"], list(conftest.LONGEST[:3])
+    names = [short[0], *reversed(long), short[1]]
+    for workers, wanted in (({}, names), ({"workerinput": {}}, [*long, *short])):
+        items = [SimpleNamespace(path=folder / name, name=number, keywords={}) for name in names for number in (1, 2)]
+        config = SimpleNamespace(getoption=pytestconfig.getoption, **workers)
+        conftest.pytest_collection_modifyitems(config, items)
+        assert [(item.path, item.name) for item in items] == [(folder / name, n) for name in wanted for n in (1, 2)]
