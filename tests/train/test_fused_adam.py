@@ -10,7 +10,9 @@ import torch
 from tests.checkpoint.layouts import Layout, Training
 from tests.distributed import run_ranks
 
-LAYOUTS = [Layout(stage, 2, 2, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+ALL = [Layout(stage, 2, 2, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+LAYOUTS = [pytest.param(layout, marks=pytest.mark.slow) if layout.stage == 1 else layout for layout in ALL]
+"""Stage 1 is the code of stage 2."""
 
 
 class NotFused(Layout):
