@@ -43,8 +43,9 @@ def _move(run_dir: Path) -> None:
 
 
 def _fill(run_dir: Path) -> None:
-    (run_dir / "metrics.jsonl").unlink()
-    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    link = run_dir / "full"
+    link.symlink_to("/dev/full")
+    link.replace(run_dir / "metrics.jsonl")  # at once: the run makes the file anew where it is missing
 
 
 def _make_read_only(run_dir: Path) -> None:
@@ -72,7 +73,7 @@ def test_what_cannot_be_written_ends_with_code_3_and_names_the_last_good_checkpo
     run_dir = tmp_path / "run"
     process = start([*small, "--run_dir", str(run_dir), *ENDLESS])
     try:
-        _wait_for((run_dir / "checkpoints/global_step0000050").exists, process)
+        _wait_for((run_dir / "checkpoints/global_step0000100").exists, process)  # the one before is sealed
         fault(run_dir)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 3, said
