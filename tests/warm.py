@@ -79,12 +79,15 @@ def run(command: Sequence[str], timeout: float | None = None, **options: Any) ->
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def start_ranks(count: int, command: Sequence[str], port: int, env: Mapping[str, str], **options: Any) -> list[Popen]:
-    """The ranks of a command on this machine, as a launcher starts them; they meet at ``port``."""
+def start_ranks(
+    count: int, command: Sequence[str], port: int, env: Mapping[str, str], cold: bool = False, **options: Any
+) -> list[subprocess.Popen[Any]]:
+    """The ranks of a command on this machine, as a launcher starts them; they meet at ``port``; ``cold``: no forks."""
+    start = subprocess.Popen if cold else Popen
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [
-        Popen(command, env={**env, **meeting, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+        start(command, env={**env, **meeting, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
         for rank in range(count)
     ]
 

@@ -16,7 +16,9 @@ def _two_ranks(small: list[str], run_dir: Path, **values: Any) -> list[str]:  # 
     path = run_dir.with_suffix(".json")
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, **values}))
     words = [*small[2:], "--ds_config", str(path), "--run_dir", str(run_dir), "--train_steps", "6", "--ep_size", "2"]
-    ranks = warm.start_ranks(2, [*LAUNCHER, *words], _free_port(), environment(), stdout=-1, stderr=-1, text=True)
+    env = {**environment(), "PYTHONFAULTHANDLER": "1"}
+    # Forked late from a process that had run much of the suite, rank 0 of the second run was killed by SIGBUS.
+    ranks = warm.start_ranks(2, [*LAUNCHER, *words], _free_port(), env, cold=True, stdout=-1, stderr=-1, text=True)
     answers = [rank.communicate(timeout=200) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], answers
     return [(run_dir / f"logs/rank{rank}.log").read_text() for rank in (0, 1)]
