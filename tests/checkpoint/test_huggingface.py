@@ -517,6 +517,7 @@ def test_what_mixtral_cannot_compute_is_refused(case: str, reason: str, tmp_path
     [
         {"dense_hidden": 40, "rope_theta": 777.0},
         {"heads": 4, "kv_heads": 2, "head_width": 8},
+        {"tie_embeddings": True},
         *[ROPE | {"rope_scaling": kind, "head_width": 16} for kind in ("linear", "llama3", "yarn")],
     ],
 )
@@ -539,7 +540,11 @@ def test_dense_models_are_stock_llama(shape: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("top-2", r"moe.router=topk has experts"), ("context", "moe.router=vq has experts")],
+    [
+        ("top-2", "moe.router=topk has experts"),
+        ("context", "moe.router=vq has experts"),
+        ("dense, sliding window", "model.sliding_window=5 limits attention"),
+    ],
 )
 def test_what_llama_cannot_compute_is_refused(case: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"Llama cannot stand for this model: {reason}"):
@@ -547,7 +552,7 @@ def test_what_llama_cannot_compute_is_refused(case: str, reason: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", [{"rms_norm_eps": 1e-5}, {"attention_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("option", [{"rms_norm_eps": 1e-5}, {"attention_bias": True}, {"mlp_bias": True}])
 def test_a_llama_of_others_that_ours_cannot_compute_is_refused(option: dict[str, Any], tmp_path: Path) -> None:
     _export(model_of(config_of("dense")), tmp_path / "hf", arch="llama")
     _edit(tmp_path / "hf" / "config.json", **option)

@@ -37,7 +37,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
         sentencepiece.SentencePieceTrainer.train(model_prefix=prefix, **training, **option)
         found[name] = SentencePieceTokenizer(Path(f"{prefix}.model").read_bytes())
     (folder / "json").mkdir()
-    write_tokenizer(folder / "json", found["exact"], found["exact"].vocab_size, 64)
+    write_tokenizer(folder / "json", found["exact"], found["exact"].vocab_size, 64, inexact=True)
     found["json"] = read_json_tokenizer(folder / "json")
     return found
 
