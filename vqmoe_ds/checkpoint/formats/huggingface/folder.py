@@ -114,8 +114,8 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
     _check_tensors(reader, config)
     tokenizer, remarks = _find_tokenizer(reader, config, options.tokenizer)
     no_gguf = why_no_gguf(config, options.arch, tokenizer)
-    if no_gguf and options.arch != "vqmoe" and tokenizer is not None:
-        remarks.append(f"make no GGUF of it, for llama.cpp would cut text otherwise than training did: {no_gguf}")
+    if no_gguf and options.arch != "vqmoe" and (tokenizer is not None or config.model.sliding_window):
+        remarks.append(f"make no GGUF of it, for llama.cpp would do otherwise than training did: {no_gguf}")
     inference, training = _split_buffers(buffers, options.arch, source_table)
     if options.arch == "vqmoe":
         _check_tables(inference, config, Path(reader.path))
