@@ -494,7 +494,7 @@ def test_top_k_models_are_stock_mixtral(top_k: int, experts: int, shape: dict[st
 
 
 def test_a_window_is_nothing_for_llama_cpp(tmp_path: Path) -> None:
-    [remark] = _export(model_of(config_of("top-2, sliding window")), tmp_path / "hf", arch="mixtral")
+    *_, remark = _export(model_of(config_of("top-2, sliding window")), tmp_path / "hf", arch="mixtral")
     assert remark.startswith("make no GGUF of it") and "attends to all tokens, and here to 5" in remark
     assert "| llama.cpp (GGUF) | no |" in (tmp_path / "hf" / "README.md").read_text("utf-8")
 
