@@ -58,7 +58,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "shared experts, every second": ({"router": "topk", "top_k": 2, "shared_experts": 1}, {}, {"moe_every": 2}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),
     "dense": ({"router": "dense"}, {}, {}),
-    "dense, sliding window": ({"router": "dense"}, {}, {"sliding_window": 5}),
     "tied embeddings": ({}, {}, {"tie_embeddings": True}),
     "top-2, tied embeddings": ({"router": "topk", "top_k": 2}, {}, {"tie_embeddings": True, "sliding_window": 7}),
     "sliding window": ({"top_k": 0}, {}, {"sliding_window": 4}),

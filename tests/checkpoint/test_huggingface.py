@@ -549,7 +549,6 @@ def test_dense_models_are_stock_llama(shape: dict[str, Any], tmp_path: Path) -> 
     [
         ("top-2", "moe.router=topk has experts"),
         ("context", "moe.router=vq has experts"),
-        ("dense, sliding window", "model.sliding_window=5 limits attention"),
     ],
 )
 def test_what_llama_cannot_compute_is_refused(case: str, reason: str, tmp_path: Path) -> None:
@@ -565,6 +564,13 @@ def test_a_llama_of_others_that_ours_cannot_compute_is_refused(option: dict[str,
     name, value = next(iter(option.items()))
     with pytest.raises(CheckpointError, match=f"this Llama has {name}={value}, but .* tools/upcycle.py converts more"):
         open_hf(tmp_path / "hf")
+
+
+def test_llama_has_no_window(tmp_path: Path) -> None:
+    base = config_of("dense").model_dump()
+    base["model"]["sliding_window"] = 5
+    with pytest.raises(CheckpointError, match="model.sliding_window=5 limits attention, and it has no window"):
+        _export(model_of(RunConfig(**base)), tmp_path / "hf", arch="llama")
 
 
 def test_mixtral_with_dense_blocks_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,12 @@ def test_a_terminal_is_asked_for_prompts_and_left_politely(checkpoint):
     os.write(one, b"\x04")
     assert first.wait(timeout=60) == 0
     _to_the_prompt(two)
-    os.kill(second.pid, signal.SIGINT)
-    assert second.wait(timeout=60) == 130
+    for _ in range(3):  # one that comes between the prompt and the read behind it waits for a key: Python's, not ours
+        os.kill(second.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            second.wait(timeout=20)
+            break
+    assert second.returncode == 130
     assert b"Traceback" not in os.read(two, 10000)
     os.close(one)
     os.close(two)
