@@ -90,8 +90,14 @@ train() {
         echo "$run_dir is finished: nothing is left for this job of the chain"
         exit 0
     fi
+    report=$(report_of "$run_dir")
     ranks "$@"
     finish $? "$run_dir"
+}
+
+# report_of RUN_DIR: tells the report of a finished run from another one, or from none.
+report_of() {
+    stat -c '%i %Y %s' "$1/summary.json" 2>/dev/null
 }
 
 # finish CODE RUN_DIR: end the job, or requeue it where going on makes sense. 75 is a signal after saving, 76 a missing
@@ -99,6 +105,11 @@ train() {
 finish() {
     local code=$1 state=$2/requeue.state newest stuck=0 last=
     if [ "$code" -ne 75 ] && [ "$code" -ne 76 ] && [ "$code" -le 128 ]; then exit "$code"; fi
+    # The report is the last that a run writes: what killed a rank on its way out took nothing along.
+    if [ -n "${report+set}" ] && [ "$(report_of "$2")" != "$report" ]; then
+        echo "a rank ended with code $code after the run was finished: nothing is lost"
+        exit 0
+    fi
     # Whoever cancels a job means it: only one that SLURM takes for running may come back.
     scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING' || exit "$code"
     # A fine-tuning has a folder of checkpoints for every one of its runs.

@@ -1,0 +1,53 @@
+"""The SLURM scripts' common part, in a shell with a command ``scontrol`` of ours: what a job does as its ranks end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+COMMON = Path(__file__).parents[2] / "launchers/slurm/common.sh"
+REQUEUED = "exit code 134: requeued, to go on from the start"
+
+
+@pytest.fixture
+def job(tmp_path: Path):
+    """Runs ``train`` with ranks that do what is given; returns the code of the job and what it says."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin/scontrol"  # a requeue fails, or the job would wait for its end
+    scontrol.write_text('#!/bin/sh\n[ "$1" = show ] && echo JobState=RUNNING\n')
+    scontrol.chmod(0o755)
+
+    def run(ranks: str) -> tuple[int, str]:
+        script = f'. "{COMMON}"; ranks() {{ {ranks}; }}; train pretrain.py --run_dir run'
+        environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+        done = subprocess.run(
+            ["bash", "-uc", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    (tmp_path / "run").mkdir()
+    return run
+
+
+def test_a_rank_that_dies_after_the_end_of_the_run_fails_no_job(job) -> None:
+    code, said = job("echo 60 >run/summary.json; return 134")
+    assert code == 0 and "code 134 after the run was finished: nothing is lost" in said and "requeued" not in said
+
+
+def test_a_report_of_an_earlier_end_is_none_of_this_one(job, tmp_path: Path) -> None:
+    (tmp_path / "run/summary.json").write_text("60")
+    code, said = job("return 134")
+    assert code == 134 and REQUEUED in said
+
+
+def test_a_rank_that_dies_before_the_end_requeues_the_job(job) -> None:
+    code, said = job("return 134")
+    assert code == 134 and REQUEUED in said
+
+
+def test_other_codes_end_the_job_as_they_are(job) -> None:
+    assert job("return 0") == (0, "") and job("return 2") == (2, "")
+    assert job("echo 60 >run/summary.json; return 3") == (3, "")
