@@ -317,6 +317,22 @@ def test_hash_context(top_k: int) -> None:
     _compare(layer, reference, RoutingContext(told_T))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_hash_and_code(gated: bool) -> None:
+    layer = _layer("hash_and_code", 1, gated=gated)
+    told_TR = torch.stack([_ids(EXPERTS), _ids(EXPERTS).flip(0)], dim=1)
+
+    def reference(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
+        weights_T2 = torch.ones(len(x_TD), 2, dtype=torch.float64)
+        if gated:
+            powers_T2 = (x_TD @ weights["gate.weight"].T + weights["gate.bias"]).exp()
+            weights_T2 = powers_T2 / powers_T2.sum(dim=1, keepdim=True)
+        rows = [list(zip(ids, ours, strict=True)) for ids, ours in zip(told_TR.tolist(), weights_T2, strict=True)]
+        return rows, torch.zeros((), dtype=torch.float64)
+
+    _compare(layer, reference, RoutingContext(told_TR))
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_online_kmeans(top_k: int) -> None:
     layer = _layer("online_kmeans", top_k, temperature=0.4)

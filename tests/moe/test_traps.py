@@ -34,7 +34,10 @@ def _layer(name: str, layer: int = 0) -> MoELayer:
 def _call(layer: MoELayer, x_BSD: Tensor | None = None) -> Tensor:
     x_BSD = torch.randn(2, TOKENS // 2, WIDTH) if x_BSD is None else x_BSD
     ids_T = torch.arange(x_BSD.shape[:-1].numel())
-    told_T = ids_T % EXPERTS if layer.config.moe.facts.uses_token_table else None  # others choose for themselves
+    facts = layer.config.moe.facts
+    told_T = ids_T % EXPERTS if facts.uses_token_table else None  # others choose for themselves
+    if told_T is not None and facts.uses_codebook:
+        told_T = torch.stack([told_T, (ids_T + 1) % EXPERTS], dim=1)
     source_TD = x_BSD.detach().reshape(-1, x_BSD.shape[-1])
     return layer(x_BSD, RoutingContext(told_T, token_ids_T=ids_T, previous_T=ids_T % EXPERTS, source_TD=source_TD))[0]
 

@@ -405,7 +405,7 @@ def placement_trouble(run: RunConfig, ep_size: int, strided: bool = False) -> st
         found = f"needs all {ep_size} ranks that share experts among the {size} that share sequences"
     elif strided:
         found = "needs consecutive ranks to share experts: leave use_data_before_expert_parallelism out"
-    elif not run.moe.facts.uses_codebook:
+    elif not run.moe.facts.has_discrete_path:
         found = "takes every token to the experts that codes name: set moe.router=vq"
     elif run.finetune.classes:
         found = "needs texts of one length, and those to classify have any: leave it out"

@@ -66,6 +66,8 @@ class RouterFacts:
     needs_top_k: ClassVar[bool] = True
     """Whether ``moe.top_k=0`` would leave tokens without experts."""
     uses_codebook: ClassVar[bool] = False
+    has_discrete_path: ClassVar[bool] = False
+    """Whether the codes' experts alone are a model of their own (``finetune.discrete``, ``--to discrete-only``)."""
     reads_source: ClassVar[bool] = False
     """Whether it reads the vectors of ``codebook.source`` (``RoutingContext.source_TD``), though it has no codes."""
     uses_token_table: ClassVar[bool] = False

@@ -92,7 +92,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
     kept = ("model", "moe", "router", "codebook") + (() if args.task == LANGUAGE_MODEL else ("data",))
     base = {**source.model_dump(mode="json", include=set(kept)), **DEFAULTS}
     loaded = load_config(file=args.config, overrides=overrides, base=base)
-    if loaded.config.moe.facts.uses_codebook and loaded.config.finetune.discrete:
+    if loaded.config.moe.facts.has_discrete_path and loaded.config.finetune.discrete:
         base = {**base, **_discrete_sections(base, loaded)}
     base["router"] = _schedules_of(source)
     loaded = load_config(file=args.config, overrides=overrides, base=base)

@@ -144,7 +144,7 @@ def _greeting(config: EngineConfig, task: Task, reader: CheckpointReader, run_di
 
 
 def _discrete(run: Any) -> bool:
-    return run.moe.facts.uses_codebook and run.finetune.discrete
+    return run.moe.facts.has_discrete_path and run.finetune.discrete
 
 
 def _fingerprint(job: Job, task: Task, reader: CheckpointReader) -> dict[str, str]:

@@ -214,7 +214,7 @@ class TiedHead(Linear):
 
 
 Route = tuple[Tensor, Ahead]
-"""One block's routes: the expert of each token that is known ahead, and what is known of the dispatch."""
+"""One block's routes: the experts of each token that are known ahead, and what is known of the dispatch."""
 
 
 class Block(nn.Module):
@@ -479,20 +479,22 @@ class MoETransformer(nn.Module):
         self, tokens: _Tokens, embedded_BSD: Tensor, cache: Cache | None, real_M: Tensor | None
     ) -> dict[int, Route]:
         """Routes of the blocks whose experts follow from the tokens, by block index; without the ``earlier`` ones."""
-        book = self.config.codebook
-        if self.token_table_LV is not None:
-            moe = self.config.moe
-            experts_LBS = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
-            experts_LT = experts_LBS[..., tokens.earlier :].flatten(1)
-            return self._plans(experts_LT if real_M is None else experts_LT[:, real_M], list(self.moe_blocks))
-        tokens_M = real_tokens(tokens.computed_BS, real_M)
-        if self.bank is None or self.source is None:
-            return {}
-        if book.source is CodeSource.EARLY_BLOCK:  # the blocks up to the source look at the embedding
+        book, facts = self.config.codebook, self.config.moe.facts
+        if self.bank is not None and book.source is CodeSource.EARLY_BLOCK:
+            # The blocks up to the source look at the embedding.
+            tokens_M = real_tokens(tokens.computed_BS, real_M)
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
-        if not self.config.moe.facts.known_ahead(self.config):
-            return {}
-        return self._plan_from_source(*self._source_of(tokens, embedded_BSD, cache, real_M))
+        known = [] if self.token_table_LV is None else [self._by_table(tokens, real_M)]
+        if self.bank is not None and facts.known_ahead(self.config):
+            known.append(self._look_up(*self._source_of(tokens, embedded_BSD, cache, real_M)))
+        return self._plans(torch.stack(known, dim=-1), self.moe_blocks) if known else {}
+
+    def _by_table(self, tokens: _Tokens, real_M: Tensor | None) -> Tensor:
+        """Experts that the table of token ids names, int64 ``[L, M]``; without the ``earlier`` tokens."""
+        moe = self.config.moe
+        experts_LBS = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
+        experts_LT = experts_LBS[..., tokens.earlier :].flatten(1)
+        return experts_LT if real_M is None else experts_LT[:, real_M]
 
     def _source_of(
         self, tokens: _Tokens, embedded_BSD: Tensor, cache: Cache | None = None, real_M: Tensor | None = None
@@ -522,7 +524,7 @@ class MoETransformer(nn.Module):
             turn_T = torch.arange(experts_LT.shape[1], device=experts_LT.device) % replicas
             homes = Homes(share, turn_T * layer.ep_size + experts_LT[0] // layer.num_local_experts)
             mine_LM = experts_LT[:, homes.mine_M]
-        return homes, self._plans(mine_LM, self.moe_blocks, at_home=True)
+        return homes, self._plans(mine_LM.unsqueeze(-1), self.moe_blocks, at_home=True)
 
     def _plan_from_source(
         self, source_MD: Tensor, tokens_M: Tensor | None = None, first_block: int = 0, end_block: int | None = None
@@ -532,7 +534,8 @@ class MoETransformer(nn.Module):
         if not mine:
             return {}
         layers = slice(mine[0], mine[-1] + 1)
-        return self._plans(self._look_up(source_MD, tokens_M, layers), self.moe_blocks[layers])
+        experts_LM = self._look_up(source_MD, tokens_M, layers)
+        return self._plans(experts_LM.unsqueeze(-1), self.moe_blocks[layers])
 
     def _look_up(self, source_MD: Tensor, tokens_M: Tensor | None, layers: slice = slice(None)) -> Tensor:
         """Experts that the codes of these vectors name, int64 ``[L, M]``; they count for the codes' statistics."""
@@ -542,24 +545,25 @@ class MoETransformer(nn.Module):
         self.bank.observe_all(slice(*layers.indices(self.bank.num_layers)), z_TC, codes_LT)
         return self.bank.experts_of(codes_LT, layers)
 
-    def _plans(self, experts_LT: Tensor, blocks: list[int], at_home: bool = False) -> dict[int, Route]:
-        """Whole dispatch plans where the discrete row is the only one, else its experts and their sort.
+    def _plans(self, experts_LTR: Tensor, blocks: list[int], at_home: bool = False) -> dict[int, Route]:
+        """Whole dispatch plans where all rows are known, else the experts of those that are and their sort.
 
         Args:
             at_home: the experts are all among those of this rank.
         """
         if self.expert_store is not None:
-            self.expert_store.expect_ahead(self.moe_blocks.index(blocks[0]), experts_LT)
-        layer, experts_LT1 = self.moe_layers()[0], experts_LT.unsqueeze(-1)
-        moe = self.config.moe
-        if moe.facts.rows_per_token(moe, self.config.router) > 1:
-            rows = sort_rows(experts_LT1, layer.num_experts)
+            self.expert_store.expect_ahead(self.moe_blocks.index(blocks[0]), experts_LTR.flatten(1))
+        layer, moe = self.moe_layers()[0], self.config.moe
+        if moe.facts.rows_per_token(moe, self.config.router) > experts_LTR.shape[-1]:
+            rows = sort_rows(experts_LTR, layer.num_experts)
             aheads = [Ahead(rows=rows.layer(index)) for index in range(len(blocks))]
         else:
             first = layer.ep_rank * layer.num_local_experts
             where = (None, slice(first, first + layer.num_local_experts)) if at_home else (layer.exchange_group,)
-            aheads = [Ahead(plan) for plan in make_plans(experts_LT1, layer.num_experts, *where)]
-        return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, experts_LT, aheads, strict=True)}
+            aheads = [Ahead(plan) for plan in make_plans(experts_LTR, layer.num_experts, *where)]
+        # One row is told as [T], two and more as [T, R].
+        ids_LT = experts_LTR.squeeze(-1)
+        return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, ids_LT, aheads, strict=True)}
 
     def _mean_tokens(self, homes: Homes | None) -> float | None:
         """Tokens per rank of those that share sequences, where ranks hold more or fewer; else None."""

@@ -26,10 +26,11 @@ class DiscreteOnly(WeightsReader):
     """
 
     def __init__(self, source: CheckpointReader) -> None:
-        if source.config["moe"]["router"] != "vq":
+        moe = MoEConfig(**source.config["moe"])
+        if not moe.facts.has_discrete_path:
             raise CheckpointError(
-                f"{source.path} has moe.router={source.config['moe']['router']}, which has no discrete path; only "
-                "moe.router=vq can be converted with --to discrete-only"
+                f"{source.path} has moe.router={moe.router}, which has no discrete path; only moe.router=vq can be "
+                "converted with --to discrete-only"
             )
         self.source, self.path, self.kind, self.step = source, source.path, source.kind, source.step
         self.layout, self.counters, self.client_state = source.layout, source.counters, source.client_state

@@ -20,6 +20,7 @@ from vqmoe_ds.moe.routers import (  # noqa: F401  # isort: skip  # in the order 
     hash_token,
     token_table,
     hash_context,
+    hash_and_code,
     online_kmeans,
     expert_choice,
     adaptive_clustering,

@@ -42,7 +42,7 @@ class RoutingContext:
     """
 
     expert_ids_T: Tensor | None = None
-    """Expert of each token, int64, where it is known ahead: from codes or a table."""
+    """Expert of each token, int64, where it is known ahead: from codes or a table; ``[T, R]`` where R of them are."""
     token_ids_T: Tensor | None = None
     """Ids of the tokens, int64."""
     previous_T: Tensor | None = None

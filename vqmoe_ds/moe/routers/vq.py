@@ -26,6 +26,7 @@ class VQRouter(DualRouter):
     """
 
     uses_codebook = True
+    has_discrete_path = True
     exported_as = "vq"
 
     def __init__(self, config: LayerConfig) -> None:
@@ -88,14 +89,18 @@ class VQRouter(DualRouter):
 
     @classmethod
     def flops(cls, run: RunConfig, layer: int) -> int:
-        """Distances to all codes, and the linear routers; a projection, which all layers share, counts once.
+        linear = super().flops(run, layer) + 4 * run.model.width if run.moe.top_k else 0
+        return cls.lookup_flops(run, layer) + linear
+
+    @staticmethod
+    def lookup_flops(run: RunConfig, layer: int) -> int:
+        """Distances of a token to all codes of a layer; a projection, which all layers share, counts once.
 
         Where codes follow from tokens alone each token of a batch is looked up once, so there it is an upper bound.
         """
-        book, width = run.codebook, run.model.width
+        book = run.codebook
         codes, code_width = book.num_codes or run.moe.num_experts, book.code_dim or run.source_width
-        lookup = 2 * codes * code_width + (2 * run.source_width * book.code_dim if layer == 0 else 0)
-        return lookup + (super().flops(run, layer) + 4 * width if run.moe.top_k else 0)
+        return 2 * codes * code_width + (2 * run.source_width * book.code_dim if layer == 0 else 0)
 
     @classmethod
     def known_ahead(cls, run: RunConfig) -> bool:
