@@ -21,7 +21,7 @@ from vqmoe_ds.moe.routers.base import softmax_over_all
 from vqmoe_ds.runtime.errors import CheckpointError
 
 ARCHITECTURES = ("vqmoe", "mixtral", "llama")
-CODE_FILES = ("configuration_vqmoe.py", "routing_vqmoe.py", "modeling_vqmoe.py")
+CODE_FILES = ("configuration_vqmoe.py", "attention_vqmoe.py", "routing_vqmoe.py", "modeling_vqmoe.py")
 
 
 @dataclass(frozen=True)
