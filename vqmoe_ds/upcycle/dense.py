@@ -21,17 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vqmoe_ds.checkpoint.formats.huggingface.names import (
-    NORM_EPS,
-    head_width_of,
-    is_sparse,
-    kv_heads_of,
-    rope_of,
-    shapes_of,
-    unstacked,
-    why_not_exported,
-    window_of,
-)
+from vqmoe_ds.checkpoint.formats.huggingface.names import is_sparse, shapes_of, unstacked, why_not_exported
+from vqmoe_ds.checkpoint.formats.huggingface.stock import NORM_EPS, head_width_of, kv_heads_of, rope_of, window_of
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights

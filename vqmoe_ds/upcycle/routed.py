@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import settled_codebook
-from vqmoe_ds.checkpoint.formats.huggingface.names import placement_of, softmax_over_of
+from vqmoe_ds.checkpoint.formats.huggingface.names import placement_of
+from vqmoe_ds.checkpoint.formats.huggingface.stock import softmax_over_of
 from vqmoe_ds.checkpoint.load_model import build_model
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import CodeSource, RunConfig, SoftmaxOver

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.checkpoint.formats.huggingface.names import weighs_over_all
+from vqmoe_ds.checkpoint.formats.huggingface.stock import weighs_over_all
 from vqmoe_ds.config.schema import CodeSource, QKNorm, RunConfig
 
 SOURCES = {

@@ -1,7 +1,7 @@
 """Checkpoints as Hugging Face folders, and back.
 
 A folder holds ``model.safetensors`` (or shards and an index), ``config.json``, ``generation_config.json``, the
-tokenizer, a model card, for our own architecture the two files of its code, and two files that only ``open_hf`` reads:
+tokenizer, a model card, for our own architecture the files of its code, and two files that only ``open_hf`` reads:
 ``vqmoe_training.json`` (step and run configuration without paths) and ``vqmoe_training.safetensors`` (what codes learn
 with). Without these two the model loads as well, and comes back to the trainer with codes that go on from where they
 are.
@@ -37,9 +37,9 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     parts_of,
     run_sections,
     shapes_of,
-    stock_sections,
     unstacked,
 )
+from vqmoe_ds.checkpoint.formats.huggingface.stock import stock_sections
 from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vqmoe_ds.checkpoint.formats.huggingface.names import ARCHITECTURES, why_not_stock
+from vqmoe_ds.checkpoint.formats.huggingface.names import ARCHITECTURES
+from vqmoe_ds.checkpoint.formats.huggingface.stock import why_not_stock
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.tokenizer_base import SPACE_MARK, Tokenizer

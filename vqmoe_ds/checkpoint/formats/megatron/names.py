@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.huggingface.names import (
+from vqmoe_ds.checkpoint.formats.huggingface.names import is_sparse, placement_of
+from vqmoe_ds.checkpoint.formats.huggingface.stock import (
     NORM_EPS,
     head_width_of,
-    is_sparse,
     kv_heads_of,
-    placement_of,
     softmax_over_of,
     weighs_over_all,
 )
