@@ -17,7 +17,7 @@ from measuring import seconds
 from peers import copy_bandwidth
 from torch import Tensor, nn
 
-from vqmoe_ds.models.transformer import RMSNorm
+from vqmoe_ds.models.block import RMSNorm
 from vqmoe_ds.moe.linear import Linear
 from vqmoe_ds.moe.mlp import DenseMLP
 

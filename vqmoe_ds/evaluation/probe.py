@@ -23,7 +23,8 @@ from vqmoe_ds.data.indexed import IndexedText, IndexedWindows, Reader, open_inde
 from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer
-from vqmoe_ds.models.transformer import Block, MoETransformer
+from vqmoe_ds.models.block import Block
+from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.moe.routers import Routing, RoutingContext

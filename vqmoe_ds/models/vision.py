@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vqmoe_ds.config.schema import CodeSource, ModelConfig, Stem
 from vqmoe_ds.data.batches import MASKED
-from vqmoe_ds.models.transformer import Attention, MoETransformer, Route
+from vqmoe_ds.models.block import Attention
+from vqmoe_ds.models.transformer import MoETransformer, Route
 from vqmoe_ds.moe.linear import Linear
 from vqmoe_ds.moe.routers import RoutingContext
 from vqmoe_ds.moe.routers.base import drawn
