@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vqmoe_ds.config.fields import LARGEST_SEED, MOST_TOKENS
 from vqmoe_ds.config.meanings import nearest_key
 from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.reading import read_yaml
-from vqmoe_ds.config.schema import LARGEST_SEED, MOST_TOKENS
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
 MOST_RUNS = 100_000

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqmoe_ds.config.cli import DS_CONFIG, PREPARED, common_parser
+from vqmoe_ds.config.fields import MOST_TOGETHER
 from vqmoe_ds.config.load import FieldRow, field_table, load_config
-from vqmoe_ds.config.schema import MOST_TOGETHER
 from vqmoe_ds.finetune import defaults
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, shown
 
