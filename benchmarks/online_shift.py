@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Recovery of models when the text they are trained on changes its domain, and how far their routes move.
+"""Recovery of models when the data they are trained on change their domain, and how far their routes move.
 
     python benchmarks/online_shift.py --domains data/wikitext2 data/shakespeare --steps 60 --rounds 2 --seeds 3 \
         --model "VQ, frozen codebook=runs/vq" --model "VQ, moving codebook=runs/vq,codebook.learning=ema" \
@@ -9,8 +9,10 @@ Every model goes on from its checkpoint through a stream that takes its text fro
 steps from each, --rounds times around; the domain of pretraining comes first. Each window is seen once and its loss is
 taken before it is learned from. After a change of domain the table has the loss of the first steps and of the last
 ones, the steps until nine tenths of the fall between them are made, the share of fixed held-out tokens of that
-domain whose expert moved meanwhile, and the perplexity of the codes of all tokens in between. The domains are prepared
-with the tokenizer of the checkpoints.
+domain whose expert moved meanwhile, the perplexity of the codes of all tokens in between, and what the stretch ended
+with on data held out from that domain. Text is prepared with the tokenizer of the checkpoints, and codes are taken
+without their continuous path, as in fine-tuning; classifiers of images (spectrograms too) go on as they are, their
+losses are in nats per image and what is held out counts in percent of right answers.
 """
 
 from __future__ import annotations
@@ -19,18 +21,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measuring import table, write_json
 
+from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.deepspeed_json import resolve
+from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.data.batches import Batch, Batches
+from vqmoe_ds.data.images import ImageSet, open_images
+from vqmoe_ds.evaluation.classification import classify
 from vqmoe_ds.evaluation.perplexity import bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
@@ -46,6 +53,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DS_CONFIG = str(ROOT / "ds_configs" / "zero0.json")
 HELD_OUT = 8
 """Batches of held-out text that are scored at every change."""
+IMAGES = 2000
+"""Held-out images that are."""
 ENDS = 5
 """Steps that count as the first of a stretch; three times as many count as its last."""
 COLUMNS = {
@@ -55,6 +64,7 @@ COLUMNS = {
     "recovery": "steps to recover",
     "moved": "routes moved",
     "codes": "codes in use",
+    "held_out": "held out, at the end",
 }
 
 
@@ -100,7 +110,8 @@ class Watch(Callback):
         self._look(trainer.session)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        self.losses.append(bits_per_byte(result.loss, result.bytes_per_token) or float("nan"))
+        in_bytes = bits_per_byte(result.loss, result.bytes_per_token)
+        self.losses.append(result.loss if in_bytes is None else in_bytes)
         if result.step % self.stream.steps == 0:
             self._look(trainer.session)
 
@@ -110,41 +121,30 @@ class Watch(Callback):
             self.moved.append([float(np.mean(row["fluctuation"])) for row in found])
             if "code_perplexity" in found[0]:  # the others come when the counts have been taken
                 self.codes.append(float(np.mean(found[0]["code_perplexity"])))
-        self.held_out.append([validate(session, windows, HELD_OUT).bits_per_byte for windows in self.windows])
+        self.held_out.append([_held_out(session, windows) for windows in self.windows])
+
+
+def _held_out(session: Session, windows: Any) -> float | None:
+    """Bits/byte, or right answers in percent."""
+    if isinstance(windows, ImageSet):
+        return 100 * classify(session, windows.evenly(IMAGES)).accuracy
+    return validate(session, windows, HELD_OUT).bits_per_byte
 
 
 def run(name: str, spec: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Send one model through the stream; its curve and what ``Watch`` saw."""
     from vqmoe_ds.checkpoint.open import open_checkpoint
-    from vqmoe_ds.finetune.cli import build_parser
-    from vqmoe_ds.finetune.config import language_model_config, starting_config
     from vqmoe_ds.finetune.run import begin
 
     path, *overrides = spec.split(",")
     steps = args.steps * len(args.domains) * args.rounds
-    common = [
-        "train.min_learning_rate_ratio=1",
-        "train.warmup_steps=5",
-        "train.batch_size=8",
-        "finetune.trainable=all",
-        *overrides,
-    ]
-    parsed = build_parser("", DS_CONFIG).parse_args(
-        [
-            f"--checkpoint={path}",
-            "--task=lm",
-            f"--data={args.domains[0]}",
-            f"--train_steps={steps}",
-            f"--seed={seed}",
-            *(f"--set={text}" for text in common),
-        ]
-    )
+    common = ["train.min_learning_rate_ratio=1", "train.warmup_steps=5", *overrides]
     reader, place = open_checkpoint(path), find_place(None)
-    loaded = starting_config(parsed, reader)
-    texts = [_open(loaded, reader, domain) for domain in args.domains]
-    config = resolve(DS_CONFIG, language_model_config(loaded, texts[0].tokenizer_sha256), place.world_size, None)
+    prepare = _prepare_images if reader.config["model"].get("image_size") else _prepare_text
+    loaded, data = prepare(reader, common, steps, seed, args.domains)
+    config = resolve(DS_CONFIG, loaded, place.world_size, None)
     opened = [
-        text.open(_with_data(config.run, d), args.out / "index") for text, d in zip(texts, args.domains, strict=True)
+        each.open(_with_data(config.run, d), args.out / "index") for each, d in zip(data, args.domains, strict=True)
     ]
     session = build_session(config, place, DS_CONFIG)
     begin(session, reader)
@@ -156,18 +156,37 @@ def run(name: str, spec: str, seed: int, args: argparse.Namespace) -> dict[str, 
     return {"model": name, "seed": seed, **seen}
 
 
-def _with_data(run_config: Any, domain: str) -> Any:
-    return run_config.model_copy(update={"data": run_config.data.model_copy(update={"path": domain})})
-
-
-def _open(loaded: Any, reader: Any, domain: str) -> Any:
-    from dataclasses import replace
-
+def _prepare_text(
+    reader: CheckpointReader, settings: list[str], steps: int, seed: int, domains: list[str]
+) -> tuple[LoadedConfig, list[Any]]:
+    """The configuration of a language model that goes on, and the text of every domain."""
     from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+    from vqmoe_ds.finetune.cli import build_parser
+    from vqmoe_ds.finetune.config import language_model_config, starting_config
     from vqmoe_ds.finetune.language import open_text
 
-    one = replace(loaded, config=_with_data(loaded.config, domain))
-    return open_text(one, run_config(reader.config, reader.path), reader).data
+    given = ["train.batch_size=8", "finetune.trainable=all", *settings]
+    words = [f"--checkpoint={reader.path}", "--task=lm", f"--data={domains[0]}", f"--train_steps={steps}"]
+    parsed = build_parser("", DS_CONFIG).parse_args([*words, f"--seed={seed}", *(f"--set={text}" for text in given)])
+    loaded, source = starting_config(parsed, reader), run_config(reader.config, reader.path)
+    each = [replace(loaded, config=_with_data(loaded.config, domain)) for domain in domains]
+    texts = [open_text(one, source, reader).data for one in each]
+    return language_model_config(loaded, texts[0].tokenizer_sha256), texts
+
+
+def _prepare_images(
+    reader: CheckpointReader, settings: list[str], steps: int, seed: int, domains: list[str]
+) -> tuple[LoadedConfig, list[Any]]:
+    """The configuration of a classifier that goes on, and the images of every domain."""
+    given = {"train.steps": str(steps), "train.seed": str(seed), "finetune.discrete": "false"}
+    for setting in settings:
+        name, given[name] = setting.split("=", 1)
+    loaded = load_config(base=reader.config, overrides={name: yaml.safe_load(text) for name, text in given.items()})
+    return loaded, [open_images(_with_data(loaded.config, domain)) for domain in domains]
+
+
+def _with_data(run_config: Any, domain: str) -> Any:
+    return run_config.model_copy(update={"data": run_config.data.model_copy(update={"path": domain})})
 
 
 def stretches(found: dict[str, Any], steps: int, domains: int) -> dict[int, dict[str, float]]:
@@ -188,6 +207,9 @@ def stretches(found: dict[str, Any], steps: int, domains: int) -> dict[int, dict
             row["moved"] = found["moved"][number][number % domains]
         if found["codes"]:
             row["codes"] = found["codes"][number]
+        held = found["held_out"][number + 1][number % domains]
+        if held is not None:
+            row["held_out"] = held
         rows.setdefault(number % domains, []).append(row)
     return {d: {key: float(np.mean([row[key] for row in some])) for key in some[0]} for d, some in rows.items()}
 
@@ -205,7 +227,7 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
             first = next(iter(values))
             rows = [[name, *_cells(seeds, values[first])] for name, seeds in values.items()]
             columns = ["model", *COLUMNS.values(), f"all steps, minus {first}"]
-            lines += [f"### When the text changes to {Path(where).name}", "", table(columns, rows), ""]
+            lines += [f"### When the data change to {Path(where).name}", "", table(columns, rows), ""]
     return "\n".join(lines)
 
 
@@ -231,7 +253,7 @@ def draw(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
         axes.plot(np.arange(1, curves.shape[1] + 1), curves.mean(axis=0), label=name, linewidth=1)
     for change in range(args.steps, args.steps * len(args.domains) * args.rounds, args.steps):
         axes.axvline(change + 0.5, color="grey", linewidth=0.5)
-    axes.set(xlabel="optimizer step", ylabel="bits/byte before the step")
+    axes.set(xlabel="optimizer step", ylabel="loss before the step")
     axes.legend()
     save(figure, args.out / "shift.png")
 
@@ -239,11 +261,17 @@ def draw(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--domains", nargs="+", required=True, metavar="DATA", help="prepared data or text, that of pretraining first")
+    add(
+        "--domains",
+        nargs="+",
+        required=True,
+        metavar="DATA",
+        help="text or images, that of pretraining first",
+    )
     add("--model", action="append", required=True, metavar="NAME=CHECKPOINT[,SECTION.FIELD=VALUE,...]")
     add("--steps", type=int, default=60, help="optimizer steps on one domain before the next (default 60)")
     add("--rounds", type=int, default=2, help="times around all domains (default 2)")
-    add("--seeds", type=int, default=3, help="orders of the text (default 3)")
+    add("--seeds", type=int, default=3, help="orders of the data (default 3)")
     add("--out", type=Path, default=Path("runs/shift"), help="folder for report.md, report.json and shift.png")
     args = parser.parse_args()
     try:
