@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,14 +36,19 @@ BY = [
     "pytorch",
     *(pytest.param(by.values[0], marks=by.marks, id=name) for by, name in zip(DEVICES, ["triton", "gpu"], strict=True)),
 ]
-"""Parameters of a fixture: by PyTorch's operations, by kernels in the interpreter, by kernels on a GPU."""
+"""By PyTorch's operations, by kernels in the interpreter, by kernels on a GPU."""
 
 
-@contextmanager
-def computed(by: str) -> Iterator[None]:
-    """Inside, new tensors are where one of ``BY`` computes, and their kernels are taken."""
-    with nullcontext() if by == "pytorch" else kernels_on(by), torch.device("cpu" if by == "pytorch" else by):
-        yield
+def by_each() -> Any:
+    """A fixture that runs every test of its file by each of ``BY``, and new tensors are where that computes."""
+
+    @pytest.fixture(params=BY, autouse=True)
+    def computed(request: pytest.FixtureRequest) -> Iterator[str]:
+        by = request.param
+        with nullcontext() if by == "pytorch" else kernels_on(by), torch.device("cpu" if by == "pytorch" else by):
+            yield by
+
+    return computed
 
 
 @contextmanager

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import BY, computed
+from tests.kernels import by_each
 from vqmoe_ds.moe.kernels.codes import mix_context, nearest_codes, normalized
 
 # (T, L, K, C): below, at and above the sizes of blocks, which are 128 tokens, 64 codes, 32 and 128 columns, 64 rows
 SHAPES = [(5, 2, 7, 9), (130, 3, 33, 70), (1, 1, 1, 1), (40, 2, 150, 33), (200, 1, 1, 140), (128, 2, 64, 32)]
-
-
-@pytest.fixture(params=BY, autouse=True)
-def _by(request: pytest.FixtureRequest) -> Iterator[str]:
-    with computed(request.param):
-        yield request.param
+_by = by_each()
 
 
 def _nearest(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from tests.kernels import BY, computed
+from tests.kernels import by_each
 from vqmoe_ds.moe.kernels.integers import count_ids, invert, sort_by_kind
 
 # (L, M, K): below, at and above a block of 256 rows and one of 32 kinds; more kinds than rows; one kind
 SHAPES = [(1, 1, 1), (2, 7, 40), (3, 256, 32), (2, 257, 33), (1, 700, 5), (2, 300, 1)]
-
-
-@pytest.fixture(params=BY, autouse=True)
-def _by(request: pytest.FixtureRequest) -> Iterator[str]:
-    with computed(request.param):
-        yield request.param
+_by = by_each()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels import BY, computed
+from tests.kernels import by_each
 from vqmoe_ds.moe.kernels.statistics import add_by_code, follow_means, sum_by_code
 
 # (T, L, K, C): below, at and above the sizes of blocks, which are 256 rows of a sort, 64 of a sum, and 128 columns
 SHAPES = [(5, 2, 7, 9), (130, 3, 33, 70), (1, 1, 1, 1), (40, 2, 150, 33), (300, 1, 1, 140), (256, 2, 64, 32)]
-
-
-@pytest.fixture(params=BY, autouse=True)
-def _by(request: pytest.FixtureRequest) -> Iterator[str]:
-    with computed(request.param):
-        yield request.param
+_by = by_each()
 
 
 def _members(codes_LT: Tensor, num_codes: int) -> Tensor:
