@@ -34,6 +34,7 @@ from vqmoe_ds.models.hf import (
     VQMoEForSequenceClassification,
     VQMoEModel,
 )
+from vqmoe_ds.runtime.files import user_cache
 
 PACKAGE = "transformers_own_tests"
 
@@ -46,7 +47,7 @@ def _folder() -> Path:
     if named != "sdist":
         return Path(named) / "tests"
     name = f"transformers-{transformers.__version__}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+    cache = user_cache()
     source = cache / f"{name}.tar.gz"
     if not source.exists():
         options = ["--no-binary", "transformers", "--no-deps", "--no-build-isolation", "--dest", str(cache), "--quiet"]

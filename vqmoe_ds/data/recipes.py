@@ -19,7 +19,6 @@ import gzip
 import itertools
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from typing import Any, NamedTuple
 
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
-from vqmoe_ds.runtime.files import read_small, sha256_of
+from vqmoe_ds.runtime.files import read_small, sha256_of, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def fetch_recipe(name: str, cache_dir: str | Path | None = None) -> list[Path]:
     if name not in recipes:
         raise DataError(f"there is no recipe {name!r}; known are {', '.join(recipes)}")
     parts = [recipes[part] for part in recipes[name].joins] or [recipes[name]]
-    cache = Path(cache_dir) if cache_dir else _default_cache()
+    cache = Path(cache_dir) if cache_dir else user_cache() / "recipes"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         return [_kept(recipe, cache) or _make(recipe, cache) for recipe in parts]
@@ -97,10 +96,6 @@ def fetch_recipe(name: str, cache_dir: str | Path | None = None) -> list[Path]:
 def list_recipes() -> list[RecipeRow]:
     """Every recipe: name, source, size in MB of text, licence."""
     return [RecipeRow(r.name, r.source, f"{r.size / 1e6:,.1f} MB", r.licence) for r in _recipes().values()]
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds" / "recipes"
 
 
 # ---------------------------------------------------------------- the cache

@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from vqmoe_ds.runtime.files import user_cache
+
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "turtledemo"}
 
 
@@ -26,7 +28,7 @@ RECIPE = 1
 
 def stdlib_text() -> bytes:
     """The corpus as UTF-8 bytes, 2.2 MB for CPython 3.11; built once (4 s) and kept in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+    cache = user_cache()
     kept = cache / f"stdlib-{platform.python_version()}-{RECIPE}.txt"
     try:
         return kept.read_bytes()

@@ -14,6 +14,15 @@ SMALL = 64 << 20
 """Bytes of a file that is read whole (a description, a table, an index of names), at most."""
 
 
+def user_cache() -> Path:
+    """The package's folder in the user's cache: ``$XDG_CACHE_HOME/vqmoe_ds``, by default below ``~/.cache``.
+
+    Raises:
+        RuntimeError: there is no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, flush to disk and rename: readers see the old file or the new one, also after a
     power cut."""

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from vqmoe_ds.runtime.files import user_cache
+
 _SOURCE = Path(__file__).with_name("experts.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-w"]
 _FLAGS += [f"-m{name}" for name in ("fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512bf16")]
@@ -94,7 +96,7 @@ def _cache_folder() -> Path:
         KernelUnavailable: others can change what lies in the folder for temporary files too.
     """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+        folder = user_cache()
         for place in (*reversed(folder.parents), folder):
             if not place.exists():
                 place.mkdir(mode=0o700, exist_ok=True)
