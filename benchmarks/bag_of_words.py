@@ -34,7 +34,7 @@ from vqmoe_ds.data.labelled_batches import LabelledTexts
 from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.evaluation.statistics import mean_of
 from vqmoe_ds.finetune.classification import TaskTexts, open_texts
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 
 FOLDS, CHOICES, FIXED = 5, (1.0, 10.0, 100.0), 10.0
 ALL = "all"
@@ -51,14 +51,12 @@ class Draw(NamedTuple):
     test: LabelledTexts
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    try:
-        shots = _shots(options.shots, options.seeds)
-        tasks = [open_texts(FinetuneConfig(task=spec), ByteTokenizer(), sequence_length=1) for spec in options.task]
-        drawn = [draw(task, n, s + 1) for task in tasks for n in shots for s in range(options.seeds if n else 1)]
-    except UserError as error:
-        return error.report()
+    shots = _shots(options.shots, options.seeds)
+    tasks = [open_texts(FinetuneConfig(task=spec), ByteTokenizer(), sequence_length=1) for spec in options.task]
+    drawn = [draw(task, n, s + 1) for task in tasks for n in shots for s in range(options.seeds if n else 1)]
     rows = [measure(one) for one in drawn]
     print(report(rows))
     write_json(options.json, rows)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vqmoe_ds.experiments import compare
 from vqmoe_ds.experiments.grid import Grid, read_grid
 from vqmoe_ds.experiments.measures import CLEAN
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 
 GRID = Path(__file__).resolve().parent / "grids/rates.yaml"
 FIELD = "train.learning_rate"
@@ -34,21 +34,19 @@ Tried = dict[str, dict[float, list[float]]]
 """Router -> learning rate -> losses of its finished runs, over corpora and seeds."""
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Try, choose, compare; returns the exit code of ``tools/compare_routers.py``."""
     options, rest = parse(argv)
     out = Path(options.out)
-    try:
-        grid = read_grid(options.grid)
-        code = compare_in(out / "tried", options.grid, rest)
-        report = out / "tried/report.json"
-        if code not in (0, 1) or not report.exists():  # 1: a run failed, as one that diverges does
-            return code
-        best = choose(losses_of(grid, json.loads(report.read_text("utf-8"))))
-        chosen = grid_of_the_best(grid, best, options.seeds).model_dump(by_alias=True, exclude_defaults=True)
-        (out / "best.yaml").write_text(json.dumps(chosen, indent=1) + "\n", "utf-8")
-    except UserError as error:
-        return error.report()
+    grid = read_grid(options.grid)
+    code = compare_in(out / "tried", options.grid, rest)
+    report = out / "tried/report.json"
+    if code not in (0, 1) or not report.exists():  # 1: a run failed, as one that diverges does
+        return code
+    best = choose(losses_of(grid, json.loads(report.read_text("utf-8"))))
+    chosen = grid_of_the_best(grid, best, options.seeds).model_dump(by_alias=True, exclude_defaults=True)
+    (out / "best.yaml").write_text(json.dumps(chosen, indent=1) + "\n", "utf-8")
     ends = {choice(overrides[FIELD] for overrides in grid.corpora.values()) for choice in (min, max)}
     for name, rate in best.items():
         print(f"{name}: {rate:g}{', an end of the rates tried' if rate in ends else ''}")

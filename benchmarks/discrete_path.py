@@ -32,7 +32,7 @@ from measuring import peak_bytes, seconds, table, write_json
 
 from vqmoe_ds.config.load import load_config, preset_names
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.runtime.errors import DataError, UserError
+from vqmoe_ds.runtime.errors import DataError, reports_errors
 
 TASKS = ("forward", "generate", "train")
 AFTER = ", discrete alone"
@@ -47,17 +47,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.alone:
         print(json.dumps(measure(options)))
         return 0
-    try:
-        rows = [row for preset in options.presets for row in count_preset(preset)]
-        with tempfile.TemporaryDirectory() as folder:
-            rows += compare(options, Path(folder)) if options.checkpoints else []
-    except UserError as error:
-        return error.report()
+    rows = [row for preset in options.presets for row in count_preset(preset)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows += compare(options, Path(folder)) if options.checkpoints else []
     print(report(rows))
     write_json(options.json, rows)
     return 0

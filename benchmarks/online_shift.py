@@ -43,7 +43,7 @@ from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.statistics import mean_of, paired_difference
 from vqmoe_ds.models.session import Session
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 from vqmoe_ds.runtime.ranks import find_place
 from vqmoe_ds.runtime.torch_setup import set_up_torch
 from vqmoe_ds.train.engine import build_session
@@ -258,6 +258,7 @@ def draw(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     save(figure, args.out / "shift.png")
 
 
+@reports_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -274,22 +275,19 @@ def main() -> int:
     add("--seeds", type=int, default=3, help="orders of the data (default 3)")
     add("--out", type=Path, default=Path("runs/shift"), help="folder for report.md, report.json and shift.png")
     args = parser.parse_args()
-    try:
-        models = dict(model.split("=", 1) for model in args.model if "=" in model)
-        if len(models) < len(args.model) or len(args.domains) < 2 or args.steps < 4 * ENDS:
-            raise ConfigError(f"give two or more --domains, {4 * ENDS} or more --steps, and --model NAME=CHECKPOINT")
-        (args.out / "index").mkdir(parents=True, exist_ok=True)
-        set_up_torch(find_place(None))
-        results = []
-        for seed in range(1, args.seeds + 1):
-            for name, spec in models.items():
-                results.append(run(name, spec, seed, args))
-                print(
-                    f"{name}, seed {seed}: {json.dumps(stretches(results[-1], args.steps, len(args.domains)))}",
-                    flush=True,
-                )
-    except UserError as error:
-        return error.report()
+    models = dict(model.split("=", 1) for model in args.model if "=" in model)
+    if len(models) < len(args.model) or len(args.domains) < 2 or args.steps < 4 * ENDS:
+        raise ConfigError(f"give two or more --domains, {4 * ENDS} or more --steps, and --model NAME=CHECKPOINT")
+    (args.out / "index").mkdir(parents=True, exist_ok=True)
+    set_up_torch(find_place(None))
+    results = []
+    for seed in range(1, args.seeds + 1):
+        for name, spec in models.items():
+            results.append(run(name, spec, seed, args))
+            print(
+                f"{name}, seed {seed}: {json.dumps(stretches(results[-1], args.steps, len(args.domains)))}",
+                flush=True,
+            )
     write_json(str(args.out / "report.json"), results)
     text = report(results, args)
     (args.out / "report.md").write_text(text, encoding="utf-8")

@@ -17,16 +17,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vqmoe_ds.runtime.errors import TRY_AGAIN, UserError
+from vqmoe_ds.runtime.errors import TRY_AGAIN, reports_errors
 from vqmoe_ds.runtime.ranks import find_place
 
 
+@reports_errors
 def main(arguments: list[str]) -> int:
     """Run torchrun with this node's place among the nodes; the exit code."""
-    try:
-        node = find_place()
-    except UserError as error:
-        return error.report()
+    node = find_place()
     del os.environ["LOCAL_SIZE"]  # that of the nodes' tasks, which the ranks would inherit
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _pass_on)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from vqmoe_ds.config import cli
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.finetune import cli as finetune_cli
-from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = {
@@ -50,18 +50,16 @@ SPECIAL = set(" '\"\\`$#")
 """Characters with a meaning of their own in an #SBATCH line, where sbatch reads quotes and comments its own way."""
 
 
+@reports_errors
 def main(arguments: list[str]) -> int:
     """Check, show or submit; the exit code."""
     args = build_parser().parse_args(arguments)
-    try:
-        check(args)
-        script = render(args)
-        if args.dry_run:
-            print(script, end="")
-            return 0
-        return submit(args, script)
-    except UserError as error:
-        return error.report()
+    check(args)
+    script = render(args)
+    if args.dry_run:
+        print(script, end="")
+        return 0
+    return submit(args, script)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.config.routers import add_plugin_option
-from vqmoe_ds.runtime.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, reports_errors
 from vqmoe_ds.runtime.files import why_missing
 
 if TYPE_CHECKING:
@@ -53,17 +53,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Convert; on bad input one sentence. Returns the exit code."""
     from vqmoe_ds.checkpoint.reader import sound
 
-    try:
-        with sound(options.src):
-            lines = convert(options)
-        for line in lines:
-            print(line)
-    except UserError as error:
-        return error.report()
+    with sound(options.src):
+        lines = convert(options)
+    for line in lines:
+        print(line)
     return 0
 
 

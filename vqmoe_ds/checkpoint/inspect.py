@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from vqmoe_ds.config.routers import add_plugin_option
-from vqmoe_ds.runtime.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, reports_errors
 from vqmoe_ds.runtime.files import list_tree
 
 
@@ -24,12 +24,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Print what is there, or what is wrong in one sentence; the exit code."""
-    try:
-        found = inspect(options.path, options.other, options.verify)
-    except UserError as error:
-        return error.report()
+    found = inspect(options.path, options.other, options.verify)
     print(json.dumps(found, indent=2) if options.json else _text(found))
     return 0
 

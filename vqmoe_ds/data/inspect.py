@@ -14,7 +14,7 @@ import numpy as np
 from vqmoe_ds.data.index_files import AGAIN, IndexHeader, check_index, check_prefix, chunks
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import load_tokenizer
-from vqmoe_ds.runtime.errors import DataError, UserError
+from vqmoe_ds.runtime.errors import DataError, reports_errors
 from vqmoe_ds.runtime.files import read_small, sha256_of
 
 _SHOWN = 300  # characters of a document
@@ -32,12 +32,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Print the contents, or what is wrong in one sentence; the exit code."""
-    try:
-        found = inspect(options.prefix, options.tokenizer, options.documents, options.verify)
-    except UserError as error:
-        return error.report()
+    found = inspect(options.prefix, options.tokenizer, options.documents, options.verify)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else _text(found))
     return 0
 

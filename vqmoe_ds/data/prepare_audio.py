@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vqmoe_ds.data.audio import RATE, SUFFIXES, Noise, fitted, read_clip, spectrogram, talkers
 from vqmoe_ds.data.image_files import HELD_OUT_NAMES
-from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.extras import library
 
 POOL = 64
@@ -58,12 +58,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Prepare a folder, or say what is wrong in one sentence; the exit code."""
-    try:
-        print(prepare(options))
-    except UserError as error:
-        return error.report()
+    print(prepare(options))
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.data.compressed import DAMAGES, SUFFIXES, decompressed, kind_of_bytes
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors
-from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError, shown
+from vqmoe_ds.runtime.errors import ConfigError, DataError, reports_errors, shown
 from vqmoe_ds.runtime.memory import parse_memory
 
 if TYPE_CHECKING:
@@ -46,14 +46,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Write text; the exit code."""
-    try:
-        with closing(_Writer(options)) as writer:
-            writer.run()
-        return 0
-    except UserError as error:
-        return error.report()
+    with closing(_Writer(options)) as writer:
+        writer.run()
+    return 0
 
 
 class _Writer:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.terminal import run_tool
 
@@ -176,6 +176,7 @@ class HarnessModel(TemplateLM):
         return int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=self._generator))
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The harness's own command line; the exit code."""
     from lm_eval.__main__ import cli_evaluate
@@ -183,11 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         sys.argv[1:] = arguments
     remedy = f"lower --batch_size, or use the CPU ({ACCELERATOR}=cpu)"
-    try:
-        with memory_errors(0, torch.device("cuda" if uses_gpu() else "cpu"), lambda: remedy):
-            cli_evaluate()
-    except UserError as error:
-        return error.report()
+    with memory_errors(0, torch.device("cuda" if uses_gpu() else "cpu"), lambda: remedy):
+        cli_evaluate()
     return 0
 
 

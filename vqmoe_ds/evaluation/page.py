@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from vqmoe_ds.evaluation.plots import draw_spectra, draw_usage, pyplot
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 from vqmoe_ds.runtime.files import make_folder, write_atomically
 
 
+@reports_errors
 def make_report(
     name: str, out: str, measure: Callable[[], dict[str, Any]], summary: Callable[[dict[str, Any]], str]
 ) -> int:
@@ -30,18 +31,15 @@ def make_report(
         summary: of the numbers, for the console.
     """
     folder = Path(out)
-    try:
-        pyplot()  # without which there is no page
-        with _writable(folder):
-            make_folder(folder)
-        report = measure()
-        pictures = report.pop("pictures", {})
-        figures = pictures | {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
-        with _writable(folder):
-            write_atomically(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
-            write_atomically(folder / f"{name}.html", render(name, report, figures))
-    except UserError as error:
-        return error.report()
+    pyplot()  # without which there is no page
+    with _writable(folder):
+        make_folder(folder)
+    report = measure()
+    pictures = report.pop("pictures", {})
+    figures = pictures | {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
+    with _writable(folder):
+        write_atomically(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+        write_atomically(folder / f"{name}.html", render(name, report, figures))
     print(f"{summary(report)}\n{folder / name}.html")
     return 0
 

@@ -11,7 +11,7 @@ from vqmoe_ds.config.load import nearest_key, parse_override
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.experiments.grid import Grid, group_of, read_grid, runs_of
 from vqmoe_ds.experiments.runs import Job, Runner, check_folders, jobs_of
-from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, UserError
+from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, reports_errors
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -37,6 +37,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(args: argparse.Namespace) -> int:
     """Run a grid; returns the exit code: 0 done, 1 a run failed, 2 bad input, 75 interrupted."""
     try:
@@ -55,8 +56,6 @@ def main(args: argparse.Namespace) -> int:
             failures = Runner(chosen, max(1, args.jobs), args.prefix, lambda line: print(line, flush=True)).run()
         else:
             failures = []
-    except UserError as error:
-        return error.report()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return TRY_AGAIN
@@ -65,10 +64,8 @@ def main(args: argparse.Namespace) -> int:
     if args.index is None:
         try:
             _report(grid, jobs, budgets, Path(args.out), Path(args.grid).stem)
-        except UserError as error:
-            return error.report()
         except OSError as error:
-            return ConfigError(f"the report cannot be written to {args.out} ({error.strerror}); name another").report()
+            raise ConfigError(f"the report cannot be written to {args.out} ({error.strerror}); name another") from None
     return 1 if failures else 0
 
 

@@ -14,7 +14,7 @@ from vqmoe_ds.evaluation.statistics import mean_of, paired_difference
 from vqmoe_ds.experiments.measures import number, read_json, readable, whole
 from vqmoe_ds.experiments.page import Page, Table
 from vqmoe_ds.finetune.report import draw_means, over_shots
-from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.files import list_tree, make_folder, write_atomically
 
 ACCURACY, MACRO_F1, BITS, LOSS = "test_accuracy", "test_macro_f1", "validation_bits_per_byte", "validation_loss"
@@ -52,6 +52,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Print the table; the exit code."""
     try:
@@ -68,10 +69,8 @@ def main(options: argparse.Namespace) -> int:
                     plot_shots(folder / "shots.png", runs)
                 if any(run.curve for run in runs):
                     plot_steps(folder / "steps.png", runs)
-    except UserError as error:
-        return error.report()
     except OSError as error:
-        return ConfigError(f"--out {options.out} cannot be written ({error.strerror}); name another folder").report()
+        raise ConfigError(f"--out {options.out} cannot be written ({error.strerror}); name another folder") from None
     return 0
 
 

@@ -26,7 +26,7 @@ from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.plots import drawing, pyplot, save
 from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
 from vqmoe_ds.evaluation.routing import differing, heard
-from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, reports_errors
 from vqmoe_ds.runtime.extras import library
 
 WAYS = ("bf16", "cached", "hf", "mixtral")
@@ -63,13 +63,11 @@ class Comparison:
     """As ``differing``, of the discrete row alone; None where there is none, or it is the only one."""
 
 
+@reports_errors
 def main(args: argparse.Namespace) -> int:
     """Compare, print a table and write what is asked for; the exit code."""
-    try:
-        check_tokens(args.tokens)
-        found = compare(args)
-    except UserError as error:
-        return error.report()
+    check_tokens(args.tokens)
+    found = compare(args)
     print(table(found))
     if args.json:
         write_json(Path(args.json), {"model": args.model, "comparisons": [asdict(one) for one in found]})

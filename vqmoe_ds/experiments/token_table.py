@@ -29,7 +29,7 @@ from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe import token_tables
 from vqmoe_ds.moe.routers.token_table import NAME
-from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, reports_errors
 
 METHODS = ("embedding", "random", "round_robin", "codes")
 GATE = "model.layers.{}.mlp.gate.tid2eid"
@@ -61,14 +61,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(args: argparse.Namespace) -> int:
     """Make a table and say how balanced it is; the exit code."""
-    try:
-        _check(args)
-        with sound(args.model or args.out):
-            made = _make(args)
-    except UserError as error:
-        return error.report()
+    _check(args)
+    with sound(args.model or args.out):
+        made = _make(args)
     write(Path(args.out), made.table_LV, args.form, args.names)
     layers, vocab = made.table_LV.shape
     print(f"{args.out}: {layers} layer(s), {vocab:,} token ids, {made.experts} experts ({args.method})")

@@ -18,7 +18,7 @@ from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
 from vqmoe_ds.data.json_lines import read_json
 from vqmoe_ds.data.labelled import joined
-from vqmoe_ds.runtime.errors import CheckpointError, DataError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, DataError, reports_errors
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -48,13 +48,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Print a JSON line for each text, as they come; the exit code."""
-    try:
-        for found in predict(*load_classifier(options.checkpoint, options.tokenizer), _texts(options)):
-            print(json.dumps(found, ensure_ascii=False), flush=True)
-    except UserError as error:
-        return error.report()
+    for found in predict(*load_classifier(options.checkpoint, options.tokenizer), _texts(options)):
+        print(json.dumps(found, ensure_ascii=False), flush=True)
     return 0
 
 

@@ -15,7 +15,7 @@ from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.planning.hardware import MOST_RANKS, NETWORK_GBPS, PROCESSORS, Cluster, find_processor
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 
 if TYPE_CHECKING:
     from vqmoe_ds.planning.layouts import Plan
@@ -66,15 +66,9 @@ _BLOCKS_A_SECOND = 30
 """Blocks that one core lays out per second."""
 
 
+@reports_errors
 def main(options: argparse.Namespace) -> int:
     """Print the plan, or in one sentence why there is none; the exit code."""
-    try:
-        return _plan(options)
-    except UserError as error:
-        return error.report()
-
-
-def _plan(options: argparse.Namespace) -> int:
     _check_numbers(options)
     cluster = cluster_of(options)
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))

@@ -20,7 +20,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.refusals import check_by_deepspeed
 from vqmoe_ds.planning.hardware import MOST_RANKS
 from vqmoe_ds.runtime.device import ACCELERATOR
-from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors, shown
 
 NOT_BUILT = [
     "data (model.vocab_size is that of the configuration)",
@@ -51,19 +51,17 @@ class RankReport:
     not_built: list[str]
 
 
+@reports_errors
 def main(args: argparse.Namespace) -> int:
     """Dry-run the rank that the command line names; returns the exit code."""
-    try:
-        if args.world_size is None:
-            raise ConfigError("--dry_run needs --world_size, the ranks of the job that is meant")
-        if not 1 <= args.world_size <= MOST_RANKS:
-            raise ConfigError(f"--world_size {shown(args.world_size)} must be 1 to {MOST_RANKS:,}")
-        # A large job is one for GPUs, though none is here.
-        gpu = os.environ.get(ACCELERATOR) != "cpu"
-        config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size, gpu)
-        report = dry_run(config, args.rank, args.gpus_per_node, args.ds_config)
-    except UserError as error:
-        return error.report()
+    if args.world_size is None:
+        raise ConfigError("--dry_run needs --world_size, the ranks of the job that is meant")
+    if not 1 <= args.world_size <= MOST_RANKS:
+        raise ConfigError(f"--world_size {shown(args.world_size)} must be 1 to {MOST_RANKS:,}")
+    # A large job is one for GPUs, though none is here.
+    gpu = os.environ.get(ACCELERATOR) != "cpu"
+    config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size, gpu)
+    report = dry_run(config, args.rank, args.gpus_per_node, args.ds_config)
     print(json.dumps(asdict(report), indent=1) if args.json else text(report))
     return 0
 

@@ -6,9 +6,13 @@ escapes is a defect of this package and keeps its traceback.
 
 from __future__ import annotations
 
+import functools
 import reprlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 TRY_AGAIN = 75
 """Exit code after a signal: saved, and the same command goes on."""
@@ -68,6 +72,19 @@ class UserError(Exception):
         """Say it on standard error; the exit code of a command of one process."""
         print(f"error: {self}", file=sys.stderr)
         return self.exit_code
+
+
+def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorator of the ``main`` of a command of one process: reports a ``UserError`` and returns its exit code."""
+
+    @functools.wraps(main)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            return error.report()
+
+    return reporting
 
 
 class ConfigError(UserError):

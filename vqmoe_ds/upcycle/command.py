@@ -11,7 +11,7 @@ from vqmoe_ds.checkpoint.io.shards import read_json
 from vqmoe_ds.checkpoint.reader import sound
 from vqmoe_ds.config.load import parse_override
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 from vqmoe_ds.upcycle.dense import DENSE, ROUTED, UpcycleOptions, check_kind, upcycle
 from vqmoe_ds.upcycle.routed import RoutedSource, calibration_ids, routed_config, with_codes
 
@@ -35,14 +35,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(args: argparse.Namespace) -> int:
     """Convert, or say in one sentence why not; the exit code."""
-    try:
-        overrides = dict(parse_override(text) for text in args.set)
-        with sound(args.source):
-            return _run(args, overrides)
-    except UserError as error:
-        return error.report()
+    overrides = dict(parse_override(text) for text in args.set)
+    with sound(args.source):
+        return _run(args, overrides)
 
 
 def _run(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
