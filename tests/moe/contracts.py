@@ -119,7 +119,7 @@ def plain(config: RunConfig, steps: int) -> Run:
     """The reference: no DeepSpeed, no process group."""
     assert not dist.is_initialized()
     run, model = Run(), MoETransformer(config)
-    sync = StateSync(model)
+    sync = StateSync(model, MICRO_BATCHES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-6)
     for step in range(steps):
         total = 0.0
@@ -150,7 +150,7 @@ class _Engine:
         )
         if layout.stage == 0 and not layout.bf16:
             clip_over_all_experts(self.engine)
-        self.sync = StateSync(self.model)
+        self.sync = StateSync(self.model, self.accumulation)
         self.sync.broadcast()
 
     def train(self, first: int, end: int) -> Run:
