@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -306,10 +305,10 @@ def _report(args: argparse.Namespace, result: Any, seconds: float, console: Cons
     if console.rank != 0:
         return
     if args.json is not None:
-        from vqmoe_ds.runtime.files import write_atomically
+        from vqmoe_ds.runtime.files import write_json
 
         try:
-            write_atomically(Path(args.json), json.dumps(result.as_dict(), indent=1) + "\n")
+            write_json(Path(args.json), result.as_dict())
         except OSError as error:
             raise ConfigError(f"--json {args.json} could not be written ({error.strerror})") from None
     for line in result.lines():

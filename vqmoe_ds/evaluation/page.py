@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from vqmoe_ds.evaluation.plots import draw_spectra, draw_usage, pyplot
 from vqmoe_ds.runtime.errors import ConfigError, reports_errors
-from vqmoe_ds.runtime.files import make_folder, write_atomically
+from vqmoe_ds.runtime.files import make_folder, write_atomically, write_json
 
 
 @reports_errors
@@ -38,7 +37,7 @@ def make_report(
     pictures = report.pop("pictures", {})
     figures = pictures | {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
     with _writable(folder):
-        write_atomically(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+        write_json(folder / f"{name}.json", report)
         write_atomically(folder / f"{name}.html", render(name, report, figures))
     print(f"{summary(report)}\n{folder / name}.html")
     return 0

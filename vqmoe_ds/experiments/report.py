@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from vqmoe_ds.experiments.budget import Budget
 from vqmoe_ds.experiments.grid import Grid, group_of
 from vqmoe_ds.experiments.page import Heading, Page, Picture, Table
 from vqmoe_ds.experiments.runs import Job
-from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.files import write_atomically, write_json
 
 METHOD = (
     "Mean ± standard error over seeds; less is better. Runs of one seed start from the same weights outside the "
@@ -190,7 +189,7 @@ def write_report(folder: Path, title: str, sections: list[dict[str, Any]]) -> No
         _show(page, section, folder, number)
     for section in pool(sections):
         _show_pooled(page, section)
-    write_atomically(folder / "report.json", json.dumps(sections, indent=1) + "\n")
+    write_json(folder / "report.json", sections)
     write_atomically(folder / "report.md", page.markdown())
     write_atomically(folder / "report.html", page.html(folder))
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
-from vqmoe_ds.checkpoint.io.shards import write_json
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.routers import add_plugin_option
@@ -28,6 +27,7 @@ from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
 from vqmoe_ds.evaluation.routing import differing, heard
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, reports_errors
 from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.files import write_json
 
 WAYS = ("bf16", "cached", "hf", "mixtral")
 """bf16: weights in bfloat16; cached: token after token from a cache; hf, mixtral: the exported model in fp32."""
@@ -70,7 +70,8 @@ def main(args: argparse.Namespace) -> int:
     found = compare(args)
     print(table(found))
     if args.json:
-        write_json(Path(args.json), {"model": args.model, "comparisons": [asdict(one) for one in found]})
+        compared = {"model": args.model, "comparisons": [asdict(one) for one in found]}
+        write_json(Path(args.json), compared, indent=2)
     if args.figure:
         with drawing(print):
             plot(Path(args.figure), found, args.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -16,7 +15,7 @@ from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.console import Console
-from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.files import write_json
 from vqmoe_ds.runtime.ranks import from_first
 from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
 from vqmoe_ds.train.job import Job
@@ -106,7 +105,7 @@ class BestReport(Callback):
             if trainer.session.model.moe_layers() and self.health.last_counts_LN.numel():
                 plot_usage(folder / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
         # Last, for it marks the run as finished.
-        write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_json(folder / "summary.json", summary)
 
 
 def _learning(trainer: Trainer) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vqmoe_ds.evaluation.plots import NoPictures, pyplot, save
 from vqmoe_ds.evaluation.statistics import Mean, mean_of
-from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.files import write_atomically, write_json
 
 MEASURES = {
     "test_accuracy": ("test accuracy", ".2%"),
@@ -42,7 +42,7 @@ def write_report(folder: Path, names: list[str]) -> list[str]:
     ]
     first = summaries[0]
     facts = {name: first[name] for name in ("task", "router", "parameters", "layout", "finetune")}
-    write_atomically(folder / "summary.json", json.dumps({**facts, "runs": names, "rows": rows}, indent=1) + "\n")
+    write_json(folder / "summary.json", {**facts, "runs": names, "rows": rows})
     lines = table(means)
     write_atomically(folder / "table.md", "\n".join(lines) + "\n")
     if len(means) > 1:

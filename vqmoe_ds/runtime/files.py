@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import sys
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 SMALL = 64 << 20
 """Bytes of a file that is read whole (a description, a table, an index of names), at most."""
@@ -39,6 +41,11 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Write JSON as ``write_atomically`` writes."""
+    write_atomically(path, json.dumps(content, indent=indent) + "\n")
 
 
 def sync_folder(folder: Path) -> None:

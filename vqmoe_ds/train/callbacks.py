@@ -26,7 +26,7 @@ from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import TrainingHalted
-from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.files import write_atomically, write_json
 from vqmoe_ds.runtime.stopping import STOP, Interrupted
 from vqmoe_ds.train.health import CommunicationMeter, health_line
 from vqmoe_ds.train.loggers import Logger, scalars
@@ -380,7 +380,7 @@ class FinalReport(Callback):
             if session.model.moe_layers():
                 plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
         # Last, for it says that the run is finished.
-        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_json(self.run_dir / "summary.json", summary)
 
 
 def _last_loss(trainer: Trainer) -> float:

@@ -15,7 +15,7 @@ from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.config.schema import LogTo
 from vqmoe_ds.runtime.errors import ConfigError, one_line
 from vqmoe_ds.runtime.extras import library
-from vqmoe_ds.runtime.files import read_small, write_atomically
+from vqmoe_ds.runtime.files import read_small, write_json
 
 IDS = "loggers.json"
 """File of the run folder: name of a logger -> its id of the run, by which a resumed run continues its curves."""
@@ -232,7 +232,7 @@ def open_loggers(config: EngineConfig, run_dir: Path, step: int, say: Callable[[
         loggers[name] = logger if logger.id is None else Forgiving(name, logger, say)
     ids = {name: logger.id for name, logger in loggers.items() if logger.id is not None}
     if ids:
-        write_atomically(run_dir / IDS, json.dumps({**known, **ids}, indent=1) + "\n")
+        write_json(run_dir / IDS, {**known, **ids})
     return list(loggers.values())
 
 

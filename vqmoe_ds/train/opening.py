@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from vqmoe_ds.data.batches import Batches
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.moe.kernels import build
 from vqmoe_ds.runtime.errors import TRY_AGAIN
-from vqmoe_ds.runtime.files import write_atomically
+from vqmoe_ds.runtime.files import write_atomically, write_json
 from vqmoe_ds.runtime.leaving import cannot_write
 from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
 from vqmoe_ds.train.compiling import before_compiling
@@ -133,6 +132,6 @@ def open_session(
         begin(session)
     if job.place.rank == 0:
         write_atomically(job.run_dir / "config.yaml", to_yaml(job.config.run))
-        write_atomically(job.run_dir / "ds_config.json", json.dumps(job.config.deepspeed, indent=2) + "\n")
+        write_json(job.run_dir / "ds_config.json", job.config.deepspeed, indent=2)
         keep_tokenizer(job.config.run, job.run_dir)
     return opened

@@ -26,11 +26,11 @@ import yaml
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
-from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_shards, write_json, write_shards
+from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_shards, write_shards
 from vqmoe_ds.checkpoint.io.store import write_manifest
 from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader, Piece, register_format
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import sha256_of
+from vqmoe_ds.runtime.files import sha256_of, write_json
 
 STATE = "state.json"
 STATE_FORMAT = 1
@@ -103,7 +103,7 @@ def write_portable(
         **{"layout": reader.layout, "config": reader.config, "counters": reader.counters},
         "client_state": reader.client_state,
     }
-    write_json(folder / STATE, state)
+    write_json(folder / STATE, state, indent=2)
     kept = {name: value for name, value in reader.config.items() if name not in ("data", "run", "finetune")}
     (folder / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     seal(folder, reader, files)

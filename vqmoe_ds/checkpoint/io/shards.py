@@ -13,7 +13,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, Sealed, read_header, split_shards, write_safetensors
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import read_small, write_atomically
+from vqmoe_ds.runtime.files import read_small, write_json
 
 SINGLE = "model.safetensors"
 
@@ -39,7 +39,7 @@ def write_shards(
         files[name] = write_safetensors(folder / name, shard, tell=tell)
         places |= {entry.name: name for entry in shard}
     total = sum(entry.nbytes for shard in shards for entry in shard)
-    write_json(index_of(folder, part), {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(index_of(folder, part), {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
     return files
 
 
@@ -96,10 +96,6 @@ def read_weights(folder: Path) -> dict[str, Stored]:
             f"{folder} has neither {SINGLE} nor {index.name}; only safetensors are read, pickles are not"
         )
     return read_shards(folder, "model")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

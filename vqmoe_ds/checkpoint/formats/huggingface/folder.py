@@ -42,7 +42,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
 from vqmoe_ds.checkpoint.formats.huggingface.stock import stock_sections
 from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
-from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_json, write_weights
+from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_weights
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader, register_format
 from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.schema import RunConfig
@@ -50,6 +50,7 @@ from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer, nothing_known
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
+from vqmoe_ds.runtime.files import write_json
 
 TRAINING, TRAINING_BUFFERS = "vqmoe_training.json", "vqmoe_training.safetensors"
 FORMAT = 1
@@ -200,13 +201,13 @@ def _write_small_files(
 ) -> None:
     version: dict[str, Any] = {"transformers_version": _transformers_version()}
     tokens: dict[str, Any] = {n: description[n] for n in ("eos_token_id", "pad_token_id") if n in description}
-    write_json(folder / "config.json", {**description, "dtype": options.dtype, **version})
-    write_json(folder / "generation_config.json", {**tokens, **version})
+    write_json(folder / "config.json", {**description, "dtype": options.dtype, **version}, indent=2)
+    write_json(folder / "generation_config.json", {**tokens, **version}, indent=2)
     run = config.model_dump(mode="json", exclude={"data", "run"})  # those two hold paths of the machine
     checksum = config.model_dump(mode="json")["data"].get("tokenizer_sha256")
     if checksum is not None:
         run["data"] = {"tokenizer_sha256": checksum}
-    write_json(folder / TRAINING, {"format": FORMAT, "step": reader.step, "config": run})
+    write_json(folder / TRAINING, {"format": FORMAT, "step": reader.step, "config": run}, indent=2)
     if options.arch == "vqmoe":
         code = Path(__file__).resolve().parents[3] / "models" / "hf"
         for name in CODE_FILES:

@@ -31,11 +31,12 @@ from vqmoe_ds.checkpoint.formats.megatron.names import (
 from vqmoe_ds.checkpoint.formats.megatron.reader import EXTRA, EXTRA_TENSORS, FILE, FORMAT, LATEST, inert
 from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import write_safetensors
-from vqmoe_ds.checkpoint.io.shards import entry_of, write_json
+from vqmoe_ds.checkpoint.io.shards import entry_of
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.files import write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -212,7 +213,7 @@ class _Writer:
         if checksum is not None:
             run["data"] = {"tokenizer_sha256": checksum}
         names = {"names": self.reader.names(), "parameters": self.left}
-        write_json(folder / EXTRA, {"format": FORMAT, "step": self.reader.step, "config": run, **names})
+        write_json(folder / EXTRA, {"format": FORMAT, "step": self.reader.step, "config": run, **names}, indent=2)
         tensors = {name: self.reader.tensor(name) for name in self.left} | self.reader.buffers()
         if tensors:
             write_safetensors(folder / EXTRA_TENSORS, [entry_of(*item) for item in tensors.items()])
