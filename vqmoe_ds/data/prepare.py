@@ -23,7 +23,7 @@ from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import Document, OnError, SourceOptions, Unit
 from vqmoe_ds.runtime.errors import DataError, UserError
 from vqmoe_ds.runtime.files import make_folder
-from vqmoe_ds.runtime.terminal import exit_code_of
+from vqmoe_ds.runtime.terminal import aligned, exit_code_of
 
 _ENOUGH = 1_000_000  # tokens after which the share of unknown symbols is known well enough to stop early
 
@@ -90,11 +90,7 @@ def main(options: argparse.Namespace) -> int:
 def recipes_table() -> str:
     from vqmoe_ds.data.recipes import list_recipes
 
-    rows = [("recipe", "from", "text", "licence"), *list_recipes()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
-    )
+    return "\n".join(aligned([("recipe", "from", "text", "licence"), *list_recipes()]))
 
 
 def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:

@@ -13,6 +13,7 @@ from vqmoe_ds.planning.memory import Memory
 from vqmoe_ds.planning.parameters import Parameters
 from vqmoe_ds.planning.speed import ASSUMPTIONS, sent, step_flops
 from vqmoe_ds.planning.traffic import group_size
+from vqmoe_ds.runtime.terminal import aligned
 
 PARTS = [name for name in Memory.__dataclass_fields__ if name != "host"]
 COLUMNS = ["layout", "micro", "GB", *PARTS, "host", "step s", "tokens/s", "bottleneck", "GB/step in", "out of node"]
@@ -28,7 +29,7 @@ def text(name: str, parameters: Parameters, cluster: Cluster, plans: list[Plan],
         f"({USABLE:.0%} of it usable), {config.precision}; memory in GB a rank",
     ]
     rows = [COLUMNS, *(_row(plan) for plan in plans[:top])]
-    return "\n".join([*head, "", *_aligned(rows), "", *_traffic(plans[0], cluster), "", "What the times assume:"]) + (
+    return "\n".join([*head, "", *aligned(rows), "", *_traffic(plans[0], cluster), "", "What the times assume:"]) + (
         "\n" + "\n".join("  " + line for line in _assumptions(cluster).splitlines())
     )
 
@@ -50,11 +51,6 @@ def _row(plan: Plan) -> list[str]:
     ]
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def _traffic(plan: Plan, cluster: Cluster) -> list[str]:
     rows = [["what", "collective", "over", "ranks", "calls", "payload GB", "in node GB", "out GB"]]
     for transfer in plan.transfers:
@@ -64,7 +60,7 @@ def _traffic(plan: Plan, cluster: Cluster) -> list[str]:
             [transfer.purpose, transfer.kind, transfer.over.value, str(ranks), str(transfer.calls)]
             + [f"{value / GB:.3g}" for value in (transfer.payload, links.within_node, links.between_nodes)]
         )
-    return [f"One rank's traffic in a step of {plan.name}:", *_aligned(rows)]
+    return [f"One rank's traffic in a step of {plan.name}:", *aligned(rows)]
 
 
 def _assumptions(cluster: Cluster) -> str:
