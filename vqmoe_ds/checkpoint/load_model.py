@@ -21,7 +21,7 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, of_images, require_language_model, sound
 from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
 from vqmoe_ds.checkpoint.views.adapters import merged
-from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer, tokenizer_of_data
+from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
@@ -262,8 +262,7 @@ def find_tokenizer(reader: CheckpointReader, config: RunConfig, given: str | Pat
         tokenizer = kept_tokenizer(reader.path, checksum) or tokenizer_of_data(data, str(checksum))
     if tokenizer is None:
         return None
-    needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size
-    if needed > vocab_size or (checksum not in (None, UNKNOWN) and tokenizer.checksum != checksum):
+    if not gives_ids_of(tokenizer, checksum, vocab_size):
         raise CheckpointError(
             f"the tokenizer {given or 'beside it'} ({tokenizer.kind}, {tokenizer.vocab_size} ids) is not the one that "
             f"{reader.path} (vocabulary {vocab_size}) was trained with; name that one with --tokenizer"

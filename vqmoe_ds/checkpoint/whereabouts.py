@@ -67,6 +67,12 @@ def keep_tokenizer(config: RunConfig, run_dir: Path, most_bytes: int = 64 << 20)
         tokenizer.save(run_dir / FOLDER)
 
 
+def gives_ids_of(tokenizer: Tokenizer, checksum: str | None, vocab_size: int) -> bool:
+    """Whether a tokenizer may be that of a model, by the checksum of the model's own, if known, and its vocabulary."""
+    needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size
+    return needed <= vocab_size and checksum in (None, UNKNOWN, tokenizer.checksum)
+
+
 def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
     """The tokenizer with this checksum that the run's data names or that lies beside it, or None."""
     paths = data.get("path") or []

@@ -44,9 +44,8 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_weights
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader, register_format
-from vqmoe_ds.checkpoint.whereabouts import kept_tokenizer, tokenizer_of_data
+from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer, nothing_known
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
@@ -107,8 +106,6 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
     for value, known in ((options.dtype, tuple(DTYPES)), (options.arch, ARCHITECTURES)):
         if value not in known:
             raise CheckpointError(f"{value!r} is none of {', '.join(known)}")
-    if dst.exists() and not options.force:  # before any work; asked again at the end
-        raise CheckpointError(f"{dst} exists; choose another folder, or give --force to replace it")
     config, buffers = run_config(reader.config, reader.path), reader.buffers()
     source_table = bool(buffers.get("source.table_ready", False)) and "source.table_VD" in buffers
     description = hf_options(config, options.arch, source_table)
@@ -245,8 +242,7 @@ def _find_tokenizer(reader: CheckpointReader, config: RunConfig, choice: str) ->
             f"no tokenizer was found that gives the ids of this model (vocabulary {config.model.vocab_size}); "
             "name it with --tokenizer"
         ]
-    needed = 256 if isinstance(tokenizer, ByteTokenizer) else tokenizer.vocab_size
-    if needed > config.model.vocab_size or checksum not in (None, UNKNOWN, tokenizer.checksum):
+    if not gives_ids_of(tokenizer, checksum, config.model.vocab_size):
         raise CheckpointError(
             f"tokenizer {choice} ({tokenizer.vocab_size} ids) is not the one that this model (vocabulary "
             f"{config.model.vocab_size}) was trained with; name that one, or export without (--tokenizer none)"

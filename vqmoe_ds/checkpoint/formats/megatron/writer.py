@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+from vqmoe_ds.checkpoint.formats.huggingface.folder import DTYPES, run_config
 from vqmoe_ds.checkpoint.formats.huggingface.names import shapes_of
 from vqmoe_ds.checkpoint.formats.megatron.names import (
     dense_names,
@@ -37,8 +36,6 @@ from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import write_json
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,6 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
         CheckpointError: sizes that do not divide the model, another model than its configuration says, DST exists.
     """
     dst, options = Path(dst), options or MegatronOptions()
-    if dst.exists() and not options.force:  # before any work; asked again at the end
-        raise CheckpointError(f"{dst} exists; choose another folder, or give --force to replace it")
     writer = _Writer(reader, options)
     hide = None if options.progress else True  # None: only on a terminal
     with (
