@@ -9,7 +9,6 @@ starts; whoever calls the harness from Python imports this module first.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -177,12 +176,10 @@ class HarnessModel(TemplateLM):
 
 
 @reports_errors
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """The harness's own command line; the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
-    if arguments is not None:
-        sys.argv[1:] = arguments
     remedy = f"lower --batch_size, or use the CPU ({ACCELERATOR}=cpu)"
     with memory_errors(0, torch.device("cuda" if uses_gpu() else "cpu"), lambda: remedy):
         cli_evaluate()

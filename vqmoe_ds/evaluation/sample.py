@@ -8,9 +8,7 @@ from vqmoe_ds.evaluation.generate import Sampling, generate
 from vqmoe_ds.models.session import Session
 
 
-def sample_tokens(
-    session: Session, prompt: list[int], length: int, vocab_size: int, temperature: float = 0.8, seed: int = 0
-) -> list[int]:
+def sample_tokens(session: Session, prompt: list[int], length: int, vocab_size: int) -> list[int]:
     """Continue the ids of ``prompt`` by ``length`` ids under ``vocab_size``; all ranks take part, all get the same.
 
     Every id takes one forward pass over itself and the keys and values kept of those before (``generate``).
@@ -19,7 +17,7 @@ def sample_tokens(
         ConfigError: the router looks at later tokens.
     """
     session.config.run.require_causal("generating text")
-    sampling, context = Sampling(temperature, seed=seed), session.config.run.model.sequence_length
+    sampling, context = Sampling(), session.config.run.model.sequence_length
     session.engine.eval()
     new = generate(
         session.engine, prompt, sampling, context, vocab_size, session.model.new_cache, device=session.device

@@ -54,9 +54,9 @@ class Parameters:
     """Values used per token."""
     forward_flops_per_token: int
 
-    def of_rank(self, ep_size: int, group: str | None = None) -> int:
-        """Values that a rank uses, of one group or all."""
-        return sum(w.numel(ep_size) for w in self.weights if group in (None, w.group))
+    def of_rank(self, ep_size: int) -> int:
+        """Values that a rank uses."""
+        return sum(weight.numel(ep_size) for weight in self.weights)
 
     @property
     def groups(self) -> list[str]:
