@@ -14,6 +14,7 @@ import torch
 
 from tests.checkpoint.layouts import SAVED_AT, Layout, Training, write_one
 from tests.distributed import run_ranks
+from tests.hostile import Evil
 from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.io.store import MANIFEST, read_manifest, write_manifest
 from vqmoe_ds.checkpoint.open import open_checkpoint
@@ -128,14 +129,6 @@ def test_a_run_folder_stands_for_its_newest_checkpoint_that_verifies(tag):
 # ------------------------------------------------------------------ hostile files
 
 
-class _Evil:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 def _replace_pickle(file: Path, payload: bytes) -> None:
     with zipfile.ZipFile(file) as old:
         records = {name: old.read(name) for name in old.namelist()}
@@ -146,7 +139,7 @@ def _replace_pickle(file: Path, payload: bytes) -> None:
 
 def test_a_hostile_pickle_is_refused_and_not_executed(tag, tmp_path):
     trap = tmp_path / "executed"
-    _replace_pickle(tag / "mp_rank_00_model_states.pt", pickle.dumps({"module": _Evil(trap)}, protocol=2))
+    _replace_pickle(tag / "mp_rank_00_model_states.pt", pickle.dumps({"module": Evil(trap)}, protocol=2))
     reseal(tag)
     with pytest.raises(
         CheckpointError, match=r"asks for (io|_io|__builtin__|builtins)\.open.*nothing of it was executed"
@@ -192,7 +185,7 @@ def test_stages_that_were_pickled_by_name(tmp_path):
 
 def test_a_bare_pickle_is_not_a_checkpoint(tmp_path):
     trap = tmp_path / "executed"
-    (tmp_path / "x.pt").write_bytes(pickle.dumps(_Evil(trap)))
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(Evil(trap)))
     with pytest.raises(CheckpointError, match="cut short or is not a checkpoint file"):
         load_archive(tmp_path / "x.pt")
     assert not trap.exists()

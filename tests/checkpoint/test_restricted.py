@@ -12,31 +12,24 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
+from tests.hostile import Evil
 from tests.train.test_loss_scale import _scale, _trainer
 from vqmoe_ds.checkpoint.io.archive import ZERO_STAGES
 from vqmoe_ds.checkpoint.resume.restricted import without_pickles
 from vqmoe_ds.runtime.errors import CheckpointError
 
 
-class _Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple:
-        return open, (self.path, "w")
-
-
-def _in_the_tree(file: Path, evil: _Evil) -> None:
+def _in_the_tree(file: Path, evil: Evil) -> None:
     tree = torch.load(file, weights_only=False)
     torch.save({**tree, "and": evil}, file)
 
 
-def _in_the_old_format(file: Path, evil: _Evil) -> None:
+def _in_the_old_format(file: Path, evil: Evil) -> None:
     tree = torch.load(file, weights_only=False)
     torch.save({**tree, "and": evil}, file, _use_new_zipfile_serialization=False)
 
 
-def _bare(file: Path, evil: _Evil) -> None:
+def _bare(file: Path, evil: Evil) -> None:
     file.write_bytes(pickle.dumps(evil, protocol=2))
 
 
@@ -55,7 +48,7 @@ def _attack(trainer: Any, tag: Path, folder: Path) -> list[str]:
     for number, name in enumerate(sorted(kinds)):
         for poison in (_in_the_tree, _in_the_old_format, _bare):
             copy = Path(shutil.copytree(tag, folder / "poisoned" / tag.name))
-            poison(copy / name, _Evil(trap))
+            poison(copy / name, Evil(trap))
             try:
                 _resumed(trainer, copy)
                 problems.append(f"{name} {poison.__name__}: loaded")
@@ -200,7 +193,7 @@ def test_the_switch_is_as_before_afterwards(
     if before is not None:
         monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", before)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # a user's own opposite gives way
-    path = _saved({"a": _Evil(tmp_path / "executed")}, tmp_path / "x.pt")
+    path = _saved({"a": Evil(tmp_path / "executed")}, tmp_path / "x.pt")
     allowed = set(torch.serialization.get_safe_globals())
     for _ in range(2):
         with pytest.raises(CheckpointError), without_pickles():

@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
+from tests.hostile import Evil
 from tests.prepared import write_sequences
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.index_cache import SIDECAR, read_array, seal, why_unsound
@@ -21,14 +22,6 @@ from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.runtime.errors import DataError
 
 BATCH = 16
-
-
-class _Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple:
-        return open, (self.path, "w")
 
 
 @pytest.fixture
@@ -68,7 +61,7 @@ def _poison(folder: Path, trap: Path, forged: bool) -> None:
     arrays = list(folder.glob("*.npy"))
     assert arrays
     for path in arrays:
-        path.write_bytes(pickle.dumps(_Evil(trap)))
+        path.write_bytes(pickle.dumps(Evil(trap)))
     if forged:
         (folder / SIDECAR).unlink()
         seal(folder)
@@ -96,10 +89,10 @@ def test_arrays_of_objects_and_pickles_are_refused_however_they_are_reached(tmp_
 
     trap, path = tmp_path / "executed", tmp_path / "x.npy"
     for module in (gpt_dataset, blended_dataset):
-        path.write_bytes(pickle.dumps(_Evil(trap)))
+        path.write_bytes(pickle.dumps(Evil(trap)))
         with pytest.raises(DataError, match="is not an array of numbers"):
             module.numpy.load(str(path), allow_pickle=True, mmap_mode="r")
-        np.save(path, np.array([_Evil(trap)], dtype=object))
+        np.save(path, np.array([Evil(trap)], dtype=object))
         with pytest.raises(DataError, match="is not an array of numbers"):
             module.numpy.load(str(path), allow_pickle=True, mmap_mode="r")
         np.save(path, np.arange(3))

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import yaml
 
 from tests import warm
 from tests.experiments.test_grid import GRID
+from tests.launchers.test_pretrain import _wait_for
 from vqmoe_ds.experiments.compare import build_parser, main
 from vqmoe_ds.experiments.runs import Runner
 
@@ -89,11 +89,3 @@ def test_a_run_that_fails_is_told_by_its_last_words_and_the_others_go_on(command
     assert result.stderr.count("failed: ") == 2
     assert "words | top-2 | seed 1: exit code 3, error: no such luck (" in result.stderr
     assert "no run is finished; there is nothing to report" in result.stdout
-
-
-def _wait_for(condition, process, timeout: float = 90) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, "the tool ended before it was disturbed"
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.02)

@@ -57,13 +57,18 @@ def check_causality_and_rows(config: RunConfig) -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} never learns"
     for layer in model.moe_layers():
         assert layer.tokens_per_expert.sum() == 8 * LENGTH * config.rows_per_token, "rows_per_token is another number"
+    leaked = leak(model, tokens_BS[:, :LENGTH], VOCAB)
+    assert config.looks_ahead is not None or leaked < 1e-5, "looks_ahead says that it is causal"
+
+
+def leak(model: MoETransformer, tokens_BS: Tensor, vocab: int) -> float:
+    """Change of the first nine positions' logits when later tokens change."""
     model.eval()
-    other_BS = tokens_BS[:, :LENGTH].clone()
-    other_BS[:, 9:] = (other_BS[:, 9:] + 7) % VOCAB
+    other_BS = tokens_BS.clone()
+    other_BS[:, 9:] = (other_BS[:, 9:] + 7) % vocab
     with torch.no_grad():
-        before, after = model(tokens_BS[:, :LENGTH])[0], model(other_BS)[0]
-    leak = (before[:, :9] - after[:, :9]).abs().max().item()
-    assert config.looks_ahead is not None or leak < 1e-5, "looks_ahead says that it is causal"
+        before, after = model(tokens_BS)[0], model(other_BS)[0]
+    return (before[:, :9] - after[:, :9]).abs().max().item()
 
 
 def _micro_batch(step: int, number: int) -> tuple[Tensor, Tensor]:
