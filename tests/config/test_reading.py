@@ -8,7 +8,7 @@ import pytest
 
 from vqmoe_ds.config.load import load_config, parse_override, to_yaml
 from vqmoe_ds.config.reading import DEEPEST, LARGEST, parse_yaml, read_json, read_yaml
-from vqmoe_ds.runtime.errors import LONGEST, ConfigError, UserError, one_line, shown
+from vqmoe_ds.runtime.errors import LONGEST, ConfigError, UserError, one_line, reason_of, shown
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -162,6 +162,7 @@ def test_a_sentence_is_short_and_safe_to_print():
     assert len(str(UserError("x" * 10**7))) < 2 * LONGEST
     assert str(UserError("a\x1b[2J\n\ud800é")) == "a\\x1b[2J\\n\\ud800é"
     assert one_line("ab" * 100, 10) == "ababa [...] babab"
+    assert reason_of(ValueError("a\nb")) == "a" and reason_of(ValueError()) == "ValueError"
     loop: list = []
     loop.append(loop)
     for value in (10**5000, "x" * 10**6, [["x" * 10**6] * 10**4] * 9, {"a": {"b": {"c": {}}}}, loop):

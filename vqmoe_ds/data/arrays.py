@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqmoe_ds.runtime.errors import one_line
+from vqmoe_ds.runtime.errors import reason_of
 
 
 def mapped_array(path: str | Path, links: bool) -> np.ndarray:
@@ -28,4 +28,4 @@ def mapped_array(path: str | Path, links: bool) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # numpy parses the header as Python's syntax, with all that can go wrong there
-        raise ValueError(one_line(str(error).split("\n")[0], 200)) from None
+        raise ValueError(reason_of(error, 200)) from None

@@ -23,7 +23,7 @@ from vqmoe_ds.data.tokenizer_base import (
     read_file,
     require_utf8,
 )
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.errors import DataError, reason_of
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small
 
@@ -59,7 +59,7 @@ class JsonTokenizer(Tokenizer):
         except BaseException as error:
             if not _of_library(error):
                 raise
-            reason = one_line(str(error).partition("\n")[0], 200)
+            reason = reason_of(error, 200)
             raise DataError(f"{name} cannot be read as a tokenizer ({reason}); make or download it again") from None
         self.content, self.checksum = content, checksum or hashlib.sha256(content.encode()).hexdigest()
         self._name = name

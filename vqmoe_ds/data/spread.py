@@ -20,7 +20,7 @@ from typing import Any
 from vqmoe_ds.data.parts import Counts, Parts
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import Unit
-from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.errors import DataError, reason_of
 from vqmoe_ds.runtime.extras import library
 
 Done = Callable[[Unit, Counts], None]
@@ -122,7 +122,7 @@ def world(ranks: int) -> Any:
         library("mpi4py", "preparing data on several ranks", DataError)
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise DataError(f"mpi4py does not work ({reason}); install it against the MPI of this machine") from error
     comm = MPI.COMM_WORLD
     if comm.size != ranks:

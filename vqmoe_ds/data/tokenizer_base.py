@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.errors import DataError, reason_of
 from vqmoe_ds.runtime.files import make_folder, read_small
 
 DESCRIPTION = "tokenizer.json"
@@ -163,7 +163,7 @@ def require_utf8(text: str) -> bytes:
 
 def cannot_encode(kind: str, error: BaseException) -> DataError:
     """The error for a tokenizer whose file was read, and which then fails on a text."""
-    reason = one_line(str(error).partition("\n")[0], 200)
+    reason = reason_of(error, 200)
     return DataError(f"the {kind} tokenizer fails on a text ({reason}); its file is damaged, make or download it again")
 
 

@@ -35,7 +35,7 @@ from vqmoe_ds.data.tokenizers import (
     sentencepiece_proto,
 )
 from vqmoe_ds.data.units import Skips, SourceOptions, Unit
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.errors import DataError, reason_of
 from vqmoe_ds.runtime.files import why_missing
 from vqmoe_ds.runtime.memory import check_room
 
@@ -226,7 +226,7 @@ def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePi
             minloglevel=4,
         )
     except RuntimeError as error:
-        reason = one_line(str(error).strip().partition("\n")[0], 200)
+        reason = reason_of(error, 200)
         other = DataError(f"SentencePiece cannot train a {kind} vocabulary of {vocab_size} ({reason}); try other text")
         raise _size_error(str(error), kind, vocab_size) or other from error
     return SentencePieceTokenizer(with_exact_sums(model.getvalue()) if kind == "unigram" else model.getvalue())

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
 from vqmoe_ds.data.compressed import DAMAGES, open_plain
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.errors import DataError, one_line, reason_of
 
 PIECE_BYTES = 64 << 10
 """Longest piece of a document, in bytes of UTF-8."""
@@ -200,8 +200,7 @@ def _lines_before(path: str, offset: int) -> int:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters."""
-    text = getattr(error, "strerror", None) or str(error)
-    return one_line((str(text).strip() or type(error).__name__).splitlines()[0], 300)
+    return one_line(str(getattr(error, "strerror", None) or reason_of(error)), 300)
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
 from vqmoe_ds.evaluation.image_damage import parse_image_corruption
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
-from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, one_line
+from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, reason_of
 from vqmoe_ds.runtime.files import make_folder, open_regular
 from vqmoe_ds.train.pretrain import fit_to_data
 
@@ -105,7 +105,7 @@ class Job:
             recorded = RunConfig.model_validate(read_yaml(str(self.run.folder / "config.yaml"), "configuration"))
             engine = read_json(self.run.folder / "ds_config.json")
         except (OSError, ValueError, UserError, RecursionError) as error:
-            return f"a configuration that cannot be read ({one_line(str(error).partition(chr(10))[0], 200)})"
+            return f"a configuration that cannot be read ({reason_of(error, 200)})"
         there, here = (_fields(with_whole_paths(config)) for config in (recorded, self.config.run))
         for name, value in here.items():
             if there.get(name) != value:

@@ -31,6 +31,11 @@ def one_line(text: str, most: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def reason_of(error: BaseException, most: int = LONGEST) -> str:
+    """The first line of an error's message; of an error without one its kind."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0], most)
+
+
 def shown(value: Any) -> str:
     """A value as a sentence quotes it: as ``repr``, cut to some 100 characters, however large or nested it is."""
     return _QUOTES.repr(value)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
 from vqmoe_ds.runtime.device import Seat, contradiction, seat
-from vqmoe_ds.runtime.errors import ConfigError, UserError
+from vqmoe_ds.runtime.errors import ConfigError, UserError, reason_of
 from vqmoe_ds.runtime.ranks import Place, only_this_host
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def meet(place: Place, backend: str, seconds: float, device: torch.device = CPU,
         if not verdict:
             _start_backend(backend, place, device, store)
     except (RuntimeError, ValueError, OSError) as error:  # those of torch.distributed are RuntimeErrors
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         what = f"rank {place.rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port}"
         if place.rank == 0:
             what = f"not all {place.world_size} ranks came to rank 0 at {address}:{port} within {seconds:g} s"
@@ -175,7 +175,7 @@ def _start_backend(backend: str, place: Place, device: torch.device, store: Any)
             raise
         raise ConfigError(
             f"NCCL does not start on rank {place.rank} ({device} of {socket.gethostname()}): "
-            f"{str(error).splitlines()[0]}; run again with NCCL_DEBUG=INFO to see why, and try NCCL_SOCKET_IFNAME=(the "
+            f"{reason_of(error)}; run again with NCCL_DEBUG=INFO to see why, and try NCCL_SOCKET_IFNAME=(the "
             "network between the nodes), NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1",
             local=place.local_rank == 0,
         ) from None

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vqmoe_ds.runtime.errors import TRY_AGAIN
+from vqmoe_ds.runtime.errors import TRY_AGAIN, reason_of
 from vqmoe_ds.runtime.meeting import PeerLost, open_store
 from vqmoe_ds.runtime.parents import process
 from vqmoe_ds.runtime.ranks import Place
@@ -99,7 +99,7 @@ class Watchdog:
         if self.verdict is not None:  # the thread that reached it tells the others, and then ends this process
             time.sleep(30)
             return self.verdict
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         return PeerLost(f"the connection between ranks broke although all live ({reason}); {self.hint}")
 
     # ------------------------------------------------------------ the talking thread

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from vqmoe_ds.checkpoint.io.store import checksums, files_of, known_whole, write_manifest
 from vqmoe_ds.checkpoint.resume.retention import SAVING, owner_of, publish, remove, retired
-from vqmoe_ds.runtime.errors import TrainingHalted
+from vqmoe_ds.runtime.errors import TrainingHalted, reason_of
 from vqmoe_ds.runtime.files import sync_folder
 from vqmoe_ds.runtime.ranks import Place, from_first, several_ranks
 from vqmoe_ds.runtime.watchdog import of_communication
@@ -124,7 +124,7 @@ def as_halted(error: Exception, tag: Path) -> Exception:
     """The error to raise in training: the same where a peer was lost, else one that names the checkpoint."""
     if of_communication(error) or not isinstance(error, (OSError, RuntimeError)):
         return error
-    reason = str(error).splitlines()[0]
+    reason = reason_of(error)
     halted = TrainingHalted(
         f"checkpoint {tag} could not be written ({reason}); earlier checkpoints in {tag.parent} are untouched; "
         "make room or bring it back, and start the same command again",
