@@ -148,7 +148,7 @@ def test_memory_is_bounded_by_a_stretch_whatever_the_tensor(tmp_path: Path) -> N
         def tensor(self, name: str, kind: str = "fp32") -> torch.Tensor:
             raise AssertionError("whole tensors are not asked for")
 
-    import vqmoe_ds.checkpoint.formats.huggingface.folder as module
+    import vqmoe_ds.checkpoint.reader as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", 100)

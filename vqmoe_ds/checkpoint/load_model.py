@@ -18,7 +18,7 @@ import torch
 from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.load_experts import bind, check_place, open_store
 from vqmoe_ds.checkpoint.open import open_checkpoint
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, of_images, require_language_model, sound
+from vqmoe_ds.checkpoint.reader import CheckpointReader, of_images, require_language_model, sound
 from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
 from vqmoe_ds.checkpoint.views.adapters import merged
 from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data
@@ -194,12 +194,8 @@ def build_model(
     model = bare_model(config, ep_size, ep_rank, layer_class).eval().requires_grad_(False)
     check_same_model(model, ep_size, reader)
     for name, param in model.named_parameters():
-        if param.is_meta:
-            continue
-        flat, first = param.data.view(-1), first_value(name, param, ep_rank)
-        for done in range(0, len(flat), CHUNK):
-            count = min(CHUNK, len(flat) - done)
-            flat[done : done + count].copy_(reader.read(name, "fp32", first + done, count))
+        if not param.is_meta:
+            reader.fill(param.data.view(-1), name, start=first_value(name, param, ep_rank))
     fill_buffers(model, reader)
     return model
 

@@ -23,7 +23,7 @@ from vqmoe_ds.runtime.errors import CheckpointError, UserError, one_line, shown
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("fp32", *MOMENTS)
 CHUNK = 1 << 20
-"""Values that ``stream`` reads at a time (4 MiB of float32)."""
+"""Values that ``stream`` and ``fill`` read at a time (4 MiB of float32)."""
 
 
 class Piece(NamedTuple):
@@ -160,11 +160,17 @@ class CheckpointReader(ABC):
         shape = self.shape(name)
         return self.read(name, kind, 0, math.prod(shape)).view(shape)
 
-    def stream(self, name: str, kind: str = "fp32") -> Iterator[Tensor]:
-        """A tensor's values in order, flat float32, a few megabytes at a time."""
-        total = math.prod(self.shape(name))
-        for start in range(0, total, CHUNK):
-            yield self.read(name, kind, start, min(CHUNK, total - start))
+    def stream(self, name: str, kind: str = "fp32", start: int = 0, count: int | None = None) -> Iterator[Tensor]:
+        """``count`` values from ``start`` on, by default all, in order, flat float32, a few megabytes at a time."""
+        end = math.prod(self.shape(name)) if count is None else start + count
+        for first in range(start, end, CHUNK):
+            yield self.read(name, kind, first, min(CHUNK, end - first))
+
+    def fill(self, flat: Tensor, name: str, kind: str = "fp32", start: int = 0) -> None:
+        """Fill a flat tensor of any type with the values from ``start`` on, a few megabytes at a time."""
+        for done in range(0, len(flat), CHUNK):
+            part = flat[done : done + CHUNK]
+            part.copy_(self.read(name, kind, start + done, len(part)))
 
 
 class Format(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqmoe_ds.checkpoint.reader import CHUNK, MOMENTS, CheckpointReader
+from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.ranks import several_ranks
@@ -141,9 +141,7 @@ def _step_tensor(adam: torch.optim.Adam, flat: Tensor, step: int) -> Tensor:
 
 
 def _copy(reader: CheckpointReader, slot: _Slot, kind: str, row: Tensor) -> None:
-    for done in range(0, slot.length, CHUNK):
-        count = min(CHUNK, slot.length - done)
-        row[slot.begin + done : slot.begin + done + count].copy_(reader.read(slot.name, kind, slot.start + done, count))
+    reader.fill(row[slot.begin : slot.begin + slot.length], slot.name, kind, slot.start)
 
 
 def _slots(session: Session) -> Iterator[_Slot]:

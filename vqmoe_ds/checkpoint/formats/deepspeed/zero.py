@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.deepspeed.reader import ep_place
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
-from vqmoe_ds.checkpoint.reader import CHUNK, MOMENTS, CheckpointReader
+from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader
 from vqmoe_ds.runtime.errors import CheckpointError
 
 ALIGNMENT = 2
@@ -130,14 +130,10 @@ class ZeroWriter(ABC):
         dtype = torch.float32 if kind else self.dtype
         for run in runs:
             if kind in (None, "fp32") or self.reader.has_optimizer:
-                file.fill(place, run.begin, partial(self._values, run, kind or "fp32"))
+                stretch = run.member.first + run.start, run.length
+                file.fill(place, run.begin, partial(self.reader.stream, run.member.source, kind or "fp32", *stretch))
                 file.nbytes += run.length * dtype.itemsize
         return file.empty(place, shape, dtype)
-
-    def _values(self, run: Run, kind: str) -> Iterator[Tensor]:
-        start = run.member.first + run.start
-        for first in range(start, start + run.length, CHUNK):
-            yield self.reader.read(run.member.source, kind, first, min(CHUNK, start + run.length - first))
 
     def _adam_state(
         self, file: Skeleton, place: tuple[Any, ...], shape: tuple[int, ...], runs: list[Run]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -43,7 +42,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.stock import stock_sections
 from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_weights
-from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader, Piece, WeightsReader, register_format
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, register_format
 from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
@@ -183,14 +182,9 @@ def _entries(reader: CheckpointReader, parts: list[Part], dtype: torch.dtype) ->
     for part in parts:
         whole = tuple(reader.shape(part.source))
         shape = part.shape(whole)
-        entries.append(Entry(part.name, dtype, shape, partial(_stretches, reader, part, whole)))
+        values = partial(reader.stream, part.source, "fp32", part.start(whole), math.prod(shape))
+        entries.append(Entry(part.name, dtype, shape, values))
     return entries
-
-
-def _stretches(reader: CheckpointReader, part: Part, whole: tuple[int, ...]) -> Iterator[Tensor]:
-    start, count = part.start(whole), math.prod(part.shape(whole))
-    for first in range(start, start + count, CHUNK):
-        yield reader.read(part.source, "fp32", first, min(CHUNK, start + count - first))
 
 
 def _write_small_files(
