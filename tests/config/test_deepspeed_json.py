@@ -129,6 +129,23 @@ def test_contradictions_get_one_sentence(tmp_path, values, overrides, world, ep,
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
         ({"bfloat16": {"enabled": True}, "fp16": {"enabled": True}}, "bfloat16 and fp16 are both enabled"),
         ({"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}, "bfloat16 is another name of bf16"),
+        ({"data_types": {"grad_accum_dtype": "int8"}}, "data_types.grad_accum_dtype must be fp32, bf16 or fp16"),
+        ({"optimizer": {"lr": 0.1}}, "optimizer.lr is not read; what optimizer takes stands in optimizer.params"),
+        ({"optimizer": {"type": "Adam", "betas": [0, 0]}}, "optimizer.betas is not read"),
+        ({"scheduler": {"type": "WarmupLR", "warmup_num_steps": 3}}, "scheduler.warmup_num_steps is not read"),
+        ({"scheduler": {}}, "scheduler has no type, and would do nothing"),
+        (
+            {"scheduler": {"type": "WarmupCosine"}, "zero_optimization": {"stage": 1}},
+            "scheduler.type WarmupCosine is none of those that DeepSpeed has for ZeRO 1; did you mean WarmupCosineLR?",
+        ),
+        (
+            {"scheduler": {"type": "StepLR"}, "zero_optimization": {"stage": 3}},
+            "scheduler.type StepLR is none of those that DeepSpeed has for ZeRO 3; ",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param.device is nvme, and nothing says where; set nvme_path",
+        ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -144,6 +161,13 @@ def test_null_leaves_the_optimizer_on_the_device_and_one_precision_may_be_off(tm
     zero = {"stage": 2, "offload_optimizer": None}
     path = write(tmp_path, zero_optimization=zero, bf16={"enabled": False}, fp16={"enabled": True})
     assert resolve(path, load_config(), 1, gpu=True).precision == "fp16"
+
+
+def test_a_scheduler_without_options_gets_an_empty_section(tmp_path):
+    path = write(tmp_path, scheduler={"type": "WarmupLR"})
+    assert resolve(path, load_config(), 1).deepspeed["scheduler"] == {"type": "WarmupLR", "params": {}}
+    stage0 = write(tmp_path, scheduler={"type": "StepLR", "params": {"step_size": 3}}, zero_optimization={"stage": 0})
+    assert resolve(stage0, load_config(), 1).zero_stage == 0, "there PyTorch's work"
 
 
 def test_unreadable_files(tmp_path):

@@ -92,6 +92,8 @@ def test_one_field_under_both_its_names_is_refused(tmp_path):
         ("moe: {code_blend: 1.0}", "codebook.source=layer_state"),
         ("codebook: {source: layer_states}", "layer_state"),
         ("- a list", "must hold sections"),
+        ("model: 3", "section model of the configuration must hold fields (name: value, one a line), not 3"),
+        ("bf16: {enabled: true}", "configuration key bf16 is unknown; did you mean train.precision?"),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -113,3 +115,34 @@ def test_unknown_preset_and_missing_file_and_malformed_set():
         parse_override("num_experts=3")
     with pytest.raises(ConfigError, match=r"did you mean moe\.num_experts\?"):
         load_config("tiny", None, dict([parse_override("moe.num_exprts=3")]))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("weight_decay=0.1", "; did you mean train.weight_decay?"),
+        ("decay=0.1", "; did you mean router.decay or codebook.decay?"),
+        ("lr=0.1", "; did you mean train.learning_rate?"),
+        ("bf16.enabled=true", "no such field; did you mean train.precision?"),
+        ("zero_optimization.offload_optimizer.device=cpu", "; it is zero_optimization of the DeepSpeed JSON"),
+        ("optimizer.params.lr=0.1", "; did you mean train.learning_rate?"),
+    ],
+)
+def test_names_without_their_section_and_those_of_the_json_lead_to_ours(given, sentence):
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", None, dict([parse_override(given)]))
+    assert str(caught.value).endswith(sentence)
+
+
+def test_none_is_read_as_help_shows_it_and_stays_a_choice_where_it_is_one(tmp_path):
+    names = ("data.path", "data.valid_path", "run.log_to", "router.path", "data.augment")
+    given = dict(parse_override(f"{name}=none") for name in names)
+    config = load_config("tiny", None, {**given, "moe.router": "token_table"}).config
+    assert (config.data.path, config.data.valid_path, config.run.log_to, config.router.path) == (None,) * 4
+    assert config.data.augment == "none"
+
+
+def test_a_section_whose_fields_are_commented_out_is_empty(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  # width: 64\ntrain:\n  steps: 7\n")
+    assert load_config("tiny", str(file)).config.train.steps == 7

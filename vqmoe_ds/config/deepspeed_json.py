@@ -211,6 +211,8 @@ def resolve(
     size = _expert_parallel_size(values, path, ep_size)
     values.setdefault("steps_per_print", 10**9)
     values.update(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation)
+    if "scheduler" in values:
+        values["scheduler"].setdefault("params", {})  # DeepSpeed unpacks them
     if "bfloat16" in values:
         values["bf16"] = values.pop("bfloat16")
     for name, value in _leaves(values):

@@ -90,6 +90,8 @@ OPTIMIZERS = {
 (tests/train/test_optimizers.py)."""
 ADAMS = ("adam", "adamw")
 """Optimizers whose checkpoints any layout goes on from."""
+SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+"""``scheduler.type`` of DeepSpeed 0.19.8; at ZeRO 0 those of ``torch.optim.lr_scheduler`` work, too."""
 WITHOUT_BETAS = ("adagrad", "sgd", "rmsprop")
 IMPOSSIBLE = {
     **dict.fromkeys(("muadam", "muadamw", "musgd"), "scales by the base shapes of muP, which models here do not have"),
@@ -154,11 +156,42 @@ def check_values(path: str, values: dict[str, Any]) -> None:
     enabled = [name for name in ("bf16", "bfloat16", "fp16") if values.get(name, {}).get("enabled")]
     if len(enabled) > 1:
         raise ConfigError(f"DeepSpeed config {path}: {enabled[0]} and {enabled[1]} are both enabled; enable one")
-    if values.get("scheduler") and "type" not in values["scheduler"]:
+    dtype = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if dtype not in ("fp32", "bf16", "fp16"):  # DeepSpeed takes int8, in which gradients are zero
+        raise ConfigError(
+            f"DeepSpeed config {path}: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {shown(dtype)}"
+        )
+    for section, known in (("optimizer", ("type", "params", "legacy_fusion")), ("scheduler", ("type", "params"))):
+        for key in values.get(section, {}):
+            if key not in known:
+                raise ConfigError(
+                    f"DeepSpeed config {path}: {section}.{shown(key)[1:-1]} is not read; what {section} takes stands "
+                    f"in {section}.params"
+                )
+    _check_scheduler(path, values)
+    _check_optimizer(path, values.get("optimizer", {}))
+    for name in ("offload_optimizer", "offload_param"):
+        section = values.get("zero_optimization", {}).get(name) or {}
+        if section.get("device") == "nvme" and not section.get("nvme_path"):
+            raise ConfigError(
+                f"DeepSpeed config {path}: zero_optimization.{name}.device is nvme, and nothing says where; set "
+                "nvme_path beside it to a folder of a local disk"
+            )
+
+
+def _check_scheduler(path: str, values: dict[str, Any]) -> None:
+    if "scheduler" not in values:
+        return
+    name, stage = values["scheduler"].get("type"), values.get("zero_optimization", {}).get("stage", 0)
+    if name is None:
         raise ConfigError(
             f"DeepSpeed config {path}: scheduler has no type, and would do nothing; name one or remove it"
         )
-    _check_optimizer(path, values.get("optimizer", {}))
+    if stage and name not in SCHEDULERS:  # PyTorch's take no optimizer of ZeRO
+        raise ConfigError(
+            f"DeepSpeed config {path}: scheduler.type {shown(name)[1:-1]} is none of those that DeepSpeed has for ZeRO "
+            f"{stage}; {nearest_key(name, list(SCHEDULERS))}"
+        )
 
 
 def _check_optimizer(path: str, optimizer: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -81,6 +81,13 @@ class Section(BaseModel):
             if former in RENAMED:
                 warnings.warn(deprecation(former), DeprecationWarning, stacklevel=3)
         return with_current_names(cls.section, values)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_as_shown(cls, value: Any, info: ValidationInfo) -> Any:
+        """``none``, as ``--help`` shows the value of a field that has none."""
+        optional = type(None) in get_args(cls.model_fields[info.field_name or ""].annotation)
+        return None if optional and value in ("none", ["none"]) else value
 
     @field_validator("*", mode="before")
     @classmethod

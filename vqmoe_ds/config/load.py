@@ -116,12 +116,18 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or "." not in name:
         raise ConfigError(
             f"--set {shown(text)} is not of the form section.field=value, for example moe.num_experts=64"
-            + elsewhere(name.strip(), "; ")
+            + (_without_section(name.strip()) or elsewhere(name.strip(), "; "))
         )
     name = name.strip()
     if len(value) > LARGEST:
         raise ConfigError(f"--set {name}: the value is longer than {LARGEST:,} characters")
     return name, parse_yaml(value, f"--set {shown(text)[1:-1]}")
+
+
+def _without_section(name: str) -> str:
+    """The end of a sentence on a name of ours that lacks its section; else nothing."""
+    meant = [field for field in _fields() if field.partition(".")[2] == name]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def field_table(config: RunConfig | None = None) -> list[FieldRow]:
@@ -188,7 +194,8 @@ def _read_sections(file: str) -> dict[str, Any]:
         raise ConfigError(
             f"config file {file} must hold sections such as model: and moe:, not a {type(values).__name__}"
         )
-    return values
+    # A section whose fields are all commented out is empty, not wrong.
+    return {name: {} if part is None and name in RunConfig.model_fields else part for name, part in values.items()}
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any], explicit: set[str]) -> dict[str, Any]:
@@ -211,6 +218,9 @@ def _sentence(error: ValidationError) -> str:
     first = first_problem(error)
     if first.kind == "extra_forbidden":
         return f"configuration key {first.where} is unknown; {_meant(first.where, _known_beside(first))}"
+    if first.kind == "model_type":
+        fields = "fields (name: value, one a line)"
+        return f"section {first.where} of the configuration must hold {fields}, not {first.value}"
     return first.message if first.kind == "value_error" else f"configuration field {first}"
 
 

@@ -120,10 +120,11 @@ def elsewhere(name: str, before: str = "") -> str:
     """The end of a sentence on an unknown name that another trainer gives to one of our options; else nothing.
 
     Args:
+        name: dotted; its last part with a meaning counts (``bf16.enabled`` is a precision).
         before: put in front of it.
     """
-    meant = MEANINGS.get(name.rsplit(".", 1)[-1].lower().replace("-", "_"))
-    return before + meant if meant else ""
+    parts = [part for part in name[-1000:].lower().replace("-", "_").split(".") if part in MEANINGS]
+    return before + MEANINGS[parts[-1]] if parts else ""
 
 
 def nearest_key(name: str, known: list[str]) -> str:
