@@ -82,6 +82,9 @@ class TrainConfig(Section):
     extended_from: int = option(
         0, "steps of the run that extension goes on from, filled in by the run", "steps", ge=0, le=MOST_STEPS
     )
+    extended_rate: float = option(
+        0.0, "learning rate of its end, filled in by the run; 0: by its schedule", ge=0, le=LARGEST_WEIGHT
+    )
     weight_decay: float = option(
         0.1,
         "decay of weight matrices (not of norms and biases; decay_gates says whether of routers)",

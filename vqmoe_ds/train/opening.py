@@ -25,7 +25,7 @@ from vqmoe_ds.train.job import Job
 from vqmoe_ds.train.loggers import open_loggers
 from vqmoe_ds.train.loop import Callback, Trainer
 from vqmoe_ds.train.profiling import Profile
-from vqmoe_ds.train.schedule import continued
+from vqmoe_ds.train.schedule import continued, learning_rate, misfits
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,8 @@ class Opened:
         job.console.say(
             f"{counts['stored']:,} parameters, {counts['active']:,} used by a token; ready in {seconds:.0f} s"
         )
-        if train.steps <= train.warmup_steps and "scheduler" not in job.config.deepspeed:
-            job.console.say(
-                f"train.steps={train.steps} end within the warm-up of train.warmup_steps={train.warmup_steps}: the "
-                "learning rate never reaches its peak"
-            )
+        for sentence in misfits(train, job.config.deepspeed.get("scheduler")):
+            job.console.say(sentence)
         try:
             trainer.run()
             code = TRY_AGAIN if trainer.stop_reason else 0
@@ -107,7 +104,12 @@ def _with_schedule(job: Job, tag: Path) -> Job:
         job.console.say(f"goes on with {', '.join(changed)}")
     if "scheduler" in job.config.deepspeed:
         return job
-    train, sentence = continued(saved, int(manifest["step"]), run.train)
+    step = int(manifest["step"])
+    if (manifest.get("data") or {}).get("scheduler", "null") != "null":  # what its rate was, no schedule here knows
+        rate = learning_rate(step, run.train)
+        job.console.say(f"the learning rate of step {step + 1} is {rate:.3g}, as section train has it")
+        return job
+    train, sentence = continued(saved, step, run.train)
     if sentence is not None:
         job.console.say(sentence)
     return replace(job, config=replace(job.config, run=run.model_copy(update={"train": train})))
