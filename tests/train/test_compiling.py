@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.train import compiling
 from vqmoe_ds.train.compiling import before_compiling, operator_of
 
@@ -67,3 +68,15 @@ def test_where_other_hosts_may_build_only_age_tells(folder: Path, monkeypatch: p
     os.utime(folder / "lock", (long_ago, long_ago))
     before_compiling(ADAM)
     assert not (folder / "lock").exists()
+
+
+def test_a_disk_is_refused_where_its_operator_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    values = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/d"}}}
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    with pytest.raises(ConfigError, match="ds.json: to offload to nvme .* libaio"):
+        compiling.check_nvme(values, "ds.json")
+    compiling.check_nvme({"zero_optimization": {"offload_param": None, "offload_optimizer": {"device": "cpu"}}}, "")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    compiling.check_nvme(values, "ds.json")

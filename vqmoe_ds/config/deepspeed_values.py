@@ -156,11 +156,13 @@ def check_values(path: str, values: dict[str, Any]) -> None:
     enabled = [name for name in ("bf16", "bfloat16", "fp16") if values.get(name, {}).get("enabled")]
     if len(enabled) > 1:
         raise ConfigError(f"DeepSpeed config {path}: {enabled[0]} and {enabled[1]} are both enabled; enable one")
-    dtype = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    if dtype not in ("fp32", "bf16", "fp16"):  # DeepSpeed takes int8, in which gradients are zero
-        raise ConfigError(
-            f"DeepSpeed config {path}: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {shown(dtype)}"
-        )
+    _check_keys(path, values)
+    _check_scheduler(path, values)
+    _check_optimizer(path, values.get("optimizer", {}))
+    _check_zero(path, values)
+
+
+def _check_keys(path: str, values: dict[str, Any]) -> None:
     for section, known in (("optimizer", ("type", "params", "legacy_fusion")), ("scheduler", ("type", "params"))):
         for key in values.get(section, {}):
             if key not in known:
@@ -168,11 +170,17 @@ def check_values(path: str, values: dict[str, Any]) -> None:
                     f"DeepSpeed config {path}: {section}.{shown(key)[1:-1]} is not read; what {section} takes stands "
                     f"in {section}.params"
                 )
-    _check_scheduler(path, values)
-    _check_optimizer(path, values.get("optimizer", {}))
+
+
+def _check_zero(path: str, values: dict[str, Any]) -> None:
+    dtype = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if dtype not in ("fp32", "bf16", "fp16"):  # DeepSpeed takes int8, in which gradients are zero
+        raise ConfigError(
+            f"DeepSpeed config {path}: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {shown(dtype)}"
+        )
     for name in ("offload_optimizer", "offload_param"):
-        section = values.get("zero_optimization", {}).get(name) or {}
-        if section.get("device") == "nvme" and not section.get("nvme_path"):
+        offload = values.get("zero_optimization", {}).get(name) or {}
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
             raise ConfigError(
                 f"DeepSpeed config {path}: zero_optimization.{name}.device is nvme, and nothing says where; set "
                 "nvme_path beside it to a folder of a local disk"

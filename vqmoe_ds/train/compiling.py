@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.runtime.errors import ConfigError
+
 _ON_DEVICE = {"adam": "fused_adam", "adamw": "fused_adam", "lamb": "fused_lamb", "lion": "fused_lion"}
 _ON_HOST = {"adam": "cpu_adam", "adamw": "cpu_adam", "adagrad": "cpu_adagrad", "lion": "cpu_lion"}
 _SHARED = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "fuse", "glusterfs", "afs", "9p")
@@ -41,6 +43,28 @@ def before_compiling(values: dict[str, Any]) -> str | None:
     _break_stale_lock(folder)
     torchs = ' ("torch_adam": true in optimizer.params takes PyTorch\'s, which needs none)' if "adam" in name else ""
     return f"DeepSpeed compiles its {name} in {folder}, which takes some minutes, once{torchs}"
+
+
+def check_nvme(values: dict[str, Any], path: str) -> None:
+    """Refuse to offload to a disk where DeepSpeed's operator for it cannot be compiled.
+
+    Args:
+        values: DeepSpeed JSON.
+        path: of it, for the sentence.
+
+    Raises:
+        ConfigError: libaio is not there.
+    """
+    zero = values.get("zero_optimization", {})
+    if "nvme" not in [(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")]:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            f"DeepSpeed config {path}: to offload to nvme DeepSpeed compiles its async_io, which needs libaio with its "
+            "headers (libaio-dev or libaio-devel) and a compiler; install them, or offload to cpu"
+        )
 
 
 def _break_stale_lock(folder: Path) -> None:

@@ -23,6 +23,7 @@ from vqmoe_ds.planning.host import check_host_memory, expert_memory
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import Place
+from vqmoe_ds.train.compiling import check_nvme
 from vqmoe_ds.train.zero import frozen_experts_allowed, import_optimizers, spare_passes
 
 
@@ -35,6 +36,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     if config.precision == "fp16" and not uses_gpu():
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
     check_by_deepspeed(config.deepspeed, json_path)
+    check_nvme(config.deepspeed, json_path)
     check_host_memory(config, place)
     # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
