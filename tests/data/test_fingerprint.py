@@ -11,12 +11,13 @@ import pytest
 from tests.prepared import write_texts
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data import fingerprint
-from vqmoe_ds.data.fingerprint import of_checkpoint, of_data, of_optimizer, of_pieces
+from vqmoe_ds.data.fingerprint import HELD_OUT, of_checkpoint, of_data, of_optimizer, of_pieces
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.labelled import open_labelled
 from vqmoe_ds.data.labelled_batches import encode_texts
 from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.data.tokenizers import ByteTokenizer
+from vqmoe_ds.runtime.errors import CheckpointError
 
 
 def _raw(path: Path, **more: object) -> dict[str, str]:
@@ -36,6 +37,7 @@ def test_raw_text_is_known_by_its_bytes_wherever_it_lies(tmp_path: Path) -> None
     (tmp_path / "b/2.txt").rename(tmp_path / "b/0.txt")
     assert _raw(tmp_path / "b") != before, "in another order"
     held_out = _raw(tmp_path / "a", data__valid_path=str(tmp_path / "b"))
+    assert _raw(tmp_path / "a", data__holdout_every=5) != before, "another share is held out"
     assert held_out["training text"] == before["training text"] and held_out["held-out text"] != before["held-out text"]
 
 
@@ -106,3 +108,16 @@ def test_layout_and_numbers_of_a_deepspeed_json_may_change_and_its_optimizer_and
     assert of_optimizer({"optimizer": {"type": "adamw", "params": {"lr": 2e-3}}}) == before
     assert of_optimizer({"optimizer": {"type": "Lion"}}) != before
     assert of_optimizer({**values, "scheduler": {"type": "WarmupLR"}}) != before
+
+
+def test_a_checkpoint_of_before_tells_the_share_held_out_by_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqmoe_ds.checkpoint.resume import session
+
+    there = {"training text": "t", "held-out text": "h"}
+    manifest: dict = {"data": there, "config": {"data": {"holdout_every": 10, "valid_path": None}}}
+    monkeypatch.setattr(session, "read_manifest", lambda tag: manifest)
+    assert session.check_data({**there, HELD_OUT: "10"}, Path("tag"), False) is None
+    with pytest.raises(CheckpointError, match=r"changed: share of the text held out \(data\.holdout_every\)\)"):
+        session.check_data({**there, HELD_OUT: "5"}, Path("tag"), False)
+    manifest["config"]["data"]["valid_path"] = "other.txt"
+    assert session.check_data({**there, HELD_OUT: "0"}, Path("tag"), False) is None

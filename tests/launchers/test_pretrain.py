@@ -191,10 +191,13 @@ def test_other_text_at_the_same_place_is_refused_unless_it_is_meant(small, finis
     assert result.returncode == 2, result.stderr
     assert "was trained with other inputs (changed: held-out text, training text)" in result.stderr
     assert "--allow_changed_data" in result.stderr and result.stderr.count("\n") == 1
-    result = run([*arguments, "--allow_changed_data", "--set", "train.weight_decay=0.2"])
+    split = [*small, *arguments[len(small) :], "--set", "data.holdout_every=5"]
+    result = run(split)
+    assert result.returncode == 2 and "(changed: share of the text held out (data.holdout_every))" in result.stderr
+    result = run([*arguments, "--allow_changed_data", "--seed", "7", "--set", "train.weight_decay=0.2"])
     assert result.returncode == 0, result.stderr
     assert "not what global_step0000012 was trained with" in result.stdout
-    assert "goes on with train.weight_decay=0.2 (0.1 before)" in result.stdout
+    assert "goes on with train.weight_decay=0.2 (0.1 before), train.seed=7 (1234 before)" in result.stdout
     assert "the finished run of 12 steps goes on to 13: its learning rate goes from" in result.stdout
 
 

@@ -23,6 +23,7 @@ from vqmoe_ds.data.raw_text import RawText
 
 WHOLE = 16 << 20
 BLOCKS, BLOCK = 256, 64 << 10
+HELD_OUT = "share of the text held out (data.holdout_every)"
 
 
 def of_data(data: Any) -> dict[str, str]:
@@ -31,6 +32,7 @@ def of_data(data: Any) -> dict[str, str]:
         return {
             "training text": of_pieces(data.train.corpus.pieces),
             "held-out text": of_pieces(data.valid.corpus.pieces),
+            HELD_OUT: str(data.holdout_every),
         }
     if not isinstance(data, IndexedText):
         found: dict[str, str] = data.fingerprint()

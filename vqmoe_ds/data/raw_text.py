@@ -110,6 +110,8 @@ class RawText:
 
     train: Split
     valid: Split
+    holdout_every: int = 0
+    """One in so many stretches of one text is held out; 0: ``valid`` is another text."""
     vocab_size: ClassVar[int | None] = 256
     tokenizer_sha256: ClassVar[str | None] = None
 
@@ -138,9 +140,10 @@ def open_raw_text(config: RunConfig) -> RawText:
     """
     data, length = config.data, config.model.sequence_length
     assert not isinstance(data.path, list) and not isinstance(data.valid_path, list)
-    corpus = open_corpus(data.path)
+    corpus, every = open_corpus(data.path), data.holdout_every if data.valid_path is None else 0
     if data.valid_path is None:
-        splits = split_corpus(corpus, length, data.holdout_every)
+        splits = split_corpus(corpus, length, every)
     else:
         splits = whole_corpus(corpus, length), whole_corpus(open_corpus(data.valid_path), length)
-    return RawText(*(replace(split, separate=data.separate_documents) for split in splits))
+    train, valid = (replace(split, separate=data.separate_documents) for split in splits)
+    return RawText(train, valid, every)

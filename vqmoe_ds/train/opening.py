@@ -27,6 +27,12 @@ from vqmoe_ds.train.loop import Callback, Trainer
 from vqmoe_ds.train.profiling import Profile
 from vqmoe_ds.train.schedule import continued, learning_rate, misfits
 
+_MAY_CHANGE = {
+    "train": ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip", "seed"),
+    "data": ("separate_documents",),
+}
+"""Fields by section that a resumed run takes as they are now, and names where they changed."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -92,13 +98,19 @@ def find_tag(job: Job, fingerprint: dict[str, str]) -> tuple[Path | None, Job]:
     return tag, job
 
 
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
 def _with_schedule(job: Job, tag: Path) -> Job:
     manifest, run = read_manifest(tag), job.config.run
     saved = manifest["config"]["train"]
     changed = [
-        f"train.{name}={getattr(run.train, name):g} ({saved[name]:g} before)"
-        for name in ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip")
-        if saved.get(name, getattr(run.train, name)) != getattr(run.train, name)
+        f"{section}.{name}={_written(value)} ({_written(there[name])} before)"
+        for section, names in _MAY_CHANGE.items()
+        for there, here in [(manifest["config"].get(section, {}), run.model_dump(mode="json")[section])]
+        for name, value in here.items()
+        if name in names and there.get(name, value) != value
     ]
     if changed:
         job.console.say(f"goes on with {', '.join(changed)}")

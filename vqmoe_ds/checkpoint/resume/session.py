@@ -19,6 +19,7 @@ from vqmoe_ds.checkpoint.resume.sealing import Sealing, as_halted, written_to
 from vqmoe_ds.config.deepspeed_json import EngineConfig, kind_of_optimizer
 from vqmoe_ds.config.deepspeed_values import ADAMS
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.fingerprint import HELD_OUT
 from vqmoe_ds.data.indexed import UNKNOWN
 from vqmoe_ds.data.tokenizers import nothing_known
 from vqmoe_ds.models.session import Session
@@ -215,9 +216,13 @@ def check_data(here: dict[str, str], tag: Path, allowed: bool) -> str | None:
     Raises:
         CheckpointError: it changed.
     """
-    there = read_manifest(tag).get("data")
+    manifest = read_manifest(tag)
+    there = manifest.get("data")
     if not isinstance(there, dict):
         return None
+    if "training text" in there and HELD_OUT not in there:  # written before it was kept
+        saved = manifest["config"].get("data", {})
+        there = {**there, HELD_OUT: "0" if saved.get("valid_path") else str(saved.get("holdout_every"))}
     changed = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
     if not changed:
         return None
