@@ -13,7 +13,11 @@ import torch
 
 from tests import warm
 from tests.evaluation.routed_models import CASES, model_of, tokens_of
+from vqmoe_ds.checkpoint.load_model import LoadedModel
+from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.experiments import routes
+from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.runtime.errors import CheckpointError
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("expert_choice")])
@@ -81,3 +85,42 @@ def test_what_cannot_be_compared_is_one_sentence(run: Path, capsys: Any) -> None
         assert _ran(*words) == 2
         said = capsys.readouterr().err
         assert part in said and said.count("\n") == 1
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_any_work(run: Path, capsys: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for option in ("--json", "--figure"):
+        for place in (tmp_path, tmp_path / "nothing" / "x", tmp_path / "file" / "x"):
+            assert _ran(str(run / "not there"), option, str(place)) == 2
+            assert f"{option} {place} cannot be written there; name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "theirs", "part"),
+    [
+        ({"vocab_size": 300}, {"tokenizer_sha256": "e" * 64}, "it reads the ids of another tokenizer"),
+        ({"vocab_size": 20}, {}, "its vocabulary has 20 tokens, not 257"),
+        ({"sequence_length": 8}, {}, "it reads 8 tokens at once, not 16"),
+        ({}, {"num_experts": 8}, "8 experts, not 4"),
+        ({"layers": 2}, {}, "other layers or experts per token"),
+    ],
+)
+def test_another_model_is_told_from_the_same_at_another_step(monkeypatch, model, theirs, part) -> None:
+    """None of them may be run: ids could lie past its vocabulary, or mean other words."""
+
+    def loaded(model: dict[str, Any], checksum: str | None = None, num_experts: int = 4) -> LoadedModel:
+        shape = {"vocab_size": 257, "layers": 3, "width": 12, "heads": 2, "sequence_length": 16, **model}
+        moe = {"router": "topk", "num_experts": num_experts, "expert_hidden": 10}
+        config = RunConfig(model=shape, moe=moe, data={"tokenizer_sha256": checksum})
+        return LoadedModel(config, MoETransformer(config).eval(), None, 0, Path(), "portable")
+
+    ours = loaded({}, "a" * 64)
+    other = loaded(model, theirs.get("tokenizer_sha256"), theirs.get("num_experts", 4))
+    monkeypatch.setattr(routes, "load_routed", lambda *_given: ours)
+    monkeypatch.setattr(routes, "load_model", lambda *_given: other)
+    monkeypatch.setattr(routes, "read_probe", lambda *_given: tokens_of())
+    args = routes.build_parser("").parse_args(["one", "two", "--ways"])
+    with pytest.raises(CheckpointError, match=f"^two is another model than one: {part}$"):
+        routes.compare(args)
+    monkeypatch.setattr(routes, "load_model", lambda *_given: loaded({}, "a" * 64))
+    assert routes.compare(args)[0].differing == 0

@@ -67,6 +67,12 @@ class LoadedModel:
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    @property
+    def tokenizer_checksum(self) -> str | None:
+        """Checksum of the tokenizer whose ids the model reads; None where it is not known."""
+        noted = self.config.data.tokenizer_sha256
+        return self.tokenizer.checksum if self.tokenizer is not None else None if noted == UNKNOWN else noted
+
     def close(self) -> None:
         """End the threads that read experts; the model computes nothing afterwards if it has any."""
         if self.store is not None:

@@ -27,7 +27,7 @@ from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
 from vqmoe_ds.evaluation.routing import differing, heard
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, reports_errors
 from vqmoe_ds.runtime.extras import library
-from vqmoe_ds.runtime.files import write_json
+from vqmoe_ds.runtime.files import check_target, write_json
 
 WAYS = ("bf16", "cached", "hf", "mixtral")
 """bf16: weights in bfloat16; cached: token after token from a cache; hf, mixtral: the exported model in fp32."""
@@ -67,6 +67,8 @@ class Comparison:
 def main(args: argparse.Namespace) -> int:
     """Compare, print a table and write what is asked for; the exit code."""
     check_tokens(args.tokens)
+    check_target("--json", args.json)
+    check_target("--figure", args.figure)
     found = compare(args)
     print(table(found))
     if args.json:
@@ -82,7 +84,7 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
     """Routes of every way that is asked for, against those of MODEL in fp32.
 
     Raises:
-        CheckpointError: a model cannot be loaded or exported, or another one has another shape.
+        CheckpointError: a model cannot be loaded or exported, or another one has other experts or reads other tokens.
         DataError: as ``read_probe``.
     """
     loaded = load_routed(args.model, args.tokenizer)
@@ -94,14 +96,30 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
     for way in args.ways:
         found.append(against(reference_LTR, _routes_by(way, loaded, tokens_BS), way, apart))
     for other in args.others:
-        model = load_model(other, args.tokenizer).model
-        routes_LTR = routes_of(model, tokens_BS)
+        theirs = load_model(other, args.tokenizer)
+        if difference := _difference(loaded, theirs, tokens_BS):
+            raise CheckpointError(f"{other} is another model than {args.model}: {difference}")
+        routes_LTR = routes_of(theirs.model, tokens_BS)
         if routes_LTR.shape != reference_LTR.shape:
             raise CheckpointError(f"{other} is another model than {args.model}: other layers or experts per token")
         found.append(against(reference_LTR, routes_LTR, other, apart))
     if not found:
         raise ConfigError("there is nothing to compare with; name a way with --ways, or another checkpoint")
     return found
+
+
+def _difference(ours: LoadedModel, theirs: LoadedModel, tokens_BS: Tensor) -> str | None:
+    """Why one model cannot be asked for the routes of the other's tokens; None where it can."""
+    experts, others = ours.config.moe.num_experts, theirs.config.moe.num_experts
+    if experts != others:
+        return f"{others} experts, not {experts}"
+    mine, other = ours.tokenizer_checksum, theirs.tokenizer_checksum
+    if mine != other and None not in (mine, other):
+        return "it reads the ids of another tokenizer"
+    if int(tokens_BS.max()) >= theirs.config.model.vocab_size:
+        return f"its vocabulary has {theirs.config.model.vocab_size} tokens, not {ours.config.model.vocab_size}"
+    length, context = tokens_BS.shape[1], theirs.config.model.sequence_length
+    return f"it reads {context} tokens at once, not {length}" if context < length else None
 
 
 def against(reference_LTR: Tensor, routes_LTR: Tensor, way: str, discrete_apart: bool = False) -> Comparison:

@@ -12,6 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from vqmoe_ds.runtime.errors import ConfigError
+
 SMALL = 64 << 20
 """Bytes of a file that is read whole (a description, a table, an index of names), at most."""
 
@@ -46,6 +48,23 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
     """Write JSON as ``write_atomically`` writes."""
     write_atomically(path, json.dumps(content, indent=indent) + "\n")
+
+
+def check_target(option: str, path: str | Path | None) -> None:
+    """Refuse the name of a file that could not be written in the end, before there is anything to write.
+
+    Args:
+        option: that names it.
+        path: the file; None: none is asked for.
+
+    Raises:
+        ConfigError: it is a folder, or lies in none that can be written to.
+    """
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be written there; name a file in a folder that exists")
 
 
 def sync_folder(folder: Path) -> None:
