@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.prepared import write_texts
 from vqmoe_ds.commands import usage
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.evaluation.probe import visit_layers
@@ -150,3 +151,120 @@ def test_one_table_serves_all_layers(tmp_path: Path) -> None:
     unread = MoETransformer(_config({"router": "token_table"}))
     unread.load_state_dict(model.state_dict())
     assert torch.equal(unread.token_table_LV, model.token_table_LV), "a checkpoint brings its table"
+
+
+# ------------------------------------------------------------------ the command: what it is given
+
+
+def _made(capsys: Any, *words: Any) -> tuple[int, str, str]:
+    code = token_table.main(token_table.build_parser(usage("")).parse_args([str(word) for word in words]))
+    return code, *capsys.readouterr()
+
+
+def _refused(capsys: Any, *words: Any) -> str:
+    code, _, said = _made(capsys, *words)
+    assert code == 2 and said.count("\n") == 1 and "damaged" not in said
+    return said
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    return tmp_path / "text.txt"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--vocab_size", "-3"], "--vocab_size -3 must be 1 or more"),
+        (["--form", "gate", "--names", "a"], "must have {} once, for the number of the layer"),
+        (["--form", "gate", "--names", "a{}{}"], "must have {} once"),
+        (["--form", "gate", "--names", "a{}{x}"], "no other braces"),
+        (["--form", "gate", "--names", "a{}{"], "no other braces"),
+        (["--out", "text.txt/t.safetensors"], "cannot be written there"),
+        (["--out", "nothing/t.safetensors"], "cannot be written there"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(words: list[str], part: str, text: Path, capsys: Any, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    given = ["--method", "random", "--tokenizer", "bytes", "--experts", "4", "--layers", "2", "--data", text]
+    assert part in _refused(capsys, *given, "--out", "t.safetensors", *words)
+    assert not Path("t.safetensors").exists()
+
+
+def test_a_disk_without_room_is_one_sentence(text: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_table, "write_safetensors", full)
+    given = ["--method", "random", "--tokenizer", "bytes", "--experts", "4", "--layers", "2", "--data", text]
+    assert "could not be written (No space left" in _refused(capsys, *given, "--out", text.parent / "t.safetensors")
+
+
+def test_a_corpus_in_the_ids_of_another_tokenizer_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """Also where both vocabularies are as large, so that every id is in range."""
+    tokenizers = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, words in zip(tokenizers, ("ab cab dab", "dab cab ab"), strict=True):
+        file.write_text("\n".join(["[UNK]", "[SEP]", "[CLS]", "[PAD]", *words.split()]) + "\n")
+    prefix = write_texts(tmp_path / "corpus", ["ab cab ab dab"] * 9, str(tokenizers[0]))
+    given = ["--method", "random", "--experts", "2", "--layers", "2", "--out", tmp_path / "t.safetensors"]
+    for data in (prefix, f"{prefix}.idx"):
+        assert _made(capsys, *given, "--tokenizer", tokenizers[0], "--data", data)[0] == 0
+    said = _refused(capsys, *given, "--tokenizer", tokenizers[1], "--data", prefix)
+    assert "in the ids of another tokenizer than that of --tokenizer" in said
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "gpt_neox.embed_in.weight", "wte.weight"])
+def test_embeddings_of_any_hugging_face_folder(tmp_path: Path, name: str) -> None:
+    """Not the largest tensor, nor another embedding: the one whose name ends as those of tokens do."""
+    embeddings_VD = torch.randn(30, 4).bfloat16()
+    weights = {name: embeddings_VD, "vision.pos_embed.weight": torch.randn(90, 4), "lm_head.weight": torch.randn(30, 4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert torch.equal(token_table.read_embeddings(str(tmp_path)), embeddings_VD.float())
+    save_file({"vision.pos_embed.weight": torch.randn(90, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has none of embed_tokens.weight, wte.weight, .* so its embeddings"):
+        token_table.read_embeddings(str(tmp_path))
+
+
+# ------------------------------------------------------------------ gates
+
+
+def test_a_gate_of_deepseek_v4_routes_by_its_table(tmp_path: Path) -> None:
+    """transformers' own class loads a layer's tensor as it is written, and chooses the experts that it names."""
+    models = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    config = models.DeepseekV4Config(
+        vocab_size=VOCAB, hidden_size=8, num_experts_per_tok=1, n_routed_experts=EXPERTS, num_local_experts=EXPERTS
+    )
+    table_LV = _table("random", _counts())
+    token_table.write(tmp_path / "g.safetensors", table_LV, "gate", token_table.GATE)
+    gates = load_file(tmp_path / "g.safetensors")
+    tokens_BS = torch.randint(0, VOCAB, (2, 12))
+    for layer, table_V in enumerate(table_LV):
+        router = models.DeepseekV4HashRouter(config)
+        torch.nn.init.normal_(router.weight)
+        router.load_state_dict({"weight": router.weight, "tid2eid": gates[token_table.GATE.format(layer)]})
+        indices_T1 = router(torch.randn(2, 12, 8), tokens_BS)[2]
+        assert torch.equal(indices_T1.squeeze(1), table_V[tokens_BS.flatten()])
+
+
+def test_gates_are_numbered_by_block_and_a_learned_router_beside_codes_is_told(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config({"router": "vq", "top_k": 1})
+    shape = config.model.model_copy(update={"layers": 4, "moe_every": 2})
+    model = MoETransformer(config.model_copy(update={"model": shape})).eval()
+
+    class Loaded:
+        def __init__(self, *_given: Any) -> None:
+            self.model = model
+
+    monkeypatch.setattr(token_table, "load_model", Loaded)
+    words = ["a-run", "--method", "codes", "--form", "gate", "--out", tmp_path / "g.safetensors"]
+    code, printed, _ = _made(capsys, *words)
+    assert code == 0 and "a-run also has a learned router (moe.top_k=1), whose experts no table holds" in printed
+    gates = load_file(tmp_path / "g.safetensors")
+    assert sorted(gates) == ["model.layers.1.mlp.gate.tid2eid", "model.layers.3.mlp.gate.tid2eid"]
+    table_LV = token_table.table_of_codes(model)
+    assert torch.equal(torch.stack([gates[name][:, 0] for name in sorted(gates)]), table_LV)

@@ -312,11 +312,11 @@ def _entry(text: str) -> tuple[str, float | None]:
         )
     prefix, written = weighted_entry(text)
     if written is None:
-        return _without_ending(text), None
+        return without_ending(text), None
     weight = float(written)
     if not 0 < weight < math.inf:
         raise DataError(f"the weight of {prefix} is {written}; weights of a blend are positive numbers")
-    return _without_ending(prefix), weight
+    return without_ending(prefix), weight
 
 
 def weighted_entry(text: str) -> tuple[str, str | None]:
@@ -325,7 +325,7 @@ def weighted_entry(text: str) -> tuple[str, str | None]:
     return (text, None) if match is None else (match[2], match[1])
 
 
-def _without_ending(text: str) -> str:
+def without_ending(text: str) -> str:
     """``PREFIX.idx`` and ``PREFIX.bin`` mean the prefix where both files are there."""
     stem = text.removesuffix(".idx").removesuffix(".bin")
     return stem if os.path.exists(f"{stem}.idx") and os.path.exists(f"{stem}.bin") else text
@@ -339,12 +339,17 @@ def _open_prefix(path: str, weight: float | None) -> Prefix:
     header = check_prefix(path)
     try:
         check_index(header)
-        return Prefix(path, weight, header.lengths, _described_tokenizer(path))
+        return Prefix(path, weight, header.lengths, described_tokenizer(path))
     except OSError as error:
         raise DataError(f"prepared data {path} cannot be read ({error.strerror}); check its permissions") from None
 
 
-def _described_tokenizer(path: str) -> dict[str, Any] | None:
+def described_tokenizer(path: str) -> dict[str, Any] | None:
+    """What ``PREFIX.json`` says of the tokenizer of prepared data, its checksum among it; None without that file.
+
+    Raises:
+        DataError: it is damaged.
+    """
     description = f"{path}.json"
     if not os.path.exists(description):
         return None

@@ -6,7 +6,8 @@ Legend: L MoE layers, V vocabulary, N experts, D width.
 from __future__ import annotations
 
 import argparse
-import os
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, read_weights
-from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.checkpoint.load_model import load_model, require_tokenizer
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import sound
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.config.schema import CodeSource
 from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.index_files import check_prefix, chunks
-from vqmoe_ds.data.indexed import weighted_entry
+from vqmoe_ds.data.indexed import UNKNOWN, described_tokenizer, weighted_entry, without_ending
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import SourceOptions
@@ -30,17 +33,14 @@ from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe import token_tables
 from vqmoe_ds.moe.routers.token_table import NAME
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, reports_errors
+from vqmoe_ds.runtime.files import check_target
 
 METHODS = ("embedding", "random", "round_robin", "codes")
 GATE = "model.layers.{}.mlp.gate.tid2eid"
 """Names of the gates' tables in DeepSeek-V4's checkpoints, as vLLM and Megatron's hash layers read them."""
-EMBEDDINGS = (
-    "embed.weight",
-    "model.embed_tokens.weight",
-    "transformer.wte.weight",
-    "wte.weight",
-    "embed_tokens.weight",
-)
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed.weight", "embed_in.weight", "word_embeddings.weight",
+              "tok_embeddings.weight", "backbone.embeddings.weight")  # fmt: skip
+"""Last parts of the names that input embeddings have in Hugging Face folders."""
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -67,9 +67,14 @@ def main(args: argparse.Namespace) -> int:
     _check(args)
     with sound(args.model or args.out):
         made = _make(args)
-    write(Path(args.out), made.table_LV, args.form, args.names)
+    try:
+        write(Path(args.out), made.table_LV, args.form, args.names, made.blocks)
+    except OSError as error:
+        raise ConfigError(f"--out {args.out} could not be written ({error.strerror}); make room there") from None
     layers, vocab = made.table_LV.shape
     print(f"{args.out}: {layers} layer(s), {vocab:,} token ids, {made.experts} experts ({args.method})")
+    if made.rows_beside:
+        print(f"{args.model} also has a learned router (moe.top_k={made.rows_beside}), whose experts no table holds")
     if made.counts_V.sum():
         loads = token_tables.busiest(made.table_LV, made.counts_V, made.experts)
         frequent = made.counts_V.max() / made.counts_V.sum() * made.experts
@@ -86,16 +91,23 @@ class Made(NamedTuple):
     table_LV: Tensor
     counts_V: np.ndarray
     experts: int
+    blocks: list[int] | None = None
+    """Blocks of MODEL that the layers are of; None: the first L."""
+    rows_beside: int = 0
+    """Rows per token of MODEL that no table holds."""
 
 
 def _check(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out} must end in .safetensors")
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise ConfigError(f"--out {out} cannot be written there; name a file in a folder that exists")
-    if args.form == "gate" and "{}" not in args.names:
-        raise ConfigError(f"--names {args.names} has no {{}} for the number of the layer")
+    check_target("--out", out)
+    if args.form == "gate" and (args.names.count("{}") != 1 or any(c in args.names.replace("{}", "") for c in "{}")):
+        raise ConfigError(f"--names {args.names} must have {{}} once, for the number of the layer, and no other braces")
+    for name, least in (("seed", 0), ("vocab_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value} must be {least} or more")
     if args.method in ("embedding", "codes") and args.model is None:
         raise ConfigError(f"--method {args.method} needs MODEL; or take --method random")
     if args.method == "codes":
@@ -113,8 +125,10 @@ def _make(args: argparse.Namespace) -> Made:
     if args.method == "codes":
         model = load_model(args.model, args.tokenizer).model
         table_LV = table_of_codes(model)
-        vocab, experts = table_LV.shape[1], model.config.moe.num_experts
-        return Made(table_LV, _counts(args, vocab) if args.data else np.zeros(vocab, dtype=np.int64), experts)
+        vocab, moe = table_LV.shape[1], model.config.moe
+        counts_V = _counts(args, vocab) if args.data else np.zeros(vocab, dtype=np.int64)
+        beside = moe.facts.rows_per_token(moe, model.config.router) - 1
+        return Made(table_LV, counts_V, moe.num_experts, model.moe_blocks, beside)
     embeddings_VD = read_embeddings(args.model) if args.model and args.method == "embedding" else None
     vocab = args.vocab_size if embeddings_VD is None else len(embeddings_VD)
     if vocab is None:
@@ -158,14 +172,21 @@ def read_embeddings(path: str) -> Tensor:
     Raises:
         CheckpointError: nothing there that can be read.
     """
-    folder = Path(path)
-    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-        weights = read_weights(folder)
-        name = next((name for name in EMBEDDINGS if name in weights), None)
-        if name is None:
-            raise CheckpointError(f"{path} has none of {', '.join(EMBEDDINGS)}, so its embeddings are not known")
-        return weights[name].whole().float()
-    return load_model(path).model.embed.weight.float()
+    if not _is_hf(path):
+        reader = open_checkpoint(path)
+        shape = reader.shapes.get("embed.weight")
+        if shape is None:
+            raise CheckpointError(f"{path} has no embeddings of tokens; give a language model")
+        return reader.read("embed.weight", "fp32", 0, math.prod(shape)).view(shape)
+    weights = read_weights(Path(path))
+    named = (name for end in EMBEDDINGS for name in sorted(weights, key=len) if f".{name}".endswith(f".{end}"))
+    if (name := next(named, None)) is None:
+        raise CheckpointError(f"{path} has none of {', '.join(EMBEDDINGS)}, so its embeddings are not known")
+    return weights[name].whole().float()
+
+
+def _is_hf(path: str) -> bool:
+    return (Path(path) / "config.json").exists() and any(Path(path).glob("*.safetensors"))
 
 
 def _tokenizer(args: argparse.Namespace) -> Tokenizer:
@@ -175,36 +196,63 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
         raise ConfigError("the vocabulary is not known: name a tokenizer with --tokenizer, or give --vocab_size")
     if (Path(args.model) / "tokenizer.json").exists():
         return load_tokenizer(Path(args.model) / "tokenizer.json")
-    return load_model(args.model).need_tokenizer()
+    reader = open_checkpoint(args.model)
+    return require_tokenizer(reader, run_config(reader.config, reader.path))
+
+
+def _checksum(args: argparse.Namespace) -> str | None:
+    """Checksum of the tokenizer whose ids the table is for: of our MODEL's, or else of the one named."""
+    noted = None
+    if args.model is not None and not _is_hf(args.model):
+        noted = open_checkpoint(args.model).config.get("data", {}).get("tokenizer_sha256")
+    if noted in (None, UNKNOWN) and args.tokenizer is not None:
+        return load_tokenizer(args.tokenizer).checksum
+    return None if noted == UNKNOWN else noted
 
 
 def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
     """How often each token id occurs in ``--data``, int64 ``[V]``."""
-    counts_V = np.zeros(vocab_size, dtype=np.int64)
+    counts_V, checksum = np.zeros(vocab_size, dtype=np.int64), _checksum(args)
     for spec in args.data:
-        path = weighted_entry(spec)[0]
-        if Path(f"{path}.idx").exists():
-            parts = chunks(check_prefix(path).ids, 1 << 22)
-        else:
-            tokenizer = _tokenizer(args)
-            units = plan_units([path], SourceOptions())
-            parts = (tokenizer.encode(piece.text) for unit in units for piece in read_unit(unit))
-        for ids in parts:
-            if len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
+        path = without_ending(weighted_entry(spec)[0])
+        for ids in _ids(args, path, checksum):
+            beyond = [int(id) for id in (ids.max(), ids.min()) if not 0 <= id < vocab_size] if len(ids) else []
+            if beyond:
                 raise DataError(
-                    f"{path} has the token id {int(ids.max())}, and the vocabulary has {vocab_size}; it was made by "
+                    f"{path} has the token id {beyond[0]}, and the vocabulary has {vocab_size}; it was made by "
                     "another tokenizer"
                 )
             counts_V += np.bincount(ids, minlength=vocab_size)
     return counts_V
 
 
-def write(path: Path, table_LV: Tensor, form: str, names: str) -> None:
-    """Write a table: ``token_table`` int32 ``[L, V]``, or one tensor int64 ``[V, 1]`` per layer."""
+def _ids(args: argparse.Namespace, path: str, checksum: str | None) -> Iterator[np.ndarray]:
+    """Token ids of a corpus, in parts; refused if another tokenizer than that of this checksum made them."""
+    prepared = Path(f"{path}.idx").exists()
+    theirs = (described_tokenizer(path) or {}).get("checksum") if prepared else _tokenizer(args).checksum
+    if theirs != checksum and None not in (theirs, checksum):
+        whose = args.model if args.model is not None else f"--tokenizer {args.tokenizer}"
+        raise DataError(f"{path} comes in the ids of another tokenizer than that of {whose}; use the same for both")
+    if prepared:
+        yield from chunks(check_prefix(path).ids, 1 << 22)
+        return
+    tokenizer = _tokenizer(args)
+    for unit in plan_units([path], SourceOptions()):
+        yield from (tokenizer.encode(piece.text) for piece in read_unit(unit))
+
+
+def write(path: Path, table_LV: Tensor, form: str, names: str, blocks: list[int] | None = None) -> None:
+    """Write a table: ``token_table`` int32 ``[L, V]``, or one tensor int64 ``[V, 1]`` per layer.
+
+    Args:
+        names: of the tensors of gates, with ``{}`` for the number of the block.
+        blocks: those numbers; None: 0 to L - 1.
+    """
     if form == "table":
         tensors = {NAME: table_LV.int()}
     else:
-        tensors = {names.format(layer): table_V.unsqueeze(1) for layer, table_V in enumerate(table_LV)}
+        numbered = zip(range(len(table_LV)) if blocks is None else blocks, table_LV, strict=True)
+        tensors = {names.format(block): table_V.unsqueeze(1) for block, table_V in numbered}
     entries: list[Entry] = [entry_of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     partial = path.with_name(f".{path.name}.partial")
     write_safetensors(partial, entries)
