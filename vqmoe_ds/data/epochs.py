@@ -7,7 +7,6 @@ the data and the seed, however long a run is. Import this only for training: meg
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import types
 import warnings
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
+from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound, work_folder
 from vqmoe_ds.data.portions import HELD_OUT, Portion, members
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
@@ -186,10 +185,7 @@ def _agreed_folder(final: Path, portion: Portion) -> Path:
     """The finished index where rank 0 sees one that is sound, else a name of this run's own to build it under."""
     folder = final
     if not (dist.is_initialized() and dist.get_rank()) and why_unsound(final, _shapes(portion)):
-        folder = final.with_name(f".{final.name}.{os.getpid()}")
-        for stale in (final, folder):  # the latter left by a kill of another process with this number
-            shutil.rmtree(stale, ignore_errors=True)
-        folder.mkdir(parents=True)  # ours: what others put there would be taken for an index
+        folder = work_folder(final)
     # Rank 0 decides for all: ranks may see other states of a shared file system, and would part ways at a barrier.
     agreed: Path = from_first(folder)
     return agreed

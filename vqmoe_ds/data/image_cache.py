@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from vqmoe_ds.data.image_splits import REMEDY, ImageFiles, Split, Wanted
-from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound
+from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound, work_folder
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.ranks import from_first
 
@@ -58,10 +58,7 @@ def _make(splits: dict[str, Split], wanted: Wanted, folder: Path) -> list[str]:
     shapes: Shapes = {"images": [_shape(split, wanted) for split in splits.values()]}
     if why_unsound(folder, shapes) is None:
         return []
-    work = folder.with_name(f".{folder.name}.{os.getpid()}")
-    for stale in (folder, work):
-        shutil.rmtree(stale, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = work_folder(folder)
     try:
         grey = sum(_decode(split, wanted, _file(work, name)) for name, split in splits.items())
         seal(work)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
     except ValueError as error:
         sentence = f"{path} is not an array of numbers ({error}); remove its folder, and it is made again"
         raise DataError(sentence, local=True) from None
+
+
+def work_folder(final: Path) -> Path:
+    """A new folder beside ``final`` to make it in; what is there already, in either place, is removed."""
+    work = final.with_name(f".{final.name}.{os.getpid()}")
+    for stale in (final, work):  # the latter left by a kill of another process with this number
+        shutil.rmtree(stale, ignore_errors=True)
+    work.mkdir(parents=True)  # ours: what others put there would be taken for an index
+    return work
 
 
 def seal(folder: Path) -> None:
