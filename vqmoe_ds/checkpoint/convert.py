@@ -156,8 +156,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
         tag.mkdir()
         write_tag(reader, tag, layout, tell)
         (folder / "latest").write_text(tag.name, encoding="utf-8")
-    spread = f"ZeRO-{layout.zero_stage}, EP {layout.ep_size}, {layout.world_size} ranks, {layout.precision}"
-    return [f"{dst / tag_name(reader.step)}: DeepSpeed checkpoint for {spread}"]
+    return [f"{dst / tag_name(reader.step)}: DeepSpeed checkpoint for {layout}"]
 
 
 def _to_hf(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
@@ -192,8 +191,7 @@ def _to_native(reader: CheckpointReader, dst: Path, options: argparse.Namespace)
     check_complete(reader)
     with new_folder(dst, options.force) as folder, _bar(total_bytes(reader), dst) as tell:
         write_native(reader, folder, layout, tell)
-    spread = f"ZeRO-{layout.zero_stage}, EP {layout.ep_size}, {layout.world_size} ranks, {layout.precision}"
-    return [f"{dst}: native DeepSpeed-MoE checkpoint for {spread}"]
+    return [f"{dst}: native DeepSpeed-MoE checkpoint for {layout}"]
 
 
 def check_complete(reader: CheckpointReader) -> None:

@@ -40,6 +40,9 @@ class TagLayout:
     world_size: int
     precision: str = "fp32"
 
+    def __str__(self) -> str:
+        return f"ZeRO-{self.zero_stage}, EP {self.ep_size}, {self.world_size} ranks, {self.precision}"
+
     def check_ranks(self) -> None:
         """Raises: CheckpointError: the expert-parallel size does not divide the world size."""
         if self.world_size % self.ep_size:
