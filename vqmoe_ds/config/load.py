@@ -19,18 +19,6 @@ from vqmoe_ds.config.routers import RouterOptions, routers
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
-__all__ = [
-    "FieldRow",
-    "LoadedConfig",
-    "field_table",
-    "load_config",
-    "nearest_key",
-    "parse_override",
-    "preset_names",
-    "read_yaml",
-    "to_yaml",
-]
-
 
 @dataclass(frozen=True)
 class LoadedConfig:

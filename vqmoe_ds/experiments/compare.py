@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.config.load import nearest_key, parse_override
+from vqmoe_ds.config.load import parse_override
+from vqmoe_ds.config.meanings import nearest_key
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.experiments.grid import Grid, group_of, read_grid, runs_of
 from vqmoe_ds.experiments.runs import Job, Runner, check_folders, jobs_of

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
-from vqmoe_ds.config.load import LoadedConfig, read_yaml
+from vqmoe_ds.config.load import LoadedConfig
+from vqmoe_ds.config.reading import read_yaml
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.train.run_folder import first_free, has_run
 
