@@ -77,7 +77,7 @@ def equal(run: str, tokens: int) -> None:
         for parameter in ours.parameters():  # as DeepSpeed does: parameters alone
             parameter.data = parameter.data.to(dtype)
         with tempfile.TemporaryDirectory() as folder:
-            export_hf(reader, Path(folder) / "hf", ExportOptions(dtype=name, tokenizer="none", progress=False))
+            export_hf(reader, Path(folder) / "hf", ExportOptions(dtype=name, tokenizer="none"))
             theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "hf")
         want_BSV, got_BSV = logits_of(ours, inputs_BS), logits_of(theirs, inputs_BS)
         print(f"{name}: {bits(got_BSV, targets_BS):.4f} bits/byte, the trainer's {bits(want_BSV, targets_BS):.4f}")

@@ -61,7 +61,7 @@ def _exported(folder: Path, shape: str, tokenizer: str) -> tuple[MoETransformer,
     config = config_of(case, vocabulary, LENGTH).model_dump()
     config["model"].update(changes)
     model = model_of(RunConfig(**config))
-    return model, export_hf(ModelReader(model), folder, ExportOptions(arch=arch, tokenizer=tokenizer, progress=False))
+    return model, export_hf(ModelReader(model), folder, ExportOptions(arch=arch, tokenizer=tokenizer))
 
 
 def _merged(text: str, pieces: dict[str, tuple[int, float]]) -> list[int]:

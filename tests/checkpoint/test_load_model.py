@@ -88,7 +88,7 @@ def test_a_portable_folder_and_a_run_folder_give_the_same(saved, tmp_path):
 @pytest.mark.parametrize("case", ["context", "context, averaged table", "top-2", "hash of tokens"])
 def test_an_exported_folder_computes_the_same_and_knows_its_tokenizer(case, tmp_path):
     model = model_of(config_of(case, vocab=257))
-    export_hf(ModelReader(model), tmp_path / "hf", ExportOptions(progress=False))
+    export_hf(ModelReader(model), tmp_path / "hf", ExportOptions())
     loaded = load_model(tmp_path / "hf")
     tokens = tokens_of(vocab=257)
     assert torch.equal(loaded.model(tokens)[0], model(tokens)[0])

@@ -80,7 +80,7 @@ def reader_of(case: str) -> ModelReader:
 
 
 def export(case: str, dst: Path, **options: Any) -> Path:
-    export_megatron(reader_of(case), dst, MegatronOptions(progress=False, **options))
+    export_megatron(reader_of(case), dst, MegatronOptions(**options))
     return dst
 
 

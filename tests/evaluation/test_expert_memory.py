@@ -133,8 +133,8 @@ def test_checkpoints_of_other_formats_are_read_in_place(tmp_path):
     model = _model("topk, two")
     reader = ModelReader(model)
     for dtype in ("float32", "bfloat16"):
-        export_hf(reader, tmp_path / dtype, ExportOptions(dtype=dtype, tokenizer="none", progress=False))
-    export_hf(reader, tmp_path / "mixtral", ExportOptions(arch="mixtral", tokenizer="none", progress=False))
+        export_hf(reader, tmp_path / dtype, ExportOptions(dtype=dtype, tokenizer="none"))
+    export_hf(reader, tmp_path / "mixtral", ExportOptions(arch="mixtral", tokenizer="none"))
     export_megatron(reader, tmp_path / "megatron")
     for folder in sorted(tmp_path.iterdir()):
         whole, loaded = load_model(folder), load_model(folder, expert_memory=3 * EXPERT)

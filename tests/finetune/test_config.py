@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused(sources, monkeypatch):
 
 def test_the_discrete_path_of_a_megatron_folder_has_its_values(sources, tmp_path):
     reader = open_checkpoint(sources / "vq")
-    export_megatron(reader, tmp_path / "megatron", MegatronOptions(ep=2, progress=False))
+    export_megatron(reader, tmp_path / "megatron", MegatronOptions(ep=2))
     ours, theirs = DiscreteOnly(reader), DiscreteOnly(open_checkpoint(tmp_path / "megatron"))
     assert set(ours.names()) == set(theirs.names())
     for name in ours.names():

@@ -73,7 +73,6 @@ class ExportOptions:
         tokenizer: ``auto`` (what the run's data names), ``none``, or what ``load_tokenizer`` takes.
         inexact_tokenizer: as ``inexact`` of ``write_tokenizer``.
         force: replace a folder that exists.
-        progress: show a bar on a terminal.
     """
 
     dtype: str = "float32"
@@ -82,7 +81,6 @@ class ExportOptions:
     tokenizer: str = "auto"
     inexact_tokenizer: bool = False
     force: bool = False
-    progress: bool = True
 
 
 def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions | None = None) -> list[str]:
@@ -119,7 +117,6 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
     entries = _entries(reader, parts_of(config, options.arch), DTYPES[options.dtype])
     entries += [entry_of(name, tensor) for name, tensor in inference.items()]
     total = sum(entry.nbytes for entry in entries)
-    hide = None if options.progress else True  # None: only on a terminal
     with new_folder(dst, options.force) as folder:
         if tokenizer is not None:
             from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import write_tokenizer
@@ -127,7 +124,7 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
             lengths = config.model.vocab_size, config.model.sequence_length
             stock, inexact = options.arch != "vqmoe", options.inexact_tokenizer
             description.update(write_tokenizer(folder, tokenizer, *lengths, stock=stock, inexact=inexact))
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=hide) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=None) as bar:
             write_weights(folder, entries, limit, bar.update)
         _write_small_files(folder, reader, config, options, description)
         summary = find_summary(Path(reader.path), reader.step)

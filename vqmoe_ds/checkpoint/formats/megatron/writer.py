@@ -48,7 +48,6 @@ class MegatronOptions:
         experts: ``sequential`` (``local_experts.E.linear_fc1``) or ``grouped`` (``weight1``, the legacy grouped GEMM).
         dtype: ``float32``, with which the way back is exact, or ``bfloat16``.
         force: replace a folder that exists.
-        progress: show a bar on a terminal.
     """
 
     tp: int = 1
@@ -56,7 +55,6 @@ class MegatronOptions:
     experts: str = "sequential"
     dtype: str = "float32"
     force: bool = False
-    progress: bool = True
 
 
 def export_megatron(reader: CheckpointReader, dst: str | Path, options: MegatronOptions | None = None) -> list[str]:
@@ -75,10 +73,9 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
     """
     dst, options = Path(dst), options or MegatronOptions()
     writer = _Writer(reader, options)
-    hide = None if options.progress else True  # None: only on a terminal
     with (
         new_folder(dst, options.force) as folder,
-        tqdm(total=writer.nbytes(), unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=hide) as bar,
+        tqdm(total=writer.nbytes(), unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=None) as bar,
     ):
         iteration = folder / f"iter_{reader.step:07d}"
         for tp in range(options.tp):
