@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "codebook": {"source": "context", "num_codes": 20, "context_window": 5},
         "data": {"separate_documents": True},
     },
+    "ranks without tokens": {"codebook": {"source": "token_embedding", "num_codes": 2}},  # all in the first group
     "positions, every second block": {
         "codebook": {"source": "position_embedding"},
         "model": {"layers": 4, "moe_every": 2, "qk_norm": "heads"},
@@ -83,6 +84,7 @@ def test_tokens_at_their_experts_train_the_same_model(tmp_path: Path) -> None:
         "grouped queries": [Layout(2, 2, 0)],
         "sliding window": [Layout(2, 2, 0)],
         "documents kept apart": [Layout(4, 4, 1)],
+        "ranks without tokens": [Layout(4, 4, 2)],
     }
     _check(tmp_path, few)
 

@@ -99,12 +99,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         positions_T: Tensor | None = None,
     ) -> Tensor:
-        batch, length, _ = x_BSD.shape
+        length = x_BSD.shape[1]
         share = self.share if past is None else None
         start = share.span.start if share is not None else 0 if past is None else past.position_of(length)
         places = slice(start, start + length) if homes is None else homes.positions_M
         qkv = self.qkv(x_BSD) if self.qkv_bias is None else self.qkv(x_BSD) + self.qkv_bias
-        qkv_BSNH = qkv.view(batch, length, -1, self.head_width)
+        qkv_BSNH = qkv.unflatten(-1, (-1, self.head_width))
         if positions_T is None:
             q, k, v = self._turned(qkv_BSNH, self.cos_SF[places], self.sin_SF[places])
         else:

@@ -83,9 +83,8 @@ def from_homes(q_1AMH: Tensor, k_1KMH: Tensor, v_1KMH: Tensor, homes: Homes) -> 
     by_rank = [x.squeeze(0).unflatten(0, (share.size, -1)) for x in (q_1AMH, k_1KMH, v_1KMH)]
     by_rank_PMnH = torch.cat(by_rank, dim=1).transpose(1, 2)
     heads = by_rank_PMnH.shape[2:]
-    received = exchange_rows(
-        by_rank_PMnH.reshape(share.size * count, -1), [count] * share.size, homes.counts, share.group
-    )
+    sent = by_rank_PMnH.flatten(0, 1).flatten(1)  # not reshaped: a rank may have no tokens
+    received = exchange_rows(sent, [count] * share.size, homes.counts, share.group)
     rows_T = PermuteRows.apply(received, homes.inverse_T, homes.order_T)
     q, k, v = rows_T.view(-1, share.length, *heads).transpose(1, 2).split([x.shape[1] for x in by_rank], dim=1)
     return q, k, v
