@@ -226,8 +226,9 @@ STRANGER = """
 import sys, torch
 for name in ("vqmoe_ds", "deepspeed", "pydantic_settings"):
     sys.modules[name] = None  # as if it were not installed, also to those who only ask
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 folder = sys.argv[1]
+AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)  # to fine-tune it
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # or it asks, and waits for an answer
 batch = tokenizer(["The quick", "Käfer"], return_tensors="pt", padding=True)

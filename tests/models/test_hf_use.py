@@ -25,7 +25,7 @@ from transformers import (
 
 from tests.huggingface import CASES, LENGTH, VOCAB, ModelReader, config_of, model_of, tokens_of
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
-from vqmoe_ds.models.hf import VQMoEConfig, VQMoEForCausalLM
+from vqmoe_ds.models.hf import VQMoEConfig, VQMoEForCausalLM, VQMoEForSequenceClassification
 
 LINEAR = [case for case, (moe, *_) in CASES.items() if moe.get("top_k", 1) and case not in ("dense", "hash of tokens")]
 
@@ -115,6 +115,57 @@ def test_a_mask_of_pairs_that_hides_padding_is_a_mask_of_tokens(models: dict[str
             want = models[case](tokens_of(1), attention_mask=kept).logits[:, 4:]
             got = models[case](tokens_of(1), attention_mask=pairs, position_ids=positions).logits[:, 4:]
         assert _far(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min, -1e9, -1e4])
+@pytest.mark.parametrize("case", ["context", "layer state", "sliding window"])
+def test_whatever_hides_tokens_from_attention_hides_them_from_codes(
+    case: str, low: float, models: dict[str, Any]
+) -> None:
+    documents, ids, positions = _packed()
+    mask = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~_blocks(models[case].config.sliding_window), low)
+    with torch.no_grad():
+        logits = models[case](ids, attention_mask=mask, position_ids=positions).logits
+        apart = torch.cat([models[case](document).logits for document in documents], dim=1)
+    assert _far(logits, apart) < 1e-5
+
+
+def test_a_token_that_one_head_sees_is_seen(models: dict[str, Any]) -> None:
+    chosen: list[Tensor] = []
+    model = copy.deepcopy(models["context, discrete only"])
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, given: chosen.append(given[1]))
+    mask = torch.ones(LENGTH, LENGTH).tril().bool().repeat(1, 2, 1, 1)
+    mask[:, 0, 5:, :5] = False
+    model(tokens_of(1), attention_mask=mask)
+    model(tokens_of(1))
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.int64).tril(), "holds torch.int64: give bool"),
+        (torch.ones(1, 1, LENGTH, LENGTH - 3).tril().bool(), r"has shape \(1, 1, 16, 13\); it must be \[batch, 1, new"),
+        (torch.ones(1, 1, LENGTH - 3, LENGTH).tril().bool(), r"has shape \(1, 1, 13, 16\)"),
+        (torch.ones(2, 1, LENGTH, LENGTH).tril().bool(), r"has shape \(2, 1, 16, 16\)"),
+    ],
+)
+def test_masks_of_pairs_that_say_nothing_are_refused(mask: Tensor, reason: str, models: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=reason):
+        models["context"](tokens_of(3), attention_mask=mask)
+
+
+@pytest.mark.parametrize("case", ["context", "context, projected", "position embedding", "early block", "top-2"])
+def test_routes_are_those_of_float32_under_autocast(case: str, models: dict[str, Any]) -> None:
+    """In bfloat16 a code or a logit of a router would be another one for every few hundredth token."""
+    chosen, tokens = [], tokens_of(64)
+    model = copy.deepcopy(models[case])
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, given: chosen.append(given[1][:, -1:]))
+    model.model.layers[0].self_attn.register_forward_hook(lambda _, given, output: (torch.zeros_like(given[0]), None))
+    model(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens)
+    assert torch.equal(*chosen)
 
 
 @pytest.mark.parametrize("case", ["context", "top-2", "dense"])
@@ -264,9 +315,55 @@ def test_special_tokens_are_declared_and_other_models_options_refused() -> None:
     assert config.eos_token_id is None and config.bos_token_id is None and config.pad_token_id is None
     with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide num_attention_heads=4"):
         VQMoEConfig(num_key_value_heads=3)
-    for option in ({"layer_types": ["sliding_attention"]}, {"rope_scaling": {"rope_type": "yarn"}}):
-        with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is not one of"):
+    for option in (
+        {"layer_types": ["sliding_attention"]},
+        {"rope_scaling": {"rope_type": "yarn"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"partial_rotary_factor": 0.5},
+        {"attention_dropout": 0.1},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}.*=.* is not one of"):
             VQMoEConfig(**option)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"sliding_window": 0}, "1 or more"),
+        ({"rope_scaling_type": "linear", "rope_factor": 0.0}, "1 or more"),
+        ({"rope_scaling_type": "yarn", "rope_original_length": 0, "rope_factor": 2.0}, "1 or more"),
+        ({"moe_every": 0}, "1 or more"),
+        ({"moe_every": 9}, "take router='dense', or more blocks"),
+        ({"num_experts": 0}, "1 or more"),
+        ({"num_experts_per_tok": 17}, "from 0 to 16"),
+        ({"router": "topk", "num_experts_per_tok": 0}, "from 1 to 16"),
+        ({"num_codes": 0}, "1 or more"),
+        ({"code_dim": -1}, "0 or more"),
+        ({"context_window": 0}, "1 or more"),
+        ({"code_source": "early_block", "source_block": 4}, "from 0 to 3"),
+        ({"head_dim": 31}, "even"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(options: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        VQMoEConfig(**options)
+    VQMoEConfig(router="dense", moe_every=0, num_experts=0, num_codes=0)  # which looks at none of these
+
+
+def test_a_text_of_nothing_is_said_and_a_row_of_padding_harms_no_other(models: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a text of no tokens"):
+        models["context"](torch.zeros(1, 0, dtype=torch.int64))
+    config = copy.deepcopy(models["context"].config)
+    config.classifier_pool = "mean"
+    tokens, mask = tokens_of(), torch.ones(3, LENGTH)
+    mask[1] = 0
+    assert VQMoEForSequenceClassification(config).eval()(tokens, attention_mask=mask).logits.isfinite().all()
+    model = copy.deepcopy(models["top-2"]).train()  # a micro-batch of padding alone adds nothing to a batch
+    loss = model(tokens, attention_mask=0 * mask, labels=torch.full_like(tokens, -100), num_items_in_batch=10).loss
+    assert loss.item() == 0.0
 
 
 # ------------------------------------------------------------ training
@@ -313,8 +410,28 @@ def test_whole_graphs_give_the_same(case: str, models: dict[str, Any]) -> None:
         assert _far(compiled(tokens_of(), attention_mask=mask, use_cache=False).logits, want) < 1e-5
         torch.compiler.reset()
         inputs = {"input_ids": tokens_of(), "attention_mask": mask, "use_cache": False}
-        program = torch.export.export(model, (), inputs, strict=False)
-        assert _far(program.module()(**inputs).logits, want) < 1e-5
+        free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+        shapes = {"input_ids": free, "attention_mask": free, "use_cache": None}
+        program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+        assert _far(program(**inputs).logits, want) < 1e-5
+        inputs = {**inputs, "input_ids": tokens_of(5, 9), "attention_mask": torch.ones(5, 9, dtype=torch.long)}
+        assert _far(program(**inputs).logits, model(**inputs).logits) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", ["context", "layer state", "top-2"])
+def test_a_traced_graph_follows_other_routes_than_those_it_was_traced_with(case: str, models: dict[str, Any]) -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = models[case]
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.model(tokens, use_cache=False, return_dict=False)[0]
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(), tokens_of(), check_trace=False)
+        assert _far(traced(tokens_of(seed=3)), models[case](tokens_of(seed=3)).logits) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["context", "layer state, soft output"])

@@ -20,6 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vqmoe import VQMoEConfig
 
+HIDDEN = -1e4
+"""What is added to the scores of tokens that are not seen, or less: whoever makes masks writes -1e4, -1e9 or -inf."""
+
 
 class VQMoERMSNorm(nn.Module):
     """Root-mean-square normalisation with a learned scale."""
@@ -147,8 +150,8 @@ class SeenTokens:
         self.unknown = False
         positions_BS = self.places_S.unsqueeze(0)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
-            mask_BSP = attention_mask[:, 0]
-            self.mask_BSP = mask_BSP if mask_BSP.dtype == torch.bool else mask_BSP > torch.finfo(mask_BSP.dtype).min / 2
+            self.mask_BSP = _seen_pairs(attention_mask)
+            self._check_pairs(batch, past)
             self.kept_BS = self._in_mask(0).expand(batch, length)
         elif isinstance(attention_mask, Tensor):
             if not torch.compiler.is_compiling() and attention_mask.shape != (batch, int(past) + length):
@@ -172,7 +175,7 @@ class SeenTokens:
                 "this model's codes look back at the tokens that a token sees: give a mask that is a tensor"
             )
         there = (self.places_S >= steps).unsqueeze(0)
-        if self.mask_BSP is not None and self.first > 0 and self.mask_BSP.shape[2] - len(self.places_S) < steps:
+        if self.mask_BSP is not None and self.first > 0 and self.mask_BSP.shape[2] - self.places_S.shape[0] < steps:
             raise ValueError(
                 "this model's codes look back further than its sliding window, and a mask [batch, 1, new, past + new] "
                 "tells nothing of what the cache has forgotten: use a DynamicCache and a mask [batch, past + new]"
@@ -183,10 +186,39 @@ class SeenTokens:
             return there & (self.documents_BS == self.documents_BS.roll(steps, dims=1))
         return there
 
+    def _check_pairs(self, batch: int, past: int | Tensor) -> None:
+        assert self.mask_BSP is not None
+        rows, new, ends = self.mask_BSP.shape
+        length = self.places_S.shape[0]
+        if torch.compiler.is_compiling() or (
+            rows in (1, batch) and new == length and self.first + ends >= int(past) + length
+        ):
+            return
+        raise ValueError(
+            f"attention_mask of pairs has shape {(rows, 1, new, ends)}; it must be [batch, 1, new, past + new] = "
+            f"{(batch, 1, length, int(past) + length - self.first)}"
+        )
+
     def _in_mask(self, steps: int) -> Tensor:
         assert self.mask_BSP is not None
         places_1S1 = (self.places_S - steps - self.first).clamp_min(0).view(1, -1, 1)
-        return self.mask_BSP.gather(2, places_1S1.expand(len(self.mask_BSP), -1, 1)).squeeze(2)
+        return self.mask_BSP.gather(2, places_1S1.expand(self.mask_BSP.shape[0], -1, 1)).squeeze(2)
+
+
+def _seen_pairs(mask_BASP: Tensor) -> Tensor:
+    """Which tokens are seen by any head of which, ``[B, S, P + S]``.
+
+    Raises:
+        ValueError: the mask is of integers, of which nobody knows whether 0 hides or adds nothing.
+    """
+    if mask_BASP.dtype == torch.bool:
+        return mask_BASP.any(dim=1)
+    if not mask_BASP.is_floating_point():
+        raise ValueError(
+            f"attention_mask of pairs holds {mask_BASP.dtype}: give bool (true where a token is seen), or floats that "
+            "are added to scores (0 where it is)"
+        )
+    return (mask_BASP > HIDDEN).any(dim=1)
 
 
 def sinusoids(positions_BS: Tensor, width: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -130,6 +131,12 @@ class VQMoEConfig(PretrainedConfig):
             # Options of Llama and its like that would change what is computed, and that this model lacks.
             ("layer_types", kwargs.get("layer_types"), (None,)),
             ("rope_scaling", _scaling(kwargs.get("rope_scaling") or kwargs.get("rope_parameters")), ("default",)),
+            ("rope_parameters.rope_theta", _theta(kwargs.get("rope_parameters")), (None, rope_theta)),
+            ("partial_rotary_factor", kwargs.get("partial_rotary_factor", 1.0), (1.0,)),
+            ("attention_dropout", kwargs.get("attention_dropout", 0.0), (0.0,)),
+            ("attention_bias", kwargs.get("attention_bias", False), (False,)),
+            ("mlp_bias", kwargs.get("mlp_bias", False), (False,)),
+            ("hidden_act", kwargs.get("hidden_act", "silu"), ("silu",)),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
@@ -191,7 +198,35 @@ class VQMoEConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
+        self._check_sizes()
         super().__init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        """Raises: ValueError: a size that this router, code source or scaling looks at cannot be."""
+        sparse, codes, most = self.router != "dense", self.router == "vq", math.inf
+        early = codes and self.code_source == "early_block"
+        for name, low, high, matters in (
+            ("sliding_window", 1, most, self.sliding_window is not None),
+            ("rope_factor", 1, most, self.rope_scaling_type != "none"),
+            ("rope_original_length", 1, most, self.rope_scaling_type in ("llama3", "yarn")),
+            ("moe_every", 1, most, sparse),
+            ("num_experts", 1, most, sparse),
+            ("num_experts_per_tok", 0 if codes else 1, self.num_experts, self.router in ("vq", "topk")),
+            ("num_codes", 1, most, codes),
+            ("code_dim", 0, most, codes),
+            ("context_window", 1, most, codes),
+            ("source_block", 0, self.num_hidden_layers - 1, early),
+        ):
+            if matters and not low <= getattr(self, name) <= high:
+                upwards = f"from {low} to {high}" if high < most else f"{low} or more"
+                raise ValueError(f"{name}={getattr(self, name)} must be {upwards}")
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        if sparse and not self.moe_blocks:
+            raise ValueError(
+                f"moe_every={self.moe_every} and first_k_dense_replace={self.first_k_dense_replace} leave none of "
+                f"{self.num_hidden_layers} blocks with experts: take router='dense', or more blocks"
+            )
 
     @property
     def moe_blocks(self) -> list[int]:
@@ -200,6 +235,10 @@ class VQMoEConfig(PretrainedConfig):
             return []
         every = range(self.moe_every - 1, self.num_hidden_layers, self.moe_every)
         return [block for block in every if block >= self.first_k_dense_replace]
+
+
+def _theta(rope: dict[str, Any] | None) -> Any:
+    return (rope or {}).get("rope_theta")
 
 
 def _scaling(rope: dict[str, Any] | None) -> str:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_vqmoe import SeenTokens, VQMoEAttention, VQMoERMSNorm, rotary_tables, sinusoids
@@ -205,6 +205,8 @@ class VQMoEModel(VQMoEPreTrainedModel):
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None and not input_ids.shape[1]:
+            raise ValueError("a text of no tokens was given: give at least one, such as that which ends a document")
         if input_ids is not None:
             return self.embed_tokens(input_ids)
         if self.token_table is not None or self.config.source_table:
@@ -216,7 +218,8 @@ class VQMoEModel(VQMoEPreTrainedModel):
 
     def _codes(self, source: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         assert self.codebook is not None
-        return self.codebook(source, layer)
+        with maybe_autocast(source.device.type, enabled=False):  # in bfloat16 codes would send tokens elsewhere
+            return self.codebook(source, layer)
 
     def _routes_ahead(
         self, input_ids: Tensor | None, x_BSD: Tensor, seen: SeenTokens, past_key_values: Cache | None
@@ -386,7 +389,7 @@ class VQMoEForSequenceClassification(VQMoEPreTrainedModel):
             last_B = (real_BS * torch.arange(length, device=real_BS.device)).argmax(dim=1)
             return states_BSD[torch.arange(batch, device=real_BS.device), last_B]
         sums_BD = states_BSD.float().masked_fill(~real_BS.unsqueeze(-1), 0.0).sum(dim=1)
-        return (sums_BD / real_BS.sum(dim=1, keepdim=True)).to(states_BSD.dtype)
+        return (sums_BD / real_BS.sum(dim=1, keepdim=True).clamp_min(1)).to(states_BSD.dtype)
 
 
 def _without_padding(other_BS: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_vqmoe import VQMoEConfig
 
@@ -70,13 +71,14 @@ class VQMoEExperts(nn.Module):
         """
         routes = expert_ids_TR.shape[1]
         ids_M, order_M = expert_ids_TR.flatten().sort(stable=True)
-        inverse_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+        places_M = torch.arange(order_M.shape[0], device=order_M.device)
+        inverse_M = torch.empty_like(order_M).scatter_(0, order_M, places_M)
         rows_MD = x_TD.index_select(0, order_M // routes)
         if discrete_offset_TD is not None:
             last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
             rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
         ends_N = torch.searchsorted(ids_M, torch.arange(len(self.gate_proj), device=ids_M.device), right=True)
-        tracing = torch.compiler.is_compiling() and grouped_linear is not None
+        tracing = (torch.compiler.is_compiling() or torch.jit.is_tracing()) and grouped_linear is not None
         y_MD = self._run_grouped(rows_MD, ids_M, ends_N) if tracing else self._run(rows_MD, ids_M, ends_N)
         return y_MD.index_select(0, inverse_M).view(-1, routes, x_TD.shape[1])
 
@@ -215,7 +217,8 @@ class VQMoEGate(nn.Linear):
         super().__init__(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD.float(), self.weight.float())
+        with maybe_autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.float(), self.weight.float())
 
 
 class VQMoESparseMLP(nn.Module):
@@ -304,11 +307,11 @@ class VQMoESparseMLP(nn.Module):
 
 
 def _mean(rows_T: Tensor, kept_T: Tensor | None) -> Tensor:
-    """Mean of the rows of real tokens."""
+    """Mean of the rows of real tokens; 0 where there are none."""
     if kept_T is None:
         return rows_T.mean(dim=0)
     kept = kept_T.view(-1, *[1] * (rows_T.dim() - 1))
-    return rows_T.masked_fill(~kept, 0).sum(dim=0) / kept_T.sum()
+    return rows_T.masked_fill(~kept, 0).sum(dim=0) / kept_T.sum().clamp_min(1)
 
 
 # ---------------------------------------------------------------- what codes look back at

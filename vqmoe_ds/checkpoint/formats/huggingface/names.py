@@ -339,6 +339,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         "auto_map": {
             "AutoConfig": "configuration_vqmoe.VQMoEConfig",
             "AutoModel": "modeling_vqmoe.VQMoEModel",
+            "AutoModelForSequenceClassification": "modeling_vqmoe.VQMoEForSequenceClassification",
             f"AutoModelFor{model.removeprefix('VQMoEFor')}": f"modeling_vqmoe.{model}",
         },
         **options,
