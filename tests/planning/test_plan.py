@@ -143,6 +143,10 @@ def test_every_remedy_does_it(capsys):
     assert plan(capsys, *options, *nodes.split())[0] == 0
 
 
+AT_EXPERTS = ["--preset", "64e", "--set", "model.heads=16", "--set", "train.sequence_parallel_size=8",
+              "--set", "codebook.groups=8", "--set", "moe.top_k=0", "--set", "train.sp_placement=expert"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -157,6 +161,11 @@ def test_every_remedy_does_it(capsys):
         (["--network_gbps", "nan"], "--network_gbps nan must be more than 0"),
         (["--latency_us", "inf"], "--latency_us inf must be"),
         (["--set", "model.layers=1000000000"], "model.layers=1000000000: input should be less than"),
+        ([*AT_EXPERTS, "--set", "codebook.groups=1"], "set codebook.groups to a multiple of --ep_size 8"),
+        ([*AT_EXPERTS, "--set", "moe.router=topk", "--set", "moe.top_k=1"], "that codes name: set moe.router=vq"),
+        ([*AT_EXPERTS, "--set", "train.sequence_parallel_size=1"], "there are --sp_size 1 and --ep_size 1"),
+        (["--json", "/"], "--json / cannot be written there; name a file in a folder that exists"),
+        (["--figure", "no/such/folder.png"], "--figure no/such/folder.png cannot be written there"),
         (["--preset", "64e", "--imbalance", "0.5"], "--imbalance 0.5 must be at least 1"),
         (["--preset", "256e", "--gpu", "l40s"], "no layout fits 48 GB a processor; the least is ZeRO-2, EP 8"),
     ],

@@ -160,8 +160,9 @@ def _ep_sizes(run: RunConfig, cluster: Cluster, choices: Choices) -> list[int]:
             f"size of {ranks} ranks, and grouped products take no more; plan for more ranks (--nodes)"
         )
     troubles = [placement_trouble(run, n) for n in sizes]
-    if all(troubles):
-        raise ConfigError(str(troubles[-1]))
+    if all(troubles):  # that of the largest size that ranks sharing sequences could have
+        within = [t for n, t in zip(sizes, troubles, strict=True) if n <= run.train.sequence_parallel_size]
+        raise ConfigError(str([*troubles[:1], *within][-1]))
     return [n for n, trouble in zip(sizes, troubles, strict=True) if trouble is None]
 
 
