@@ -24,6 +24,7 @@ from tests.train.test_sequence_parallel import (
 )
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import RunConfig, SequencePlacement
+from vqmoe_ds.evaluation.routing import heard
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.dispatch import _all_to_all
 from vqmoe_ds.planning import parameters, traffic
@@ -93,6 +94,42 @@ def test_tokens_at_their_experts_train_the_same_model(tmp_path: Path) -> None:
 def test_every_source_stage_and_layout(tmp_path: Path) -> None:
     layouts = [Layout(2, 2, 0), Layout(4, 4, 3), Layout(4, 2, 1)]
     _check(tmp_path, {**dict.fromkeys(CASES, layouts), "grouped queries": layouts[:1]})
+
+
+# ------------------------------------------------------------------ the same routes
+
+
+def _routes(rank: int, world: int, folder: Path, jobs: list[tuple[RunConfig, Layout]]) -> list[tuple[Any, Any]]:
+    """Places ``b * S + s`` of this rank's tokens, and their experts ``[L, T, R]``, of one forward pass in training."""
+    found = []
+    for config, layout in jobs:
+        trainer = _trainer(folder, rank, config, layout)
+        model, places = trainer.session.model.train(), torch.arange(2 * LENGTH).view(2, LENGTH)
+        tokens_BS = torch.randint(0, config.model.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+        if model.share is not None:
+            places = places[:, model.share.span]
+        if model._by_expert(None):
+            places = model._homes(tokens_BS, None)[0].mine_M
+        with heard(model.moe_layers(), lambda _inputs, outputs: outputs[2]) as seen:
+            model(tokens_BS, tokens_BS)
+        found.append((places.flatten(), torch.stack(seen)))
+        trainer.session.engine.destroy()
+    return found
+
+
+def test_every_layout_sends_every_token_to_the_same_experts(tmp_path: Path) -> None:
+    """Shared sequences and experts, tokens at their positions or experts; codes, and top-1 beside them."""
+    config = grouped("context beside top-1")
+    jobs = [(config, REFERENCE), (config, Layout(4, 2, 1)), (grouped("context beside top-1", HOME), Layout(4, 4, 1))]
+    reference, *parts = zip(*run_ranks(WORLD, _routes, tmp_path, jobs), strict=True)
+    whole_LTR = reference[0][1]
+    assert len(whole_LTR.unique()) > 4
+    for layout in parts:
+        places_T = torch.cat([places for places, _ in layout])
+        routes_LTR = torch.cat([routes for _, routes in layout], dim=1)
+        assert torch.equal(places_T.sort().values, torch.arange(2 * LENGTH))
+        assert torch.equal(routes_LTR, whole_LTR[:, places_T])
+    assert not torch.equal(parts[0][0][0], parts[1][0][0]), "these tokens are not at their positions"
 
 
 # ------------------------------------------------------------------ bytes
