@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqmoe_ds.evaluation import classification, plots
+from vqmoe_ds.evaluation import classification, page, plots
 from vqmoe_ds.evaluation.classification import ClassScore, plot_confusion
 from vqmoe_ds.evaluation.page import data_uri
 
@@ -106,3 +106,12 @@ def test_rows_of_differences_lie_within_the_frame(drawn, tmp_path):
     (axes,) = drawn[0].axes
     low, high = axes.get_ylim()
     assert (low, high) == (-0.5, 1.5) and list(axes.get_yticks()) == [0, 1], "half a row above and below"
+
+
+def test_ranks_by_layer_lie_within_the_frame():
+    def part(rank: float) -> dict[str, object]:
+        return {"effective_rank": rank, "expert": {"between_share": rank / 200}}
+
+    layers = [{"collapse": {"before": part(rank), "after": part(rank), "output": part(rank)}} for rank in (90.0, 97.0)]
+    for axes in page._draw_collapse(layers).axes:
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.05 * axes.dataLim.ymax

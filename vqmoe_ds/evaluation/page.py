@@ -117,9 +117,10 @@ def _draw_collapse(layers: list[dict[str, Any]]) -> Any:
         ranks.plot([row["collapse"][name]["effective_rank"] for row in layers], "o-", label=name)
     for name in ("before", "after"):
         shares.plot([row["collapse"][name]["expert"]["between_share"] for row in layers], "o-", label=name)
-    ranks.set(title="effective rank", ylim=(0, None))
-    shares.set(title="variance between experts' tokens", ylim=(0, None))
+    ranks.set(title="effective rank")
+    shares.set(title="variance between experts' tokens")
     for axes in (ranks, shares):
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)  # else the highest points lie on the frame
         axes.set(xlabel="MoE layer", xticks=range(len(layers)))
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
