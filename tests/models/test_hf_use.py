@@ -168,6 +168,14 @@ def test_routes_are_those_of_float32_under_autocast(case: str, models: dict[str,
     assert torch.equal(*chosen)
 
 
+@pytest.mark.parametrize("case", ["context", "dense"])
+def test_static_caches_serve_under_autocast(case: str, models: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = models[case].generate(tokens_of(), **options)
+        assert torch.equal(models[case].generate(tokens_of(), cache_implementation="static", **options), want)
+
+
 @pytest.mark.parametrize("case", ["context", "top-2", "dense"])
 def test_outputs_that_are_asked_for_are_there(case: str, models: dict[str, Any]) -> None:
     model = copy.deepcopy(models[case])

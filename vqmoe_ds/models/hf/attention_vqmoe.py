@@ -69,8 +69,8 @@ class VQMoEAttention(nn.Module):
         if self.config.qk_norm == "heads":
             q_BSAH, k_BSKH = self.q_norm(q_BSAH), self.k_norm(k_BSKH)
         q, k = _rotate(q_BSAH.transpose(1, 2), rotary), _rotate(k_BSKH.transpose(1, 2), rotary)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if past_key_values is not None:  # under autocast positions have turned keys into float32
+            k, v = past_key_values.update(k.to(v.dtype), v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         options = {"dropout": 0.0, "scaling": self.scaling, "sliding_window": self.config.sliding_window, **kwargs}
         y_BSAH, weights = attend(self, q, k, v, mask, **options)
