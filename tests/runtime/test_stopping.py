@@ -246,3 +246,35 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+_IMPORT = """
+import importlib, importlib.abc, sys, time
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith(("vqmoe_ds.config", "vqmoe_ds.finetune", "vqmoe_ds.evaluation", "vqmoe_ds.data")):
+            print("ready", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+command = importlib.import_module("vqmoe_ds.commands." + sys.argv.pop(1))
+sys.exit(command.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("pretrain", "the same command goes on"),
+        ("finetune", "the same command goes on"),
+        ("evaluate", "nothing was written; start it again"),
+    ],
+)
+def test_a_signal_is_answered_while_modules_are_still_imported(
+    command: str, remedy: str, number: signal.Signals
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", _IMPORT, command], stdout=subprocess.PIPE, text=True)
+    _ready(process)
+    process.send_signal(number)
+    assert process.communicate(timeout=20)[0] == f"stopped by {number.name}; {remedy}\n"
+    assert process.returncode == 75

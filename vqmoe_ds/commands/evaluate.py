@@ -11,11 +11,14 @@ CHECKPOINT is a run folder, a DeepSpeed checkpoint of any layout, a portable, Hu
 import sys
 
 from vqmoe_ds.commands import usage
-from vqmoe_ds.evaluation import command
+from vqmoe_ds.runtime.leaving import hear_early
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    hear_early("nothing was written; start it again")
+    from vqmoe_ds.evaluation import command
+
     return command.main(command.build_parser(usage(__doc__)).parse_args())
 
 

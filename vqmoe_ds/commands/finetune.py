@@ -12,11 +12,14 @@ model, moe, router and codebook are as in the checkpoint; --print_config shows t
 import sys
 
 from vqmoe_ds.commands import usage
-from vqmoe_ds.finetune import cli, run
+from vqmoe_ds.runtime.leaving import hear_early
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    hear_early()
+    from vqmoe_ds.finetune import cli, run
+
     return run.main(cli.build_parser(usage(__doc__)).parse_args())
 
 

@@ -12,13 +12,17 @@ defaults of the preset that is named beside it.
 import sys
 
 from vqmoe_ds.commands import usage
-from vqmoe_ds.config.cli import build_parser
-from vqmoe_ds.planning import dry_run
-from vqmoe_ds.train import pretrain
+from vqmoe_ds.runtime.leaving import hear_early
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    if "--dry_run" not in sys.argv:  # which is a command of one process, and stops as those do
+        hear_early()
+    from vqmoe_ds.config.cli import build_parser
+    from vqmoe_ds.planning import dry_run
+    from vqmoe_ds.train import pretrain
+
     arguments = build_parser(usage(__doc__)).parse_args()
     return dry_run.main(arguments) if arguments.dry_run else pretrain.main(arguments)
 

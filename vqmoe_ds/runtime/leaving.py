@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import TRY_AGAIN, TrainingHalted, UserError
 from vqmoe_ds.runtime.parents import watch_launcher
-from vqmoe_ds.runtime.ranks import Place
+from vqmoe_ds.runtime.ranks import Place, likely_rank
 from vqmoe_ds.runtime.stopping import STOP
 
 
@@ -27,6 +27,18 @@ def watch_peers(
         os._exit(leave_together(console.fail(lost), place))
 
     return Watchdog(place, seconds, leave, hint)
+
+
+def hear_early(remedy: str = "the same command goes on") -> None:
+    """Let a signal end the process with ``TRY_AGAIN`` while its modules are still being imported."""
+
+    def leave(reason: str) -> None:
+        if likely_rank() == 0:
+            with suppress(OSError):
+                print(f"stopped by {reason}; {remedy}", flush=True)
+        os._exit(TRY_AGAIN)
+
+    STOP.listen(leave)
 
 
 def hear_requests(place: Place, console: Console, remedy: str = "the same command goes on") -> None:
