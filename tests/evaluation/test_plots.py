@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +119,11 @@ def test_ranks_by_layer_lie_within_the_frame():
     layers = [{"collapse": {"before": part(rank), "after": part(rank), "output": part(rank)}} for rank in (90.0, 97.0)]
     for axes in page._draw_collapse(layers).axes:
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.05 * axes.dataLim.ymax
+
+
+def test_a_backend_that_does_not_exist_is_not_asked_for(tmp_path):
+    code = "import sys; from vqmoe_ds.evaluation.plots import plot_loss; from pathlib import Path\n"
+    code += "plot_loss(Path(sys.argv[1]), [{'step': 1, 'bits_per_byte': 8}])"
+    environ = {**os.environ, "MPLBACKEND": "module://nowhere"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "loss.png"], env=environ, check=True)
+    assert (tmp_path / "loss.png").is_file()

@@ -98,6 +98,14 @@ def test_contradictions_are_one_sentence(environ, variables, sentence):
         find_place()
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "3"}, TORCHRUN | ADDRESS | {"RANK": "1", "WORLD_SIZE": "1"}])
+def test_a_rank_that_may_be_alone_speaks_for_itself(environ, variables):
+    environ(variables)
+    with pytest.raises(ConfigError) as caught:
+        find_place()
+    assert caught.value.local
+
+
 @pytest.mark.parametrize("port", ["tcp://10.0.0.1:29500", "0", "65536", "-1", "1e3", "9" * 5000, "٣", "29500 "])
 def test_a_port_that_is_none_is_no_reason_to_try_again(environ, port):
     environ(ADDRESS | {"MASTER_PORT": port})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,6 +170,7 @@ def pyplot() -> Any:
     Raises:
         NoPictures: it is not installed.
     """
+    os.environ["MPLBACKEND"] = "agg"  # another, even one that does not exist, would be loaded at the import
     library("matplotlib", "drawing", NoPictures).use("Agg")
     import matplotlib.pyplot as plt
 

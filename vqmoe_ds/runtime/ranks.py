@@ -133,7 +133,8 @@ def _read(launcher: _Launcher, given_local_rank: int | None) -> Place:
     if world is None:
         raise ConfigError(
             f"{launcher.rank}={rank} is set, but not {launcher.world_size[-1]}: start all ranks with one launcher, or "
-            f"unset {launcher.rank} for a run of one rank"
+            f"unset {launcher.rank} for a run of one rank",
+            local=True,
         )
     if launcher is not _TORCH and os.environ.get("WORLD_SIZE", str(world)) != str(world):
         raise ConfigError(
@@ -155,7 +156,8 @@ def _check(place: Place, launcher: _Launcher | None) -> None:
         if not 0 <= one < all_:
             raise ConfigError(
                 f"{launcher.name if launcher else 'nobody'} says that this is {kind} {one} of {all_}, which cannot be; "
-                "look for variables of another launcher in the environment (env | grep -E 'RANK|SIZE|SLURM')"
+                "look for variables of another launcher in the environment (env | grep -E 'RANK|SIZE|SLURM')",
+                local=True,  # there may be no rank 0 that speaks for it
             )
 
 
