@@ -278,3 +278,16 @@ def test_a_signal_is_answered_while_modules_are_still_imported(
     process.send_signal(number)
     assert process.communicate(timeout=20)[0] == f"stopped by {number.name}; {remedy}\n"
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["prepare", "train_tokenizer", "inspect_routing"])
+def test_a_tool_that_is_interrupted_while_it_is_imported_has_no_traceback(
+    command: str, number: signal.Signals, code: int
+) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", _IMPORT, command], **pipes)
+    _ready(process)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "interrupted\n")
+    assert process.returncode == code

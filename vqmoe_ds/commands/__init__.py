@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from vqmoe_ds.runtime.terminal import run_tool
+from vqmoe_ds.runtime.terminal import importing, run_tool
+
+__all__ = ["DOORS", "importing", "run", "usage"]
 
 
 def run(command: ModuleType, doc: str | None) -> int:

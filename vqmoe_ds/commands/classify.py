@@ -9,13 +9,14 @@ CHECKPOINT is the run folder of a fine-tuning on labelled texts, or one of its c
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.finetune import predict
+    with importing():
+        from vqmoe_ds.finetune import predict
 
     return run(predict, __doc__)
 

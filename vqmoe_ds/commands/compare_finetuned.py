@@ -9,12 +9,14 @@ A folder holds one run, or those of --seeds and --shots. The first name is the m
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.experiments import finetuned
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.experiments import finetuned
+
     return run(finetuned, __doc__)
 
 

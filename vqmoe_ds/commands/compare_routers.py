@@ -11,12 +11,14 @@ The same command goes on after any interruption: finished runs are kept, killed 
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.experiments import compare
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.experiments import compare
+
     return run(compare, __doc__)
 
 

@@ -8,13 +8,14 @@ vqmoe-compare-routes runs/pretrain runs/pretrain/checkpoints/global_step0000990 
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.experiments import routes
+    with importing():
+        from vqmoe_ds.experiments import routes
 
     return run(routes, __doc__)
 

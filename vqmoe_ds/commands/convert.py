@@ -11,13 +11,14 @@ Resuming on another layout needs no conversion: pretrain.py --resume takes a che
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.checkpoint import convert
+    with importing():
+        from vqmoe_ds.checkpoint import convert
 
     return run(convert, __doc__)
 

@@ -15,12 +15,14 @@ context or more.
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.evaluation import generate_command
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.evaluation import generate_command
+
     return run(generate_command, __doc__)
 
 

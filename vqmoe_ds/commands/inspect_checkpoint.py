@@ -7,12 +7,14 @@ vqmoe-inspect-checkpoint runs/one runs/two              # and how the second dif
 
 import sys
 
-from vqmoe_ds.checkpoint import inspect
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.checkpoint import inspect
+
     return run(inspect, __doc__)
 
 

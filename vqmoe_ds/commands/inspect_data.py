@@ -7,12 +7,14 @@ vqmoe-inspect-data megatron_text_document --tokenizer spm.model     # made by Me
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.data import inspect
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.data import inspect
+
     return run(inspect, __doc__)
 
 

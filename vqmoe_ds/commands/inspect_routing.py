@@ -9,13 +9,14 @@
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.evaluation import routing_report
+    with importing():
+        from vqmoe_ds.evaluation import routing_report
 
     return run(routing_report, __doc__)
 

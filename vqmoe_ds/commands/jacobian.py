@@ -8,13 +8,14 @@ What is differentiated, and what the paper expects of it: docs/routing-report.md
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.experiments import jacobian_report
+    with importing():
+        from vqmoe_ds.experiments import jacobian_report
 
     return run(jacobian_report, __doc__)
 

@@ -12,13 +12,14 @@ Train with one: --set moe.router=token_table --set router.path=table.safetensors
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.experiments import token_table
+    with importing():
+        from vqmoe_ds.experiments import token_table
 
     return run(token_table, __doc__)
 

@@ -11,13 +11,14 @@ Memory of weights, gradients and optimizer, and the bytes of all-to-all and all-
 import os
 import sys
 
-from vqmoe_ds.commands import run
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    from vqmoe_ds.planning import command
+    with importing():
+        from vqmoe_ds.planning import command
 
     return run(command, __doc__)
 

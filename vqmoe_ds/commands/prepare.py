@@ -9,12 +9,14 @@ A command that was interrupted goes on from what it had finished when it is give
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.data import prepare
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.data import prepare
+
     return run(prepare, __doc__)
 
 

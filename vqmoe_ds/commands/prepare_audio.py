@@ -10,12 +10,14 @@ a file. Clips with noise are of the same names, speakers and splits, and the noi
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.data import prepare_audio
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.data import prepare_audio
+
     return run(prepare_audio, __doc__)
 
 

@@ -11,13 +11,13 @@ that is already split at spaces, as WikiText is. The same sources, options and s
 import argparse
 import sys
 
-from vqmoe_ds.commands import usage
-from vqmoe_ds.data.documents import SourceOptions
-from vqmoe_ds.data.tokenizer_training import KINDS, check_output, train_tokenizer
+from vqmoe_ds.commands import importing, usage
 from vqmoe_ds.runtime.terminal import run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from vqmoe_ds.data.tokenizer_training import KINDS
+
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=usage(__doc__), formatter_class=form)
     add = parser.add_argument
@@ -35,10 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        import vqmoe_ds.data.tokenizer_training  # noqa: F401
+
     return run_tool(_train)
 
 
 def _train() -> int:
+    from vqmoe_ds.data.documents import SourceOptions
+    from vqmoe_ds.data.tokenizer_training import check_output, train_tokenizer
+
     args = build_parser().parse_args()
     options = SourceOptions(text_key=args.text_key, on_error=args.on_error, cache_dir=args.cache_dir)
     folder = check_output(args.output)

@@ -11,12 +11,14 @@ Of a dense model the new one computes the function until it is trained; --noise 
 
 import sys
 
-from vqmoe_ds.commands import run
-from vqmoe_ds.upcycle import command
+from vqmoe_ds.commands import importing, run
 
 
 def main() -> int:
     """Run the command that was given; the exit code."""
+    with importing():
+        from vqmoe_ds.upcycle import command
+
     return run(command, __doc__)
 
 

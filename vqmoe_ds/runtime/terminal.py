@@ -62,6 +62,31 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Context of a command's imports, in which Ctrl-C and SIGTERM end the process at once, without a traceback.
+
+    A library that is interrupted halfway through its import may even panic.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = {number: usual for number, usual in handlers.items() if signal.getsignal(number) == usual}
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}
+    for number in ours:
+        signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number, usual in ours.items():
+            signal.signal(number, usual)
+
+
+def _leave(number: int, frame: Any) -> None:
+    with suppress(OSError):
+        print("interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
 ESCAPES = "backslashreplace"
 """Error handler for characters that the terminal's encoding lacks."""
 
