@@ -16,6 +16,12 @@ refuse() { # with one sentence; nothing goes on in the wrong environment
     exit 2
 }
 
+for name in VQMOE_WAIT VQMOE_STUCK; do
+    # What is no number would fail only at the end, and a job that cannot count its requeues would go on for ever.
+    case ${!name:-0} in *[!0-9]* | ?????????*) refuse "$name=${!name} is not a whole number of at most 8 digits" ;; esac
+done
+case ${VQMOE_REQUEUE:-1} in 0 | 1) ;; *) refuse "VQMOE_REQUEUE=$VQMOE_REQUEUE is unknown; it is 1 or 0" ;; esac
+
 if [ -n "${VQMOE_MODULES:-}" ]; then
     for script in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash"; do
         # A job's shell is no login shell, and may not have the command.

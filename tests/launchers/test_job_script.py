@@ -51,3 +51,21 @@ def test_a_rank_that_dies_before_the_end_requeues_the_job(job) -> None:
 def test_other_codes_end_the_job_as_they_are(job) -> None:
     assert job("return 0") == (0, "") and job("return 2") == (2, "")
     assert job("echo 60 >run/summary.json; return 3") == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("VQMOE_STUCK", "three", "is not a whole number"),
+        ("VQMOE_STUCK", "-1", "is not a whole number"),
+        ("VQMOE_WAIT", "30s", "is not a whole number"),
+        ("VQMOE_WAIT", "999999999", "is not a whole number of at most 8 digits"),
+        ("VQMOE_REQUEUE", "no", "is unknown; it is 1 or 0"),
+    ],
+)
+def test_what_is_read_at_the_end_of_a_job_is_checked_at_its_start(job, monkeypatch, name, value, told) -> None:
+    monkeypatch.setenv(name, value)
+    code, said = job("return 134")
+    assert code == 2 and said.startswith(f"error: {name}={value} {told}") and said.count("\n") == 1
+    monkeypatch.setenv(name, "")
+    assert REQUEUED in job("return 134")[1], "empty is as not set"
