@@ -169,3 +169,22 @@ def test_a_sentence_is_short_and_safe_to_print():
         assert len(shown(value)) < 1000
     assert shown(3) == "3"
     assert shown("a") == "'a'"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("ascii", "the encoding of this locale (ascii) does not have; set LC_ALL=C.UTF-8"),
+        ("utf-8", "is no UTF-8; rename what is called so"),
+    ],
+)
+def test_words_that_python_could_not_decode_are_refused_for_that_reason(monkeypatch, encoding, told):
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: encoding)
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", None, {"data.path": "caf\udcc3\udca9.txt"})
+    assert str(caught.value).startswith("configuration: data.path is 'caf\\udcc3\\udca9.txt', which ")
+    assert told in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        parse_override("data.path=caf\udcc3\udca9.txt")
+    assert str(caught.value).startswith("--set data.path=caf\\udcc3\\udca9.txt holds text which ")
+    assert told in str(caught.value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -21,6 +22,8 @@ EXPANDED = 4 << 20
 """Characters of a YAML text once its aliases are followed."""
 DEEPEST = 20
 """Levels of nesting: DeepSpeed's own options have five, and recursive code takes a thousand."""
+_UNDECODED = re.compile("[\udc80-\udcff]")
+"""How Python keeps bytes of a command line that are not in the locale's encoding (PEP 383)."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INTEGER = re.compile(r"^[-+]?[0-9][0-9_]*$")
@@ -103,6 +106,8 @@ def parse_yaml(text: str, name: str) -> Any:
         ConfigError: it is no YAML, a key stands twice, a number is no number of 64 bits, it is nested deeper than
             ``DEEPEST``, refers to itself, or grows past ``EXPANDED`` where its aliases are followed.
     """
+    if _UNDECODED.search(text):  # which YAML's own reader cannot encode
+        raise ConfigError(f"{name} holds text {_undecoded()}")
     try:
         _check_growth(yaml.parse(text, Loader=_Base))
         values = yaml.load(text, Loader=_Loader)
@@ -168,9 +173,19 @@ def _problem(value: Any) -> str | None:
         return f"{shown(value)}, more than 64 bits hold; give a smaller number"
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f"{value}, which is no finite number"
+    if isinstance(value, str) and _UNDECODED.search(value):
+        return f"{shown(value)}, {_undecoded()}"
     if isinstance(value, str) and _UNPRINTABLE.search(value):
         return f"{shown(value)}, which has characters in it that no name or path can have"
     return None
+
+
+def _undecoded() -> str:
+    """The end of a sentence on words of a command line with bytes that Python could not decode."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return "which is no UTF-8; rename what is called so"
+    return f"which the encoding of this locale ({encoding}) does not have; set LC_ALL=C.UTF-8 (or PYTHONUTF8=1)"
 
 
 def _text(path: str, what: str) -> str:
