@@ -158,3 +158,15 @@ def test_a_prompt_may_be_compressed(packed: Callable[[bytes], bytes], monkeypatc
     stdin.buffer = io.BytesIO(packed(ONE)[:-9])
     with pytest.raises(DataError, match="cannot be decompressed"):
         generate_command._piped()
+
+
+@pytest.mark.parametrize("inner", [".gz", ".bz2", ".xz", ".parquet"])
+def test_what_was_compressed_twice_is_named_as_that(tmp_path, inner):
+    text = b'{"text": "some words"}\n'
+    data = {".gz": gzip.compress(text), ".bz2": bz2.compress(text), ".xz": lzma.compress(text), ".parquet": b"PAR1" * 9}
+    path = tmp_path / "twice.jsonl.gz"
+    path.write_bytes(gzip.compress(data[inner]))
+    with pytest.raises(DataError, match=rf"compressed twice; unpack it once, to a name that ends in \{inner}$"):
+        check_content(path)
+    path.write_bytes(gzip.compress(text)[:-9])
+    check_content(path)

@@ -86,6 +86,19 @@ def check_content(path: str | Path) -> None:
     if named in SUFFIXES and head and not found:
         says = f"{path} is not {_NAMES[named]} data, as its name says"
         raise DataError(f"{says}; fetch it again, or take {named} off its name if it is plain text")
+    if named in SUFFIXES:
+        _check_inner(path)
+
+
+def _check_inner(path: str | Path) -> None:
+    try:
+        with open_plain(path) as stream:
+            inner = kind_of_bytes(stream.read(_HEAD))
+    except DAMAGES:  # whoever reads it all says so
+        return
+    if inner:
+        says = f"{path} holds {_NAMES.get(inner, inner)} data within, so that it was compressed twice"
+        raise DataError(f"{says}; unpack it once, to a name that ends in {inner}")
 
 
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".parquet": "parquet"}
