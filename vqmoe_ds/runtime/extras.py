@@ -20,6 +20,7 @@ EXTRAS = {
     "peft": ("peft", "lora"),
     "pyarrow": ("pyarrow", "data"),
     "sentencepiece": ("sentencepiece", "data"),
+    "shtab": ("shtab", "completion"),
     "sqlalchemy": ("sqlalchemy", "mlflow"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "textblob": ("textblob", "pos"),
