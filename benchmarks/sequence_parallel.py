@@ -116,12 +116,14 @@ class Sent:
         self._send = dispatch._all_to_all
         dispatch._all_to_all = self._counted
 
-    def _counted(self, rows: torch.Tensor, send: list[int], receive: list[int], group: Any) -> torch.Tensor:
+    def _counted(
+        self, rows: torch.Tensor, send: list[int], receive: list[int], group: Any, works: list[Any] | None = None
+    ) -> torch.Tensor:
         # Experts get whole states; what attention exchanges has a rank's heads alone, or many positions in a row.
         purpose = "experts" if rows.shape[1] == self._width else "attention"
         crossing = sum(send) - send[dist.get_rank(group)]
         self.bytes[purpose] += crossing * rows.shape[1] * rows.element_size()
-        return self._send(rows, send, receive, group)
+        return self._send(rows, send, receive, group, works)
 
 
 def busiest(trainer: Trainer, ranks: int) -> float:

@@ -246,6 +246,63 @@ def _check_one_counts_exchange(rank: int, world: int) -> None:
     assert copies == [1]
 
 
+def _shared_layer(rank: int, world: int) -> DeepSpeedMoELayer:
+    moe = MoEConfig(router="topk", num_experts=EXPERTS, expert_hidden=5, top_k=2, shared_experts=2, shared_gate=True)
+    layer = DeepSpeedMoELayer(LayerConfig(WIDTH, moe, seed=1, ep_size=world, ep_rank=rank))
+    layer.set_deepspeed_parallelism()
+    return layer
+
+
+def _check_shared(rank: int, world: int) -> bool:
+    """Shared experts run while rows travel, both ways, and give what they give before or after."""
+    events: list[str] = []
+    backend, original = dispatch_module.comm(), dispatch_module.comm().all_to_all_single
+
+    class Watched:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("arrive")
+            self.work.wait()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        work = original(*args, **kwargs)
+        events.append("depart" if kwargs.get("async_op") else "exchange")
+        return Watched(work) if kwargs.get("async_op") else work
+
+    layer = _shared_layer(rank, world)
+    layer.shared.register_forward_hook(lambda *_: events.append("shared"))
+    layer.shared.register_full_backward_hook(lambda *_: events.append("shared back"))
+    x_TD = _rank_tokens(rank).unsqueeze(0).requires_grad_()
+    backend.all_to_all_single = watched
+    try:
+        y_TD, aux, _ = layer(x_TD)
+        (y_TD.square().sum() + aux).backward()
+    finally:
+        backend.all_to_all_single = original
+    # Counts of rows, the rows and back; the gradient's two ways.
+    assert events == [
+        *("exchange", "depart", "shared", "arrive", "exchange"),
+        *("exchange", "depart", "shared back", "arrive"),
+    ]
+    other, z_TD = _shared_layer(rank, world), x_TD.detach().clone().requires_grad_()
+    shared, other.shared = other.shared, None
+    w_TD = other(z_TD)[0] + shared(z_TD)
+    (w_TD.square().sum() + aux.detach()).backward()
+    assert torch.equal(w_TD, y_TD)
+    for name, parameter in other.experts.named_parameters():
+        assert torch.equal(parameter.grad, dict(layer.experts.named_parameters())[name].grad), name
+    for name, parameter in shared.named_parameters():
+        assert torch.equal(parameter.grad, dict(layer.shared.named_parameters())[name].grad), name
+    return True
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shared_experts_run_while_rows_travel(world: int) -> None:
+    assert run_ranks(world, _check_shared) == [True] * world
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_exchange_between_ranks(world: int) -> None:
     assert run_ranks(world, _check_exchange) == [36] * world

@@ -144,10 +144,10 @@ def _count(rank: int, world: int, folder: Path, jobs: list[tuple[RunConfig, Layo
         trainer, crossed = _trainer(folder, rank, *job), [0]
         trainer.train_step()
 
-        def counted(rows, send, receive, group, crossed=crossed):
+        def counted(rows, send, receive, group, works=None, crossed=crossed):
             here = torch.distributed.get_rank(group)
             crossed[0] += rows.shape[1] * (sum(send) - send[here])
-            return _all_to_all(rows, send, receive, group)
+            return _all_to_all(rows, send, receive, group, works)
 
         dispatch._all_to_all = counted
         try:

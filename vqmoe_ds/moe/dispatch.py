@@ -253,6 +253,23 @@ def send_rows(rows_MD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept
     return PermuteRows.apply(received, *plan.exchange.regrouping)
 
 
+def send_rows_during(
+    work: Callable[[], Tensor], rows_MD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept | None = None
+) -> tuple[Tensor, Tensor]:
+    """``send_rows``, and what ``work`` gives, which is computed while the rows travel, and so is its backward.
+
+    Autograd runs nodes that are ready from the last made to the first: the backward of ``work``, made between the start
+    of the exchange and its end, runs between the same two on the way back.
+    """
+    if plan.exchange is None:
+        return rows_MD, work()
+    send, receive = plan.exchange.sizes
+    way = _Way(send, receive, group)
+    underway_PD = _Departure.apply(rows_MD, way, kept)
+    result = work()
+    return PermuteRows.apply(_Arrival.apply(underway_PD, way), *plan.exchange.regrouping), result
+
+
 def return_rows(
     rows_PD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept | None = None, asked_again: bool = True
 ) -> Tensor:
@@ -313,9 +330,74 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None, None, None
 
 
-def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+@dataclass
+class _Way:
+    """An uneven all-to-all in two halves, its start and its end, and what is underway between them."""
+
+    send: list[int]
+    receive: list[int]
+    group: Any
+    rows: Tensor | None = None
+    """Those that arrive, which nobody may read before ``wait``."""
+    works: list[Any] = field(default_factory=list)
+
+    def start(self, rows: Tensor, back: bool = False) -> Tensor:
+        """Let rows depart, or a gradient travel back; what arrives is to be waited for."""
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        self.rows = _all_to_all(rows, send, receive, self.group, self.works)
+        return self.rows
+
+    def wait(self) -> Tensor:
+        """The rows that have arrived."""
+        while self.works:
+            self.works.pop().wait()
+        rows, self.rows = self.rows, None
+        assert rows is not None
+        return rows
+
+
+class _Departure(torch.autograd.Function):
+    """First half of the all-to-all of ``send_rows``; second half of that of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: _Way, kept: Kept | None) -> Tensor:
+        ctx.way = way
+        if kept is not None and recomputing() and "sent" in kept.rows:
+            way.rows = kept.rows.pop("sent")
+            return way.rows
+        out = way.start(rows)
+        if kept is not None and not recomputing():
+            kept.rows["sent"] = out.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.way.wait(), None, None
+
+
+class _Arrival(torch.autograd.Function):
+    """Second half of the all-to-all of ``send_rows``; first half of that of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: _Way) -> Tensor:
+        ctx.way, ctx.shape = way, rows.shape
+        return way.wait().view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.way.start(grads[0], back=True)
+        # What arrives is taken from the way itself: autograd must not look into a tensor that is still being filled.
+        return grads[0].new_zeros(()).expand(ctx.shape), None
+
+
+def _all_to_all(
+    rows: Tensor, send: list[int], receive: list[int], group: Any, works: list[Any] | None = None
+) -> Tensor:
+    """Rows that arrive; with ``works`` they are underway until the one that is appended has been waited for."""
     # Also without a row to send or receive: the others of the group wait for this rank.
     out = rows.new_empty(sum(receive), rows.shape[1])
     splits = {"output_split_sizes": receive, "input_split_sizes": send}
-    comm().all_to_all_single(out, rows.contiguous(), **splits, group=group)
+    work = comm().all_to_all_single(out, rows.contiguous(), **splits, group=group, async_op=works is not None)
+    if works is not None:
+        works.append(work)
     return out

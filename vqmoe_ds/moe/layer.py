@@ -23,6 +23,7 @@ from vqmoe_ds.moe.dispatch import (
     plans_of,
     return_rows,
     send_rows,
+    send_rows_during,
     sort_rows,
 )
 from vqmoe_ds.moe.experts import StackedExperts
@@ -140,12 +141,17 @@ class MoELayer(KeepsPrecision):
         if self.training and not recomputing():
             self.tokens_per_expert += plan.sent_counts_N
         group, kept = self.exchange_group, ahead.kept
+        rows_MD, shared, shared_TD = _rows(x_TD, routing, plan), self.shared, None
+        if shared is None:
+            sent_PD = send_rows(rows_MD, plan, group, kept)
+        else:
+            sent_PD, shared_TD = send_rows_during(lambda: shared(x_TD), rows_MD, plan, group, kept)
         # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
-        rows_PD = self.experts(send_rows(_rows(x_TD, routing, plan), plan, group, kept), plan.ends_E)
+        rows_PD = self.experts(sent_PD, plan.ends_E)
         asked_again = routing.weights_TR is not None or routing.output_norm or routing.slots is not None
         y_TD = _gathered(return_rows(rows_PD, plan, group, kept, asked_again), x_TD, routing, plan)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
         return y_TD.view_as(x_BSD), aux_loss, self.router.experts_of_tokens(routing, len(x_TD))
 

@@ -51,7 +51,7 @@ def _split(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+def received_rows(rows: Tensor, send: list[int], receive: list[int], group: Any, works: Any = None) -> Tensor:
     """A tensor of the shape that an all-to-all returns."""
     return rows.new_empty(sum(receive), rows.shape[1])
 

@@ -60,7 +60,7 @@ class CommunicationMeter:
 
         ``slowest_rank``: the one that waited least. ``step_time_spread``: how much longer it worked than the mean rank,
         as a share. ``all_to_all_bytes`` and ``all_to_all_seconds``: per step, bytes of all ranks that crossed to
-        another one, and the mean time of a rank.
+        another one, and the mean time of a rank; of rows that travel while shared experts run, only their departure.
 
         Args:
             seconds: of the interval's steps on this rank.
