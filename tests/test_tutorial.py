@@ -1,6 +1,6 @@
 """docs/tutorial.md: its commands run one after the other, with few steps by default, and as they stand (slow).
 
-docs/tutorial.ipynb is the same page, and runs without a hand on it, with few steps (slow).
+docs/tutorial.ipynb is the same page, and runs without a hand on it, with few steps.
 """
 
 from __future__ import annotations
@@ -88,7 +88,6 @@ def test_the_notebook_is_the_page():
     assert "\n\n".join(cell.removeprefix("%%bash -eu\n") for cell in cells) == script(page).rstrip()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_notebook_runs_headless(checkout, monkeypatch):
     nbclient, nbformat = (pytest.importorskip(name, reason=LIBRARIES) for name in ("nbclient", "nbformat"))
