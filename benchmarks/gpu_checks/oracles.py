@@ -164,9 +164,15 @@ def _router_errors(bench: Bench, dtype: torch.dtype, router: str) -> dict[str, f
 def _one_step(layer: MoELayer, x_TD: Tensor, direction_TD: Tensor, step: int) -> dict[str, Tensor | None]:
     device = layer.experts.w1.device
     generator = torch.Generator().manual_seed(step)
+    rows = layer.config.moe.facts.told_rows
+    shape = (TOKENS,) if rows == 1 else (TOKENS, rows)
     ids = {
-        name: torch.randint(0, high, (TOKENS,), generator=generator).to(device)
-        for name, high in (("expert_ids_T", EXPERTS), ("token_ids_T", VOCAB), ("previous_T", EXPERTS))
+        name: torch.randint(0, high, size, generator=generator).to(device)
+        for name, high, size in (
+            ("expert_ids_T", EXPERTS, shape),
+            ("token_ids_T", VOCAB, (TOKENS,)),
+            ("previous_T", EXPERTS, (TOKENS,)),
+        )
     }
     x_TD = x_TD.to(device, copy=True).requires_grad_()
     layer.zero_grad()

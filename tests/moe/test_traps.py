@@ -36,8 +36,8 @@ def _call(layer: MoELayer, x_BSD: Tensor | None = None) -> Tensor:
     ids_T = torch.arange(x_BSD.shape[:-1].numel())
     facts = layer.config.moe.facts
     told_T = ids_T % EXPERTS if facts.uses_token_table else None  # others choose for themselves
-    if told_T is not None and facts.uses_codebook:
-        told_T = torch.stack([told_T, (ids_T + 1) % EXPERTS], dim=1)
+    if facts.told_rows > 1:
+        told_T = torch.stack([(ids_T + row) % EXPERTS for row in range(facts.told_rows)], dim=1)
     source_TD = x_BSD.detach().reshape(-1, x_BSD.shape[-1])
     return layer(x_BSD, RoutingContext(told_T, token_ids_T=ids_T, previous_T=ids_T % EXPERTS, source_TD=source_TD))[0]
 

@@ -72,6 +72,8 @@ class RouterFacts:
     """Whether it reads the vectors of ``codebook.source`` (``RoutingContext.source_TD``), though it has no codes."""
     uses_token_table: ClassVar[bool] = False
     """Whether ``token_table`` of its class names the experts of every token."""
+    told_rows: ClassVar[int] = 1
+    """Rows per token whose experts it is told where they are known ahead (``RoutingContext.expert_ids_T``)."""
     needs_token_ids: ClassVar[bool] = False
     """Whether experts follow from the ids of tokens, which patches of images do not have."""
     is_stock: ClassVar[bool] = False

@@ -34,6 +34,7 @@ class HashAndCodeRouter(Router):
     needs_top_k = False
     uses_codebook = True
     uses_token_table = True
+    told_rows = 2
     needs_token_ids = True
 
     def __init__(self, config: LayerConfig) -> None:
