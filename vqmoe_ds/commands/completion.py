@@ -82,7 +82,7 @@ def _script(shtab: Any, parser: argparse.ArgumentParser, shell: str, first: bool
             action.complete = {shell: FIELDS}  # type: ignore[attr-defined]
         elif action.nargs != 0 and action.choices is None and action.type is None:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    script = str(shtab.complete(parser, shell=shell, preamble={shell: _fields(shell)} if first else {}))
+    script = str(shtab.complete(parser, shell, preamble={shell: _fields(shell)} if first else {}))
     # For zsh it is made to lie in a folder of functions, one file per command; here all commands share one.
     return re.sub(
         r"^if \[\[ \$zsh_eval_context.*?(compdef [^\n]*).*?^fi$", r"\1", script, flags=re.DOTALL | re.MULTILINE
