@@ -147,3 +147,18 @@ def test_a_section_whose_fields_are_commented_out_is_empty(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model:\n  # width: 64\ntrain:\n  steps: 7\n")
     assert load_config("tiny", str(file)).config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("hf:owner/name", "hub:owner/name"),
+        ("hf:owner/name:test", "hub:owner/name::test"),
+        ("hf:owner/name:plain:test", "hub:owner/name:plain:test"),
+        ("hub:owner/name:plain", "hub:owner/name:plain"),
+        ("text.txt", "text.txt"),
+    ],
+)
+def test_sets_of_the_hub_may_be_written_as_elsewhere(written, meant):
+    data = load_config("tiny", None, {"data.path": [written], "data.valid_path": written}).config.data
+    assert (data.path, data.valid_path) == ([meant], meant)

@@ -136,6 +136,9 @@ def test_whatever_datasets_loads(tmp_path, streaming, monkeypatch):
     assert found == [f"{part} {i}" for part in range(2) for i in range(1500)]
     with pytest.raises(DataError, match=r"hub:.*:train.* no column 'body'; name one of text with --text_key"):
         documents(f"hub:{tmp_path / 'set'}::train", text_key="body", cache_dir=str(tmp_path / "cache"))
+    assert documents(f"hf:{tmp_path / 'set'}:train", cache_dir=str(tmp_path / "cache")) == documents(
+        f"hub:{tmp_path / 'set'}::train", cache_dir=str(tmp_path / "cache")
+    )
     with pytest.raises(DataError, match=r"hub:/nowhere cannot be loaded .*check name, configuration and split"):
         documents("hub:/nowhere")
 

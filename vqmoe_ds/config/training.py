@@ -123,6 +123,14 @@ class TrainConfig(Section):
     max_bad_steps: int = option(5, "NaN or infinite steps in a row before the run stops", "steps", ge=1, le=MOST_STEPS)
 
 
+def hub_source(source: str) -> str:
+    """``hf:NAME``, ``hf:NAME:SPLIT`` and ``hf:NAME:CONFIG:SPLIT`` as ``hub:`` has them; any other source as it is."""
+    if not source.startswith("hf:"):
+        return source
+    name, *rest = source.removeprefix("hf:").split(":")
+    return ":".join(["hub", name, *([""] if len(rest) == 1 else []), *rest])
+
+
 class DataConfig(Section):
     """The text, raw or prepared corpora (``PREFIX.bin`` and ``PREFIX.idx``), or the images (docs/vision.md)."""
 
@@ -166,6 +174,13 @@ class DataConfig(Section):
         0.0, "images: alpha of the Beta distribution by which each gets a box of another; 0: none do", ge=0, le=100
     )
     resize: bool = option(False, "scale images in files of their own and cut out the centre; false: refuse other sizes")
+
+    @field_validator("path", "valid_path")
+    @classmethod
+    def _hub(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list):
+            return [hub_source(one) for one in value]
+        return None if value is None else hub_source(value)
 
 
 class FinetuneConfig(Section):

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+from vqmoe_ds.config.training import hub_source
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
 from vqmoe_ds.data.json_lines import read_json_lines
 from vqmoe_ds.data.tables import hub_spans, parquet_spans, read_hub, read_parquet
@@ -87,6 +88,7 @@ def text_before(unit: Unit) -> str:
 
 def _expand(source: str, options: SourceOptions) -> list[str]:
     """Paths of files, and hub names, behind one source."""
+    source = hub_source(source)
     if source.startswith("hub:"):
         return [source]
     if source.startswith("recipe:"):
