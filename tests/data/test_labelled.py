@@ -241,6 +241,19 @@ def test_tables_as_they_are_published(name: str, content: str, text_key: str, la
     assert found.classes == ["3", "4"] and found.labels.tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt"])
+def test_another_encoding_is_named(kind: str, tmp_path: Path) -> None:
+    (tmp_path / f"train.{kind}").write_bytes("text,label\na,0\nb,1\n".encode("utf-16"))
+    with pytest.raises(DataError, match=rf"train\.{kind} is UTF-16; write it as UTF-8"):
+        open_labelled(str(tmp_path))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,text,label\na,b,0\nc,d,1\n")
+    with pytest.raises(DataError, match="has 2 columns 'text'; give each a name of its own"):
+        open_labelled(str(tmp_path))
+
+
 def test_several_keys_and_names_with_commas(tmp_path: Path) -> None:
     rows = _jsonl({"a": "x", "b": None, "l": "p"}, {"a": "y", "b": "z", "l": "q"})
     folder = _folder(tmp_path, train_jsonl=rows, test_jsonl=_jsonl({"a": "x", "b": 3, "l": "p"}))

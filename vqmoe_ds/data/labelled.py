@@ -30,6 +30,8 @@ Split = Literal["train", "validation", "test"]
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 """Names of the files of each split in a folder."""
+UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")
+"""How files of UTF-16 begin where they are read as UTF-8 with ``surrogateescape``."""
 _FORMATS = r"csv|tsv|jsonl|ndjson|txt"
 
 EMPTY, NO_LABEL, UNSEEN, BROKEN = "empty text", "no label", "label never seen in training", "broken row"
@@ -310,6 +312,8 @@ def _lines(path: Path) -> Iterator[str]:
     with open_plain(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         while line := text.readline(LONGEST_LINE):
+            if line.startswith(UTF_16):
+                raise DataError(f"{path} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             if len(line) == LONGEST_LINE:
                 raise DataError(f"{path} has a line of more than {LONGEST_LINE >> 20} million characters; break it up")
             yield line
@@ -380,6 +384,8 @@ def _places(path: Path, first: list[str], columns: Columns) -> list[int]:
     for key in columns.names(first):
         if numbered and int(key) < len(first):
             places.append(int(key))
+        elif not numbered and header.count(key) > 1:
+            raise DataError(f"{path} has {header.count(key)} columns {key!r}; give each a name of its own")
         elif not numbered and key in header:
             places.append(header.index(key))
         else:

@@ -115,6 +115,12 @@ def fit_to_data(config: EngineConfig, explicit: frozenset[str]) -> tuple[EngineC
     """
     images = open_images(config.run) if config.run.model.image_size else None
     data = images or open_indexed_text(config.run)
+    named = config.run.data.tokenizer
+    if data is None and named not in (None, "bytes"):
+        raise ConfigError(
+            f"data.tokenizer={named} is of prepared data, and {config.run.data.path or 'the default'} is raw text, "
+            "which is read as bytes; prepare it with that tokenizer (tools/prepare_data.py), or leave the field out"
+        )
     known = data or RawText
     config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, explicit)
     return config if images is None else with_classes(config, images.files.classes), data
