@@ -6,43 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests import router_oracle as oracle
+from tests.moe.choices import EXPERTS, LENGTH, VOCAB, check_padding, check_pieces, config_of, experts_of, tokens
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.runtime.errors import CheckpointError
 
-VOCAB, LENGTH, EXPERTS, LAYERS = 40, 16, 5, 3
-
 
 def _config(router: str = "hash_context", top_k: int = 0, **options: Any) -> RunConfig:
-    model = {"vocab_size": VOCAB, "layers": LAYERS, "width": 24, "heads": 2, "sequence_length": LENGTH}
-    moe = {"router": router, "num_experts": EXPERTS, "expert_hidden": 12, "top_k": top_k}
-    return RunConfig(model=model, moe=moe, router=options)
-
-
-def _experts(model: MoETransformer, tokens_BS: Tensor, **more: Any) -> list[Tensor]:
-    """What each MoE layer chose, ``[T, R]``."""
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: seen.append(out[2])) for layer in model.moe_layers()]
-    with torch.no_grad():
-        model.eval().states(tokens_BS, **more)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def _tokens(seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return config_of(router, top_k, router=options)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 30])
 @pytest.mark.parametrize("top_k", [0, 1])
 def test_experts_are_the_hash_of_the_window(window: int, top_k: int) -> None:
-    model, tokens_BS = MoETransformer(_config(top_k=top_k, window=window)), _tokens()
-    chosen = _experts(model, tokens_BS)
+    model, tokens_BS = MoETransformer(_config(top_k=top_k, window=window)), tokens()
+    chosen = experts_of(model, tokens_BS)
     for experts_TR, table_WV in zip(chosen, model.token_table_LV.tolist(), strict=True):
         rows = [oracle.hash_of_context(ids_S, table_WV, EXPERTS) for ids_S in tokens_BS.tolist()]
         assert experts_TR[:, -1].tolist() == [e for row in rows for e in row]
@@ -54,18 +35,18 @@ def test_a_window_of_one_is_the_hash_of_tokens() -> None:
         MoETransformer(_config(name, **o)) for name, o in (("hash_context", {"window": 1}), ("hash_token", {}))
     )
     assert torch.equal(one.token_table_LV.squeeze(1), plain.token_table_LV)
-    assert torch.equal(one(_tokens())[0], plain(_tokens())[0])
+    assert torch.equal(one(tokens())[0], plain(tokens())[0])
 
 
 def test_experts_depend_on_every_token_of_the_window_and_on_no_other() -> None:
-    model, tokens_BS = MoETransformer(_config(window=3)), _tokens()
-    before = torch.stack([experts_TR.view(2, LENGTH) for experts_TR in _experts(model, tokens_BS)])
+    model, tokens_BS = MoETransformer(_config(window=3)), tokens()
+    before = torch.stack([experts_TR.view(2, LENGTH) for experts_TR in experts_of(model, tokens_BS)])
     for place in (0, 5, LENGTH - 1):
         seen = torch.zeros(LENGTH, dtype=torch.bool)
         for other in range(VOCAB):
             changed_BS = tokens_BS.clone()
             changed_BS[:, place] = other
-            after = torch.stack([experts_TR.view(2, LENGTH) for experts_TR in _experts(model, changed_BS)])
+            after = torch.stack([experts_TR.view(2, LENGTH) for experts_TR in experts_of(model, changed_BS)])
             seen |= (before != after).any(dim=0).any(dim=0)
         assert seen.nonzero().flatten().tolist() == [t for t in range(place, place + 3) if t < LENGTH]
 
@@ -80,20 +61,11 @@ def test_contexts_spread_evenly_over_experts() -> None:
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [5, 1, 10]])
 def test_a_text_read_piece_by_piece_goes_to_the_same_experts(pieces: list[int]) -> None:
-    model, tokens_BS = MoETransformer(_config(top_k=1)).eval(), _tokens()
-    with torch.no_grad():
-        whole_BSV, cache = model(tokens_BS)[0], model.new_cache()
-        parts = [model(part_BS, cache=cache)[0] for part_BS in tokens_BS.split(pieces, dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), whole_BSV, atol=1e-5)
+    check_pieces(_config(top_k=1), pieces)
 
 
 def test_padding_changes_no_expert() -> None:
-    model, tokens_BS = MoETransformer(_config()), _tokens()
-    real_BS = torch.ones(2, LENGTH, dtype=torch.bool)
-    real_BS[0, 9:] = False
-    whole = _experts(model, tokens_BS)
-    for kept, experts_TR in zip(_experts(model, tokens_BS, real_BS=real_BS), whole, strict=True):
-        assert torch.equal(kept, experts_TR[real_BS.flatten()])
+    check_padding(_config())
 
 
 def test_it_makes_no_table_of_tokens() -> None:

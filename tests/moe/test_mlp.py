@@ -28,7 +28,8 @@ def test_they_are_added_whatever_routes(case: str) -> None:
 
     x_BSD = torch.randn(2, 6, 16)
     layer, known_T = _layer(case, 2), torch.arange(12)
-    told = known_T % 8 if layer.config.moe.facts.told_rows == 1 else known_T.view(-1, 1).expand(-1, 2) % 8
+    rows = layer.config.moe.facts.told_rows
+    told = known_T % 8 if rows == 1 else known_T.view(-1, 1).expand(-1, rows) % 8
     context = RoutingContext(token_ids_T=known_T, expert_ids_T=told, source_TD=torch.randn(12, 16))
     context = context if ROUTERS[case][0]["router"] not in ("vq", "topk") else None
     alone, _, ids = _layer(case, 0)(x_BSD, context)
