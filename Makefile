@@ -45,7 +45,7 @@ test-cluster: setup-dev
 	elif [ $$? = 2 ]; then echo "make test-cluster: skipped, for this machine cannot have a cluster"; else exit 1; fi
 
 test-hf: setup-dev
-	@TRANSFORMERS_CHECKOUT=$${TRANSFORMERS_CHECKOUT:-sdist} $(BIN)/python -m pytest tests/models/test_hf_suite.py $(ARGS)
+	@TRANSFORMERS_CHECKOUT=$${TRANSFORMERS_CHECKOUT:-fetch} $(BIN)/python -m pytest tests/models/test_hf_suite.py $(ARGS)
 
 fuzz: setup-dev
 	@VQMOE_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz tests/checkpoint/test_power_cut.py -s --timeout 0
