@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import warm
 from tests.data.test_tokenizers import train_json_tokenizer
-from tests.launchers.test_pretrain import LAUNCHER, SMALL, _free_port, _wait_for, environment, losses, run
+from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _free_port, _wait_for, environment, losses, run
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.data.prepare import build_parser as prepare_parser
 from vqmoe_ds.data.prepare import main as prepare_main
@@ -132,6 +134,38 @@ def test_data_that_cannot_work_is_answered_at_once_with_one_sentence(arguments, 
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - started < 15, "no heavy import before the check"
+
+
+def test_a_source_and_a_tokenizer_are_enough(folder, tmp_path):
+    """Text of a set of the hub, prepared as the run starts: killed on two ranks, resumed on one, moved and scored."""
+    (tmp_path / "set").mkdir()
+    rows = [{"story": f"{i} little words make {i * i % 97} long stories. " * 3} for i in range(400)]
+    (tmp_path / "set/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_json = tmp_path / "tokenizer"
+    train_json.mkdir()
+    (train_json / "tokenizer.json").write_text(train_json_tokenizer())
+    run_dir = tmp_path / "run"
+    source = ["--data", f"hf:{tmp_path / 'set'}", "--tokenizer", str(train_json), "--set", "data.text_key=story"]
+    arguments = ["--ds_config", str(folder / "ds.json"), "--config", str(folder / "small.yaml"), *source]
+    arguments += ["--set", "data.max_tokens=9000", "--run_dir", str(run_dir)]
+    ranks = warm.start_ranks(2, [*LAUNCHER, *arguments], _free_port(), environment(), stdout=subprocess.DEVNULL)
+    _wait_for(lambda: (run_dir / "checkpoints/global_step0000004/manifest.json").exists(), ranks[0])
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
+    assert not list((run_dir / "data_index").glob("*.lock"))
+    result = run(arguments)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout and "preparing" not in result.stdout
+    assert len(losses(run_dir)) == 12
+    corpus = yaml.safe_load((run_dir / "config.yaml").read_text())["data"]
+    assert Path(corpus["path"]).parent == run_dir / "data_index" and corpus["tokenizer"] is None
+    described = json.loads(Path(f"{corpus['path']}.json").read_text())
+    assert 8900 < described["tokens"] <= 9000 and described["sources"] == [f"hub:{tmp_path / 'set'}"]
+    shutil.move(run_dir, tmp_path / "moved")
+    scored = run([str(tmp_path / "moved")], [sys.executable, str(ROOT / "launchers/evaluate.py")])
+    assert scored.returncode == 0 and "clean" in scored.stdout, scored.stderr
 
 
 def test_an_upcycled_model_trains_on_text_of_its_own_tokenizer(folder):

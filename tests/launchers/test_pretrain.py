@@ -237,7 +237,8 @@ def test_bad_input_of_two_ranks_is_one_sentence_of_rank_0(small):
         (["--ep_size", "2"], "does not divide the 1 ranks"),
         (["--sp_size", "2"], "sequence-parallel size 2 does not divide the 1 ranks"),
         (["--set", "model.sequence_length=30000"], "fewer than"),
-        (["--set", "data.tokenizer=nowhere"], "is raw text, which is read as bytes; prepare it with that tokenizer"),
+        (["--set", "data.tokenizer=nowhere"], "tokenizer nowhere does not exist"),
+        (["--set", "data.max_tokens=9"], "data.max_tokens=9 is of text that is prepared when a pretraining starts"),
     ],
 )
 def test_bad_input_is_answered_at_once_with_one_sentence(small, tmp_path, extra, sentence):

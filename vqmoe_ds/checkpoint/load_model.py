@@ -21,7 +21,7 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CheckpointReader, of_images, require_language_model, sound
 from vqmoe_ds.checkpoint.resume.restore import check_same_model, fill_buffers, first_value
 from vqmoe_ds.checkpoint.views.adapters import merged
-from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data
+from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data, with_own_data
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.indexed import UNKNOWN
@@ -146,7 +146,7 @@ def _load(
 ) -> LoadedModel:
     if not (images and of_images(reader.config)):
         require_language_model(reader, "this")
-    config = run_config(reader.config, reader.path)
+    config = with_own_data(run_config(reader.config, reader.path), reader.path)
     if expert_memory is not None:
         check_place(config, device, ep_size)
     if config.moe.num_experts % ep_size:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.image_tables import HUB
-from vqmoe_ds.data.indexed import UNKNOWN, weighted_entry
+from vqmoe_ds.data.indexed import UNKNOWN, is_indexed, weighted_entry
 from vqmoe_ds.data.labelled import KNOWN_SETS
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -16,6 +16,8 @@ from vqmoe_ds.runtime.errors import UserError
 
 FOLDER = "tokenizer"
 """Folder in a run folder with a copy of its tokenizer."""
+INDEX_FOLDER = "data_index"
+"""Folder in a run folder with the order of prepared data, and with data that were prepared when it started."""
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
@@ -51,6 +53,25 @@ def _whole(path: Any) -> Any:
         return path
     prefix, weight = weighted_entry(path)
     return os.path.abspath(path) if weight is None else f"{weight}:{os.path.abspath(prefix)}"
+
+
+def with_own_data(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """The configuration with the data that were prepared in the run's folder where that folder is now."""
+
+    def found(spec: str) -> str:
+        prefix, weight = weighted_entry(spec)
+        if Path(prefix).parent.name != INDEX_FOLDER or is_indexed(prefix):
+            return spec
+        places = [folder / INDEX_FOLDER / Path(prefix).name for folder in checkpoint.absolute().parents[:2]]
+        here = next((str(place) for place in places if is_indexed(str(place))), prefix)
+        return here if weight is None else f"{weight}:{here}"
+
+    data = config.data
+    moved = {
+        name: [found(spec) for spec in given] if isinstance(given, list) else given and found(given)
+        for name, given in (("path", data.path), ("valid_path", data.valid_path))
+    }
+    return config.model_copy(update={"data": data.model_copy(update=moved)})
 
 
 def keep_tokenizer(config: RunConfig, run_dir: Path, most_bytes: int = 64 << 20) -> None:

@@ -27,6 +27,7 @@ DS_CONFIG = SHIPPED / "zero2.json"
 """The default of ``--ds_config``, from whatever folder a launcher is started."""
 SHORT_NAMES = {
     "data": "data.path",
+    "tokenizer": "data.tokenizer",
     "run_dir": "run.run_dir",
     "train_steps": "train.steps",
     "batch_size": "train.batch_size",
@@ -87,6 +88,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.daily.add_argument(
         "--preset", default="tiny", metavar="NAME", help=f"starting point: {', '.join(presets)} (default tiny)"
     )
+    told = "bytes, a folder, a .model or a vocabulary .txt: prepare --data with it first; none: bytes as they are"
+    parser.daily.add_argument("--tokenizer", metavar="TOKENIZER", help=told)
     add = parser.further.add_argument
     add("--dry_run", action="store_true", help="build one rank of a large job, without memory or peers, and report")
     add("--world_size", type=int, metavar="N", help="--dry_run: ranks of the job")

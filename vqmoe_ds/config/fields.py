@@ -22,6 +22,8 @@ MOST_FEATURES = 1 << 20
 """Limit of any width; the widest published models have some 20,000."""
 MOST_TOKENS = 1 << 24
 """Per sequence; positions are kept as float32, which counts to 2^24."""
+MOST_CORPUS = 1 << 50
+"""Tokens of a corpus; the largest published have some 2^45."""
 MOST_IDS = 1 << 31
 """Ids of tokens are kept in 32 bits."""
 MOST_STEPS = 10**12

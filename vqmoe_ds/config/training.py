@@ -11,6 +11,7 @@ from vqmoe_ds.config.fields import (
     LARGEST_SEED,
     LARGEST_WEIGHT,
     LONGEST_WAIT,
+    MOST_CORPUS,
     MOST_FEATURES,
     MOST_STEPS,
     MOST_TOGETHER,
@@ -151,7 +152,17 @@ class DataConfig(Section):
         None, "validate on this text or these prefixes instead of a held-out part"
     )
     tokenizer: str | None = option(
-        None, "tokenizer of prepared data that has no PREFIX.json: bytes, a folder, a .model or a vocabulary .txt"
+        None,
+        "tokenizer of text that is prepared when the run starts, or of prepared data that has no PREFIX.json: bytes, a "
+        "folder, a .model or a vocabulary .txt; none: text is read as it is, byte by byte",
+    )
+    text_key: str = option("text", "text prepared at the start: JSON key or table column that holds it")
+    max_tokens: int | None = option(
+        None,
+        "text prepared at the start: take the first so many tokens; of a hub's set no more is downloaded; none: all",
+        "tokens",
+        ge=1,
+        le=MOST_CORPUS,
     )
     tokenizer_sha256: str | None = option(
         None, "checksum of the data's tokenizer, filled in by the run; set, other data is refused"

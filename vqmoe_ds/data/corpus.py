@@ -146,7 +146,10 @@ def _piece(path: str) -> FilePiece | np.ndarray:
     try:
         check_content(path)
         if path.endswith(".parquet"):
-            raise DataError(f"data file {path} is a table, not text; prepare it (tools/prepare_data.py)")
+            raise DataError(
+                f"data file {path} is a table, not text; name a tokenizer of its texts (--tokenizer bytes), or "
+                "prepare it (tools/prepare_data.py)"
+            )
         if suffix_of(path):
             return _decompressed(path)
         with open_regular(path, links=True) as file:

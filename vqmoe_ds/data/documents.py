@@ -36,7 +36,7 @@ def plan_units(sources: Iterable[str], options: SourceOptions) -> list[Unit]:
     Raises:
         DataError: a source that is missing, empty, unreadable or unknown; a parquet file without the column.
     """
-    paths = [path for source in sources for path in _expand(source, options)]
+    paths = [path for source in sources for path in files_of(source, options)]
     try:
         total = sum(os.path.getsize(path) for path in paths if not path.startswith("hub:"))
         unit_bytes = min(16 << 20, max(1 << 20, total // 64))
@@ -86,8 +86,12 @@ def text_before(unit: Unit) -> str:
         return "\n"
 
 
-def _expand(source: str, options: SourceOptions) -> list[str]:
-    """Paths of files, and hub names, behind one source."""
+def files_of(source: str, options: SourceOptions) -> list[str]:
+    """Paths of files, and hub names, behind one source.
+
+    Raises:
+        DataError: a source that is missing, empty, unreadable or unknown.
+    """
     source = hub_source(source)
     if source.startswith("hub:"):
         return [source]
@@ -95,7 +99,7 @@ def _expand(source: str, options: SourceOptions) -> list[str]:
         from vqmoe_ds.data.recipes import fetch_recipe
 
         found = fetch_recipe(source.removeprefix("recipe:"), options.cache_dir)
-        return [path for item in found for path in _expand(str(item), options)]
+        return [path for item in found for path in files_of(str(item), options)]
     if os.path.isdir(source):
         files = _files_of(source)
     else:

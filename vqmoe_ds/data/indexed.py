@@ -291,7 +291,7 @@ def _entries(path: str | list[str] | None, name: str) -> list[tuple[str, float |
     entries = [_entry(text) for text in ([path] if isinstance(path, str) else path)]
     if not entries:
         raise DataError(f"{name} is an empty list; give a path or a prefix")
-    indexed = [_is_indexed(prefix) for prefix, _ in entries]
+    indexed = [is_indexed(prefix) for prefix, _ in entries]
     if isinstance(path, str) and not any(indexed) and entries[0][1] is None:
         return None
     for (prefix, _), found in zip(entries, indexed, strict=True):
@@ -306,7 +306,7 @@ def _entries(path: str | list[str] | None, name: str) -> list[tuple[str, float |
 
 
 def _entry(text: str) -> tuple[str, float | None]:
-    if os.path.exists(text) and _is_indexed(text):
+    if os.path.exists(text) and is_indexed(text):
         raise DataError(
             f"{text} is both raw text and a prepared corpus; give {text}.idx for the latter, or move one of them"
         )
@@ -321,7 +321,7 @@ def _entry(text: str) -> tuple[str, float | None]:
 
 def weighted_entry(text: str) -> tuple[str, str | None]:
     """(PREFIX, WEIGHT as it is written) of ``WEIGHT:PREFIX``; None for the weight of what is there by that name."""
-    match = None if os.path.exists(text) or _is_indexed(text) else _WEIGHTED.fullmatch(text)
+    match = None if os.path.exists(text) or is_indexed(text) else _WEIGHTED.fullmatch(text)
     return (text, None) if match is None else (match[2], match[1])
 
 
@@ -331,7 +331,8 @@ def without_ending(text: str) -> str:
     return stem if os.path.exists(f"{stem}.idx") and os.path.exists(f"{stem}.bin") else text
 
 
-def _is_indexed(prefix: str) -> bool:
+def is_indexed(prefix: str) -> bool:
+    """Whether a prepared corpus, or half of one, has this prefix."""
     return os.path.exists(f"{prefix}.idx") or os.path.exists(f"{prefix}.bin")
 
 

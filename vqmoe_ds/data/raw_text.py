@@ -13,7 +13,7 @@ import numpy as np
 
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.batches import Batch, ShuffledBatches, positions_in_documents
-from vqmoe_ds.data.corpus import Corpus, open_corpus
+from vqmoe_ds.data.corpus import Corpus, FilePiece, open_corpus
 from vqmoe_ds.runtime.errors import DataError
 
 STRETCH = 64
@@ -114,6 +114,15 @@ class RawText:
     """One in so many stretches of one text is held out; 0: ``valid`` is another text."""
     vocab_size: ClassVar[int | None] = 256
     tokenizer_sha256: ClassVar[str | None] = None
+
+    @property
+    def note(self) -> str | None:
+        """Line for the user where bytes are probably not what was meant; None elsewhere."""
+        paths = [piece.path for piece in self.train.corpus.pieces if isinstance(piece, FilePiece)]
+        tables = [path for path in paths if path.endswith((".jsonl", ".ndjson"))]
+        if not tables:
+            return None
+        return f"{tables[0]} is read byte by byte, keys and all; name a tokenizer (--tokenizer bytes) for its texts"
 
     def summary(self) -> str:
         """Name and size, for the user."""

@@ -25,6 +25,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.reading import read_yaml
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.at_start import to_prepare
 from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.evaluation.command import check_attacks
 from vqmoe_ds.evaluation.corruption import all_corruptions, parse_corruption
@@ -127,7 +128,7 @@ def _job(grid: Grid, run: Run) -> Job:
     try:
         loaded = load_config(preset, None, overrides)
         config, data = fit_to_data(resolve(grid.ds_config, loaded, world_size=1), loaded.explicit)
-        if data is None:
+        if data is None and not to_prepare(config.run):
             open_raw_text(config.run)  # refused now, not by the run
         if grid.evaluate is not None:
             _to_score(grid.evaluate, config.run)

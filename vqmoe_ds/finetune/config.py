@@ -86,8 +86,6 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
         if value is not None and overrides.get(name, value) != value:
             raise ConfigError(f"--{option} {value} contradicts --set {name}={overrides[name]}; leave one of them out")
         overrides |= {} if value is None else {name: value}
-    if args.tokenizer is not None:
-        overrides["data.tokenizer"] = args.tokenizer
     source = run_config(reader.config, reader.path)
     kept = ("model", "moe", "router", "codebook") + (() if args.task == LANGUAGE_MODEL else ("data",))
     base = {**source.model_dump(mode="json", include=set(kept)), **DEFAULTS}

@@ -7,6 +7,7 @@ from typing import Any
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.at_start import check_at_start
 from vqmoe_ds.data.batches import Batches, Windows
 from vqmoe_ds.data.fingerprint import of_data
 from vqmoe_ds.data.indexed import UNKNOWN, open_indexed_text
@@ -70,6 +71,7 @@ def open_text(loaded: LoadedConfig, source: RunConfig, reader: CheckpointReader)
         CheckpointError: its ids are of another tokenizer than the model's.
         DataError: as in pretraining.
     """
+    check_at_start(loaded.config, prepares=False)
     data: TrainingData = open_indexed_text(loaded.config) or open_raw_text(loaded.config)
     _check_tokenizer(data, source, reader)
     return TextTask(data)

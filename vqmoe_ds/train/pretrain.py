@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.data.at_start import check_at_start, prepared, to_prepare
 from vqmoe_ds.data.images import ImageData, ImageSet, open_images
 from vqmoe_ds.data.indexed import IndexedText, open_indexed_text
 from vqmoe_ds.data.raw_text import RawText, open_raw_text
+from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import ConfigError
@@ -46,13 +48,17 @@ class Pretraining(TrainingCommand):
             raise ConfigError(
                 "the section finetune belongs to launchers/finetune.py; leave it out, or use that launcher"
             )
-        config, prepared = fit_to_data(config, loaded.explicit)
+        config, data = fit_to_data(config, loaded.explicit)
         if args.print_config:
             show(config, place, console)
             return None
         run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
-        self.data = prepared or open_raw_text(config.run)
-        folders = [index_folder(config, run_dir)] if prepared is not None else []
+        folder = index_folder(config, run_dir)
+        if to_prepare(config.run):
+            config = replace(config, run=prepared(config.run, folder, place, console.say))
+            data = open_indexed_text(config.run)
+        self.data = data or open_raw_text(config.run)
+        folders = [folder] if data is not None else []
         config = replace(config, run=with_whole_paths(config.run))  # of use from wherever it is resumed or read
         greeting = [*loaded.notes, *_greeting(config, self.data, run_dir)]
         return Start(config, run_dir, greeting, folders)
@@ -108,18 +114,23 @@ def fit_to_data(config: EngineConfig, explicit: frozenset[str]) -> tuple[EngineC
         explicit: fields that the user set.
 
     Returns:
-        The configuration, and the images or prepared text; None for raw text, which is read later.
+        The configuration, and the images or prepared text; None for text that is read as it is, or prepared, later.
 
     Raises:
         UserError: the data cannot be read, or are not what was asked for.
     """
+    raw = to_prepare(config.run)
+    check_at_start(config.run, raw)
+    if raw:
+        tokenizer = load_tokenizer(str(config.run.data.tokenizer))
+        return fit_to_tokenizer(config, tokenizer.vocab_size, tokenizer.checksum, explicit), None
     images = open_images(config.run) if config.run.model.image_size else None
     data = images or open_indexed_text(config.run)
     named = config.run.data.tokenizer
     if data is None and named not in (None, "bytes"):
         raise ConfigError(
-            f"data.tokenizer={named} is of prepared data, and {config.run.data.path or 'the default'} is raw text, "
-            "which is read as bytes; prepare it with that tokenizer (tools/prepare_data.py), or leave the field out"
+            f"data.tokenizer={named} is of text that --data names, and the default is read as bytes; name a source, "
+            "or leave the field out"
         )
     known = data or RawText
     config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, explicit)
@@ -207,4 +218,5 @@ def _greeting(config: EngineConfig, data: TrainingData, run_dir: Path) -> list[s
         f"VQMoE pretraining: {route}; {config.world_size} rank(s), EP {config.ep_size}, "
         f"{config.sharing}ZeRO-{config.zero_stage}, {config.precision}",
         f"data: {data.summary()}; run folder: {run_dir}",
+        *([data.note] if isinstance(data, RawText) and data.note else []),
     ]

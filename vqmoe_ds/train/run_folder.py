@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from vqmoe_ds.checkpoint.whereabouts import INDEX_FOLDER
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 
 
@@ -22,5 +23,5 @@ def has_run(folder: Path) -> bool:
 
 
 def index_folder(config: EngineConfig, run_dir: Path) -> Path:
-    """Folder in which the order of prepared data is kept."""
-    return Path(config.run.data.cache_dir or run_dir / "data_index")
+    """Folder in which the order of prepared data is kept, and data that are prepared when the run starts."""
+    return Path(config.run.data.cache_dir or run_dir / INDEX_FOLDER)

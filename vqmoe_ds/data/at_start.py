@@ -1,0 +1,172 @@
+"""Preparation of text when a run starts: sources that are named together with a tokenizer become prepared data.
+
+One process of each machine prepares, or one of all where they see the same folder; the others wait for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vqmoe_ds.config.schema import DataConfig, RunConfig
+from vqmoe_ds.config.training import hub_source
+from vqmoe_ds.data import prepare
+from vqmoe_ds.data.documents import files_of
+from vqmoe_ds.data.indexed import is_indexed, weighted_entry, without_ending
+from vqmoe_ds.data.parts import disk_errors
+from vqmoe_ds.data.tokenizers import load_tokenizer
+from vqmoe_ds.data.units import SourceOptions
+from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
+from vqmoe_ds.runtime.files import make_folder
+from vqmoe_ds.runtime.ranks import Place
+
+TEXT_KEY = SourceOptions.text_key
+SAY_EVERY = 10.0
+"""Seconds between lines that say what is waited for."""
+
+
+def to_prepare(config: RunConfig) -> bool:
+    """Whether a source of the run is to be prepared: it is no prepared data, and a tokenizer is named for it."""
+    data = config.data
+    entries = [*_listed(data.path), *_listed(data.valid_path)]
+    return data.tokenizer is not None and not config.model.image_size and not all(map(_is_prepared, entries))
+
+
+def check_at_start(config: RunConfig, prepares: bool) -> None:
+    """Refuse fields of text that is prepared at the start where none is.
+
+    Args:
+        prepares: whether some is (``to_prepare``, and never in a fine-tuning).
+
+    Raises:
+        ConfigError: they are set.
+    """
+    data = config.data
+    for name, default in (("max_tokens", None), ("text_key", TEXT_KEY)):
+        if getattr(data, name) != default and not prepares:
+            raise ConfigError(
+                f"data.{name}={getattr(data, name)} is of text that is prepared when a pretraining starts, and there "
+                "is none; name the tokenizer of the text (--tokenizer), or leave the field out"
+            )
+
+
+def prepared(config: RunConfig, folder: Path, place: Place, say: Callable[[str], None]) -> RunConfig:
+    """The configuration with prepared data in place of its sources.
+
+    What is there already is taken: names hold what the text, the tokenizer and the limit were. Every rank calls it,
+    without a process group.
+
+    Args:
+        folder: where the prepared data go.
+        say: prints a line for the user, on rank 0.
+
+    Raises:
+        DataError: a source, the tokenizer or the disk is at fault.
+    """
+    data = config.data
+
+    def each(spec: str, most: int | None) -> str:
+        if _is_prepared(spec):
+            return spec
+        source, weight = weighted_entry(spec)
+        source = hub_source(source)
+        prefix = folder / f"{_stem(source)}-{_key(source, data, most)}"
+        _prepare_once(_arguments(source, prefix, data, most), prefix, place, say)
+        return str(prefix) if weight is None else f"{weight}:{prefix}"
+
+    paths = {
+        name: [each(spec, most) for spec in given] if isinstance(given, list) else given and each(given, most)
+        for name, given, most in (("path", data.path, data.max_tokens), ("valid_path", data.valid_path, None))
+    }
+    others = any(map(_is_prepared, _listed(data.path)))
+    # The corpora have their tokenizer beside them, and are as long as they were asked to be.
+    made = {**paths, "tokenizer": data.tokenizer if others else None, "max_tokens": None, "text_key": TEXT_KEY}
+    return config.model_copy(update={"data": data.model_copy(update=made)})
+
+
+def _listed(path: str | list[str] | None) -> list[str]:
+    return path if isinstance(path, list) else [path] if path is not None else []
+
+
+def _is_prepared(spec: str) -> bool:
+    return is_indexed(without_ending(weighted_entry(spec)[0]))
+
+
+def _stem(source: str) -> str:
+    """A name for the files of a source, of letters that every file system takes."""
+    words = re.findall(r"[A-Za-z0-9]+", source.removeprefix("hub:").rstrip("/").rpartition("/")[2])
+    return "-".join(words)[:40] or "text"
+
+
+def _key(source: str, data: DataConfig, most: int | None) -> str:
+    """Twelve digits for the text, as far as sizes and times of files tell, and how it is prepared."""
+    files = [] if source.startswith(("hub:", "recipe:")) else files_of(source, SourceOptions())
+    stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    checksum = load_tokenizer(str(data.tokenizer)).checksum
+    facts = json.dumps([source if not files else "", stamps, checksum, data.text_key, most])
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _arguments(source: str, prefix: Path, data: DataConfig, most: int | None) -> list[str]:
+    # Of a hub's set no more is read than is wanted, and nothing of it kept but the ids.
+    limit = [] if most is None else ["--max_tokens", str(most)]
+    given = ["--tokenizer", str(data.tokenizer), "--text_key", data.text_key, "--output", str(prefix), *limit]
+    return [*given, "--streaming", "--", source]
+
+
+def _prepare_once(arguments: list[str], prefix: Path, place: Place, say: Callable[[str], None]) -> None:
+    """Prepare unless somebody has or does; return when it is whole."""
+    said = time.monotonic()
+    while not Path(f"{prefix}.idx").exists():  # which is written last
+        with _turn(prefix, place) as mine:
+            if mine and not Path(f"{prefix}.idx").exists():
+                say(f"preparing {arguments[-1]} as {prefix}")
+                try:
+                    prepare.prepare(prepare.build_parser("").parse_args(arguments))
+                except UserError as error:
+                    raise DataError(_in_words_of_a_run(str(error)), local=place.rank != 0) from error
+        if time.monotonic() - said > SAY_EVERY:
+            say(f"waiting for {prefix}, which another process prepares")
+            said = time.monotonic()
+        time.sleep(0.1)
+
+
+def _in_words_of_a_run(sentence: str) -> str:
+    """A sentence of ``tools/prepare_data.py`` with the names that its options have in a run."""
+    sentence = sentence.replace("--text_key", "data.text_key").replace("--max_tokens ", "data.max_tokens=")
+    return f"{sentence} (an option of tools/prepare_data.py)" if " --" in sentence else sentence
+
+
+@contextmanager
+def _turn(prefix: Path, place: Place) -> Iterator[bool]:
+    """Whether this process is the one to prepare; it is no other's turn within. A failure leaves no empty folder."""
+    if place.local_rank:
+        yield False
+        return
+    with disk_errors(str(prefix.parent)):
+        make_folder(prefix.parent)
+        lock = open(f"{prefix}.lock", "wb")  # noqa: SIM115
+    try:
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:  # a file system without locks
+                pass
+            yield True
+            os.unlink(lock.name)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(lock.name)
+            for folder in prefix.parents[:2]:
+                folder.rmdir()
+        raise
