@@ -119,11 +119,14 @@ def test_names_come_in_the_order_of_the_model(stage, changes, tmp_path):
     assert all(torch.isfinite(buffer).all() for buffer in reader.buffers().values())
 
 
-def test_a_run_folder_stands_for_its_newest_checkpoint_that_verifies(tag):
+def test_a_run_folder_stands_for_its_newest_checkpoint_that_verifies(tag, caplog):
     newer = Path(shutil.copytree(tag, tag.with_name("global_step0000009")))
     (newer / "mp_rank_00_model_states.pt").write_bytes(b"half")
     for path in (tag, tag.parent, tag.parent.parent):
+        caplog.clear()
         assert open_checkpoint(path).path == tag
+        said = [] if path == tag else ["mp_rank_00_model_states.pt has 4 bytes", f"{tag.name} is taken instead"]
+        assert len(caplog.messages) == bool(said) and all(part in caplog.messages[0] for part in said)
 
 
 # ------------------------------------------------------------------ hostile files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from vqmoe_ds.checkpoint.reader import FORMATS, CheckpointReader, Format, check_
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import why_missing
 
+logger = logging.getLogger(__name__)
+
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Recognise and open a tag folder, a portable, Hugging Face, Megatron or native one, or a run folder.
 
-    Of a run folder, or its ``checkpoints``, it is the newest tag that verifies; of a fine-tuning's it is the one that
-    validated best, as in the report of that run, or the newest where none was validated.
+    Of a run folder, or its ``checkpoints``, it is the newest tag that verifies, and a warning says what is wrong with a
+    newer one; of a fine-tuning's it is the one that validated best, as in the report of that run, or the newest where
+    none was validated.
 
     Raises:
         CheckpointError: nothing there, damaged, of a newer format, or of a kind that is not known.
@@ -80,6 +84,8 @@ def _tag_under(path: Path) -> Path:
             return best
         found = find_newest(folder)
         if found.path is not None:
+            if found.passed_over:
+                logger.warning(f"{found.passed_over[0]}; {found.path.name} is taken instead")
             return found.path
         reasons += found.passed_over
     if reasons:
