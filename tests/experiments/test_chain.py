@@ -64,6 +64,14 @@ def test_killed_in_the_middle_the_same_command_goes_on_and_reports(command, tmp_
     assert (run_dir / "summary.json").stat().st_mtime_ns == finished
 
 
+def test_text_that_every_run_would_prepare_is_refused(tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("a few little words " * 400)
+    data = {"data.path": str(tmp_path / "words.txt"), "data.tokenizer": "bytes"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**GRID, "corpora": {"words": data}}))
+    assert main(build_parser("").parse_args([str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")])) == 2
+    assert "would prepare" in (said := capsys.readouterr().err) and "prepare it for all of them" in said
+
+
 def test_two_tools_never_work_in_one_run_folder(tmp_path):
     from vqmoe_ds.experiments.grid import read_grid, runs_of
     from vqmoe_ds.experiments.runs import jobs_of

@@ -128,7 +128,12 @@ def _job(grid: Grid, run: Run) -> Job:
     try:
         loaded = load_config(preset, None, overrides)
         config, data = fit_to_data(resolve(grid.ds_config, loaded, world_size=1), loaded.explicit)
-        if data is None and not to_prepare(config.run):
+        if to_prepare(config.run):
+            raise ConfigError(
+                f"data.tokenizer={config.run.data.tokenizer} would prepare {config.run.data.path} in every run; "
+                "prepare it for all of them (tools/prepare_data.py)"
+            )
+        if data is None:
             open_raw_text(config.run)  # refused now, not by the run
         if grid.evaluate is not None:
             _to_score(grid.evaluate, config.run)
