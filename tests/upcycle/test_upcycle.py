@@ -343,6 +343,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OLMoE, grouped queries": {"kind": OlmoeConfig, "rms_norm_eps": 1e-2, "num_key_value_heads": 2},
     "OLMoE, weights that sum to 1": {"kind": OlmoeConfig, "norm_topk_prob": True},
     "Qwen2-MoE": {"kind": Qwen2MoeConfig, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "Qwen2-MoE, no biases": {"kind": Qwen2MoeConfig, "qkv_bias": False, "num_key_value_heads": 2},
     "Qwen2-MoE, some blocks dense": {"kind": Qwen2MoeConfig, "norm_topk_prob": True, "mlp_only_layers": [0, 2]},
     "Granite-MoE": {"kind": GraniteMoeConfig, **MULTIPLIED, "tie_word_embeddings": True},
     "Granite-MoE, one expert a token": {"kind": GraniteMoeConfig, **MULTIPLIED, "num_experts_per_tok": 1},
@@ -394,6 +395,28 @@ def test_the_routed_source_is_itself_under_a_linear_router(family: str, tmp_path
     assert model.config.moe.router == "topk" and _distance(theirs, model) < 1e-5
     sparse = [hasattr(layer, "block_sparse_moe") or hasattr(layer.mlp, "gate") for layer in theirs.model.layers]
     assert model.moe_blocks == [block for block, there in enumerate(sparse) if there]
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        ({}, "rope_parameters"),
+        ({"kind": OlmoeConfig, "rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        ({"kind": Qwen3MoeConfig, "head_dim": 6, "sliding_window": 5}, "use_sliding_window"),
+    ],
+)
+def test_an_option_that_is_left_out_means_what_it_does_in_its_family(
+    options: dict[str, Any], left_out: str, tmp_path: Path
+) -> None:
+    theirs = _routed(tmp_path / "moe", **options)
+    described = json.loads((tmp_path / "moe" / "config.json").read_text())
+    del described[left_out]
+    (tmp_path / "moe" / "config.json").write_text(
+        json.dumps({**described, "sliding_window": options.get("sliding_window")})
+    )
+    source = RoutedSource(tmp_path / "moe")
+    assert _distance(theirs, load_back(RoutedReader(source, routed_config(source, {}, router="topk")))) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.formats.huggingface.names import is_sparse, shapes_of, unstacked, why_not_exported
-from vqmoe_ds.checkpoint.formats.huggingface.stock import NORM_EPS, head_width_of, kv_heads_of, rope_of, window_of
+from vqmoe_ds.checkpoint.formats.huggingface.stock import (
+    NORM_EPS,
+    head_width_of,
+    kv_heads_of,
+    norm_eps_of,
+    rope_of,
+    window_of,
+)
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
@@ -82,7 +89,7 @@ class DenseSource:
         check_kind(self.options, self.path)
         self.weights = _by_known_names(read_weights(self.path), self.kind)
         self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
-        self.qkv_bias = self.kind in QKV_BIASES
+        self.qkv_bias = self.kind in QKV_BIASES and bool(self.options.get("qkv_bias", True))
         self.width, self.layers = self._number("hidden_size"), self._number("num_hidden_layers")
         check_described({"model": {"layers": self.layers}}, self.weights, self.path)
         self.heads = self._number("num_attention_heads")
@@ -118,8 +125,7 @@ class DenseSource:
         ``x / sqrt(mean(x^2) + eps)`` with ``c x`` for ``x`` is the same with ``eps / c^2`` for ``eps``; all norms read
         the stream, so scaling it turns any epsilon into ours.
         """
-        eps = float(self.options.get("rms_norm_eps", NORM_EPS))
-        return math.sqrt(NORM_EPS / eps)
+        return math.sqrt(NORM_EPS / norm_eps_of(self.options))
 
     def data_section(self) -> dict[str, Any]:
         """The tokenizer of the source, so that data of another one is refused."""

@@ -13,6 +13,24 @@ from vqmoe_ds.moe.routers.base import softmax_over_all
 from vqmoe_ds.runtime.errors import CheckpointError
 
 NORM_EPS = 1e-6
+_UNSAID: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4096},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "olmoe": {"rms_norm_eps": 1e-5},
+    **{kind: {"use_sliding_window": False} for kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")},
+}
+"""What options mean that a ``config.json`` leaves out, by ``model_type``, where ``transformers`` has it otherwise than
+in a Llama."""
+
+
+def _said(options: dict[str, Any], name: str, otherwise: Any) -> Any:
+    """An option of ``config.json``, or what it means there if it is left out."""
+    return options.get(name, _UNSAID.get(str(options.get("model_type")), {}).get(name, otherwise))
+
+
+def norm_eps_of(options: dict[str, Any]) -> float:
+    """Epsilon of the norms of a stock ``config.json``."""
+    return float(_said(options, "rms_norm_eps", NORM_EPS))
 
 
 def head_width_of(options: dict[str, Any]) -> int:
@@ -39,7 +57,7 @@ def window_of(options: dict[str, Any], length: int = 0) -> int:
     Raises:
         CheckpointError: some layers alone have a window, and the context is longer; the option is named.
     """
-    window = options.get("sliding_window") if options.get("use_sliding_window", True) else None
+    window = _said(options, "sliding_window", None) if _said(options, "use_sliding_window", True) else None
     sliding = _sliding_layers(options) if window else []
     if not window or not any(sliding):
         return 0
@@ -76,19 +94,15 @@ _FIXED: dict[str, dict[str, Any]] = {
 """Kinds of scaled rotary positions by ``transformers``' name, and their options that are constants here."""
 
 
-def rope_of(options: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+def rope_of(options: dict[str, Any]) -> dict[str, Any]:
     """The fields ``model.rope_...`` of a stock ``config.json``.
-
-    Args:
-        options: of ``config.json``.
-        theta: where it names none.
 
     Raises:
         CheckpointError: they are scaled in a way that this trainer does not know; the option is named.
     """
     rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
-    section: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", options.get("rope_theta", theta)))}
+    section: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", _said(options, "rope_theta", 10000.0)))}
     if kind not in _FIXED:
         raise CheckpointError(f"rotary positions are scaled ({kind}); known are {', '.join(_FIXED)}")
     if kind == "default":
@@ -215,10 +229,11 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
     needed: dict[str, Any] = {"rms_norm_eps": NORM_EPS, "hidden_act": "silu"}
     if arch == "llama":
         needed |= {"attention_bias": False, "mlp_bias": False}
+    given = {**options, "rms_norm_eps": norm_eps_of(options)}
     for name, value in needed.items():
-        if options.get(name) not in (value, None):
+        if given.get(name) not in (value, None):
             raise CheckpointError(
-                f"this {arch.capitalize()} has {name}={options[name]}, but this trainer knows only {value}; "
+                f"this {arch.capitalize()} has {name}={given[name]}, but this trainer knows only {value}; "
                 "tools/upcycle.py converts more"
             )
     try:
@@ -231,7 +246,7 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
             "head_width": head_width_of(options),
             "sequence_length": options["max_position_embeddings"],
             "tie_embeddings": bool(options.get("tie_word_embeddings", False)),
-            **rope_of(options, 1e6 if arch == "mixtral" else 1e4),
+            **rope_of(options),
         }
         if arch == "llama":
             return {"model": model | {"dense_hidden": options["intermediate_size"]}, "moe": {"router": "dense"}}
