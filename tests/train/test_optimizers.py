@@ -128,6 +128,7 @@ def test_types_are_known_in_any_letters_and_get_the_options_they_take(tmp_path):
         ("MuAdamW", "scales by the base shapes of muP"),
         ("LBFGS", "evaluates the loss several times a step"),
         ("SparseAdam", "takes sparse gradients alone"),
+        ("OneBitAdam", "is not in DeepSpeed 0.19.8 any more; take one of Adam, "),
         ("Lamb", "is a kernel for GPUs in DeepSpeed; on a CPU take another"),
         ("lion", "on the host with zero_optimization.offload_optimizer"),
     ],
@@ -135,6 +136,12 @@ def test_types_are_known_in_any_letters_and_get_the_options_they_take(tmp_path):
 def test_what_cannot_train_is_refused_with_the_reason(kind, why, tmp_path):
     with pytest.raises(ConfigError, match=f"ds.json: optimizer {kind}.*{why}" if kind != "lion" else why):
         _resolve(tmp_path, type=kind)
+
+
+def test_a_type_that_nobody_has_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"ds.json: optimizer.type adamw_torch is neither .*; take one of Adam, Ada"):
+        _resolve(tmp_path, type="adamw_torch")
+    assert _resolve(tmp_path, type="Adafactor")["optimizer"]["type"] == "Adafactor"
 
 
 def test_adagrad_is_refused_where_deepspeed_merges_its_groups(tmp_path):

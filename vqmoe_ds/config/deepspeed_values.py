@@ -97,8 +97,10 @@ IMPOSSIBLE = {
     **dict.fromkeys(("muadam", "muadamw", "musgd"), "scales by the base shapes of muP, which models here do not have"),
     "lbfgs": "evaluates the loss several times a step",
     "sparseadam": "takes sparse gradients alone",
+    **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "is not in DeepSpeed 0.19.8 any more"),
 }
-"""``optimizer.type`` that DeepSpeed 0.19.8 would make, in small letters -> why it cannot train here."""
+"""``optimizer.type`` that DeepSpeed 0.19.8 would make, or former versions made, in small letters -> why it cannot train
+here."""
 PARAMS = {
     "lamb": ("lr", "betas", "weight_decay", *_LAMB),
     "lion": ("lr", "betas", "weight_decay", "set_grad_none"),

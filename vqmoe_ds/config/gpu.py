@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vqmoe_ds.config.deepspeed_values import OWN_ADAM_ALONE
+from vqmoe_ds.config.deepspeed_values import OPTIMIZERS, OWN_ADAM_ALONE
 from vqmoe_ds.config.schema import Precision, RunConfig
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError, shown
 
 WIDTH_STEP = {"bf16": 8, "fp16": 8, "fp32": 4}
 """16 bytes, in values."""
@@ -103,12 +103,19 @@ def use_bf16(values: dict[str, Any]) -> None:
 
 
 def check_optimizer_runs(values: dict[str, Any], gpu: bool, path: str) -> None:
-    """Refuse DeepSpeed's own kernels of a GPU on a CPU, and Muon where its checkpoints could not be read.
+    """Refuse types that nobody has, DeepSpeed's own kernels of a GPU on a CPU, and Muon whose checkpoints nobody reads.
 
     Raises:
-        ConfigError: Lamb, or Lion that is not offloaded; Muon at ZeRO 0 in 16 bits.
+        ConfigError: an unknown type; Lamb, or Lion that is not offloaded; Muon at ZeRO 0 in 16 bits.
     """
+    import torch
+
     kind = str(values["optimizer"]["type"])
+    if kind.lower() not in OPTIMIZERS and not hasattr(torch.optim, kind):
+        raise ConfigError(
+            f"DeepSpeed config {path}: optimizer.type {shown(kind)[1:-1]} is neither DeepSpeed's nor torch.optim's; "
+            f"take one of {', '.join(OPTIMIZERS.values())}"
+        )
     low = any(values.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
     if kind == "Muon" and low and not values.get("zero_optimization", {}).get("stage"):
         # Its files number the master weights in Muon's order, without their names.
