@@ -92,7 +92,7 @@ ADAMS = ("adam", "adamw")
 """Optimizers whose checkpoints any layout goes on from."""
 SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 """``scheduler.type`` of DeepSpeed 0.19.8; at ZeRO 0 those of ``torch.optim.lr_scheduler`` work, too."""
-WITHOUT_BETAS = ("adagrad", "sgd", "rmsprop")
+WITHOUT_BETAS = ("adagrad", "sgd", "rmsprop", "adafactor", "adadelta", "asgd")
 IMPOSSIBLE = {
     **dict.fromkeys(("muadam", "muadamw", "musgd"), "scales by the base shapes of muP, which models here do not have"),
     "lbfgs": "evaluates the loss several times a step",

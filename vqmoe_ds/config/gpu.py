@@ -108,10 +108,8 @@ def check_optimizer_runs(values: dict[str, Any], gpu: bool, path: str) -> None:
     Raises:
         ConfigError: an unknown type; Lamb, or Lion that is not offloaded; Muon at ZeRO 0 in 16 bits.
     """
-    import torch
-
     kind = str(values["optimizer"]["type"])
-    if kind.lower() not in OPTIMIZERS and not hasattr(torch.optim, kind):
+    if not _exists(kind):
         raise ConfigError(
             f"DeepSpeed config {path}: optimizer.type {shown(kind)[1:-1]} is neither DeepSpeed's nor torch.optim's; "
             f"take one of {', '.join(OPTIMIZERS.values())}"
@@ -126,6 +124,14 @@ def check_optimizer_runs(values: dict[str, Any], gpu: bool, path: str) -> None:
     raise ConfigError(
         f"DeepSpeed config {path}: optimizer {kind} is a kernel for GPUs in DeepSpeed{remedy}; on a CPU take another"
     )
+
+
+def _exists(kind: str) -> bool:
+    if kind.lower() in OPTIMIZERS:
+        return True
+    import torch  # seconds, for types that were not tried
+
+    return hasattr(torch.optim, kind)
 
 
 def use_fused_adam(values: dict[str, Any]) -> None:
