@@ -101,6 +101,17 @@ def test_a_resumed_run_continues_the_curves_of_the_metrics_file(small, tmp_path,
     assert done.stderr == "" and not any("wandb:" in line or "mlflow." in line for line in done.stdout.splitlines())
 
 
+def test_deepspeeds_own_run_of_weights_and_biases_stays_apart(small, tmp_path):  # noqa: F811
+    pytest.importorskip("wandb", reason="needs pip install 'vqmoe_ds[wandb]'")
+    values = {"zero_optimization": {"stage": 2}, "wandb": {"enabled": True, "project": "theirs"}}
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    words = ["--ds_config", str(tmp_path / "ds.json"), *small[2:]]
+    assert (done := _train(words, tmp_path, 4, "wandb")).returncode == 0, done.stderr
+    (ours,) = json.loads((tmp_path / "run/loggers.json").read_text()).values()
+    curves, _, status = _wandb(tmp_path, ours)
+    assert list(curves["loss"]) == [2, 4] and "Train/Samples/lr" not in curves and status == "FINISHED"
+
+
 def test_a_run_of_mlflow_that_is_gone_is_one_sentence(small, tmp_path):  # noqa: F811
     pytest.importorskip("mlflow", reason="needs pip install 'vqmoe_ds[mlflow]'")
     assert (done := _train(small, tmp_path, 2, "mlflow")).returncode == 0, done.stderr

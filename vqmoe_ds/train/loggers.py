@@ -101,6 +101,7 @@ class WeightsAndBiases(Logger):
                 dir=str(run_dir),
                 id=known,
                 resume="allow" if known else None,
+                reinit="create_new",  # not that of DeepSpeed's own monitor, whose steps are samples
                 config=facts,
                 settings=wandb.Settings(console="off"),  # the terminal and the logs are the console's
             )
