@@ -156,6 +156,17 @@ def test_tied_embeddings_stay_tied_unless_told_otherwise(options: dict[str, Any]
         _upcycled(tmp_path / "apart", {"model.tie_embeddings": True})
 
 
+def test_a_head_beside_tied_embeddings_is_theirs_or_refused(tmp_path: Path) -> None:
+    dense = _dense(tmp_path / "dense", tie_word_embeddings=True)
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file({**weights, "lm_head.weight": head}, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    assert _distance(dense, _upcycled(tmp_path / "dense")) < 1e-5
+    save_file({**weights, "lm_head.weight": 2 * head}, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings is true, and lm_head.weight is not the embedding"):
+        _upcycled(tmp_path / "dense")
+
+
 @pytest.mark.parametrize("layers, window", [(0, 8), (3, 0), (1, None)])
 def test_a_window_is_that_of_all_layers_or_refused_by_name(layers: int, window: int | None, tmp_path: Path) -> None:
     options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": layers}

@@ -185,6 +185,8 @@ class DenseSource:
             f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
             f"hidden_act={options.get('hidden_act')} is not silu": options.get("hidden_act", "silu") != "silu",
             "heads cannot be shared evenly among key-value heads": self.heads % self.kv_heads != 0,
+            "tie_word_embeddings is true, and lm_head.weight is not the embedding; say false if it was trained by "
+            "itself, else delete it": self._ties_another_head(),
         }
         for problem, there in problems.items():
             if there:
@@ -201,6 +203,13 @@ class DenseSource:
                 continue
             what = "a bias that is not zero" if name.endswith(".bias") else "which our transformer lacks"
             raise CheckpointError(f"{self.path} cannot be represented: it has {name}, {what}")
+
+    def _ties_another_head(self) -> bool:
+        """Whether transformers 4 and 5 would use different output layers: the embedding, and that of the file."""
+        head, embedding = (self.weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not self.options.get("tie_word_embeddings") or head is None or embedding is None:
+            return False
+        return not torch.equal(head.whole(), embedding.whole())
 
     def _known(self) -> list[str]:
         names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
