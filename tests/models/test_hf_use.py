@@ -106,6 +106,35 @@ def test_flex_attention_is_the_same_function(source: str) -> None:
     assert all(_far(*pair) < 1e-5 for pair in zip(*answers, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("case", CASES)
+def test_experts_by_every_implementation_are_the_same_function(case: str, kind: str, models: dict[str, Any]) -> None:
+    model, asked = copy.deepcopy(models[case]), VQMoEConfig.from_dict(models[case].config.to_dict())
+    assert model.get_experts_implementation() == {"": "eager"}
+    asked._experts_implementation = kind
+    loaded = VQMoEForCausalLM(asked).eval()
+    loaded.load_state_dict(model.state_dict())
+    for switched in (loaded, model):
+        switched.set_experts_implementation(kind)
+        answers, gradients = [], []
+        for each in (models[case], switched):
+            each.zero_grad()
+            logits = each(tokens_of()).logits
+            logits.square().mean().backward()
+            answers.append(logits.detach())
+            gradients.append([weight.grad for weight in each.parameters() if weight.grad is not None])
+        assert _far(*answers) < 1e-5
+        assert all(_far(*pair) < 1e-5 for pair in zip(*gradients, strict=True))
+    models[case].zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["sonicmoe", "grouped"])
+def test_experts_by_an_implementation_that_they_lack_are_refused(kind: str, models: dict[str, Any]) -> None:
+    model = copy.deepcopy(models["context"])
+    with pytest.raises(ValueError, match=f"experts_implementation='{kind}' is none of eager, grouped_mm, batched_mm"):
+        model.set_experts_implementation(kind)
+
+
 def test_a_mask_of_pairs_that_hides_padding_is_a_mask_of_tokens(models: dict[str, Any]) -> None:
     for case in ("context", "layer state", "position embedding"):
         kept = torch.tensor([[0] * 4 + [1] * 12])

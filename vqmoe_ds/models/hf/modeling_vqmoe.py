@@ -30,7 +30,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_vqmoe import SeenTokens, VQMoEAttention, VQMoERMSNorm, rotary_tables, sinusoids
 from .configuration_vqmoe import VQMoEConfig
-from .routing_vqmoe import Codes, VQMoECodebook, VQMoEExperts, VQMoEMLP, VQMoESparseMLP, source_layer
+from .routing_vqmoe import (
+    EXPERTS,
+    Codes,
+    VQMoECodebook,
+    VQMoEExperts,
+    VQMoEMLP,
+    VQMoESparseMLP,
+    grouped_linear,
+    source_layer,
+)
 
 
 class VQMoEBlock(GradientCheckpointingLayer):
@@ -94,6 +103,23 @@ class VQMoEPreTrainedModel(PreTrainedModel):
             module.reset()
         elif isinstance(module, VQMoEModel):
             module.reset_table()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The name of the experts' products (``VQMoEExperts``); none: ``eager``, the trainer's.
+
+        Raises:
+            ValueError: any other name.
+        """
+        name = "eager" if requested_experts is None else requested_experts
+        if name not in EXPERTS:
+            raise ValueError(f"experts_implementation={name!r} is none of {', '.join(EXPERTS)}")
+        if name == "grouped_mm" and grouped_linear is None:
+            raise ValueError("experts_implementation='grouped_mm' needs a newer transformers; take eager")
+        return name
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embedding as every model does, and with it the tables that have a row for each token."""

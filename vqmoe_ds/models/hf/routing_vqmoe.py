@@ -36,6 +36,8 @@ try:  # grouped products that torch.compile and torch.export take whole
 except ImportError:
     grouped_linear = None
 
+EXPERTS = ("eager", "grouped_mm", "batched_mm")
+"""Names of ``experts_implementation``."""
 Codes = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """The codebook as a function: a module among arguments would be moved about by whoever places models on devices."""
 
@@ -54,10 +56,15 @@ class VQMoEMLP(nn.Module):
 
 
 class VQMoEExperts(nn.Module):
-    """The SwiGLU experts of one layer, stacked."""
+    """The SwiGLU experts of one layer, stacked.
+
+    ``experts_implementation`` names the products: ``eager`` (each expert's own, the default), ``grouped_mm`` (all in
+    one) or ``batched_mm`` (a copy of its expert for every row, for few rows).
+    """
 
     def __init__(self, config: VQMoEConfig) -> None:
         super().__init__()
+        self.config = config
         experts, hidden, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
@@ -78,8 +85,14 @@ class VQMoEExperts(nn.Module):
             last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
             rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
         ends_N = torch.searchsorted(ids_M, torch.arange(len(self.gate_proj), device=ids_M.device), right=True)
+        kind = self.config._experts_implementation
         tracing = (torch.compiler.is_compiling() or torch.jit.is_tracing()) and grouped_linear is not None
-        y_MD = self._run_grouped(rows_MD, ids_M, ends_N) if tracing else self._run(rows_MD, ids_M, ends_N)
+        if kind == "batched_mm":
+            y_MD = self._run_batched(rows_MD, ids_M)
+        elif kind == "grouped_mm" or tracing:
+            y_MD = self._run_grouped(rows_MD, ids_M, ends_N)
+        else:
+            y_MD = self._run(rows_MD, ids_M, ends_N)
         return y_MD.index_select(0, inverse_M).view(-1, routes, x_TD.shape[1])
 
     def _run(self, rows_MD: Tensor, ids_M: Tensor, ends_N: Tensor) -> Tensor:
@@ -106,11 +119,21 @@ class VQMoEExperts(nn.Module):
 
     def _run_grouped(self, rows_MD: Tensor, ids_M: Tensor, ends_N: Tensor) -> Tensor:
         """The same without a look at any number, for graphs."""
-        inside = (ids_M >= 0).all() & (ids_M < len(self.gate_proj)).all()
-        torch._assert_async(inside, "an expert was asked for that this model does not have")
+        self._check_on_device(ids_M)
         ends_N = ends_N.int()
         gate_MH, up_MH = (grouped_linear(rows_MD, weight, ends_N) for weight in (self.gate_proj, self.up_proj))
         return grouped_linear(F.silu(gate_MH) * up_MH, self.down_proj, ends_N)
+
+    def _run_batched(self, rows_MD: Tensor, ids_M: Tensor) -> Tensor:
+        """The same with the weights of its expert for every row."""
+        self._check_on_device(ids_M)
+        rows_M1D = rows_MD.unsqueeze(1)
+        gate_M1H, up_M1H = (rows_M1D @ weight[ids_M].mT for weight in (self.gate_proj, self.up_proj))
+        return (F.silu(gate_M1H) * up_M1H @ self.down_proj[ids_M].mT).squeeze(1)
+
+    def _check_on_device(self, ids_M: Tensor) -> None:
+        inside = (ids_M >= 0).all() & (ids_M < len(self.gate_proj)).all()
+        torch._assert_async(inside, "an expert was asked for that this model does not have")
 
     def reset(self, std: float) -> None:
         """Draw initial weights."""
