@@ -128,10 +128,10 @@ def test_experts_by_every_implementation_are_the_same_function(case: str, kind: 
     models[case].zero_grad()
 
 
-@pytest.mark.parametrize("kind", ["sonicmoe", "grouped"])
+@pytest.mark.parametrize("kind", ["grouped", "loop"])
 def test_experts_by_an_implementation_that_they_lack_are_refused(kind: str, models: dict[str, Any]) -> None:
     model = copy.deepcopy(models["context"])
-    with pytest.raises(ValueError, match=f"experts_implementation='{kind}' is none of eager, grouped_mm, batched_mm"):
+    with pytest.raises(ValueError, match=f"experts_implementation='{kind}' is none of eager, .*grouped_mm"):
         model.set_experts_implementation(kind)
 
 

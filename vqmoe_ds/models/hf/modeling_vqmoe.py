@@ -31,13 +31,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_vqmoe import SeenTokens, VQMoEAttention, VQMoERMSNorm, rotary_tables, sinusoids
 from .configuration_vqmoe import VQMoEConfig
 from .routing_vqmoe import (
-    EXPERTS,
+    ALL_EXPERTS_FUNCTIONS,
     Codes,
     VQMoECodebook,
     VQMoEExperts,
     VQMoEMLP,
     VQMoESparseMLP,
-    grouped_linear,
     source_layer,
 )
 
@@ -114,12 +113,12 @@ class VQMoEPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: any other name.
         """
-        name = "eager" if requested_experts is None else requested_experts
-        if name not in EXPERTS:
-            raise ValueError(f"experts_implementation={name!r} is none of {', '.join(EXPERTS)}")
-        if name == "grouped_mm" and grouped_linear is None:
-            raise ValueError("experts_implementation='grouped_mm' needs a newer transformers; take eager")
-        return name
+        if requested_experts in (None, "eager"):
+            return "eager"
+        if requested_experts not in ALL_EXPERTS_FUNCTIONS:
+            known = ", ".join(["eager", *ALL_EXPERTS_FUNCTIONS])
+            raise ValueError(f"experts_implementation={requested_experts!r} is none of {known}")
+        return requested_experts
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embedding as every model does, and with it the tables that have a row for each token."""

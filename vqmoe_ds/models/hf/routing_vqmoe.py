@@ -36,8 +36,11 @@ try:  # grouped products that torch.compile and torch.export take whole
 except ImportError:
     grouped_linear = None
 
-EXPERTS = ("eager", "grouped_mm", "batched_mm")
-"""Names of ``experts_implementation``."""
+try:  # products of all experts by name
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError:
+    ALL_EXPERTS_FUNCTIONS = {}
+
 Codes = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """The codebook as a function: a module among arguments would be moved about by whoever places models on devices."""
 
@@ -58,13 +61,16 @@ class VQMoEMLP(nn.Module):
 class VQMoEExperts(nn.Module):
     """The SwiGLU experts of one layer, stacked.
 
-    ``experts_implementation`` names the products: ``eager`` (each expert's own, the default), ``grouped_mm`` (all in
-    one) or ``batched_mm`` (a copy of its expert for every row, for few rows).
+    ``experts_implementation`` names the products: ``eager`` (each expert's own, the default), or one of transformers'
+    functions, such as ``grouped_mm`` and ``batched_mm``, which find here what they ask of experts.
     """
+
+    has_gate, has_bias, has_post_expert_norm = True, False, False
+    is_concatenated, is_transposed, _is_expert_parallel = True, False, False
 
     def __init__(self, config: VQMoEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.num_experts, self.act_fn = config, config.num_experts, nn.SiLU()
         experts, hidden, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
@@ -85,11 +91,11 @@ class VQMoEExperts(nn.Module):
             last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
             rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
         ends_N = torch.searchsorted(ids_M, torch.arange(len(self.gate_proj), device=ids_M.device), right=True)
-        kind = self.config._experts_implementation
         tracing = (torch.compiler.is_compiling() or torch.jit.is_tracing()) and grouped_linear is not None
-        if kind == "batched_mm":
-            y_MD = self._run_batched(rows_MD, ids_M)
-        elif kind == "grouped_mm" or tracing:
+        kind = self.config._experts_implementation
+        if kind not in (None, "eager"):
+            y_MD = self._run_theirs(kind, rows_MD, ids_M)
+        elif tracing:
             y_MD = self._run_grouped(rows_MD, ids_M, ends_N)
         else:
             y_MD = self._run(rows_MD, ids_M, ends_N)
@@ -124,12 +130,20 @@ class VQMoEExperts(nn.Module):
         gate_MH, up_MH = (grouped_linear(rows_MD, weight, ends_N) for weight in (self.gate_proj, self.up_proj))
         return grouped_linear(F.silu(gate_MH) * up_MH, self.down_proj, ends_N)
 
-    def _run_batched(self, rows_MD: Tensor, ids_M: Tensor) -> Tensor:
-        """The same with the weights of its expert for every row."""
+    def _run_theirs(self, kind: str, rows_MD: Tensor, ids_M: Tensor) -> Tensor:
+        """The same by a function of transformers: a row is a token of one expert, whose weight is 1."""
         self._check_on_device(ids_M)
-        rows_M1D = rows_MD.unsqueeze(1)
-        gate_M1H, up_M1H = (rows_M1D @ weight[ids_M].mT for weight in (self.gate_proj, self.up_proj))
-        return (F.silu(gate_M1H) * up_M1H @ self.down_proj[ids_M].mT).squeeze(1)
+        ids_M1 = ids_M.unsqueeze(1)
+        return ALL_EXPERTS_FUNCTIONS[kind](self, rows_MD, ids_M1, torch.ones_like(ids_M1, dtype=rows_MD.dtype))
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """Gate and up of every expert in one, ``[N, 2 H, D]``: a copy, joined whenever it is asked for."""
+        return torch.cat([self.gate_proj, self.up_proj], dim=1)
+
+    def _apply_gate(self, gate_up_M2H: Tensor) -> Tensor:
+        gate_MH, up_MH = gate_up_M2H.chunk(2, dim=-1)
+        return self.act_fn(gate_MH) * up_MH
 
     def _check_on_device(self, ids_M: Tensor) -> None:
         inside = (ids_M >= 0).all() & (ids_M < len(self.gate_proj)).all()
