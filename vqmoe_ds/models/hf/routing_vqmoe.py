@@ -67,10 +67,11 @@ class VQMoEExperts(nn.Module):
 
     has_gate, has_bias, has_post_expert_norm = True, False, False
     is_concatenated, is_transposed, _is_expert_parallel = True, False, False
+    act_fn = staticmethod(F.silu)
 
     def __init__(self, config: VQMoEConfig) -> None:
         super().__init__()
-        self.config, self.num_experts, self.act_fn = config, config.num_experts, nn.SiLU()
+        self.config, self.num_experts = config, config.num_experts
         experts, hidden, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
