@@ -8,7 +8,7 @@ from typing import Any
 
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.image_tables import HUB
-from vqmoe_ds.data.indexed import UNKNOWN, is_indexed, weighted_entry
+from vqmoe_ds.data.indexed import UNKNOWN, is_indexed, with_changed
 from vqmoe_ds.data.labelled import KNOWN_SETS
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -47,30 +47,20 @@ def whole_task(task: str | None) -> str | None:
 
 
 def _whole(path: Any) -> Any:
-    if path is None or isinstance(path, list):
-        return path and [_whole(each) for each in path]
-    if path.startswith(HUB):
-        return path
-    prefix, weight = weighted_entry(path)
-    return os.path.abspath(path) if weight is None else f"{weight}:{os.path.abspath(prefix)}"
+    return with_changed(path, lambda source: source if source.startswith(HUB) else os.path.abspath(source))
 
 
 def with_own_data(config: RunConfig, checkpoint: Path) -> RunConfig:
     """The configuration with the data that were prepared in the run's folder where that folder is now."""
 
-    def found(spec: str) -> str:
-        prefix, weight = weighted_entry(spec)
+    def found(prefix: str) -> str:
         if Path(prefix).parent.name != INDEX_FOLDER or is_indexed(prefix):
-            return spec
+            return prefix
         places = [folder / INDEX_FOLDER / Path(prefix).name for folder in checkpoint.absolute().parents[:2]]
-        here = next((str(place) for place in places if is_indexed(str(place))), prefix)
-        return here if weight is None else f"{weight}:{here}"
+        return next((str(place) for place in places if is_indexed(str(place))), prefix)
 
     data = config.data
-    moved = {
-        name: [found(spec) for spec in given] if isinstance(given, list) else given and found(given)
-        for name, given in (("path", data.path), ("valid_path", data.valid_path))
-    }
+    moved = {name: with_changed(getattr(data, name), found) for name in ("path", "valid_path")}
     return config.model_copy(update={"data": data.model_copy(update=moved)})
 
 

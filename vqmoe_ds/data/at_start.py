@@ -19,7 +19,7 @@ from vqmoe_ds.config.schema import DataConfig, RunConfig
 from vqmoe_ds.config.training import hub_source
 from vqmoe_ds.data import prepare
 from vqmoe_ds.data.documents import files_of
-from vqmoe_ds.data.indexed import is_indexed, weighted_entry, without_ending
+from vqmoe_ds.data.indexed import is_indexed, weighted_entry, with_changed, without_ending
 from vqmoe_ds.data.parts import disk_errors
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import SourceOptions
@@ -71,19 +71,19 @@ def prepared(config: RunConfig, folder: Path, place: Place, say: Callable[[str],
         DataError: a source, the tokenizer or the disk is at fault.
     """
     data = config.data
+    checksum = load_tokenizer(str(data.tokenizer)).checksum
 
-    def each(spec: str, most: int | None) -> str:
-        if _is_prepared(spec):
-            return spec
-        source, weight = weighted_entry(spec)
+    def each(source: str, most: int | None) -> str:
+        if _is_prepared(source):
+            return source
         source = hub_source(source)
-        prefix = folder / f"{_stem(source)}-{_key(source, data, most)}"
+        prefix = folder / f"{_stem(source)}-{_key(source, checksum, data.text_key, most)}"
         _prepare_once(_arguments(source, prefix, data, most), prefix, place, say)
-        return str(prefix) if weight is None else f"{weight}:{prefix}"
+        return str(prefix)
 
     paths = {
-        name: [each(spec, most) for spec in given] if isinstance(given, list) else given and each(given, most)
-        for name, given, most in (("path", data.path, data.max_tokens), ("valid_path", data.valid_path, None))
+        "path": with_changed(data.path, lambda source: each(source, data.max_tokens)),
+        "valid_path": with_changed(data.valid_path, lambda source: each(source, None)),
     }
     others = any(map(_is_prepared, _listed(data.path)))
     # The corpora have their tokenizer beside them, and are as long as they were asked to be.
@@ -105,12 +105,11 @@ def _stem(source: str) -> str:
     return "-".join(words)[:40] or "text"
 
 
-def _key(source: str, data: DataConfig, most: int | None) -> str:
+def _key(source: str, checksum: str, text_key: str, most: int | None) -> str:
     """Twelve digits for the text, as far as sizes and times of files tell, and how it is prepared."""
     files = [] if source.startswith(("hub:", "recipe:")) else files_of(source, SourceOptions())
     stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-    checksum = load_tokenizer(str(data.tokenizer)).checksum
-    facts = json.dumps([source if not files else "", stamps, checksum, data.text_key, most])
+    facts = json.dumps([source if not files else "", stamps, checksum, text_key, most])
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,16 @@ def weighted_entry(text: str) -> tuple[str, str | None]:
     """(PREFIX, WEIGHT as it is written) of ``WEIGHT:PREFIX``; None for the weight of what is there by that name."""
     match = None if os.path.exists(text) or is_indexed(text) else _WEIGHTED.fullmatch(text)
     return (text, None) if match is None else (match[2], match[1])
+
+
+def with_changed(path: Any, change: Callable[[str], str]) -> Any:
+    """``data.path`` or its like with every source or prefix changed; weights stay as they are written."""
+
+    def changed(text: str) -> str:
+        source, weight = weighted_entry(text)
+        return change(source) if weight is None else f"{weight}:{change(source)}"
+
+    return [changed(text) for text in path] if isinstance(path, list) else path and changed(path)
 
 
 def without_ending(text: str) -> str:

@@ -22,14 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.formats.huggingface.names import is_sparse, shapes_of, unstacked, why_not_exported
-from vqmoe_ds.checkpoint.formats.huggingface.stock import (
-    NORM_EPS,
-    head_width_of,
-    kv_heads_of,
-    norm_eps_of,
-    rope_of,
-    window_of,
-)
+from vqmoe_ds.checkpoint.formats.huggingface.stock import head_width_of, kv_heads_of, norm_scale_of, rope_of, window_of
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
@@ -87,6 +80,7 @@ class DenseSource:
         self.options = read_json(self.path / "config.json")
         self.kind = str(self.options.get("model_type"))
         check_kind(self.options, self.path)
+        self.stream_scale = norm_scale_of(self.options)
         self.weights = _by_known_names(read_weights(self.path), self.kind)
         self.qk_norm = QK_NORMS.get(self.kind, QKNorm.NONE)
         self.qkv_bias = self.kind in QKV_BIASES and bool(self.options.get("qkv_bias", True))
@@ -117,15 +111,6 @@ class DenseSource:
 
     def _multiplier(self, name: str) -> float:
         return float(self.options.get(name, 1.0))
-
-    @property
-    def stream_scale(self) -> float:
-        """Factor on everything that is written to the residual stream, for the epsilon of the norms.
-
-        ``x / sqrt(mean(x^2) + eps)`` with ``c x`` for ``x`` is the same with ``eps / c^2`` for ``eps``; all norms read
-        the stream, so scaling it turns any epsilon into ours.
-        """
-        return math.sqrt(NORM_EPS / norm_eps_of(self.options))
 
     def data_section(self) -> dict[str, Any]:
         """The tokenizer of the source, so that data of another one is refused."""
@@ -410,7 +395,7 @@ class UpcycledReader(WeightsReader):
         """Query, key or value weights of a block.
 
         Queries and keys that are normed are scaled, which turns the epsilon of their norm into ours; see
-        ``DenseSource.stream_scale``.
+        ``norm_scale_of``.
         """
         source, weight = self._source, self._source.tensor(f"{start}self_attn.{letter}_proj.weight")
         weight = weight * source.query_scale if letter == "q" else weight

@@ -67,7 +67,6 @@ class VQMoEExperts(nn.Module):
 
     has_gate, has_bias, has_post_expert_norm = True, False, False
     is_concatenated, is_transposed, _is_expert_parallel = True, False, False
-    act_fn = staticmethod(F.silu)
 
     def __init__(self, config: VQMoEConfig) -> None:
         super().__init__()
@@ -144,7 +143,7 @@ class VQMoEExperts(nn.Module):
 
     def _apply_gate(self, gate_up_M2H: Tensor) -> Tensor:
         gate_MH, up_MH = gate_up_M2H.chunk(2, dim=-1)
-        return self.act_fn(gate_MH) * up_MH
+        return F.silu(gate_MH) * up_MH
 
     def _check_on_device(self, ids_M: Tensor) -> None:
         inside = (ids_M >= 0).all() & (ids_M < len(self.gate_proj)).all()

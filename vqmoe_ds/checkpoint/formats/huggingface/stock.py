@@ -33,6 +33,15 @@ def norm_eps_of(options: dict[str, Any]) -> float:
     return float(_said(options, "rms_norm_eps", NORM_EPS))
 
 
+def norm_scale_of(options: dict[str, Any]) -> float:
+    """Factor on everything that is written to the residual stream, for the epsilon of the norms.
+
+    ``x / sqrt(mean(x^2) + eps)`` with ``c x`` for ``x`` is the same with ``eps / c^2`` for ``eps``; all norms read the
+    stream, so scaling it turns any epsilon into ours.
+    """
+    return math.sqrt(NORM_EPS / norm_eps_of(options))
+
+
 def head_width_of(options: dict[str, Any]) -> int:
     """``model.head_width``: 0 where the heads share the width evenly."""
     head_dim, heads = options.get("head_dim"), options.get("num_attention_heads")
