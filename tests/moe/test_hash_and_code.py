@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.moe.choices import LENGTH, check_padding, check_pieces, config_of, experts_of, tokens
+from tests.moe.choices import LAYERS, LENGTH, check_padding, check_pieces, config_of, experts_of, tokens
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models import transformer
 from vqmoe_ds.models.transformer import MoETransformer
+from vqmoe_ds.moe.routers.hash_and_code import HashAndCodeRouter
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 def _config(router: str = "hash_and_code", top_k: int = 1, **codebook: Any) -> RunConfig:
@@ -32,6 +36,26 @@ def test_the_whole_dispatch_is_planned_before_the_first_block(monkeypatch: pytes
     chosen = experts_of(model, tokens())
     (experts_LTR,) = planned
     assert torch.equal(experts_LTR, torch.stack(chosen))
+
+
+def test_a_table_of_the_user_names_the_first_expert(tmp_path: Path) -> None:
+    config = config_of("hash_and_code", 1)
+    table_LV = (torch.arange(config.model.vocab_size) // 3 % config.moe.num_experts).expand(LAYERS, -1).contiguous()
+    save_file({"token_table": table_LV.int()}, tmp_path / "table.safetensors")
+    options = config.router.model_copy(update={"path": str(tmp_path / "table.safetensors")})
+    config = config.model_copy(update={"router": options})
+    HashAndCodeRouter.check_start(config, LAYERS)
+    model, tokens_BS = MoETransformer(config), tokens()
+    chosen = experts_of(model, tokens_BS)
+    assert len(chosen) == LAYERS
+    assert all(torch.equal(two_TR[:, 0], table_LV[0][tokens_BS.flatten()]) for two_TR in chosen)
+    # The checkpoint brings the table where the file is gone
+    (tmp_path / "table.safetensors").unlink()
+    reopened = MoETransformer(config)
+    reopened.load_state_dict(model.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(experts_of(reopened, tokens_BS), chosen, strict=True))
+    with pytest.raises(ConfigError, match="cannot be read as a token table: it does not exist"):
+        HashAndCodeRouter.check_start(config, LAYERS)
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [5, 1, 10]])

@@ -16,6 +16,7 @@ from vqmoe_ds.config.schema import MoEConfig, RunConfig
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext
 from vqmoe_ds.moe.routers.hash_token import hash_of_tokens
+from vqmoe_ds.moe.routers.token_table import given_table, read_table
 from vqmoe_ds.moe.routers.vq import VQRouter
 
 
@@ -23,12 +24,13 @@ from vqmoe_ds.moe.routers.vq import VQRouter
 class HashAndCodeRouter(Router):
     """``y = g_1 E_{hash(token)}(x) + g_2 E_{map(k)}(x)`` with ``g = softmax(W x)`` and ``k`` the token's code.
 
-    ``hash_token``'s balanced table names the first expert and ``vq``'s codebook the second; only their weights are
-    learned. ``moe.top_k`` has no effect.
+    ``hash_token``'s balanced table, or that of ``router.path`` as ``token_table`` reads it, names the first expert and
+    ``vq``'s codebook the second; only their weights are learned. ``moe.top_k`` has no effect.
     """
 
     class Options(RouterOptions):
         gated: bool = option(True, "weigh both experts by a softmax of the state; false: each counts as 1")
+        path: str | None = option(None, "safetensors file with a table of token ids in place of the hash")
 
     structure = ("gated",)
     needs_top_k = False
@@ -73,7 +75,14 @@ class HashAndCodeRouter(Router):
         return True
 
     @classmethod
+    def check_start(cls, run: RunConfig, layers: int) -> None:
+        if (path := getattr(run.router, "path", None)) is not None:
+            read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+
+    @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor:
+        if getattr(run.router, "path", None) is not None:
+            return given_table(run, layers)
         return hash_of_tokens(run.model.vocab_size, run.moe.num_experts, layers, run.train.seed)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:

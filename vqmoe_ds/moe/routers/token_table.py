@@ -42,10 +42,20 @@ class TokenTableRouter(HashTokenRouter):
 
     @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor | None:
-        path = getattr(run.router, "path", None)
-        if path is None or not Path(path).is_file():  # a checkpoint brings its own
-            return torch.zeros(layers, run.model.vocab_size, dtype=torch.int64)
-        return read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+        return given_table(run, layers)
+
+
+def given_table(run: RunConfig, layers: int) -> Tensor:
+    """The table of ``router.path``, int64 ``[L, V]``; zeros where there is no such file.
+
+    Raises:
+        ConfigError: the file is damaged, or the table is of another model.
+    """
+    path = getattr(run.router, "path", None)
+    # A model that is opened from a checkpoint gets its table from there, and the file may be long gone
+    if path is None or not Path(path).is_file():
+        return torch.zeros(layers, run.model.vocab_size, dtype=torch.int64)
+    return read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
 
 
 def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int) -> Tensor:
