@@ -80,9 +80,11 @@ class Metrics(Callback):
         self._results: list[StepResult] = []
 
     def on_start(self, trainer: Trainer) -> None:
+        # The routes that the first row's fluctuation is measured against.
         self.health.measure()
 
     def before_step(self, trainer: Trainer) -> None:
+        # Within steps only: the collectives of validations and saves would count as waiting.
         self.meter.counting = True
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -95,6 +97,7 @@ class Metrics(Callback):
         self._results.append(result)
         if result.step % config.run.log_every and result.step != trainer.total_steps:
             return
+        # On every rank, though rank 0 alone writes it: its figures are made by collectives.
         row = self._row(trainer, result)
         self.file.write(row)
         trainer.last_metrics = row
@@ -104,12 +107,14 @@ class Metrics(Callback):
         if "slowest_rank" in row:
             self.console.say(health_line(row))
         sync = trainer.session.sync
+        # All ranks get the same answer, so that all raise.
         if not sync.in_step():
             raise TrainingHalted(
                 f"codebooks or routers of the ranks differ at step {result.step}; training stopped before they diverge"
             )
 
     def _row(self, trainer: Trainer, result: StepResult) -> dict[str, Any]:
+        # A skipped step with a NaN loss would make the mean of all others NaN.
         finite = [r for r in self._results if math.isfinite(r.loss)]
         loss = sum(r.loss for r in finite) / len(finite) if finite else None
         sizes = [r.bytes_per_token for r in finite if r.bytes_per_token is not None]
@@ -177,6 +182,7 @@ class Validation(Callback):
         try:
             score = self.measure(trainer.session, trainer.session.config.run.run.eval_batches)
         except Interrupted:
+            # Raised on all ranks together; Signals, later in this round of callbacks, ends the run.
             trainer.stop_asked = True
             return
         trainer.last_validation = (trainer.step, score.loss)
@@ -197,6 +203,7 @@ class Checkpoints(Callback):
         self._sealing: Sealing | None = None
 
     def on_start(self, trainer: Trainer) -> None:
+        # The tag that is resumed must not be written again where the run takes no further step.
         self._saved_step = trainer.step
         first, tag = trainer.session.place.rank == 0, tag_name(trainer.step)
         if first:
@@ -211,6 +218,7 @@ class Checkpoints(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         output = trainer.session.config.run.run
+        # Ranks may find it done at different steps: finish waits for this rank's thread only.
         if self._sealing is not None and self._sealing.done_within(0):
             self._finish(trainer)
         if trainer.bad_in_a_row:
@@ -240,6 +248,7 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer, best: bool = False) -> None:
         started, output = time.perf_counter(), trainer.session.config.run.run
         self._finish(trainer)
+        # DeepSpeed would make a folder that was moved anew, and split the run over two places.
         if trainer.session.on_any_rank(_identity(self.folder.parent) != self._run_folder):
             raise FileNotFoundError(errno.ENOENT, "it was moved or deleted", str(self.folder.parent))
         tag, loss = tag_name(trainer.step), _last_loss(trainer)
@@ -250,6 +259,7 @@ class Checkpoints(Callback):
             output.keep_last,
             trainer.samples,
             output.keep_every,
+            # Once it is sealed: the mark must not name a checkpoint that a kill has left half-written.
             on_sealed=functools.partial(write_best, self.folder, tag, loss) if best else None,
         )
         self._saved_step = trainer.step
@@ -325,6 +335,7 @@ class FinalReport(Callback):
         text = self._sample(trainer, output.sample_tokens)
         if text:
             self.file.note("sample", f"```\n{text}\n```", trainer.step)
+        # The other ranks are past it: nothing in _write may be a collective.
         if session.place.rank == 0:
             self._write(trainer, score, text)
         self.console.say(f"validation {score} on {told} held-out {self.things}")

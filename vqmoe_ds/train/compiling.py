@@ -37,6 +37,7 @@ def before_compiling(values: dict[str, Any]) -> str | None:
         return None
     from torch.utils.cpp_extension import _get_build_directory
 
+    # PyTorch's own answer: its version of CUDA, that of Python and TORCH_EXTENSIONS_DIR are in it.
     folder = Path(_get_build_directory(name, False))
     if (folder / f"{name}.so").exists():
         return None
@@ -69,6 +70,7 @@ def check_nvme(values: dict[str, Any], path: str) -> None:
 
 def _break_stale_lock(folder: Path) -> None:
     lock = folder / "lock"
+    # Mostly there is none, and every rank comes here: another may have removed it in between.
     with suppress(OSError):
         age = time.time() - lock.stat().st_mtime
         if age > _LONGEST or (not _is_shared(folder) and not _is_built_in(folder)):
@@ -85,6 +87,7 @@ def _is_built_in(folder: Path) -> bool:
 
 
 def _is_shared(folder: Path) -> bool:
+    # Where nothing is known the folder counts as shared: another host may be compiling in it.
     best, kind = "", "nfs"
     with suppress(OSError):
         for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():

@@ -37,6 +37,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
     check_by_deepspeed(config.deepspeed, json_path)
     check_nvme(config.deepspeed, json_path)
+    # Before the model is built: a process that takes too much is killed by the system, without a sentence.
     check_host_memory(config, place)
     # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
@@ -57,10 +58,12 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
             config=config.deepspeed,
             dist_init_required=False,
         )
+    # Now, while the groups have the rates of the JSON, which the schedule overwrites.
     engine.rate_shares = rate_shares(engine, config.run.train.learning_rate)
     spare_passes(engine)
     if config.zero_stage == 0:
         clip_over_all_experts(engine)
+        # Before a checkpoint is loaded, whose master weights and counts of steps this would overwrite.
         undo_empty_step(engine.optimizer)
     if config.precision == "fp16":
         fix_loss_scaling(engine)
@@ -77,6 +80,7 @@ def undo_empty_step(optimizer: Any) -> None:
     """
     if not isinstance(optimizer, FP16_UnfusedOptimizer):
         return
+    # From the 16-bit weights, which that step did not write.
     optimizer.refresh_fp32_params()
     for state in optimizer.optimizer.state.values():
         if "step" in state:
@@ -115,6 +119,7 @@ def apply_step(engine: Any, finite: bool) -> bool:
         finite: losses and gradients are, on all ranks; read where ``checks_gradients``: else gradients are thrown away.
     """
     if not checks_gradients(engine):
+        # Before the step, which may change the scale after taking the norm.
         scale = 1.0 if engine.zero_optimization() else engine.optimizer.loss_scale
         engine.step()
         if scale != 1.0:  # the norm of fp16's stage 0 is that of scaled gradients

@@ -38,6 +38,7 @@ class CommunicationMeter:
         self.exchange_bytes = 0
         backend = deepspeed.comm.comm.cdb
         for name in TIMED:
+            # From the class: on the object there may be the timers of an earlier session of this process.
             setattr(backend, name, self._timed(name, getattr(type(backend), name).__get__(backend)))
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,6 +95,7 @@ def health_line(row: dict[str, Any]) -> str:
 
 
 def _bytes_sent(**call: Any) -> int:
+    # By name, as ``deepspeed.comm.all_to_all_single`` hands them to the backend.
     rows, splits = call["input"], call.get("input_split_sizes")
     group = call.get("group")
     if splits is None:

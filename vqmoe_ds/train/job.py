@@ -95,14 +95,17 @@ def launch(command: TrainingCommand) -> int:
     except UserError as error:
         return Console(likely_rank(), __name__).fail(error)
     console = Console(place.rank, __name__)
+    # Before prepare, which may tokenize for long: from here on a killed launcher does not leave the rank behind.
     hear_requests(place, console)
     try:
         start = command.prepare(place, console)
         if start is None:
             return 0
+        # Before anything is made: a package that is missing leaves no run folder behind.
         require_loggers(start.config.run.run.log_to)
         for folder in (start.run_dir / "logs", *start.folders):
             make_folder(folder)
+        # Rank 0 alone: record locks exclude other processes, so ranks of one run would refuse each other.
         lock = RunLock(start.run_dir) if place.rank == 0 else None
         console.capture(start.run_dir / "logs" / f"rank{place.rank}.log")
     except UserError as error:
@@ -118,6 +121,7 @@ def launch(command: TrainingCommand) -> int:
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))
+    # After an error the kernel frees the lock, and the next job finds its holder dead.
     if lock is not None:
         lock.release()
     return code
@@ -140,6 +144,7 @@ def _run(command: TrainingCommand, job: Job) -> int:
     if device.type == "cuda":
         for line in _on_gpu(job.config, device):
             job.console.say(line)
+    # The watchdog is the outer one: it tells the other ranks of what ran out of memory on this rank alone.
     with (
         watch_peers(place, job.console, run.run.peer_timeout),
         memory_errors(place.rank, device, partial(_what_would_fit, job, device)),

@@ -69,6 +69,7 @@ class TensorBoard(Logger):
         library("tensorboard", "that")
         from torch.utils.tensorboard import SummaryWriter
 
+        # TensorBoard then hides what was logged after the checkpoint, for these steps come again.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self.note("configuration", f"```yaml\n{to_yaml(config.run)}\n```", max(step, 0))
 
@@ -137,6 +138,7 @@ class MLflow(Logger):
         try:
             self._client = mlflow.MlflowClient()
             self.id = known or self._begin(facts, run_dir.name)
+            # Also for a run that goes on: close may have ended it, and one that is gone is found out here.
             self._client.update_run(self.id, "RUNNING")
         except (mlflow.exceptions.MlflowException, ImportError) as error:  # databases need more packages than servers
             remedy = f"give the MLFLOW_TRACKING_URI of before, or delete {run_dir / IDS} to begin another run"
@@ -221,6 +223,7 @@ def open_loggers(config: EngineConfig, run_dir: Path, step: int, say: Callable[[
         ConfigError: one cannot start.
     """
     wanted, loggers = config.run.run.log_to, dict[str, Logger]()
+    # A run that begins anew, as after a kill before its first checkpoint, gets curves of its own.
     known, facts = _read_ids(run_dir) if step >= 0 else {}, _facts(config)
     for name in (LogTo.TENSORBOARD,) if wanted is None else dict.fromkeys(wanted):
         try:
@@ -230,9 +233,11 @@ def open_loggers(config: EngineConfig, run_dir: Path, step: int, say: Callable[[
                 raise
             say(f"events for TensorBoard are left out: {missing}")
             continue
+        # TensorBoard has no id and no service that fails by itself; without the run's disk the run ends in any case.
         loggers[name] = logger if logger.id is None else Forgiving(name, logger, say)
     ids = {name: logger.id for name, logger in loggers.items() if logger.id is not None}
     if ids:
+        # Those of loggers that are left out this time stay, for a later resume.
         write_json(run_dir / IDS, {**known, **ids})
     return list(loggers.values())
 

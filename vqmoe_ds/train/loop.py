@@ -116,6 +116,7 @@ class Trainer:
             result = self.train_step()
             for callback in self.callbacks:
                 callback.after_step(self, result)
+            # After the callbacks: Checkpoints has sealed by now what the error names as the last good one.
             self._give_up_if_hopeless()
         for callback in self.callbacks:
             callback.on_end(self)
@@ -128,10 +129,12 @@ class Trainer:
         """
         started = time.perf_counter()
         session, train = self.session, self.session.config.run.train
+        # At every step and from its number alone: a resumed run needs no state of a schedule.
         if "scheduler" not in session.config.deepspeed:
             set_learning_rate(session.engine, learning_rate(self.step, train))
         rate = float(session.engine.optimizer.param_groups[0]["lr"])  # a scheduler of the JSON moves it after the step
         if session.model.bank is not None:
+            # Read with codebook.learning_rate=0, at which codes move at the model's rate.
             session.model.bank.model_rate = rate
         batches = self.batches.micro_batches(
             self.samples, session.reader, session.config.readers, session.config.micro_batch
@@ -143,6 +146,7 @@ class Trainer:
             means["bad"] = gradients_bad(session.engine)
         # One collective for all: in float64, as token counts pass the 2^24 that float32 holds exactly.
         reduced = session.mean_over_ranks(torch.stack([value.double() for value in means.values()]))
+        # From sums over all ranks: one that went by its own loss might step alone, and the weights would part.
         if "bad" in means:
             mean = dict(zip(means, reduced.tolist(), strict=True))
             taken = apply_step(session.engine, math.isfinite(mean["loss"] + mean["aux"]) and mean["bad"] == 0)
@@ -166,8 +170,11 @@ class Trainer:
                 lm_loss = lm_loss * weights[micro].to(lm_loss.dtype)
             if micro == rounds - 1:
                 session.sync.start()  # all statistics are in: their reduction runs beside backward
+            # One backward for both: the engine divides them by the accumulation steps and averages over ranks alike.
             engine.backward(lm_loss + aux_loss)
             sums += torch.stack([lm_loss.detach(), aux_loss.detach()])
+            # DeepSpeed only counts this micro-batch. The step at the boundary waits until the losses of all ranks are
+            # summed (apply_step).
             if micro < rounds - 1:
                 engine.step()
         # The wish to stop travels with the losses, so that all ranks leave after the same step.
@@ -192,6 +199,8 @@ class Trainer:
         # Before the forward passes: a micro-batch's weight needs the targets of all ranks. Ranks that share sequences
         # count the same ones, each as often as its losses count.
         targets, target_bytes = self.session.sum_over_ranks(here[:2])
+        # With n targets of N in a micro-batch, R rounds and W ranks: w = n R W / N makes the engine's mean of w L over
+        # all R W micro-batches the sum of n L / N.
         weights = here[2:] * (len(batches) * self.session.place.world_size) / targets.clamp_min(1.0)
         return weights, {"targets": targets, "bytes": target_bytes} if known else {"targets": targets}
 
@@ -208,6 +217,7 @@ class Trainer:
         self.bad_steps += bad
         self.bad_in_a_row = 0 if taken else self.bad_in_a_row + bad
         bytes_per_token = mean["bytes"] / max(mean["targets"], 1.0) if "bytes" in mean else None
+        # Times readers, not ranks: ranks that share sequences were dealt the same batch.
         tokens = round(mean["tokens"] * self.session.config.readers)
         seconds = time.perf_counter() - started
         outcome = (self.step, mean["loss"], mean["aux"], rate, taken, searching)
@@ -254,4 +264,5 @@ def full_embedding(session: Session) -> Tensor:
 
     # A collective: all ranks are here or none.
     with deepspeed.zero.GatheredParameters([weight]):
+        # ZeRO-3 frees the gathered table at the end of the context.
         return weight.detach().clone()

@@ -46,6 +46,7 @@ class Opened:
     samples: int = 0
 
     def metrics_file(self) -> MetricsFile:
+        # -1 drops rows of step 0, too, which a new run writes again; one that is resumed at step 0 keeps them.
         job, step = self.job, -1 if self.tag is None else self.step
         first = job.place.rank == 0
         loggers = open_loggers(job.config, job.run_dir, step, job.console.say) if first else []
@@ -73,6 +74,7 @@ class Opened:
             code = TRY_AGAIN if trainer.stop_reason else 0
             file.close(code)
         except OSError as error:
+            # Here, where the last good checkpoint is known; train/job.py could not name it.
             raise cannot_write(error, f"training stopped at step {trainer.step}, {trainer.what_is_left()}") from error
         job.console.close_progress()
         return code
@@ -114,6 +116,7 @@ def _with_schedule(job: Job, tag: Path) -> Job:
     ]
     if changed:
         job.console.say(f"goes on with {', '.join(changed)}")
+    # DeepSpeed's scheduler sets the rate then, and goes on from its own state in the checkpoint.
     if "scheduler" in job.config.deepspeed:
         return job
     step = int(manifest["step"])
@@ -144,6 +147,7 @@ def open_session(
         job.console.say(f"resumed from {tag} at step {opened.step}")
     elif begin is not None:
         begin(session)
+    # After the load: a resume that is refused leaves the configuration in its folder as it was.
     if job.place.rank == 0:
         write_atomically(job.run_dir / "config.yaml", to_yaml(job.config.run))
         write_json(job.run_dir / "ds_config.json", job.config.deepspeed, indent=2)

@@ -77,7 +77,9 @@ class Pretraining(TrainingCommand):
             console.say(
                 f"not causal: {ahead.reason}; its losses compare with no causal router's, and there is no text sample"
             )
+        # Rank 0 reads for all: every rank then compares the same, and a resume is refused on all of them or on none.
         fingerprint = from_first({**of_data(data), **of_optimizer(config.deepspeed)} if job.place.rank == 0 else {})
+        # Before data and engine are opened: a checkpoint that does not fit is refused without long work.
         tag, job = find_tag(job, fingerprint)
         config = job.config
         batches, windows = data.open(config.run, index_folder(config, job.run_dir))
@@ -87,6 +89,8 @@ class Pretraining(TrainingCommand):
         file = opened.metrics_file()
         health = RoutingHealth(opened.session, windows, config.run.run.probe_tokens)
         report = ImageReport if images else cb.FinalReport
+        # In this order: rows of metrics are on disk before the checkpoint that presupposes them, a validation is known
+        # before it is asked whether its step is the best, and Signals and the report find everything saved.
         callbacks = [
             cb.Metrics(console, file, health),
             cb.Validation(console, file, partial(_score, windows)),
@@ -206,6 +210,7 @@ def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:
 def _steps_done(folder: Path) -> int:
     """Steps of the finished run in a folder; 0 where there is none."""
     try:
+        # FinalReport writes it last: a run without it is not finished.
         return int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0

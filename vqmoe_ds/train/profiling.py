@@ -115,6 +115,7 @@ class Profile(Callback):
 
     def _wrap(self, owner: Any, name: str, part: str) -> None:
         self._names.add(part)
+        # An attribute of the object may be ours (engine.fix_loss_scaling): it is put back, and not deleted.
         inner, own = getattr(owner, name), name in vars(owner)
 
         def ranged(*args: Any, **options: Any) -> Any:

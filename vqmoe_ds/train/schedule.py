@@ -40,6 +40,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def _share(step: int, steps: int, warmup_steps: int, floor: float) -> float:
     """Share of the peak rate, in a schedule of so many steps."""
+    # step + 1, for a first step at rate 0 would be lost.
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     done = min(1.0, max(0, step - warmup_steps) / max(1, steps - warmup_steps))
     return warmup * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
@@ -54,12 +55,14 @@ def continued(saved: dict[str, Any], step: int, config: TrainConfig) -> tuple[Tr
         config: of this run.
     """
     saved = with_current_names("train", saved)
+    # The checkpoint may be older: fields that are no more are dropped, those that it lacks have their defaults.
     then = TrainConfig.model_validate({name: saved[name] for name in saved.keys() & TrainConfig.model_fields.keys()})
     finished = step >= then.steps and config.steps > then.steps
     before = learning_rate(step - 1 if finished else step, then)
     base, end = (step, before) if finished else (then.extended_from, then.extended_rate)
     if config.extension is Extension.REPLAN:
         base, end = 0, 0.0
+    # Kept in later checkpoints: without it the next resume would not know where the extension began.
     config = config.model_copy(update={"extended_from": base, "extended_rate": end})
     if step >= config.steps:
         return config, None

@@ -47,6 +47,7 @@ def frozen_experts_allowed() -> Iterator[None]:
         else:
             optimizer.has_moe_layers = False  # in what it optimizes
 
+    # On the class, for the object is made inside of ``deepspeed.initialize``.
     DeepSpeedZeroOptimizer._configure_moe_settings = configure_if_any_learn
     try:
         yield
@@ -113,6 +114,7 @@ def _take_the_norm_once(optimizer: Any) -> None:
         gradients = [g for i in range(len(optimizer.bit16_groups)) for g in optimizer.averaged_gradients[i]]
         gradients = [g for g in gradients if g is not None]
         squares = sums_of_squares(gradients)
+        # Of a step that was dropped: its gradients are freed, and new ones may get their ids.
         known.clear()
         # A tensor's id is its own until the step frees it, and the norm is taken before.
         known.update(zip(map(id, gradients), squares, strict=True))
@@ -127,6 +129,7 @@ def _take_the_norm_once(optimizer: Any) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=optimizer.device)
         # float32 before the all-reduce, as in DeepSpeed's own norm: else results would differ from its.
         total = sum((next(missing) if square is None else square for square in squares), zero).float()
+        # DeepSpeed sums over its model-parallel group as well, which our engines (no ``mpu``) do not have.
         dist.all_reduce(total, group=optimizer.dp_process_group)
         total = total.sqrt()
         return torch.where(total.isfinite(), total, -1.0)  # -1, by which step() knows it
@@ -204,6 +207,7 @@ def _flatten_into_float32(optimizer: Any) -> None:
         flat = torch.empty(size, dtype=like.dtype, device=like.device)
         sizes = [len(gradient) for gradient in gradients]
         *parts, padding = flat.split([*sizes, size - sum(sizes)])
+        # As DeepSpeed pads the last partition: what torch.empty found there would end in Adam's moments.
         padding.zero_()
         torch._foreach_copy_(parts, gradients)
         return flat
