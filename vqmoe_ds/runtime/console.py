@@ -50,6 +50,7 @@ class Console:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
+        # Once: at later calls descriptors 1 and 2 are those of a log.
         if self.log_path is None:
             self.out, self.err = (os.fdopen(os.dup(number), "w", buffering=1, errors=ESCAPES) for number in (1, 2))
             for stream in (sys.stdout, sys.stderr):
@@ -60,6 +61,7 @@ class Console:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        # A crash in C++ has no other way to the user's terminal.
         faulthandler.enable(self.err)
 
     @property

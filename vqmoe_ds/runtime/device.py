@@ -64,6 +64,7 @@ def choose(place: Place, visible: int) -> int:
             f"{ACCELERATOR}=cuda asks for a GPU, and rank {place.rank} sees none ({seen}); unset it, or look at "
             "nvidia-smi and torch.cuda.is_available()"
         )
+    # Whether another rank sees the same one is found by ``contradiction``.
     if visible == 1:
         return 0
     if visible <= place.local_rank:
@@ -179,12 +180,14 @@ def seat(device: torch.device, trouble: str | None) -> Seat:
     """This rank's seat; ``trouble`` is what it found out so far."""
     import torch
 
+    # The id and not the number, which CUDA_VISIBLE_DEVICES makes relative to the process.
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     return Seat(socket.gethostname(), gpu, trouble)
 
 
 def contradiction(seats: Sequence[Seat]) -> str | None:
     """A sentence on why ranks on these seats, in rank order, cannot run together; None where they can."""
+    # First: a rank in trouble may have bound no GPU, and would seem to compute on the CPU.
     for one in seats:
         if one.trouble is not None:
             return one.trouble

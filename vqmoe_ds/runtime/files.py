@@ -32,11 +32,13 @@ def write_atomically(path: Path, text: str) -> None:
     power cut."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # a FIFO in its place would be waited for, a link be followed
+    # Not by tempfile, whose files only their owner may read.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:  # bytes of a file's name that are no UTF-8 reach a text as half surrogates, which no encoding has
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
+            # Before the rename, which may reach the disk sooner than the data it makes valid.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -51,9 +51,11 @@ def step_without_dynamo() -> None:
     for method in vars(optim.Optimizer).values():
         untraced = getattr(method, "__wrapped__", None)
         if untraced is not None and method.__module__ == optim.Optimizer.__module__:
+            # Where ``torch._compile._disable_dynamo`` keeps what Dynamo gave it, and looks before it imports Dynamo.
             untraced.__dict__.setdefault("__dynamo_disable", untraced)
     for kind in vars(optim).values():
         step: Any = getattr(kind, "step", None)
+        # ``_use_grad_for_differentiable`` of torch.optim: it imports Dynamo to break a graph around the step.
         if getattr(getattr(step, "__code__", None), "co_name", None) == "_use_grad":
             kind.step = _with_grad_as_asked(step.__wrapped__)
 

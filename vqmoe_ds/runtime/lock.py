@@ -35,12 +35,15 @@ class RunLock:
         self.run_dir, self.beat = run_dir, beat
         # Not inherited by fork, and not by programs that are started.
         self._file = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # A record lock goes as soon as this process closes any descriptor of the file: nothing but this object may open
+        # it, and what is read or touched goes through this descriptor.
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._refusal(self._holder()) from None
         except OSError:
             pass  # this file system knows no locks: only the heartbeat speaks
+        # The lock is ours, which between hosts may only mean that locks do not travel on this file system.
         holder = self._holder()
         if holder and not self._same_place(holder) and self._beats(patience):
             raise self._refusal(holder)
@@ -52,7 +55,9 @@ class RunLock:
     def release(self) -> None:
         """Let the next job in at once."""
         self._stopped.set()
+        # Before the close: the number of a closed descriptor may soon be that of another file.
         self._thread.join()
+        # A holder that is named here would be watched for a heartbeat by the next job.
         self._write({})
         os.close(self._file)
 

@@ -85,6 +85,7 @@ def _meeting_store(place: Place, address: str, port: int, seconds: float) -> Any
         agent, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         port = 0 if place.rank == 0 else int(agent.get("port"))
     if only_this_host(address) and "lo" in (name for _, name in socket.if_nameindex()):
+        # gloo by itself takes the interface of the host's name, which other hosts reach (docs/security.md).
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = open_store(address, port, place.rank == 0, seconds)
     if agent is not None and place.rank == 0:
@@ -108,10 +109,12 @@ def open_store(address: str, port: int, serve: bool, seconds: float) -> Any:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         # A TCPStore by itself listens on all interfaces, and whoever reaches it may write to it.
         with socket.socket(family) as listening:
+            # Connections of a run that has just ended may still hold the port (TIME_WAIT).
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((address, port))
             listening.listen(_BACKLOG)
             port = listening.getsockname()[1]
+            # Detached: the store owns the descriptor from here on, which Python would close.
             more["master_listen_fd"] = listening.detach()
     return dist.TCPStore(address, port, is_master=serve, **more)
 
@@ -130,6 +133,7 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
         except Exception as error:
             found.put((None, error.with_traceback(None)))  # which would keep a store, and its thread, alive
 
+    # A daemon: a call that never returns must not keep the process from ending.
     threading.Thread(target=run, name="rendezvous", daemon=True).start()
     try:
         value, error = found.get(timeout=seconds)
@@ -162,6 +166,7 @@ def _start_backend(backend: str, place: Place, device: torch.device, store: Any)
     # A bound device makes NCCL connect now, and not to GPU 0 of every rank; a single rank has nobody to connect to.
     bound = device if backend == "nccl" and place.world_size > 1 else None
     try:
+        # Lost ranks are the watchdog's; this limit (DEEPSPEED_TIMEOUT) ends the wait for one that computes for ever.
         dist.init_process_group(
             backend,
             timeout=default_pg_timeout,

@@ -22,6 +22,7 @@ def total_bytes() -> int:
 def free_bytes() -> int:
     """Bytes that this process may still take: what the machine has left, within its control groups."""
     free = _number(1 << 62, "MemAvailable:", "/proc/meminfo") << 10
+    # Anonymous memory alone: memory.current also counts the page cache, which the kernel gives back.
     return min([free, *(max(0, limit - _number(0, "anon ", group / "memory.stat")) for limit, group in _groups())])
 
 
@@ -64,6 +65,7 @@ def _groups() -> list[tuple[int, Path]]:
     own = _CGROUP / _read("/proc/self/cgroup").partition("0::/")[2].strip()
     folders = [*dict.fromkeys((own, *own.parents)), _CGROUP / "memory"]
     found = [(_read(folder / name).strip(), folder) for folder in folders for name in _LIMITS]
+    # No limit is ``max`` in version 2, and in version 1 a number beyond any machine, which ``min`` passes over.
     return [(int(text), folder) for text, folder in found if text.isdigit()]
 
 

@@ -59,6 +59,7 @@ class Process:
 def process(pid: int) -> Process | None:
     """A process by its entry in /proc; None where it is gone (a zombie too), or where there is no /proc."""
     try:
+        # Behind the last parenthesis: the program's name before it may hold blanks and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         if fields[0] in "ZX":

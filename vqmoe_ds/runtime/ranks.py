@@ -54,6 +54,7 @@ _OPEN_MPI = _Launcher(
 _PMI = _Launcher(
     "mpiexec", "PMI_RANK", ("PMI_SIZE",), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
 )
+# The step's number first: srun -n may start fewer tasks than the job has.
 _SLURM = _Launcher("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",), ())
 
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -202,6 +203,7 @@ def _rendezvous(place: Place, launcher: _Launcher | None) -> tuple[str, int]:
         return "127.0.0.1", _free_port()
     if launcher is _SLURM:
         one_node = place.local_world_size == place.world_size
+        # Loopback, where one host suffices: no other reaches the store, which asks for no password (docs/security.md).
         return "127.0.0.1" if one_node else _first_host(), _port_of_job()
     if launcher is _TORCH:
         raise ConfigError("RANK is set, but not MASTER_ADDR and MASTER_PORT: set the address of rank 0 and a free port")
@@ -259,6 +261,7 @@ def _first_host() -> str:
 def _port_of_job() -> int:
     """A port all ranks agree on without talking: of job, step and restart, whose processes may meet on one host."""
     job, step, restart = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    # Primes, so that neighbouring jobs, steps and restarts seldom get the same port.
     return FIRST_PORT + (job * 101 + step * 11 + restart * 1009) % PORTS
 
 
@@ -267,6 +270,7 @@ def _ask_mpi(place: Place) -> tuple[str, int]:
     hint = "set MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
     try:
         mpi4py = library("mpi4py", "mpirun without MASTER_ADDR and MASTER_PORT")
+        # mpi4py would start MPI at its import and end it at the exit of the process.
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -284,6 +288,7 @@ def _ask_mpi(place: Place) -> tuple[str, int]:
 
 def _free_port() -> int:
     with socket.socket() as probe:
+        # Free now; if another process is faster than rank 0, ``meet`` says that the port is taken.
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 

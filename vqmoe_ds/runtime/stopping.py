@@ -15,6 +15,7 @@ from typing import Any
 
 from vqmoe_ds.runtime.errors import TRY_AGAIN
 
+# Of launchers, of SLURM before a time limit (--signal=B:USR1), of the keyboard, and of a terminal that closes.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 KILLED_BY_USER = 128 + signal.SIGINT
 """Exit code after Ctrl-C pressed twice: nothing is saved."""
@@ -85,6 +86,7 @@ class StopRequests:
     def _read(self, pipe: int) -> None:
         while True:
             for number in os.read(pipe, 64):
+                # The pipe hears of every signal that has a handler in Python, also of others.
                 if number not in SIGNALS:
                     continue
                 if number == signal.SIGINT and self.reason is not None:

@@ -71,6 +71,7 @@ def importing() -> Iterator[None]:
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ours = {number: usual for number, usual in handlers.items() if signal.getsignal(number) == usual}
     if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may set handlers.
         ours = {}
     for number in ours:
         signal.signal(number, _leave)

@@ -40,8 +40,10 @@ def set_up_torch(
     """
     warnings.filterwarnings("ignore")
     if not uses_gpu() and "OMP_NUM_THREADS" not in os.environ:
+        # PyTorch would take all cores in each of the ranks that share them.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // place.local_world_size))
+    # Before bind: its first matrix product is where PyTorch reads the workspace of cuBLAS that this sets.
     make_deterministic(exact)
     device, trouble = torch.device("cpu"), None
     try:
@@ -49,10 +51,13 @@ def set_up_torch(
         if check is not None:
             check(device)
     except ConfigError as error:
+        # Raised after the meeting, on all ranks: the others would wait for this one there.
         trouble = str(error)
+    # Before init_distributed, whose TorchBackend looks for the operator.
     build_no_shared_memory_op()
     if not dist.is_initialized():
         backend = get_accelerator().communication_backend_name()
+        # ``init_distributed`` takes over a group that is up.
         meet(place, backend, start_timeout, device, trouble)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     elif trouble is not None:

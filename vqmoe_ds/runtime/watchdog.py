@@ -40,6 +40,7 @@ class Watchdog:
 
     def __init__(self, place: Place, timeout: float, leave: Callable[[PeerLost], None], hint: str) -> None:
         self.place, self.timeout, self._leave, self.hint = place, timeout, leave, hint
+        # At least six signs of life within the timeout: that one is late does not make a rank missing.
         self.interval = min(1.0, timeout / 6)
         self.grace = min(timeout, 3 * self.interval + 1)
         """Seconds of patience with a silent rank once a collective has failed."""
@@ -115,10 +116,12 @@ class Watchdog:
                 self._answered = time.monotonic()
             except RuntimeError:  # the store is gone, and with it rank 0
                 lost = self.missing(0, "its connection closed")
+            # After the barrier at the end rank 0 and its store may be gone, and nobody is missing.
             if lost is not None and not self._stopped.is_set():
                 return self._conclude(lost)
 
     def _read_verdict(self) -> PeerLost | None:
+        # get would wait for a key that nobody has set.
         if not self._store.check(["verdict"]):
             return None
         code, text, rank = json.loads(self._store.get("verdict"))
@@ -149,6 +152,7 @@ class Watchdog:
         """Write the verdict, once; rank 0 stays until the others have read it."""
         # The first verdict stands: later ones are mostly consequences of it.
         try:
+            # The store adds atomically: of several ranks with a verdict one gets the 1.
             if self._store.add("verdicts", 1) == 1:
                 self._store.set("verdict", json.dumps([lost.exit_code, str(lost), lost.rank]))
         except RuntimeError:
@@ -168,12 +172,14 @@ class _Watch:
     def look(self) -> PeerLost | None:
         """Read all signs of life; the verdict of a rank that left by itself, or on one that is silent for too long."""
         dog, now = self.dog, time.monotonic()
+        # Before the signs of life: a rank that told why it leaves falls silent, too.
         told = dog._read_verdict()
         if told is not None:
             return told
         if now - self.looked > dog.timeout / 2:  # this rank itself was stopped: others deserve another look
             self.seen = {rank: (value, now) for rank, (value, _) in self.seen.items()}
         self.looked = now
+        # Adding nothing reads the counter; get would wait where nobody has suspected anything.
         suspicious = dog._store.add("suspicion", 0)
         for rank in self.others if suspicious else ():
             if dog._peers[rank].is_gone_from(dog._peers[0].host):
@@ -227,6 +233,7 @@ def _open_store(place: Place, timeout: float) -> tuple[Any, list[Peer]]:
     patience, address = max(timeout, 10.0), os.environ["MASTER_ADDR"]
     store = open_store(address, 0, True, patience) if place.rank == 0 else None
     everybody: list[Any] = [None] * place.world_size
+    # Not by deepspeed.comm: with comms_logger in the JSON it ends the process at this collective, with code 0.
     dist.all_gather_object(everybody, (store.port if store is not None else 0, Peer.here()))
     if store is None:
         store = open_store(address, everybody[0][0], False, patience)
@@ -242,5 +249,6 @@ def _beat(rank: int) -> str:
 
 def of_communication(error: BaseException) -> bool:
     """Whether a collective failed, as it does when a peer is gone."""
+    # gloo reports a lost connection as a plain RuntimeError, which only its text tells from others.
     text = str(error)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text))
