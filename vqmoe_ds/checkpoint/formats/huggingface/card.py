@@ -61,6 +61,7 @@ def model_card(
 
 def find_summary(checkpoint: Path, step: int) -> dict[str, Any] | None:
     """``summary.json`` of the run that a tag lies in, if it was written at the same step."""
+    # A tag lies in RUN/checkpoints, a portable folder or an export perhaps in RUN itself.
     for folder in (checkpoint, *list(checkpoint.resolve().parents)[:2]):
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

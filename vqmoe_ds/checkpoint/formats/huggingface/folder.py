@@ -123,6 +123,7 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
 
             lengths = config.model.vocab_size, config.model.sequence_length
             stock, inexact = options.arch != "vqmoe", options.inexact_tokenizer
+            # Before config.json is written, which holds the ids of its special tokens.
             description.update(write_tokenizer(folder, tokenizer, *lengths, stock=stock, inexact=inexact))
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {dst.name}", disable=None) as bar:
             write_weights(folder, entries, limit, bar.update)
@@ -168,6 +169,7 @@ def _split_buffers(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Buffers that routes follow from, by their names there, and the rest, by ours."""
     here = dict(INFERENCE_BUFFERS) if arch == "vqmoe" else {}
+    # The table is zeros until the average has begun, and no code looks at it: it goes to the file for the way back.
     if not source_table:
         here.pop("source.table_VD", None)
     inference = {here[name]: tensor for name, tensor in buffers.items() if name in here}
@@ -192,6 +194,7 @@ def _write_small_files(
     write_json(folder / "config.json", {**description, "dtype": options.dtype, **version}, indent=2)
     write_json(folder / "generation_config.json", {**tokens, **version}, indent=2)
     run = config.model_dump(mode="json", exclude={"data", "run"})  # those two hold paths of the machine
+    # With it the trainer refuses data of another tokenizer on the way back.
     checksum = config.model_dump(mode="json")["data"].get("tokenizer_sha256")
     if checksum is not None:
         run["data"] = {"tokenizer_sha256": checksum}
@@ -315,6 +318,7 @@ class HFReader(WeightsReader):
                     raise CheckpointError(
                         f"{self.path}: {part.name} {state}; does config.json belong to these weights?"
                     )
+        # Now, not at the first lookup: a number of no expert would be an index out of bounds there.
         tables = {name: stored.whole() for name, stored in self._weights.items() if name in INFERENCE_BUFFERS.values()}
         _check_tables(tables, self._run, self.path)
 
@@ -351,11 +355,13 @@ register_format("hf", lambda path: (path / "config.json").exists(), open_hf)
 def _merged_config(options: dict[str, Any], training: dict[str, Any], arch: str, path: Path) -> RunConfig:
     """The run's own configuration where it still describes the model of ``config.json``, else one made from that."""
     sections = run_sections(options) if arch == "vqmoe" else stock_sections(options, arch)
+    # config.json decides: whoever edits it, or fine-tunes and saves with transformers, means the model it describes.
     kept = training.get("config")
     if isinstance(kept, dict):
         config = run_config(kept, path / TRAINING)
         told = hf_options(config, arch, bool(options.get("source_table")))
         free = _NOT_STRUCTURE[arch]
+        # What an older folder lacks contradicts nothing.
         known = {name: value for name, value in told.items() if name in options or name not in NEWER}
         if all(options.get(name) == value for name, value in known.items() if name not in free):
             return config
@@ -382,14 +388,19 @@ def settled_codebook(config: RunConfig, codes_LKC: Tensor, code_map_LK: Tensor) 
     from vqmoe_ds.moe.codebook import CodebookBank
 
     book = config.codebook
+    # The seed draws the projection: codes from upcycle/routed.py lie in the space of that of its own bank.
     bank = CodebookBank(book, len(codes_LKC), config.moe.num_experts, config.model.width, config.train.seed)
     bank.codes_LKC.copy_(codes_LKC)
     bank.code_map_LK.copy_(code_map_LK)
+    # The mean count of a step, at which running counts settle: no code is dead or overused by it.
     bank.ema_count_LK.fill_(config.train.batch_size * config.model.sequence_length / codes_LKC.shape[1])
+    # update() sets a code to sum over count, so both must give the code that is there.
     bank.ema_sum_LKC.copy_(codes_LKC * bank.ema_count_LK.unsqueeze(-1))
     bank.born_at.zero_()
+    # Past decay_steps the decay is the final one; past reseed_until, if there is one, no code moves onto a token.
     bank.updates.fill_(1 + max(book.decay_steps, book.reseed_until, getattr(book, "settle_step", 0)))
     names = dict(bank.named_buffers())
+    # Without the statistics that are not persistent, which no checkpoint has.
     kept = bank.state_dict()
     buffers = {f"bank.{name}": tensor for name, tensor in names.items() if name in kept}
     buffers["source.table_ready"] = torch.tensor(book.source_momentum > 0)

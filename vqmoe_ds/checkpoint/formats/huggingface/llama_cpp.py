@@ -74,6 +74,7 @@ def sentencepiece_model(tokenizer: Tokenizer, end: str, vocab_size: int) -> Any:
         return _of_bytes(end if vocab_size > tokenizer.eod else None)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     proto = sentencepiece_proto(tokenizer._model)
+    # The id past all pieces is the end of models that have none; here it has to be a piece.
     if len(proto.pieces) == tokenizer.eod:
         proto.pieces.add(piece=end, score=0.0, type=proto.SentencePiece.CONTROL)
     return proto

@@ -68,12 +68,15 @@ def parts_of(config: RunConfig, arch: str) -> list[Part]:
     for block in range(config.model.layers):
         parts += _block_parts(config, block, arch)
     parts.append(Part("model.norm.weight", "norm.weight"))
+    # transformers' own names of the heads of its ForSequenceClassification and ForCausalLM classes.
     head = "score" if config.finetune.classes else "lm_head"
+    # A tied weight stands there once: transformers 5 does not tie two tensors of a file that differ.
     return parts if config.ties_head else [*parts, Part(f"{head}.weight", "head.weight")]
 
 
 def _block_parts(config: RunConfig, block: int, arch: str) -> Iterator[Part]:
     ours, theirs, first, rows = f"blocks.{block}.", f"model.layers.{block}.", 0, {}
+    # The order of the rows in attention.qkv: split_heads of models/rotary.py cuts them so.
     for letter in "qkv":
         end = first + (config.model.attention_width if letter == "q" else config.model.kv_width)
         rows[letter], first = (first, end), end
@@ -139,6 +142,7 @@ def unstacked(weights: dict[str, Stored], arch: str) -> dict[str, Stored]:
             raise CheckpointError(f"{both.path}: {name} has no experts.down_proj of its shape beside it; copy it again")
         hidden = last.shape[2]
         for expert in range(both.shape[0]):
+            # transformers cuts the product with gate_up_proj by chunk(2): the rows of the gate come first.
             for matrix, stack, rows in (
                 (gate, both, (0, hidden)),
                 (up, both, (hidden, 2 * hidden)),
@@ -152,6 +156,7 @@ def unstacked(weights: dict[str, Stored], arch: str) -> dict[str, Stored]:
 
 def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Stored:
     """One expert of a stack, or rows of it."""
+    # All tensors of safetensors are dense, so an expert, and rows of it, are one stretch of the file.
     part = Part("", "", expert=expert)
     shape, start = part.shape(stack.shape), part.start(stack.shape)
     if rows is not None:
@@ -170,6 +175,7 @@ def placement_of(sparse: list[int], layers: int) -> dict[str, int] | None:
     if not sparse:
         return None
     step = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+    # Blocks as ModelConfig.moe_blocks has them.
     for every, first in ((sparse[0] + 1, 0), (step, sparse[0])):
         if sparse == [block for block in range(every - 1, layers, every) if block >= first]:
             return {"moe_every": every, "dense_layers": first}
@@ -181,6 +187,7 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
     model, moe = config.model, config.moe
     width, hidden, experts, inner = model.width, moe.expert_hidden, moe.num_experts, model.attention_width
     full = model.qk_norm is QKNorm.FULL
+    # The first ending that fits a name counts: norms of heads end in norm.weight, too, and so stand before it.
     endings = {
         "attention.q_norm.weight": (inner if full else inner // model.heads,),
         "attention.k_norm.weight": (model.kv_width if full else inner // model.heads,),
@@ -251,6 +258,7 @@ def why_not_exported(moe: MoEConfig) -> str | None:
 
 # ---------------------------------------------------------------- options
 
+# Folders that exist hold these names: an option that is added here needs its old meaning in NEWER, or they are refused.
 _SAME = {
     "vocab_size": "model.vocab_size",
     "hidden_size": "model.width",
@@ -323,6 +331,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
     if reason is not None:
         raise CheckpointError(f"{reason}; --to portable and --to deepspeed take it")
     run = config.model_dump(mode="json")
+    # A table from a file is exported as hash_token, whose model looks experts up in whatever table is there.
     run["moe"]["router"] = config.moe.facts.exported_as
     options = {name: run[path.split(".")[0]][path.split(".")[1]] for name, path in _SAME.items()}
     classes = dict(enumerate(config.finetune.classes))
@@ -339,6 +348,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         "auto_map": {
             "AutoConfig": "configuration_vqmoe.VQMoEConfig",
             "AutoModel": "modeling_vqmoe.VQMoEModel",
+            # Of a language model as well, for a classifier that is fine-tuned from it.
             "AutoModelForSequenceClassification": "modeling_vqmoe.VQMoEForSequenceClassification",
             f"AutoModelFor{model.removeprefix('VQMoEFor')}": f"modeling_vqmoe.{model}",
         },
@@ -346,6 +356,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         **(labels if classes else {}),
         "head_dim": config.model.attention_width // config.model.heads,
         "num_key_value_heads": config.model.kv_heads or config.model.heads,
+        # transformers takes null for no window.
         "sliding_window": config.model.sliding_window or None,
         "norm_topk_prob": not weighs_over_all(config),
         "intermediate_size": config.dense_hidden,
@@ -377,6 +388,7 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         sections["model"]["dense_hidden"] = options["intermediate_size"]
         sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
         sections["codebook"]["num_codes"] = options["num_codes"]
+        # config.json holds no momentum, which changes no logits; above 0 the trainer keeps the table and looks at it.
         sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None

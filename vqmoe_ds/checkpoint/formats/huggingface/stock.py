@@ -12,6 +12,7 @@ from vqmoe_ds.config.schema import ModelConfig, QKNorm, RopeScaling, RunConfig, 
 from vqmoe_ds.moe.routers.base import softmax_over_all
 from vqmoe_ds.runtime.errors import CheckpointError
 
+# The epsilon of RMSNorm in models/block.py.
 NORM_EPS = 1e-6
 _UNSAID: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
@@ -110,6 +111,7 @@ def rope_of(options: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: they are scaled in a way that this trainer does not know; the option is named.
     """
     rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
+    # transformers 5 writes rope_parameters with the base in it, 4 rope_scaling beside rope_theta, and once with `type`.
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
     section: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", _said(options, "rope_theta", 10000.0)))}
     if kind not in _FIXED:
@@ -118,6 +120,7 @@ def rope_of(options: dict[str, Any]) -> dict[str, Any]:
         return section
     if not isinstance(factor, int | float):
         raise CheckpointError(f"rotary positions are scaled ({kind}) by no factor; config.json must name it")
+    # YaRN's 0.1 ln(s) + 1, the factor that is taken where none is given.
     fixed = _FIXED[kind] | ({"attention_factor": 0.1 * math.log(factor) + 1} if kind == "yarn" else {})
     for name, only in fixed.items():
         if rope.get(name) not in (None, only):
@@ -187,6 +190,7 @@ _LLAMA_ALONE = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": F
 
 def _mixtral_alone(config: RunConfig) -> dict[str, Any]:
     return {
+        # MixtralModel asks whether it is None: 0 would be a window.
         "sliding_window": config.model.sliding_window or None,
         "attention_dropout": 0.0,
         "num_local_experts": config.moe.num_experts,
@@ -223,6 +227,7 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
         return f"model.dense_layers={config.model.dense_layers} leaves dense blocks, and it has experts in every block"
     if config.model.moe_every != 1:
         return f"model.moe_every={config.model.moe_every} leaves dense blocks, and it has experts in every block"
+    # A single expert has the weight 1 either way.
     if weighs_over_all(config) and moe.num_experts > 1:
         over = "moe.top_k=1" if moe.top_k == 1 else "router.softmax_over=all"
         return f"with {over} experts are weighted by their probabilities among all here, among the chosen there"
@@ -238,6 +243,7 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
     needed: dict[str, Any] = {"rms_norm_eps": NORM_EPS, "hidden_act": "silu"}
     if arch == "llama":
         needed |= {"attention_bias": False, "mlp_bias": False}
+    # A Mixtral that does not name its epsilon has 1e-5, so a missing one cannot pass as ours.
     given = {**options, "rms_norm_eps": norm_eps_of(options)}
     for name, value in needed.items():
         if given.get(name) not in (value, None):

@@ -93,6 +93,7 @@ def write_tokenizer(
         fast, names, pieces = _from_sentencepiece(tokenizer, inexact)
     elif isinstance(tokenizer, JsonTokenizer):
         fast, names = _as_it_is(tokenizer)
+        # get_vocab() promises no order, and the probes must be the same texts every time.
         pieces = sorted(fast.get_vocab())
     else:
         raise CheckpointError(
@@ -108,6 +109,7 @@ def write_tokenizer(
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
+        # generate() goes on from the last position of every row, so padding must stand before the text.
         "padding_side": "left",
         **(_for_llama_cpp(folder, tokenizer, names.get("eos_token", END), vocab_size) if stock else {}),
     }
@@ -129,6 +131,7 @@ def _as_it_is(source: JsonTokenizer) -> tuple[Any, dict[str, str]]:
 
     # What it adds to a text (a beginning, an end) was not added in training.
     tokenizer = Tokenizer.from_str(json.dumps({**json.loads(source.content), "post_processor": None}))
+    # A file may hold both as settings, which encode() obeys; JsonTokenizer switches them off, too.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end = tokenizer.id_to_token(source.eod)
@@ -145,8 +148,10 @@ def _byte_level(with_end: bool) -> Any:
     symbols = byte_symbols()
     vocabulary = {symbols[b]: b for b in range(UNUSED_BYTE)} | {PAD: UNUSED_BYTE}
     if with_end:
+        # ByteTokenizer.eod.
         vocabulary[END] = 256
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    # By default it puts a space before a text, a byte that training did not see.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, END] if with_end else [PAD]
@@ -174,6 +179,7 @@ def _from_sentencepiece(source: SentencePieceTokenizer, inexact: bool) -> tuple[
 
 def _prove(source: Tokenizer, fast: Any, pieces: list[str]) -> None:
     """Raises: CheckpointError: texts made to tell tokenizers apart are cut otherwise."""
+    # tokenizer.json does not hold this setting: split_special_tokens of tokenizer_config.json stands for it there.
     fast.encode_special_tokens = True
     for text in _probes(pieces):
         ours, theirs = source.encode(text).tolist(), fast.encode(text).ids
@@ -221,15 +227,19 @@ def _converted(proto: Any, source: SentencePieceTokenizer) -> tuple[Any, dict[st
     elif trainer.model_type == trainer.BPE:
         ids = {piece: i for i, piece in enumerate(pieces)}
         unknown = pieces[trainer.unk_id] if trainer.unk_id >= 0 else None
+        # fuse_unk: SentencePiece writes a run of unknown characters as one <unk>.
         model = models.BPE(ids, _merges(proto), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
     else:
         raise CheckpointError("only SentencePiece models of the types unigram and bpe have an equal elsewhere")
     tokenizer = Tokenizer(model)
     if apart:
+        # By code points: characters such as ] and ^ have a meaning in a class.
         cut = Regex("[" + "".join(f"\\x{{{ord(symbol):x}}}" for symbol in apart) + "]")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(cut, "isolated")
     tokenizer.normalizer, tokenizer.decoder = _text_steps(proto, source.unknown_id is None)
     control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
+    # A model without an end of its own: SentencePieceTokenizer takes the id past its pieces, and that is the one which
+    # add_special_tokens gives to the only token that the vocabulary lacks.
     end = source._pieces.id_to_piece(source.eod) if source.eod < len(pieces) else END
     if end == END:
         control.append(END)
@@ -261,6 +271,7 @@ def _unigram_scores(proto: Any, source: SentencePieceTokenizer) -> tuple[list[fl
         apart |= lacking
     least = min(piece.score for piece in proto.pieces if piece.type == kinds.NORMAL)
     longest = max(len(piece.piece) for piece in proto.pieces)
+    # The characters of a piece score at least longest * least together, or 0 where all scores are positive.
     kept = longest * min(least, -1.0) - 1000.0
     return [piece.score if piece.type in text else kept for piece in proto.pieces], "".join(sorted(apart))
 
@@ -296,6 +307,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     for piece, i in trained.items():
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         merges += [
+            # The library merges the first pair of this list that occurs, SentencePiece the one of the best score.
             (-proto.pieces[i].score, trained[left], trained[right], left, right)
             for left, right in pairs
             if left in trained and right in trained
@@ -317,11 +329,14 @@ def _text_steps(proto: Any, whole: bool) -> tuple[Any, Any]:
     spec, first, last = proto.normalizer_spec, r"\A", r"\z"
     if whole:
         first, last = rf"(?:\A|(?<={SPACE_MARK}))", rf"(?:\z|(?={SPACE_MARK}))"
+    # Before the prefix is put there, which would be a leading space like any other.
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(f"{first} +| +{last}"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
         if whole:
+            # SentencePieceTokenizer encodes what stands between marks text by text, so each one gets a prefix, but an
+            # empty one none.
             steps += [
                 normalizers.Replace(Regex(rf"\A (?={SPACE_MARK})"), ""),
                 normalizers.Replace(Regex(rf"(?<={SPACE_MARK})(?=[^{SPACE_MARK}])"), " "),
@@ -332,5 +347,6 @@ def _text_steps(proto: Any, whole: bool) -> tuple[Any, Any]:
             steps.append(normalizers.Replace(Regex(r" +\z"), ""))
     undo = [decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
+        # After Fuse: it strips every token, and by then the text is one.
         undo.append(decoders.Strip(content=" ", left=1))
     return normalizers.Sequence(steps), decoders.Sequence(undo)
