@@ -32,6 +32,7 @@ VOCAB_MULTIPLE = 128
 
 def padded_vocab(vocab: int, tp: int) -> int:
     """Rows of the embedding as Megatron-LM pads it."""
+    # _vocab_size_with_padding of Megatron-LM: every tensor-parallel rank has as many rows.
     unit = VOCAB_MULTIPLE * tp
     return -(-vocab // unit) * unit
 
@@ -54,6 +55,7 @@ def dense_names(config: RunConfig) -> dict[str, tuple[str, ...]]:
         sparse = is_sparse(config, block)
         if sparse:
             router = _router_name(config)
+            # GPTModel has a router in every MoE layer and loads strictly, so the name must be there.
             names[theirs + "mlp.router.weight"] = (ours + router,) if router else ()
         if not sparse or config.moe.shared_experts:
             mlp, ours = ("mlp.shared_experts.", ours + "mlp.shared.") if sparse else ("mlp.", ours + "mlp.")
@@ -78,10 +80,13 @@ def _router_name(config: RunConfig) -> str | None:
 
 def share(name: str, tensors: list[Tensor], model: ModelConfig, tp: int, rank: int) -> Tensor:
     """A tensor-parallel rank's part of Megatron's tensor ``name``, from whole tensors of ours."""
+    # Cut, then joined: a rank's product is split in two halves, its gate and its up projection. Cutting the joined
+    # matrix would give the first rank nothing but gates.
     if name.endswith("linear_fc1.weight"):
         return torch.cat([tensor.chunk(tp)[rank] for tensor in tensors])
     (whole,) = tensors
     if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
+        # Rows by key-value head, so that cutting them among ranks leaves every head with its own key and value.
         by_group = [x.unflatten(0, (_kv_heads(model), -1)) for x in whole.split(_rows(model))]
         whole = torch.cat(by_group, dim=1).flatten(0, 1)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -174,7 +179,9 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
         **{"vocab_size": model.vocab_size, "padded_vocab_size": padded_vocab(model.vocab_size, tp)},
         **{"make_vocab_size_divisible_by": VOCAB_MULTIPLE, "transformer_impl": "local", "params_dtype": dtype},
         **{"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": ep},
+        # Both dropouts are 0.1 by Megatron's default.
         **{"num_experts": moe.num_experts if sparse else None, "attention_dropout": 0.0, "hidden_dropout": 0.0},
+        # Megatron counts the tokens before a token, we that token as well.
         "window_size": (model.sliding_window - 1, 0) if model.sliding_window else None,
     }
     if sparse:
@@ -187,6 +194,7 @@ def megatron_args(config: RunConfig, tp: int, ep: int, grouped: bool, dtype: tor
             **{"moe_router_pre_softmax": moe.top_k <= 1 or weighs_over_all(config)},
             **{"moe_router_score_function": "softmax"},
             **{"moe_aux_loss_coeff": moe.balance_weight, "moe_router_load_balancing_type": "aux_loss"},
+            # Our routers compute in float32 whatever the weights are; Megatron's default is the activations' type.
             **{"moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32"},
         }
     return Namespace(**options)
@@ -198,6 +206,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
     Raises:
         CheckpointError: it computes something that this trainer cannot; the option is named.
     """
+    # 2 is Megatron's default.
     heads, experts, top_k = args.get("num_attention_heads"), args.get("num_experts"), args.get("moe_router_topk", 2)
     shape = {"head_dim": args.get("kv_channels"), "num_attention_heads": heads, "hidden_size": args.get("hidden_size")}
     if args.get("group_query_attention"):
@@ -221,6 +230,7 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         moe["shared_experts"] = _shared_experts(args, hidden, where)
     try:
         model = {
+            # Rows that pad cannot be told from tokens where vocab_size is not recorded.
             **{"vocab_size": args.get("vocab_size") or args["padded_vocab_size"], "layers": args["num_layers"]},
             **{"width": args["hidden_size"], "heads": args["num_attention_heads"]},
             **{"head_width": head_width_of(shape), "kv_heads": kv_heads_of(shape)},

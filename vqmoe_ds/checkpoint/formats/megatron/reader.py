@@ -38,6 +38,7 @@ def megatron_folder(path: Path) -> Path | None:
     """The iteration folder of a Megatron checkpoint at ``path``: that folder, or the one that its latest file names."""
     if (path / LATEST).is_file():
         latest = read_small(path / LATEST, 4096).decode(errors="replace").strip()
+        # Nothing of the file but digits becomes part of a path.
         return path / (f"iter_{int(latest):07d}" if re.fullmatch("[0-9]{1,18}", latest) else "release")
     return path if any(path.glob("mp_rank_*/model_optim_rng.pt")) else None
 
@@ -214,6 +215,7 @@ class MegatronReader(WeightsReader):
         model = self._model(0, 0)
         self._grouped = f"{prefix}weight1" in model
         if self._grouped:
+            # weight2 stacks the hidden rows of each expert that a tensor-parallel rank has.
             return int(model[f"{prefix}weight2"].shape[0] * self.layout["tp_size"]) // self._run.moe.expert_hidden
         return len({name.split(".")[6] for name in model if name.startswith(prefix + "local_experts.")})
 
@@ -252,6 +254,7 @@ class MegatronReader(WeightsReader):
         return kept[1][place]
 
     def _dense(self, name: str) -> list[Tensor]:
+        # What is no expert stands in the file of every expert-parallel rank alike.
         shares = [self._model(tp, 0)[name].whole().float() for tp in range(self.layout["tp_size"])]
         joined = join(name, shares, self._run.model)
         if name.startswith(("embedding.", "output_layer.")):
@@ -266,6 +269,8 @@ class MegatronReader(WeightsReader):
         for tp in range(self.layout["tp_size"]):
             model = self._model(tp, ep)
             if self._grouped:
+                # The kernel views weight1 as [E, D, 2H] and weight2 as [E, H, D], whatever their shapes say: an expert
+                # is one stretch, transposed, as the writer's _grouped lays it.
                 stored = model[f"{prefix}weight{number}"]
                 size = stored.numel // count
                 rows = self._run.model.width if number == 1 else stored.shape[0] // count

@@ -145,11 +145,13 @@ class _Writer:
         for name, sources in self.names.items():
             shape = share_shape(name, config, options.tp)
             model[name] = file.tensor(("model", name), shape, self.dtype, partial(self._share, name, sources, tp))
+            # Megatron's parallel linear layers have an extra state, None, and strict loading asks for its name.
             if name.endswith(("linear_qkv.weight", "linear_proj.weight", "fc1.weight", "fc2.weight", "layer.weight")):
                 model[name.removesuffix("weight") + "_extra_state"] = None
             if name.endswith("router.weight"):
                 model.update(self._experts(file, int(name.split(".")[2]), tp, ep))
         args = megatron_args(config, options.tp, options.ep, options.experts == "grouped", self.dtype)
+        # Megatron-LM re-orders the rows of linear_qkv in files of a version below 2, and takes a missing one for 0.
         file.tree = {"args": args, "checkpoint_version": 3.0, "iteration": self.reader.step, "model": model}
         return file
 
@@ -164,6 +166,7 @@ class _Writer:
 
     def _vocabulary(self, source: str, rank: int) -> Iterator[Tensor]:
         rows = padded_vocab(self.config.model.vocab_size, self.options.tp) // self.options.tp
+        # As many values as stream() reads at a time.
         width, step = self.config.model.width, max(1, (1 << 20) // self.config.model.width)
         last = min((rank + 1) * rows, self.config.model.vocab_size)  # rows that pad stay zero
         for first in range(rank * rows, last, step):
