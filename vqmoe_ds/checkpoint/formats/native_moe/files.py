@@ -52,6 +52,7 @@ class NativeFiles:
         experts: dict[str, int] = {}
         self.patterns: list[str] = []
         self._check_files(counts)
+        # In the order of DeepSpeed's layer numbers, which the writer gives by the order of self.experts.
         for layer, count in enumerate(counts):
             for expert in range(count):
                 file = load_archive(self.path / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
@@ -103,6 +104,7 @@ class NativeFiles:
         stage = int((config.get("zero_optimization") or {}).get("stage") or 0)
         names = [path.name for path in self.path.glob("*optim_states.pt")]
         self.flat = any("zero_pp_rank" in name for name in names)
+        # DeepSpeed puts it before the names of ZeRO's files in a bfloat16 run.
         half = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
         if self.flat and world < 1:
             raise CheckpointError(f"{self.path} has the optimizer files of {len(names)} ranks, not of {world}")
@@ -113,6 +115,7 @@ class NativeFiles:
         if len(names) > count:
             raise CheckpointError(f"{self.path} mixes tags: it has {len(names)} optimizer files for {count} ranks")
         self.data_first = bool(config.get("use_data_before_expert_parallelism"))
+        # Of a parameter: DeepSpeed casts those, and leaves buffers in their type.
         still = self.buffer_patterns
         expert = self.weights[numbered(next(p for p in self.patterns if p not in still), 0)]
         self.world, self.stage, self.precision = world, stage, PRECISIONS.get(expert.dtype, str(expert.dtype))
@@ -127,6 +130,7 @@ class NativeFiles:
     def adam(self, rank: int) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         """Adam's state by number and its parameter groups."""
         optimizer = self.optimizer(rank)
+        # ZeRO's, that of the half-precision optimizer of stage 0, or Adam's own.
         inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict", optimizer))
         if isinstance(inner, list):
             raise CheckpointError(f"{self.path} was saved with elastic_checkpoint, which is not supported")
@@ -153,6 +157,7 @@ class NativeFiles:
         """A rank's optimizer is one of this many, of this stage and at the same step as the first."""
         optimizer, world = self.optimizer(rank), self.world
         stage = optimizer["zero_stage"].args[0] if isinstance(optimizer.get("zero_stage"), Record) else None
+        # Groups of experts come after the dense ones, and all ranks share those.
         count = (optimizer.get("partition_count") or [world])[0]
         if stage not in (None, self.stage) or count != world:
             raise CheckpointError(

@@ -70,6 +70,7 @@ def expand(patterns: list[str], experts: dict[str, int], first: int = 0) -> Iter
         if prefix not in experts:
             yield prefix, prefix
             continue
+        # DeepSpeed's Experts is a list of copies: named_parameters() ends one expert before the next.
         for local in range(experts[prefix]):
             for pattern in members:
                 yield numbered(pattern, local), numbered(pattern, first * experts[prefix] + local)
@@ -86,6 +87,7 @@ def merge_split(groups: list[dict[str, Any]], counts: dict[str, int]) -> list[di
     for group in groups:
         before = merged[-1] if merged else None
         if before and group["moe"] and before["moe"] and group["options"] == before["options"]:
+            # DeepSpeed begins another group where a parameter does not fit; one that would have is the model's own.
             room = LARGEST_GROUP - before["last"]
             if counts[group["names"][0]] > room:
                 before["names"] += group["names"]
@@ -111,6 +113,8 @@ def match_names(
     Raises:
         CheckpointError: no way, or more than one.
     """
+    # By the places filled in each group. Ways that meet are counted and one is kept: listed, they would grow
+    # exponentially with the number of names.
     ways: dict[tuple[int, ...], tuple[int, tuple[Any, ...] | None]] = {(0,) * len(groups): (1, None)}
     for name in names:
         following: dict[tuple[int, ...], tuple[int, tuple[Any, ...] | None]] = {}

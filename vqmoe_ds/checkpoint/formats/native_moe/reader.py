@@ -47,6 +47,7 @@ def native_folder(path: Path) -> Path | None:
     experts = next(iter(sorted(path.glob("layer_*_expert_*_model_states.pt"))), None)
     if experts is None or not (path / MODEL).exists():
         return None
+    # Tags of AutoEP layers have files of these names, too, with other keys.
     return path if any(map(expert_name, load_archive(experts))) else None
 
 
@@ -74,6 +75,7 @@ class NativeReader(CheckpointReader):
         self._raw_groups: list[dict[str, Any]] = []
         self._places: dict[str, dict[str, list[Piece]]] = {}
         self.layout = {"world_size": files.world, "zero_stage": files.stage, "precision": files.precision}
+        # Each step reads what the one before has set: _ep and _tied, then _moved.
         groups = self._local_groups() if self._files.optimizers else [self._weights_alone()]
         self._groups = self._patterns(groups)
         self._shapes = self._find_shapes()
@@ -126,6 +128,7 @@ class NativeReader(CheckpointReader):
         names = [n for n in self._files.weights if n not in others and pattern_of(n) not in buffers]
         self.layout["ep_size"] = 1
         self._moved = set(names)
+        # No options: by that native_layout knows a checkpoint of weights alone.
         return {"options": {}, "moe": False, "names": names}
 
     def _local_groups(self) -> list[dict[str, Any]]:
@@ -134,11 +137,13 @@ class NativeReader(CheckpointReader):
         self._ep = self._expert_parallel_size(groups)
         self.layout["ep_size"] = self._ep
         self._tied = self._recorded_ties()
+        # One entry for each group of the optimizer, in its order; of rank 0, but local numbers are alike on all.
         recorded = self._files.model.get("param_shapes")
         names = [list(group) for group in recorded] if recorded else self._names_by_shape(groups)
         rows: list[dict[str, Any]] = []
         for group, members in zip(groups, names, strict=True):
             options = {key: _plain(value) for key, value in group.items() if key not in ("params", "name", "moe")}
+            # An expert group is called by its layout (ep_size_2): the writer names it anew.
             name = {} if group.get("moe") else {"name": group.get("name", "dense-params")}
             rows.append({"options": {**options, **name}, "moe": bool(group.get("moe")), "names": members})
         self._raw_groups = rows  # as the files number them
@@ -179,6 +184,7 @@ class NativeReader(CheckpointReader):
         dense = [n for n in self._files.model["module"] if n not in still and n not in self._tied]
         shapes = {name: self._files.weights[name].shape for name in dense}
         number = sum(len(w) for w, group in zip(wanted, groups, strict=True) if not group.get("moe"))
+        # A state dict has both names of a tied weight, the optimizer one parameter.
         if len(dense) > number:
             dense = self._without_ties(dense)
         members = [name for name, _ in expand(experts, local)]
@@ -196,6 +202,7 @@ class NativeReader(CheckpointReader):
         weights, kept = self._files.weights, list[str]()
         for name in names:
             mine = weights[name]
+            # Vectors may be equal without being tied: biases still at 0, norms at 1.
             like = [n for n in kept if weights[n].shape == mine.shape and len(mine.shape) > 1]
             twin = next((n for n in like if torch.equal(weights[n].whole(), mine.whole())), None)
             if twin is None:
@@ -239,6 +246,7 @@ class NativeReader(CheckpointReader):
         for name, piece in self._flat_pieces(kind) if self._files.flat else self._stage0_pieces(kind):
             found[name].append(piece)
         for name, pieces in found.items():
+            # read() begins with torch.empty: a gap would come out as whatever the memory held.
             reached = 0
             for piece in pieces:
                 if piece.start == reached and piece.begin + piece.length <= piece.stored.numel:
@@ -269,6 +277,7 @@ class NativeReader(CheckpointReader):
             masters = self._files.masters(rank)
             state, groups = self._files.adam(rank)
             for g, group in enumerate(self._raw_groups):
+                # The file of every expert-parallel rank has all that is dense.
                 if rank and not group["moe"]:
                     continue
                 for i, local_name in enumerate(group["names"]):
@@ -279,6 +288,7 @@ class NativeReader(CheckpointReader):
         parts = expert_name(name)
         if parts is None:
             return name
+        # Files of stage 0 are numbered by expert-parallel rank, those of ZeRO by rank of the world.
         files, place = self._files, rank
         if files.flat:
             place, _ = ep_place(rank, files.world, self._ep, files.data_first)
@@ -289,6 +299,7 @@ class NativeReader(CheckpointReader):
         for rank in range(len(self._files.optimizers)):
             self._files.check_shard(rank)
         if not self._files.optimizers or (not self._files.flat and self._files.masters() is None):
+            # Stage 0 in float32 keeps no master weights: there is nothing to compare with.
             return
         for name in self.names():
             weight = self._files.weights[name]
@@ -305,6 +316,7 @@ register_format("native", lambda path: native_folder(path) is not None, open_nat
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+    # Before tuples: a Stored is one.
     if isinstance(value, Stored):
         return False
     if isinstance(value, (list, tuple)):

@@ -109,8 +109,10 @@ class _NativeWriter(ZeroWriter):
         """The groups of the source, cut where DeepSpeed cuts."""
         rows = []
         for group in self.native["groups"]:
+            # A portable folder keeps options as JSON, which has no tuples.
             options = {key: tuple(v) if key == "betas" else v for key, v in group["options"].items()}
             if group["moe"]:
+                # ZeRO looks the process group of the experts up by this name.
                 options |= {"name": f"ep_size_{self.layout.ep_size}", "moe": True}
             names = expand(group["names"], self.local, ep_rank)
             members = [Member(local, name, 0, self.reader.shape(name)) for local, name in names]
@@ -126,6 +128,8 @@ class _NativeWriter(ZeroWriter):
             shape = self.reader.shape(name)
             return self.tensor(file, place, shape, [whole(Member(name, name, 0, shape))])
         value = self.buffers[name]
+        # Buffers keep their type, as under DeepSpeed; a frozen weight is cast like those that move. The recorded names
+        # of buffers count experts locally, so of an expert the two cannot be told apart: both stay, and loading casts.
         frozen = name not in self.native["buffers"] and value.is_floating_point()
         return file.small(place, value.to(self.dtype) if frozen and expert_name(name) is None else value)
 
@@ -137,6 +141,7 @@ class _NativeWriter(ZeroWriter):
         config["zero_optimization"] = {**(config.get("zero_optimization") or {}), "stage": layout.zero_stage}
         config["bf16"] = {**(config.get("bf16") or {}), "enabled": self.half}
         shapes, stage = self.param_shapes(), layout.zero_stage
+        # As DeepSpeed has them: from stage 2 on, and None below.
         frozen: OrderedDict[str, Any] | None = OrderedDict() if stage > 1 else None
         file.tree = {
             "module": OrderedDict((name, self._weight(file, ("module", name), name)) for name in self.native["dense"]),
