@@ -69,6 +69,7 @@ def _upcycle_routed(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     source = RoutedSource(args.source)
     config = routed_config(source, overrides, args.config)
     ids = calibration_ids(args.calibration, args.tokenizer or args.source, args.calibration_tokens, config)
+    # Around the measuring, so that a target that exists is refused before it.
     with new_folder(Path(args.target), args.force) as folder:
         reader, report = with_codes(source, config, ids)
         write_portable(reader, folder)

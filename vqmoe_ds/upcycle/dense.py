@@ -48,6 +48,7 @@ LACKING = {
     "linear_num_value_heads": "whose attention is linear in most blocks (linear_num_value_heads)",
 }
 """Options of families that have a part no other model here has, and what it is."""
+# A buffer in files of early versions of transformers; it follows from the options.
 IGNORED = "rotary_emb.inv_freq"
 MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -261,6 +262,7 @@ def upcycled_config(
     if slices < 1 or source.hidden % slices:
         raise ConfigError(f"--granularity {slices} does not divide the MLP's hidden width {source.hidden}")
     forced = source.model_section() | {"moe.expert_hidden": source.hidden // slices}
+    # Loaded twice: file and overrides together say which blocks stay dense, and the width of those depends on it.
     asked = load_config("tiny", file, {**overrides, **forced})
     shape = asked.config.model
     sparse_everywhere = asked.config.moe.facts.has_experts and len(shape.moe_blocks) == shape.layers
@@ -327,6 +329,8 @@ class UpcycledReader(WeightsReader):
         self._run = config
         self.config = config.model_dump(mode="json")
         self._shapes = shapes_of(config)
+        # stream() reads a matrix in stretches, each of which would make it anew. A cache on the method would be shared
+        # by all readers and keep them alive.
         self._unit = lru_cache(maxsize=2)(self._make_unit)
 
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
@@ -412,6 +416,7 @@ class UpcycledReader(WeightsReader):
         else:
             weight = weight.chunk(slices, dim=0)[expert % slices]
         if self._options.noise:
+            # Seeded by its place: an expert is the same however often it is made, and in whatever order.
             generator = self._generator(block, list(MATRICES).index(matrix), expert)
             noise = torch.randn(weight.shape, generator=generator)
             weight = weight + self._options.noise * weight.std() * noise
@@ -422,6 +427,8 @@ class UpcycledReader(WeightsReader):
         shape = self._shapes[f"blocks.{block}.{part}"]
         if part.endswith(".bias"):
             return torch.zeros(shape)
+        # 7 is the number of no matrix, so no expert's noise has this seed. Zeros in place of draws would make all
+        # logits equal, and leave the choice of experts to how topk breaks ties.
         generator = self._generator(block, 7, int("path_gate" in part))
         slices = 1 if "path_gate" in part else self._options.granularity
         rows = torch.randn(shape[0] // slices, *shape[1:], generator=generator) * shape[-1] ** -0.5
@@ -451,6 +458,7 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
         return {"token_table_LV": moe.facts.token_table(config, layers)}
     if not moe.facts.uses_codebook:
         return {}
+    # As MoETransformer makes them, so that training begins with the codes of a new model.
     bank = CodebookBank(book, layers, moe.num_experts, model.width, seed)
     source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
     buffers = {f"bank.{name}": tensor for name, tensor in bank.state_dict().items()}

@@ -169,13 +169,16 @@ class RoutedReader(UpcycledReader):
         weight = self._source.tensor(f"model.layers.{block}.{names[part]}")
         if part == "down.weight":
             return weight * self._source.branch_scale
+        # input_linear of Granite's GraniteMoeSharedMLP: its product is cut by chunk(2), the gate first.
         together = names["gate.weight"] == names["up.weight"] == names[part]
         return weight.chunk(2)[part == "up.weight"] if together else weight
 
     def _router(self, part: str, block: int) -> Tensor:
         if part.endswith("path_gate.weight"):
+            # The bias alone decides, so that no token begins with less of the router's path than GATE_BIAS says.
             return torch.zeros(2, self._source.width)
         if part.endswith("path_gate.bias"):
+            # The linear router's path comes first: so DualRouter.beside reads the gate.
             return torch.tensor([GATE_BIAS, -GATE_BIAS])
         if part.startswith("mlp.shared."):
             return self._shared(part.removeprefix("mlp.shared."), block)
@@ -226,10 +229,12 @@ def routed_config(
     """
     forced = source.model_section() | {
         "moe.router": router,
+        # One code for each expert under mod: the index of a code is that of its expert.
         "codebook.num_codes": source.experts,
         "codebook.code_map": "mod",
     }
     for name, value in forced.items():
+        # Under topk the source itself is rebuilt to be measured, and nothing of that is the user's to set.
         if router == "vq" and overrides.get(name, value) != value:
             raise ConfigError(f"{name}={overrides[name]} contradicts what SRC becomes ({value}); leave it out")
     asked = load_config("tiny", file, {**overrides, **forced})
@@ -264,6 +269,7 @@ def with_codes(source: RoutedSource, config: RunConfig, ids: Tensor) -> tuple[Ro
     windows = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
     if len(windows) < 2:
         raise DataError(f"{len(ids)} calibration tokens are too few; give at least {2 * (length + 1)}")
+    # However few the windows are, one measures and one, at least, makes codes.
     held = torch.arange(len(windows)) % min(HELD_OUT, len(windows)) == 1
     report = Report(int((~held).sum()) * length)
     old = _load(RoutedReader(source, routed_config(source, _same_shape(config), router="topk")))
@@ -271,6 +277,7 @@ def with_codes(source: RoutedSource, config: RunConfig, ids: Tensor) -> tuple[Ro
     codes_LKC, report.unused = means.codes_LKC, means.unused
     buffers = settled_codebook(config, codes_LKC, torch.arange(source.experts).repeat(len(codes_LKC), 1))
     _compare(old, config, codes_LKC, windows[held], report)
+    # Before the new model is built: no two of them need to be in memory.
     del old
     # Where the old weights do not sum to 1, an expert that stands alone gives what they gave together on average.
     scales = {} if config.moe.top_k else dict(zip(source.sparse_blocks, means.weight_L, strict=True))
@@ -296,6 +303,7 @@ class _Watcher:
 
         shape, book = config.model, config.codebook
         self.model, self.book, self.layers = model, book, model.moe_layers()
+        # settled_codebook makes the bank that is saved with the same seed, and so with the same projection.
         self.bank = CodebookBank(book, len(self.layers), config.moe.num_experts, shape.width, config.train.seed)
         self.source = EmbeddingSource(book, shape.vocab_size, shape.width, shape.sequence_length)
         self._seen: dict[int, tuple[Tensor, Routing]] = {}
@@ -327,6 +335,7 @@ class _Means:
 
 def _means(model: MoETransformer, config: RunConfig, windows: Tensor) -> _Means:
     watcher = _Watcher(model, config)
+    # float64: with k choices of MOST_CALIBRATION tokens counts pass the 2^24 that float32 holds exactly.
     sums = torch.zeros(watcher.bank.codes_LKC.shape, dtype=torch.float64)
     counts = torch.zeros(sums.shape[:2], dtype=torch.float64)
     weight_L = torch.zeros(len(sums), dtype=torch.float64)
@@ -342,7 +351,9 @@ def _means(model: MoETransformer, config: RunConfig, windows: Tensor) -> _Means:
             spare.append(z_TC)
     codes = sums / counts.clamp_min(1).unsqueeze(-1)
     for layer, expert in (counts == 0).nonzero().tolist():
+        # A prime spreads experts over the batch without a generator: the same tokens every time.
         codes[layer, expert] = spare[layer][(expert * 7919) % len(spare[layer])].double()
+    # A mean of unit vectors is shorter than they are, and lookups by cosine rely on codes of unit length.
     codes = F.normalize(codes, dim=-1) if config.codebook.distance == "cosine" else codes
     return _Means(codes.float(), (counts == 0).sum(dim=1).tolist(), (weight_L / windows[:, :-1].numel()).tolist())
 
@@ -353,6 +364,7 @@ def _compare(model: MoETransformer, config: RunConfig, codes_LKC: Tensor, window
     first, any_one = torch.zeros(len(codes_LKC)), torch.zeros(len(codes_LKC))
     for batch in windows.split(4):
         for layer, (z_TC, routing) in enumerate(watcher.run(batch[:, :-1])):
+            # The code's index is its expert's: routed_config forces as many codes as experts, mapped by mod.
             agrees_Tk = watcher.bank.lookup(layer, z_TC).unsqueeze(1) == routing.expert_ids_TR
             first[layer] += agrees_Tk[:, 0].sum()
             any_one[layer] += agrees_Tk.any(dim=1).sum()
