@@ -55,6 +55,7 @@ def inspect(prefix: str, tokenizer: str | None = None, documents: int = 3, verif
     header = check_prefix(prefix)
     about = _description(prefix, header)
     known = _tokenizer(prefix, tokenizer, about)
+    # Before the facts below, which follow its offsets and ends unchecked.
     check_index(header)
     largest = check_ids(header, known.vocab_size if known else None)
     checksum = _compare_digests(prefix, about) if verify else "not compared (--verify)" if about else "none kept"
@@ -98,6 +99,7 @@ def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
             outside = ids < 0 if bottom < 0 else ids >= vocab_size
             where = int(np.argmax(outside))
             byte = (first + where) * header.dtype.itemsize
+            # Right: of several that begin here only the last holds the token; those before it are empty.
             sequence = int(np.searchsorted(header.offsets, byte, side="right")) - 1
             document = int(np.searchsorted(header.ends, sequence, side="right")) - 1
             raise DataError(
@@ -120,6 +122,8 @@ def _description(prefix: str, header: IndexHeader) -> dict[str, Any]:
         sound &= all(isinstance(about[key][name], str) for key, name in _DIGESTS)
         skipped, first = about.get("skipped", {}), about.get("first_skipped", {})
         sound &= all(_is_count(count) and isinstance(first[reason], str) for reason, count in skipped.items())
+    # All that bytes which somebody changed bring about: deep nesting ends in RecursionError, a list where an object
+    # should be in TypeError or AttributeError.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
@@ -136,6 +140,7 @@ _DIGESTS = (("tokenizer", "checksum"), ("sha256", "bin"), ("sha256", "idx"))
 
 
 def _is_count(value: Any) -> bool:
+    # Not isinstance, to which true and false are numbers.
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -172,6 +177,7 @@ def _document_lengths(header: IndexHeader) -> Iterator[np.ndarray]:
     offsets, ends = header.offsets, header.ends
     for start in range(0, header.documents, 1 << 20):
         borders = ends[start : start + (1 << 20) + 1]
+        # There is no offset past the last sequence: a document that ends there ends with the last token.
         inside = np.minimum(borders, max(0, header.sequences - 1))
         tokens = np.where(borders < header.sequences, offsets[inside] // header.dtype.itemsize, header.tokens)
         yield np.diff(tokens)
@@ -193,6 +199,7 @@ def _show(header: IndexHeader, document: int, tokenizer: Tokenizer | None) -> st
     first, after = (int(end) for end in header.ends[document : document + 2])
     if first == after:
         return ""
+    # One slice for several sequences: check_index has seen that they lie end to end.
     start = int(header.offsets[first]) // header.dtype.itemsize
     count = int(header.lengths[first:after][:64].sum())
     ids = np.asarray(header.ids[start : start + min(count, _READ)])

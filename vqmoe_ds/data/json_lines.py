@@ -29,6 +29,7 @@ def read_json_lines(span: Span, options: SourceOptions, skips: Skips) -> Iterato
     for offset, line in _json_lines(span, skips):
         place = Place(span.path, offset, "byte")
         try:
+            # Decoded line by line, so that bytes that are not UTF-8 cost no more than their own line.
             record = read_json(line.decode().removeprefix("\ufeff") if offset == 0 else line.decode())
         except UnicodeDecodeError as error:
             skips.add(BAD_UTF8, place, f"byte 0x{line[error.start]:02x}")
@@ -55,6 +56,7 @@ def _json_lines(span: Span, skips: Skips) -> Iterator[tuple[int, bytes]]:
     parts: list[bytes] = []  # of a line that goes on
     offset, held = span.start, 0
     for chunk in chunks(span, 1 << 20, skips):
+        # Where snap cuts units, and nowhere else: splitlines would also cut at \r, which is white space to JSON.
         *lines, rest = chunk.split(b"\n")
         for line in lines:
             whole = b"".join([*parts, line])
@@ -65,6 +67,7 @@ def _json_lines(span: Span, skips: Skips) -> Iterator[tuple[int, bytes]]:
             offset += held + len(line) + 1
             parts, held = [], 0
         held += len(rest)
+        # Past the limit a line is counted on but not kept: memory stays bounded, and the next line's offset right.
         parts = [*parts, rest] if held <= LONGEST_JSON else []
     if held > LONGEST_JSON:
         skips.add(TOO_LONG, Place(span.path, offset, "byte"))

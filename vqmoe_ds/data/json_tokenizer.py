@@ -70,6 +70,7 @@ class JsonTokenizer(Tokenizer):
         added = options.get("added_tokens") or []
         self._control = {token["id"] for token in added if token.get("special")}
         self._literal = {token["id"] for token in added} - self._control
+        # Searched for in the text, as it may be a step of a decoder that is a sequence.
         self._byte_level = "ByteLevel" in json.dumps(options.get("decoder"))
         self._ids = self._fast.get_vocab()
         self.unknown_id = self._ids.get(str((options.get("model") or {}).get("unk_token")))
@@ -100,6 +101,7 @@ class JsonTokenizer(Tokenizer):
         """The same tokenizer that puts nothing before a text."""
         options = json.loads(self.content)
         parts = {name: _unprefixed(options.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        # A second tokenizer holds the vocabulary once more: made only where it would differ.
         if all(options.get(name) == part for name, part in parts.items()):
             return self._fast
         return _as_text(self._reader.from_str(json.dumps(options | parts)))
@@ -110,6 +112,7 @@ class JsonTokenizer(Tokenizer):
         except BaseException as error:
             if not _of_library(error):
                 raise
+            # Only now: the library refuses half a surrogate pair by itself, and a search would cost every text.
             require_utf8(text)
             raise cannot_encode(self.kind, error) from None
 
@@ -123,6 +126,7 @@ class JsonTokenizer(Tokenizer):
             byte = _BYTE.fullmatch(token)
             if i in self._control or i == self.eod:
                 continue
+            # Added tokens are kept as they are spelled, also where other pieces are in symbols that stand for bytes.
             if i in self._literal:
                 texts[i] = token.encode()
             elif self._byte_level and byte_of.keys() >= set(token):
@@ -173,6 +177,7 @@ def read_json_tokenizer(path: str | Path, checksum: str | None = None) -> JsonTo
     except UnicodeDecodeError as error:
         raise DataError(f"tokenizer file {file} cannot be read ({error})") from None
     found = JsonTokenizer(content, None, checksum, file)
+    # Afterwards, as a name is looked up in the vocabulary: so the file is parsed once.
     found._end_with(_end_of_document(file.parent, found._ids))
     return found
 
@@ -185,6 +190,7 @@ def data_of_folder(folder: Path) -> dict[str, str]:
     file = next((folder / name for name in (FILE, "tokenizer.model") if os.path.exists(folder / name)), None)
     if file is None:
         return {}
+    # Equal to the checksum of the loaded tokenizer, which data and checkpoints are compared by, but nothing is parsed.
     return {"tokenizer": str(file.resolve()), "tokenizer_sha256": hashlib.sha256(read_file(file)).hexdigest()}
 
 
@@ -215,6 +221,7 @@ def byte_symbols() -> dict[int, str]:
     """The printable symbol that a byte-level tokenizer.json writes for each byte."""
     from tokenizers.pre_tokenizers import ByteLevel
 
+    # As GPT-2's bytes_to_unicode: printable bytes of Latin-1 stand for themselves, the others from U+0100 on.
     printable = [b for b in range(256) if chr(b) in ByteLevel.alphabet()]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + place) for place, b in enumerate(others)}

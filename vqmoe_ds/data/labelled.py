@@ -168,6 +168,7 @@ def open_labelled(
     elif classes is None and split != "train":
         if place and os.path.isfile(place):
             raise DataError(f"{place} is one file: pass the classes of its training set to read its {split} split")
+        # Skip, whatever on_error is: a bad row of the training split is refused where that split is read.
         classes = _collect(name, rows("train"), None, "skip").classes
     return _collect(name, rows(split), classes, on_error)
 
@@ -227,12 +228,14 @@ def _numbers(name: str, classes: Sequence[str]) -> dict[str, int]:
 
 
 def _order(label: str) -> tuple[float, str, str]:
+    # Longer ones are names, as int() refuses more than 4,300 digits.
     return (int(label), "", label) if re.fullmatch(r"-?\d{1,18}", label) else (float("inf"), label.casefold(), label)
 
 
 def _judge(row: _Row, numbers: dict[str, int] | None) -> tuple[str, str]:
     """(what is wrong with a row or "", its label)."""
     label = row.label
+    # In JSON one row may have 1 and another 1.0, which are one class.
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     written = "" if label is None else str(label).strip()
@@ -302,6 +305,7 @@ def _one_file(path: Path, columns: Columns) -> Iterator[_Row]:
             yield from _csv_rows(path, lines, "," if kind == "csv" else "\t", columns)
         else:
             yield from _json_rows(path, lines, columns)
+    # A bad row and no refusal: what precedes the damage is used if on_error says so.
     except DAMAGES as error:
         reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
         yield _Row(str(path), problem=f"{DAMAGED}: {reason}")
@@ -310,6 +314,7 @@ def _one_file(path: Path, columns: Columns) -> Iterator[_Row]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines; bytes that are not UTF-8 come as lone surrogates, so that only their row is lost."""
     with open_plain(path) as stream:
+        # newline="": a field in quotation marks keeps its line breaks, which the csv module finds by itself.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         while line := text.readline(LONGEST_LINE):
             if line.startswith(UTF_16):
@@ -327,7 +332,9 @@ def _plain_rows(path: Path, lines: Iterator[str], columns: Columns) -> Iterator[
 
 
 def _csv_rows(path: Path, lines: Iterator[str], delimiter: str, columns: Columns) -> Iterator[_Row]:
+    # The module's own limit of 128 KiB is shorter than texts are. It holds for the whole process.
     csv.field_size_limit(LONGEST_LINE)
+    # Put before the rest again, since a compressed stream cannot be rewound.
     sample = list(islice(lines, _SAMPLE))
     # Strict, as a quote that is never closed would otherwise swallow the rest of the file without a word.
     reader = csv.reader(chain(sample, lines), delimiter=_delimiter(sample, delimiter, columns), strict=True)
@@ -355,6 +362,7 @@ def _parsed(path: Path, reader: Any) -> Iterator[tuple[str, list[str], str]]:
         except StopIteration:
             return
         except csv.Error as error:
+            # The reader starts afresh at the next line, but an open quotation mark has swallowed all of them.
             if "end of data" in str(error):
                 raise DataError(f"{place}: a quotation mark that is never closed; close it") from error
             yield place, [], f"{BROKEN}: {error}"
@@ -414,6 +422,7 @@ def _json_rows(path: Path, lines: Iterator[str], columns: Columns) -> Iterator[_
             yield _Row(place, problem=f"{NO_KEY}: {missing[0]!r}")
         else:
             found = columns.row(place, [row[key] for key in texts], row[label])
+            # Half a pair in the line itself is a byte that is not UTF-8 (surrogateescape), which _judge names.
             halves = any(_SURROGATE.search(value) for value in found[1:3] if isinstance(value, str))
             yield found._replace(problem=HALF) if halves and not _SURROGATE.search(line) else found
 

@@ -63,6 +63,7 @@ def encode_texts(labelled: LabelledSet, tokenizer: Tokenizer, sequence_length: i
     """
     whole = tokenizer.encode_batch(labelled.texts)
     for text, ids in zip(labelled.texts, whole, strict=True):
+        # The classifier takes the mean over a text's own positions, and would divide by none.
         if not len(ids):
             raise DataError(f"labelled set {labelled.name} has a text without any token: {text[:40]!r}; leave it out")
     kept = [np.asarray(row[:sequence_length], dtype=np.int64) for row in whole]
@@ -83,6 +84,7 @@ def hold_out(texts: LabelledTexts, share: float, seed: int, split: int) -> tuple
         rows = np.flatnonzero(texts.labels == label)
         if len(rows) < 2:
             continue
+        # A generator for each class, so that texts added to one leave what is drawn of the others.
         draw = np.random.default_rng([seed, split, label]).permutation(rows)
         chosen.append(draw[: min(len(rows) - 1, max(1, round(share * len(rows))))])
     if not chosen:
@@ -138,6 +140,7 @@ class LabelledBatches(ShuffledBatches):
         end = begun + (total - begun) // size * size
         for start in range(begun, end, POOL * size):
             pool = order[start : min(start + POOL * size, end)]
+            # Stable: which of two equal lengths comes first is the same on every rank and in every resume.
             by_length = pool[np.argsort(self._lengths[pool], kind="stable")].reshape(-1, size)
             order[start : start + len(pool)] = rng.permutation(by_length).flatten()
         return order

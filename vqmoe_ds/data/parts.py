@@ -33,6 +33,7 @@ _PIECES = 2
 """Version of the encoding, of parts alone: raised when the same text gives other ids than before."""
 
 BATCH_BYTES = 1 << 20
+# A multiple of the size of every number that is read in blocks.
 _BLOCK = 4 << 20
 _FILES = _TOKENS, _LENGTHS, _ENDS = "tokens", "lengths", "ends"
 _COUNTS = "counts.json"
@@ -69,6 +70,7 @@ class Parts:
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
         self.folder, self.tokenizer = Path(folder), tokenizer
+        # By the vocabulary, not by the ids met: all parts of a corpus have one type.
         self.dtype = smallest_dtype(tokenizer.vocab_size)
 
     def path(self, unit: Unit) -> Path:
@@ -88,10 +90,12 @@ class Parts:
             sizes = [os.path.getsize(path / name) for name in _FILES]
             if verify and digests != [sha256_of(path / name) for name in _FILES]:
                 return None
+            # int32 lengths and int64 ends, as _encode makes them.
             whole = sizes == [counts.tokens * self.dtype.itemsize, counts.sequences * 4, counts.documents * 8]
             whole &= all(type(number) is int for number in (counts.bytes, counts.unknown, *counts.skipped.values()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
+        # on_error is not in the fingerprint (Unit.fingerprint), so a part made with skip is found by a run with fail.
         refused = unit.options.on_error == "fail" and set(counts.skipped) - {EMPTY}
         return counts if whole and not refused else None
 
@@ -103,6 +107,7 @@ class Parts:
         Raises:
             DataError: text that is to be refused; a full disk.
         """
+        # Host and process, as ranks of several machines write into one folder.
         temporary = self.folder / f"{self.path(unit).name}.{socket.gethostname()}.{os.getpid()}.tmp"
         try:
             with disk_errors(str(self.folder)):
@@ -110,6 +115,7 @@ class Parts:
                 counts = self._write(unit, temporary)
                 below = unit.limit is not None and not counts.cut and counts.tokens < unit.limit
                 final = self.path(replace(unit, limit=None) if below else unit)
+                # A rename does not replace a folder that holds something.
                 shutil.rmtree(final, ignore_errors=True)  # one that is damaged or left out too much
                 temporary.rename(final)
         finally:
@@ -119,7 +125,9 @@ class Parts:
     def _write(self, unit: Unit, folder: Path) -> Counts:
         counts, skips = Counts(), Skips(unit.options.on_error)
         with ExitStack() as stack:
+            # Not flushed: before a later run takes a part it compares digests (_make_parts).
             files = [stack.enter_context(HashedFile(f"{folder / name}", keep=False)) for name in _FILES]
+            # A unit may begin inside a document, of which another process reads the beginning.
             before = text_before(unit)
             for batch in _batches(read_unit(unit, skips)):
                 for file, array in zip(files, self._encode(batch, before, counts, unit.limit), strict=True):
@@ -141,6 +149,7 @@ class Parts:
             before: the last character before it, if it begins inside a document.
             limit: tokens of the part, at most; None for all.
         """
+        # Not encode_batch: a tokenizer that puts a space before a text would put one at every cut of a document.
         encoded = self.tokenizer.encode_pieces([p.text for p in batch], [before, *map(_after, batch[:-1])])
         if limit is not None:
             batch, encoded, counts.cut = _within(limit - counts.tokens, batch, encoded, before)
@@ -150,9 +159,11 @@ class Parts:
         end = np.array([self.tokenizer.eod], dtype=np.int32)
         ended = np.array([piece.ends_document for piece in batch], dtype=bool)
         arrays = [array for ids, last in zip(encoded, ended, strict=True) for array in ((ids, end) if last else (ids,))]
+        # end[:0], as np.concatenate takes no empty list, which a batch beyond the limit is.
         ids = np.concatenate([end[:0], *arrays]).astype(self.dtype)
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int32) + ended
         kept = lengths > 0  # a piece of a document may hold no token at all
+        # The .idx counts documents in sequences: only those that are written count.
         documents = counts.sequences + np.cumsum(kept, dtype=np.int64)[ended]
         counts.sequences += int(kept.sum())
         counts.documents += int(ended.sum())
@@ -177,6 +188,7 @@ class Parts:
             path = self.path(unit)
             for chunk in _numbers(path / _ENDS, np.int64):
                 yield chunk + before
+            # Each part counts from its own first sequence.
             before += os.path.getsize(path / _LENGTHS) // 4
 
     def tokens(self, units: Iterable[Unit]) -> Iterator[bytes]:
@@ -214,6 +226,7 @@ def merge(parts: Parts, units: list[Unit], total: Counts, prefix: str, about: di
 
 
 def _check_room(parts: Parts, total: Counts, prefix: str) -> None:
+    # 12: a length and an offset of each sequence; 8: the end of each document.
     needed = total.tokens * parts.dtype.itemsize + 12 * total.sequences + 8 * total.documents
     free = shutil.disk_usage(Path(prefix).parent).free
     if free < needed:
@@ -230,6 +243,7 @@ def _description(parts: Parts, total: Counts, digests: dict[str, str], about: di
 
 
 def _publish(temporary: dict[str, str], prefix: str) -> None:
+    # The .idx goes first and comes last: wherever the process dies, check_prefix finds no index of other files.
     for name in ("idx", "json"):
         Path(f"{prefix}.{name}").unlink(missing_ok=True)
     shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
@@ -256,6 +270,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     size = 0
     for piece in pieces:
         batch.append(piece)
+        # 100, so that the number of very short documents in a batch is bounded, too.
         size += len(piece.text) + 100
         if size >= BATCH_BYTES:
             yield batch
@@ -272,6 +287,7 @@ def _within(
     A document that is cut ends with its last piece, and one whose earlier pieces are written with an empty one.
     """
     sizes = np.cumsum([len(ids) + piece.ends_document for ids, piece in zip(encoded, batch, strict=True)])
+    # Room for one id more wherever a document goes on: if it is cut there, its end is still to be written.
     ends_to_come = np.array([not piece.ends_document for piece in batch])
     fits = int(np.cumprod(sizes + ends_to_come <= room).sum())
     if fits == len(batch):
@@ -283,6 +299,7 @@ def _within(
 
 def _after(piece: Piece) -> str:
     """The character before the next piece in its document; "" where that piece begins one."""
+    # Never "" inside a document, also after an empty piece: a tokenizer would put its space before what follows.
     return "" if piece.ends_document else piece.text[-1:] or "\n"
 
 

@@ -37,6 +37,7 @@ def members(count: int, share: tuple[float, float]) -> np.ndarray:
     """
     if share == (0.0, 1.0):
         return np.arange(count, dtype=np.int32)
+    # Rounded as in epochs._shapes, by which the length of an index is checked.
     first, last = round(share[0] * float(count)), round(share[1] * float(count))
     order = np.argsort(np.arange(count) * ((5**0.5 - 1) / 2) % 1, kind="stable")
     return np.sort(order[first:last]).astype(np.int32)
@@ -56,6 +57,7 @@ class Portion:
     @cached_property
     def windows(self) -> list[int]:
         """Windows of each corpus."""
+        # A window needs one token more than it has inputs, its last target, which is the first input of the next.
         return [max(0, (tokens - 1) // self.sequence_length) for tokens in self.tokens]
 
     @cached_property
@@ -73,6 +75,7 @@ class Portion:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of everything that decides the order of the windows, seed and epoch aside."""
+        # "spread" names the rule of members: an index that another rule made must not be found under this name.
         digest = hashlib.sha256(repr(["spread", self.share, self.sequence_length]).encode())
         for prefix in self.prefixes:
             digest.update(repr([prefix.path, len(prefix.lengths)]).encode())

@@ -83,6 +83,7 @@ def main(options: argparse.Namespace) -> int:
         code = exit_code_of(stop)
     print(message, file=sys.stderr, flush=True)
     if comm is not None:
+        # Whichever rank this is: the others would wait for it without end.
         comm.Abort(code)
     return code
 
@@ -104,9 +105,11 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
     parts = Parts(f"{options.output}.parts", load_tokenizer(options.tokenizer))
     _check_free(options, parts)
     how = SourceOptions(options.text_key, options.document, options.on_error, options.streaming, options.cache_dir)
+    # After what can be refused at once, as recipes are fetched here.
     units = plan_units(options.sources, how)
     with disk_errors(str(parts.folder.parent)):
         make_folder(parts.folder)
+    # The lock before clean, which would take away what another preparation is making.
     with _locked(parts.folder):
         parts.clean()
         try:
@@ -124,6 +127,7 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
         limit = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
         about = {"sources": options.sources, "on_error": options.on_error, **limit}
         merge(parts, units, total, options.output, about)
+        # Not before the .idx is in its place: a run that is killed in the merge goes on from the parts.
         shutil.rmtree(parts.folder)
     if comm is not None:
         spread.dismiss(comm)
@@ -233,6 +237,7 @@ def _check(options: argparse.Namespace, comm: Any) -> None:
 def _check_free(options: argparse.Namespace, parts: Parts) -> None:
     found = [name for name in ("idx", "bin", "json") if os.path.exists(f"{options.output}.{name}")]
     own = f"{options.output}.tokenizer"
+    # The tokenizer may have been trained into PREFIX.tokenizer: the same one is no output that would be lost.
     if os.path.exists(own) and load_tokenizer(own).checksum != parts.tokenizer.checksum:
         found.append("tokenizer")
     if found and not options.overwrite:

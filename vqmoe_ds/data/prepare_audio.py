@@ -83,6 +83,7 @@ def prepare(options: argparse.Namespace) -> str:
             _write(partial / split, clips, options)
         told = {**vars(options), "classes": classes, "clips": {split: len(clips) for split, clips in splits.items()}}
         (partial / "audio.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        # mkdtemp makes a folder that nobody else may enter.
         partial.chmod(0o755)
         partial.rename(output)  # there whole or not at all
     finally:
@@ -160,6 +161,7 @@ def _apart(folder: Path, clips: Sequence[Clip], speaker: str, test_every: int) -
             "give an expression that finds the speaker, or make folders train/ and test/"
         )
     names = [match[1] for match in found if match]
+    # Not hash(), which Python salts anew in every process.
     ranked = sorted(set(names), key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     held = set(ranked[::test_every])
     if len(ranked) < 2:
@@ -191,8 +193,10 @@ def _write(folder: Path, clips: Sequence[Clip], options: argparse.Namespace) -> 
         except ValueError as error:
             bad.append(f"{clip.file}: {error}")
             continue
+        # Drawn by the name, not by a place in the list, which other clips would move.
         clip_T = noise.add(clip_T, own, clip.name) if noise else clip_T
         image = pillow.fromarray(np.ascontiguousarray(spectrogram(clip_T, options.size)))
+        # The suffix of the clip stays: a.wav and a.flac of one class are two images.
         image.save(folder / f"{clip.name}.png")
     if bad:
         raise DataError(

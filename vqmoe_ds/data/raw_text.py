@@ -148,7 +148,9 @@ def open_raw_text(config: RunConfig) -> RawText:
         DataError: nothing there, unreadable, or too short.
     """
     data, length = config.data, config.model.sequence_length
+    # A list is of prepared corpora alone: open_indexed_text, which is asked first, takes or refuses it.
     assert not isinstance(data.path, list) and not isinstance(data.valid_path, list)
+    # 0 where the field has no effect: it is in the fingerprint (of_data), and would end a resume for nothing.
     corpus, every = open_corpus(data.path), data.holdout_every if data.valid_path is None else 0
     if data.valid_path is None:
         splits = split_corpus(corpus, length, every)

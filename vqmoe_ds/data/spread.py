@@ -37,6 +37,7 @@ def run_alone(parts: Parts, units: Sequence[Unit], done: Done) -> None:
 
 # ---------------------------------------------------------------- workers
 
+# Of a worker: its tokenizer is loaded once, not for each unit.
 _parts: Parts | None = None
 
 
@@ -48,6 +49,7 @@ def run_workers(parts: Parts, units: Sequence[Unit], done: Done, workers: int, t
     """
     context = multiprocessing.get_context("fork" if _fork_is_safe() else "spawn")
     start = (tokenizer, str(parts.folder))
+    # Not multiprocessing.Pool, which waits for ever for the result of a worker that was killed.
     with ProcessPoolExecutor(min(workers, len(units)), context, _start_worker, start) as pool:
         try:
             waiting = {pool.submit(_make, unit): unit for unit in units}
@@ -63,6 +65,7 @@ def run_workers(parts: Parts, units: Sequence[Unit], done: Done, workers: int, t
                 worker.terminate()
             raise
         finally:
+            # Without cancel_futures the pool's own end would first make every unit that waits.
             pool.shutdown(cancel_futures=True)
 
 
@@ -75,7 +78,9 @@ def _fork_is_safe() -> bool:
 def _start_worker(tokenizer: str, folder: str) -> None:
     global _parts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and ends the others
+    # A forked worker has inherited the handler of run_tool, which raises where terminate() should end it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A parent that is killed tells nobody: its workers would wait for the next unit for ever.
     threading.Thread(target=_follow_parent, daemon=True).start()
     _parts = Parts(folder, load_tokenizer(tokenizer))
 
@@ -105,6 +110,7 @@ def launched_ranks() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    # PMIx gives a rank but no size.
     if "PMIX_RANK" in os.environ:
         return int(tasks)
     if tasks != "1":
@@ -124,6 +130,7 @@ def world(ranks: int) -> Any:
     except (ImportError, RuntimeError) as error:
         reason = reason_of(error)
         raise DataError(f"mpi4py does not work ({reason}); install it against the MPI of this machine") from error
+    # The import has called MPI_Init, so that from here on a rank that just exits leaves the others waiting.
     comm = MPI.COMM_WORLD
     if comm.size != ranks:
         raise DataError(
@@ -146,6 +153,7 @@ def run_ranks(comm: Any, parts: Parts, units: Sequence[Unit], done: Done) -> Non
     Raises:
         DataError: on rank 0, of whichever rank met it first.
     """
+    # Each rank deals for itself: the shares must follow from the units alone, or one is made twice and another never.
     share = deal(units, comm.size)[comm.rank]
     if comm.rank:
         try:
@@ -181,6 +189,7 @@ def deal(units: Sequence[Unit], ranks: int) -> list[list[Unit]]:
     for index in sorted(range(len(units)), key=lambda i: -units[i].size):
         load, rank = heapq.heappop(loads)
         shares[rank].append(index)
+        # + 1, so that units of no bytes are shared out as well.
         heapq.heappush(loads, (load + units[index].size + 1, rank))
     return [[units[index] for index in sorted(share)] for share in shares]
 

@@ -36,6 +36,7 @@ def stdlib_text() -> bytes:
         text = build_stdlib_text()
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        # A name of its own, as all ranks of a machine may build it at once.
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(text)
         temporary.replace(kept)
@@ -63,6 +64,7 @@ def _texts() -> Iterator[str]:
         yield topics[key]
     root = Path(sysconfig.get_path("stdlib"))
     files = [path.relative_to(root) for path in root.rglob("*.py")]
+    # rglob gives the order of the file system. _sysconfigdata is of one build, not of a version.
     for path in sorted(files, key=lambda p: p.as_posix()):
         if not _LEFT_OUT.intersection(path.parts) and not path.name.startswith("_sysconfigdata"):
             yield from _docstrings(root / path)
@@ -72,11 +74,13 @@ def _docstrings(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # As bytes, so that a coding line in the file is heeded.
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    # ast.walk goes level by level, not line by line.
     for node in sorted(nodes, key=lambda n: getattr(n, "lineno", 0)):
         text = ast.get_docstring(node, clean=False)
         if text:

@@ -102,6 +102,7 @@ def _column(column: Any, path: str, row: int, skips: Skips) -> Iterator[Piece]:
     for index, value in enumerate(column):
         place = Place(path, row + index)
         try:
+            # One by one: to_pylist would fail for all of them at the first that is not UTF-8.
             text = value.as_py()
         except UnicodeDecodeError:
             skips.add(BAD_UTF8, place)
@@ -123,6 +124,7 @@ def hub_spans(path: str, options: SourceOptions, unit_bytes: int) -> Iterator[Sp
     for start in range(0, len(data), rows):
         end = min(len(data), start + rows)
         size = data.data.nbytes * (end - start) // len(data)
+        # datasets' own digest of the rows and of what was done to them stands for the size and time of a file.
         yield Span(HUB, path, start, end, end == len(data), size, str(data._fingerprint), start)
 
 
@@ -152,6 +154,7 @@ def hub_texts(path: str) -> list[np.ndarray]:
     pa, key = library("pyarrow", "reading from the Hugging Face hub", DataError), SourceOptions.text_key
     table = _hub_data(path, False, None).data
     kind = table.schema.field(key).type if key in table.column_names else None
+    # Of these types alone the texts lie end to end in one buffer.
     if kind not in (pa.string(), pa.large_string()):
         raise DataError(
             f"{path}: no column {key!r} of strings, only {some_of(table.column_names)}; prepare it "
@@ -159,6 +162,7 @@ def hub_texts(path: str) -> list[np.ndarray]:
         )
     texts: list[np.ndarray] = []
     for chunk in table.column(key).chunks:
+        # Cast for the offsets, which are int64 then. A slice shares the buffers of its parent, hence rows.offset.
         rows = (chunk.drop_null() if chunk.null_count else chunk).cast(pa.large_binary())
         _, offsets, content = (np.frombuffer(buffer or b"", dtype=np.uint8) for buffer in rows.buffers())
         offsets_N = offsets.view(np.int64)[rows.offset : rows.offset + len(rows) + 1].tolist()
@@ -166,6 +170,7 @@ def hub_texts(path: str) -> list[np.ndarray]:
     return texts
 
 
+# Every unit of a set opens it anew.
 @lru_cache(maxsize=4)
 def _hub_data(path: str, streaming: bool, cache_dir: str | None) -> Any:
     datasets = library("datasets", "reading from the Hugging Face hub", DataError)

@@ -26,6 +26,8 @@ from vqmoe_ds.data.units import (
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import open_regular
 
+# Units and blocks may end after these. Those of a paragraph have to match _BLANK_LINES, else a cut would end one that
+# goes on.
 _BORDERS: dict[str, tuple[bytes, ...]] = {"file": (), "paragraph": (b"\n\n", b"\n\r\n"), "line": (b"\n",)}
 _LINE_BREAK = re.compile(r"\n")
 _FIRST_BLANK = re.compile(r"\A(?:[ \t\r]*\n)+")
@@ -105,6 +107,7 @@ def _blocks(span: Span, document: Document, skips: Skips) -> Iterator[tuple[int,
     Blocks are cut after the last border of a document in them; without one, after the last line break, the last
     space, or the last whole character.
     """
+    # Of lines the border is the first of BREAKS: left out, so that level 0 means a border whatever a document is.
     marks: list[tuple[bytes, ...]] = [_BORDERS[document], *BREAKS][document == "line" :]
     rest, offset = b"", span.start
     for more in chunks(span, PIECE_BYTES, skips):
@@ -137,6 +140,7 @@ def snap(path: str, offset: int, size: int, document: Document) -> int:
             ends = [block.index(mark) + len(mark) for mark in marks if mark in block]
             if ends:
                 return stream.tell() - len(block) + min(ends)
+            # The longest mark has three bytes, of which two may end this block.
             tail = block[-2:] if document == "paragraph" else b""
     return size
 

@@ -142,11 +142,14 @@ def _measured(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[float, float]
 
 def sample_pieces(units: Sequence[Unit], limit: int, seed: int, skips: Skips | None = None) -> list[str]:
     """Parts of ``units``, at most ``limit`` bytes (0: no limit) in all, drawn evenly and given in corpus order."""
+    # A string seeds by its SHA-512, the same in every process, and apart from the draw of _spread.
     draw = random.Random(f"pieces {seed}")
     kept: list[tuple[float, int, int, str]] = []  # a heap with the largest draw (as its negative) on top
     size, border = 0, 1.0
     for number, text in enumerate(_texts(_spread(units, limit, seed), skips)):
         drawn = draw.random()
+        # Kept is what drew least: nothing at or above a draw that was dropped comes in later, or short texts would slip
+        # into the room that a longer one left.
         if drawn >= border:
             continue
         heapq.heappush(kept, (-drawn, number, len(text.encode()), text))
@@ -162,6 +165,7 @@ def _spread(units: Sequence[Unit], limit: int, seed: int) -> list[Unit]:
     total = sum(unit.size for unit in units)
     if not limit or total <= READ_AT_MOST * limit:
         return list(units)
+    # So many marks that units of mean size have READ_AT_MOST * limit bytes together, and at least READ_AT_MOST marks.
     distance = min(total / len(units) * total / (READ_AT_MOST * limit), total / READ_AT_MOST)
     ends = itertools.accumulate((unit.size for unit in units), initial=random.Random(seed).random() * distance)
     return [
@@ -216,12 +220,15 @@ def train_pieces(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePi
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=True,
+            # _lines takes the line breaks out, so that the trainer cannot learn them.
             user_defined_symbols=["\n", "\t"],
             unk_id=0,
+            # What SentencePieceTokenizer ends a document with.
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
             num_threads=THREADS,
+            # In bytes, of which a character has up to four: longer lines would be left out without a word.
             max_sentence_length=LONGEST_LINE * 4,
             minloglevel=4,
         )
@@ -258,6 +265,7 @@ def _interruptible(work: Callable[..., Any], **options: Any) -> None:
 
 def _size_error(message: str, kind: str, vocab_size: int) -> DataError | None:
     """SentencePiece's complaint about the size of the vocabulary, as a sentence."""
+    # SentencePiece has no codes for its errors: these are words of its messages.
     if most := re.search(r"value <= (\d+)", message):
         return DataError(
             f"the sample is too small for a {kind} vocabulary of --vocab_size {vocab_size}; "

@@ -37,6 +37,7 @@ class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
 
     kind, vocab_size, eod = "bytes", 257, 256
+    # Never to change: prepared data and checkpoints are compared by it.
     checksum = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -65,6 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
         library = sentencepiece()
         try:
             self._pieces = library.SentencePieceProcessor(model_proto=model)
+            # An empty model counts as none given: the library loads nothing, and complains on stderr when it is asked.
             size = self._pieces.get_piece_size() if model else 0
             self._bytes = [i for i in range(size) if self._pieces.is_byte(i)]
             self._words = _word_cache(self._pieces, model) if len(self._bytes) == 256 else None
@@ -117,10 +119,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _is_space(self, *characters: str) -> bool:
         """Whether one of them is a space to the model."""
+        # Asked of its own normalizer, since a rule such as NFKC turns other white space into a space.
         spaced = self._pieces.normalize("a a")
         return any(c and self._pieces.normalize(f"a{c}a") == spaced for c in characters)
 
     def _encode_around_marks(self, text: str) -> np.ndarray:
+        # The model would read the mark as a space; its bytes come back as they are.
         mark = np.array([self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()], dtype=np.int32)
         first, *rest = (self._encode(part) for part in text.split(SPACE_MARK))
         return np.concatenate([first, *(part for each in rest for part in (mark, each))])
@@ -150,6 +154,7 @@ class _WordCache(dict[str, bytes]):
     Exact, because ``_word_cache`` makes one only for models without a piece that reaches from one word into the next.
     """
 
+    # It cuts where, by ``joins`` of _word_cache, no piece can reach across: change both together.
     WORD = re.compile(r" *[^ \n]+|\n| +")
     LONGEST, MOST = 64, 1 << 18  # characters and words, so that memory stays bounded
 
@@ -208,6 +213,7 @@ class WordTokenizer(Tokenizer):
     kind = "word"
 
     def __init__(self, words: Sequence[str], name: str = "the vocabulary") -> None:
+        # Symbols behind the words of the file, whose ids stay as they are.
         self.words = [*words, *(symbol for symbol in (UNKNOWN, NEWLINE, END_OF_DOCUMENT) if symbol not in words)]
         self._ids = {word: i for i, word in enumerate(self.words)}
         if len(self._ids) != len(self.words):
@@ -291,6 +297,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         raise DataError(f"tokenizer folder {folder} has no {DESCRIPTION}; make one with tools/train_tokenizer.py")
     try:
         kept = json.loads(read_file(description))
+        # Ours and Hugging Face's have the same name.
         if "model" in kept and "kind" not in kept:
             return read_json_tokenizer(folder)
         kind, checksum, eod = kept["kind"], kept["checksum"], kept.get("eod")
@@ -304,7 +311,9 @@ def _load_folder(folder: Path) -> Tokenizer:
     elif kind == WordTokenizer.kind:
         tokenizer = WordTokenizer(_read_words(folder / "vocab.txt"), str(folder / "vocab.txt"))
     elif kind == JsonTokenizer.kind:
+        # Bytes that are not UTF-8 show in the checksum below.
         content = read_file(folder / "huggingface.json").decode(errors="replace")
+        # The end of a document is kept with it, as config.json, which told it, is not in this folder.
         tokenizer = JsonTokenizer(content, eod, name=folder / "huggingface.json")
     else:
         raise DataError(

@@ -179,6 +179,7 @@ def cut(block: bytes, marks: list[tuple[bytes, ...]]) -> tuple[int, int]:
         if end:
             return end, level
     end = len(block)
+    # At most three bytes follow the first of a character.
     while end > len(block) - 4 and (block[end - 1] & 0xC0) == 0x80:
         end -= 1
     first = block[end - 1]  # the last byte that begins a character, whole only if all its bytes are here
