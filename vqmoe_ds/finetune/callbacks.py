@@ -40,8 +40,10 @@ class EarlyStop(Callback):
 
     def _judge(self, trainer: Trainer) -> None:
         losses = [row["validation_loss"] for row in self.file.rows if "validation_loss" in row]  # rank 0 alone has them
+        # NaN is neither less nor more than anything: what min gives would depend on its place.
         numbers = [loss if math.isfinite(loss) else math.inf for loss in losses]
         since = len(numbers) - 1 - numbers.index(min(numbers)) if numbers else 0
+        # A collective, entered whatever this rank has counted: ranks that left the loop at other steps would hang.
         if trainer.session.on_any_rank(bool(self.patience) and since >= self.patience):
             trainer.done = True
             self.console.say(f"step {trainer.step}: no better validation in {self.patience}; training ends")
@@ -72,6 +74,8 @@ class BestReport(Callback):
             return
         console, session = self.job.console, trainer.session
         console.close_progress()
+        # The weights in the session may go: Checkpoints, whose on_end came before, has saved and sealed them. Rank 0
+        # reads the mark for all, since loading is a collective of one tag.
         best = from_first(read_best(self.job.checkpoints)[0])
         best_step = trainer.step if best is None else load(session, self.job.checkpoints / best)
         console.say(f"the weights of step {best_step} validated best; scoring them on all that is held out")

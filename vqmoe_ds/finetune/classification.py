@@ -71,10 +71,12 @@ class TaskTexts:
         train, seed, share = self.train, run.train.seed, run.finetune.holdout
         validation, test = self.validation, self.test
         if test is None:
+            # The test first: it has the same texts whether or not the set has a validation split.
             train, test = hold_out(train, share, seed, split=2)
         if validation is None:
             train, validation = hold_out(train, share, seed, split=1)
         if run.finetune.shots:
+            # Last, so that runs of one seed are validated and tested on the same texts whatever their number of shots.
             train = draw_shots(train, run.finetune.shots, seed)
         return Splits(train, validation, test)
 
@@ -143,11 +145,13 @@ class ClassificationTask:
         return self.texts.describe(run)
 
     def fingerprint(self) -> dict[str, str]:
+        # All texts, not what a run draws of them: that follows from fields which check_same compares.
         splits = {"training": self.texts.train, "validation": self.texts.validation, "test": self.texts.test}
         return {f"{name} texts": of_labelled(texts) for name, texts in splits.items() if texts is not None}
 
     def open(self, job: Job) -> tuple[LabelledBatches, LabelledTexts]:
         run = job.config.run
+        # Every rank draws for itself: the splits must follow from the seed alone.
         self._splits = self.texts.splits(run)
         batches = LabelledBatches(self._splits.train, run.train.batch_size, run.train.seed)
         self._padding = round(batches.padding(job.config.micro_batch), 4)
@@ -180,6 +184,7 @@ class ClassificationTask:
 
 def report(session: Session, splits: Splits, folder: Path) -> tuple[dict[str, Any], str]:
     """Scores on validation and test texts; rank 0 writes predictions and the confusion matrix of the test."""
+    # classify is a collective, and so comes before what rank 0 does alone.
     validation, test = classify(session, splits.validation), classify(session, splits.test)
     found = judge(test, splits.test.classes)
     if session.place.rank == 0:

@@ -88,6 +88,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
         overrides |= {} if value is None else {name: value}
     source = run_config(reader.config, reader.path)
     kept = ("model", "moe", "router", "codebook") + (() if args.task == LANGUAGE_MODEL else ("data",))
+    # Loaded twice: whether the discrete path is taken is an option, too, and its sections come below the user's own.
     base = {**source.model_dump(mode="json", include=set(kept)), **DEFAULTS}
     loaded = load_config(file=args.config, overrides=overrides, base=base)
     if loaded.config.moe.facts.has_discrete_path and loaded.config.finetune.discrete:
@@ -96,6 +97,7 @@ def starting_config(args: argparse.Namespace, reader: CheckpointReader) -> Loade
     loaded = load_config(file=args.config, overrides=overrides, base=base)
     check_sizes(loaded, source, args.checkpoint)
     if loaded.config.finetune.lora_rank:
+        # Refused now, not when the model is built on all ranks.
         library("peft", "finetune.lora_rank")
     return loaded
 
@@ -123,11 +125,13 @@ def _discrete_sections(base: dict[str, Any], loaded: LoadedConfig) -> dict[str, 
     """
     discrete = discrete_config({name: base[name] for name in ("model", "moe", "router", "codebook")})
     book, finetune = discrete["codebook"], loaded.config.finetune
+    # The head of a language model learns in every case (models.build.learns), and a tied one moves the embeddings.
     tied = loaded.config.model.tie_embeddings and finetune.task == LANGUAGE_MODEL
     learning = tied or finetune.trainable is Trainable.ALL
     of_states = book["source"] in (CodeSource.LAYER_STATE.value, CodeSource.EARLY_BLOCK.value)
     frozen = "codebook.learning" not in loaded.explicit or loaded.config.codebook.learning == "frozen"
     if frozen and not of_states and (learning or book["source_momentum"]):
+        # A moving average that keeps all of its past: the table that codes look at never moves.
         book["source_momentum"] = 1.0
     return discrete
 
@@ -237,6 +241,7 @@ def check_batch(config: EngineConfig, wanted: int, path: str) -> None:
     Raises:
         ConfigError: it gives another.
     """
+    # In resolve a number of the JSON wins over a batch that the user did not set.
     size = config.run.train.batch_size
     if size != wanted:
         raise ConfigError(

@@ -83,6 +83,7 @@ def _check_tokenizer(data: TrainingData, source: RunConfig, reader: CheckpointRe
     ours, theirs, size = data.tokenizer_sha256, source.data.tokenizer_sha256, source.model.vocab_size
     both_bytes = ours in bytes_ and are_bytes(theirs, size)
     fits = (data.vocab_size or size) <= size
+    # Not raw text (None): its bytes are surely no ids of a model that is not of bytes.
     open_ = ours is not None and nothing_known(theirs, size)
     if not fits or (ours != theirs and not both_bytes and not open_):
         raise CheckpointError(

@@ -108,6 +108,7 @@ def predict(model: Classifier, tokenizer: Tokenizer, texts: Iterable[str]) -> It
         encoded = encode_texts(unlabelled, tokenizer, model.config.model.sequence_length)
         with torch.no_grad():
             logits_BC, _ = model(torch.from_numpy(encoded.read(np.arange(len(chunk))).inputs_BS))
+        # In float64, as evaluation/classification.py scores: probabilities are those of predictions.csv.
         best = logits_BC.double().softmax(dim=-1).max(dim=-1)
         for text, number, sure in zip(chunk, best.indices.tolist(), best.values.tolist(), strict=True):
             yield {"label": classes[number], "probability": round(sure, 4), "text": text}
@@ -126,6 +127,7 @@ def _rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
     try:
         if path != "-":
             check_content(path)
+        # Standard input is not ours to close.
         with nullcontext(sys.stdin.buffer) if path == "-" else open_plain(path) as lines:
             for number in count(1):
                 line, place = lines.readline(LONGEST_LINE), f"{path}, line {number}"

@@ -71,6 +71,7 @@ class FineTuning(TrainingCommand):
         for number in shots or [loaded.config.finetune.shots]:
             for seed in seeds:
                 parts = [f"shots-{number}"] * bool(shots) + [f"seed-{seed}"] * bool(shots or args.seeds)
+                # For each run: steps and batch follow from the number of its texts.
                 one = self.task.configure(for_run(loaded, seed, number))
                 config = configs["/".join(parts)] = resolve(args.ds_config, one, place.world_size, args.ep_size)
                 check_batch(config, one.config.train.batch_size, args.ds_config)
@@ -79,6 +80,7 @@ class FineTuning(TrainingCommand):
     def run(self, job: Job) -> int:
         from vqmoe_ds.finetune.report import write_report
 
+        # --seeds 1 is one run in a folder of its own, with a report.
         several = len(self.configs) > 1 or "" not in self.configs
         for name, config in self.configs.items():
             one = replace(job, config=config, run_dir=job.run_dir / name)
@@ -105,6 +107,7 @@ class FineTuning(TrainingCommand):
         from vqmoe_ds.train.opening import find_tag, open_session
 
         task, reader = self.task, self.reader
+        # All ranks enter the broadcast; only one reads the data for it.
         fingerprint = from_first(_fingerprint(job, task, reader) if job.place.rank == 0 else {})
         tag, job = find_tag(job, fingerprint)
         if tag is not None:
@@ -114,6 +117,8 @@ class FineTuning(TrainingCommand):
         file = opened.metrics_file()
         health = RoutingHealth(opened.session, probe, job.config.run.run.probe_tokens)
         validation, report = task.callbacks(job, file, health)
+        # The order counts: EarlyStop and Checkpoints look at what Validation found, Signals ends a run that Checkpoints
+        # has saved, and the report puts the best weights in the place of the last.
         callbacks = [
             cb.Metrics(job.console, file, health),
             validation,
@@ -123,6 +128,7 @@ class FineTuning(TrainingCommand):
             report,
         ]
         code = opened.train(batches, callbacks, file)
+        # Before the next run of the command builds its own engine: memory may not hold two.
         opened.session.engine.destroy()
         store = opened.session.model.expert_store
         if store is not None:

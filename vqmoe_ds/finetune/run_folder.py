@@ -68,6 +68,7 @@ def check_kind(folder: Path, several: bool) -> None:
 def is_finished(folder: Path) -> bool:
     """Whether a run has written its summary there, its last file."""
     try:
+        # Written last and by one rename (BestReport): where it can be read, all else of the run is there.
         return json.loads((folder / "summary.json").read_text(encoding="utf-8")) is not None
     except (OSError, ValueError):
         return False

@@ -41,6 +41,7 @@ def open_task(args: argparse.Namespace, reader: CheckpointReader, loaded: Loaded
         CheckpointError: the checkpoint has no tokenizer, or another one than the data.
         DataError: the data cannot be used.
     """
+    # Imported here: run.py imports this module before it has checked the command line, and these bring torch.
     from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
     from vqmoe_ds.checkpoint.load_model import require_tokenizer
 
