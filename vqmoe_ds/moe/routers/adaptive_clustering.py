@@ -131,10 +131,13 @@ class ClusteredRouter(StatefulRouter):
     def _statistics(self, x_TD: Tensor, clusters_T: Tensor) -> Tensor:
         clusters = self.moe.num_experts
         counts_K = count_experts(clusters_T, clusters).double()
+        # Deviations are from the mean of earlier steps: that of these tokens is known after the last of them only, and
+        # depends on how a batch is split. Clusters without a mean yet have nothing to deviate from.
         known_K = self.totals_KS[:, 0] > 0
         apart_TD = (x_TD - self._means()[clusters_T].float()).abs()
         apart_KD = sum_by_expert(apart_TD, clusters_T, clusters) * known_K.unsqueeze(1)
         sums_KD = sum_by_expert(x_TD, clusters_T, clusters)
+        # The columns of `totals_KS`, where `_means` and `learn` look for them.
         return torch.cat([counts_K.unsqueeze(1), sums_KD, (counts_K * known_K).unsqueeze(1), apart_KD], dim=1)
 
     def _means(self) -> Tensor:
@@ -144,6 +147,7 @@ class ClusteredRouter(StatefulRouter):
         if self.options.statistics is not ClusterStatistics.RUNNING:
             return
         decay = self.averaging(self.options.decay)
+        # Counts decay with the sums that they divide, so each quotient is a weighted mean.
         self.totals_KS.mul_(decay).add_(statistics, alpha=1 - decay)
         counts_K = self.totals_KS[:, self.width + 1]
         deviations_KD = self.totals_KS[:, self.width + 2 :] / counts_K.clamp_min(1e-12).unsqueeze(1)

@@ -167,6 +167,7 @@ class Router(RouterFacts, nn.Module):
         if routing.tokens_M is None:
             return ids_TR
         experts_TN = ids_TR.new_full((tokens, self.moe.num_experts), -1)
+        # An expert takes a token once at most: no place is written twice, so the order of writing does not show.
         experts_TN[routing.tokens_M, ids_TR[:, 0]] = ids_TR[:, 0]
         return experts_TN
 
@@ -191,6 +192,7 @@ class Float32Linear(nn.Linear):
         super().__init__(width, outputs, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        # In bfloat16 close logits become equal, and which of several equal ones topk takes is not specified.
         return F.linear(x_TD.float(), self.weight.float())
 
 
@@ -246,6 +248,8 @@ class StatefulRouter(SteppedState, Router):
     def pending(self) -> Tensor:
         """This rank's statistics since the last update, float64."""
         if self._pending is None:
+            # Zeros and not nothing: a rank that observed no token enters the fused all-reduce with the shapes of the
+            # others.
             return torch.zeros(self._shape, dtype=torch.float64, device=self.updates.device)
         return self._pending
 
@@ -253,6 +257,8 @@ class StatefulRouter(SteppedState, Router):
     def observe(self, statistics: Tensor) -> None:
         """Add those of one micro-batch."""
         self.count_micro_batch()
+        # float64: counts are exact, and the order in which micro-batches and ranks are added does not show in float32
+        # state.
         self._pending = self.pending + statistics.double()
 
     def clear_statistics(self) -> None:
@@ -263,6 +269,7 @@ class StatefulRouter(SteppedState, Router):
     @torch.no_grad()
     def update(self, statistics: Tensor) -> None:
         """Move the state by the statistics of all ranks; the same on every rank."""
+        # Before the count: to `learn`, `steps_taken` are the steps before this one.
         self.learn(statistics)
         self._updates.write(self.updates, self.steps_taken + 1)
         self.clear_statistics()
@@ -280,14 +287,17 @@ def gathered(module: nn.Module) -> AbstractContextManager[object]:
     weights = list(module.parameters())
     if not hasattr(weights[0], "ds_id"):
         return nullcontext()
+    # Not at the top: the layer works without DeepSpeed, and weights have a ds_id only where it holds them in pieces.
     import deepspeed
 
+    # Without modifier_rank, for reading alone: what is written inside is not told to the other ranks.
     context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(weights)
     return context
 
 
 def choose(logits_TN: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
     """The k largest logits, the largest first: experts and weights ``[T, k]``, softmax over all N or the k chosen."""
+    # topk sorts: column 0 is the first choice, the cluster of the token in the next layer of adaptive_clustering.
     top_probs_Tk, ids_Tk = logits_TN.softmax(dim=-1).topk(top_k, dim=-1)
     return ids_Tk, top_probs_Tk if over_all else top_probs_Tk / top_probs_Tk.sum(-1, keepdim=True)
 
@@ -313,6 +323,8 @@ def auxiliary_loss(
         choices = ids_Tk.numel() if tokens is None else tokens * ids_Tk.shape[1]
         share_N = count_experts(ids_Tk, config.num_experts) / choices
         if context.share is not None:
+            # A collective, in forward and again in a recomputation: configuration and share are the same on all ranks
+            # of the group, so all of them come here.
             share_N = context.share.mean(share_N)
         mean_N = _mean(logits_TN.softmax(dim=-1), tokens)
         aux = aux + config.balance_weight * config.num_experts * (share_N * mean_N).sum()
@@ -351,7 +363,9 @@ def drawn(shape: tuple[int, ...], scale: float, seed: int, *name: int | str) -> 
 
     So every rank and layout has the same, and models that differ in one part are equal in all others.
     """
+    # Not hash(), which Python salts anew in every process: ranks would draw different numbers.
     digest = hashlib.sha256("/".join(map(str, (seed, *name))).encode()).digest()
+    # On the CPU, whose numbers are the same everywhere; a GPU's would be another model of the same seed.
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(shape, generator=generator) * scale
 

@@ -51,6 +51,8 @@ class DualRouter(Router):
         discrete = replace(discrete, input_norm=self.moe.input_norm, output_norm=self.moe.output_norm)
         if self.continuous is None or self.path_gate is None:
             return discrete
+        # The discrete row stands last, in ids as in weights: its sort is made ahead and merged behind that of the
+        # others (`MoELayer._plan`), and its offset and norms are those of the last slot.
         smoe = self.continuous(x_TD, context)
         gates_T2 = self.path_gate(x_TD).float().softmax(dim=-1)
         weight_T1 = gates_T2[:, 1:] if discrete.weights_TR is None else gates_T2[:, 1:] * discrete.weights_TR

@@ -59,4 +59,5 @@ class ExpertBiasRouter(StatefulRouter):
         return Routing(ids_Tk, weights_Tk, z_loss(logits_TN, self.moe))
 
     def learn(self, statistics: Tensor) -> None:
+        # Counts are exact in float64 in whatever order they were added, so the sign is the same in every layout.
         self.bias_N += self.options.bias_rate * (statistics.mean() - statistics).sign().to(self.bias_N.dtype)

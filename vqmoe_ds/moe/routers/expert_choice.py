@@ -47,6 +47,8 @@ class ExpertChoiceRouter(Router):
             starts = [sum(lengths[:row]) for row in range(len(lengths))]
             parts = [self._choose(p.unsqueeze(0), s) for p, s in zip(probs_TN.split(lengths), starts, strict=True)]
         experts_M, weights_M, tokens_M = (torch.cat(column) for column in zip(*parts, strict=True))
+        # `mean_tokens` is None here: routers that look ahead are refused where ranks share sequences
+        # (`needs_whole_sequences`).
         aux_loss = z_loss(logits_TN, self.moe)
         return Routing(experts_M.unsqueeze(1), weights_M.unsqueeze(1), aux_loss, tokens_M)
 

@@ -52,6 +52,8 @@ class RandomFrozenRouter(StatefulRouter):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
         shape, scale = (self.moe.num_experts, config.width), self.options.gate_scale * config.width**-0.5
+        # The buffers of a stateful router are broadcast from rank 0 and compared by `StateSync`, which also counts the
+        # steps that smoe_dropout grows by.
         self.register_buffer("gate_ND", drawn(shape, scale, config.seed, config.layer, "gate"))
 
     @property
@@ -104,12 +106,16 @@ class SMoEDropoutRouter(RandomFrozenRouter):
         return options.final_top_k or moe.num_experts
 
     def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
+        # Choices are sorted by weight, so the first ones keep their meaning, and the shape, while k grows.
         return routing.expert_ids_TR[:, : self.moe.top_k]
 
     @property
     def top_k(self) -> int:
+        # `steps_taken` moves in `StateSync.step` alone: all micro-batches of a step, and their recomputation, have one
+        # k.
         first, last = self.moe.top_k, self._final(self.moe, self.options)
         done = min(1.0, self.steps_taken / max(1, self.growth_steps))
+        # Half up; round() would take the even number.
         return int(first + (last - first) * done + 0.5)
 
 
@@ -138,6 +144,8 @@ class FreezingRouter(StatefulRouter):
         return bool(self._frozen.read(self.frozen))
 
     def learn(self, statistics: Tensor) -> None:
+        # The same on all ranks, for `freeze` may gather weights. Not `==`: a run that goes on with another length may
+        # have its freeze_step behind it already.
         if not self.is_frozen and self.steps_taken + 1 >= self.freeze_step:
             self.freeze()
             self._frozen.write(self.frozen, 1)

@@ -92,5 +92,6 @@ class HashAndCodeRouter(Router):
                 "the hash_and_code router needs RoutingContext.expert_ids_T of two columns: the experts by "
                 "HashAndCodeRouter.token_table(run, layers) and by codes"
             )
+        # Column by column as `MoETransformer._routes_ahead` stacks the experts: the hash, then the code.
         weights_TR = None if self.gate is None else self.gate(x_TD).float().softmax(dim=-1)
         return Routing(ids, weights_TR, x_TD.new_zeros((), dtype=torch.float32))

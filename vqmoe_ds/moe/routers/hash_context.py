@@ -59,6 +59,7 @@ class HashContextRouter(DualRouter):
     @classmethod
     def experts_of(cls, table: Tensor, ids_BS: Tensor, num_experts: int, positions_BS: Tensor | None = None) -> Tensor:
         """Experts by a table ``[L, W, V]``, int64 ``[L, B, S]``; of places before a document nothing is added."""
+        # Indexing by a tensor copies, so the sums below leave the table as it is.
         sums_LBS = table[:, 0][:, ids_BS]
         for back in range(1, min(table.shape[1], ids_BS.shape[1])):
             added_LBS = table[:, back][:, ids_BS[:, :-back]]

@@ -59,5 +59,7 @@ class OnlineKMeansRouter(StatefulRouter):
     def learn(self, statistics: Tensor) -> None:
         decay = self.averaging(self.options.decay)
         moved_ND = decay * self.means_ND.double() + (1 - decay) * statistics
+        # Moved too, the mean of an expert without tokens would be zero after the first step, whose decay is 0, and its
+        # cosine with every state 0.
         used_N1 = (statistics != 0).any(dim=1, keepdim=True)
         self.means_ND.copy_(torch.where(used_N1, moved_ND, self.means_ND.double()))

@@ -93,6 +93,8 @@ class SoftMoERouter(Router):
         logits_BSC = self.scores(unit_TD).unflatten(0, shape)
         dispatch_BCS = logits_BSC.softmax(dim=1).transpose(1, 2).to(x_TD.dtype)
         inputs_MD = (dispatch_BCS @ x_TD.unflatten(0, shape)).flatten(0, 1)
+        # Rows stand sequence by sequence and slot by slot, as `inputs_MD` is flattened and `Slots.gather` reads the
+        # outputs.
         experts_C = torch.arange(self.moe.num_experts, device=x_TD.device).repeat_interleave(self.slots)
         return Routing(experts_C.repeat(shape[0]).unsqueeze(1), slots=Slots(inputs_MD, logits_BSC.softmax(dim=2)))
 

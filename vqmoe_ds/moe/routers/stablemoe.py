@@ -81,6 +81,7 @@ class StableMoERouter(FreezingRouter):
         experts, low_dim = self.moe.num_experts, self.options.low_dim or LIGHT_DIM
         self.gate = Float32Linear(config.width, experts)
         self.light = LightRouter(config.vocab_size, low_dim, experts, config.seed, config.layer)
+        # There in the first stage too: checkpoints of both stages fit one model.
         self.register_buffer("table_Vk", torch.zeros(config.vocab_size, self.moe.top_k, dtype=torch.int64))
 
     @classmethod

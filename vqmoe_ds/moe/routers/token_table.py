@@ -66,6 +66,7 @@ def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int)
     """
     try:
         with safe_open(str(path), "pt") as file:
+            # From the header: a table of another model is refused before its numbers are read.
             shape = tuple(file.get_slice(NAME).get_shape())
             if len(shape) not in (1, 2) or shape[:-1] not in ((layers,), ()) or shape[-1] < vocab_size:
                 raise ConfigError(
@@ -83,4 +84,5 @@ def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int)
         raise ConfigError(
             f"router.path={path}: {NAME} names expert {least if least < 0 else most}, and moe.num_experts={num_experts}"
         )
+    # A copy: rows of an expanded tensor share memory, and no checkpoint can be loaded into such a buffer.
     return table.long().expand(layers, -1)[:, :vocab_size].clone()

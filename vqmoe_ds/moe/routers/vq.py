@@ -116,12 +116,16 @@ class VQRouter(DualRouter):
         else:
             bank = self._codebook(context)
             codes_T = self._lookup(x_TD, bank)
+            # The map alone, not `experts_of`: groups need the code of the first layer, and `check` refuses them here.
             discrete_T = bank.code_map_LK[self.index][codes_T]
             if moe.code_blend or book.commitment_weight:
                 codes_TC = bank.codes_LKC[self.index][codes_T]
             if moe.code_blend:
+                # Rounded last: the difference of near vectors would lose most of its digits in bfloat16.
                 offset = (moe.code_blend * (codes_TC - x_TD.detach().float())).to(x_TD.dtype)
             if book.commitment_weight:
+                # One half of the paper's loss, `beta ||z - sg v||^2`. The other moves the codes, which are buffers: it
+                # is the work of `CodebookBank.update`.
                 squares_TC = (x_TD.float() - codes_TC).square()
                 aux = aux + book.commitment_weight * mean_of_all(squares_TC, context.mean_tokens)
             if book.soft_output:
@@ -149,5 +153,6 @@ class VQRouter(DualRouter):
 
     def _soft_weight(self, x_TD: Tensor, bank: CodebookBank) -> Tensor:
         """Softmax probability of the nearest code: the road on which gradients reach the code choice."""
+        # `compared` and not `prepare`, which has no gradient.
         distances_TK = torch.cdist(bank.compared(x_TD), bank.codes_LKC[self.index]).square()
         return (-distances_TK / self.config.codebook.soft_output).softmax(dim=-1).amax(dim=-1)

@@ -34,6 +34,8 @@ class CosineScores(nn.Module):
     def __init__(self, width: int, low_dim: int, num_experts: int, temperature: float, seed: int, layer: int) -> None:
         super().__init__()
         numbers = drawn((low_dim, width + num_experts), 1.0, seed, layer, "scores")
+        # Contiguous, and the temperature no scalar: DeepSpeed broadcasts a parameter's bytes (`view(torch.uint8)`),
+        # which PyTorch refuses of transposed tensors and of those without dimensions.
         self.projection_PD = nn.Parameter((numbers[:, :width] * width**-0.5).contiguous())
         self.experts_NP = nn.Parameter((numbers[:, width:].t() * low_dim**-0.5).contiguous())
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(temperature)))
