@@ -30,6 +30,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Exports write this epsilon into their configurations: NORM_EPS of checkpoint/formats/huggingface/stock.py.
         return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
 
 
@@ -48,6 +49,8 @@ def attention_mask(
     Returns:
         ``[S, P + S]``, or ``[B, 1, S, S]`` with documents.
     """
+    # Never None behind earlier tokens: PyTorch's `is_causal` puts the triangle at the top left, so that new queries
+    # would see the oldest keys and not their own.
     if positions_BS is None and not earlier and not 0 < window < length:
         return None
     places_P = torch.arange(earlier + length, device=like.device)
@@ -101,6 +104,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         length = x_BSD.shape[1]
         share = self.share if past is None else None
+        # Queries and keys are turned before the exchange, where a rank knows the positions of its tokens.
         start = share.span.start if share is not None else 0 if past is None else past.position_of(length)
         places = slice(start, start + length) if homes is None else homes.positions_M
         qkv = self.qkv(x_BSD) if self.qkv_bias is None else self.qkv(x_BSD) + self.qkv_bias
@@ -115,6 +119,7 @@ class Attention(nn.Module):
             q, k, v = from_homes(q, k, v, homes)
         elif share is not None:
             q, k, v = to_heads(q, k, v, share)
+        # PyTorch refuses a mask beside `is_causal`; the mask says both.
         y = attend(q, k, v, mask, self.causal and mask is None)
         if homes is not None:
             y = to_homes(y, homes)

@@ -33,6 +33,7 @@ def build_model(
     if config.finetune.lora_rank:
         _add_adapters(model, config.finetune)
     for name, param in model.named_parameters():
+        # Over peft's own draws, which come from the global generator and so depend on whatever drew before.
         values = fresh(name, tuple(param.shape), config)
         if values is not None:
             param.data.copy_(values)

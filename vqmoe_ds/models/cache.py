@@ -64,5 +64,6 @@ class Cache:
 
     def with_earlier(self, tokens_BS: Tensor, count: int) -> Tensor:
         """New ids after the last ``count`` ones before them, or as many as there are."""
+        # No pass is empty, so the last `count` passes hold as many tokens.
         earlier = torch.cat([*self._ids[-count:], tokens_BS], dim=1) if count else tokens_BS
         return earlier[:, -(count + tokens_BS.shape[1]) :]

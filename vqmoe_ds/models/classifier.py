@@ -44,6 +44,8 @@ class Classifier(MoETransformer):
         """
         if self.share is not None:  # the longest text is another in every batch
             tokens_BS = F.pad(tokens_BS, (0, -tokens_BS.shape[1] % self.share.size), value=PADDING)
+            # Attention keeps it, and a recomputation reads it again: backward of a batch must come before the next
+            # forward.
             self.share_sequences(self.share.of(tokens_BS.ne(PADDING)))
         real_BS = tokens_BS.ne(PADDING)
         states_BSD, aux_loss = self.states(tokens_BS.clamp_min(0), real_BS=real_BS[:, self._span])
@@ -63,6 +65,7 @@ class Classifier(MoETransformer):
         counted_BS = real_BS
         if self.config.finetune.pool is Pool.LAST:
             counted_BS = real_BS & ~F.pad(real_BS[:, 1:], (0, 1))
+        # In float32: the sum over a long text stops growing in bfloat16.
         sums_BD = states_BSD.float().masked_fill(~counted_BS[:, self._span].unsqueeze(-1), 0.0).sum(dim=1)
         if self.share is not None:
             sums_BD = sum_over_positions(sums_BD, self.share)

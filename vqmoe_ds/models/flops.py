@@ -37,9 +37,12 @@ def forward_flops(config: RunConfig) -> Flops:
     dense = (model.layers - sparse) * config.dense_hidden + sparse * moe.shared_experts * moe.expert_hidden
     length = model.sequence_length
     window = min(model.sliding_window or length, length)
+    # `sum_t min(t + 1, window)`: the tokens that each token sees, itself included.
     pairs = length * length if model.image_size else window * (2 * length - window + 1) // 2
     weights = 2 * sparse * model.width if moe.shared_gate else 0
     return Flops(
+        # Projections of queries and outputs, and of keys and values; then scores, and the mixture of values, of all
+        # pairs.
         attention=model.layers * (4 * model.width * (heads + model.kv_width) + 4 * heads * pairs // length),
         experts=sparse * calls * 6 * model.width * moe.expert_hidden,
         dense=dense * 6 * model.width + weights,

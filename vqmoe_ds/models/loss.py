@@ -57,6 +57,7 @@ class _Total(torch.autograd.Function):
         return total
 
     @staticmethod
+    # The gradient takes the place of the logits: what a second derivative would need is gone.
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits_TV, targets_T, *norms = ctx.saved_tensors
@@ -112,6 +113,7 @@ def _loss_kernel(
     MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    # 64 bits: token * vocabulary reaches 2^31, as with 16,384 tokens and 131,072 ids.
     token = tl.program_id(0).to(tl.int64)
     largest = float("-inf")
     total = 0.0
@@ -121,6 +123,7 @@ def _loss_kernel(
         x = tl.load(logits_ptr + token * vocabulary + column, mask=inside, other=float("-inf")).to(tl.float32)
         before = largest
         largest = tl.maximum(before, tl.max(x, axis=0))
+        # While all columns so far are minus infinity, -inf - -inf would be nan.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
         total = total * tl.exp(before - shift) + tl.sum(tl.exp(x - shift), axis=0)
     log_total = tl.log(total)

@@ -21,6 +21,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_gates: bool = 
     DeepSpeed splits experts off each by itself.
     """
     learned = [(p, decays(name, p.ndim, decay_gates)) for name, p in model.named_parameters() if p.requires_grad]
+    # A list of named groups: DeepSpeed's `configure_moe_param_groups` asserts a list and looks groups up by name.
     groups = [
         {"params": [p for p, decayed in learned if decayed], "weight_decay": weight_decay, "name": "matrices"},
         {"params": [p for p, decayed in learned if not decayed], "weight_decay": 0.0, "name": "vectors"},

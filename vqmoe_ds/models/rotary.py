@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from vqmoe_ds.config.schema import ModelConfig, RopeScaling
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
+# models/hf/attention_vqmoe.py has the same tables for exported folders, which lack this file: both change together.
 LLAMA3_TURNS = (1, 4)
 YARN_TURNS = (1, 32)
 """Turns within the original context below which a frequency is slowed down by the whole factor, and above which by
@@ -34,6 +35,7 @@ def rotary_tables(config: ModelConfig, head_width: int) -> tuple[Tensor, Tensor]
     if config.rope_scaling is not RopeScaling.NONE:
         kept_F = _kept_share(rates_F, config)
         rates_F = rates_F * (kept_F + (1 - kept_F) / config.rope_factor)
+        # YaRN's `sqrt(1 / t)`: queries and keys both take it from the tables, so scores are multiplied by its square.
         size = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling is RopeScaling.YARN else 1.0
     angles = torch.arange(config.sequence_length).unsqueeze(1) * rates_F
     return angles.cos() * size, angles.sin() * size
@@ -53,6 +55,7 @@ def _kept_share(rates_F: Tensor, config: ModelConfig) -> Tensor:
     )
     low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
     places_F = torch.arange(len(rates_F), dtype=torch.float32)
+    # 0.001, as in transformers, where both ends of the ramp fall on one frequency.
     return 1 - ((places_F - low) / (high - low or 0.001)).clamp(0, 1)
 
 
@@ -92,6 +95,7 @@ class _RotateQKV(torch.autograd.Function):
         ctx.save_for_backward(cos_SF, sin_SF)
         ctx.kv_heads = kv_heads
         inputs = split_heads(qkv_BSNH, kv_heads)
+        # Contiguous: the kernel writes all outputs by the strides of the first.
         outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
         _launch(inputs, outputs, cos_SF, sin_SF)
         return outputs
@@ -173,6 +177,8 @@ def _launch(
 
 
 def _turn_plainly(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], cos_SF: Tensor, sin_SF: Tensor) -> None:
+    # In the type of the heads, as exported models turn them. `out=` suits autograd functions alone, which record
+    # nothing.
     cos_S1F, sin_S1F = (table.to(inputs[0].dtype).unsqueeze(1) for table in (cos_SF, sin_SF))
     for x, out in zip(inputs[:2], outputs[:2], strict=True):
         (first, second), (turned_first, turned_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)

@@ -63,6 +63,7 @@ class Session:
 
     def sum_over_readers(self, tensor: Tensor) -> Tensor:
         """Sum over ranks where those that share sequences found the same, and it counts once."""
+        # The others send zeros and do not stay away, for the sum is over all ranks.
         speaks = self.place.rank % self.config.sp_size == 0
         return self.sum_over_ranks(tensor if speaks else torch.zeros_like(tensor))
 
@@ -78,5 +79,7 @@ class Session:
         Raises:
             Interrupted: a rank was asked to stop.
         """
+        # A signal reaches ranks at different moments: one that left by itself would leave the others in the next
+        # collective.
         if self.on_any_rank(STOP.reason is not None):
             raise Interrupted

@@ -56,6 +56,7 @@ class TiedHead(Linear):
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
+        # nn.Linear's own weight, which is dropped at once, takes no memory there.
         with torch.device("meta"):
             super().__init__(embedding.embedding_dim, embedding.num_embeddings)
         self.weight = embedding.weight
@@ -104,6 +105,8 @@ class MoETransformer(nn.Module):
                 mlp = DenseMLP(model.width, config.dense_hidden)
             self.blocks.append(Block(model, mlp, self.attention_class(model)))
         self.norm = RMSNorm(model.width)
+        # After the embedding: a shared parameter goes by the name under which it is registered first, in
+        # `named_parameters` and so in the optimizer and in checkpoints.
         self.head = TiedHead(self.embed) if model.tie_embeddings else Linear(model.width, model.vocab_size)
         layers = len(self.moe_blocks)
         self.bank: CodebookBank | None = None
@@ -113,6 +116,7 @@ class MoETransformer(nn.Module):
         if facts.uses_codebook or facts.reads_source:
             self.source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
         table_LV = facts.token_table(config, layers)
+        # Saved, so that a model keeps its routes whatever would make its table later.
         self.register_buffer("token_table_LV", table_LV)
         self._initialize(config.train.seed, (2 * model.layers) ** -0.5)
 
@@ -180,6 +184,8 @@ class MoETransformer(nn.Module):
         if targets_BS is None:
             return logits_BSV, aux_loss
         if self.share is not None:
+            # Over whole sequences, and shared out: the mean over ranks of `sum_here / count` is the sum of all over
+            # their number, also where one rank has more targets than another.
             count = targets_BS.ne(MASKED).sum().clamp_min(1) / self.share.size
             targets_BS = targets_BS[:, self.share.span] if homes is None else homes.mine(targets_BS)
             return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), count), aux_loss
@@ -220,6 +226,7 @@ class MoETransformer(nn.Module):
         )
         places_BS, past = tokens.positions_BS, 0 if cache is None else cache.length
         positions_T = None if places_BS is None else places_BS[:, tokens.earlier :].flatten()
+        # Of whole sequences also where ranks share them: inside attention a rank has all positions.
         mask = attention_mask(x_BSD, tokens_BS.shape[1], past, self.config.model.sliding_window, positions_BS)
         x_BSD, aux_loss = self._through_blocks(x_BSD, context, routes, cache, real_M, homes, mask, positions_T)
         if cache is not None:
@@ -248,6 +255,8 @@ class MoETransformer(nn.Module):
             if recompute:
                 # New in every forward: what an earlier micro-batch kept must not answer this one's recomputation.
                 ahead = replace(ahead, kept=Kept())
+                # Not reentrant: that form gives a block no gradients where no input requires one, as with a frozen
+                # embedding.
                 x_BSD, aux, experts_TR = checkpoint(
                     block, x_BSD, known, ahead, None, real_M, homes, mask, positions_T, use_reentrant=False
                 )
@@ -303,6 +312,7 @@ class MoETransformer(nn.Module):
             # The blocks up to the source look at the embedding.
             tokens_M = real_tokens(tokens.computed_BS, real_M)
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
+        # In this order, table and code: `HashAndCodeRouter` weighs the columns by place.
         known = [] if self.token_table_LV is None else [self._by_table(tokens, real_M)]
         if self.bank is not None and facts.known_ahead(self.config):
             known.append(self._look_up(*self._source_of(tokens, embedded_BSD, cache, real_M)))
@@ -341,6 +351,8 @@ class MoETransformer(nn.Module):
             replicas = share.size // layer.ep_size
             # Where several ranks hold a group, its tokens take turns.
             turn_T = torch.arange(experts_LT.shape[1], device=experts_LT.device) % replicas
+            # The first layer tells the rank for all, as codebook.groups is a multiple of ep_size (`placement_trouble`);
+            # ranks that share experts are consecutive (`EngineConfig.ep_rank`).
             homes = Homes(share, turn_T * layer.ep_size + experts_LT[0] // layer.num_local_experts)
             mine_LM = experts_LT[:, homes.mine_M]
         return homes, self._plans(mine_LM.unsqueeze(-1), self.moe_blocks, at_home=True)
@@ -361,6 +373,7 @@ class MoETransformer(nn.Module):
         assert self.bank is not None
         z_TC = self.bank.prepare(source_MD)
         codes_LT = self.bank.lookup_all(z_TC, tokens_M)[layers]
+        # From 0 and not from None: by a start of 0 `observe_all` counts the micro-batch.
         self.bank.observe_all(slice(*layers.indices(self.bank.num_layers)), z_TC, codes_LT)
         return self.bank.experts_of(codes_LT, layers)
 
@@ -371,6 +384,7 @@ class MoETransformer(nn.Module):
             at_home: the experts are all among those of this rank.
         """
         if self.expert_store is not None:
+            # First of all, so that experts are read while plans are made and blocks run.
             self.expert_store.expect_ahead(self.moe_blocks.index(blocks[0]), experts_LTR.flatten(1))
         layer, moe = self.moe_layers()[0], self.config.moe
         if moe.facts.rows_per_token(moe, self.config.router) > experts_LTR.shape[-1]:

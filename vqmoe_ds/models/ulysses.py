@@ -31,6 +31,7 @@ def sequence_share(run: RunConfig, rank: int) -> SequenceShare | None:
     size = run.train.sequence_parallel_size
     if size == 1:
         return None
+    # `Session.reader` and the samples of `StateSync` go by consecutive ranks, too.
     group, _ = dist.new_subgroups(size)
     return SequenceShare(group, rank % size, size, run.model.sequence_length)
 
@@ -40,6 +41,7 @@ def to_heads(q_BAsH: Tensor, k_BKsH: Tensor, v_BKsH: Tensor, share: SequenceShar
 
     They travel together, for one call costs less than three.
     """
+    # Heads are dealt out in order, queries as keys: query heads meet the key-value head that they share on one rank.
     by_rank = [x.unflatten(1, (share.size, -1)) for x in (q_BAsH, k_BKsH, v_BKsH)]
     received_PBnsH = exchange_parts(torch.cat(by_rank, dim=2).transpose(0, 1).contiguous(), share.group)
     # A group's ranks stand in the order of their positions, so what they sent laid end to end is the sequence.
@@ -85,6 +87,7 @@ def from_homes(q_1AMH: Tensor, k_1KMH: Tensor, v_1KMH: Tensor, homes: Homes) -> 
     heads = by_rank_PMnH.shape[2:]
     sent = by_rank_PMnH.flatten(0, 1).flatten(1)  # not reshaped: a rank may have no tokens
     received = exchange_rows(sent, [count] * share.size, homes.counts, share.group)
+    # Rows arrive rank by rank and ascending within a rank, which is the order of `Homes.order_T`.
     rows_T = PermuteRows.apply(received, homes.inverse_T, homes.order_T)
     q, k, v = rows_T.view(-1, share.length, *heads).transpose(1, 2).split([x.shape[1] for x in by_rank], dim=1)
     return q, k, v

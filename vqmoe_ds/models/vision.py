@@ -151,6 +151,7 @@ class VisionTransformer(MoETransformer):
         embedded_BSD = self.embed(images_BHHC)
         routes = self._routes_of_patches(images_BHHC, embedded_BSD)
         context = RoutingContext(codebooks=self.bank)
+        # Called as a module: ZeRO-3 has the vectors there within its forward alone.
         return self._through_blocks(self.embed.positions(embedded_BSD), context, routes)
 
     def _routes_of_patches(self, images_BHHC: Tensor, embedded_BSD: Tensor) -> dict[int, Route]:

@@ -45,6 +45,7 @@ class VQMoEAttention(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         kv_inner = config.num_key_value_heads * config.head_dim
+        # transformers' attention functions read this name, `is_causal`, `config` and `layer_idx` off the module.
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.config, self.layer_idx, self.head_dim = config, block, config.head_dim
         self.scaling = config.head_dim**-0.5
@@ -97,6 +98,7 @@ def _rotate(x_BASH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotary_tables(positions_BS: Tensor, config: VQMoEConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, ``[B, 1, S, H / 2]``; angles in float32 whatever the model's type."""
+    # In bfloat16 neighbours past position 256 would have one angle.
     halves = torch.arange(0, config.head_dim, 2, device=positions_BS.device, dtype=torch.float32)
     rates_F, size = config.rope_theta ** (-halves / config.head_dim), 1.0
     if config.rope_scaling_type != "none":
@@ -120,6 +122,7 @@ def _kept_share(rates_F: Tensor, config: VQMoEConfig) -> Tensor:
     )
     low, high = max(math.floor(first), 0), min(math.ceil(last), config.head_dim - 1)
     places_F = torch.arange(len(rates_F), dtype=torch.float32, device=rates_F.device)
+    # 0.001, as in transformers, where both ends of the ramp fall on one frequency.
     return 1 - ((places_F - low) / (high - low or 0.001)).clamp(0, 1)
 
 
@@ -143,6 +146,7 @@ class SeenTokens:
     ) -> None:
         batch, length = x_BSD.shape[:2]
         self.first = first
+        # A new tensor: the length of a static cache is one that its layers count up in place while blocks run.
         self.places_S = torch.arange(length, device=x_BSD.device) + past
         self.kept_BS: Tensor | None = None
         self.documents_BS: Tensor | None = None
@@ -183,6 +187,7 @@ class SeenTokens:
         if self.mask_BSP is not None:
             return there & self._in_mask(steps)
         if self.documents_BS is not None:
+            # roll wraps around, and compares the first tokens with the last: `there` hides those.
             return there & (self.documents_BS == self.documents_BS.roll(steps, dims=1))
         return there
 
@@ -223,6 +228,7 @@ def _seen_pairs(mask_BASP: Tensor) -> Tensor:
 
 def sinusoids(positions_BS: Tensor, width: int) -> Tensor:
     """Sinusoidal positions of unit root mean square, ``[B, S, D]``."""
+    # As `_sinusoids` of the trainer's moe/sources.py: codes were learned with these numbers.
     rates = torch.exp(torch.arange(0, width, 2, device=positions_BS.device) * (-math.log(10000.0) / width))
     angles = positions_BS.unsqueeze(-1) * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :width] * math.sqrt(2)

@@ -87,6 +87,7 @@ class VQMoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # By place in what `forward` returns: states 0 and attention weights 1, transformers' defaults, and router logits 2.
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": VQMoEBlock,
         "attentions": VQMoEAttention,
@@ -146,6 +147,8 @@ class VQMoEModel(VQMoEPreTrainedModel):
         self.norm = VQMoERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.codebook = VQMoECodebook(config) if config.router == "vq" else None
         tables = {} if self.codebook is None else dict(self.codebook.named_buffers())
+        # `from_pretrained(dtype=...)` casts tensors as it loads them, past `VQMoECodebook._apply`; strict: to bfloat16,
+        # too.
         self._keep_in_fp32_modules_strict = [f"codebook.{name}" for name, t in tables.items() if t.is_floating_point()]
         shape = len(config.moe_blocks), config.vocab_size
         table = torch.empty(shape, dtype=torch.int64) if config.router == "hash_token" else None
@@ -192,6 +195,7 @@ class VQMoEModel(VQMoEPreTrainedModel):
             routes = (known.get(index), self._codes, seen.kept_BS)
             x_BSD, aux = block(x_BSD, rotary, mask, *routes, past_key_values=past_key_values, **kwargs)
             if aux is not None:
+                # A device map may put blocks on several devices.
                 aux_loss = aux_loss + aux.to(aux_loss.device)
             if config.code_source == "early_block" and index == config.source_block and self.codebook is not None:
                 known = self._routes_by_codes(x_BSD, index + 1, config.num_hidden_layers)
@@ -225,6 +229,7 @@ class VQMoEModel(VQMoEPreTrainedModel):
         if self.codebook is not None and self.codebook.source_table is not None:
             table_VD = self.codebook.source_table
             new = torch.arange(len(table_VD), max(len(table_VD), length), device=self.device)
+            # The embedding is called and not indexed: offloaded weights are in memory only while their module runs.
             self.codebook.source_table = torch.cat([table_VD[:length], self.embed_tokens(new).to(table_VD)])
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -258,6 +263,8 @@ class VQMoEModel(VQMoEPreTrainedModel):
         if config.code_source == "early_block":  # the blocks up to the source look at the embedding
             return self._routes_by_codes(x_BSD, 0, config.source_block + 1)
         with torch.no_grad():
+            # As the trainer's `EmbeddingSource` and `mix_context` compute it, operation by operation: by another
+            # rounding tokens half-way between two codes would go to the other.
             source_BSD = x_BSD.float() if input_ids is None or not config.source_table else self._codes(input_ids)[0]
             if config.code_source != "token_embedding":
                 source_BSD = F.rms_norm(source_BSD, source_BSD.shape[-1:], eps=1e-6)
@@ -303,6 +310,7 @@ class VQMoEForCausalLM(VQMoEPreTrainedModel, GenerationMixin):
     def __init__(self, config: VQMoEConfig) -> None:
         super().__init__(config)
         self.model = VQMoEModel(config)
+        # transformers' `resize_token_embeddings` writes this attribute, and the loss below reads it.
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -331,6 +339,7 @@ class VQMoEForCausalLM(VQMoEPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        # 0 keeps all, for -0 is 0.
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None

@@ -83,6 +83,8 @@ class VQMoEExperts(nn.Module):
             IndexError: an id is of no expert.
         """
         routes = expert_ids_TR.shape[1]
+        # As in the trainer's dispatch: stable, and gathered by the inverse instead of added in place, so sums have one
+        # order.
         ids_M, order_M = expert_ids_TR.flatten().sort(stable=True)
         places_M = torch.arange(order_M.shape[0], device=order_M.device)
         inverse_M = torch.empty_like(order_M).scatter_(0, order_M, places_M)
@@ -90,6 +92,7 @@ class VQMoEExperts(nn.Module):
         if discrete_offset_TD is not None:
             last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
             rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
+        # bincount would make the host wait for the device.
         ends_N = torch.searchsorted(ids_M, torch.arange(len(self.gate_proj), device=ids_M.device), right=True)
         tracing = (torch.compiler.is_compiling() or torch.jit.is_tracing()) and grouped_linear is not None
         kind = self.config._experts_implementation
@@ -110,12 +113,14 @@ class VQMoEExperts(nn.Module):
                 f"expert {first if first < 0 else last} was asked for, and experts are 0 to {len(counts_N) - 1}: "
                 "code_map or token_table is not of this model; load its weights again"
             )
+        # The kernel gets bare addresses of numbers of one type: neither autocast nor a compiler reaches into it.
         plain = rows_MD.dtype == self.gate_proj.dtype and rows_MD.device.type == "cpu"
         plain = plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         if plain and compiled is not None and compiled.supports(rows_MD.dtype, *self.gate_proj.shape[:0:-1]):
             return compiled.CompiledExperts.apply(rows_MD, self.gate_proj, self.down_proj, self.up_proj, counts_N)
         # unbind, because indexing under autograd would build a full-size gradient for every expert.
         weights_N = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        # Experts without rows may be left out: `unbind` gives their weights zeros as gradient.
         outputs = [
             F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
             for rows, (gate, up, down) in zip(rows_MD.split(counts_N), weights_N, strict=True)
@@ -146,6 +151,7 @@ class VQMoEExperts(nn.Module):
         return F.silu(gate_MH) * up_MH
 
     def _check_on_device(self, ids_M: Tensor) -> None:
+        # Asynchronously: to raise an error here the host would have to read the ids, which breaks a graph.
         inside = (ids_M >= 0).all() & (ids_M < len(self.gate_proj)).all()
         torch._assert_async(inside, "an expert was asked for that this model does not have")
 
@@ -177,6 +183,7 @@ class VQMoECodebook(nn.Module):
     def reset(self) -> None:
         """Fill every buffer; the random ones always alike, so that all processes start from one model."""
         generator = torch.Generator().manual_seed(0)
+        # By transformers' `init`, which passes over what a checkpoint has filled.
         init.copy_(self.codes, torch.randn(self.codes.shape, generator=generator, device="cpu"))
         init.copy_(
             self.code_map, (torch.arange(self.config.num_codes) % self.config.num_experts).expand_as(self.code_map)
@@ -191,6 +198,8 @@ class VQMoECodebook(nn.Module):
         """Stay float32 when the model is cast: in bfloat16 codes would send tokens elsewhere. Moves are followed."""
         for name, buffer in self._buffers.items():
             if buffer is not None:
+                # `Module.to` and its like cast floating-point tensors only: as whole numbers the bits are moved but not
+                # cast.
                 bits = buffer.view(torch.int32) if buffer.is_floating_point() else buffer
                 self._buffers[name] = fn(bits).view(buffer.dtype)
         return self
@@ -236,6 +245,7 @@ class VQMoECodebook(nn.Module):
         """The vectors that are compared with the codes: float32, normalised and projected as configured."""
         z_TC = source_TD.float()
         if self.config.normalize_source:
+            # The epsilon that codes were learned with (`CodebookBank.compared`), whatever rms_norm_eps is.
             z_TC = F.rms_norm(z_TC, z_TC.shape[-1:], eps=1e-6)
         if self.projection is not None:
             z_TC = z_TC @ self.projection
@@ -244,6 +254,7 @@ class VQMoECodebook(nn.Module):
 
 def _half_distances(z_TC: Tensor, codes_KC: Tensor) -> Tensor:
     """``||v||^2 / 2 - z.v``: orders codes as the squared distance does."""
+    # The product of the trainer's `nearest_codes`: near ties fall alike.
     return torch.addmm(codes_KC.square().sum(dim=-1) / 2, z_TC, codes_KC.t(), alpha=-1)
 
 
@@ -332,6 +343,7 @@ class VQMoESparseMLP(nn.Module):
         commitment = x_TD.new_zeros((), dtype=torch.float32)
         if known_T is not None:
             return known_T.unsqueeze(1), None, None, commitment
+        # A device map may put the codebook on another device than this block.
         ids_T, codes_TC, soft_T = (None if t is None else t.to(x_TD.device) for t in codes(x_TD, self.layer))
         assert ids_T is not None
         if codes_TC is not None:
@@ -412,6 +424,7 @@ class VQMoEStaticLayer(_Sources, StaticLayer):
             self.sources = vectors_BSD.new_zeros(len(vectors_BSD), self.max_cache_len, vectors_BSD.shape[2])
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.sources)
+        # Where this call's keys will stand, which count up the length when they are added.
         places_S = torch.arange(vectors_BSD.shape[1], device=vectors_BSD.device) + self.get_seq_length()
         self.sources.index_copy_(1, places_S, vectors_BSD)
         return self.sources
@@ -452,6 +465,7 @@ def source_layer(cache: Cache, sliding: bool = False) -> _Sources:
         if first.is_initialized and int(first.get_seq_length()):
             raise ValueError("the cache holds nothing of what this model's codes look back at: fill it with this model")
         kind: Any = _LAYERS[type(first)]
+        # Without __init__ and with the state of the layer itself: a static one may have its memory already.
         cache.layers[0] = kind.__new__(kind)
         cache.layers[0].__dict__.update(first.__dict__)
     return cache.layers[0]
