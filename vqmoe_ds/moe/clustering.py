@@ -38,6 +38,7 @@ def kmeans(samples_SC: Tensor, num_codes: int, iterations: int, generator: torch
             members = (owner_S == fullest).nonzero().flatten()
             # By the number of the empty code, so that several do not land on one sample.
             codes_KC[empty] = samples_SC[members[empty % len(members)]]
+            # A guess that sends the next empty cluster elsewhere; the next round counts again.
             sizes_K[fullest] = sizes_K[fullest] // 2
         owner_S = torch.cdist(samples_SC, codes_KC).argmin(dim=1)
     if iterations:
@@ -75,6 +76,7 @@ def split_overused(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[
             splittable_K[largest] = False
             continue
         codes_KC[both] = pair_2C
+        # Its code is another one now, and so is its cluster.
         splittable_K[smallest] = True
         distances_SK[:, both] = torch.cdist(samples_SC, pair_2C)
         owner_S = _nearest_again(distances_SK, owner_S, both)
@@ -120,6 +122,7 @@ def _plus_plus_seeds(samples_SC: Tensor, num_codes: int, generator: torch.Genera
     nearest_S = (samples_SC - samples_SC[picks[0]]).square().sum(dim=1)
     for _ in range(num_codes - 1):
         # In float64: late terms of a float32 sum over thousands would vanish, and their samples could never be drawn.
+        # The clamp leaves something to draw from where all samples are seeds already.
         cumulative_S = nearest_S.double().clamp_min(1e-12).cumsum(0)
         draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative_S[-1]
         # Rounding may put the draw past the last sum.

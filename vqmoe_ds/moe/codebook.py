@@ -80,12 +80,15 @@ class CodebookBank(SteppedState):
         projection = None
         if config.code_dim:
             projection = torch.linalg.qr(torch.randn(width, width, generator=generator))[0][:, : config.code_dim]
+        # No name of a buffer may contain "expert": DeepSpeed's checkpoints of a native MoE layer, where VQGate holds a
+        # bank, drop such keys or fail at them.
         self.register_buffer("projection_DC", projection)
         self.register_buffer("codes_LKC", F.normalize(codes, dim=-1) if config.distance == "cosine" else codes)
         # Sum over count is the code from the start, so the first EMA step moves it and does not replace it.
         self.register_buffer("ema_sum_LKC", self.codes_LKC.clone())
         self.register_buffer("ema_count_LK", torch.ones(shape[:2]))
         hash_table = torch.arange(self.num_codes) % num_experts
+        # A copy for each layer and no expanded view: tables are redrawn layer by layer.
         self.register_buffer("code_map_LK", hash_table.repeat(num_layers, 1))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # Update at which codes were initialized, -1 before. Checkpoints hold it, so it keeps its first name.
@@ -171,15 +174,19 @@ class CodebookBank(SteppedState):
         if not self.observing:
             return
         if self._pending is None:
+            # Not before there are tokens: None is how `idle` knows that there were none.
             self._pending = self._no_statistics()
         # Sources may serve the layers in parts; the one that serves the first counts the micro-batch.
         if layers.start == 0:
             self.count_micro_batch()
         if self.moving:
+            # A slice of layers is a view; an index by a list would be a copy, and what is added to it lost.
             add_by_code(self._pending[layers], z_TC, codes_LT)
         else:
             self._pending[layers][..., -1] += count_ids(codes_LT, self.num_codes)
         if self.initialization_due or self.splitting_due or self.reseeding_due:
+            # Re-seeding moves at most K codes, onto vectors of one micro-batch; clustering takes its samples from all
+            # of them.
             keep = 4 * self.num_codes if self.initialized and not self.splitting_due else self.config.kmeans_samples
             if self.share is not None:
                 sample_SC = self.share.sample(z_TC, keep)
@@ -220,6 +227,7 @@ class CodebookBank(SteppedState):
                     "optimizer.step(), with StateSync(model, accumulation_steps) made before the first forward pass "
                     "and as many micro-batches in training on every rank"
                 )
+        # Exactly `count`, some repeated where there are fewer: ranks gather and broadcast tensors of one shape.
         return torch.stack([_evenly(layer_samples[micro_batch], count) for layer_samples in self._samples])
 
     # ------------------------------------------ due at the end of this step
@@ -244,6 +252,7 @@ class CodebookBank(SteppedState):
     def initialization_due(self) -> bool:
         """Whether codes are initialized on data."""
         on_data = not self.initialized and self.config.init != "normal"
+        # The step under way, which is counted at its end.
         return on_data and self.moving and self.steps_taken + 1 >= self.config.init_step
 
     @property
@@ -298,6 +307,7 @@ class CodebookBank(SteppedState):
     def decay(self) -> float:
         """EMA decay at this update: from ``decay`` of fresh codes to ``decay_final``, linear over ``decay_steps``."""
         c = self.config
+        # Codes that were never initialized (-1) age from the first step on.
         age = self.steps_taken - max(0, self._born_at.read(self.born_at))
         done = min(1.0, age / c.decay_steps) if c.decay_steps else 1.0
         return c.decay + (c.decay_final - c.decay) * done
@@ -309,6 +319,7 @@ class CodebookBank(SteppedState):
                 "codebook.learning_rate=0 takes the model's rate: set CodebookBank.model_rate before every "
                 "StateSync.step(), or codebook.learning_rate to a rate of its own"
             )
+        # The clamp gives a layer without tokens a gradient of 0 and not of 0 / 0.
         elements_L11 = (counts_LK.sum(dim=1).clamp_min(1) * sums_LKC.shape[-1]).view(-1, 1, 1)
         gradient = 2 * (counts_LK.unsqueeze(-1) * self.codes_LKC.double() - sums_LKC) / elements_L11
         self.adam_mean_LKC.copy_(betas[0] * self.adam_mean_LKC + (1 - betas[0]) * gradient)
@@ -336,6 +347,7 @@ class CodebookBank(SteppedState):
         which_LKC = which_LK.clamp(0, candidates_LSC.shape[1] - 1).unsqueeze(-1).expand_as(self.codes_LKC)
         fresh_LKC, moved_LK1 = candidates_LSC.gather(1, which_LKC), moved_LK.unsqueeze(-1)
         mean_L1 = self.ema_count_LK.mean(dim=1, keepdim=True)
+        # where() and no index by a mask: the host would wait for the number of codes that move.
         self.codes_LKC.copy_(torch.where(moved_LK1, fresh_LKC, self.codes_LKC))
         self.ema_count_LK.copy_(torch.where(moved_LK, mean_L1, self.ema_count_LK))
         self.ema_sum_LKC.copy_(torch.where(moved_LK1, fresh_LKC * mean_L1.unsqueeze(-1), self.ema_sum_LKC))

@@ -90,6 +90,7 @@ class LayerConfig:
             vocab_size=model.vocab_size,
             sequence_length=model.sequence_length,
             steps=run.train.steps,
+            # Two parts of each block write to the stream (GPT-2, Radford 2019); MoETransformer scales the others alike.
             out_scale=(2 * model.layers) ** -0.5,
             shared_codebook=True,
         )

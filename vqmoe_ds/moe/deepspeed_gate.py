@@ -92,6 +92,7 @@ class VQGate(nn.Module):
 
     def _set_ep_group(self, ep_group: Any) -> None:
         """Called by ``MOELayer`` when the engine has made its groups."""
+        # Without the assertion of DeepSpeed's gate that this happens once: a model may be initialised again.
         self.ep_group = ep_group
 
     def forward(
@@ -110,11 +111,13 @@ class VQGate(nn.Module):
         weights_TR = routing.weights_TR
         if weights_TR is None:
             weights_TR = torch.ones(ids_TR.shape, device=x_TD.device)
+        # Without a group: MOELayer exchanges the rows itself, in buffers of C rows for each expert.
         plan = make_plans(ids_TR.unsqueeze(0), self.num_experts)[0]
         counts_N = plan.sent_counts_N.long()
         starts_N = plan.sent_ends_N - counts_N
         places_TR = (plan.inverse_M - starts_N[ids_TR.flatten()]).view_as(ids_TR)
         capacity = counts_N.max().clamp_min(1)
+        # The buffers travel in equal parts: ranks that differ in C hang in DeepSpeed's all-to-all.
         if self.ep_group is not None and dist.get_world_size(group=self.ep_group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         return (

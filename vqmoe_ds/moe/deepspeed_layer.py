@@ -40,6 +40,7 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
     def __init__(self, config: LayerConfig) -> None:
         MoELayer.__init__(self, config)
         self.hidden_size = config.width
+        # The key under which deepspeed.utils.groups makes and finds the group.
         self.ep_group_name = f"ep_size_{self.ep_size}"
         self.folding_group_handles = None
         self.tp_group = None
@@ -68,6 +69,8 @@ class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
 
     def _tag_experts(self) -> None:
         """Mark expert parameters for expert-data-parallel reduction, ZeRO-3 placement and universal checkpoints."""
+        # The marks that AutoEPMoELayer's constructor sets. Other weights need none: without them DeepSpeed takes a
+        # weight for a replicated one.
         placement = self.expert_placement_descriptor
         for param in (self.experts.w1, self.experts.w2, self.experts.w3):
             logical_shape = [self.num_experts, *param.shape[1:]]
@@ -107,12 +110,15 @@ def clip_over_all_experts(engine: Any) -> None:
     def clip() -> None:
         engine._global_grad_norm = clip_gradients(engine.module, engine.gradient_clipping())
 
+    # DeepSpeed calls it at the boundary of accumulation, when gradients are reduced, on all ranks: it has a collective.
     engine.clip_fp32_gradients = clip
     optimizer = engine.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         unscale = optimizer.unscale_and_clip_grads
 
         def unscale_and_clip(norm: Any, *args: Any, **options: Any) -> Any:
+            # Of scaled gradients, like the norm that it replaces. The engine copies it from the optimizer after the
+            # step.
             optimizer._global_grad_norm = gradient_norm(engine.module)[0]
             return unscale(optimizer._global_grad_norm, *args, **options)
 

@@ -97,6 +97,7 @@ class Exchange:
         goals_GE = _starts(by_expert_EG.flatten()).view_as(by_expert_EG).t()
         # Rows of an expert stand in the order of their source ranks, so its weight gradient is summed in one order.
         shifts = (goals_GE - starts_GE).flatten()
+        # Without output_size the host would wait for the sum of the counts.
         shift_P = torch.repeat_interleave(shifts, counts_GE.flatten(), output_size=rows)
         inverse_P = torch.arange(rows, device=counts_GE.device) + shift_P
         return invert(inverse_P.unsqueeze(0)).squeeze(0), inverse_P
@@ -180,11 +181,14 @@ def plans_of(rows: SortedRows, group: Any = None, local: slice = slice(None)) ->
     ranks = comm().get_world_size(group=group) if group is not None else 1
     layers = zip(rows.order_LM, rows.inverse_LM, rows.ends_LN, strict=True)
     if ranks == 1:
+        # Ends of `local` experts count from 0 as they should: those before have no rows.
         return [DispatchPlan(rows.routes, order, inverse, ends, ends[local]) for order, inverse, ends in layers]
     # Every rank of the group comes here for the same layers, be it without a row: who skips a collective stops all.
     send_LGE = torch.diff(rows.ends_LN, prepend=rows.ends_LN.new_zeros(len(rows.ends_LN), 1)).unflatten(1, (ranks, -1))
+    # Ranks first: an all-to-all without sizes deals the first dimension out evenly.
     received_GLE = _exchange_counts(send_LGE.transpose(0, 1).contiguous(), group)
     received_LGE = received_GLE.transpose(0, 1)
+    # int32, the only type in which torch._grouped_mm takes ends.
     ends_LE = received_LGE.sum(1).cumsum(1, dtype=torch.int32)
     sizes = _HostCopy(torch.stack([send_LGE.sum(2), received_LGE.sum(2)], dim=1))
     exchanges = [Exchange(sizes.of(layer), received_LGE[layer]) for layer in range(len(ends_LE))]
@@ -209,6 +213,7 @@ class _HostCopy:
         self._host = sizes_L2G
         if sizes_L2G.is_cuda:
             # The copy is over when the event is, not when copy_ returns: an earlier read would see old memory.
+            # Pinned, for the host would wait for a copy into memory that is not.
             self._host = torch.empty(sizes_L2G.shape, dtype=sizes_L2G.dtype, pin_memory=True)
             self._host.copy_(sizes_L2G, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -351,6 +356,7 @@ class _Way:
         """The rows that have arrived."""
         while self.works:
             self.works.pop().wait()
+        # Let go of them: the graph keeps the way until backward, and would keep the rows with it.
         rows, self.rows = self.rows, None
         assert rows is not None
         return rows
@@ -363,6 +369,7 @@ class _Departure(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, way: _Way, kept: Kept | None) -> Tensor:
         ctx.way = way
         if kept is not None and recomputing() and "sent" in kept.rows:
+            # Nothing is underway now, so _Arrival waits for nothing.
             way.rows = kept.rows.pop("sent")
             return way.rows
         out = way.start(rows)
@@ -372,6 +379,7 @@ class _Departure(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # _Arrival.backward has let the gradient depart; what autograd hands over is its placeholder.
         return ctx.way.wait(), None, None
 
 

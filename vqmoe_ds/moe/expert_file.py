@@ -38,6 +38,7 @@ def experts_in_file(layers: Sequence[MoELayer], folder: Path, dtype: torch.dtype
     width, hidden, experts = first.width, first.moe.expert_hidden, first.moe.num_experts
     values = hidden * width
     file = _nameless_file(folder, count * len(PARTS) * experts * values * dtype.itemsize)
+    # Shared, as is mmap's default: what is written to the parameters must reach the file that `fetch` reads.
     pages = mmap.mmap(file.fileno(), 0)
     keys = [(layer, part) for layer in range(count) for part in PARTS]
     places = {key: number * experts * values * dtype.itemsize for number, key in enumerate(keys)}
@@ -71,6 +72,7 @@ def _read(file: IO[bytes], place: int, out: Tensor) -> None:
     rest = out.view(-1).view(torch.uint8).numpy().data
     try:
         while len(rest):
+            # With a place of its own: several threads read through one descriptor, whose position they would share.
             count = os.preadv(file.fileno(), [rest], place)
             rest, place = rest[count:], place + count
     except OSError as error:

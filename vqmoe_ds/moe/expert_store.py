@@ -100,12 +100,14 @@ class ExpertStore:
             )
         self.source = source
         self.rooms = min(budget // size, source.layers * source.experts)
+        # In one piece and once, so that the budget holds whatever comes and goes.
         self._memory = torch.empty(self.rooms, size // source.dtype.itemsize, dtype=source.dtype)
         self._free = list(range(self.rooms))
         self._held: OrderedDict[Key, Room] = OrderedDict()  # the least recently used first
         self._expected: dict[int, dict[int, int]] = {}  # layer -> its experts that are still to be used -> place
         self._parts: list[tuple[Key, str]] = []  # begun and not yet taken by a thread
         self._lock = threading.Lock()
+        # One lock, two conditions: a `notify` of readers must not be spent on a thread that waits for an expert.
         self._work, self._ready = threading.Condition(self._lock), threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
@@ -155,6 +157,7 @@ class ExpertStore:
         """Expect nothing more of a layer."""
         with self._lock:
             self._expected.pop(layer, None)
+            # One reader is enough: whoever begins an expert wakes the others for its parts.
             self._work.notify()
 
     @contextmanager
@@ -166,6 +169,7 @@ class ExpertStore:
         """
         key = layer, expert
         with self._lock:
+            # Readers bring in what is expected and nothing else: any other expert would be waited for without end.
             while (room := self._held.get(key)) is None or room.unread:
                 self._check()
                 self._ready.wait()
@@ -199,6 +203,7 @@ class ExpertStore:
 
     def _start(self) -> None:
         if not self._threads and not self._closed:
+            # Daemons: a store that nobody closes must not keep the process from ending.
             self._threads = [
                 threading.Thread(target=self._read, name="expert reader", daemon=True) for _ in range(READERS)
             ]
@@ -209,6 +214,7 @@ class ExpertStore:
         try:
             while (job := self._next()) is not None:
                 (layer, expert), part, room = job
+                # Outside the lock, as it takes long; a room with unread parts is given to nobody else.
                 self.source.fetch(layer, expert, part, room.weights[part])
                 with self._lock:
                     room.unread -= 1
@@ -245,9 +251,11 @@ class ExpertStore:
     def _make_room(self, key: Key) -> bool:
         """Give an expected expert a room; False where all are taken by what is used before it, or at this moment."""
         if not self._free:
+            # What is being read or is lent out keeps its room: somebody writes to it or computes with it.
             idle = {other: self._place(other) for other, room in self._held.items() if not room.unread | room.users}
             unexpected = [other for other, place in idle.items() if place == NEVER]
             last = max(idle, key=idle.__getitem__, default=key)
+            # min() takes the first of equals, and the first held is the least recently used.
             if unexpected:  # by use and not by recency: a pass over all layers would sweep the frequent ones away
                 gone = min(unexpected, key=self._used.__getitem__)
             elif idle.get(last, NEVER) > self._place(key):
@@ -270,6 +278,8 @@ class ExpertStore:
 
 def in_order_of_use(rows_E: list[int]) -> list[int]:
     """Experts with rows, as ``run_experts`` computes them: those with most rows first."""
+    # Must be the order of run_experts: with a single room, an expert brought in before its turn would keep out the one
+    # that is waited for, and both sides would wait without end.
     return sorted((e for e, rows in enumerate(rows_E) if rows), key=lambda e: -rows_E[e])
 
 
@@ -290,6 +300,7 @@ class StoredExperts(StackedExperts):
     """Of the model; set before the first forward pass (``bind_store``)."""
 
     def __init__(self, width: int, hidden: int, num_local: int, layer: int = 0, **unused: Any) -> None:
+        # Not super(), which would allocate and draw all experts.
         nn.Module.__init__(self)
         self.width, self.hidden, self.num_local, self.layer = width, hidden, num_local, layer
         for part, shape in part_shapes(width, hidden).items():
@@ -325,6 +336,7 @@ class StoredExperts(StackedExperts):
         try:
             run_experts(run, [rows_E[e] for e in needed])
         finally:
+            # Also after an error: what stays expected defends its room against all later layers.
             self.store.forget(self.layer)
 
 

@@ -57,6 +57,7 @@ class StackedExperts(nn.Module):
         with torch.no_grad():
             for local in range(num_local):
                 generator = torch.Generator().manual_seed(_expert_seed(seed, layer, first_expert + local))
+                # In this order, as the three share a generator: another one would be another model of the same seed.
                 self.w1[local].normal_(0, std, generator=generator)
                 self.w2[local].normal_(0, std * out_scale, generator=generator)
                 self.w3[local].normal_(0, std, generator=generator)
@@ -107,6 +108,7 @@ class _PlainExperts(torch.autograd.Function):
         out_PD = torch.empty_like(x_PD)
         x_E, out_E = x_PD.split(counts_E), out_PD.split(counts_E)
         weights_E = list(zip(w1.unbind(), w2.unbind(), w3.unbind(), strict=True))
+        # Threads write to the places of their own experts alone: they need no lock, and their order shows nowhere.
         gate_E: list[Tensor | None] = [None] * len(counts_E)
         up_E = gate_E.copy()
 
@@ -124,6 +126,7 @@ class _PlainExperts(torch.autograd.Function):
         x_PD, w1, w2, w3, *projections = ctx.saved_tensors
         counts_E, products = ctx.counts_E, products_for(x_PD.dtype)
         gate_E, up_E = projections[: len(counts_E)], projections[len(counts_E) :]
+        # Not zeroed, for below every row and every expert's gradient is written.
         gx_PD, gw1, gw2, gw3 = (torch.empty_like(t) for t in (x_PD, w1, w2, w3))
         slices = (t.split(counts_E) for t in (x_PD, grads[0].contiguous(), gx_PD))
         stacks = (t.unbind() for t in (w1, w2, w3, gw1, gw2, gw3))

@@ -52,6 +52,7 @@ def sync_gradients(model: nn.Module, group: Any = None, replicas: Any = None) ->
             )
     works = []
     for parameter in model.parameters():
+        # Every rank walks the same parameters in the same order: collectives are matched by order alone.
         if not parameter.requires_grad:
             continue
         if parameter.grad is None:
@@ -80,6 +81,7 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
         (True, 0.5)
     """
     norm, gradients = gradient_norm(model)
+    # As torch.nn.utils.clip_grad_norm_ has it, without a branch: the host would wait for the norm.
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale)
@@ -95,6 +97,7 @@ def gradient_norm(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
         if param.grad is not None:
             gradients[id(param) in experts].append(param.grad)
     zero = torch.zeros((), device=next(model.parameters()).device)
+    # In float32, for in fp16 the square of 256 is infinite.
     squares = {key: sum((g.float().square().sum() for g in some), zero) for key, some in gradients.items()}
     # Dense gradients are equal on all ranks by now, those of experts within a group are of different experts.
     if layers and layers[0].exchange_group is not None:

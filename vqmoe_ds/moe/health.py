@@ -61,6 +61,7 @@ def _health(usage_K: Tensor) -> CodebookHealth:
     if not total:
         return CodebookHealth(len(usage_K), 0, 0.0, 0.0)
     shares_K = usage_K / total
+    # xlogy, for 0 log 0 of an unused code is 0 here and not NaN.
     entropy = -torch.special.xlogy(shares_K, shares_K).sum()
     busiest = float(shares_K.max()) * len(usage_K)
     return CodebookHealth(len(usage_K), int(usage_K.ne(0).sum()), float(entropy.exp()), busiest)

@@ -62,6 +62,7 @@ class MoELayer(KeepsPrecision):
     """What holds this rank's experts."""
 
     def __init__(self, config: LayerConfig, group: Any = None) -> None:
+        # Not super(): in DeepSpeedMoELayer the next constructor is DeepSpeed's, which copies a Hugging Face block.
         nn.Module.__init__(self)
         self.config, self.layer = config, config.layer
         self.ep_size, self.ep_rank, self.ep_group = config.ep_size, config.ep_rank, None
@@ -79,6 +80,7 @@ class MoELayer(KeepsPrecision):
         )
         self.shared = SharedExperts(config) if config.moe.shared_experts else None
         self.router = build_router(config)
+        # float64 holds counts exactly, float32 up to 2^24 only.
         self.register_buffer("tokens_per_expert", torch.zeros(self.num_experts, dtype=torch.float64), persistent=False)
         if group is not None:
             self.bind(group)
@@ -148,6 +150,7 @@ class MoELayer(KeepsPrecision):
             sent_PD, shared_TD = send_rows_during(lambda: shared(x_TD), rows_MD, plan, group, kept)
         # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
         rows_PD = self.experts(sent_PD, plan.ends_E)
+        # The product with weights, LayerNorm and the product of slots save for backward the rows that came back.
         asked_again = routing.weights_TR is not None or routing.output_norm or routing.slots is not None
         y_TD = _gathered(return_rows(rows_PD, plan, group, kept, asked_again), x_TD, routing, plan)
         if shared_TD is not None:
@@ -207,6 +210,7 @@ def _offset_rows(offset_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
 def _normalize_last(rows_MD: Tensor, plan: DispatchPlan) -> Tensor:
     """The sorted rows, those on the discrete (last) slot at zero mean and unit variance over their features."""
+    # Of all rows, and chosen afterwards: to index by a mask, the host has to wait for the number of rows in it.
     normed_MD = F.layer_norm(rows_MD, rows_MD.shape[-1:])
     return normed_MD if plan.routes == 1 else torch.where(_last_slots(plan), normed_MD, rows_MD)
 

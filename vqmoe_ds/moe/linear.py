@@ -21,6 +21,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
+        # Autocast casts what nn.Linear multiplies, and does not look into functions of our own.
         if x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
             y: Tensor = _CPULinear.apply(x, self.weight)
             return y

@@ -37,4 +37,5 @@ class HostMirror:
         return HostMirror, ()
 
     def _see(self, tensor: Tensor, value: int) -> None:
+        # The tensor and not its id: Python may give that to a new tensor once this one is gone.
         self._tensor, self._version, self._value = tensor, tensor._version, value

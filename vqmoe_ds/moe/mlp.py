@@ -44,6 +44,7 @@ class SharedExperts(DenseMLP):
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 scale = weight.shape[1] ** -0.5 * (config.out_scale if name == "down.weight" else 1.0)
+                # The weights are drawn from this name: with another one, the same seed is another model.
                 place = f"layers.{config.layer}.shared.{name}"
                 weight.copy_(drawn(tuple(weight.shape), scale, config.seed, place))
 

@@ -41,6 +41,7 @@ def initialize_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice = AL
         if book.code_map == "balanced":
             tables_LK[i] = balanced_map(sizes_K, bank.num_experts)
     _from_host(bank, layers, host)
+    # Also on a rank that placed no layer: every rank's next step depends on it.
     bank.mark_initialized()
 
 

@@ -27,6 +27,7 @@ def products_for(dtype: torch.dtype) -> Products:
     if torch._C._len_torch_dispatch_stack() == 0 and onednn:
         if dtype is torch.float32:
             return Products(_mm_onednn, _mm_into_onednn, _padded_rows)
+        # torch.mm calls oneDNN by itself for this type, so rounded row counts pay here too.
         if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return Products(torch.mm, _mm_into, _padded_rows)
     return Products(torch.mm, _mm_into, int)

@@ -55,6 +55,7 @@ class SequenceShare:
 
     def gather(self, ids_LT: Tensor) -> Tensor:
         """Whole numbers of this rank's tokens -> those of all ranks in the order of the sequences, ``[L, B * S]``."""
+        # All ranks hold equally many positions, and all_gather takes tensors of one shape alone.
         parts = [torch.empty_like(ids_LT) for _ in range(self.size)]
         comm().all_gather(parts, ids_LT.contiguous(), group=self.group)
         return torch.cat([part.unflatten(1, (-1, self.length // self.size)) for part in parts], dim=2).flatten(1)
@@ -71,8 +72,10 @@ class SequenceShare:
         else:
             tokens_T = self.real_BS.flatten().nonzero().squeeze(1)
         mine_T = tokens_T % self.length // here == self.rank
+        # Tokens before the first of this rank's get row 0, which where() below drops.
         rows_T = (mine_T.cumsum(0) - 1).clamp_min(0)
         places_M = evenly(len(rows_T), most, device) if len(rows_T) > most else torch.arange(len(rows_T), device=device)
+        # A rank may hold padding alone, and then has no row 0.
         if not len(z_TC):
             return z_TC.new_zeros(len(places_M), z_TC.shape[1])
         return torch.where(mine_T[places_M].unsqueeze(1), z_TC[rows_T[places_M]], z_TC.new_zeros(()))
@@ -93,6 +96,7 @@ class Homes:
 
     def __init__(self, share: SequenceShare, ranks_T: Tensor) -> None:
         order_1T, inverse_1T, ends_1P = sort_by_kind(ranks_T.unsqueeze(0), share.size)
+        # The one wait of the host here: exchanges of uneven parts take their sizes as numbers.
         ends = ends_1P[0].tolist()
         self.share, self.order_T, self.inverse_T = share, order_1T[0], inverse_1T[0]
         self.counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -40,6 +40,7 @@ class EmbeddingSource(nn.Module):
         self.config = config
         table = torch.zeros(vocab_size, width) if config.source_momentum else None
         self.register_buffer("table_VD", table)
+        # Saved, or a resumed run would copy the table anew instead of moving it.
         self.register_buffer("table_ready", torch.zeros((), dtype=torch.bool))
         self._ready = HostMirror()
         positions = _sinusoids(sequence_length, width) if config.source is CodeSource.POSITION_EMBEDDING else None
@@ -78,6 +79,7 @@ class EmbeddingSource(nn.Module):
         """Move the averaged table toward the live one; once per optimizer step, the same on all ranks."""
         if self.table_VD is None or not self.follows:
             return
+        # At first the table is copied: an average that starts from zeros would stay small for long.
         momentum = self.config.source_momentum if self._ready.read(self.table_ready) else 0.0
         self.table_VD.mul_(momentum).add_(embedding_VD.float(), alpha=1 - momentum)
         self._ready.write(self.table_ready, True)
@@ -87,4 +89,5 @@ def _sinusoids(length: int, width: int) -> Tensor:
     """Sinusoidal positions of unit root mean square, ``[length, width]`` (Vaswani 2017)."""
     rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angles = torch.arange(length).unsqueeze(1) * rates
+    # The squares of a sine and its cosine add up to 1, so the mean square is 1/2 before the factor.
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width] * math.sqrt(2)

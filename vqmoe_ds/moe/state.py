@@ -25,6 +25,8 @@ class KeepsPrecision(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
+            # Only where it became narrower: float64 is taken if asked for. From the old tensor, as a cast back would
+            # not restore the bits that were lost.
             if old is not None and new is not None and new.itemsize < old.itemsize:
                 self._buffers[name] = old.to(new.device)
         return self
@@ -44,6 +46,7 @@ class SteppedState(KeepsPrecision):
     @property
     def observing(self) -> bool:
         """Whether tokens count now: in training, but not when checkpointing runs a forward again in backward."""
+        # A sum that is begun in inference mode could not be added to outside of it.
         return self.training and not recomputing() and not torch.is_inference_mode_enabled()
 
     @property
@@ -65,6 +68,7 @@ class SteppedState(KeepsPrecision):
 
 def recomputing() -> bool:
     """True inside backward, where activation checkpointing repeats the forward (both modes)."""
+    # Private to PyTorch, but there is no public sign; DeepSpeed's engine and ZeRO-3 go by it too.
     return bool(torch._C._current_graph_task_id() != -1)
 
 

@@ -70,6 +70,8 @@ class StateSync:
         """
         if self._states and not self._sum.begun:
             mine = [state.statistics() for state in self._states]
+            # The statistics of a single state are summed where they lie: `pending` is that of all ranks from here on,
+            # and nothing may be observed before `step` or `skip`.
             self._sum.begin(mine[0] if len(mine) == 1 else torch.cat([part.flatten() for part in mine]))
 
     def step(self) -> None:
@@ -94,6 +96,7 @@ class StateSync:
 
     def skip(self) -> None:
         """Drop the statistics of a step that the optimizer did not take, also where their all-reduce has begun."""
+        # A sum that is left begun would pass for that of the next step.
         if self._sum.begun:
             self._sum.finish()
         for state in self._states:
@@ -137,6 +140,7 @@ class _Codebooks:
 
     def statistics(self) -> Tensor:
         pending_LKC1 = self.bank.pending
+        # Steps are equal on all ranks, so all change to the smaller message at the same one.
         return pending_LKC1 if self.bank.moving else pending_LKC1[..., -1:].contiguous()
 
     def learn(self, total: Tensor) -> None:
@@ -157,6 +161,7 @@ class _Codebooks:
         bank.clear_statistics()
 
     def compared(self) -> list[Tensor]:
+        # Routes follow from these alone.
         return [self.bank.codes_LKC, self.bank.code_map_LK]
 
     def _rescue(self, splitting_due: bool, reseeding_due: bool) -> None:
@@ -170,6 +175,7 @@ class _Codebooks:
         if any(overused):
             split_overused_codes(bank, self._all_samples(), self._my_layers())
             self._broadcast_layers()
+            # Counts have moved with the split codes, so others are dead than before.
             most_dead = int(bank.dead_codes().sum(dim=1).max())
         if reseeding_due and most_dead:
             bank.reseed(bank.dead_codes(), self._candidates(most_dead))
@@ -215,6 +221,7 @@ class _Codebooks:
         """Every layer from the rank that clustered it: ranks on different processors may round k-means differently."""
         for tensor in placed(self.bank):
             for layer, part in enumerate(tensor):
+                # `part` is a view, so the buffer itself is written.
                 broadcast_all([part], self.group, layer % self.world)
 
 
@@ -233,6 +240,7 @@ class SumOverRanks:
     def begin(self, tensor: Tensor) -> None:
         """Start to sum a tensor over the ranks, in place."""
         self._total = tensor
+        # Shapes are equal on all ranks: those without statistics skip the collective together.
         if tensor.numel() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
             self._work = dist.all_reduce(tensor, group=self.group, async_op=True)
 
@@ -250,6 +258,7 @@ def broadcast_all(tensors: list[Tensor], group: Any, source: int = 0) -> None:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     for tensor in tensors:
+        # The source is a global rank, whatever the group.
         dist.broadcast(tensor, src=source if group is None else dist.get_global_rank(group, source), group=group)
         increment_version(tensor)  # collectives do not, and mirrors of numbers on the host go by it
 

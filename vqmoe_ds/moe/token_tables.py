@@ -58,6 +58,7 @@ def embedding_table(embeddings_VD: Tensor, counts_V: np.ndarray, num_experts: in
         centres_ND, _ = kmeans(unit_VD[sample_S], num_experts, 10, generator)
         for _ in range(ROUNDS):
             table_V = torch.from_numpy(_with_room(torch.cdist(unit_VD, centres_ND).numpy(), counts_V))
+            # Sequential on the CPU: a table has the same bits in every run.
             sums_ND = torch.zeros_like(centres_ND).index_add_(0, table_V, unit_VD * weights_V.float().unsqueeze(1))
             mass_N1 = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, table_V, weights_V).unsqueeze(1)
             centres_ND = torch.where(mass_N1 > 0, sums_ND / mass_N1.clamp_min(1e-12).float(), centres_ND)
@@ -76,6 +77,7 @@ def _with_room(costs_VN: np.ndarray, counts_V: np.ndarray) -> np.ndarray:
     load_N, table_V = np.zeros(experts), np.empty(len(loads_V), dtype=np.int64)
     order_V = _by_frequency(counts_V)
     rest, sharing = loads_V.sum(), experts
+    # One expert at least is left to the others: `sharing` stays above 0.
     for token in order_V[: experts - 1]:
         if loads_V[token] <= rest / sharing:
             break

@@ -23,6 +23,7 @@ def run_experts(job: Callable[[int], None], rows_E: list[int]) -> None:
     Experts with more than a thread's fair share of the rows come first, one at a time, each on all threads; the rest
     are taken from a common list by single threads.
     """
+    # Stable, so of equals the first: the order in which moe/expert_store.py reads experts must be this one.
     order = sorted(range(len(rows_E)), key=lambda expert: -rows_E[expert])
     threads = torch.get_num_threads()
     # Counters such as FlopCounterMode see only the thread they were started on.
@@ -51,8 +52,10 @@ def run_shared(job: Callable[[int], None], sizes: list[int]) -> None:
 def _run_shared(job: Callable[[int], None], order: list[int], threads: int) -> None:
     left = iter(order)  # next() on a list iterator is atomic
 
+    # Grad mode belongs to a thread, and is on in a new one.
     @torch.no_grad()
     def work() -> None:
+        # OpenMP keeps this number by thread: a helper that does not set it cuts each product over all cores.
         torch.set_num_threads(1)
         for expert in left:
             job(expert)
@@ -64,6 +67,7 @@ def _run_shared(job: Callable[[int], None], order: list[int], threads: int) -> N
         for future in futures:
             future.result()
     finally:
+        # Not for this thread alone: PyTorch gives a new one the number that any thread set last.
         torch.set_num_threads(threads)
 
 
