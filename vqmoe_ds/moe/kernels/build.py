@@ -28,6 +28,7 @@ from vqmoe_ds.runtime.files import user_cache
 
 _SOURCE = Path(__file__).with_name("experts.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-w"]
+# By name and not -march=native: unlike machines may share a cache, and its file names do not tell them apart.
 _FLAGS += [f"-m{name}" for name in ("fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512bf16")]
 _TIMEOUT = 300  # seconds
 _FUNCTIONS = [
@@ -61,6 +62,7 @@ def describe() -> str:
     return f"experts run in PyTorch's own products: {reason}"
 
 
+# A failure is kept as well: the compiler is tried once per process, not in every forward pass.
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
@@ -97,6 +99,7 @@ def _cache_folder() -> Path:
     """
     try:
         folder = user_cache()
+        # One by one: mkdir(parents=True) leaves the mode of parents to the umask, and a lax one makes the cache unsafe.
         for place in (*reversed(folder.parents), folder):
             if not place.exists():
                 place.mkdir(mode=0o700, exist_ok=True)
@@ -105,6 +108,7 @@ def _cache_folder() -> Path:
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
     private = tempfile.TemporaryDirectory(prefix="vqmoe_ds-", ignore_cleanup_errors=True)
+    # This also keeps the object, at whose end the folder would go.
     atexit.register(private.cleanup)
     reason = why_unsafe(Path(private.name))
     if reason is not None:
@@ -172,6 +176,7 @@ def _compile(compiler: str, library: Path) -> ctypes.CDLL:
         digest = hashlib.sha256(temporary.read_bytes()).digest()
         with temporary.open("ab") as file:  # what follows the sections of a library is not looked at
             file.write(digest)
+        # Before it gets its name, under which it would be loaded by others.
         kernel = _open(temporary)
         temporary.replace(library)
         return kernel

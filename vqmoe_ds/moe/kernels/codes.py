@@ -33,6 +33,7 @@ def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
         half_norms_K = flat_KC.square().sum(dim=-1) / 2
         # The square of z is the same for all codes and left out; it would only cost digits.
         distances = torch.addmm(half_norms_K, z_TC, flat_KC.t(), alpha=-1)
+        # Of equals argmin takes the first, as the kernel does.
         return distances.view(-1, layers, codes).argmin(dim=-1).t().contiguous()
     z_TC, codes_LKC = z_TC.contiguous(), codes_LKC.contiguous()
     nearest_LT = torch.empty(layers, len(z_TC), dtype=torch.int64, device=z_TC.device)
@@ -136,8 +137,10 @@ def _nearest_codes(
             dots_TK = tl.dot(z_TC, tl.trans(v_KC), acc=dots_TK, input_precision=precision)
             squares_KC += v_KC * v_KC
         distances_TK = tl.sum(squares_KC, axis=1)[None, :] / 2 - dots_TK
+        # Codes beyond the last were loaded as zeros, and would be the nearest of many vectors.
         distances_TK = tl.where((k_K < num_codes)[None, :], distances_TK, float("inf"))
         least_T, which_T = tl.min(distances_TK, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        # A NaN is less than nothing: its vector keeps code 0, which exists.
         nearest_T = tl.where(least_T < shortest_T, first_code + which_T, nearest_T)  # equal: the lower index stays
         shortest_T = tl.where(least_T < shortest_T, least_T, shortest_T)
     out_ptr = nearest_ptr + layer.to(tl.int64) * num_tokens

@@ -51,6 +51,7 @@ class PermuteRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        # The backward of PyTorch's own index_select is an index_add, which adds in any order on CUDA.
         ctx.save_for_backward(inverse)
         return _take(rows, order)
 
@@ -114,6 +115,7 @@ def _gather(rows_MD: Tensor, inverse_M: Tensor, weights_TR: Tensor | None, route
     if tokens:
         weights = None if weights_TR is None else weights_TR.contiguous()
         block = block_size(width, _LARGEST_BLOCK)
+        # Tokens in the first dimension of the grid, for CUDA's others end at 65,535.
         _gather_kernel[(tokens, triton.cdiv(width, block))](
             rows_MD, inverse_M, weights, y_TD, width, ROUTES=routes, WEIGHTED=weights is not None, BLOCK=block
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from vqmoe_ds.moe.kernels.build import load_kernel
 from vqmoe_ds.moe.workers import run_shared
 
+# As LANES of experts.cpp: D and H must be multiples of it, which the kernel does not check.
 _MULTIPLE = 16  # of D and H, by the width of a vector
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -61,6 +62,7 @@ class CompiledExperts(torch.autograd.Function):
             weights = (_at(w1, e), _at(w2, e), _at(w3, e))
             run(end - first, width, hidden, _at(x_PD, first), *weights, _at(out_PD, first), *saved)
 
+        # Side by side, for ctypes releases the GIL during a call.
         run_shared(job, [piece.end - piece.first for piece in pieces])
         ctx.save_for_backward(x_PD, w1, w2, w3, gate_PH, up_PH)
         ctx.counts_E = counts_E
@@ -88,6 +90,7 @@ class _Backward:
         self.x_PD, self.g_PD, self.gate_PH, self.up_PH = x_PD, g_PD, gate_PH, up_PH
         self.weights = (w1, w2, w3)
         self.gx_PD = torch.empty_like(x_PD)
+        # New tensors, which PyTorch aligns to 64 bytes: the kernel's streaming stores fault at other addresses.
         self.g_weights = tuple(torch.empty_like(w) for w in self.weights)
         self.counts_E, self.pieces = counts_E, _pieces(counts_E)
         self.hidden, self.width = w1.shape[1:]
@@ -97,6 +100,7 @@ class _Backward:
     def run(self) -> tuple[Tensor, ...]:
         starts_E = [sum(self.counts_E[:e]) for e in range(len(self.counts_E))]
         for e, count in enumerate(self.counts_E):
+            # An expert without rows is in no piece, and still all ranks reduce its gradients.
             if not count:
                 for gradient in self.g_weights:
                     gradient[e].zero_()
@@ -165,11 +169,13 @@ def _check_shapes(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
         raise ValueError(f"rows and experts {have} do not fit each other or the kernel")
 
 
+# A multiple of _MULTIPLE: the kernel packs and stores whole vectors of columns.
 _COLUMNS = 256  # hidden columns of a weight gradient that are one thread's work
 
 
 def _pieces(counts_E: list[int]) -> list[Piece]:
     """The rows of every expert that has any; cut where one expert would keep a thread busy long after the others."""
+    # The number of threads decides the cuts and no result: the kernel adds in one order however rows are cut.
     share = max(64, sum(counts_E) // (4 * torch.get_num_threads()))
     pieces, start = [], 0
     for expert, count in enumerate(counts_E):
@@ -185,6 +191,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     kernel = load_kernel()
     assert kernel is not None  # supports() was asked
     function = getattr(kernel, f"expert_{name}_{_NAMES[dtype]}")
+    # As EXPORT in experts.cpp declares them. Without types ctypes passes 32 bits of an address.
     integers = {"forward": 3, "backward_rows": 3, "backward_weights": 5}[name]
     pointers = {"forward": 7, "backward_rows": 9, "backward_weights": 7}[name]
     function.argtypes = [ctypes.c_long] * integers + [ctypes.c_void_p] * pointers

@@ -80,6 +80,7 @@ def aligned(weights: Tensor) -> Tensor:
 def _rows_by_rows(a_PN: Tensor, b_PK: Tensor, ends_E: Tensor) -> Tensor:
     """Sum of outer products over the rows of each expert, ``[E, N, K]``; zero where it has none."""
     if a_PN.is_meta or not len(a_PN):
+        # Zeros and not None: all ranks reduce the gradients of all their experts.
         return a_PN.new_zeros(len(ends_E), a_PN.shape[1], b_PK.shape[1])
     if a_PN.dtype is torch.float64:
         return torch.stack([a.t() @ b for a, b in zip(_split(a_PN, ends_E), _split(b_PK, ends_E), strict=True)])
@@ -87,4 +88,5 @@ def _rows_by_rows(a_PN: Tensor, b_PK: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _split(x_PK: Tensor, ends_E: Tensor) -> tuple[Tensor, ...]:
+    # The host waits here; only gradient checks, in float64, come this way.
     return x_PK.tensor_split(ends_E[:-1].cpu().long())

@@ -84,6 +84,7 @@ def _counting_sort(ids_LM: Tensor, kinds: int) -> ByKind:
     """
     layers, rows = ids_LM.shape
     blocks = triton.cdiv(rows, _BLOCK_ROWS)
+    # Kinds before blocks: then a running sum gives each block its start within each kind.
     counts_LKB = ids_LM.new_empty(layers, kinds, blocks, dtype=torch.int32)
     order_LM, inverse_LM = torch.empty_like(ids_LM), torch.empty_like(ids_LM)
     ends_LK = ids_LM.new_empty(layers, kinds, dtype=torch.int32)
@@ -98,6 +99,7 @@ def _counting_sort(ids_LM: Tensor, kinds: int) -> ByKind:
 @kernel
 def _load_kinds(ids_ptr: tl.tensor, r_R: tl.tensor, num_rows: tl.tensor, num_kinds: tl.tensor) -> tl.tensor:
     ids_R = tl.load(ids_ptr + r_R, mask=r_R < num_rows, other=0)
+    # -1 beyond the last row is no kind: such rows are counted nowhere.
     return tl.where(r_R < num_rows, tl.minimum(tl.maximum(ids_R, 0), num_kinds - 1).to(tl.int32), -1)
 
 

@@ -108,6 +108,7 @@ def _sum_by_code(
     # All layers and codes of one block of columns run before the next block: its part of the vectors stays in L2.
     segment = tl.program_id(0).to(tl.int64)
     c_C = tl.program_id(1) * BC + tl.arange(0, BC)
+    # Ends count from the first row of a layer: its first code starts at 0, not where the layer before ends.
     start = tl.load(ends_ptr + segment - 1, mask=segment % num_codes > 0, other=0)
     end = tl.load(ends_ptr + segment)
     order_ptr += segment // num_codes * num_tokens
@@ -122,6 +123,7 @@ def _sum_by_code(
     tl.store(out_ptr + c_C, out_C + tl.sum(sums_RC, axis=0).to(out_C.dtype), mask=c_C < width)
     if COUNTED:
         counts = tl.load(out_ptr + width) + (end - start).to(tl.float64)
+        # By one program of a code alone: each block of columns would add the same rows again.
         tl.store(out_ptr + width, counts, mask=tl.program_id(1) == 0)
 
 
@@ -151,5 +153,6 @@ def _follow(
         sums_C = sums_C.to(tl.float32)
         tl.store(sums_ptr + c_C, sums_C, mask=c_C < width)
         counts_C = tl.zeros((BC,), tl.float32) + count
+        # Rounded as PyTorch divides; Triton's own division of float32 is approximate.
         means_C = tl.div_rn(sums_C, tl.maximum(counts_C, 1e-12))
         tl.store(codes_ptr + c_C, means_C, mask=(c_C < width) & (counts_C > 1e-6))

@@ -59,6 +59,7 @@ def _silu(gate: Tensor) -> Tensor:
 def _forward_kernel(
     gate_ptr: tl.tensor, up_ptr: tl.tensor, hidden_ptr: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
+    # 64 bits, for P * H may pass 2^31.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -83,6 +84,7 @@ def _backward_kernel(
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
+    # In place: no other program reads these elements.
     tl.store(g_ptr + at, g * up * (sigmoid * (1 + gate * (1 - sigmoid))), mask=inside)
     tl.store(g_up_ptr + at, g * silu, mask=inside)
     tl.store(hidden_ptr + at, silu * up, mask=inside)

@@ -42,6 +42,7 @@ def use_triton(tensor: Tensor) -> bool:
     """Whether kernels take this tensor: on CUDA where Triton works, on CPU inside ``interpreted()``."""
     if tensor.is_cuda:
         return why_no_triton() is None
+    # Asked by name, for a meta tensor is not on CUDA either and has no memory for a kernel.
     return _interpreted and tensor.device.type == "cpu"
 
 
