@@ -125,6 +125,7 @@ class Stored(NamedTuple):
 
 def raw_bytes(flat: Tensor) -> memoryview:
     """The bytes of a flat tensor in memory order, without a copy."""
+    # Through bytes, as NumPy has no bfloat16.
     return flat.view(torch.uint8).numpy().data
 
 
@@ -135,6 +136,7 @@ def _read_bytes(path: str, offset: int, out: Tensor) -> None:
     try:
         with open_regular(path, links=True) as file:
             file.seek(offset)
+            # A buffered readinto goes on after a short read (Linux gives 2 GiB at most): less is the end of the file.
             if file.readinto(view) < len(view):
                 raise CheckpointError(f"{path} is cut short: copy it again, or take an earlier checkpoint")
     except OSError as error:
@@ -159,6 +161,7 @@ def load_archive(path: Path, inert: Callable[[str, str], bool] = lambda module, 
         CheckpointError: missing, damaged, or asking for a name that is not on the list.
     """
     try:
+        # Before it is opened: opening a FIFO waits for its writer.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path} is not a regular file")
         with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
@@ -242,8 +245,10 @@ def _records(archive: zipfile.ZipFile, file: Any, size: int) -> dict[str, tuple[
     for info in archive.infolist():
         file.seek(info.header_offset)
         header = file.read(30)
+        # Not from the directory's lengths: torch.save aligns records by an extra field in their local headers alone.
         offset = info.header_offset + 30 + int.from_bytes(header[26:28], "little")
         offset += int.from_bytes(header[28:30], "little")
+        # A compressed record cannot be read from the middle, and may unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > size:
             raise CheckpointError(f"{archive.filename}: record {info.filename} is compressed or of a mismatched size")
         places[info.filename] = (offset, info.file_size)
@@ -377,6 +382,7 @@ class _Unpickler(pickle._Unpickler):
     # ------------------------------------------------------------------ tensors
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
+        # The device that is named is passed over: values are read into the memory of the host.
         kind, dtype, key, _, numel = pid
         if (kind, type(key), type(numel)) != ("storage", str, int) or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("it names a storage in an unknown way")
@@ -400,6 +406,8 @@ class _Unpickler(pickle._Unpickler):
         return Stored(self.path, offset + start * dtype.itemsize, dtype, shape, None if dense else stride)
 
 
+# pickle looks an opcode up in this table of functions, not by a method's name: overriding a method alone changes
+# nothing. An opcode that is not in it ends in a KeyError.
 _Unpickler.dispatch = {
     code: getattr(_Unpickler, load.__name__) for code, load in pickle._Unpickler.dispatch.items() if code in OPCODES
 }

@@ -84,6 +84,7 @@ def write_safetensors(path: Path, entries: list[Entry], tell: Callable[[int], An
         entries: its tensors in order.
         tell: called with the number of bytes written after each stretch.
     """
+    # As save_pretrained writes it: many releases of transformers refuse a file without it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for entry in entries:
@@ -91,6 +92,7 @@ def write_safetensors(path: Path, entries: list[Entry], tell: Callable[[int], An
         header[entry.name] = {"dtype": TYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         place += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Values begin at a multiple of 8, as in files of the safetensors library; JSON may end in spaces.
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hashing:
@@ -101,6 +103,7 @@ def write_safetensors(path: Path, entries: list[Entry], tell: Callable[[int], An
             for block in _blocks(entry):
                 job = hashing.submit(digest.update, block)  # both leave Python's lock to others
                 file.write(block)
+                # Before the next stretch is made: one at a time is in memory.
                 job.result()
                 if tell is not None:
                     tell(len(block))
@@ -115,6 +118,7 @@ def _blocks(entry: Entry) -> Iterator[memoryview]:
         block = raw_bytes(values.detach().to(entry.dtype).contiguous().view(-1))
         written += len(block)
         yield block
+    # The header is on disk and promises that many: all later tensors would be shifted.
     if written != entry.nbytes:
         raise AssertionError(f"{entry.name}: {written} bytes were given, {entry.nbytes} promised")
 
@@ -131,6 +135,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             if file.peek(64).startswith(b"version https://git-lfs."):
                 raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; fetch them with git lfs pull")
             length = int.from_bytes(file.read(8), "little")
+            # Before the header is read: a length may claim any memory.
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise CheckpointError(f"{path} is refused: its header claims {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
@@ -145,10 +150,12 @@ def read_header(path: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
     reached = 8 + length
+    # Empty tensors first, which lie where the next one begins.
     for stored in sorted(tensors.values(), key=lambda s: (s.offset, s.numel)):
         if stored.offset != reached:
             raise CheckpointError(f"{path} is refused: its header lets tensors overlap or leaves gaps between them")
         reached += stored.numel * stored.dtype.itemsize
+    # As in the safetensors library: bytes of no tensor could be another file.
     if reached != size:
         raise CheckpointError(f"{path} is refused: its header describes {reached} bytes, the file has {size}")
     return tensors

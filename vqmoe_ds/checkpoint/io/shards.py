@@ -39,6 +39,7 @@ def write_shards(
         files[name] = write_safetensors(folder / name, shard, tell=tell)
         places |= {entry.name: name for entry in shard}
     total = sum(entry.nbytes for shard in shards for entry in shard)
+    # Last, so that an index never names a file that is not whole.
     write_json(index_of(folder, part), {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
     return files
 

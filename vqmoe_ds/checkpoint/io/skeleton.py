@@ -63,8 +63,11 @@ class Skeleton:
         """
         path = folder / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Records have their full size and no bytes: holes, which read as zeros where no job fills them. Their CRC-32 is
+        # not that of the values filled in: torch.load does not look at it, zipfile would.
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(self.tree, path)
+        # Only the written file tells where torch.save put each record.
         skeleton = load_archive(path, inert)
         with open(path, "r+b") as stream:
             for place, begin, values in self._jobs:
@@ -83,6 +86,7 @@ def _at(tree: Any, place: tuple[Any, ...]) -> Stored:
 def _pour(stream: io.BufferedRandom, stored: Stored, begin: int, values: Values) -> Iterator[int]:
     for stretch in values():
         flat = stretch.to(stored.dtype).contiguous().view(-1)
+        # The bytes behind it are those of the next record.
         if begin + flat.numel() > stored.numel:
             raise AssertionError(f"{stored.shape} was promised, more values were given")
         stream.seek(stored.offset + begin * stored.dtype.itemsize)

@@ -25,7 +25,9 @@ FORMAT = 2
 LARGEST = 64 << 20
 """Bytes of a manifest, at most: that of 100,000 files has 15 million."""
 
+# 18 digits fit 64 bits. Without ASCII, digits of other scripts would name steps, too: int() reads them.
 _TAG = re.compile(r"global_step(\d{1,18})", re.ASCII)
+# What write_sealed writes, byte for byte.
 _FIRST_LINE = re.compile(rb'\{"checksum": "([0-9a-f]{64})",\n')
 _whole: dict[Path, Any] = {}
 """Tags that this process has found whole, with the stamps of their files at that time."""
@@ -72,6 +74,8 @@ def files_of(tag: Path) -> list[Path]:
 
 def checksums(tag: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """Size and SHA-256, by name, of every ``parts``-th file of a tag from number ``part`` on, the largest first."""
+    # Every rank has to come to the same order, or a file is hashed twice and another never; largest first, so that the
+    # shares are alike.
     paths = sorted(files_of(tag), key=lambda path: (-path.stat().st_size, path))
     return {
         path.relative_to(tag).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -101,6 +105,7 @@ def read_manifest(tag: Path) -> dict[str, Any]:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """A JSON object whose first line is the checksum of the lines below it."""
+    # With an indent the opening brace has a line of its own, in the place of which the checksum's line comes.
     below = json.dumps({"format": FORMAT, **content}, indent=1).removeprefix("{\n") + "\n"
     checksum = hashlib.sha256(below.encode()).hexdigest()
     write_atomically(path, f'{{"checksum": "{checksum}",\n{below}')
@@ -116,6 +121,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             raw = file.read(LARGEST + 1)
+    # Left as it is: callers tell by it that there is no such file, which need not be damage.
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -153,6 +159,7 @@ def verify(tag: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(tag)
     try:
+        # Before the files are read: what is written meanwhile gives other stamps, so that it is read again.
         stamps = _stamps(tag)
     except OSError as error:
         raise CheckpointError(f"{tag} cannot be listed: {error.strerror}") from None
@@ -200,6 +207,7 @@ def find_newest(folder: Path) -> Found:
 def _malformed(manifest: dict[str, Any]) -> str | None:
     """The first entry that has not the form of a manifest's: one of format 1 may have any."""
     for key, kind in {"step": int, "samples": int, "layout": dict, "config": dict, "files": dict}.items():
+        # The first manifests have no samples, for which consumed_samples has a default.
         value = manifest.get(key, 0 if key == "samples" else None)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             return key
@@ -231,6 +239,7 @@ def _stamps(tag: Path) -> list[tuple[Any, ...]]:
     """Stamps that change when a file of a tag is touched: names, sizes, times."""
     files, others = list_tree(tag, hidden=True)
     paths = sorted(tag / name for name in (*files, *others))
+    # mtime can be set back, as cp -p and rsync do; ctime cannot.
     return [(path, (at := os.lstat(path)).st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for path in paths]
 
 
