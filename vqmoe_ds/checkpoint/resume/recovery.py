@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 NAME = "zero_to_fp32.py"
+# The noted folder is appended to sys.path, so that an installed package comes before it.
 _SCRIPT = '''#!/usr/bin/env python
 """Write the float32 weights and optimizer states of a checkpoint in this folder as safetensors, whatever its layout.
 

@@ -47,6 +47,8 @@ def restore_any_layout(session: Session, reader: CheckpointReader) -> int:
     optimizer = session.engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):  # ZeRO-3: all parameters in parts
         optimizer.checkpoint_event_prologue()
+    # The epilogue and _fail_together are collectives: all ranks come to both, also one that failed. Masters come first,
+    # as at stage 3 the weights are cast down from them.
     try:
         check_same_model(session.model, session.config.ep_size, reader)
         _fill_masters(session, reader)
@@ -95,6 +97,7 @@ def whole_shapes(model: nn.Module, ep_size: int) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, experts stacked over all ranks, of a model that holds one of ``ep_size`` shares."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, param in model.named_parameters():
+        # ZeRO-3 leaves an empty tensor in a parameter's place, and its shape in ds_shape.
         first, *rest = getattr(param, "ds_shape", param.shape)
         shapes[name] = (first * ep_size if ".experts." in name else first, *rest)
     return shapes
@@ -111,6 +114,7 @@ def _fill_masters(session: Session, reader: CheckpointReader) -> None:
     started: set[int] = set()
     for slot in _slots(session):
         row = slot.flat.data.view(-1)
+        # Several slots share a row, which is zeroed before the first of them alone.
         if id(slot.flat) not in started:
             started.add(id(slot.flat))
             _start_row(adam, slot.flat, step)
@@ -121,6 +125,7 @@ def _fill_masters(session: Session, reader: CheckpointReader) -> None:
 
 def _start_row(adam: Any, flat: Tensor, step: int) -> None:
     """Zero a master row (what pads it stays zero) and give it Adam's state; without a step Adam makes its own."""
+    # The row is filled and never replaced: the optimizer finds its state by this very tensor.
     flat.data.zero_()
     if not step:
         adam.state.pop(flat, None)
@@ -136,6 +141,7 @@ def _start_row(adam: Any, flat: Tensor, step: int) -> None:
 
 
 def _step_tensor(adam: torch.optim.Adam, flat: Tensor, step: int) -> Tensor:
+    # As in PyTorch's own states: only these kernels read the step on the device, the others on the host.
     beside = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
     return torch.tensor(float(step), device=flat.device if beside else "cpu")
 
@@ -182,6 +188,7 @@ def _partitioned_slots(groups: Any, rows: Any, place: Any) -> Iterator[_Slot]:
             fragment = param._hp_mapping  # None where other ranks hold all of it
             if fragment is not None:
                 name, first = place(param)
+                # lp counts from the parameter's first value, hp from the first of this rank's row.
                 here, there = fragment.lp_fragment_address, fragment.hp_fragment_address
                 yield _Slot(name, first + here.start, here.numel, flat, there.start)
 
@@ -192,10 +199,12 @@ def _stage3_slots(optimizer: Any, place: Any) -> Iterator[_Slot]:
         for param in params:
             name, first = place(param)
             part = param.partition_numel()
+            # Experts are cut over the ranks that hold the same ones, all else over all.
             start = dist.get_rank(group=optimizer._get_param_partition_group(param)) * part
             count = max(0, min(part, param.ds_numel - start))
             if count:
                 yield _Slot(name, first + start, count, flat, begin)
+            # The last parts are shorter or empty, and have their whole room in the row all the same.
             begin += part
 
 
@@ -217,6 +226,7 @@ def _fill_weights(session: Session, reader: CheckpointReader) -> None:
     for name, param in session.model.named_parameters():
         if param.requires_grad and done:
             continue
+        # From the file's float32, not from the master row, of which a rank holds a stretch: the casts are the same.
         slot = _Slot(name, first_value(name, param, ep_rank), param.numel(), param, 0)
         if hasattr(param, "ds_id"):
             slot = _frozen_part(slot, param)
@@ -257,6 +267,7 @@ def fill_buffers(model: nn.Module, reader: CheckpointReader) -> None:
     saved = reader.buffers()
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
+            # PyTorch has no public list of the buffers that state_dict leaves out.
             if name in module._non_persistent_buffers_set:
                 continue
             full = f"{prefix}.{name}" if prefix else name

@@ -30,6 +30,7 @@ def without_pickles() -> Iterator[None]:
     Raises:
         CheckpointError: a file asked for what no checkpoint needs; nothing of it was executed.
     """
+    # PyTorch refuses every load while both are set.
     before = {name: os.environ.pop(name, None) for name in (_SWITCH, _OPPOSITE)}
     os.environ[_SWITCH] = "1"
     try:
@@ -85,6 +86,7 @@ def _guarded(real: type, fields: set[str]) -> type:
             raise pickle.UnpicklingError(f"other attributes of a {real.__name__}")
         if any(type(value) not in plain for value in state.values()):
             raise pickle.UnpicklingError(f"attributes of a {real.__name__} that are no numbers")
+        # PyTorch sets attributes only of instances of the classes that it was told, which from here on this is not.
         self.__class__ = real
         self.__dict__.update(state)
 

@@ -26,6 +26,7 @@ def owner_of(folder: Path) -> str:
     """The name that the manifests of all tags written in a folder share; made on first use."""
     text = _read_line(folder / "owner")
     if not re.fullmatch("[0-9a-f]{32}", text):
+        # Also where the file is damaged: the tags of its lost name are then of no run, and never deleted.
         text = uuid.uuid4().hex
         write_atomically(folder / "owner", text + "\n")
     return text
@@ -50,10 +51,12 @@ def retired(folder: Path, keep_last: int, keep_every: int = 0) -> list[Path]:
     for tag in ours if len(ours) > keep_last else []:
         step = step_of(tag.name) or 0
         stays = tag.name in kept or (keep_every > 0 and step % keep_every == 0)
+        # why_not_whole comes last, as it may read the whole tag.
         if counted == keep_last and not stays and why_not_whole(tag) is None:
             gone.append(tag)
         elif counted < keep_last and why_not_whole(tag) is None:
             counted += 1
+    # The oldest first: after a kill in between, what is left is the newest.
     return gone[::-1]
 
 
@@ -81,11 +84,14 @@ def publish(saving: Path, tag: Path) -> str | None:
     folder, old, note = tag.parent, None, None
     if os.path.lexists(tag):
         if _read_line(folder / LATEST) == tag.name:
+            # Before the tag gives up its name, also on disk: latest must not name what is not there.
             (folder / LATEST).unlink()
             sync_folder(folder)
         reason = _why_not_ours(tag, owner_of(folder)) or why_not_whole(tag)
         old = _renamed(tag, ASIDE if reason else REMOVING)
         note = f"{tag.name} was there already and is now {old.name} ({reason})" if reason else None
+    # A folder cannot be renamed onto one with files in it, so the old one is out of the way by now. The new name is on
+    # disk before latest names it.
     os.replace(saving, tag)
     sync_folder(folder)
     write_atomically(folder / LATEST, tag.name)

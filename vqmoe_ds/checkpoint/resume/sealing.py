@@ -52,8 +52,10 @@ class Sealing:
     ) -> None:
         self.tag, self._state, self._place = tag, state, place
         self._keep_last, self._keep_every, self._on_sealed = keep_last, keep_every, on_sealed
+        # Here and not in the thread: making a group is a collective of all ranks, in the order of the others.
         self._group = _own_group() if several_ranks() else None
         self._error: Exception | None = None
+        # A daemon: it may wait for a lost peer for long, and the interpreter would wait for it at its end.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -81,14 +83,17 @@ class Sealing:
     def _seal(self) -> None:
         tag, saving, rank = self.tag, written_to(self.tag), self._place.rank
         sync_files(saving, self._place.local_rank, self._place.local_world_size)
+        # A rank answers when its files are flushed: what rank 0 does below comes after the flushes of all.
         files = self._shared_checksums(saving, rank)
         if rank == 0:
             sync_folder(saving)
             write_manifest(saving, {"owner": owner_of(tag.parent), **self._state}, files)
             self.note = publish(saving, tag)
+            # So that retired, below, does not read again what was hashed just now.
             known_whole(tag)
             if self._on_sealed is not None:
                 self._on_sealed()
+        # All ranks come here, also where nothing is to go: whether to read back is one answer for all.
         old = from_first(retired(tag.parent, self._keep_last, self._keep_every) if rank == 0 else [], self._group)
         # Now by another rank: what counts is what the next job will read.
         if old and self._shared_checksums(tag, rank + 1) != files:

@@ -75,6 +75,7 @@ def begin_save(
     tag = folder / tag_name(step)
     if session.place.rank == 0:
         clear_leftovers(folder)
+    # Else rank 0 would delete what others have begun to write under the same name.
     _barrier()
     config = session.config
     consumed = step * config.run.train.batch_size if samples is None else samples
@@ -86,12 +87,15 @@ def begin_save(
     if frozen:
         state["frozen"] = frozen
     engine = session.engine
+    # On this engine alone: others of the process keep DeepSpeed's own.
     engine._copy_recovery_script = write_script
     try:
         name = written_to(tag).name
+        # publish writes latest, once the tag has its name.
         engine.save_checkpoint(str(folder), tag=name, client_state={"vqmoe_ds": state}, save_latest=False)
         if engine.checkpoint_engine.is_decoupled():  # its files are whole once they are committed
             engine._commit_decoupled_checkpoint()
+        # Next every rank lists the folder, for its share of the checksums.
         _barrier()
     except (OSError, RuntimeError) as error:
         raise as_halted(error, tag) from error
@@ -111,6 +115,7 @@ def choose(folder: Path, resume: str, rank: int) -> tuple[Path | None, list[str]
         try:
             answer = [*_choose_here(folder, resume), None]
         except CheckpointError as error:
+            # As text: raised here, the error would leave the other ranks waiting for the answer.
             answer[2] = str(error)
     answer = from_first(answer)
     if answer[2] is not None:
@@ -123,6 +128,7 @@ def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
         found = _newest_or_refuse(folder)
         return found.path, found.passed_over
     path = Path(resume)
+    # A tag holds no tags, and is verified by itself below.
     for candidates in (path, path / "checkpoints"):
         found = _newest_or_refuse(candidates)
         if found.path is not None:
@@ -266,6 +272,7 @@ def check_structure(run: RunConfig, saved: dict[str, Any], tag: Path) -> None:
     here, defaults = run.model_dump(mode="json"), RunConfig().model_dump(mode="json")
     facts = run.moe.facts
     defaults["router"] = facts.Options().model_dump(mode="json")
+    # Where no code is looked up, the codebook's options may differ: nothing in the model depends on them.
     reads_codebook = facts.uses_codebook or facts.reads_source
     parts = STRUCTURE | {"router": facts.structure} | ({} if reads_codebook else {"codebook": ()})
     for section, names in parts.items():

@@ -28,6 +28,7 @@ class StartingWeights(WeightsReader):
         self._names = {name: pretrained_name(name) for name in shapes}
         taken = set(self._names.values())
         self._shapes = {
+            # What the model has no use for stays listed, so that check_same_model refuses the checkpoint by its name.
             **{name: shape for name, shape in source.shapes.items() if name not in taken},
             **{name: source.shapes[old] for name, old in self._names.items() if old in source.shapes},
             **{name: tuple(values.shape) for name, values in self._fresh.items()},

@@ -47,6 +47,7 @@ class MergedAdapters(WeightsReader):
         old = self._names[name]
         if old == name:
             return self.source.read(name, kind, start, count)
+        # The names that peft's inject_adapter_in_model gives to a wrapped layer and to its adapter.
         prefix = old.removesuffix("base_layer.weight")
         down_RD, up_DR = (self.source.tensor(f"{prefix}lora_{part}.default.weight") for part in "AB")
         # Rows of the product that hold these values, so that no whole matrix is made for a few of them.

@@ -39,6 +39,7 @@ class DiscreteOnly(WeightsReader):
         self._shapes = {n: s for n, s in source.shapes.items() if not any(part in n for part in DROPPED)}
 
     def buffers(self) -> dict[str, Tensor]:
+        # A frozen codebook has no Adam, and a model of it no buffers for one.
         return {n: buffer for n, buffer in self.source.buffers().items() if not n.startswith("bank.adam_")}
 
     def pieces(self, name: str, kind: str = "fp32") -> list[Piece]:
