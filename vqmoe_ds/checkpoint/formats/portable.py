@@ -32,6 +32,7 @@ from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader, Piece, registe
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import sha256_of, write_json
 
+# A folder with this file is portable; TagReader's recognition asks for its absence.
 STATE = "state.json"
 STATE_FORMAT = 1
 SHARD_BYTES = 4 << 30
@@ -104,6 +105,7 @@ def write_portable(
         "client_state": reader.client_state,
     }
     write_json(folder / STATE, state, indent=2)
+    # For --config of a run that goes on from here, whose data, run folder and fine-tuning are its own.
     kept = {name: value for name, value in reader.config.items() if name not in ("data", "run", "finetune")}
     (folder / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     seal(folder, reader, files)
@@ -117,6 +119,7 @@ def seal(
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files:
             files[name] = Sealed(path.stat().st_size, sha256_of(path))
+    # consumed_samples of a resume reads the manifest alone.
     state = {
         **{"step": reader.step, "samples": reader.samples},
         **{"layout": layout or reader.layout, "config": reader.config},
@@ -140,12 +143,14 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
     """
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; choose another folder, or give --force to replace it")
+    # Beside the target, as a rename does not cross file systems.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if target.exists():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            # A folder cannot be renamed onto one with files in it; the old one goes when the new one is in its place.
             target.rename(old)
             temporary.rename(target)
             shutil.rmtree(old) if old.is_dir() else old.unlink()

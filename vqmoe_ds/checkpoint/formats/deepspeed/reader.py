@@ -24,6 +24,8 @@ from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.runtime.errors import CheckpointError
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler")
+# What DeepSpeedEngine itself puts into a model file (_common_checkpoint_state, _save_moe_checkpoint): all else there is
+# client state.
 DEEPSPEED_KEYS = {
     *COUNTERS,
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -98,8 +100,10 @@ class TagReader(CheckpointReader):
         module, buffers = self._model["module"], set(self._model["buffer_names"])
         groups = [*(self._model.get("param_shapes") or []), self._model.get("frozen_param_shapes") or {}]
         recorded = {n: tuple(s) for group in groups for n, s in group.items()}
+        # At stage 3 the module's tensors are empty, and param_shapes has their shapes.
         dense = {name: recorded.get(name, stored.shape) for name, stored in module.items() if name not in buffers}
         dense = {name: shape for name, shape in dense.items() if name not in self._experts}
+        # The optimizer numbers parameters in this order, and DeepSpeed takes experts out of the module's state.
         return _in_model_order(dense, self._experts)
 
     def _check_same_run(self) -> None:
@@ -138,6 +142,7 @@ class TagReader(CheckpointReader):
 
     @property
     def _flat(self) -> bool:
+        # At stage 0 with float32 accumulation bfloat16 has BF16_Optimizer, which saves like stage 1.
         return self._stage > 0 or (self.path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").exists()
 
     def _optimizer(self, rank: int) -> dict[str, Any]:
@@ -159,6 +164,7 @@ class TagReader(CheckpointReader):
         if stage != self._stage:
             raise CheckpointError(f"{self.path} mixes tags: {name} is of ZeRO stage {stage}, not {self._stage}")
         count = state.get("partition_count")
+        # The first group, matrices, is shared by all ranks; those of experts have fewer partitions.
         count = count[0] if isinstance(count, list) else count
         if count not in (None, self._world):
             raise CheckpointError(f"{self.path} mixes tags: {name} is one of {count} shards, not of {self._world}")
@@ -183,6 +189,7 @@ class TagReader(CheckpointReader):
         plain = self.layout["precision"] == "fp32"
         found: dict[str, list[Piece]] = {name: [] for name in self.names()}
         if kind == "fp32":
+            # In float32 the weights are their own masters; frozen ones have no other in any precision.
             for name in self.names() if plain else self.frozen:
                 found[name] = self._weights(name)
         if kind == "fp32" and plain:
@@ -193,6 +200,7 @@ class TagReader(CheckpointReader):
             self._check_adam(rank, adam)
             for name, place in zip(self._optimizer_order(), self._by_number(optimizer, adam, kind), strict=True):
                 stored, begin, count = place
+                # The dense states are the same in every rank's file.
                 if name in self._experts or rank == 0:
                     found[name].append(Piece(rank * count if name in self._experts else 0, count, stored, begin))
         return found
@@ -203,6 +211,7 @@ class TagReader(CheckpointReader):
             return self._expert_files(name)
         if self._stage < 3:
             return [_all_of(self._model["module"][name])]
+        # Dense ones alone: DeepSpeed refuses to save frozen experts at stage 3.
         pieces, total = [], math.prod(self.shape(name))
         part = -(-total // self._world)
         for rank in range(self._world):
@@ -214,6 +223,7 @@ class TagReader(CheckpointReader):
 
     def _expert_files(self, name: str) -> list[Piece]:
         prefix, total = name.rsplit(".", 1)[0], math.prod(self._experts[name])
+        # DeepSpeed numbers the files by layer in the order of this list.
         layer = [entry["expert_key_prefix"] for entry in self._model["ds_autoep_layers"]].index(prefix)
         count = self._experts[name][0]
         each = total // count
@@ -289,6 +299,7 @@ class TagReader(CheckpointReader):
             for group, mapping in enumerate(self._optimizer(rank)["param_slice_mappings"]):
                 for name, address in mapping.items():
                     base = self._base(name, rank)
+                    # An address is a place in the rank's row, and tells nothing of the place in the parameter.
                     done = reached.get((name, base), 0)  # ranks hold consecutive stretches
                     yield _Fragment(name, rank, group, address.start, base + done, address.numel)
                     reached[name, base] = done + address.numel
@@ -307,6 +318,7 @@ class TagReader(CheckpointReader):
                     mine = max(0, min(part, total - place * part))
                     if mine:
                         yield _Fragment(name, rank, group, begin, self._base(name, rank) + place * part, mine)
+                    # A part has its whole room in the row, however little of it is filled.
                     begin += part
 
 
@@ -316,6 +328,7 @@ def ep_place(rank: int, world: int, ep_size: int, data_first: bool) -> tuple[int
     Args:
         data_first: the engine's ``use_data_before_expert_parallelism``.
     """
+    # As EngineConfig.ep_rank, by which the experts were dealt out.
     replicas = world // ep_size
     return (rank // replicas, rank % replicas) if data_first else (rank % ep_size, rank // ep_size)
 
@@ -342,6 +355,7 @@ def _all_of(stored: Stored) -> Piece:
 def _cut(flat: list[Stored], counts: list[int]) -> Iterator[tuple[Stored, int, int]]:
     group, begin = 0, 0
     for count in counts:
+        # No parameter is spread over two groups, which are read in the order of the optimizer's.
         if begin + count > flat[group].numel:
             group, begin = group + 1, 0
         yield flat[group], begin, count

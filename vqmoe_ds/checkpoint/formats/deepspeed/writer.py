@@ -25,6 +25,7 @@ from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import sha256_of
 
+# The default of zero_optimization.sub_group_size: DeepSpeed would cut a larger row.
 LARGEST_SUB_GROUP = 1_000_000_000
 
 
@@ -78,6 +79,7 @@ class _TagWriter(ZeroWriter):
         decayed = {m.local for m in dense if decays(m.local, len(m.shape), gates)}
         decay, expert = train["weight_decay"], {"name": f"ep_size_{self.layout.ep_size}", "moe": True}
         adam = {"lr": train["learning_rate"], "betas": (train["beta1"], train["beta2"])}
+        # Optimizer.load_state_dict takes the saved groups as they are: an option they lack is missing at the next step.
         blank = torch.optim.AdamW([torch.zeros(())], **adam).state_dict()["param_groups"][0]
         blank.update({k: tuple(v) if k == "betas" else v for k, v in (self.reader.counters.get("adam") or {}).items()})
         rows: list[tuple[dict[str, Any], list[Member], bool]] = [
@@ -95,6 +97,7 @@ class _TagWriter(ZeroWriter):
     def files(self) -> Iterator[Skeleton]:
         world, stage = range(self.layout.world_size), self.layout.zero_stage
         if stage == 3:
+            # The weights are in the optimizer files alone; a rank's model file has buffers and counters.
             yield from map(self._model_file, world)
             yield from map(self._stage3_file, world)
             return
@@ -122,16 +125,20 @@ class _TagWriter(ZeroWriter):
         for name in self.reader.names():
             if name not in self.experts:
                 member = self._member(name, 0)
+                # What ZeRO-3 leaves of a parameter in its module.
                 shape, runs = ((0,), []) if stage == 3 else (member.shape, [whole(member)])
                 module[name] = self.tensor(file, ("module", name), shape, runs)
         for name, buffer in self.buffers.items():
             module[name] = file.small(("module", name), buffer)
         file.tree = {"module": module, "buffer_names": list(self.buffers), "optimizer": None, **self._facts()}
+        # Of a model with experts, the files of the expert-parallel ranks have it.
         if not stage and not self.experts:
             file.tree["optimizer"] = self.whole_optimizer(file, 0)
         if stage:
+            # DeepSpeed records frozen parameters at stages 2 and 3 only.
             frozen: OrderedDict[str, Any] | None = OrderedDict() if stage > 1 else None
             file.tree.update(param_shapes=self.param_shapes(), frozen_param_shapes=frozen)
+            # A tied weight is one parameter, under the name that named_parameters meets first.
             tied = {} if "head.weight" in self.reader.names() else {"head.weight": "embed.weight"}
             file.tree.update(shared_params=tied, frozen_param_fragments=OrderedDict() if stage > 1 else None)
         layers = self._layer_records(rank)
@@ -149,6 +156,7 @@ class _TagWriter(ZeroWriter):
         import deepspeed
 
         state = dict(self.reader.client_state)
+        # TagReader compares this step with the manifest's.
         state["vqmoe_ds"] = {**state.get("vqmoe_ds", {}), "step": self.reader.step, "layout": self.layout.as_dict()}
         config: dict[str, Any] = {"zero_optimization": {"stage": self.layout.zero_stage}}
         if self.half:
@@ -172,6 +180,7 @@ class _TagWriter(ZeroWriter):
         )
 
         ep, stage, experts = self.layout.ep_size, self.layout.zero_stage, self._num_experts()
+        # The ds_config that is written has no use_data_before_expert_parallelism: neighbours share the experts.
         local, ep_rank = experts // ep, rank % ep
         records = []
         for number, prefix in enumerate(self._layers()):
@@ -225,6 +234,7 @@ class _TagWriter(ZeroWriter):
             "dynamic_loss_scale": False,
             "overflow": False,
             "partition_count": self.layout.world_size,
+            # DeepSpeed refuses to load where any entry of these differs from its own.
             **({"ds_zero_partition_groups": records} if self.experts else {}),
             "optimizer_state_dict": self.flat_adam(file, "optimizer_state_dict", groups, rows),
             "fp32_flat_groups": masters,

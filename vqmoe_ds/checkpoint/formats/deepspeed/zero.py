@@ -23,6 +23,7 @@ from vqmoe_ds.checkpoint.io.skeleton import Skeleton
 from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader
 from vqmoe_ds.runtime.errors import CheckpointError
 
+# nccl_start_alignment_factor of DeepSpeedZeroOptimizer.
 ALIGNMENT = 2
 """ZeRO 1 and 2 pad a group to a multiple of this times its ranks."""
 LARGEST_GROUP = 178_956_971
@@ -113,6 +114,7 @@ class ZeroWriter(ABC):
         self.reader, self.layout, self.clip_grad, self.data_first = reader, layout, clip_grad, data_first
         self.dtype = DTYPES[layout.precision]
         self.half = self.dtype is not torch.float32
+        # PyTorch's Adam counts in a float32 tensor.
         self.step = torch.tensor(float(reader.optimizer_step()))
         self.buffers = reader.buffers()
 
@@ -195,6 +197,7 @@ class ZeroWriter(ABC):
         rows: list[dict[str, Any]] = []
         masters: list[list[Tensor]] = []
         for g, group in enumerate(self.groups(ep_rank)):
+            # Numbers run on from group to group, as in Optimizer.state_dict.
             rows.append({**group.options, "params": list(range(len(state), len(state) + len(group.members)))})
             masters.append([])
             for i, member in enumerate(group.members):
@@ -204,6 +207,7 @@ class ZeroWriter(ABC):
                     place = ("optimizer", "fp32_groups", g, i)
                     masters[g].append(self.tensor(file, place, member.shape, runs, "fp32"))
         adam = {"state": state, "param_groups": rows}
+        # The keys of FP16_UnfusedOptimizer.state_dict, which stage 0 uses for bfloat16, too.
         scale = {"dynamic_loss_scale": False, "cur_scale": 1.0, "cur_iter": self.reader.step}
         return {**scale, "optimizer_state_dict": adam, "fp32_groups": masters} if self.half else adam
 
@@ -227,12 +231,15 @@ class ZeroWriter(ABC):
         rows, mappings, paddings, masters = [], [], [], []
         for g, group in enumerate(groups):
             total = sum(member.numel for member in group.members)
+            # Only the end of a group is padded: its last ranks may hold nothing else.
             length = -(-total // (ALIGNMENT * self.ranks_of(group))) * ALIGNMENT
+            # The partitions of a group follow each other in the order of its ranks.
             start = (replica if group.moe else rank) * length
             runs = list(_stretch(group.members, start, length))
             rows.append((length, runs))
             mappings.append(OrderedDict((run.member.local, fragment_address(run.length, run.begin)) for run in runs))
             paddings.append(length - max(0, min(length, total - start)))
+            # DeepSpeed saves masters without the padding, and Adam's rows with it.
             place = ("optimizer_state_dict", "single_partition_of_fp32_groups", g)
             masters.append(self.tensor(file, place, (length - paddings[-1],), runs, "fp32"))
         state = {
@@ -244,6 +251,7 @@ class ZeroWriter(ABC):
             "single_partition_of_fp32_groups": masters,
             "zero_stage": ZeroStageEnum(self.layout.zero_stage),
             "group_paddings": paddings,
+            # No zero_optimization.parameter_alignment: DeepSpeed refuses to load where the setting differs.
             "param_alignment_paddings": [[0] * len(group.members) for group in groups],
             "partition_count": [self.ranks_of(group) for group in groups],
             "ds_version": deepspeed.__version__,
@@ -258,6 +266,7 @@ def cut_experts(members: list[Member]) -> list[list[Member]]:
     parts: list[list[Member]] = []
     room = 0
     for member in members:
+        # As DeepSpeed cuts: in order, and never within a parameter.
         if member.numel > room:
             parts.append([])
             room = max(LARGEST_GROUP, member.numel)
