@@ -78,11 +78,13 @@ def convert(options: argparse.Namespace) -> list[str]:
     from vqmoe_ds.checkpoint.views.adapters import merged
 
     dst = Path(options.dst)
+    # new_folder cannot rename a folder onto a link, and would find out when all is written.
     if os.path.islink(dst) and not os.path.exists(dst):
         raise CheckpointError(f"{dst} {why_missing(dst)}; choose another folder, or remove the link")
     if os.path.exists(dst) and not options.force:
         raise CheckpointError(f"{dst} exists; choose another folder, or give --force to replace it")
     reader = open_checkpoint(options.src)
+    # Also with --force, which would delete the source after it was read.
     if dst.resolve() == reader.path.resolve() or dst.resolve() in reader.path.resolve().parents:
         raise CheckpointError(f"{dst} holds the checkpoint that is to be converted; choose another folder")
     if options.verify and (reader.path / MANIFEST).exists():
@@ -100,6 +102,7 @@ def convert(options: argparse.Namespace) -> list[str]:
             f"{reader.path} is of a model with deepspeed.moe.layer.MoE layers, not of this trainer's; "
             "--to native and --to portable take it"
         )
+    # These two keep every parameter under its name, adapters too; the others take a model without any.
     if options.to not in ("portable", "deepspeed"):
         require = require_text if options.to == "hf" else require_language_model
         require(reader, f"--to {options.to}")
@@ -155,6 +158,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
         tag = folder / tag_name(reader.step)
         tag.mkdir()
         write_tag(reader, tag, layout, tell)
+        # load_checkpoint without a tag reads it.
         (folder / "latest").write_text(tag.name, encoding="utf-8")
     return [f"{dst / tag_name(reader.step)}: DeepSpeed checkpoint for {layout}"]
 

@@ -24,6 +24,7 @@ def sizes(shapes: dict[str, tuple[int, ...]], run: RunConfig) -> dict[str, int]:
     """
     active, calls = 0, run.rows_per_token
     for name, shape in shapes.items():
+        # Routed experts alone: every token passes shared ones (.shared.), as it does all other matrices.
         active += math.prod(shape[1:]) * calls if ".experts." in name else math.prod(shape)
     flops = forward_flops(run).total
     return {"stored": stored_numbers(shapes), "active": active, "forward_flops_per_token": flops}
@@ -89,5 +90,6 @@ def _perplexity(counts: Tensor) -> float:
 
 def _norms(reader: CheckpointReader, experts: list[tuple[str, int, int]]) -> dict[str, float]:
     """Root mean square of each expert's weights: the least, the mean and the largest over experts."""
+    # Expert by expert, as the weights of all may be more than memory holds.
     norms = [float(reader.read(name, "fp32", start, n).double().square().mean()) ** 0.5 for name, start, n in experts]
     return {"min": round(min(norms), 6), "mean": round(sum(norms) / len(norms), 6), "max": round(max(norms), 6)}

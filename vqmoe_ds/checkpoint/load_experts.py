@@ -55,6 +55,7 @@ def open_store(reader: CheckpointReader, config: RunConfig, dtype: torch.dtype, 
         reader.pieces(name)
 
     def fetch(layer: int, expert: int, part: str, out: Tensor) -> None:
+        # Experts are stacked along the first dimension: the values of one follow each other.
         _fill(out.view(-1), reader, names[layer, part], expert * out.numel())
 
     source = Source(str(reader.path), len(blocks), moe.num_experts, model.width, moe.expert_hidden, dtype, fetch)
@@ -71,6 +72,7 @@ def bind(model: MoETransformer, store: ExpertStore) -> None:
 def _fill(out: Tensor, reader: CheckpointReader, name: str, first: int) -> None:
     """Fill a flat tensor with a parameter's values from ``first`` on, straight from the file where types agree."""
     for piece in reader.pieces(name):
+        # In memory order alone: with strides only the whole tensor can be read.
         inside = piece.start <= first and first + len(out) <= piece.start + piece.length
         if inside and piece.stored.dtype == out.dtype and piece.stored.stride is None:
             return piece.stored.read_into(piece.begin + first - piece.start, out)

@@ -152,9 +152,11 @@ def _load(
     if config.moe.num_experts % ep_size:
         raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
     dtype = _precision(config, device, precision, ep_size)
+    # Before the weights, which take long: a wrong --tokenizer shows at once.
     found = None if config.model.image_size else find_tokenizer(reader, config, tokenizer)
     model = build_model(reader, config, ep_size, ep_rank, expert_memory)
     for param in model.parameters():
+        # Not model.to(dtype): it would cast the buffers, too.
         param.data = param.data.to(dtype)
     if expert_memory is not None:
         store = open_store(reader, config, dtype, expert_memory)
@@ -162,6 +164,7 @@ def _load(
         return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind, store)
     model.to(device)
     if ep_size > 1:
+        # Makes process groups, which is a collective of all ranks.
         for layer in model.moe_layers():
             layer.set_deepspeed_parallelism()  # type: ignore[operator]
     return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind)
@@ -200,6 +203,7 @@ def build_model(
     model = bare_model(config, ep_size, ep_rank, layer_class).eval().requires_grad_(False)
     check_same_model(model, ep_size, reader)
     for name, param in model.named_parameters():
+        # On meta are the experts of StoredMoELayer, which stay in the files.
         if not param.is_meta:
             reader.fill(param.data.view(-1), name, start=first_value(name, param, ep_rank))
     fill_buffers(model, reader)
@@ -221,6 +225,7 @@ def check_size(config: RunConfig, reader: CheckpointReader, expert_memory: int |
     layers = 0 if not moe.facts.has_experts else len(model.moe_blocks)
     experts = 3 * layers * moe.num_experts * moe.expert_hidden * model.width
     attention = 2 * model.layers * model.width * (model.attention_width + model.kv_width)
+    # A lower bound: norms, gates, routers and dense MLPs are left out.
     values = model.vocab_size * model.width + attention + experts
     if values > stored + _SMALL:
         raise CheckpointError(
@@ -230,6 +235,7 @@ def check_size(config: RunConfig, reader: CheckpointReader, expert_memory: int |
     positions = model.sequence_length * (model.width + model.attention_width)
     tables = model.vocab_size * (model.width + 2 * layers) + positions
     what = f"the model of {path} (model.sequence_length={model.sequence_length}, codebook.num_codes={book.num_codes})"
+    # Weights are read in float32 and cast afterwards, so that four bytes count for every precision.
     left_out = 0 if expert_memory is None else max(0, 4 * experts - expert_memory)
     check_room(
         4 * (max(stored, values) + 3 * codes + tables) - left_out,

@@ -40,11 +40,13 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     with sound(path):
         reader = _open(path)
         check_described(reader.config, reader.shapes, reader.path)
+        # CheckpointReader does not guard these: damage that they meet has to show in here.
         _ = reader.samples, reader.has_optimizer, reader.optimizer_step()
     return reader
 
 
 def _open(path: Path) -> CheckpointReader:
+    # With a manifest it is one of ours: a native DeepSpeed-MoE tag, for one, has files of the same names as our tags.
     if not (path / MANIFEST).exists():
         foreign = _format_of(path, sealed=False)
         if foreign is not None:
@@ -70,6 +72,7 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path / MANIFEST} says nothing of {key}: it is not a manifest of this trainer")
     for name, expected in manifest["files"].items():
         check_inside(path, name)
+        # Sizes alone: verify compares checksums, which takes a reading of every byte.
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != expected["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
@@ -116,6 +119,7 @@ def _best_of_finetuning(folder: Path) -> Path | None:
 def _is_finetuning(folder: Path) -> bool:
     for tag in tags(folder):
         try:
+            # An older tag of the run tells the same where the newest manifest is damaged.
             config = read_manifest(tag).get("config")
         except CheckpointError:
             continue

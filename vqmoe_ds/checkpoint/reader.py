@@ -21,6 +21,7 @@ from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.runtime.errors import CheckpointError, UserError, one_line, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# fp32 first: convert.check_complete takes the first alone where there is no optimizer.
 KINDS = ("fp32", *MOMENTS)
 CHUNK = 1 << 20
 """Values that ``stream`` and ``fill`` read at a time (4 MiB of float32)."""
@@ -145,6 +146,7 @@ class CheckpointReader(ABC):
         Args:
             kind: ``fp32`` (the master weights), ``exp_avg`` or ``exp_avg_sq``.
         """
+        # Not zeros: the pieces leave no gap.
         out = torch.empty(count)
         for piece in self.pieces(name, kind):
             first, last = max(start, piece.start), min(start + count, piece.start + piece.length)

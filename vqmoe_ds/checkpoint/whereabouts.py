@@ -56,6 +56,7 @@ def with_own_data(config: RunConfig, checkpoint: Path) -> RunConfig:
     def found(prefix: str) -> str:
         if Path(prefix).parent.name != INDEX_FOLDER or is_indexed(prefix):
             return prefix
+        # A tag lies in RUN/checkpoints: the run's folder is the second above it.
         places = [folder / INDEX_FOLDER / Path(prefix).name for folder in checkpoint.absolute().parents[:2]]
         return next((str(place) for place in places if is_indexed(str(place))), prefix)
 
@@ -99,6 +100,7 @@ def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
 
 def kept_tokenizer(path: Path, checksum: str | None) -> Tokenizer | None:
     """The copy with this checksum in a run folder, given that folder or a checkpoint in it; or None."""
+    # A tag lies in RUN/checkpoints: the run's folder is the second above it.
     for folder in (path, *path.absolute().parents[:2]):
         try:
             if (folder / FOLDER).is_dir() and (tokenizer := load_tokenizer(folder / FOLDER)).checksum == checksum:
