@@ -22,8 +22,10 @@ def mapped_array(path: str | Path, links: bool) -> np.ndarray:
         ValueError: it is no array of numbers; the message is the reason.
     """
     try:
+        # Opening a FIFO under this name would wait for a writer for ever.
         if not stat.S_ISREG(os.stat(path, follow_symlinks=links).st_mode):
             raise ValueError("it is not a regular file")
+        # Not numpy.load: this reads neither pickles nor the zip of an .npz, whatever the bytes say.
         return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise

@@ -76,6 +76,7 @@ def prepared(config: RunConfig, folder: Path, place: Place, say: Callable[[str],
     def each(source: str, most: int | None) -> str:
         if _is_prepared(source):
             return source
+        # Spelled in one way before it is hashed: hf:NAME and hub:NAME share what was prepared of them.
         source = hub_source(source)
         prefix = folder / f"{_stem(source)}-{_key(source, checksum, data.text_key, most)}"
         _prepare_once(_arguments(source, prefix, data, most), prefix, place, say)
@@ -108,6 +109,7 @@ def _stem(source: str) -> str:
 def _key(source: str, checksum: str, text_key: str, most: int | None) -> str:
     """Twelve digits for the text, as far as sizes and times of files tell, and how it is prepared."""
     files = [] if source.startswith(("hub:", "recipe:")) else files_of(source, SourceOptions())
+    # Absolute, as the same relative name may mean other files where another run with this cache was started.
     stamps = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     facts = json.dumps([source if not files else "", stamps, checksum, text_key, most])
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
@@ -117,6 +119,7 @@ def _arguments(source: str, prefix: Path, data: DataConfig, most: int | None) ->
     # Of a hub's set no more is read than is wanted, and nothing of it kept but the ids.
     limit = [] if most is None else ["--max_tokens", str(most)]
     given = ["--tokenizer", str(data.tokenizer), "--text_key", data.text_key, "--output", str(prefix), *limit]
+    # Behind the -- a source whose name begins with a dash is no option.
     return [*given, "--streaming", "--", source]
 
 
@@ -125,11 +128,13 @@ def _prepare_once(arguments: list[str], prefix: Path, place: Place, say: Callabl
     said = time.monotonic()
     while not Path(f"{prefix}.idx").exists():  # which is written last
         with _turn(prefix, place) as mine:
+            # Looked for once more: another process may have finished between the look above and the lock.
             if mine and not Path(f"{prefix}.idx").exists():
                 say(f"preparing {arguments[-1]} as {prefix}")
                 try:
                     prepare.prepare(prepare.build_parser("").parse_args(arguments))
                 except UserError as error:
+                    # Console prints errors of rank 0 and local ones, and rank 0 may have no part in this one.
                     raise DataError(_in_words_of_a_run(str(error)), local=place.rank != 0) from error
         if time.monotonic() - said > SAY_EVERY:
             say(f"waiting for {prefix}, which another process prepares")
@@ -166,6 +171,7 @@ def _turn(prefix: Path, place: Place) -> Iterator[bool]:
     except BaseException:
         with suppress(OSError):
             os.unlink(lock.name)
+            # The folder of prepared data and the run folder around it; rmdir takes a folder only if nothing is in it.
             for folder in prefix.parents[:2]:
                 folder.rmdir()
         raise

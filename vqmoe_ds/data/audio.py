@@ -58,6 +58,7 @@ class Noise:
             own: samples of ``clip_T`` that are not padding.
             name: of the clip; the noise follows from it.
         """
+        # Not hash(): Python salts the hash of a text, so that every process would draw another noise.
         rng = np.random.default_rng(list(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()))
         noise_T = self._babble(rng, len(clip_T)) if self.talkers else rng.standard_normal(len(clip_T))
         power = float(np.square(clip_T).sum()) / max(own, 1)
@@ -97,6 +98,7 @@ def _decoded(file: Path) -> tuple[int, np.ndarray]:
     """Samples per second, and ``[T]`` or ``[T, C]`` of the file's own type."""
     data = io.BytesIO(read_small(file, LARGEST))
     if file.suffix.lower() == ".wav":
+        # Python asks the filter that was added last first: the other way round nothing would be an error.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of other programs
             warnings.filterwarnings("error", "Reached EOF", wavfile.WavFileWarning)  # a file that is cut off
@@ -160,6 +162,7 @@ def mel_power(clip_T: np.ndarray, size: int) -> np.ndarray:
     spectrum is divided by the window's sum, so that a sine of amplitude A has the power A^2 / 4 at its frequency.
     """
     hop = len(clip_T) // size
+    # Periodic, not symmetric as np.hanning gives it: windows that overlap by half then add up to 1.
     window_W = np.hanning(2 * hop + 1)[:-1]
     padded_T = np.pad(clip_T, (hop // 2, hop))  # the first and the last window reach over the ends
     frames_FW = np.lib.stride_tricks.sliding_window_view(padded_T, 2 * hop)[::hop][:size] * window_W

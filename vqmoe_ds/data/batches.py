@@ -110,11 +110,14 @@ class ShuffledBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
+            # A step across the end of an epoch goes to and fro between two orders; older ones, 8 bytes a sample, go.
             self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
             self._orders[epoch] = self._draw(epoch)
         return self._orders[epoch]
 
     def _draw(self, epoch: int) -> np.ndarray:
+        # Mixed, not added up: else the second epoch of one seed would be the first epoch of the next. NumPy does not
+        # promise that a later release draws the same permutation (NEP 19).
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
     def _batch(self, first: int, rows: np.ndarray) -> Batch:

@@ -26,6 +26,7 @@ DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError)
 _BLOCK, _MOST = 64 << 10, 1 << 20  # bytes that go in and come out at a time
 _STARTS = {
     ".gz": rb"\x1f\x8b\x08",
+    # Text may begin with BZh9; then follow the digits of pi (a block) or of its root (the end of an empty stream).
     ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
     ".xz": rb"\xfd7zXZ\x00|\x5d\x00\x00.{2}[\x00-\x0f\xff]",
     ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
@@ -59,6 +60,7 @@ def without_suffix(path: str | Path) -> str:
 
 def kind_of_bytes(head: bytes) -> str:
     """The suffix that a file beginning with ``head`` should have; "" where its bytes are of no known kind."""
+    # DOTALL: a byte that is any may also be 10, the line break.
     return next((kind for kind, start in _STARTS.items() if re.match(start, head, re.DOTALL)), "")
 
 
@@ -71,6 +73,7 @@ def check_content(path: str | Path) -> None:
     """
     with open_regular(path, links=True) as file:
         head = file.read(_HEAD)
+    # By the name, before the bytes are asked: those of a .tar.gz are sound gzip, and its tar would pass for text.
     if _ARCHIVE.search(str(path)):
         raise DataError(f"{path} is an archive of files; unpack it and give its folder")
     if re.search(r"\.parquet\.(gz|bz2|xz|zst)$", str(path)):
@@ -146,6 +149,7 @@ class _Blocks(io.RawIOBase):
 
 
 _ENGINES: dict[str, Callable[[], Any]] = {
+    # 16 asks for gzip's header, in place of zlib's own; 15 is the largest window.
     ".gz": partial(zlib.decompressobj, 31),
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
@@ -159,8 +163,10 @@ def _streams(file: BinaryIO, new_engine: Callable[[], Any]) -> Iterator[bytes]:
         engine = new_engine()
         try:
             while not engine.eof:
+                # bz2 and lzma keep input that they have not used, and are asked on with nothing; zlib hands it back.
                 hungry = getattr(engine, "needs_input", True)
                 data = data or (file.read(_BLOCK) if hungry else b"")
+                # At most so much at a time: kilobytes may decompress to gigabytes.
                 block = engine.decompress(data, _MOST)
                 if hungry and not data and not block and not engine.eof:
                     raise EOFError("it is cut short")
@@ -168,6 +174,7 @@ def _streams(file: BinaryIO, new_engine: Callable[[], Any]) -> Iterator[bytes]:
                 if block:
                     yield block
         except MemoryError:
+            # lzma allocates the dictionary that a header asks for, which may be 4 GiB.
             raise WindowTooLarge("more than this machine has memory for") from None
         except (OSError, zlib.error, lzma.LZMAError) as error:
             raise error if first else OSError(f"what follows after its end is no such stream: {error}") from None

@@ -41,6 +41,7 @@ class FilePiece:
         """
         first, last, _ = part.indices(self.size)
         try:
+            # By offset, as all pieces of a path share one descriptor. Linux gives no more than 2 GiB at a time.
             content = os.pread(_opened(self.path).fileno(), last - first, first)
         except OSError as error:
             sentence = f"data file {self.path} can no longer be read ({error.strerror}); restore it"
@@ -53,6 +54,7 @@ class FilePiece:
         return self[:].tobytes()
 
 
+# What falls out of the cache is closed with its last reference: use a descriptor at once, and from one thread.
 @lru_cache(maxsize=64)
 def _opened(path: str) -> BufferedReader:
     return open_regular(path, links=True)
@@ -91,7 +93,9 @@ class Corpus:
     def starts(self, index: int, sequence_length: int) -> np.ndarray:
         """Whether each byte of a window but the last is the first of a file, bool ``[sequence_length]``."""
         start, answer = index * sequence_length, np.zeros(sequence_length, dtype=bool)
+        # Left, where window() looks right: a file that ends where the window starts has its successor begin at place 0.
         piece = bisect.bisect_left(self.ends, start)
+        # The last end stops it, for a window has one more byte than places.
         while self.ends[piece] < start + sequence_length:
             answer[self.ends[piece] - start] = True
             piece += 1
@@ -139,6 +143,7 @@ def _files_of(folder: str) -> tuple[list[str], list[str]]:
         files, others = list_tree(folder)
     except OSError as error:
         raise DataError(f"data folder {error.filename} cannot be listed ({error.strerror}); give another") from None
+    # By parts: as texts, a-b/c would come before a/c. The order decides which bytes a sample number stands for.
     return [os.path.join(folder, file) for file in sorted(files, key=lambda file: file.split(os.sep))], sorted(others)
 
 

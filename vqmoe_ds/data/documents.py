@@ -103,6 +103,8 @@ def files_of(source: str, options: SourceOptions) -> list[str]:
     if os.path.isdir(source):
         files = _files_of(source)
     else:
+        # A name that is there is no pattern, whatever brackets it has. Sorted, as glob gives the order of the file
+        # system, which differs between machines.
         files = [source] if os.path.exists(source) else sorted(_matches(source))
     if not files:
         what = "holds no files" if os.path.isdir(source) else why_missing(source)
@@ -141,6 +143,7 @@ def _matches(pattern: str) -> list[str]:
     if not os.path.isdir(root or os.curdir):
         return []
     below = parts[len(root.rstrip(os.sep).split(os.sep)) if root else 0 :]
+    # As in a shell, hidden names match only a pattern that spells the dot, and need not be listed without one.
     hidden = any(part.startswith(".") for part in below)
     files, _ = list_tree(root or os.curdir, hidden)
     return [os.path.join(root, file) for file in files if _fits(file.split(os.sep), below)]

@@ -48,6 +48,7 @@ class DocumentDataset(GPTDataset):
         if len(dataset.sequence_lengths) and dataset.sequence_lengths.min() < 0:
             # The compiled loop that cuts windows adds the lengths up, and would walk past the end.
             raise DataError(f"{path}.idx has sequences of fewer than no tokens: it is damaged, prepare it again")
+        # With split="1" the indices are those of all sequences, so that only their number counts.
         super().__init__(dataset, path, members(len(indices), config.share), samples, split, config)
         _check_values(self, path)
 
@@ -87,6 +88,7 @@ def _check_values(dataset: Any, path: str) -> None:
 class _EndOfDocument:
     """The part of a tokenizer that ``GPTDataset`` reads; -2, which no id is, where the end of a document is unknown."""
 
+    # GPTDatasetConfig would derive the number type of the ids from it; with None that of the .idx holds.
     vocab_size = None
 
     def __init__(self, eod: int | None) -> None:
@@ -120,11 +122,13 @@ def open_epoch(portion: Portion, seed: tuple[int, ...], eod: int | None, cache: 
         if folder != final:
             _seal(folder, final)
     except Exception as error:
+        # On rank 0 of a process group BlendedMegatronDatasetBuilder raises a bare Exception from an OSError.
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
             raise
         sentence = f"the index of the data cannot be kept in {cache} ({cause.strerror}); set data.cache_dir"
         raise DataError(sentence, local=True) from error
+    # Which corpus is next, and which of its windows; the rest of the index is what _check_values has seen.
     if hasattr(dataset, "dataset_index"):  # of several corpora
         which, entry = dataset.dataset_index, dataset.dataset_sample_index
         windows = np.array(portion.windows)
@@ -140,6 +144,7 @@ def remove_epoch(portion: Portion, seed: tuple[int, ...], cache: Path) -> None:
     Args:
         portion, seed, cache: as of ``open_epoch``.
     """
+    # Epoch 0 of a training with seed 0 has the seed of the held-out text, which may be the same portion: it stays.
     if seed != HELD_OUT and not (dist.is_initialized() and dist.get_rank()):
         shutil.rmtree(_folder(portion, seed, cache), ignore_errors=True)
 
@@ -160,10 +165,16 @@ def _build(folder: Path, portion: Portion, seed: tuple[int, ...], eod: int | Non
         tokenizer=_EndOfDocument(eod),
         reset_position_ids=False,
         reset_attention_mask=False,
+        # Besides masking it keeps megatron-core from caching the mask of the first sample for all others:
+        # DocumentDataset.__getitem__ writes into it.
         eod_mask_loss=True,
         create_attention_mask=False,
     )
+    # megatron-core does not name its files after it: the folder's name tells it (Portion.fingerprint).
     config.share = portion.share
+    # Samples of None are one epoch of every corpus, which the builder allows without weights only. It builds on rank 0
+    # and, behind a barrier, on the others: all ranks must call it. With several corpora there has to be a process
+    # group, for BlendedDataset asks for its rank without looking whether there is one.
     return BlendedMegatronDatasetBuilder(DocumentDataset, [None, None, None], lambda: True, config).build()[0]
 
 
@@ -172,6 +183,7 @@ def _shapes(portion: Portion) -> Shapes:
     first, last = portion.share
     counts = [len(prefix.lengths) for prefix in portion.prefixes]
     shapes: Shapes = {
+        # Rounded as portions.members rounds, or no index would ever be found sound.
         "document_index": [(round(last * float(count)) - round(first * float(count)),) for count in counts],
         "sample_index": [(windows + 1, 2) for windows in portion.windows],
         "shuffle_index": [(windows,) for windows in portion.windows],
@@ -194,6 +206,7 @@ def _agreed_folder(final: Path, portion: Portion) -> Path:
 def _seal(folder: Path, final: Path) -> None:
     if several_ranks():
         dist.barrier()  # the others have opened the files
+        # They go on before the rename: what they have mapped does not follow the name.
         if dist.get_rank() != 0:
             return
     # Sealed before it is renamed: under its final name an index is whole, whenever the process is killed.

@@ -28,6 +28,8 @@ HELD_OUT = "share of the text held out (data.holdout_every)"
 
 def of_data(data: Any) -> dict[str, str]:
     """Fingerprints of training and held-out data, by name (raw text, prepared corpora or images)."""
+    # Manifests of checkpoints keep names and digests: with another name or rule a run of before would be refused as
+    # one of other data.
     if isinstance(data, RawText):
         return {
             "training text": of_pieces(data.train.corpus.pieces),
@@ -69,6 +71,7 @@ def of_checkpoint(path: Path) -> str:
 
 def _of_portion(portion: Portion) -> str:
     files = [FilePiece(f"{prefix.path}.bin", os.stat(f"{prefix.path}.bin").st_size) for prefix in portion.prefixes]
+    # The same ids, cut into other sequences, are shuffled into other windows.
     lengths = [np.ascontiguousarray(prefix.lengths).tobytes() for prefix in portion.prefixes]
     return _digest([of_pieces(files).encode(), *lengths])
 
@@ -82,6 +85,7 @@ def of_pieces(pieces: Sequence[np.ndarray | FilePiece]) -> str:
     ends = np.cumsum(sizes, dtype=np.int64)
     blocks = []
     for start in np.linspace(0, total - 1, BLOCKS).astype(np.int64):
+        # Right: the piece that holds the byte, past empty ones that end at the same place.
         piece = int(np.searchsorted(ends, start, side="right"))
         begin = int(start) - (int(ends[piece - 1]) if piece else 0)
         blocks.append(pieces[piece][begin : begin + BLOCK].tobytes())
@@ -91,5 +95,6 @@ def of_pieces(pieces: Sequence[np.ndarray | FilePiece]) -> str:
 def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
+        # With its length: "ab", "c" are not "a", "bc".
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]

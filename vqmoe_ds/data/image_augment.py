@@ -101,12 +101,16 @@ class Mixing:
             draws_B, places_B: uint64, uniform and independent.
         """
         size = images.shape[1]
+        # Bit 63 is none of those that _boxes places by: 0 to 15 and 24 to 39.
         cut_B = (
             (places_B >> np.uint64(63) == 1) if self.mixup and self.cutmix else np.full(len(draws_B), self.cutmix > 0)
         )
         alphas_B = np.where(cut_B, self.cutmix, self.mixup)
+        # The inverse of the distribution function takes one number for one share; Generator.beta rejects some, so that
+        # shares would depend on those before them. 53 bits are what a float64 holds: uniform in [0, 1).
         shares_B = betaincinv(alphas_B, alphas_B, (draws_B >> np.uint64(11)) * 2.0**-53)
         box_BHH = _boxes(shares_B, places_B, size)
+        # Boxes are cut off at the edges and rounded to pixels: labels follow the pixels that were pasted.
         shares_B = np.where(cut_B, 1 - box_BHH.mean(axis=(1, 2)), shares_B)
         first_BHHC, second_BHHC = images[:-1], images[1:]
         weights_B111 = shares_B[:, None, None, None]

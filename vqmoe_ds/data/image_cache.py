@@ -43,6 +43,7 @@ def decoded(files: ImageFiles, wanted: Wanted, cache: Path) -> tuple[dict[str, n
             refusal = str(error)
         except OSError as error:
             refusal = f"the decoded images cannot be kept in {cache} ({error.strerror}); set data.cache_dir"
+    # Also the sign for the others that the folder is whole.
     refusal = from_first(refusal)  # the others would wait for ever
     if refusal is not None:
         raise DataError(refusal)
@@ -50,6 +51,7 @@ def decoded(files: ImageFiles, wanted: Wanted, cache: Path) -> tuple[dict[str, n
 
 
 def _file(folder: Path, split: str) -> Path:
+    # index_cache.why_unsound looks shapes up by what follows the last dash.
     return folder / f"{split}-images.npy"
 
 
@@ -61,6 +63,7 @@ def _make(splits: dict[str, Split], wanted: Wanted, folder: Path) -> list[str]:
     work = work_folder(folder)
     try:
         grey = sum(_decode(split, wanted, _file(work, name)) for name, split in splits.items())
+        # Sealed before it is renamed: under its final name a folder is whole, whenever the process is killed.
         seal(work)
         try:
             work.rename(folder)
@@ -89,6 +92,7 @@ def _decode(split: Split, wanted: Wanted, file: Path) -> int:
             return f"{split.name(index)}: {error}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let other threads run
+        # Executor.map submits all that it is given, and keeps results until they are asked for.
         for start in range(0, len(images_NHHC), _TOGETHER):
             rows = range(start, min(start + _TOGETHER, len(images_NHHC)))
             for row, found in zip(rows, pool.map(one, rows), strict=True):
@@ -102,5 +106,6 @@ def _decode(split: Split, wanted: Wanted, file: Path) -> int:
         raise DataError(
             f"{len(bad):,} of {len(images_NHHC):,} images cannot be used ({'; '.join(bad[:_NAMED])}{more}); {REMEDY}"
         )
+    # Before seal reads the file: POSIX does not promise that reading sees what is only in a mapping.
     images_NHHC.flush()
     return grey

@@ -91,6 +91,7 @@ def _folders(place: Path) -> ImageFiles | None:
         return None
     parts = [place / "train", *(place / name for name in HELD_OUT_NAMES)]
     splits = [part for part in parts if part.is_dir()] if parts[0].is_dir() else [place]
+    # Sorted: the numbers of the labels follow, and scandir has the order of the file system.
     classes = tuple(sorted(entry.name for entry in os.scandir(splits[0]) if entry.is_dir() and _files(entry.path)))
     if not classes:
         return None
@@ -151,6 +152,7 @@ def _unpacked(file: Path) -> tuple[tuple[str, ...], Split]:
         with np.load(file) as archive:  # arrays of objects, which are pickles, are refused
             arrays = {name: archive[name] for name in _ARRAYS}
         whole = all(array.ndim == 1 and array.dtype.kind == _ARRAYS[name] for name, array in arrays.items())
+        # Signed, so that offsets that fall have negative differences; those of unsigned numbers wrap around.
         offsets = arrays["offsets"].astype(np.int64)
         ends = [int(offsets[0]), int(offsets[-1])]
         if not whole or len(offsets) != len(arrays["labels"]) + 1 or ends != [0, len(arrays["payload"])]:
@@ -197,6 +199,7 @@ def _batches(files: list[Path]) -> Split:
         fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(numbers), 3072)
         if not fits or not all(type(number) is int for number in numbers):
             raise DataError(f"{file} holds no images of 32 x 32 x 3 with a label each: it is damaged, copy it again")
+        # Stored as a plane of red, one of green and one of blue.
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += numbers
     return Stored(np.array(labels, np.int64), np.concatenate(images), " and ".join(file.name for file in files))
@@ -245,7 +248,9 @@ def _idx_array(file: Path, dimensions: int) -> np.ndarray:
     with open_regular(file, links=True) as raw, gzip.open(raw) if file.suffix == ".gz" else raw as opened:
         header = opened.read(4 + 4 * dimensions)
         shape = [int(n) for n in np.frombuffer(header[4:], ">u4")] if len(header) == 4 + 4 * dimensions else []
+        # In Python's integers: the product of three 32-bit sizes may pass int64.
         size = int(np.prod(shape, dtype=object)) if shape else 0
+        # One byte more than it may have, to notice one that is longer.
         data = opened.read(size + 1) if header[:4] == bytes([0, 0, 8, dimensions]) and size < LARGEST_ARRAYS else b""
     if not shape or len(data) != size or not size:
         raise DataError(f"{file} is no idx file of {dimensions} dimension(s), or it is cut off; copy it again")

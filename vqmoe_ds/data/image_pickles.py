@@ -34,9 +34,11 @@ def read_pickle(file: Path) -> Any:
     """
     data = bytes_of(file)
     try:
+        # Before anything is loaded: find_class refuses names, but no memo index that asks for gigabytes.
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in OPCODES or (opcode.name.endswith("PUT") and int(argument or 0) > _MEMO):
                 raise pickle.UnpicklingError(f"it asks for {opcode.name}")
+        # CIFAR-10 was pickled by Python 2, whose texts (keys, pixels) are bytes; ASCII, the default, fails on pixels.
         return _plain(_Arrays(io.BytesIO(data), encoding="bytes").load())
     except Exception as error:  # a pickle can raise anything
         raise DataError(

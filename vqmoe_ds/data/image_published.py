@@ -111,6 +111,7 @@ def _severities(file: Path, labels_N: np.ndarray) -> list[Callable[[], Split]]:
         raise DataError(f"{file} has {len(images_NHWC):,} images, and {LABELS} {len(labels_N):,}; copy both again")
     each = len(labels_N) // len(SEVERITIES)
 
+    # A function, so that each lambda keeps its own severity: in a loop all would see the last one.
     def opening(severity: int) -> Callable[[], Split]:
         part = slice((severity - 1) * each, severity * each)
         return lambda: Stored(labels_N[part].astype(np.int64), images_NHWC[part], f"{file}, severity {severity}")

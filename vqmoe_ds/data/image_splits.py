@@ -86,6 +86,7 @@ class Pixels:
             raise ValueError("it has 3 channels, and model.channels=1")
         if wanted.resize and image.size != (wanted.size, wanted.size):
             ops = library("PIL.ImageOps", "scaling images", DataError)
+            # Converted first: Pillow scales palettes and bits by the nearest pixel, whatever filter is asked for.
             image = ops.fit(image.convert("RGB"), (wanted.size, wanted.size))
         array_HWC = np.asarray(image.convert("RGB" if wanted.channels == 3 else "L"))
         return _checked(array_HWC.reshape(*array_HWC.shape[:2], wanted.channels), wanted), grey
@@ -112,6 +113,7 @@ class Encoded:
         pillow = library("PIL.Image", "reading images", DataError)
         try:
             image = pillow.open(io.BytesIO(self.blob(index)), formats=FORMATS)
+            # Between the two calls: open reads the header alone, load unpacks.
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, too many to unpack")
             image.load()
@@ -152,6 +154,8 @@ class ImageFiles:
         """Fingerprint of all files, of their names within the source, and of the classes."""
         names = [os.path.relpath(file, self.name) for file in self.files] if os.path.isdir(self.name) else []
         content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
+        # With names, for in folders they are the labels: a file that moves to another class has the same bytes. An
+        # empty mark is left out, for caches and checkpoints know the digest of files without one.
         told = [self.classes, names, content, *([self.mark] if self.mark else [])]
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 

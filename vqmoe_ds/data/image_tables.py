@@ -75,6 +75,7 @@ class ImageTable:
 
     def _column(self, group: int) -> Any:
         """The images of a row group."""
+        # Threads of image_cache ask for neighbours: without the lock each would read and unpack the row group itself.
         with self._lock:
             if group not in self._kept:
                 file, number = self._groups[group]
@@ -182,6 +183,7 @@ def _labels(file: Path) -> np.ndarray:
 
 def _whole_numbers(column: Any, told: Any) -> np.ndarray:
     """An Arrow column as int64."""
+    # A column with gaps is refused below as an array of floats: Arrow would give it with NaN in them.
     values = column.to_numpy() if not column.null_count else np.zeros(0)
     if values.dtype.kind not in "iu" or len(values) != len(column):
         raise DataError(f"{told} has labels that are no whole numbers; give a number to each class")

@@ -88,6 +88,7 @@ class ImageBatches(ShuffledBatches):
     def _batch(self, first: int, rows: np.ndarray) -> Batch:
         if self.mixing is None:
             return self._augmented(first, rows)
+        # The partner of the last sample is changed as under its own number: it does not matter where batches are cut.
         more = self._augmented(first, np.append(rows, self.rows(first + len(rows), 1)))
         draws = [self._draws(first, len(rows), stream) for stream in ("shares", "places")]
         images_BHHC, targets_BK = self.mixing(more.inputs_BS, more.targets_BS, *draws)
@@ -104,9 +105,11 @@ class ImageBatches(ShuffledBatches):
 
     def _draws(self, first: int, count: int, stream: str) -> np.ndarray:
         """A number for each sample from ``first`` on, uint64; those of several streams are independent."""
+        # Numbers of samples stay below 2^48, so that no two streams share a number.
         return mixed(self.seed, np.arange(first, first + count) + (_STREAMS.index(stream) << 48))
 
 
+# Places in this tuple are part of every draw: append only, or resumed runs see other images.
 _STREAMS = ("shifts", "operations", "shares", "places")
 
 
@@ -133,7 +136,9 @@ def shifted(images_BHHC: np.ndarray, draws_B: np.ndarray, augment: Augment) -> n
 
 def mixed(seed: int, numbers: np.ndarray) -> np.ndarray:
     """Uniform uint64 from (seed, number), one by one: SplitMix64 (Steele 2014)."""
+    # The products are meant modulo 2^64; NumPy warns of that for scalars (the seed), not for arrays.
     with np.errstate(over="ignore"):
+        # One step on, as what follows leaves 0 as it is.
         z = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z ^= np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -168,6 +173,7 @@ class ImageData:
         count = len(self.files.train.labels_N)
         if self.files.test is not None:
             return np.zeros(count, bool)
+        # Seed 0, not the run's: runs with other seeds validate on the same images.
         return mixed(0, np.arange(count)) % np.uint64(self.holdout_every) == 0
 
     def summary(self) -> str:

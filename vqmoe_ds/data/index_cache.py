@@ -37,6 +37,7 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
         OSError: the file cannot be read.
     """
     try:
+        # The cache holds files of its own: a link would have what lies elsewhere taken for an index.
         return mapped_array(path, links=False)
     except ValueError as error:
         sentence = f"{path} is not an array of numbers ({error}); remove its folder, and it is made again"
@@ -45,6 +46,7 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
 
 def work_folder(final: Path) -> Path:
     """A new folder beside ``final`` to make it in; what is there already, in either place, is removed."""
+    # Beside it, since a rename stays within one file system.
     work = final.with_name(f".{final.name}.{os.getpid()}")
     for stale in (final, work):  # the latter left by a kill of another process with this number
         shutil.rmtree(stale, ignore_errors=True)
@@ -54,6 +56,8 @@ def work_folder(final: Path) -> Path:
 
 def seal(folder: Path) -> None:
     """Write the sidecar of a folder whose files are finished."""
+    # Files need not be flushed to disk: what a power cut takes of them no longer has its checksum, and the folder is
+    # made again.
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())}
     write_atomically(folder / SIDECAR, json.dumps({"format": FORMAT, "files": files, "sha256": _digest(files)}))
 
@@ -63,6 +67,7 @@ def why_unsound(folder: Path, shapes: Shapes) -> str | None:
     if folder.is_symlink() or not folder.is_dir():
         return "it is not there"
     try:
+        # Before anything is opened: lstat neither follows links nor waits for FIFOs.
         if any(not stat.S_ISREG(os.lstat(path).st_mode) for path in folder.iterdir()):
             return "it holds more than files"
         files = _sealed_files(folder)
@@ -79,6 +84,7 @@ def why_unsound(folder: Path, shapes: Shapes) -> str | None:
                 found.setdefault(name.removesuffix(".npy").rpartition("-")[2], []).append(array.shape)
     except (OSError, DataError) as error:
         return str(error)
+    # Sorted: names begin with megatron-core's hashes, so which of several arrays belongs to which corpus is not known.
     if {name: sorted(some) for name, some in found.items()} != {name: sorted(some) for name, some in shapes.items()}:
         return "it is of other data"
     return None

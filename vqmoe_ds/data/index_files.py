@@ -32,6 +32,7 @@ DTYPES: dict[int, type[np.number]] = {
     7: np.float32,
     8: np.uint16,
 }
+# Also without padding, which native alignment would put between the fields.
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20
 
@@ -64,6 +65,7 @@ class IndexHeader:
     @property
     def ids(self) -> np.ndarray:
         """All token ids, ``[tokens]``, mapped from the .bin."""
+        # An empty file cannot be mapped.
         if self.tokens == 0:
             return np.zeros(0, self.dtype)
         return np.memmap(f"{self.prefix}.bin", self.dtype, mode="r", shape=(self.tokens,))
@@ -171,7 +173,9 @@ def check_index(header: IndexHeader) -> None:
     lengths = chunks(header.lengths)
     first = 0
     for offset in chunks(header.offsets):
+        # In int64 before it is multiplied: lengths are int32, and sizes in bytes may pass that.
         length = next(lengths).astype(np.int64) * header.dtype.itemsize
+        # The length is taken off the size, not added to the offset, which a forged one would wrap around.
         past = (length < 0) | (offset < 0) | (offset > size - length)
         if past.any():
             raise DataError(
@@ -216,6 +220,7 @@ class HashedFile:
         try:
             self._stream.flush()
             if self.keep:
+                # parts.merge renames the file next: the new name could else reach the disk before the bytes.
                 os.fsync(self._stream.fileno())
         finally:
             self._stream.close()

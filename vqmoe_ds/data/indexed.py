@@ -32,6 +32,7 @@ from vqmoe_ds.runtime.files import read_small
 UNKNOWN = "unknown"
 """Checksum of a tokenizer that is not known."""
 
+# Part of the order of the data: another value gives a resumed run other samples.
 BLEND = 1 << 16
 """Samples after which the pattern of a weighted blend starts again."""
 
@@ -91,6 +92,7 @@ class IndexedBatches:
             DataError: an index that cannot be written, or ids beyond the vocabulary.
         """
         places = self.places(first)
+        # Of the whole global batch, not of this rank's blocks: open_epoch is collective.
         self._open_epochs({(portion, epoch) for portion, epoch, _ in places})
         # Dealt out by micro-batch, not by rank, so that the same samples make a step on any number of ranks.
         blocks = [places[start : start + size] for start in range(rank * size, len(places), world * size)]
@@ -154,6 +156,8 @@ class Reader:
             np.stack([sample[name].numpy() for sample in samples]) for name in ("tokens", "labels", "loss_mask")
         )
         largest, least = max(inputs_BS.max(), labels_BS.max()), min(inputs_BS.min(), labels_BS.min())
+        # Before any use: an id below 0 would silently count from the end of _bytes_V, and one past the embedding would
+        # stop a GPU with an assertion that names no data.
         if largest >= self.vocab_size or least < 0:
             outside = least if least < 0 else largest
             raise DataError(
@@ -249,6 +253,7 @@ def open_indexed_text(config: RunConfig) -> IndexedText | None:
                 f"than the {length + 1} of one window (data.split={data.split}); give more text or a shorter "
                 "model.sequence_length"
             )
+    # megatron-core's BlendedDataset asserts that every corpus has a window.
     valid = Portion(others or prefixes, valid_share, length).without_empty()
     if not valid.prefixes:
         raise DataError(_nothing_held_out(data, length))
@@ -419,5 +424,6 @@ def _pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
     helpers = library("megatron.core.datasets.helpers", "blending prepared data", DataError)
     turns, numbers = np.zeros(BLEND, dtype=np.int16), np.zeros(BLEND, dtype=np.int64)
     shares = np.array(weights) / sum(weights)
+    # Whose samples so far are furthest behind (share * place) is next: shares must add up to 1.
     helpers.build_blending_indices(turns, numbers, shares, len(weights), BLEND, False)
     return turns, numbers
