@@ -67,13 +67,16 @@ def _climb(images: Tensor, eps: float, draws: Draws, gradient: Callable[[Tensor]
     moved = (images + eps * noise).clamp(0, 1)
     for _ in range(STEPS):
         moved = moved + STEP * eps * gradient(moved).sign()
+        # In this order both bounds hold: the image lies between 0 and 1, so the second clamp leads back towards it.
         moved = (images + (moved - images).clamp(-eps, eps)).clamp(0, 1)
     return moved
 
 
 def _gradient(loss: Loss, images: Tensor) -> Tensor:
     images = images.detach().requires_grad_()
+    # Images are attacked as they are read, under the ``no_grad`` of who scores them.
     with torch.enable_grad():
+        # The sum has the gradient of each image's own loss: what a router takes from a batch has none.
         (gradient,) = torch.autograd.grad(loss(images).sum(), images)
     return gradient
 
@@ -84,15 +87,18 @@ def _estimate(loss: Loss, images: Tensor, draws: Draws) -> Tensor:
     total = torch.zeros_like(images)
     for _ in range(PROBES):
         direction = _drawn(images, draws, lambda draw: draw.integers(0, 2, images.shape[1:]) * 2 - 1)
+        # Probes may leave [0, 1]: cut off there, the two would no longer lie at equal distances from the image.
         slope_B = (loss(images + PROBE * direction) - loss(images - PROBE * direction)) / (2 * PROBE)
         total += slope_B.view(-1, *[1] * (images.dim() - 1)) * direction
     return total / PROBES
 
 
 def _drawn(images: Tensor, draws: Draws, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
+    # By NumPy and image by image: neither the device nor what shares the batch changes what is drawn.
     return torch.from_numpy(np.stack([draw(each) for each in draws])).to(images)
 
 
+# ``images.Attacked`` seeds its draws by the place in this table: another order is another attack.
 ATTACKS: dict[str, Callable[[Loss, Tensor, float, Draws], Tensor]] = {
     "fgsm": _fgsm,
     "pgd20": _pgd,

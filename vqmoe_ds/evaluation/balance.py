@@ -11,6 +11,7 @@ from torch import Tensor
 
 def perplexity(counts: Tensor) -> list[float]:
     """``exp`` of the entropy of each row of counts: how many entries are in effective use."""
+    # A layer that has counted nothing yet has a perplexity of 1: 0 / 0 would reach the metrics as NaN.
     shares = counts.double() / counts.sum(dim=-1, keepdim=True).clamp_min(1)
     return [float(v) for v in torch.special.entr(shares).sum(dim=-1).exp()]
 

@@ -109,9 +109,14 @@ class Scoring:
     def __call__(self, texts: Labelled, rows: np.ndarray, before_each: Callable[[], Any]) -> ClassScore:
         """Score those at ``rows``, calling ``before_each`` forward pass on all ranks."""
         count, round_size = len(rows), self.size * self.world
+        # Sorted by length, a batch needs little padding. Stable, for all ranks must deal out the same order, and ties
+        # of NumPy's default sort depend on the processor.
         by_length = np.argsort(texts.lengths[rows], kind="stable")
+        # Every rank makes as many passes, be it on texts that do not count: where experts are spread each is a
+        # collective.
         rounds = -(-count // round_size)
         padded = np.append(by_length, np.full(rounds * round_size - count, -1))  # -1: one that only fills the round up
+        # Each column is written by one rank and stays 0 on the others, so that the sum over ranks gathers them.
         found = torch.zeros(4, count, dtype=torch.float64, device=self.device)
         for places in padded.reshape(rounds, self.world, self.size)[:, self.rank]:
             before_each()
@@ -119,6 +124,7 @@ class Scoring:
             logits_BC, _ = self.model(torch.from_numpy(batch.inputs_BS).to(self.device))
             labels_B = torch.from_numpy(batch.targets_BS).to(self.device)
             losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+            # In float32 all that is nearly sure would round to 1, and ``out_of_distribution`` could not rank it.
             best = logits_BC.double().softmax(dim=-1).max(dim=-1)
             mine = places >= 0
             energies_B = logits_BC.double().logsumexp(dim=-1)
@@ -136,6 +142,7 @@ def judge(score: ClassScore, classes: Sequence[str], things: str = "texts") -> d
     """
     from sklearn.metrics import precision_recall_fscore_support
 
+    # All classes are named: scikit-learn would leave out those that are neither there nor predicted.
     columns = precision_recall_fscore_support(
         score.labels_T, score.predictions_T, labels=range(len(classes)), zero_division=0
     )

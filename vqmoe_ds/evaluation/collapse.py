@@ -29,6 +29,7 @@ def numerical_rank(spectrum_D: Tensor, threshold: float) -> int:
 def centred_spectrum(x_TD: Tensor) -> Tensor:
     """Singular values of the vectors less their mean, largest first, float64 ``[min(T, D)]``, divided by sqrt(T)."""
     x_TD = x_TD.double()
+    # Not by eigenvalues of the covariance: squared, small values would drown in rounding.
     return torch.linalg.svdvals(x_TD - x_TD.mean(dim=0)) / len(x_TD) ** 0.5
 
 
@@ -57,6 +58,7 @@ def class_scatter(x_TD: Tensor, classes_T: Tensor) -> Scatter:
         classes_T: the class of each, int64 (the expert or code it was sent to).
     """
     known_T = classes_T >= 0
+    # Numbered anew: a class without vectors would have a mean of 0 / 0, and count among the classes of NC1.
     x_TD, classes_T = x_TD[known_T].double(), torch.unique(classes_T[known_T], return_inverse=True)[1]
     counts_N = torch.bincount(classes_T)
     means_ND = x_TD.new_zeros(len(counts_N), x_TD.shape[1]).index_add_(0, classes_T, x_TD) / counts_N.unsqueeze(1)
@@ -92,6 +94,7 @@ def weight_likeness(experts: StackedExperts) -> Likeness:
 def output_likeness(experts: StackedExperts, x_TD: Tensor) -> Likeness:
     """Cosines of ``E_i(x)`` and ``E_j(x)``, mean over tokens: every expert runs on every token, its own or not."""
     cosines_EE = x_TD.new_zeros(experts.num_local, experts.num_local, dtype=torch.float64)
+    # A few tokens at a time: the outputs of all experts are E times as large as the states.
     for chunk_TD in x_TD.split(64):
         outputs_TED = torch.stack([run_expert(experts, e, chunk_TD) for e in range(experts.num_local)], dim=1)
         unit_TED = F.normalize(outputs_TED, dim=-1)
@@ -101,6 +104,7 @@ def output_likeness(experts: StackedExperts, x_TD: Tensor) -> Likeness:
 
 def run_expert(experts: StackedExperts, expert: int, x_TD: Tensor) -> Tensor:
     """One expert by plain PyTorch: ``W2 (silu(W1 x) * W3 x)``."""
+    # Must agree with what ``StackedExperts`` computes, and its derivative with ``experiments/jacobian.py: _slopes``.
     hidden_TH = F.silu(x_TD @ experts.w1[expert].t()) * (x_TD @ experts.w3[expert].t())
     return hidden_TH @ experts.w2[expert].t()
 

@@ -75,6 +75,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="a rank that shows no life for so long is missing: the others leave (default 120)",
     )
+    # DeepSpeed's launcher appends it to the user's words.
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     add_plugin_option(parser)
     return parser
@@ -92,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
         corruptions = _check(args, place)
     except UserError as error:
         return leave_together(console.fail(error), place)
+    # What DeepSpeed and gloo print is kept where an error is a defect, for what came before may explain it.
     handle, log = tempfile.mkstemp(prefix="vqmoe_evaluate_", suffix=".log")
     os.close(handle)
     console.capture(Path(log))
@@ -109,6 +111,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
     """Refuse what can be refused before anything heavy is loaded; returns the corruptions asked for."""
+    # DeepSpeed would answer a wrong variable with a traceback, at its import.
     asked_accelerator()
     least_of = {"stride": 1, "batch_size": 1, "max_tokens": 2, "seeds": 1, "ep_size": 1, "sp_size": 1}
     for name, least in least_of.items():
@@ -171,6 +174,7 @@ def _evaluate(
     # Heavy imports only now: bad options have been answered, and their chatter goes to the log.
     from vqmoe_ds.runtime.torch_setup import set_up_torch
 
+    # bf16 is the default of ``load_model`` on a GPU. A refusal is told at the ranks' meeting: none waits for another.
     check = partial(check_precision, precision=args.precision or "bf16", remedy="choose --precision fp32")
     device = set_up_torch(place, check=check)
     remedy = "lower --batch_size, or spread experts (--ep_size) or windows (--sp_size) over more ranks"
@@ -195,6 +199,7 @@ def _score(
     from vqmoe_ds.evaluation.images import refuse_images
     from vqmoe_ds.evaluation.texts import open_texts
 
+    # DeepSpeed's expert-parallel groups are consecutive ranks.
     ep_rank = place.rank % args.ep_size
     memory = parse_memory(args.expert_memory, "--expert_memory")
     loaded = load_model(
@@ -205,6 +210,7 @@ def _score(
             return _score_images(args, loaded, place, console)
     refuse_images(loaded, args.data)
     _refuse_options_of_images(args)
+    # ``evaluate`` checks it too, but only after the data has been read.
     checked_stride(args.stride, loaded.config.model.sequence_length)
     share_windows(loaded, args.sp_size, place)
     texts = open_texts(loaded, args.data, args.split, args.max_tokens)
@@ -243,6 +249,7 @@ def share_windows(loaded: LoadedModel, size: int, place: Place) -> None:
     train = loaded.config.train.model_copy(update={"sequence_parallel_size": size})  # not that of the training
     run = loaded.config.model_copy(update={"train": train})
     check_sequence_parallel(run, place.world_size)
+    # Makes process groups, for which all ranks come here in the same order.
     share = sequence_share(run, place.rank)
     if share is not None:
         loaded.model.share_sequences(share)
@@ -265,6 +272,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
     damaged = _damaged(args, images, published)
     if reference is not None:
         reference.check([(each.kind, each.severity) for each in damaged], len(images), bool(published))
+    # Opened before anything is scored: what is refused is refused at once, not after the clean images.
     others = [open_others(loaded, name, len(images)) for name in args.ood]
     started = time.monotonic()
     progress = partial(_bar, console, unit="image")
@@ -290,6 +298,7 @@ def _damaged(args: argparse.Namespace, images: ImageSet, published: list[Damaged
         raise ConfigError("--relative_to compares errors on damaged images; add --corruptions all")
     corruptions = dict.fromkeys(each for spec in specs for each in parse_image_corruption(spec))
     if args.max_tokens is not None:
+        # As many, evenly spaced alike: of CIFAR-10-C these are the damaged copies of the clean images that are scored.
         published = [each.evenly(len(images)) for each in published]
     return [*published, *damaged_here(images, corruptions)]
 

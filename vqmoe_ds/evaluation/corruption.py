@@ -23,6 +23,7 @@ from vqmoe_ds.runtime.errors import ConfigError
 
 REPLACEMENT = b"AAA"
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"
+# Bytes from 0x80 on are parts of characters, none of which an edit may cut: tokenizers refuse what is no UTF-8.
 _LETTER = rb"[0-9A-Za-z_\x80-\xff]"
 _WORD = re.compile(_LETTER + rb"+(?:['-]" + _LETTER + rb"+)*")
 
@@ -72,6 +73,7 @@ class Corruption(NamedTuple):
 
     def damage(self, text: bytes, seed: int, document: int = 0) -> Damage:
         """Edits of a text; a function of kind, rate, seed and the number of the document alone."""
+        # A checksum, for ``hash`` of a string differs from process to process, and ranks must damage alike.
         generator = np.random.default_rng([seed, zlib.crc32(self.kind.encode()), document])
         return _KINDS[self.kind][0](text, self.rate, generator)
 
@@ -123,6 +125,7 @@ def _swap_words_by_line(text: bytes, rate: float, generator: np.random.Generator
         end = text.find(b"\n", begin)
         end = len(text) if end < 0 else end
         words = list(_WORD.finditer(text, begin, end))
+        # A rate of 0 is no damage, where the published rule would still swap one word.
         edits += _swaps(words, max(int(rate * len(words)), 1) if rate else 0, generator)
         units, begin = units + len(words), end + 1
     return Damage(edits, units)
@@ -139,6 +142,7 @@ def _drop_words(text: bytes, rate: float, generator: np.random.Generator) -> Dam
     edits = []
     for chosen in _choose(len(words), _share(rate, len(words), generator), generator):
         start, end = words[chosen]
+        # Never a line break: each counts as a word, and the published rule goes by lines.
         while start and text[start - 1] in b" \t":
             start -= 1
         edits.append(Edit(start, end, b""))
@@ -154,6 +158,7 @@ def _noise(text: bytes, rate: float, generator: np.random.Generator) -> Damage:
     edits = []
     for start, end, way, letter in zip(*(v.tolist() for v in (starts, ends, ways, letters)), strict=True):
         old = text[start:end]
+        # A letter in place of itself would be told as a change that no model sees.
         if way == 0 and old == LETTERS[letter : letter + 1]:
             letter = (letter + 1) % 26
         new = LETTERS[letter : letter + 1]
@@ -165,6 +170,7 @@ def _character_bytes() -> np.ndarray:
     """Bytes of the letter, digit or character beyond ASCII that starts with each byte; 0 where none does."""
     sizes = np.zeros(256, dtype=np.int64)
     sizes[[byte for byte in range(128) if chr(byte).isalnum()]] = 1
+    # First bytes of UTF-8; 0xC0, 0xC1 and those from 0xF5 on begin no character (RFC 3629).
     sizes[0xC2:0xE0], sizes[0xE0:0xF0], sizes[0xF0:0xF5] = 2, 3, 4
     return sizes
 
@@ -178,6 +184,7 @@ def _share(rate: float, total: int, generator: np.random.Generator) -> int:
 
 
 def _choose(total: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    # Sorted: ``apply`` and ``texts.still_there`` take edits in the order of the text.
     return np.sort(generator.choice(total, min(count, total), replace=False)) if total else np.zeros(0, dtype=np.int64)
 
 

@@ -72,12 +72,14 @@ class Reference:
             }
             counted = [found[kind] for kind, some in by_kind.items() if some[0]["group"] != EXTRA]
             known = [value for value in counted if value is not None]
+            # A mean over the kinds that happen to have a ratio would compare with no other model's.
             mean = sum(known) / len(known) if known and len(known) == len(counted) else None
             answer |= {name: found, f"{name.removesuffix('ce')}mce": mean}
         return answer
 
 
 def _percent(part: float, whole: float) -> float | None:
+    # Sums of differences of accuracies: what is 0 exactly comes out as about 1e-16.
     return 100 * part / whole if whole > 1e-12 else None
 
 
@@ -92,6 +94,7 @@ def read_reference(file: str) -> Reference:
         errors = {(str(row["kind"]), int(row["severity"])): 1 - float(row["accuracy"]) for row in scores["corrupted"]}
         clean, published = scores["clean"], scores["setting"].get("damage") == "published"
         reference = Reference(file, errors, 1 - float(clean["accuracy"]), int(clean["images"]), published)
+    # The user names the file, so it may be JSON of any shape and depth.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or one_line(f"{type(error).__name__}: {error}", 200)
         raise DataError(

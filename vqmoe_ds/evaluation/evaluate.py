@@ -111,6 +111,7 @@ def evaluate(
         DataError: damage was asked for, and no text is known to damage.
     """
     options = options or Options()
+    # All targets of a window are scored in one pass: a router that sees later tokens would be told what is asked for.
     loaded.config.require_causal("scoring text")
     if options.corruptions and any(text.tokenizer is None for text in texts):
         raise DataError("the tokenizer of the data is unknown, so its text cannot be damaged; name it with --tokenizer")
@@ -139,6 +140,7 @@ class _Passes:
         model = loaded.config.model
         self.model, self.texts, self.context = loaded.model, texts, model.sequence_length
         self.stride = checked_stride(options.stride, self.context)
+        # Where ranks share windows each has the logits of its own positions alone.
         here = self.context if self.model.share is None else self.context // self.model.share.size
         self.batch_size = options.batch_size or fitting_batch(here, model.vocab_size)
         self.rank, self.world, self.progress = rank, world, progress
@@ -155,6 +157,7 @@ class _Passes:
 
     def damaged(self, corruption: Corruption, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Figures of one draw of the damage, for each of ``MODES``."""
+        # By the number among all documents, not among those of a rank: every rank damages all of them alike.
         damages = [text.damage(corruption, seed, number) for number, text in enumerate(self.texts)]
         damaged = [text.damaged(damage.edits) for text, damage in zip(self.texts, damages, strict=True)]
         sources = [_sources(*each) for each in zip(self.texts, damaged, damages, strict=True)]
@@ -162,6 +165,7 @@ class _Passes:
         nats_KN = self._nats(f"{corruption}, seed {seed}", damaged, targets)
         changed = sum(len(damage.edits) for damage in damages) / max(1, sum(damage.units for damage in damages))
         pairs = (self._inputs_only(sources, nats_KN[0]), (_score_of(damaged, nats_KN[1]), self.clean))
+        # In the order of ``MODES``.
         only, both = (
             {"seed": seed, "changed": changed, **here.figures(), **_counts(here), **_rise(here, clean)}
             for here, clean in pairs
@@ -174,6 +178,7 @@ class _Passes:
         asked = [source[source >= 0] for source in sources]
         tokens = sum(map(len, asked))
         size = sum(int(sizes[part].sum()) for sizes, part in zip(map(_sizes, self.texts), asked, strict=True))
+        # A token is no word: how many words are asked for is known only where all of them are.
         words = self.clean.words if tokens == self.clean.tokens else None
         nats = sum(float(self.clean_N[begin + part].sum()) for begin, part in zip(begins, asked, strict=False))
         return Score(float(nats_N.sum()), tokens, size, words), Score(nats, tokens, size, words)
@@ -222,6 +227,7 @@ def _sources(text: Text, damaged: Text, damage: Damage) -> np.ndarray:
 
 
 def _targets(text: Text, damaged: Text, source_N: np.ndarray) -> np.ndarray:
+    # -1 reads the last id, which is not taken.
     clean_N = np.where(source_N >= 0, text.ids_N[source_N], MASKED)
     return np.stack([clean_N, damaged.ids_N])
 
@@ -241,6 +247,7 @@ def _summary(corruption: Corruption, mode: str, rows: list[dict[str, Any]]) -> d
     head = {"kind": corruption.kind, "rate": corruption.rate, "mode": mode}
     columns = [name for name in rows[0] if name != "seed"]
     values = {name: [row[name] for row in rows] for name in columns}
+    # A mean over some of the seeds would be set beside means over all.
     known = {name: None if None in column else mean_of(column) for name, column in values.items()}
     mean = {name: found and found.mean for name, found in known.items()}
     error = {name: found and found.error for name, found in known.items()}
@@ -248,6 +255,7 @@ def _summary(corruption: Corruption, mode: str, rows: list[dict[str, Any]]) -> d
 
 
 def _perplexity(nats: float | None) -> float | None:
+    # ``math.exp`` raises an OverflowError above 709.
     return None if nats is None or nats > 700 else math.exp(nats)
 
 

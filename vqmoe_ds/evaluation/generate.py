@@ -50,7 +50,10 @@ class Sampling:
         # The largest is taken off first: over a tiny temperature it would be infinite.
         probabilities_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
+            # Stable, so that the same ids are cut off among equals.
             sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
+            # The sum before a token decides: the one that reaches ``top_p`` is among them, and so is the likeliest
+            # always.
             beyond_V = sorted_V.cumsum(dim=-1) - sorted_V >= self.top_p
             probabilities_V[order_V[beyond_V]] = 0
         return int(torch.multinomial(probabilities_V, 1, generator=generator))
@@ -80,16 +83,19 @@ def generate(
         vocab_size: ids below this are drawn.
         new_cache: of the model; None reads the whole context anew for every id.
     """
+    # On the CPU: a seed gives the same text on any device, and the same ids on all ranks without an exchange.
     generator = torch.Generator().manual_seed(sampling.seed)
     ids = list(prompt)
     cache = new_cache() if new_cache else None
     while True:
+        # Before the pass: a cache has room for ``context`` tokens, and positions are known no further.
         if len(ids) > context:
             ids = ids[-max(1, context // 2) :]
             cache = new_cache() if new_cache else None
         unread = ids[cache.length if cache else 0 :]
         with without_cudnn_attention():
             logits_BSV, _ = model(torch.tensor([unread], device=device), cache=cache)
+        # ``model.vocab_size`` may be larger than the tokenizer's: ids beyond it stand for no text.
         ids.append(sampling.draw(logits_BSV[0, -1, :vocab_size].float().cpu(), generator))
         yield ids[-1]
 

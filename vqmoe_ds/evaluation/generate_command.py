@@ -80,6 +80,7 @@ class _Writer:
         how = {"device": self.device, "precision": options.precision, "expert_memory": self.memory}
         loaded = load_model(options.checkpoint, options.tokenizer, **how)
         loaded.config.require_causal("generating text")
+        # Here already, before a prompt is typed.
         loaded.need_tokenizer()
         return loaded
 
@@ -116,6 +117,7 @@ class _Writer:
         started, count = time.perf_counter(), -1  # the prompt is no new token
         for text in chain([prompt], pieces_of_text(self._ids(prompt), self.loaded.need_tokenizer())):
             count += 1
+            # A file or a pipe gets what the model wrote, to the character.
             sys.stdout.write(_printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
         print(flush=True)
@@ -148,6 +150,8 @@ def _piped() -> str:
     Raises:
         DataError: too long, or not UTF-8.
     """
+    # One byte more than allowed tells that it is too long, and no more is held; likewise once decompressed, for some
+    # kilobytes may hold gigabytes.
     raw = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
     packed, kind = io.BufferedReader(io.BytesIO(raw)), kind_of_bytes(raw)
     try:

@@ -24,6 +24,7 @@ from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.terminal import run_tool
 
 try:
+    # The class below needs its base at the import, so ``python -m`` has to refuse here; a program gets the error.
     library("lm_eval", "this command")
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -72,6 +73,7 @@ class HarnessModel(TemplateLM):
         self.loaded.config.require_causal("the harness")
         self.context = self.loaded.config.model.sequence_length
         self.vocab_size = min(self._tokenizer.vocab_size, self.loaded.config.model.vocab_size)
+        # ``auto:N`` would look for a size N times; the context of this model decides it once.
         number = str(batch_size or "auto").partition(":")[0]
         fitting = fitting_batch(self.context, self.loaded.config.model.vocab_size)
         self.batch_size = fitting if number == "auto" else int(number)
@@ -109,6 +111,7 @@ class HarnessModel(TemplateLM):
 
     def _windows(self, first: int, length: int) -> list[Window]:
         """Windows that score the tokens from ``first`` on, with as much as the context holds before them."""
+        # One pass serves if the window that ends with the text also holds the input of the first token asked for.
         begin = max(0, length - 1 - self.context)
         if begin < first:
             return [Window(begin, first, length - 1)]
@@ -135,6 +138,7 @@ class HarnessModel(TemplateLM):
             for window in part
         ]
         ids_N = np.concatenate([np.zeros(0, dtype=np.int64), *(np.array(text, dtype=np.int64) for text in texts)])
+        # One call for all requests, so that windows of one length share a batch.
         with tqdm(total=len(placed), desc="scoring", unit="window", disable=hidden) as bar:
             return score(self.loaded.model, ids_N, ids_N[None], placed, self.batch_size, tell=bar.update), begins[:-1]
 
@@ -163,6 +167,7 @@ class HarnessModel(TemplateLM):
             if token == self.eot_token_id:
                 break
             tokens.append(token)
+            # All new tokens together: characters and stop strings may begin in one token and end in another.
             text = self.loaded.decode(tokens[given:])
             if any(stop in text for stop in stops):
                 return text[: min(text.find(stop) for stop in stops if stop in text)]

@@ -41,21 +41,25 @@ def impulse_noise(x: np.ndarray, draws: Draws, amount: float) -> np.ndarray:
 
 def defocus_blur(x: np.ndarray, draws: Draws, radius: float, edge: float) -> np.ndarray:
     """The mean over a disk whose edge is smoothed by a Gaussian of 3 x 3."""
+    # The published grid for radii up to 8.
     places = np.arange(-8, 9)
     disk_KK = (places[:, None] ** 2 + places**2 <= radius**2).astype(float)
     side = np.exp(-0.5 / edge**2)
     line = np.array([side, 1, side]) / (1 + 2 * side)
     kernel_KK = ndimage.convolve(disk_KK / disk_KK.sum(), np.outer(line, line), mode="constant")
+    # OpenCV's default border (BORDER_REFLECT_101).
     return ndimage.correlate(x, kernel_KK[None, :, :, None], mode="mirror")
 
 
 def glass_blur(x: np.ndarray, draws: Draws, sigma: float, reach: int, rounds: int) -> np.ndarray:
     """Each pixel, from the last on, takes the value of one near it; the published code means to swap, but copies."""
+    # The published code keeps the blurred image in uint8, and so do snow's flakes below.
     x = np.floor(_smooth(x, sigma) * 255) / 255
     size, batch = x.shape[1], np.arange(len(x))
     for _ in range(rounds):
         places = range(size - reach, reach, -1)
         steps = np.stack([draw.integers(-reach, reach, (len(places), len(places), 2)) for draw in draws])
+        # Place by place, for one may take what another took before it; only the images of a batch go together.
         for i, row in enumerate(places):
             for j, column in enumerate(places):
                 across, down = steps[:, i, j, 0], steps[:, i, j, 1]
@@ -90,6 +94,7 @@ def snow(
     flakes[flakes < least] = 0
     flakes = np.floor(flakes.clip(0, 1) * 255) / 255
     flakes = _streaks(flakes, radius, sigma, [draw.uniform(-135, -45) for draw in draws])
+    # OpenCV's weights of grey.
     grey = (x @ np.array([0.299, 0.587, 0.114]))[..., None] if x.shape[-1] == 3 else x
     pale = kept * x + (1 - kept) * np.maximum(x, grey * 1.5 + 0.5)
     return pale + flakes + np.rot90(flakes, 2, axes=(1, 2))
@@ -129,6 +134,7 @@ def elastic_transform(x: np.ndarray, draws: Draws, reach: float, sigma: float, b
             np.hstack([moved, ones]), corners
         )  # of a place in the new image: [row, column, 1] @ back
         sources = np.tensordot(back[:2].T, places, axes=1) + back[2][:, None, None]
+        # The borders of the published code: OpenCV's BORDER_REFLECT_101 here, SciPy's reflect for the shifts.
         turned = _sampled(image, sources, "mirror")
         shifts = draw.uniform(-1, 1, (2, size, size))
         if sigma:
@@ -205,6 +211,7 @@ class ImageCorruption(NamedTuple):
             numbers_B: of the images within their set: each is damaged in its own way.
         """
         damage, constants = KINDS[self.kind]
+        # The place of a kind in KINDS is part of its seeds: in another order all images would be damaged otherwise.
         seeds = [[list(KINDS).index(self.kind), self.severity, int(number)] for number in numbers_B]
         draws = [np.random.default_rng(seed) for seed in seeds]
         x_BHHC = damage(images_BHHC / 255, draws, *constants[self.severity - 1])
@@ -240,6 +247,7 @@ class Damaged:
 
 
 def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
+    # scikit-image's default border.
     return ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
 
 
@@ -261,6 +269,7 @@ def _streaks(x: np.ndarray, radius: int, sigma: float, degrees: list[float]) -> 
 def _enlarged(x: np.ndarray, factor: float) -> np.ndarray:
     """The centre of each image, enlarged to its size."""
     size = x.shape[1]
+    # Rounded up: enlarged, the cut is never smaller than the image.
     cut = int(np.ceil(size / factor))
     first = (size - cut) // 2
     grown = ndimage.zoom(x[:, first : first + cut, first : first + cut], (1, factor, factor, 1), order=1)
@@ -278,6 +287,7 @@ def _each(x: np.ndarray, change: Callable[[Any], Any]) -> np.ndarray:
     """Every image as Pillow's, changed."""
     pillow = library("PIL.Image", "this damage", DataError)
     images = (x * 255).round().astype(np.uint8)
+    # Pillow takes grey images without their axis of channels alone.
     changed = [
         np.asarray(change(pillow.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))) for image in images
     ]
@@ -286,10 +296,12 @@ def _each(x: np.ndarray, change: Callable[[Any], Any]) -> np.ndarray:
 
 def _clouds(size: int, decay: float, draw: np.random.Generator) -> np.ndarray:
     """A fractal height map in [0, 1], ``[size, size]``, by the diamond-square algorithm on a torus."""
+    # The grid is halved until its step is 1, so the side is a power of two.
     side = 1 << (size - 1).bit_length()
     heights, step, wobble = np.zeros((side, side)), side, 100.0
 
     def mean(total: np.ndarray) -> np.ndarray:
+        # ``wobble`` stands twice, as published: at each level the noise falls by the square of ``decay``.
         return total / 4 + wobble * draw.uniform(-wobble, wobble, total.shape)
 
     while step >= 2:

@@ -124,6 +124,7 @@ def open_split(loaded: LoadedModel, data: Sequence[str] | None, split: str) -> t
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": data[0]})})
     found = open_images(config)
     files = found.files
+    # In the same order, too: a label is the number of a logit.
     if files.classes != config.data.classes:
         raise DataError(
             f"images {files.name} are of other classes ({', '.join(files.classes[:3])}, …) than {loaded.path} knows "
@@ -136,6 +137,7 @@ def open_split(loaded: LoadedModel, data: Sequence[str] | None, split: str) -> t
             raise ConfigError(f"images {files.name} have a test set; --split all is for images without one")
         return held, f"the test set of {files.name}"
     if split == "all" or (split == "auto" and data is not None):
+        # With what training holds out.
         return replace(training, rows=np.arange(len(training.labels_N))), files.name
     return held, f"the held-out share of {files.name}"
 
@@ -183,6 +185,7 @@ def open_published(loaded: LoadedModel, data: Sequence[str] | None) -> tuple[lis
 
     parts = published[0] if published else []
     sets = [DamagedSet(part.kind, part.severity, part.group, partial(opened, part)) for part in parts]
+    # Reversed, so that of each kind the first severity stays.
     for kind in {each.kind: each for each in reversed(sets)}.values():
         kind.load().read(np.zeros(1, int))  # before long work
     return [path for path, some in found.items() if some is None] or None, sets
@@ -267,5 +270,6 @@ class Attacked:
             logits_BC, _ = self.loaded.model(x_BHHC)
             return F.cross_entropy(logits_BC, labels_B, reduction="none")
 
+        # By the number of the image in its set: neither ranks, batches nor --max_tokens change its attack.
         draws = [np.random.default_rng((list(ATTACKS).index(self.name), int(row))) for row in rows]
         return attack(self.name, loss, pixels, self.eps / 255, draws).cpu().numpy()

@@ -46,6 +46,7 @@ def information(labels_M: Tensor, routes_M: Tensor, shuffles: int = 5, seed: int
     """
     labels_M, routes_M = _dense(labels_M), _dense(routes_M)
     generator = torch.Generator().manual_seed(seed)
+    # A permutation keeps both entropies and takes every dependence away: the information that is left is bias.
     orders = [torch.randperm(len(labels_M), generator=generator) for _ in range(shuffles)]
     shuffled = sum(_bits(labels_M[order], routes_M) for order in orders) / max(1, shuffles)
     entropies = (_entropy_bits(torch.bincount(values_M)) for values_M in (routes_M, labels_M))

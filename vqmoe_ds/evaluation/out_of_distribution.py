@@ -55,6 +55,7 @@ def open_others(loaded: LoadedModel, name: str, most: int) -> OtherImages:
     labels_N = np.zeros(len(split.labels_N), np.int64)  # their classes are none of the model's
     every = ImageSet(DecodedWhenRead(Converted(split, wanted), wanted), labels_N, np.arange(len(labels_N)), *about)
     images = every.evenly(most)
+    # A set that cannot be used is refused before the model scores anything.
     images.read(np.zeros(1, int))
     return OtherImages(files.name, images, _changes(split.pixels(0), wanted))
 

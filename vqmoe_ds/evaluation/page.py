@@ -32,6 +32,7 @@ def make_report(
     folder = Path(out)
     pyplot()  # without which there is no page
     with _writable(folder):
+        # Before the measurement, which may take minutes.
         make_folder(folder)
     report = measure()
     pictures = report.pop("pictures", {})
@@ -55,6 +56,7 @@ def render(name: str, report: dict[str, Any], figures: dict[str, Any]) -> str:
     """The page of a report; everything in it is escaped, token texts above all."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    # Strict: a name that a template has wrong is an error, not an empty cell.
     environment = Environment(
         loader=PackageLoader("vqmoe_ds.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -63,6 +65,7 @@ def render(name: str, report: dict[str, Any], figures: dict[str, Any]) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
+    # ``z``: what rounds to zero from below has no minus.
     return "–" if value is None else f"{value:z.{digits}f}"
 
 

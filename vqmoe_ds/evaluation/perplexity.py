@@ -66,6 +66,7 @@ def validate(
     total, known = torch.zeros(3, dtype=torch.float64, device=session.device), True
     try:
         for number, (rows, row_weight) in enumerate(zip(mine, weight, strict=True)):
+            # Here and in the forward pass ranks meet, so that each makes every round, whatever its windows weigh.
             session.go_on()
             if tell is not None:
                 tell(number * round_size, count)
@@ -75,6 +76,7 @@ def validate(
             total += (_row_totals(session, batch) * weights_B).sum(dim=1)
     finally:
         session.engine.train()
+    # Divided only after the sum over ranks, which masked targets leave with different numbers of them.
     nats, targets, target_bytes = (float(v) for v in session.sum_over_ranks(total))
     targets = max(targets, 1e-9)
     return Score(nats / targets, target_bytes / targets if known else None)
@@ -86,10 +88,12 @@ def _row_totals(session: Session, batch: Batch) -> Tensor:
     logits_BSV, _ = session.engine(inputs_BS.contiguous(), **session.documents_of(batch))
     if session.model.share is not None:  # the mean over its group is that of whole windows
         targets_BS = targets_BS[:, session.model.share.span]
+    # float32: a loss in bf16 would have two or three digits.
     losses_BS = torch.nn.functional.cross_entropy(
         logits_BSV.float().transpose(1, 2), targets_BS, ignore_index=MASKED, reduction="none"
     )
     rows = len(targets_BS)
+    # All three by position: ranks that share a window then count it equally often in each, and their ratios stand.
     bytes_B = np.zeros(rows) if batch.bytes_B is None else batch.bytes_B / batch.targets_BS.shape[1]
     means = [losses_BS.double().mean(dim=1), targets_BS.ne(MASKED).double().mean(dim=1)]
     return torch.stack([*means, torch.from_numpy(bytes_B).to(session.device)])

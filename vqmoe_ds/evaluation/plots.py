@@ -88,6 +88,7 @@ def draw_usage(counts_LN: Tensor, usage_LK: Tensor | None) -> Any:
     for (axes, bar), (name, counts) in zip(all_axes, parts, strict=True):
         relative = counts.double() / counts.double().mean(dim=1, keepdim=True).clamp_min(1e-9)
         most = max(2.0, float(relative.max()) if relative.numel() else 0.0)
+        # Its end must lie above its middle, which is why ``most`` is 2 at the least.
         norm = TwoSlopeNorm(1, 0, most)
         image = axes.imshow(relative.numpy(), aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
         axes.set(xlabel=name, ylabel="MoE layer", title=f"Tokens by {name}, relative to the mean")
@@ -182,6 +183,7 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG, whole or not at all, and close it."""
     figure.tight_layout()
+    # The suffix stays: by it Matplotlib chooses the format.
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(path)

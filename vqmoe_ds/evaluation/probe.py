@@ -119,13 +119,16 @@ def visit_layers(model: MoETransformer, tokens_BS: Tensor) -> list[Visit]:
 
     def keep_visit(module: Any, args: Any, output: Any) -> None:
         x_BSD, context, _ = args
+        # ``MoELayer.forward`` fills it in for its router, and leaves its own argument as it was.
         context = replace(context, sequence=x_BSD.shape[1])
         x_TD, index = x_BSD.flatten(0, 1), len(visits)
+        # The layer keeps its ``Routing`` to itself; in evaluation asking again counts nothing and gives the same.
         routing = module.router(x_TD, context)
         y_TD = output[0].flatten(0, 1)
         visits.append(Visit(index, module, context, streams[-1], x_TD, y_TD, routing, *codes.get(index, (None, None))))
 
     blocks = [block for block in model.blocks if isinstance(block, Block) and isinstance(block.mlp, MoELayer)]
+    # ``Block.forward`` calls ``mlp_norm`` on the stream right before ``mlp``: the last one kept is that of the layer.
     handles = [block.mlp_norm.register_forward_pre_hook(keep_stream) for block in blocks]
     handles += [block.mlp.register_forward_hook(keep_visit) for block in blocks]
     try:
@@ -146,6 +149,7 @@ def _overheard_codes(bank: CodebookBank | None) -> Iterator[dict[int, tuple[Tens
         return
 
     def observe_all(layers: slice, z_TC: Tensor, codes_LT: Tensor) -> None:
+        # Only what was compared is at hand here: codes that are known ahead never come to their layer.
         for layer, codes_T in zip(range(bank.num_layers)[layers], codes_LT, strict=True):
             codes[layer] = codes_T, (z_TC - bank.codes_LKC[layer, codes_T]).square().sum(dim=-1)
 
@@ -203,6 +207,7 @@ def read_probe(loaded: LoadedModel, path: str | None, tokens: int) -> Tensor:
         config = config.model_copy(update={"data": data})
     prepared = open_indexed_text(config)
     rows = -(-tokens // config.model.sequence_length)
+    # megatron-core writes an index of the windows and maps it: not into a run's folder, which is only looked at.
     with tempfile.TemporaryDirectory() as cache:
         if prepared is not None:
             _check_tokenizer(loaded, prepared)
@@ -230,6 +235,7 @@ def _cut_text(path: str, length: int, rows: int, tokenizer: Tokenizer) -> Tensor
     corpus, stretch = open_corpus(path), 8 * length  # bytes; no tokenizer of ours has longer tokens on average
     count = corpus.num_windows(stretch)
     places = np.unique(np.linspace(0, count - 1, rows).astype(int)) if count else np.zeros(0, dtype=int)
+    # A stretch may begin and end inside a character.
     texts = [corpus.window(int(place), stretch).tobytes().decode(errors="ignore") for place in places]
     windows = [ids[:length] for ids in map(tokenizer.encode, texts) if len(ids) >= length]
     if not windows:

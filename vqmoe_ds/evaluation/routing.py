@@ -54,6 +54,7 @@ class RoutingHealth:
         layers = model.moe_layers()
         if not layers:
             return {}
+        # Each rank counts the rows that it sends, over all N experts, so the sum is the load of the whole model.
         counts_LN = self.session.sum_over_ranks(torch.stack([layer.tokens_per_expert for layer in layers]))
         for layer in layers:
             layer.tokens_per_expert.zero_()
@@ -65,6 +66,7 @@ class RoutingHealth:
             report["dead_codes"] = [int(n) for n in usage_LK.eq(0).sum(dim=1)]
         report.update(self._fluctuation())
         self.last_counts_LN = counts_LN.cpu()
+        # A copy: on a CPU ``cpu()`` is the buffer itself, which is zeroed below.
         self.last_usage_LK = model.bank.usage_LK.cpu().clone() if model.bank is not None else None
         if model.bank is not None:
             model.bank.usage_LK.zero_()
@@ -75,10 +77,13 @@ class RoutingHealth:
         if self._probe_BS is None:
             return {}
         engine, layers = self.session.engine, self.session.model.moe_layers()
+        # All ranks read the whole probe at the same step, as a forward pass exchanges rows. In evaluation it counts
+        # neither for loads nor for codes.
         engine.eval()
         with heard(layers, lambda _inputs, outputs: outputs[2]) as seen:
             engine(self._probe_BS, **self._documents)
         engine.train()
+        # Of one shape over the whole run, also where tokens have any number of rows (``Router.experts_of_tokens``).
         routes_LTR = torch.stack(seen)
         last, self._last_LTR = self._last_LTR, routes_LTR
         if last is None:

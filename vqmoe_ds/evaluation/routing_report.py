@@ -90,6 +90,7 @@ def inspect_routing(
     measure = _of_images if loaded.config.model.image_size else _of_text
     report, inputs, traces = measure(loaded, data, tokens)
     if other is not None:
+        # Routes alone are compared, so that of the other model no states are kept.
         for row, here, there in zip(report["layers"], traces, trace_layers(other.model, inputs, 0), strict=True):
             row["fluctuation"] = fluctuation(here, there)
     return {
@@ -182,6 +183,7 @@ def check_same_run(first: LoadedModel, second: LoadedModel) -> None:
     Raises:
         CheckpointError: the two differ in model, experts, codes or seed.
     """
+    # ``moe`` before ``router``: the options of another router have other names.
     for section, fields in {"moe": None, "model": None, "router": None, "codebook": None, "train": {"seed"}}.items():
         here, there = (getattr(c.config, section).model_dump(include=fields) for c in (first, second))
         for name in here:
@@ -248,9 +250,11 @@ def trace_layers(model: MoETransformer, tokens_BS: Tensor, states: int = STATES)
         here_T = sampled_T[begin * length : (begin + BATCH) * length]
         for visit in visit_layers(model, tokens_BS[begin : begin + BATCH]):
             rows = rows_of(visit.routing)
+            # A visit counts the tokens of its own windows from 0.
             rows = Rows(rows.tokens_M + begin * length, rows.slots_M, rows.experts_M, rows.weights_M)
             before_PD, output_PD = visit.stream_TD[here_T], visit.y_TD[here_T]
             kept = {"before": before_PD, "input": visit.x_TD[here_T], "output": output_PD}
+            # As ``Block`` adds them: between the layer and the next block's norm nothing could be hooked.
             kept["after"] = before_PD + output_PD
             parts[visit.index].append((rows, visit.codes_T, visit.code_distances_T, kept))
     sampled_P = sampled_T.nonzero().flatten()

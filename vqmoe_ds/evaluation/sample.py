@@ -19,6 +19,7 @@ def sample_tokens(session: Session, prompt: list[int], length: int, vocab_size: 
     session.config.run.require_causal("generating text")
     sampling, context = Sampling(), session.config.run.model.sequence_length
     session.engine.eval()
+    # Every rank draws for itself: equal logits and one seed give all the same ids, and so the same next pass.
     new = generate(
         session.engine, prompt, sampling, context, vocab_size, session.model.new_cache, device=session.device
     )

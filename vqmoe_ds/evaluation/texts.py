@@ -61,6 +61,7 @@ class Text:
         """Its first tokens alone."""
         if len(self.ids_N) <= tokens or self.raw is None or self.starts_N is None:
             return replace(self, ids_N=self.ids_N[:tokens])
+        # Without ``end``: ``damaged`` would put it behind a document that was cut before it.
         raw, starts_N = self.raw[: self.starts_N[tokens]], self.starts_N[:tokens]
         return replace(self, ids_N=self.ids_N[:tokens], raw=raw, starts_N=starts_N, end=None)
 
@@ -112,6 +113,7 @@ def still_there(clean: Text, damaged: Text, edits: Sequence[Edit]) -> np.ndarray
     firsts, ends = (np.array([edit[side] for edit in edits], dtype=np.int64) for side in (0, 1))
     growth = np.array([len(edit.replacement) for edit in edits], dtype=np.int64) - (ends - firsts)
     shift = np.concatenate([[0], np.cumsum(growth)])
+    # Where a token begins in the damaged text: every edit that ends at or before it has moved it.
     key_N = _key(starts_N + shift[np.searchsorted(ends, starts_N, side="right")], order_N)
     kept_N = np.ones(len(starts_N), dtype=bool)
     if len(edits):
@@ -130,10 +132,12 @@ def still_there(clean: Text, damaged: Text, edits: Sequence[Edit]) -> np.ndarray
 
 
 def _place_among_equals(starts_N: np.ndarray) -> np.ndarray:
+    # Several tokens may begin at one byte: the end of a document, or parts of a character that a tokenizer spells out.
     return np.arange(len(starts_N)) - np.searchsorted(starts_N, starts_N, side="left")
 
 
 def _key(starts_N: np.ndarray, order_N: np.ndarray) -> np.ndarray:
+    # One number to search by; int64 holds it for texts of up to 2^51 bytes.
     return starts_N * 4096 + np.minimum(order_N, 4095)
 
 
@@ -157,6 +161,7 @@ def open_texts(
         DataError: nothing there, empty, of another tokenizer, or with ids beyond the model's vocabulary.
         CheckpointError: raw text, and the model's tokenizer is unknown.
     """
+    # Other formats leave out where the data lay, and ``data.path=None`` means the default text.
     if paths is None and loaded.kind not in ("deepspeed", "portable"):
         raise DataError(f"{loaded.path} does not say what it was trained on; name a text with --data")
     wanted: Sequence[str | None] = paths or [None]
@@ -175,6 +180,7 @@ def _texts_of(loaded: LoadedModel, path: str | None, split: str) -> Iterator[Tex
     if path is not None:
         data = data.model_copy(update={"path": path, "valid_path": None})
     if split == "all":
+        # Of a validation path of its own ``open_indexed_text`` holds out everything.
         data = data.model_copy(update={"valid_path": data.path})
     config = loaded.config.model_copy(update={"data": data})
     prepared = open_indexed_text(config)
@@ -189,6 +195,7 @@ def _raw(loaded: LoadedModel, config: RunConfig, whole: bool) -> Iterator[Text]:
     assert not isinstance(path, list) and not isinstance(held_out, list)
     corpus = open_corpus(path if held_out is None else held_out)
     remedy = "give a part of it"
+    # Before there are tokens: all documents are held in memory, for damage looks at them again.
     check_room(_A_BYTE * corpus.num_bytes, f"scoring {corpus.name} ({corpus.num_bytes:,} bytes)", remedy, DataError)
     if whole or held_out is not None:
         pieces = [piece.tobytes() for piece in corpus.pieces]
@@ -208,6 +215,7 @@ def _stretches(split: Split, separate: bool) -> Iterator[bytes]:
     runs = np.split(split.indices, np.flatnonzero(np.diff(split.indices) > 1) + 1)
     for run in runs:
         windows = [split.corpus.window(int(index), split.sequence_length) for index in run]
+        # Neighbouring windows share a byte: the last target of one is the first input of the next.
         stretch = np.concatenate([*(window[:-1] for window in windows), windows[-1][-1:]])
         cuts = ends - run[0] * split.sequence_length
         yield from (part.tobytes() for part in np.split(stretch, cuts[(cuts > 0) & (cuts < len(stretch))]))
@@ -219,6 +227,7 @@ def _prepared(loaded: LoadedModel, data: IndexedText) -> Iterator[Text]:
     for prefix in data.valid.prefixes:
         header = check_prefix(prefix.path)
         ids, firsts = header.ids, header.offsets // header.dtype.itemsize
+        # As ``Portion`` takes them: other members would score text that was trained on.
         for sequence in members(len(header.lengths), data.valid.share):
             first = int(firsts[sequence])
             stored = np.asarray(ids[first : first + int(header.lengths[sequence])]).astype(np.int64)
@@ -246,6 +255,7 @@ def _documents(stored: np.ndarray, tokenizer: Tokenizer | None, pieces: list[byt
     if tokenizer is None:
         yield Text(stored)
         return
+    # The end belongs to the document that it closes, where it is learned.
     for ids_N in np.split(stored, np.flatnonzero(stored == tokenizer.eod) + 1):
         sizes = np.array([len(pieces[i]) for i in ids_N], dtype=np.int64)
         end = tokenizer.eod if len(ids_N) and ids_N[-1] == tokenizer.eod else None
@@ -259,6 +269,7 @@ def check_same_tokenizer(loaded: LoadedModel, data: IndexedText) -> None:
         DataError: they do.
     """
     ours: Any = loaded.config.data.tokenizer_sha256
+    # A run on raw text notes no tokenizer: its ids are the bytes.
     if ours is None and isinstance(loaded.tokenizer, ByteTokenizer):
         ours = ByteTokenizer.checksum
     theirs = data.tokenizer_sha256

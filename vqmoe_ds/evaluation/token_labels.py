@@ -115,6 +115,7 @@ def parts_of_speech(tokens_BS: Tensor, pieces: list[bytes]) -> Labels | None:
 
 def _tag_window(window: list[bytes]) -> list[str]:
     text = b"".join(window)
+    # By byte, for tokens and words have other borders.
     part_of_byte = ["space"] * len(text)
     for sentence in _sentences(list(_WORD.finditer(text))):
         words = [match[0].decode(errors="replace") for match in sentence]
@@ -141,5 +142,6 @@ def _tag(words: list[str]) -> list[str]:
     from textblob.en import tag
 
     found = tag(" ".join(words), tokenize=False)
+    # Tags belong to words by their number: where the tagger cut otherwise none of them can be trusted.
     tags = [t for _, t in found] if len(found) == len(words) else ["?"] * len(words)
     return [PARTS.get(t, "other") if word[0].isalnum() else "punctuation" for word, t in zip(words, tags, strict=True)]

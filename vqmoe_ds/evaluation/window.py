@@ -102,6 +102,7 @@ def score(
         if tell is not None:
             tell(sum(map(len, batches[start : start + readers])))
     if world > 1:
+        # A target is scored on one rank and 0 on the others, so the sum gathers.
         dist.all_reduce(nats_KN)
         dist.all_reduce(first_KN)
     return Scored(nats_KN.cpu().numpy(), first_KN.cpu().numpy().astype(bool))
@@ -116,7 +117,9 @@ def _score_batch(
     share: SequenceShare | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Places of the targets of a batch that are scored here, ``[M]``; nats, and whether first choice, ``[K, M]``."""
+    # Models whose ranks share sequences take those of one length alone.
     longest = max(window.end - window.begin for window in batch) if share is None else share.length
+    # What fills a row up stands behind all that is scored in it, where a causal model does not look.
     inputs_BS = np.zeros((len(batch), longest), dtype=np.int64)
     rows, columns, places = [], [], []
     for row, (begin, first, end) in enumerate(batch):
@@ -130,8 +133,10 @@ def _score_batch(
         first, end = share.span.start, share.span.stop
         here_M = (first <= columns_M) & (columns_M < end)
         rows_M, columns_M, places_M = rows_M[here_M], columns_M[here_M] - first, places_M[here_M]
+    # Widened are those alone that are scored; in bf16 nats would have two or three digits.
     logits_MV = logits_BSV[torch.from_numpy(rows_M).to(device), torch.from_numpy(columns_M).to(device)].float()
     targets_KM = torch.from_numpy(targets_KN[:, places_M].astype(np.int64)).to(device)
+    # ``MASKED`` is negative and no index; what is gathered for it is zeroed below.
     chosen_KM = logits_MV.gather(1, targets_KM.clamp_min(0).t()).t()
     nats_KM = (logits_MV.logsumexp(dim=-1) - chosen_KM).double().masked_fill_(targets_KM == MASKED, 0.0)
     return torch.from_numpy(places_M).to(device), nats_KM, (chosen_KM == logits_MV.amax(dim=-1)).byte()
