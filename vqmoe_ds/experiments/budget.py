@@ -51,5 +51,6 @@ def check_group(name: str, budgets: dict[str, Budget], yardstick: str, tolerance
 
 
 def _state(network: MoETransformer) -> list:
+    # What no checkpoint has (rotary angles, counters of load and use) is no part of what a model stores.
     kept = network.state_dict().keys()
     return [buffer for name, buffer in network.named_buffers() if name in kept]

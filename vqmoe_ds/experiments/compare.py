@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
         if args.list:
             print("\n".join(f"{job.run.index} {job.state():<10} {job.run} {job.run.folder}" for job in jobs))
             return 0
+        # All that may be refused comes before the first run: a grid may take days.
         _check_causality(grid, jobs)
         budgets = _budgets(grid, jobs)
         chosen = _chosen(jobs, args)
@@ -62,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
         return TRY_AGAIN
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
+    # Tasks of a job array write no report: each would be one of part of the runs, under the same names.
     if args.index is None:
         try:
             _report(grid, jobs, budgets, Path(args.out), Path(args.grid).stem)
@@ -90,6 +92,8 @@ def _check_causality(grid: Grid, jobs: list[Job]) -> None:
             continue  # every classifier of images looks at all of an image
         if not group_of(grid, entry).noncausal:
             run.require_causal(f"entry {entry.name} in group {entry.group!r}, which is not marked noncausal: true,")
+        # A run whose router looks ahead leaves the default's sample out (``FinalReport``); one that is asked for is
+        # refused.
         if run.run.sample_tokens and "run.sample_tokens" in {**grid.overrides, **entry.overrides}:
             run.require_causal(f"entry {entry.name} with run.sample_tokens={run.run.sample_tokens}, generating text,")
 

@@ -88,6 +88,7 @@ def read_runs(spec: str) -> list[Run]:
     except OSError as error:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror}); give another folder") from None
     files = sorted(Path(place) / name for name in names if os.path.basename(name) == "summary.json")
+    # The summary over several seeds, in the folder above theirs, has no seed; that of a pretraining no ``finetune``.
     found = {path: summary for path in files if {"seed", "finetune"} <= (summary := _read(path)).keys()}
     if not found:
         raise DataError(

@@ -122,6 +122,7 @@ def read_grid(path: str) -> Grid:
 
 def runs_of(grid: Grid, out: Path) -> list[Run]:
     """All runs in the order of their indices: corpus by corpus, seed by seed, so that pairs are complete early."""
+    # Indices follow from the grid alone, never from what is there: the tasks of a job array read it one after another.
     runs: list[Run] = []
     for corpus in grid.corpora:
         here = [entry for entry in grid.entries if entry.corpora is None or corpus in entry.corpora]
@@ -139,6 +140,7 @@ def overrides_of(grid: Grid, run: Run) -> dict[str, Any]:
         **grid.overrides,
         **grid.corpora[run.corpus],
         **run.entry.overrides,
+        # Last, so that no entry has another seed or folder than those by which it is paired and found.
         "train.seed": run.seed,
         "run.run_dir": str(run.folder),
     }
@@ -202,6 +204,7 @@ def _check_groups(grid: Grid, path: str) -> None:
 
 
 def _slug(name: str) -> str:
+    # Without dots at its ends no name is ``..`` or a hidden folder.
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 

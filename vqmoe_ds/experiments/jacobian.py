@@ -114,11 +114,13 @@ def _weight_gradients(visit: Visit, rows: Rows) -> Tensor:
     with torch.enable_grad():
         x_TD = visit.x_TD.detach().clone().requires_grad_()
         weights_M = rows_of(visit.route(x_TD)).weights_M
+        # Fixed routes have constant weights, and so no router term.
         if not weights_M.requires_grad:
             return gradients_MD
         for slot in rows.slots_M.unique().tolist():
             mine_P = (rows.slots_M == slot).nonzero().flatten()
             (slope_TD,) = torch.autograd.grad(weights_M[mine_P].sum(), x_TD, retain_graph=True)
+            # A token has at most one row on a slot, so its gradient is that row's alone.
             gradients_MD[mine_P] = slope_TD[rows.tokens_M[mine_P]]
     return gradients_MD
 

@@ -50,6 +50,7 @@ def readable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    # A reader further in has said what is wrong, and where, in a better sentence.
     except UserError:
         raise
     except Exception as error:
@@ -72,6 +73,7 @@ def number(value: Any) -> float:
     Raises:
         ValueError: something else.
     """
+    # By type, for True is an instance of int; bounded, for JSON has whole numbers that ``float`` cannot take.
     if type(value) not in (int, float) or (type(value) is int and abs(value) >= 1 << 63):
         raise ValueError(f"{shown(value)} is no number")
     return float(value)
@@ -109,6 +111,7 @@ def corrupted(folder: Path, in_bits: bool) -> dict[str, float]:
         return {}
     unit, values = "bits_per_byte" if in_bits else "nats_per_token", {}
     for row in read_json(file)["corrupted"]:
+        # As ``evaluate.table`` names its rows.
         name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
         values[name], values[f"{name}: rise"] = number(row["mean"][unit]), number(row["mean"][f"{unit}_rise"])
     return values

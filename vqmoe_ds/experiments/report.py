@@ -96,6 +96,7 @@ def pool(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in dict.fromkeys(section["group"] for section in sections):
         parts = [section for section in sections if section["group"] == group]
         bases = [base for base in parts[0]["baselines"] if base in values]
+        # Bits per byte and nats per token have no common mean.
         if len(parts) > 1 and len({part["unit"] for part in parts}) == 1:
             names = list(dict.fromkeys(name for part in parts for name in part["entries"]))
             differences = _all_differences(names, bases, values)
@@ -147,6 +148,7 @@ def _all_differences(names: Iterable[str], baselines: list[str], losses: Losses)
             for kind, difference in of_base.items():
                 families.setdefault(kind, []).append(difference)
     for family in families.values():
+        # One pair alone has no p-value: it is no test, and must not make the others' correction harder.
         _correct([difference for difference in family if difference["p"] is not None])
     return found
 
@@ -173,6 +175,7 @@ def _health(folders: dict[int, Path]) -> dict[str, Any]:
 def _curve(folders: dict[int, Path], in_bits: bool) -> list[tuple[int, float, float]]:
     """Step, mean over seeds, standard error."""
     curves = [measures.curve(folder, in_bits) for folder in folders.values()]
+    # Where some seeds are further than others, a mean over those alone would bend the curve.
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [mean_of([curve[step] for curve in curves]) for step in steps]
     return [(step, mean.mean, mean.error or 0.0) for step, mean in zip(steps, means, strict=True)]
@@ -189,6 +192,7 @@ def write_report(folder: Path, title: str, sections: list[dict[str, Any]]) -> No
         _show(page, section, folder, number)
     for section in pool(sections):
         _show_pooled(page, section)
+    # After all of ``_show``: the HTML page takes in the figures that it has drawn.
     write_json(folder / "report.json", sections)
     write_atomically(folder / "report.md", page.markdown())
     write_atomically(folder / "report.html", page.html(folder))

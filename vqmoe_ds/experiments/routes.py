@@ -138,6 +138,7 @@ def against(reference_LTR: Tensor, routes_LTR: Tensor, way: str, discrete_apart:
 
 def _routes_by(way: str, loaded: LoadedModel, tokens_BS: Tensor) -> Tensor:
     if way == "bf16":
+        # Loaded anew: the reference's own weights stay in fp32 for the ways after this one.
         return routes_of(load_model(loaded.path, precision="bf16").model, tokens_BS)
     if way == "cached":
         loaded.config.require_causal("decoding with a cache")
@@ -171,11 +172,13 @@ def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor) -> Tenso
     transformers = library("transformers", f"--ways {arch}")
     with tempfile.TemporaryDirectory() as folder:
         place, kind = Path(folder) / "model", "vqmoe" if arch == "hf" else "mixtral"
+        # Ids are at hand, and some tokenizers cannot be exported.
         export_hf(open_checkpoint(loaded.path), place, ExportOptions(arch=kind, tokenizer="none"))
         if arch == "mixtral":
             model = transformers.MixtralForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
             logits = model(tokens_BS, output_router_logits=True).router_logits
             top_k = model.config.num_experts_per_tok
+            # Mixtral tells its routers' logits and not their choices, which are made here as its router makes them.
             return torch.stack([layer_TN.float().softmax(-1).topk(top_k).indices for layer_TN in logits])
         from vqmoe_ds.models.hf import VQMoEForCausalLM
         from vqmoe_ds.models.hf.routing_vqmoe import VQMoEExperts

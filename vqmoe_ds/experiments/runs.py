@@ -87,6 +87,7 @@ class Job:
             return State.NEW
         if self.difference() is not None:
             return State.CHANGED
+        # The last file that a run writes (``FinalReport``): where it is, training and validation are over.
         if not self.summary.exists():
             return State.UNFINISHED
         return State.FINISHED if self.wanted is None or self.evaluated(self.wanted) else State.TRAINED
@@ -127,6 +128,7 @@ def _job(grid: Grid, run: Run) -> Job:
     overrides, preset = overrides_of(grid, run), run.entry.preset or grid.preset
     try:
         loaded = load_config(preset, None, overrides)
+        # ``_execute`` starts one process for a run: its micro-batches are those of one rank.
         config, data = fit_to_data(resolve(grid.ds_config, loaded, world_size=1), loaded.explicit)
         if to_prepare(config.run):
             raise ConfigError(
@@ -139,6 +141,7 @@ def _job(grid: Grid, run: Run) -> Job:
             _to_score(grid.evaluate, config.run)
     except UserError as error:
         raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
+    # JSON, as --set reads YAML: strings that look like numbers stay strings.
     sets = [f"--set={name}={json.dumps(value)}" for name, value in overrides.items()]
     arguments = ["--ds_config", grid.ds_config, "--preset", preset, *sets, "--resume", "auto"]
     return Job(run, config, arguments, grid.evaluate)
@@ -178,6 +181,7 @@ def _fields(config: RunConfig) -> dict[str, Any]:
     """Dotted name -> value of all that decides a result."""
     sections = config.model_dump(mode="json")
     fields = {f"{section}.{name}": value for section, part in sections.items() for name, value in part.items()}
+    # Folders that were moved or cleared change no result.
     return {name: value for name, value in fields.items() if name not in ("run.run_dir", "data.cache_dir")}
 
 
@@ -196,6 +200,7 @@ def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
                 "another --out keeps both"
             )
         checkpoints = job.run.folder / "checkpoints"
+        # Evaluation takes sealed tags of a run alone, and those have a manifest.
         if state is State.TRAINED and not list(checkpoints.glob("*/manifest.json")):
             raise CheckpointError(
                 f"run {job.run} is to be evaluated on damaged data, but {checkpoints} holds no checkpoint any more; "
@@ -218,6 +223,7 @@ class Runner:
 
     def run(self) -> list[str]:
         """Run what is not finished; returns a sentence for each run that failed."""
+        # Threads only wait for processes; Ctrl-C reaches the main thread, which waits for their answers.
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 return [answer for answer in pool.map(self._run_one, self.jobs) if answer]
@@ -229,6 +235,7 @@ class Runner:
         """Runs save and leave; the same command goes on."""
         self._stopped = True
         for process in list(self._running):
+            # A run leads a group of its own (``start_new_session``), which has its pid, the words of --prefix included.
             os.killpg(process.pid, signal.SIGTERM)
 
     def _run_one(self, job: Job) -> str | None:
@@ -263,9 +270,11 @@ class Runner:
     def _execute(self, job: Job, command: list[str], log: Path, lock: int) -> str | None:
         """Run a module to its end; returns a sentence if it failed."""
         environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+        # In place of the current folder, which -P below leaves out: the package need not be installed.
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
         if self.workers > 1:  # else the launcher takes all cores
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
+        # Appended: a run that goes on keeps what it said before it was killed.
         with log.open("ab") as output:
             # The child holds the lock too: a killed tool leaves no second process in the same folder.
             process = subprocess.Popen(
@@ -276,6 +285,7 @@ class Runner:
                 pass_fds=(lock,),
                 start_new_session=True,  # Ctrl-C reaches it through _stop alone
             )
+            # By this number a run can be ended whose tool was killed.
             os.truncate(lock, 0)
             os.pwrite(lock, f"{process.pid}\n".encode(), 0)
             self._running.add(process)
@@ -285,6 +295,7 @@ class Runner:
             self._running.discard(process)
         if code == 0:
             return None
+        # A run that does not listen yet ends by the signal itself.
         if code == TRY_AGAIN or self._stopped:
             return f"{job.run}: stopped; the same command goes on"
         return f"{job.run}: exit code {code}, {_last_words(log)} ({log})"
@@ -319,6 +330,7 @@ def _result(job: Job) -> str:
 @contextmanager
 def _lock(folder: Path) -> Iterator[int | None]:
     """A lock on a run folder, as a file descriptor; None where another process holds it."""
+    # O_NOFOLLOW: behind a link in its place ``os.truncate`` would empty another file.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(folder / ".lock", flags, 0o644)
@@ -328,6 +340,7 @@ def _lock(folder: Path) -> Iterator[int | None]:
         ) from None
     with open(descriptor, "wb") as file:  # whose pid it holds, stays
         try:
+            # Not ``lockf``: locks of POSIX belong to a process, and the child that goes on would not hold it.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield None
@@ -337,6 +350,7 @@ def _lock(folder: Path) -> Iterator[int | None]:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
+        # Made anew it would be another file, which a second tool could lock beside this one.
         if path.name == ".lock":
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()

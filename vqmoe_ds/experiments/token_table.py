@@ -161,6 +161,7 @@ def table_of_codes(model: MoETransformer) -> Tensor:
             f"a table holds routes that follow from the token alone (codebook.source=token_embedding), and this model "
             f"has {looks}"
         )
+    # All ids as one sequence, for ``token_embedding`` looks at no neighbours.
     ids_1V = torch.arange(model.config.model.vocab_size).unsqueeze(0)
     z_VC = model.bank.prepare(model.source(ids_1V, model.embed(ids_1V)).flatten(0, 1))
     return model.bank.experts_of(model.bank.lookup_all(z_VC))
@@ -216,6 +217,7 @@ def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
     for spec in args.data:
         path = without_ending(weighted_entry(spec)[0])
         for ids in _ids(args, path, checksum):
+            # ``bincount`` refuses negative ids and grows with those beyond the vocabulary.
             beyond = [int(id) for id in (ids.max(), ids.min()) if not 0 <= id < vocab_size] if len(ids) else []
             if beyond:
                 raise DataError(
@@ -256,4 +258,5 @@ def write(path: Path, table_LV: Tensor, form: str, names: str, blocks: list[int]
     entries: list[Entry] = [entry_of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     partial = path.with_name(f".{path.name}.partial")
     write_safetensors(partial, entries)
+    # ``write_safetensors`` has flushed it: the name never stands for a part of the table.
     partial.rename(path)
