@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests import warm
+from tests.distributed import _free_port
 from tests.launchers.test_pretrain import LAUNCHER, ROOT, SMALL, _wait_for, environment, losses
 from vqmoe_ds.checkpoint.io.store import find_newest, verify
+from vqmoe_ds.runtime.lock import RunLock
 
 ENDLESS = ["--train_steps", "1000000", "--set", "run.log_every=5", "--set", "run.save_every=50"]
 
@@ -110,6 +112,17 @@ def test_a_signal_in_the_closing_validation_is_answered_at_once_and_the_report_c
     assert again.returncode == 0
     assert "on 64 of " in said
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
+
+
+def test_a_run_folder_in_use_is_refused_on_all_ranks(small: list[str], tmp_path: Path) -> None:
+    lock, pipe = RunLock(tmp_path), subprocess.PIPE
+    options = {"stdout": pipe, "stderr": pipe, "text": True}
+    command = [*LAUNCHER, *small, "--run_dir", str(tmp_path)]
+    ranks = warm.start_ranks(2, command, _free_port(), environment(), **options)
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    lock.release()
+    assert [rank.returncode for rank in ranks] == [2, 2], "a job script would requeue 76"
+    assert f"run folder {tmp_path} is in use by process {os.getpid()}" in said[0] and said[1] == ""
 
 
 def test_a_killed_launcher_leaves_a_checkpoint_and_no_rank(small: list[str], tmp_path: Path) -> None:

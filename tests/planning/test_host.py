@@ -3,8 +3,10 @@
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
@@ -13,6 +15,7 @@ from vqmoe_ds.planning import fit, host
 from vqmoe_ds.planning.parameters import count, least_bytes
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import Place
+from vqmoe_ds.train.job import check_start
 
 ZERO = str(Path(__file__).resolve().parents[2] / "ds_configs/zero0.json")
 
@@ -53,6 +56,13 @@ def test_ranks_of_one_machine_count_together(monkeypatch):
     check(1)
     with pytest.raises(ConfigError, match="the 16 ranks of this machine need"):
         check(16)
+
+
+def test_a_machine_that_is_too_small_is_told_to_the_others(monkeypatch):
+    monkeypatch.setattr(host, "total_bytes", lambda: 2**20)
+    job = SimpleNamespace(config=resolve(ZERO, load_config("tiny", None, {}), 2, gpu=False), place=Place(1, 2, 0, 1))
+    with pytest.raises(ConfigError, match="this rank needs at least"):
+        check_start(job, None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

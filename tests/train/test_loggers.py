@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from tests import warm
+from tests.distributed import _free_port
 from tests.launchers.test_pretrain import LAUNCHER, environment, small  # noqa: F401
 from vqmoe_ds.config.load import load_config, to_yaml
 from vqmoe_ds.config.schema import LogTo
@@ -125,6 +127,18 @@ def test_weights_and_biases_without_a_login_is_one_sentence(small, tmp_path):  #
     done = _train(small, tmp_path, 2, "wandb", WANDB_MODE="online", WANDB_API_KEY="", NETRC=str(tmp_path / "none"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "run.log_to=wandb: " in done.stderr and "or set WANDB_MODE=offline" in done.stderr
+
+
+def test_a_logger_that_rank_0_cannot_open_ends_all_ranks_with_its_code(small, tmp_path):  # noqa: F811
+    refusing = "class Error(Exception): ...\ndef Settings(**_): ...\ndef init(**_): raise Error('no API key')\n"
+    (tmp_path / "wandb.py").write_text(refusing)
+    words = ["--run_dir", str(tmp_path / "run"), "--set", "run.log_to=wandb"]
+    command, pipe = [sys.executable, "-m", "vqmoe_ds.commands.pretrain", *small, *words], subprocess.PIPE
+    options: dict[str, Any] = {"cwd": tmp_path, "stdout": pipe, "stderr": pipe, "text": True}
+    ranks = warm.start_ranks(2, command, _free_port(), environment(), **options)
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], "a job script would requeue 76"
+    assert said[0].startswith("error: run.log_to=wandb: no API key; log in") and said[1] == ""
 
 
 @pytest.mark.parametrize(("package", "brings"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])

@@ -62,7 +62,8 @@ def _nameless_file(folder: Path, size: int) -> IO[bytes]:
     except OSError as error:
         raise ConfigError(
             f"--expert_memory keeps {size:,} bytes of frozen experts in a file in {folder}, which cannot be made "
-            f"({error.strerror}); make room, or take another --run_dir"
+            f"({error.strerror}); make room, or take another --run_dir",
+            local=True,  # every rank makes one of its own
         ) from None
     return file
 
@@ -77,7 +78,7 @@ def _read(file: IO[bytes], place: int, out: Tensor) -> None:
             rest, place = rest[count:], place + count
     except OSError as error:
         raise CheckpointError(
-            f"frozen experts cannot be read from their file ({error.strerror}); start again"
+            f"frozen experts cannot be read from their file ({error.strerror}); start again", local=True
         ) from None
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec
 
 P = ParamSpec("P")
@@ -90,6 +91,16 @@ def reports_errors(main: Callable[P, int]) -> Callable[P, int]:
             return error.report()
 
     return reporting
+
+
+@contextmanager
+def of_one_rank() -> Iterator[None]:
+    """Mark a ``UserError`` from within as that of this rank alone, so that the watchdog tells the others."""
+    try:
+        yield
+    except UserError as error:
+        error.local = True
+        raise
 
 
 class ConfigError(UserError):

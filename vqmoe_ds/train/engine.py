@@ -19,7 +19,7 @@ from vqmoe_ds.models.ulysses import sequence_share
 from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer, StoredDeepSpeedMoELayer, clip_over_all_experts
 from vqmoe_ds.moe.expert_file import experts_in_file
 from vqmoe_ds.moe.state_sync import StateSync
-from vqmoe_ds.planning.host import check_host_memory, expert_memory
+from vqmoe_ds.planning.host import expert_memory
 from vqmoe_ds.runtime.device import uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import Place
@@ -31,14 +31,12 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     """Model, optimizer and DeepSpeed engine, with codebooks and routers made equal on all ranks.
 
     Raises:
-        ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks or is too small.
+        ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks.
     """
     if config.precision == "fp16" and not uses_gpu():
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
     check_by_deepspeed(config.deepspeed, json_path)
     check_nvme(config.deepspeed, json_path)
-    # Before the model is built: a process that takes too much is killed by the system, without a sentence.
-    check_host_memory(config, place)
     # The same on all ranks: replicated weights start equal, and experts are drawn by their global number.
     torch.manual_seed(config.run.train.seed)
     memory = expert_memory(config.run)

@@ -105,8 +105,14 @@ def launch(command: TrainingCommand) -> int:
         require_loggers(start.config.run.run.log_to)
         for folder in (start.run_dir / "logs", *start.folders):
             make_folder(folder)
-        # Rank 0 alone: record locks exclude other processes, so ranks of one run would refuse each other.
-        lock = RunLock(start.run_dir) if place.rank == 0 else None
+        lock, refusal = None, None
+        try:
+            # Rank 0 alone: record locks exclude other processes, so ranks of one run would refuse each other.
+            lock = RunLock(start.run_dir) if place.rank == 0 else None
+        except ConfigError as error:
+            if place.world_size == 1:
+                raise
+            refusal = error  # raised where all ranks meet: the others would wait there for this one
         console.capture(start.run_dir / "logs" / f"rank{place.rank}.log")
     except UserError as error:
         return leave_together(console.fail(error), place)
@@ -117,7 +123,7 @@ def launch(command: TrainingCommand) -> int:
         console.say(line)
     try:
         options = (args.ds_config, args.resume, args.allow_changed_data)
-        code = _run(command, Job(start.config, place, console, start.run_dir, *options, started, args.profile))
+        code = _run(command, Job(start.config, place, console, start.run_dir, *options, started, args.profile), refusal)
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))
@@ -127,8 +133,8 @@ def launch(command: TrainingCommand) -> int:
     return code
 
 
-def _run(command: TrainingCommand, job: Job) -> int:
-    """Set up torch and the process group, and run the command under the eyes of its peers."""
+def _run(command: TrainingCommand, job: Job, refusal: ConfigError | None = None) -> int:
+    """Set up torch and the process group, and run the command under the eyes of its peers, unless one refuses."""
     from vqmoe_ds.runtime.allocator import tune_allocator
 
     tuned = tune_allocator()
@@ -140,7 +146,7 @@ def _run(command: TrainingCommand, job: Job) -> int:
     if tuned:
         job.console.say(tuned)
     run, place = job.config.run, job.place
-    device = set_up_torch(place, run.run.start_timeout, run.train.deterministic, partial(check_device, job))
+    device = set_up_torch(place, run.run.start_timeout, run.train.deterministic, partial(check_start, job, refusal))
     if device.type == "cuda":
         for line in _on_gpu(job.config, device):
             job.console.say(line)
@@ -155,13 +161,19 @@ def _run(command: TrainingCommand, job: Job) -> int:
             raise cannot_write(error, "nothing new was saved") from error
 
 
-def check_device(job: Job, device: torch.device) -> None:
-    """Refuse a GPU that cannot run the job.
+def check_start(job: Job, refusal: ConfigError | None, device: torch.device) -> None:
+    """Refuse a GPU or a machine that cannot run the job, or what this rank found out before.
 
     Raises:
-        ConfigError: it has no bf16, or too little memory whatever happens.
+        ConfigError: that, or the GPU has no bf16, or there is too little memory whatever happens.
     """
+    if refusal is not None:
+        raise refusal
     if device.type != "cuda":
+        from vqmoe_ds.planning.host import check_host_memory
+
+        # Before the model is built: a process that takes too much is killed by the system, without a sentence.
+        check_host_memory(job.config, job.place)
         return
     from vqmoe_ds.planning.fit import too_large
     from vqmoe_ds.runtime.device import check_precision, total_memory

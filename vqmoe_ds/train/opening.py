@@ -15,7 +15,7 @@ from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.data.batches import Batches
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.moe.kernels import build
-from vqmoe_ds.runtime.errors import TRY_AGAIN
+from vqmoe_ds.runtime.errors import TRY_AGAIN, of_one_rank
 from vqmoe_ds.runtime.files import write_atomically, write_json
 from vqmoe_ds.runtime.leaving import cannot_write
 from vqmoe_ds.train.callbacks import MetricsFile, parameter_counts
@@ -49,7 +49,8 @@ class Opened:
         # -1 drops rows of step 0, too, which a new run writes again; one that is resumed at step 0 keeps them.
         job, step = self.job, -1 if self.tag is None else self.step
         first = job.place.rank == 0
-        loggers = open_loggers(job.config, job.run_dir, step, job.console.say) if first else []
+        with of_one_rank():
+            loggers = open_loggers(job.config, job.run_dir, step, job.console.say) if first else []
         return MetricsFile(job.run_dir, job.place.rank, step, loggers)
 
     def train(self, batches: Batches, callbacks: list[Callback], file: MetricsFile) -> int:
@@ -151,5 +152,6 @@ def open_session(
     if job.place.rank == 0:
         write_atomically(job.run_dir / "config.yaml", to_yaml(job.config.run))
         write_json(job.run_dir / "ds_config.json", job.config.deepspeed, indent=2)
-        keep_tokenizer(job.config.run, job.run_dir)
+        with of_one_rank():
+            keep_tokenizer(job.config.run, job.run_dir)
     return opened
