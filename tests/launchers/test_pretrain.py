@@ -174,6 +174,15 @@ def test_a_finished_run_is_not_run_again_and_a_longer_one_goes_on(small, finishe
     assert "holds a finished run of 12 steps; raise --train_steps" in result.stderr
 
 
+def test_the_configuration_of_a_run_names_the_folder_that_was_free(small, tmp_path):
+    (tmp_path / "runs/pretrain").mkdir(parents=True)
+    (tmp_path / "runs/pretrain/summary.json").write_text('{"steps": 12}')
+    result = run([*small, "--train_steps", "2"], cwd=tmp_path)
+    assert result.returncode == 0 and "run folder: runs/pretrain-2" in result.stdout, result.stderr
+    again = run([*small[:2], "--config", "runs/pretrain-2/config.yaml"], cwd=tmp_path)
+    assert "run folder runs/pretrain-2 holds a finished run of 2 steps" in again.stderr
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_naming_the_field(small, finished):
     run_dir, _ = finished
     result = run([*small, "--run_dir", str(run_dir), "--train_steps", "14", "--set", "moe.expert_hidden=48"])

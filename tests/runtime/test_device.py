@@ -282,7 +282,7 @@ def _job(place: Place) -> Any:
     from vqmoe_ds.train.job import Job
 
     config = resolve(str(ROOT / "ds_configs/zero2.json"), load_config(), place.world_size, gpu=True)
-    return Job(config, place, Console(place.rank), Path("."), "zero2.json", "auto", False, 0.0)
+    return Job(config, place, Console(place.rank), "zero2.json", "auto", False, 0.0)
 
 
 def test_the_start_up_line_names_card_precision_and_determinism(monkeypatch, capsys):

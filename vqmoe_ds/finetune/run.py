@@ -19,6 +19,7 @@ from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.files import make_folder
 from vqmoe_ds.runtime.ranks import Place, from_first
 from vqmoe_ds.train.job import Job, Start, TrainingCommand, launch, show
+from vqmoe_ds.train.run_folder import in_folder
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -83,7 +84,7 @@ class FineTuning(TrainingCommand):
         # --seeds 1 is one run in a folder of its own, with a report.
         several = len(self.configs) > 1 or "" not in self.configs
         for name, config in self.configs.items():
-            one = replace(job, config=config, run_dir=job.run_dir / name)
+            one = replace(job, config=in_folder(config, job.run_dir / name))
             if is_finished(one.run_dir):
                 job.console.say(f"{one.run_dir} is finished already")
                 continue

@@ -23,6 +23,7 @@ from vqmoe_ds.runtime.leaving import cannot_write, hear_requests, leave_together
 from vqmoe_ds.runtime.lock import RunLock
 from vqmoe_ds.runtime.ranks import Place, find_place, from_first, likely_rank
 from vqmoe_ds.train.loggers import require_loggers
+from vqmoe_ds.train.run_folder import in_folder
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +37,17 @@ class Job:
     config: EngineConfig
     place: Place
     console: Console
-    run_dir: Path
     json_path: str
     resume: str
     allow_changed_data: bool
     started: float
     """Seconds since the epoch, of the process."""
     profile: tuple[int | None, int] | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """Its folder, as ``config.yaml`` and checkpoints name it."""
+        return Path(self.config.run.run.run_dir)
 
     @property
     def checkpoints(self) -> Path:
@@ -122,8 +127,9 @@ def launch(command: TrainingCommand) -> int:
     for line in start.greeting:
         console.say(line)
     try:
+        config = in_folder(start.config, start.run_dir)
         options = (args.ds_config, args.resume, args.allow_changed_data)
-        code = _run(command, Job(start.config, place, console, start.run_dir, *options, started, args.profile), refusal)
+        code = _run(command, Job(config, place, console, *options, started, args.profile), refusal)
     except BaseException as error:
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))
@@ -156,7 +162,7 @@ def _run(command: TrainingCommand, job: Job, refusal: ConfigError | None = None)
         memory_errors(place.rank, device, partial(_what_would_fit, job, device)),
     ):
         try:
-            return command.run(replace(job, run_dir=from_first(job.run_dir)))
+            return command.run(replace(job, config=in_folder(job.config, from_first(job.run_dir))))
         except OSError as error:  # in here, so that the other ranks are told
             raise cannot_write(error, "nothing new was saved") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vqmoe_ds.checkpoint.whereabouts import INDEX_FOLDER
@@ -16,6 +17,12 @@ def first_free(wanted: Path, taken: Callable[[Path], bool]) -> Path:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
+
+
+def in_folder(config: EngineConfig, folder: Path) -> EngineConfig:
+    """The configuration of the run in a folder, which may be another than the one that was asked for."""
+    output = config.run.run.model_copy(update={"run_dir": str(folder)})
+    return replace(config, run=config.run.model_copy(update={"run": output}))
 
 
 def has_run(folder: Path) -> bool:
