@@ -11,7 +11,8 @@ from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
 GIB = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = ("memory.max", "memory.limit_in_bytes")
-"""Files with the limit of control groups of version 2 and 1."""
+_ANONYMOUS = ("anon ", "total_rss ")
+"""File with the limit of a control group, and line with what it and those below it use, of version 2 and 1."""
 
 
 def total_bytes() -> int:
@@ -23,7 +24,7 @@ def free_bytes() -> int:
     """Bytes that this process may still take: what the machine has left, within its control groups."""
     free = _number(1 << 62, "MemAvailable:", "/proc/meminfo") << 10
     # Anonymous memory alone: memory.current also counts the page cache, which the kernel gives back.
-    return min([free, *(max(0, limit - _number(0, "anon ", group / "memory.stat")) for limit, group in _groups())])
+    return min([free, *(max(0, limit - _number(0, _ANONYMOUS, group / "memory.stat")) for limit, group in _groups())])
 
 
 def check_room(needed: float, what: str, remedy: str, kind: type[UserError]) -> None:
@@ -62,8 +63,11 @@ def parse_memory(text: str | None, option: str) -> int | None:
 
 def _groups() -> list[tuple[int, Path]]:
     """Limit and folder of every control group that this process is in and that has one."""
-    own = _CGROUP / _read("/proc/self/cgroup").partition("0::/")[2].strip()
-    folders = [*dict.fromkeys((own, *own.parents)), _CGROUP / "memory"]
+    told, folders = _read("/proc/self/cgroup"), dict[Path, None]()
+    for root, kind in ((_CGROUP, "0:"), (_CGROUP / "memory", r"\d+:(?:\S+,)?memory(?:,\S+)?")):
+        own = re.search(f"^{kind}:/(.*)$", told, re.MULTILINE)
+        group = root / own[1] if own else root
+        folders |= dict.fromkeys((group, *group.parents))  # in a container the path may be the host's, and not be here
     found = [(_read(folder / name).strip(), folder) for folder in folders for name in _LIMITS]
     # No limit is ``max`` in version 2, and in version 1 a number beyond any machine, which ``min`` passes over.
     return [(int(text), folder) for text, folder in found if text.isdigit()]
@@ -73,8 +77,8 @@ def _gib(count: float) -> str:
     return f"{count / GIB:,.1f} GiB" if count < 1 << 70 else f"more than {1 << 40:,} GiB"
 
 
-def _number(otherwise: int, name: str, path: str | Path) -> int:
-    """The number after a name at the start of a line."""
+def _number(otherwise: int, name: str | tuple[str, ...], path: str | Path) -> int:
+    """The number after a name, or one of several, at the start of a line."""
     found = [line.split()[1] for line in _read(path).splitlines() if line.startswith(name)]
     return int(found[0]) if found else otherwise
 
