@@ -247,6 +247,7 @@ def test_bad_input_of_two_ranks_is_one_sentence_of_rank_0(small):
         (["--sp_size", "2"], "sequence-parallel size 2 does not divide the 1 ranks"),
         (["--set", "model.sequence_length=30000"], "fewer than"),
         (["--set", "data.tokenizer=nowhere"], "tokenizer nowhere does not exist"),
+        (["--run_dir", "x" * 300, "--resume", "never"], "a folder of the run cannot be made: [Errno 36] File name too"),
         (["--set", "data.max_tokens=9"], "data.max_tokens=9 is of text that is prepared when a pretraining starts"),
     ],
 )
@@ -266,6 +267,14 @@ def test_print_config_shows_what_would_run_and_stops(small, tmp_path):
     assert "num_codes: 8" in result.stdout
     assert '"train_batch_size": 4' in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_of_print_config_that_leaves_is_no_error(small):
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = warm.Popen([*LAUNCHER, *small, "--print_config"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
 
 
 def _wait_for(condition, process, timeout: float = 90) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def choose_run_dir(loaded: LoadedConfig, resume: str) -> Path:
     """
     wanted, afresh = Path(loaded.config.run.run_dir), resume == "never"
     if "run.run_dir" not in loaded.explicit:
-        return first_free(wanted, lambda f: (f / "summary.json").exists() or (afresh and _used(f)))
+        return first_free(wanted, lambda f: os.path.exists(f / "summary.json") or (afresh and _used(f)))
     if afresh and _used(wanted):
         raise ConfigError(f"run folder {wanted} already holds a run; choose another --run_dir, or --resume auto")
     return wanted
@@ -51,7 +52,7 @@ def _used(folder: Path) -> bool:
 
 
 def _has_several(folder: Path) -> bool:
-    return any(folder.glob("seed-*")) or any(folder.glob("shots-*"))
+    return os.path.isdir(folder) and (any(folder.glob("seed-*")) or any(folder.glob("shots-*")))
 
 
 def check_kind(folder: Path, several: bool) -> None:

@@ -17,7 +17,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import ConfigError, UserError
-from vqmoe_ds.runtime.files import make_folder
+from vqmoe_ds.runtime.files import drop_output, make_folder
 from vqmoe_ds.runtime.importing import quickly
 from vqmoe_ds.runtime.leaving import cannot_write, hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.lock import RunLock
@@ -108,22 +108,9 @@ def launch(command: TrainingCommand) -> int:
             return 0
         # Before anything is made: a package that is missing leaves no run folder behind.
         require_loggers(start.config.run.run.log_to)
-        for folder in (start.run_dir / "logs", *start.folders):
-            make_folder(folder)
-        lock, refusal = None, None
-        try:
-            # Rank 0 alone: record locks exclude other processes, so ranks of one run would refuse each other.
-            lock = RunLock(start.run_dir) if place.rank == 0 else None
-        except ConfigError as error:
-            if place.world_size == 1:
-                raise
-            refusal = error  # raised where all ranks meet: the others would wait there for this one
-        console.capture(start.run_dir / "logs" / f"rank{place.rank}.log")
-    except UserError as error:
+        lock, refusal = _enter(start, place, console)
+    except Exception as error:  # a defect, too: standard error may be captured by now
         return leave_together(console.fail(error), place)
-    except OSError as error:
-        reason = error if error.filename else error.strerror
-        return leave_together(console.fail(ConfigError(f"a folder of the run cannot be made: {reason}")), place)
     for line in start.greeting:
         console.say(line)
     try:
@@ -137,6 +124,29 @@ def launch(command: TrainingCommand) -> int:
     if lock is not None:
         lock.release()
     return code
+
+
+def _enter(start: Start, place: Place, console: Console) -> tuple[RunLock | None, ConfigError | None]:
+    """Make the folders of the run, and log there; the lock of rank 0, or why it did not get it, for all ranks to meet.
+
+    Raises:
+        ConfigError: a folder cannot be made, or that of a single rank is in use.
+    """
+    lock, refusal = None, None
+    try:
+        for folder in (start.run_dir / "logs", *start.folders):
+            make_folder(folder)
+        # Rank 0 alone: record locks exclude other processes, so ranks of one run would refuse each other.
+        lock = RunLock(start.run_dir) if place.rank == 0 else None
+    except OSError as error:
+        reason = error if error.filename else error.strerror
+        raise ConfigError(f"a folder of the run cannot be made: {reason}") from None
+    except ConfigError as error:
+        if place.world_size == 1:
+            raise
+        refusal = error  # the others would wait for this rank where they meet
+    console.capture(start.run_dir / "logs" / f"rank{place.rank}.log")
+    return lock, refusal
 
 
 def _run(command: TrainingCommand, job: Job, refusal: ConfigError | None = None) -> int:
@@ -216,4 +226,7 @@ def show(config: EngineConfig, place: Place, console: Console) -> None:
     """Print the configuration, for ``--print_config``."""
     if place.rank == 0:
         text = to_yaml(config.run) + "deepspeed: " + json.dumps(config.deepspeed, indent=2)
-        print(text, file=console.out, flush=True)
+        try:
+            print(text, file=console.out, flush=True)
+        except BrokenPipeError:  # a reader that has seen enough
+            drop_output()

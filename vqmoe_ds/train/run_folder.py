@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ def in_folder(config: EngineConfig, folder: Path) -> EngineConfig:
 
 
 def has_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+    # Not Path.exists, which raises for a name that no folder can have: what makes the folder says so.
+    return os.path.exists(folder / "metrics.jsonl") or os.path.exists(folder / "checkpoints")
 
 
 def index_folder(config: EngineConfig, run_dir: Path) -> Path:
