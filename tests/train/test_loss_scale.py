@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import deepspeed
 import pytest
+import torch
 
 from tests.distributed import run_ranks
 from tests.train.test_loop import SMALL
@@ -39,16 +41,21 @@ def _scale(engine: Any) -> float:
     return float(holder.cur_scale)
 
 
-def _train(rank: int, world: int, folder: str, stage: int, fp16: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+def _train(
+    rank: int, world: int, folder: str, stage: int, fp16: dict[str, Any], steps: int, fused: bool = False
+) -> list[dict[str, Any]]:
     from vqmoe_ds.train.engine import searches_loss_scale
 
+    if fused:  # torch's Adam in place of DeepSpeed's own, which needs a GPU, and which it wraps otherwise at stage 0
+        deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW
     trainer = _trainer(rank, world, folder, {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True, **fp16}})
     engine, rows = trainer.session.engine, []
     for _ in range(steps):
         before, result = _scale(engine), trainer.train_step()
         norm = float(engine.get_global_grad_norm())
         row = {"taken": bool(result.taken), "searching": searches_loss_scale(engine), "loss": result.loss, "norm": norm}
-        rows.append({**row, "before": before, "after": _scale(engine)})
+        counted = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+        rows.append({**row, "before": before, "after": _scale(engine), "counted": counted})
     return rows
 
 
@@ -63,9 +70,9 @@ def _in_fp32(rank: int, world: int, folder: str) -> list[tuple[float, float]]:
     return [(trainer.train_step().loss, float(trainer.session.engine.get_global_grad_norm())) for _ in range(3)]
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_scale_falls_until_gradients_fit_and_training_then_goes_as_in_fp32(folder, stage):
-    first = run_ranks(2, _train, folder, stage, {"initial_scale_power": 24, "hysteresis": 1}, 10)
+@pytest.mark.parametrize(("stage", "fused"), [(0, False), (0, True), (1, False), (2, False), (3, False)])
+def test_the_scale_falls_until_gradients_fit_and_training_then_goes_as_in_fp32(folder, stage, fused):
+    first = run_ranks(2, _train, folder, stage, {"initial_scale_power": 24, "hysteresis": 1}, 10, fused)
     for rows in first:
         skipped = [row for row in rows if not row["taken"]]
         assert 4 <= len(skipped) < 10, "the search is longer than train.max_bad_steps"
@@ -73,12 +80,11 @@ def test_the_scale_falls_until_gradients_fit_and_training_then_goes_as_in_fp32(f
             assert row["after"] == (row["before"] if row["taken"] else row["before"] / 2)
         assert all(row["searching"] for row in skipped)
         assert rows[-1]["taken"]
-    scaled = run_ranks(2, _train, folder, stage, {"initial_scale_power": 10}, 3)[0]
+    scaled = run_ranks(2, _train, folder, stage, {"initial_scale_power": 10}, 3, fused)[0]
+    assert stage or [row["counted"] for row in scaled] == [{1.0}, {2.0}, {3.0}], "no empty step before"
     plain = run_ranks(2, _in_fp32, folder)[0]
     assert [row["loss"] for row in scaled] == pytest.approx([loss for loss, _ in plain], abs=2e-3)
-    if stage:  # at stage 0 the norm leaves the experts out
-        assert [row["norm"] for row in scaled] == pytest.approx([norm for _, norm in plain], rel=0.02)
-    assert 0.5 * plain[0][1] < scaled[0]["norm"] < 1.02 * plain[0][1]
+    assert [row["norm"] for row in scaled] == pytest.approx([norm for _, norm in plain], rel=0.02)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
@@ -72,11 +73,11 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
 
 
 def undo_empty_step(optimizer: Any) -> None:
-    """Undo the step with which DeepSpeed's 16-bit optimizer of stage 0 creates its state.
+    """Undo the step with which DeepSpeed's 16-bit optimizers of stage 0 create their state.
 
     Its gradients are zero, but Adam counts it, and it decays the weights.
     """
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+    if not isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
         return
     # From the 16-bit weights, which that step did not write.
     optimizer.refresh_fp32_params()
@@ -117,10 +118,11 @@ def apply_step(engine: Any, finite: bool) -> bool:
         finite: losses and gradients are, on all ranks; read where ``checks_gradients``: else gradients are thrown away.
     """
     if not checks_gradients(engine):
-        # Before the step, which may change the scale after taking the norm.
-        scale = 1.0 if engine.zero_optimization() else engine.optimizer.loss_scale
+        # Of DeepSpeed's optimizers this one alone keeps the norm of scaled gradients. Before the step, which may change
+        # the scale after taking the norm.
+        scale = engine.optimizer.loss_scale if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else 1.0
         engine.step()
-        if scale != 1.0:  # the norm of fp16's stage 0 is that of scaled gradients
+        if scale != 1.0:
             engine._global_grad_norm = engine._global_grad_norm / scale
         return not bool(getattr(engine.optimizer, "overflow", False))
     if finite:
