@@ -66,8 +66,10 @@ def _held_elsewhere(folder: Path, **entries: object) -> Path:
     return path
 
 
-def test_without_locks_between_hosts_a_heartbeat_refuses(tmp_path):
-    path, stop = _held_elsewhere(tmp_path), threading.Event()
+@pytest.mark.parametrize("job", [None, "41"], ids=["no job", "another step of the job"])
+def test_without_locks_between_hosts_a_heartbeat_refuses(tmp_path, monkeypatch, job):
+    path, stop = _held_elsewhere(tmp_path, slurm_job=job), threading.Event()
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
 
     def beat() -> None:
         while not stop.wait(0.1):
@@ -98,6 +100,7 @@ def test_without_a_heartbeat_the_other_host_s_lock_is_taken_over_after_the_wait(
 def test_a_requeued_job_need_not_wait_for_itself(tmp_path, monkeypatch):
     _held_elsewhere(tmp_path, slurm_job="41")
     monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     started = time.monotonic()
     RunLock(tmp_path, patience=5).release()
     assert time.monotonic() - started < 1

@@ -77,11 +77,12 @@ class RunLock:
     def _same_place(self, holder: dict[str, Any]) -> bool:
         """Whether the lock, which was free, speaks for the holder's death: within a host it always does.
 
-        So does a restart of the same SLURM job, which ends the job before it.
+        So does a restart of the same SLURM job, which ends the job before it; another step of the job ends nothing.
         """
         mine = _identity()
         same_job = mine["slurm_job"] is not None and mine["slurm_job"] == holder.get("slurm_job")
-        return same_job or (holder.get("host") == mine["host"] and not _alive(holder.get("pid")))
+        restarted = same_job and mine["slurm_restart"] != holder.get("slurm_restart")
+        return restarted or (holder.get("host") == mine["host"] and not _alive(holder.get("pid")))
 
     def _holder(self) -> dict[str, Any]:
         try:
@@ -105,7 +106,8 @@ class RunLock:
 
 
 def _identity() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+    slurm = {"slurm_job": os.environ.get("SLURM_JOB_ID"), "slurm_restart": os.environ.get("SLURM_RESTART_COUNT")}
+    return {"host": socket.gethostname(), "pid": os.getpid(), **slurm}
 
 
 def _alive(pid: Any) -> bool:
