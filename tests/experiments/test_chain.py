@@ -85,7 +85,7 @@ def test_two_tools_never_work_in_one_run_folder(tmp_path):
     said: list[str] = []
     with (job.run.folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert Runner([job], 1, "", said.append).run() == []
+        assert Runner([job], 1, "", False, said.append).run() == []
     assert said == ["words | top-2 | seed 1: another process is at it"]
     assert not (job.run.folder / "run.log").exists()
 

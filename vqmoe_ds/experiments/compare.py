@@ -54,8 +54,9 @@ def main(args: argparse.Namespace) -> int:
         budgets = _budgets(grid, jobs)
         chosen = _chosen(jobs, args)
         if not args.report_only:
-            check_folders(chosen, args.changed == "rerun")
-            failures = Runner(chosen, max(1, args.jobs), args.prefix, lambda line: print(line, flush=True)).run()
+            rerun = args.changed == "rerun"
+            check_folders(chosen, rerun)
+            failures = Runner(chosen, max(1, args.jobs), args.prefix, rerun, lambda line: print(line, flush=True)).run()
         else:
             failures = []
     except KeyboardInterrupt:

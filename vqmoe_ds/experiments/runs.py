@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.config.reading import read_yaml
+from vqmoe_ds.config.reading import parse_yaml
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.at_start import to_prepare
 from vqmoe_ds.data.raw_text import open_raw_text
@@ -35,7 +35,7 @@ from vqmoe_ds.evaluation.image_damage import parse_image_corruption
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
 from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, reason_of
-from vqmoe_ds.runtime.files import make_folder, open_regular
+from vqmoe_ds.runtime.files import make_folder, open_regular, read_small
 from vqmoe_ds.train.pretrain import fit_to_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ class Job:
         return self.state() in (State.TRAINED, State.FINISHED)
 
     def state(self) -> State:
-        """State of the run folder."""
+        """State of the run folder; raises as ``difference``."""
         recorded = self.run.folder / "config.yaml"
         if not recorded.exists():
             return State.NEW
@@ -102,12 +102,22 @@ class Job:
             return False  # it is scored again
 
     def difference(self) -> str | None:
-        """The first field in which the recorded run differs from the grid, as a clause; None where none does."""
+        """The first field in which the recorded run differs from the grid, as a clause; None where none does.
+
+        Raises:
+            ConfigError: what was recorded is there and cannot be read now.
+        """
+        folder = self.run.folder
         try:
-            recorded = RunConfig.model_validate(read_yaml(str(self.run.folder / "config.yaml"), "configuration"))
-            engine = read_json(self.run.folder / "ds_config.json")
-        except (OSError, ValueError, UserError, RecursionError) as error:
+            config, engine_config = (read_small(folder / name) for name in ("config.yaml", "ds_config.json"))
+            recorded = RunConfig.model_validate(parse_yaml(config.decode(), "config.yaml"))
+            engine = json.loads(engine_config)
+        except (FileNotFoundError, ValueError, UserError, RecursionError) as error:
             return f"a configuration that cannot be read ({reason_of(error, 200)})"
+        except OSError as error:
+            # No difference: a run of another configuration may be thrown away, this one may be whole.
+            reason = error.strerror or error
+            raise ConfigError(f"the configuration of {folder} cannot be read ({reason}); mend that first") from None
         there, here = (_fields(with_whole_paths(config)) for config in (recorded, self.config.run))
         for name, value in here.items():
             if there.get(name) != value:
@@ -213,11 +223,13 @@ class Runner:
 
     Args:
         prefix: words before every command, such as ``nice -n 10`` or ``srun -n 1``.
+        rerun_changed: as of ``check_folders``.
         say: prints a line.
     """
 
-    def __init__(self, jobs: list[Job], workers: int, prefix: str, say: Any) -> None:
+    def __init__(self, jobs: list[Job], workers: int, prefix: str, rerun_changed: bool, say: Any) -> None:
         self.jobs, self.workers, self.prefix, self.say = jobs, workers, shlex.split(prefix), say
+        self.rerun_changed = rerun_changed
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 
@@ -236,26 +248,32 @@ class Runner:
         self._stopped = True
         for process in list(self._running):
             # A run leads a group of its own (``start_new_session``), which has its pid, the words of --prefix included.
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGTERM)
 
     def _run_one(self, job: Job) -> str | None:
-        if self._stopped or job.state() is State.FINISHED:
-            return None
         try:
-            make_folder(job.run.folder)
-        except OSError as error:
-            raise ConfigError(f"run folder {job.run.folder} cannot be made ({error.strerror})") from None
-        with _lock(job.run.folder) as lock:
-            if lock is None:
-                self.say(f"{job.run}: another process is at it")
+            if self._stopped or job.state() is State.FINISHED:
                 return None
-            if job.state() is State.CHANGED:
-                _empty(job.run.folder)
-            started = time.time()
-            failure = self._train_and_evaluate(job, lock)
-        if failure is None:
-            self.say(f"{job.run}: {_result(job)} in {time.time() - started:.0f} s")
-        return failure
+            try:
+                make_folder(job.run.folder)
+            except OSError as error:
+                raise ConfigError(f"run folder {job.run.folder} cannot be made ({error.strerror})") from None
+            with _lock(job.run.folder) as lock:
+                if lock is None:
+                    self.say(f"{job.run}: another process is at it")
+                    return None
+                # Once more: while it waited for its turn another tool may have trained it.
+                check_folders([job], self.rerun_changed)
+                if job.state() is State.CHANGED:
+                    _empty(job.run.folder)
+                started = time.time()
+                failure = self._train_and_evaluate(job, lock)
+            if failure is None:
+                self.say(f"{job.run}: {_result(job)} in {time.time() - started:.0f} s")
+            return failure
+        except UserError as error:  # the other runs go on
+            return f"{job.run}: {error}"
 
     def _train_and_evaluate(self, job: Job, lock: int) -> str | None:
         log = job.run.folder / "run.log"

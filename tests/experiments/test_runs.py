@@ -1,0 +1,72 @@
+"""Run folders that another tool or a failing disk changed while their run was queued."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.experiments.test_grid import compare, grid_file  # noqa: F401
+from tests.experiments.test_report import _finish
+from vqmoe_ds.config.load import to_yaml
+from vqmoe_ds.experiments import runs
+from vqmoe_ds.experiments.grid import read_grid, runs_of
+from vqmoe_ds.experiments.runs import Job, Runner, jobs_of
+
+
+@pytest.fixture
+def job(grid_file, tmp_path) -> Job:  # noqa: F811
+    grid = read_grid(grid_file())
+    return jobs_of(grid, runs_of(grid, tmp_path / "out"))[0]
+
+
+def _runner(jobs: list[Job], rerun_changed: bool = False) -> Runner:
+    return Runner(jobs, 1, "", rerun_changed, lambda line: None)
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_what_another_tool_trained_meanwhile_is_thrown_away_only_where_that_was_asked_for(job, monkeypatch, rerun):
+    trained: list[Job] = []
+    monkeypatch.setattr(Runner, "_train_and_evaluate", lambda self, job, lock: trained.append(job) or "trained anew")
+    waiting, summary = _runner([job], rerun), job.run.folder / "summary.json"
+    _finish(job, 2.0, 0.1)
+    other = to_yaml(job.config.run).replace("learning_rate: 0.003", "learning_rate: 0.1")
+    (job.run.folder / "config.yaml").write_text(other)
+    (failure,) = waiting.run()
+    assert summary.exists() is not rerun and trained == ([job] if rerun else [])
+    assert failure == "trained anew" if rerun else "was made with train.learning_rate=0.1, the grid says" in failure
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "ds_config.json"])
+def test_a_run_that_cannot_be_read_now_is_never_thrown_away_and_the_others_go_on(job, tmp_path, monkeypatch, name):
+    _finish(job, 2.0, 0.1)
+    read, later = runs.read_small, replace(job, run=replace(job.run, folder=tmp_path / "later"))
+
+    def fail(path: Any, *more: Any) -> bytes:
+        if path == job.run.folder / name:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, *more)
+
+    monkeypatch.setattr(runs, "read_small", fail)
+    monkeypatch.setattr(Runner, "_train_and_evaluate", lambda self, job, lock: f"{job.run.folder.name} ran")
+    failures = _runner([job, later], rerun_changed=True).run()
+    assert "cannot be read (Input/output error); mend that first" in failures[0] and failures[1:] == ["later ran"]
+    assert (job.run.folder / "summary.json").exists()
+
+
+def test_a_run_that_has_just_ended_keeps_no_other_from_being_stopped(monkeypatch):
+    runner, stopped = _runner([]), []
+
+    def kill(group: int, number: int) -> None:
+        stopped.append((group, number))
+        if len(stopped) == 1:
+            raise ProcessLookupError
+
+    monkeypatch.setattr(runs.os, "killpg", kill)
+    runner._running = [SimpleNamespace(pid=1), SimpleNamespace(pid=2)]
+    runner._stop()
+    assert sorted(stopped) == [(1, signal.SIGTERM), (2, signal.SIGTERM)]
