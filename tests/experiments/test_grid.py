@@ -98,6 +98,8 @@ def _text_sample(grid):
         (lambda g: g["groups"]["all"].update(baselines=["top-1"]), "did you mean top-2?"),
         (lambda g: g["groups"]["all"].update(other_budgets=["codes"]), "is no entry outside group 'all'"),
         (lambda g: g["entries"][1].update(corpora=["word"]), "did you mean words?"),
+        (lambda g: g["entries"][1].update(corpora=[]), "entry codes has no corpora; leave the key out"),
+        (lambda g: g.update(evaluate={"attacks": ["fgsm"], "eps": []}), "evaluate.eps: list should have at least 1"),
         (lambda g: g["corpora"]["words"].update({"data.path": "/nowhere"}), "data path /nowhere does not exist"),
         (lambda g: g.update(evaluate={"corrupt": ["word_swop"]}), "'word_swop' is unknown"),
         (lambda g: g["groups"]["all"].update(tolerance=0.0), "entry codes has"),

@@ -73,7 +73,7 @@ class Evaluation(_Part):
     """Tokens read, at most; None: all that is held out."""
     attacks: list[str] = []
     """Attacks on classifiers of images."""
-    eps: list[float] = [1.0, 2.0]
+    eps: list[float] = Field(default=[1.0, 2.0], min_length=1)
     """Largest change of a value by an attack, in 255ths."""
 
 
@@ -176,6 +176,8 @@ def _check_names(grid: Grid, path: str) -> None:
                 folder = _slug(name)
                 raise ConfigError(f"grid {path}: more than one {kind} is named {name} (folder {folder}); rename one")
     for entry in grid.entries:
+        if entry.corpora == []:
+            raise ConfigError(f"grid {path}: entry {entry.name} has no corpora; leave the key out for all of the grid")
         for corpus in entry.corpora or []:
             if corpus not in grid.corpora:
                 near = nearest_key(corpus, list(grid.corpora))
