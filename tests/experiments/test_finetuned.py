@@ -64,6 +64,11 @@ def test_adaptation_to_a_text_has_where_it_began_and_a_curve(tmp_path, capsys):
     assert _compare(f"vq={tmp_path / 'vq'}", f"top-2={tmp_path / 'top-2'}", "--out", tmp_path) == 0
     assert "| top-2 | all | 7 | 1 | 3.2000 | 2.1000 | 1.0000 | -0.4000 (one seed) |" in capsys.readouterr().out
     assert (tmp_path / "steps.png").stat().st_size > 1000 and not (tmp_path / "shots.png").exists()
+    facts = json.loads((tmp_path / "vq/summary.json").read_text()) | {"validation_bits_per_byte": None}
+    (tmp_path / "unknown").mkdir()  # its tokenizer is, and so are the bytes of its tokens
+    (tmp_path / "unknown/summary.json").write_text(json.dumps(facts))
+    assert _compare(f"vq={tmp_path / 'vq'}", f"unknown={tmp_path / 'unknown'}") == 0
+    assert "| unknown | all | 7 | 1 | – | – | 1.0000 | – |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("spec", "sentence"), [("runs/a", "NAME=FOLDER"), ("vq=nowhere", "no finished fine-tuning")])

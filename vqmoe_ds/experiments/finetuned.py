@@ -177,9 +177,12 @@ def _mean(values: Sequence[float], measure: str) -> str:
 
 
 def _difference(ours: Sequence[Run], theirs: Sequence[Run], measure: str) -> str:
-    a, b = ({run.seed: run.values[measure] * _scale(measure) for run in runs} for runs in (ours, theirs))
+    a, b = (
+        {run.seed: run.values[measure] * _scale(measure) for run in runs if measure in run.values}
+        for runs in (ours, theirs)
+    )
     found = paired_difference(a, b)
-    return "no common seed" if found is None else found.show(_digits(measure))
+    return found.show(_digits(measure)) if found is not None else "no common seed" if a and b else "–"
 
 
 def _scale(measure: str) -> float:
