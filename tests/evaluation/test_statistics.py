@@ -66,6 +66,7 @@ def test_pairs_decide_what_means_alone_could_not():
         (0.00004, 1.0, "cannot be told"),
         (-1.0, -0.00006, "better"),
         (None, None, "cannot be told"),
+        (float("nan"), float("nan"), "cannot be told"),
     ],
 )
 def test_nobody_wins_where_the_interval_contains_zero(low, high, verdict):

@@ -44,13 +44,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Which side is better, less being better; neither where there is no interval or it contains zero as shown.
+        """Which side is better, less being better; neither where there is no interval (NaN of runs that
+        diverged is none) or it contains zero as shown.
 
         An interval that is shown as ending at zero is level: no reader should rest on its fifth decimal.
         """
-        if self.low is None or self.high is None or round(self.low, DIGITS) <= 0 <= round(self.high, DIGITS):
-            return "cannot be told"
-        return "better" if self.high < 0 else "worse"
+        if self.low is not None and round(self.low, DIGITS) > 0:
+            return "worse"
+        return "better" if self.high is not None and round(self.high, DIGITS) < 0 else "cannot be told"
 
     def show(self, digits: int = DIGITS) -> str:
         """Mean and interval, with so many decimals."""
