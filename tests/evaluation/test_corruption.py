@@ -25,17 +25,18 @@ TEXT = (LINE * 60 + "Käfer und Mäuse liefen über die Brücke, 42 times.\n" * 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_edits_are_in_order_without_overlap_and_follow_from_the_seed(kind, rate):
-    corruption = Corruption(kind, rate)
-    edits, units = corruption.damage(TEXT, 3)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_edits_are_in_order_without_overlap_and_follow_from_the_seed(kind, rate, encoding):
+    corruption, text = Corruption(kind, rate), TEXT.decode().encode(encoding)
+    edits, units = corruption.damage(text, 3)
     ends = [0, *(edit.end for edit in edits)]
-    assert all(end <= edit.start < edit.end <= len(TEXT) for end, edit in zip(ends, edits, strict=False))
-    assert corruption.damage(TEXT, 3) == (edits, units)
+    assert all(end <= edit.start < edit.end <= len(text) for end, edit in zip(ends, edits, strict=False))
+    assert corruption.damage(text, 3) == (edits, units)
     if rate == 0.0:
-        assert edits == [] and apply(TEXT, edits) == TEXT
+        assert edits == [] and apply(text, edits) == text
     if rate == 0.1:
-        assert corruption.damage(TEXT, 4)[0] != edits != corruption.damage(TEXT, 3, document=1)[0]
-    apply(TEXT, edits).decode()  # characters are never cut
+        assert corruption.damage(text, 4)[0] != edits != corruption.damage(text, 3, document=1)[0]
+    apply(text, edits).decode(encoding)  # characters are never cut
 
 
 @pytest.mark.parametrize("kind", ["word_swap", "char_noise", "word_drop"])

@@ -150,10 +150,10 @@ def _drop_words(text: bytes, rate: float, generator: np.random.Generator) -> Dam
 
 
 def _noise(text: bytes, rate: float, generator: np.random.Generator) -> Damage:
-    raw = np.frombuffer(text, dtype=np.uint8)
-    starts = np.flatnonzero(_CHARACTER_BYTES[raw])
-    starts = starts[_choose(len(starts), _share(rate, len(starts), generator), generator)]
-    ends = np.minimum(starts + _CHARACTER_BYTES[raw[starts]], len(text))
+    sizes = _character_sizes(np.frombuffer(text, dtype=np.uint8))
+    all_starts = np.flatnonzero(sizes)
+    starts = all_starts[_choose(len(all_starts), _share(rate, len(all_starts), generator), generator)]
+    ends = starts + sizes[starts]
     ways, letters = generator.integers(3, size=len(starts)), generator.integers(26, size=len(starts))
     edits = []
     for start, end, way, letter in zip(*(v.tolist() for v in (starts, ends, ways, letters)), strict=True):
@@ -163,7 +163,16 @@ def _noise(text: bytes, rate: float, generator: np.random.Generator) -> Damage:
             letter = (letter + 1) % 26
         new = LETTERS[letter : letter + 1]
         edits.append(Edit(start, end, (new, b"", old + new)[way]))
-    return Damage(edits, int(np.count_nonzero(_CHARACTER_BYTES[raw])))
+    return Damage(edits, len(all_starts))
+
+
+def _character_sizes(raw: np.ndarray) -> np.ndarray:
+    """Bytes of the letter, digit or character beyond ASCII that starts at each byte; 0 where none does."""
+    sizes, follows = _CHARACTER_BYTES[raw], np.append(raw & 0xC0 == 0x80, [False] * 3)
+    for place in (1, 2, 3):
+        # In text that is not UTF-8 bytes beyond ASCII may start characters that are not there.
+        sizes[(sizes > place) & ~follows[place : place + len(raw)]] = 0
+    return sizes
 
 
 def _character_bytes() -> np.ndarray:
