@@ -98,6 +98,8 @@ def test_text_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "text").write_text("ab cd\n" * 2000)
     with pytest.raises(CheckpointError, match="name it with --tokenizer"):
         read_probe(_loaded(None), str(tmp_path / "text"), 100)
+    with pytest.raises(DataError, match="somewhere does not say what it was trained on; name a text with --data"):
+        read_probe(_loaded(WordTokenizer(["a"])), None, 100)
 
 
 def test_prepared_data_is_read_whole_and_only_with_its_own_tokenizer(tmp_path):

@@ -175,6 +175,7 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path, tokenizers):
         (wordy, [str(tmp_path / "latin")], DataError, "not UTF-8 .byte 1."),
         (_loaded(None), [str(tmp_path / "one")], CheckpointError, "name it with --tokenizer"),
         (_loaded(ByteTokenizer(), "hf"), None, DataError, "does not say what it was trained on"),
+        (wordy, None, DataError, "does not say what it was trained on"),
     ]
     for model, paths, error, sentence in cases:
         with pytest.raises(error, match=sentence):

@@ -33,7 +33,7 @@ from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.expert_store import ExpertStore, StoredMoELayer
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.device import check_precision
-from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError
 from vqmoe_ds.runtime.memory import check_room
 
 _SMALL = 1 << 24
@@ -89,6 +89,18 @@ class LoadedModel:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; raises as ``encode``."""
         return self.need_tokenizer().decode(ids)
+
+    def need_data(self) -> None:
+        """Refuse to read the data of the run itself where the checkpoint does not say which they are.
+
+        Raises:
+            DataError: it does not.
+        """
+        data = self.config.data
+        # Other formats leave out where the data lay, and so may what was made of them: ``data.path=None`` means the
+        # default text, which is read as bytes.
+        if self.kind not in ("deepspeed", "portable") or (data.path is None and data.tokenizer_sha256 is not None):
+            raise DataError(f"{self.path} does not say what it was trained on; name a text with --data")
 
     def need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -199,10 +199,13 @@ def read_probe(loaded: LoadedModel, path: str | None, tokens: int) -> Tensor:
 
     Raises:
         CheckpointError: raw text for a model whose tokenizer is unknown.
-        DataError: nothing there, too short for one window, or of another tokenizer.
+        DataError: nothing there, too short for one window, of another tokenizer, or the checkpoint does not say what
+            its run's data are.
     """
     config, tokenizer = loaded.config, loaded.tokenizer
-    if path is not None:
+    if path is None:
+        loaded.need_data()
+    else:
         data = config.data.model_copy(update={"path": path, "valid_path": path})
         config = config.model_copy(update={"data": data})
     prepared = open_indexed_text(config)

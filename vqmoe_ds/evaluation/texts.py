@@ -161,9 +161,8 @@ def open_texts(
         DataError: nothing there, empty, of another tokenizer, or with ids beyond the model's vocabulary.
         CheckpointError: raw text, and the model's tokenizer is unknown.
     """
-    # Other formats leave out where the data lay, and ``data.path=None`` means the default text.
-    if paths is None and loaded.kind not in ("deepspeed", "portable"):
-        raise DataError(f"{loaded.path} does not say what it was trained on; name a text with --data")
+    if paths is None:
+        loaded.need_data()
     wanted: Sequence[str | None] = paths or [None]
     texts = [text for path in wanted for text in _texts_of(loaded, path, split) if len(text.ids_N) > 1]
     if max_tokens is not None:
