@@ -58,6 +58,14 @@ def test_tokens_begin_where_their_text_does(tokenizers, name):
     assert len(cut.ids_N) == 10 and cut.bytes_of_tokens().sum() == text.starts_N[10] and cut.end is None
 
 
+@pytest.mark.parametrize("name", ["exact", "json"])
+def test_a_cut_never_falls_into_a_character(tokenizers, name):
+    text = encode(tokenizers[name], "the old 🙂🙂 harbour".encode())
+    for tokens in range(len(text.ids_N) + 1):
+        cut = text.first(tokens)
+        assert tokens - 4 < len(cut.ids_N) <= tokens and np.array_equal(cut.damaged([]).ids_N, cut.ids_N)
+
+
 def test_json_and_sentencepiece_give_the_same_tokens(tokenizers):
     ours, theirs = (encode(tokenizers[name], STORY.encode()) for name in ("exact", "json"))
     assert np.array_equal(ours.ids_N, theirs.ids_N) and np.array_equal(ours.starts_N, theirs.starts_N)

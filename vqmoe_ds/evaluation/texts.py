@@ -58,9 +58,12 @@ class Text:
         return None if self.raw is None else len(self.raw.split()) + self.raw.count(b"\n")
 
     def first(self, tokens: int) -> Text:
-        """Its first tokens alone."""
+        """Its first tokens alone, but for those of a character that would be cut where text has to be UTF-8."""
         if len(self.ids_N) <= tokens or self.raw is None or self.starts_N is None:
             return replace(self, ids_N=self.ids_N[:tokens])
+        if not isinstance(self.tokenizer, ByteTokenizer):
+            while tokens and self.raw[self.starts_N[tokens]] & 0xC0 == 0x80:  # a byte that begins no character
+                tokens -= 1
         # Without ``end``: ``damaged`` would put it behind a document that was cut before it.
         raw, starts_N = self.raw[: self.starts_N[tokens]], self.starts_N[:tokens]
         return replace(self, ids_N=self.ids_N[:tokens], raw=raw, starts_N=starts_N, end=None)
