@@ -18,7 +18,7 @@ from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, WordTokenizer
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, Edit
-from vqmoe_ds.evaluation.texts import encode, open_texts, still_there
+from vqmoe_ds.evaluation.texts import Text, encode, open_texts, still_there
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
 
 STORY = "the old captain of the harbour had never seen a ship like that , said Käfer .\n many ships came\n" * 8
@@ -136,6 +136,23 @@ def test_raw_text_that_is_named_is_scored_whole_and_the_runs_own_where_it_was_he
     trained = windows.read(np.arange(len(windows))).targets_BS.flatten()
     assert np.concatenate([text.ids_N[1:] for text in held_out]).tolist() == trained.tolist()
     assert sum(len(t.ids_N) for t in open_texts(loaded, [str(tmp_path / "text")], max_tokens=100)) == 100
+
+
+@pytest.mark.parametrize("kind", ["bytes", "word", "prepared"])
+def test_no_more_is_read_than_is_asked_for(tmp_path, tokenizers, monkeypatch, kind):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(STORY * 10)
+    tokenizer = tokenizers["word" if kind == "word" else "bytes"]
+    data = write_texts(tmp_path / "corpus", [STORY] * 40) if kind == "prepared" else str(tmp_path)
+    loaded, read = _loaded(tokenizer), []
+    whole = open_texts(loaded, [data], "all")
+    first = whole[0].first(50)
+    monkeypatch.setattr(Text, "first", lambda text, tokens, first=Text.first: read.append(text) or first(text, tokens))
+    monkeypatch.setattr("vqmoe_ds.runtime.memory.free_bytes", lambda: 24 * 2 * len(STORY * 10))
+    (found,) = open_texts(loaded, [data], "all", 50)
+    assert len(read) == 1 and np.array_equal(found.ids_N, first.ids_N) and found.raw == first.raw
+    with pytest.raises(DataError, match=r"of the data needs .* left; read less \(--max_tokens\)"):
+        open_texts(loaded, [data], "all")
 
 
 def test_held_out_stretches_are_cut_at_the_ends_of_files_where_documents_are_kept_apart(tmp_path):

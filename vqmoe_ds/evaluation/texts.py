@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from vqmoe_ds.evaluation.corruption import Corruption, Damage, Edit, apply
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.memory import check_room
 
-_A_BYTE = 24
-"""Bytes of memory per byte of raw text: itself, twice, its id and its offset."""
+_A_UNIT = 24
+"""Bytes of memory per byte of raw text (itself, twice, its id and its offset) or stored token (its id, its offset and
+its text)."""
 
 
 @dataclass(frozen=True)
@@ -166,17 +168,44 @@ def open_texts(
     """
     if paths is None:
         loaded.need_data()
+    # All are opened before one is read: a wrong path is refused also where the texts before it are enough.
     wanted: Sequence[str | None] = paths or [None]
-    texts = [text for path in wanted for text in _texts_of(loaded, path, split) if len(text.ids_N) > 1]
-    if max_tokens is not None:
-        before = np.cumsum([0, *(len(text.ids_N) for text in texts)])
-        texts = [text.first(max_tokens - int(n)) for text, n in zip(texts, before, strict=False) if max_tokens - n > 1]
+    sources = [_open(loaded, path, split, max_tokens) for path in wanted]
+    units = sum(source.units for source in sources)
+    left = units if max_tokens is None else max_tokens
+    # Before there are tokens: all documents are held in memory, for damage looks at them again.
+    most = min(units, left + max(source.largest for source in sources))
+    remedy = "read less (--max_tokens), or a part of it"
+    check_room(_A_UNIT * most, f"scoring {most:,} bytes or tokens of the data", remedy, DataError)
+    texts = []
+    for text in chain.from_iterable(source.texts for source in sources):
+        if len(text.ids_N) < 2:
+            continue
+        texts.append(text if max_tokens is None else text.first(left))
+        left -= len(text.ids_N)
+        # What comes after them is not even read.
+        if max_tokens is not None and left < 2:
+            break
     if not texts:
         raise DataError("the data has no document of two or more tokens to score; give more text")
     return texts
 
 
-def _texts_of(loaded: LoadedModel, path: str | None, split: str) -> Iterator[Text]:
+class _Source(NamedTuple):
+    """The data of one path, found good but not read yet.
+
+    Attributes:
+        units: bytes of raw text, or stored tokens.
+        largest: of them, those that are read at once before it shows that they are enough.
+        texts: its documents.
+    """
+
+    units: int
+    largest: int
+    texts: Iterator[Text]
+
+
+def _open(loaded: LoadedModel, path: str | None, split: str, max_tokens: int | None) -> _Source:
     """``open_texts`` of one path; None for the run's own data."""
     data = loaded.config.data
     if path is not None:
@@ -187,25 +216,25 @@ def _texts_of(loaded: LoadedModel, path: str | None, split: str) -> Iterator[Tex
     config = loaded.config.model_copy(update={"data": data})
     prepared = open_indexed_text(config)
     if prepared is not None:
-        return _prepared(loaded, prepared)
-    return _raw(loaded, config, whole=split == "all" or (split == "auto" and path is not None))
+        check_same_tokenizer(loaded, prepared)
+        largest = max(int(prefix.lengths.max(initial=0)) for prefix in prepared.valid.prefixes)
+        return _Source(sum(prepared.valid.tokens), largest, _prepared(loaded, prepared))
+    return _raw(loaded, config, split == "all" or (split == "auto" and path is not None), max_tokens)
 
 
-def _raw(loaded: LoadedModel, config: RunConfig, whole: bool) -> Iterator[Text]:
+def _raw(loaded: LoadedModel, config: RunConfig, whole: bool, max_tokens: int | None) -> _Source:
     tokenizer, path = loaded.need_tokenizer(), config.data.path
     held_out = config.data.valid_path
     assert not isinstance(path, list) and not isinstance(held_out, list)
     corpus = open_corpus(path if held_out is None else held_out)
-    remedy = "give a part of it"
-    # Before there are tokens: all documents are held in memory, for damage looks at them again.
-    check_room(_A_BYTE * corpus.num_bytes, f"scoring {corpus.name} ({corpus.num_bytes:,} bytes)", remedy, DataError)
     if whole or held_out is not None:
-        pieces = [piece.tobytes() for piece in corpus.pieces]
-    else:
-        split = split_corpus(corpus, config.model.sequence_length, config.data.holdout_every)[1]
-        pieces = list(_stretches(split, config.data.separate_documents))
-    for piece in pieces:
-        yield encode(tokenizer, piece)
+        # The first tokens of other tokenizers may depend on what follows them.
+        most = max_tokens if isinstance(tokenizer, ByteTokenizer) else None
+        largest = max(map(len, corpus.pieces)) if most is None else 0
+        return _Source(corpus.num_bytes, largest, (encode(tokenizer, p[:most].tobytes()) for p in corpus.pieces))
+    split = split_corpus(corpus, config.model.sequence_length, config.data.holdout_every)[1]
+    stretches = _stretches(split, config.data.separate_documents)
+    return _Source(len(split) * split.sequence_length, 0, (encode(tokenizer, piece) for piece in stretches))
 
 
 def _stretches(split: Split, separate: bool) -> Iterator[bytes]:
@@ -224,7 +253,6 @@ def _stretches(split: Split, separate: bool) -> Iterator[bytes]:
 
 
 def _prepared(loaded: LoadedModel, data: IndexedText) -> Iterator[Text]:
-    check_same_tokenizer(loaded, data)
     pieces = data.tokenizer.pieces() if data.tokenizer is not None else []
     for prefix in data.valid.prefixes:
         header = check_prefix(prefix.path)
