@@ -41,12 +41,25 @@ def test_mean_and_single_jacobians_are_those_of_the_layer(case):
         assert torch.allclose(token_jacobians(visit, [0, 5, 31]), want_TDD[[0, 5, 31]], atol=1e-4)
 
 
-@pytest.mark.parametrize("norm", ["input_norm", "output_norm"])
-def test_a_model_with_norms_around_its_discrete_experts_is_refused(monkeypatch, norm):
-    loaded = SimpleNamespace(config=model_of("vq", **{norm: True}).config)
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"input_norm": True}, "moe.input_norm or moe.output_norm"),
+        ({"output_norm": True}, "moe.input_norm or moe.output_norm"),
+        ({"shared_experts": 2}, "moe.shared_experts=2"),
+    ],
+)
+def test_a_model_with_other_terms_is_refused(monkeypatch, option, named):
+    loaded = SimpleNamespace(config=model_of("vq", **option).config)
     monkeypatch.setattr(jacobian_report, "load_routed", lambda path, tokenizer: loaded)
-    with pytest.raises(CheckpointError, match=r"normed has moe.input_norm or moe.output_norm, whose derivative"):
-        jacobian_report.study(["normed"])
+    with pytest.raises(CheckpointError, match=f"other has {named}, whose derivative"):
+        jacobian_report.study(["other"])
+
+
+@pytest.mark.parametrize(("length", "told"), [(5, 5), (16, 16)])
+def test_as_many_single_tokens_are_told_as_were_looked_at(length, told):
+    rows = jacobian_report._layers(SimpleNamespace(model=model_of("topk")), tokens_of(1)[:, :length], True)
+    assert {row["single_tokens"]["tokens"] for row in rows} == {told}
 
 
 def test_visits_add_up_to_the_mean_of_all_tokens():

@@ -2,7 +2,7 @@
 
 Legend: T tokens, D width, H expert hidden width, E experts, R choices (slots) of a token, P rows of one expert.
 
-With ``y = sum_r w_r(x) E_{i_r}(q_r)`` the Jacobian of one token is
+With ``y = sum_r w_r(x) E_{i_r}(q_r)``, so without shared experts or norms, the Jacobian of one token is
 
     dy/dx = sum_r w_r J_E(q_r)  +  sum_r E_{i_r}(q_r) (dw_r/dx)^T
 

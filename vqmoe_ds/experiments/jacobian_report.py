@@ -60,15 +60,15 @@ def study(
         straight_through: how discrete experts' inputs are differentiated (``jacobian``).
 
     Raises:
-        CheckpointError: one cannot be read, is dense, has norms around its discrete experts, or reads other tokens
-            than the first.
+        CheckpointError: one cannot be read, is dense, has shared experts or norms around its discrete experts, or
+            reads other tokens than the first.
         ConfigError: no tokens are asked for.
         DataError: the text cannot be read.
     """
     check_tokens(tokens)
     models = [load_routed(path, tokenizer) for path in checkpoints]
     for path, model in zip(checkpoints, models, strict=True):
-        _check_norms(path, model)
+        _check_terms(path, model)
     for model in models[1:]:
         _check_same_tokens(models[0], model)
     tokens_BS = read_probe(models[0], data, tokens)
@@ -86,31 +86,32 @@ def study(
 
 def _layers(loaded: LoadedModel, tokens_BS: Tensor, straight_through: bool) -> list[dict[str, Any]]:
     means = [MeanJacobian(layer, straight_through) for layer in loaded.model.moe_layers()]
-    single: dict[int, float] = {}
+    single: dict[int, list[float]] = {}
     for start in range(0, len(tokens_BS), BATCH):
         for visit in visit_layers(loaded.model, tokens_BS[start : start + BATCH]):
             means[visit.index].add(visit)
             if start == 0:
                 tokens = list(range(0, len(visit.x_TD), max(1, len(visit.x_TD) // SINGLE_TOKENS)))[:SINGLE_TOKENS]
                 jacobians_PDD = token_jacobians(visit, tokens, straight_through)
-                ranks = [Spectrum.of(one_DD).row()["effective_rank"] for one_DD in jacobians_PDD]
-                single[visit.index] = sum(ranks) / len(ranks)
+                single[visit.index] = [Spectrum.of(one_DD).row()["effective_rank"] for one_DD in jacobians_PDD]
     rows = []
     for index, (mean, layer) in enumerate(zip(means, loaded.model.moe_layers(), strict=True)):
         terms = mean.terms()
         row: dict[str, Any] = {"layer": index, **{name: Spectrum.of(term_DD).row() for name, term_DD in terms.items()}}
         row["gate_share"] = gate_share(layer, terms["router"])
-        row["single_tokens"] = {"effective_rank": single[index], "tokens": SINGLE_TOKENS}
+        ranks = single[index]
+        row["single_tokens"] = {"effective_rank": sum(ranks) / len(ranks), "tokens": len(ranks)}
         rows.append(row)
     return rows
 
 
-def _check_norms(path: str, loaded: LoadedModel) -> None:
+def _check_terms(path: str, loaded: LoadedModel) -> None:
     moe = loaded.config.moe
-    if moe.facts.uses_codebook and (moe.input_norm or moe.output_norm):
+    norms = moe.facts.uses_codebook and (moe.input_norm or moe.output_norm)
+    if norms or moe.shared_experts:
+        what = "moe.input_norm or moe.output_norm" if norms else f"moe.shared_experts={moe.shared_experts}"
         raise CheckpointError(
-            f"{path} has moe.input_norm or moe.output_norm, whose derivative is not among the terms of this report; "
-            "use a model without them"
+            f"{path} has {what}, whose derivative is not among the terms of this report; use a model without them"
         )
 
 
