@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 
-from vqmoe_ds.evaluation.plots import draw_spectra, draw_usage, pyplot
+from vqmoe_ds.evaluation.plots import draw_usage, pyplot
 from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 from vqmoe_ds.runtime.files import make_folder, write_atomically, write_json
 
 
 @reports_errors
 def make_report(
-    name: str, out: str, measure: Callable[[], dict[str, Any]], summary: Callable[[dict[str, Any]], str]
+    name: str,
+    out: str,
+    measure: Callable[[], dict[str, Any]],
+    draw: Callable[[dict[str, Any]], dict[str, Any]],
+    summary: Callable[[dict[str, Any]], str],
 ) -> int:
     """Measure, write ``NAME.json`` and ``NAME.html`` and print a summary, or what is wrong; the exit code of a tool.
 
@@ -27,6 +31,7 @@ def make_report(
         out: folder of the files, made where it is not there.
         measure: gives the numbers; its ``UserError`` is printed as one sentence. Under ``pictures`` it may put URIs
             for the page alone.
+        draw: makes figures of the numbers, by the names that the template has for them.
         summary: of the numbers, for the console.
     """
     folder = Path(out)
@@ -36,7 +41,7 @@ def make_report(
         make_folder(folder)
     report = measure()
     pictures = report.pop("pictures", {})
-    figures = pictures | {title: data_uri(figure) for title, figure in _FIGURES[name](report).items()}
+    figures = pictures | {title: data_uri(figure) for title, figure in draw(report).items()}
     with _writable(folder):
         write_json(folder / f"{name}.json", report)
         write_atomically(folder / f"{name}.html", render(name, report, figures))
@@ -86,7 +91,7 @@ def png_uri(png: bytes) -> str:
 # ---------------------------------------------------------------- figures of a routing report
 
 
-def _routing_figures(report: dict[str, Any]) -> dict[str, Any]:
+def routing_figures(report: dict[str, Any]) -> dict[str, Any]:
     layers = report["layers"]
     counts_LN = torch.tensor([row["experts"]["counts"] for row in layers])
     usage_LK = torch.tensor([row["codes"]["counts"] for row in layers]) if "codes" in layers[0] else None
@@ -128,16 +133,3 @@ def _draw_collapse(layers: list[dict[str, Any]]) -> Any:
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     return figure
-
-
-# ---------------------------------------------------------------- figures of a Jacobian report
-
-
-def _jacobian_figures(report: dict[str, Any]) -> dict[str, Any]:
-    return {"spectra": draw_spectra(report["models"])}
-
-
-_FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "routing": _routing_figures,
-    "jacobian": _jacobian_figures,
-}

@@ -26,7 +26,7 @@ from vqmoe_ds.evaluation.collapse import (
 from vqmoe_ds.evaluation.image_patches import draw_patches, top_patches
 from vqmoe_ds.evaluation.images import open_split
 from vqmoe_ds.evaluation.information import information
-from vqmoe_ds.evaluation.page import make_report
+from vqmoe_ds.evaluation.page import make_report, routing_figures
 from vqmoe_ds.evaluation.probe import BATCH, Rows, check_tokens, load_routed, read_probe, rows_of, visit_layers
 from vqmoe_ds.evaluation.token_labels import Labels, kinds, parts_of_speech, pieces_of, readable
 from vqmoe_ds.models.transformer import MoETransformer
@@ -58,7 +58,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace) -> int:
     """Measure and write the report; the exit code."""
     told = (options.checkpoint, options.data, options.against, options.tokens, options.tokenizer)
-    return make_report("routing", options.out, lambda: inspect_routing(*told), _text)
+    return make_report("routing", options.out, lambda: inspect_routing(*told), routing_figures, _text)
 
 
 def inspect_routing(

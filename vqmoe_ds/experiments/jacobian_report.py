@@ -11,6 +11,7 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.page import make_report
+from vqmoe_ds.evaluation.plots import draw_spectra
 from vqmoe_ds.evaluation.probe import BATCH, check_tokens, load_routed, read_probe, visit_layers
 from vqmoe_ds.evaluation.routing_report import about
 from vqmoe_ds.experiments.jacobian import RANK_THRESHOLDS, MeanJacobian, Spectrum, gate_share, token_jacobians
@@ -40,7 +41,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def main(options: argparse.Namespace) -> int:
     """Measure and write the report; the exit code."""
     told = (options.checkpoints, options.data, options.tokens, options.tokenizer, not options.exact)
-    return make_report("jacobian", options.out, lambda: study(*told), _text)
+    return make_report("jacobian", options.out, lambda: study(*told), _figures, _text)
 
 
 def study(
@@ -135,6 +136,10 @@ def _names(checkpoints: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Any]:
+    return {"spectra": draw_spectra(report["models"])}
 
 
 def _text(report: dict[str, Any]) -> str:
