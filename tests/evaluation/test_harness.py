@@ -82,7 +82,7 @@ def test_a_continuation_is_scored_after_its_context(model):
             begin = max(0, len(before) - LENGTH) if len(context) + len(continuation) <= LENGTH + 1 else None
             if begin is not None:
                 expected += _logprob(model, before, token)
-                first = first and token == model._next(model.loaded.model(torch.tensor([before]))[0][0, -1], 0.0)
+                first = first and token == int(model.loaded.model(torch.tensor([before]))[0][0, -1].argmax())
             before.append(token)
         if len(context) + len(continuation) <= LENGTH + 1:
             assert answer == pytest.approx(expected, abs=1e-4) and greedy == first
@@ -113,11 +113,12 @@ def test_a_rolling_score_has_every_token_once(model):
 
 
 def test_generation_is_greedy_and_stops_where_it_is_told(model):
-    whole, cut, none = model.generate_until(
+    whole, cut, none, nearly_greedy = model.generate_until(
         [
             _request("generate_until", "He", {"until": [], "max_gen_toks": 20, "do_sample": False}),
             _request("generate_until", "He", {"until": "\x00never", "max_gen_toks": 5}),
             _request("generate_until", "He", {"until": [], "max_gen_toks": 0}),
+            _request("generate_until", "He", {"until": [], "max_gen_toks": 5, "temperature": 1e-42}),
         ],
         disable_tqdm=True,
     )
@@ -126,6 +127,7 @@ def test_generation_is_greedy_and_stops_where_it_is_told(model):
         expected.append(int(model.loaded.model(torch.tensor([ids[-LENGTH:]]))[0][0, -1].argmax()))
         ids.append(expected[-1])
     assert whole == model.loaded.decode(expected) and cut == model.loaded.decode(expected[:5]) and none == ""
+    assert nearly_greedy == cut
     options = {"until": [whole[3]], "max_gen_toks": 20}
     assert model.generate_until([_request("generate_until", "He", options)], True) == [whole[: whole.find(whole[3])]]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.evaluation.generate import Sampling
 from vqmoe_ds.evaluation.window import Scored, Window, fitting_batch, score, windows_of
 from vqmoe_ds.runtime.device import ACCELERATOR, bind_single, memory_errors, uses_gpu
 from vqmoe_ds.runtime.errors import ConfigError, reports_errors
@@ -158,12 +158,13 @@ class HarnessModel(TemplateLM):
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else list(stops)
         limit = next((int(options[n]) for n in ("max_gen_toks", "max_new_tokens", "max_tokens") if n in options), 256)
-        temperature = float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0
+        sampling = Sampling(float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0)
         tokens, text = self.tok_encode(prompt) or [self.prefix_token_id], ""
         given = len(tokens)
         while len(tokens) - given < limit:
             window = torch.tensor([tokens[-self.context :]], device=self._device)
-            token = self._next(self.loaded.model(window)[0][0, -1].float().cpu(), temperature)
+            logits_V = self.loaded.model(window)[0][0, -1, : self.vocab_size].float().cpu()
+            token = sampling.draw(logits_V, self._generator)
             if token == self.eot_token_id:
                 break
             tokens.append(token)
@@ -172,12 +173,6 @@ class HarnessModel(TemplateLM):
             if any(stop in text for stop in stops):
                 return text[: min(text.find(stop) for stop in stops if stop in text)]
         return text
-
-    def _next(self, logits_V: Tensor, temperature: float) -> int:
-        logits_V = logits_V[: self.vocab_size]
-        if not temperature:
-            return int(logits_V.argmax())
-        return int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=self._generator))
 
 
 @reports_errors
