@@ -80,16 +80,18 @@ def _means(figures: dict) -> list[dict]:
     return [{k: v for k, v in row["mean"].items() if v is not None} for row in figures["corrupted"]]
 
 
-def test_a_killed_evaluation_leaves_no_half_file(finished, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_a_killed_evaluation_leaves_no_half_file(finished, tmp_path, number, code):
     arguments = [str(finished / "run"), "--corruptions", "all", "--seeds", "300", "--json", str(tmp_path / "out.json")]
     place = {**environment(), "TMPDIR": str(tmp_path)}
     process = warm.Popen([*LAUNCHER, *arguments], stdout=subprocess.DEVNULL, env=place)
     _wait_for(lambda: bool(list(tmp_path.glob("vqmoe_evaluate_*.log"))), process)
     time.sleep(2.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    assert process.wait() == code
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+    assert len(list(tmp_path.glob("vqmoe_evaluate_*.log"))) == (number == signal.SIGKILL)
 
 
 def test_without_a_killed_rank_the_others_leave_and_name_it(finished):

@@ -17,6 +17,7 @@ from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, p
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError, shown
+from vqmoe_ds.runtime.files import check_target, write_json
 from vqmoe_ds.runtime.leaving import hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.memory import parse_memory
 from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
@@ -96,16 +97,14 @@ def main(args: argparse.Namespace) -> int:
     # What DeepSpeed and gloo print is kept where an error is a defect, for what came before may explain it.
     handle, log = tempfile.mkstemp(prefix="vqmoe_evaluate_", suffix=".log")
     os.close(handle)
-    console.capture(Path(log))
+    console.capture(Path(log), of_defects=True)
     try:
         result, seconds = _evaluate(args, corruptions, place, console)
         _report(args, result, seconds, console)
     except BaseException as error:
-        if isinstance(error, UserError):
-            os.unlink(log)
         # Peers may sit in a collective: leave without waiting for them; the launcher ends them.
         os._exit(leave_together(console.fail(error), place))
-    os.unlink(log)
+    console.drop_log()
     return 0
 
 
@@ -132,10 +131,7 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
             )
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist; give a run folder or a checkpoint")
-    if args.json is not None:
-        target = Path(args.json)
-        if os.path.isdir(target) or not os.access(target.parent, os.W_OK):
-            raise ConfigError(f"--json {args.json} cannot be written there; name a file in a folder that exists")
+    check_target("--json", args.json)
     asked = [parse_corruption(spec) for spec in args.corrupt if not _is_of_images(spec)] + (
         all_corruptions() if args.corruptions else []
     )
@@ -314,8 +310,6 @@ def _report(args: argparse.Namespace, result: Any, seconds: float, console: Cons
     if console.rank != 0:
         return
     if args.json is not None:
-        from vqmoe_ds.runtime.files import write_json
-
         try:
             write_json(Path(args.json), result.as_dict())
         except OSError as error:

@@ -40,12 +40,16 @@ class Console:
         self.out: TextIO = sys.stdout
         self.err: TextIO = sys.stderr
         self.log_path: Path | None = None
+        self._of_defects = False
         self._bar: tqdm[Any] | None = None
 
-    def capture(self, log_path: Path) -> None:
+    def capture(self, log_path: Path, of_defects: bool = False) -> None:
         """Point file descriptors 1 and 2 to ``log_path`` from now on; only ``say`` and ``fail`` reach the terminal.
 
         May be called again with another file.
+
+        Args:
+            of_defects: the log is of use after a defect alone: anything else that ends the process removes it.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
@@ -56,7 +60,7 @@ class Console:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, TextIOWrapper):
                     stream.reconfigure(errors=ESCAPES)
-        self.log_path = log_path
+        self.log_path, self._of_defects = log_path, of_defects
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -99,11 +103,17 @@ class Console:
             self._bar.close()
             self._bar = None
 
+    def drop_log(self) -> None:
+        """Remove a log that only a defect would leave behind."""
+        if self._of_defects and self.log_path is not None:
+            self.log_path.unlink(missing_ok=True)
+
     def fail(self, error: BaseException) -> int:
         """Print what went wrong and return the exit code: one sentence for user errors, a traceback otherwise."""
         self.close_progress()
         code = error.exit_code if isinstance(error, UserError) else 1
         if isinstance(error, UserError):
+            self.drop_log()
             if self.rank == 0 or error.local:
                 self._complain(f"error: {error}")
         else:

@@ -46,6 +46,7 @@ def hear_requests(place: Place, console: Console, remedy: str = "the same comman
 
     def leave(reason: str) -> None:
         console.close_progress()
+        console.drop_log()
         console.say(f"stopped by {reason}; {remedy}")
         # Else the others would take this rank for missing, and leave with 76 instead of TRY_AGAIN.
         if STOP.announce is not None:
