@@ -119,6 +119,7 @@ def test_which_splits_a_set_has_is_known_before_it_is_read(tmp_path):
     assert not has_split("imdb", "validation")
     (tmp_path / "train.csv").write_text("text,label\n")
     (tmp_path / "dev-0-of-2.jsonl.gz").write_text("")
+    (tmp_path / "test.md").write_text("")  # no file that a set is read from
     spec = f"mine={tmp_path}"
     assert [has_split(spec, split) for split in ("train", "validation", "test")] == [True, True, False]
     assert not has_split(str(tmp_path / "train.csv"), "test")

@@ -32,7 +32,7 @@ SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val",
 """Names of the files of each split in a folder."""
 UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")
 """How files of UTF-16 begin where they are read as UTF-8 with ``surrogateescape``."""
-_FORMATS = r"csv|tsv|jsonl|ndjson|txt"
+_KIND = r"\.(csv|tsv|jsonl|ndjson|txt)(\.gz|\.bz2|\.xz|\.zst)?"
 
 EMPTY, NO_LABEL, UNSEEN, BROKEN = "empty text", "no label", "label never seen in training", "broken row"
 LONGEST_LINE = 32 << 20
@@ -185,7 +185,7 @@ def has_split(spec: str, split: Split) -> bool:
     path = Path(place if equals else spec)
     if os.path.isfile(path):
         return split == "train"
-    return any(re.match(rf"({'|'.join(SPLIT_NAMES[split])})[-.]", name) for name in _names_in(path))
+    return bool(_names_of(path, split))
 
 
 def _collect(name: str, rows: Iterator[_Row], classes: Sequence[str] | None, on_error: OnError) -> LabelledSet:
@@ -264,15 +264,13 @@ def _file_rows(path: Path, split: Split, columns: Columns) -> Iterator[_Row]:
 
 def _files(path: Path, split: Split) -> list[Path]:
     """The files of a split, all parts of it."""
-    kind = rf"\.({_FORMATS})(\.gz|\.bz2|\.xz|\.zst)?"
     if os.path.isfile(path):
-        if not re.search(rf"{kind}$", path.name):
+        if not re.search(rf"{_KIND}$", path.name):
             raise DataError(
                 f"labelled set {path} is neither CSV, TSV, JSONL nor .txt (.gz, .bz2, .xz or .zst); convert it"
             )
         return [path]
-    names = "|".join(SPLIT_NAMES[split])
-    files = sorted(path / name for name in _names_in(path) if re.fullmatch(rf"({names})(-\d+-of-\d+)?{kind}", name))
+    files = sorted(path / name for name in _names_of(path, split))
     if not files:
         raise DataError(
             f"labelled set {path} has no {split} split (no {split}.csv, .tsv, .jsonl or .txt); "
@@ -285,13 +283,16 @@ def _files(path: Path, split: Split) -> list[Path]:
     return files
 
 
-def _names_in(folder: Path) -> list[str]:
+def _names_of(folder: Path, split: Split) -> list[str]:
+    """Names of the files of a split in a folder."""
     if not os.path.isdir(folder):
         raise DataError(f"labelled set {folder} {why_missing(folder)}; known names are {', '.join(KNOWN_SETS)}")
     try:
-        return os.listdir(folder)
+        there = os.listdir(folder)
     except OSError as error:
         raise DataError(f"labelled set {folder} cannot be listed ({error.strerror}); check its permissions") from None
+    pattern = rf"({'|'.join(SPLIT_NAMES[split])})(-\d+-of-\d+)?{_KIND}"
+    return [name for name in there if re.fullmatch(pattern, name)]
 
 
 def _one_file(path: Path, columns: Columns) -> Iterator[_Row]:
