@@ -41,6 +41,12 @@ def test_sst_files(tmp_path: Path) -> None:
     assert [five.classes[label] for label in five.labels] == ["very positive", "very negative"]
 
 
+@pytest.mark.parametrize("end, row", [("txt", "{0} a\r{0} b"), ("jsonl", '{{"label": {0},\r"text": "a\\r{0} b"}}')])
+def test_only_a_line_feed_ends_a_row(end: str, row: str, tmp_path: Path) -> None:
+    (tmp_path / f"train.{end}").write_bytes("\r\n".join(map(row.format, (0, 1))).encode())
+    assert open_labelled(str(tmp_path)).texts == ["a\r0 b", "a\r1 b"]
+
+
 def test_banking_csv_has_texts_over_several_lines(tmp_path: Path) -> None:
     folder = _folder(
         tmp_path,

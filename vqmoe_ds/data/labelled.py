@@ -296,8 +296,9 @@ def _names_of(folder: Path, split: Split) -> list[str]:
 
 
 def _one_file(path: Path, columns: Columns) -> Iterator[_Row]:
-    lines = _lines(path)
     kind = without_suffix(path).rpartition(".")[2]
+    # The csv module finds the ends of rows by itself: a field in quotation marks keeps its line breaks.
+    lines = _lines(path, newline="" if kind in ("csv", "tsv") else "\n")
     try:
         check_content(path)
         if kind == "txt":
@@ -312,11 +313,11 @@ def _one_file(path: Path, columns: Columns) -> Iterator[_Row]:
         yield _Row(str(path), problem=f"{DAMAGED}: {reason}")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines; bytes that are not UTF-8 come as lone surrogates, so that only their row is lost."""
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    """Lines that end as ``newline`` of ``open`` says; bytes that are not UTF-8 come as lone surrogates, so that only
+    their row is lost."""
     with open_plain(path) as stream:
-        # newline="": a field in quotation marks keeps its line breaks, which the csv module finds by itself.
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
         while line := text.readline(LONGEST_LINE):
             if line.startswith(UTF_16):
                 raise DataError(f"{path} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
