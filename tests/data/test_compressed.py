@@ -145,14 +145,14 @@ def test_raw_text_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_labelled_sets_and_texts_to_classify(tmp_path: Path) -> None:
     rows = b"".join(json.dumps({"text": f"t{i}", "label": i % 2}).encode() + b"\n" for i in range(9))
-    (tmp_path / "train.jsonl.zst").write_bytes(zstd(rows[:99]) + zstd(rows[99:]))
-    assert len(open_labelled(str(tmp_path))) == 9
-    assert [text for _, text in predict._rows(str(tmp_path / "train.jsonl.zst"), "text")][-1] == "t8"
+    (tmp_path / "train.jsonl.zst").write_bytes(zstd("\ufeff".encode() + rows[:99]) + zstd(rows[99:]))
+    texts = [text for _, text in predict._rows(str(tmp_path / "train.jsonl.zst"), "text")]
+    assert texts == open_labelled(str(tmp_path)).texts == [f"t{i}" for i in range(9)]
 
 
 @pytest.mark.parametrize("packed", [gzip.compress, bz2.compress, lzma.compress, zstd])
 def test_a_prompt_may_be_compressed(packed: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    stdin = argparse.Namespace(buffer=io.BytesIO(packed("Ein Anfang é".encode())))
+    stdin = argparse.Namespace(buffer=io.BytesIO(packed("\ufeffEin Anfang é".encode())))
     monkeypatch.setattr(sys, "stdin", stdin)
     assert generate_command._piped() == "Ein Anfang é"
     stdin.buffer = io.BytesIO(packed(ONE)[:-9])

@@ -161,7 +161,7 @@ def _piped() -> str:
     if len(raw) > LONGEST_PROMPT:
         raise DataError(f"the prompt has more than {LONGEST_PROMPT >> 20} MiB; give its end alone (tail -c 1M)")
     try:
-        return raw.decode()
+        return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(f"the prompt is not UTF-8 (byte {error.start}); convert it (iconv -t UTF-8)") from None
 

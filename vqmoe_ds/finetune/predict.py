@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import count, islice
@@ -135,6 +136,8 @@ def _rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
                     return
                 if len(line) == LONGEST_LINE:
                     raise DataError(f"{place} has more than {LONGEST_LINE >> 20} MiB; give a JSON object a line")
+                if number == 1:
+                    line = line.removeprefix(BOM_UTF8)
                 if line.strip():
                     yield place, _value(line, key, place)
     except DAMAGES as error:

@@ -392,7 +392,7 @@ def calibration_ids(file: str, tokenizer: str, count: int, config: RunConfig) ->
     if not 1 <= count <= MOST_CALIBRATION:
         raise ConfigError(f"--calibration_tokens {count} must lie between 1 and {MOST_CALIBRATION:,}")
     try:
-        with io.TextIOWrapper(open_regular(file, links=True), encoding="utf-8", errors="replace") as stream:
+        with io.TextIOWrapper(open_regular(file, links=True), encoding="utf-8-sig", errors="replace") as stream:
             text = stream.read(count * 8)  # characters; a token is rarely longer
     except OSError as error:
         raise DataError(f"calibration text {file} cannot be read: {error.strerror}") from None
