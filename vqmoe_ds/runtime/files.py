@@ -22,9 +22,12 @@ def user_cache() -> Path:
     """The package's folder in the user's cache: ``$XDG_CACHE_HOME/vqmoe_ds``, by default below ``~/.cache``.
 
     Raises:
-        RuntimeError: there is no home.
+        FileNotFoundError: there is no home.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
+    except RuntimeError:  # as with a uid that has no name, in a container
+        raise FileNotFoundError(errno.ENOENT, "there is no home") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -105,7 +105,7 @@ def _cache_folder() -> Path:
                 place.mkdir(mode=0o700, exist_ok=True)
         if os.access(folder, os.W_OK) and why_unsafe(folder) is None:
             return folder
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except OSError:
         pass
     private = tempfile.TemporaryDirectory(prefix="vqmoe_ds-", ignore_cleanup_errors=True)
     # This also keeps the object, at whose end the folder would go.
