@@ -22,7 +22,7 @@ from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain
 from vqmoe_ds.data.corpus import open_corpus
 from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.labelled import open_labelled
-from vqmoe_ds.data.units import DAMAGED, WINDOW, Skips, SourceOptions
+from vqmoe_ds.data.units import DAMAGED, WINDOW, OnError, Skips, SourceOptions
 from vqmoe_ds.evaluation import generate_command
 from vqmoe_ds.finetune import predict
 from vqmoe_ds.runtime.errors import DataError
@@ -127,6 +127,19 @@ def test_archives_are_not_read_as_text(name: str, sentence: str, tmp_path: Path)
     for read in (_pieces, lambda path: open_corpus(str(path))):
         with pytest.raises(DataError, match=sentence):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_missing_package_is_no_fault_of_a_file(
+    on_error: OnError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, path = SourceOptions(on_error=on_error), tmp_path / "a.txt.zst"
+    path.write_bytes(zstd(ONE))
+    (unit,) = plan_units([str(path)], options)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for read in (lambda: plan_units([str(path)], options), lambda: list(read_unit(unit))):
+        with pytest.raises(DataError, match=r"^reading Zstandard needs pyarrow, .*pip install 'vqmoe_ds\[data\]'$"):
+            read()
 
 
 def test_dangling_links_are_named(tmp_path: Path) -> None:

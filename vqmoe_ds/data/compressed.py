@@ -48,6 +48,10 @@ class WindowTooLarge(OSError):
     """The stream is sound, and was compressed with a window that is too large to be read here."""
 
 
+class Misnamed(DataError):
+    """The bytes of a file are of another kind than its name says."""
+
+
 def suffix_of(path: str | Path) -> str:
     """The one of ``SUFFIXES`` that a name ends with; "" for none."""
     return next((end for end in SUFFIXES if str(path).endswith(end)), "")
@@ -68,27 +72,27 @@ def check_content(path: str | Path) -> None:
     """Refuse a regular file whose bytes are of another kind than its name says.
 
     Raises:
-        DataError: with the name that it should have, or what to do with it.
+        Misnamed: with the name that it should have, or what to do with it.
         OSError: it cannot be read.
     """
     with open_regular(path, links=True) as file:
         head = file.read(_HEAD)
     # By the name, before the bytes are asked: those of a .tar.gz are sound gzip, and its tar would pass for text.
     if _ARCHIVE.search(str(path)):
-        raise DataError(f"{path} is an archive of files; unpack it and give its folder")
+        raise Misnamed(f"{path} is an archive of files; unpack it and give its folder")
     if re.search(r"\.parquet\.(gz|bz2|xz|zst)$", str(path)):
-        raise DataError(f"{path} is a table that was compressed once more; unpack it")
+        raise Misnamed(f"{path} is a table that was compressed once more; unpack it")
     if head.startswith(_POINTER):
-        raise DataError(f"{path} is a Git LFS pointer, not the file itself; fetch that with git lfs pull")
+        raise Misnamed(f"{path} is a Git LFS pointer, not the file itself; fetch that with git lfs pull")
     found, named = kind_of_bytes(head), os.path.splitext(path)[1]
     if found and found not in _NAMES:
-        raise DataError(f"{path} is compressed ({found}), which is not read; unpack it, and give the text within")
+        raise Misnamed(f"{path} is compressed ({found}), which is not read; unpack it, and give the text within")
     if found and found != named:
         says = f"{path} holds {_NAMES[found]} data, which its name does not say"
-        raise DataError(f"{says}; rename it so that it ends in {found}")
+        raise Misnamed(f"{says}; rename it so that it ends in {found}")
     if named in SUFFIXES and head and not found:
         says = f"{path} is not {_NAMES[named]} data, as its name says"
-        raise DataError(f"{says}; fetch it again, or take {named} off its name if it is plain text")
+        raise Misnamed(f"{says}; fetch it again, or take {named} off its name if it is plain text")
     if named in SUFFIXES:
         _check_inner(path)
 
@@ -101,7 +105,7 @@ def _check_inner(path: str | Path) -> None:
         return
     if inner:
         says = f"{path} holds {_NAMES.get(inner, inner)} data within, so that it was compressed twice"
-        raise DataError(f"{says}; unpack it once, to a name that ends in {inner}")
+        raise Misnamed(f"{says}; unpack it once, to a name that ends in {inner}")
 
 
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".parquet": "parquet"}

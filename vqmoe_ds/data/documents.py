@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from vqmoe_ds.config.training import hub_source
-from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
+from vqmoe_ds.data.compressed import DAMAGES, Misnamed, check_content, open_plain, without_suffix
 from vqmoe_ds.data.json_lines import read_json_lines
 from vqmoe_ds.data.tables import hub_spans, parquet_spans, read_hub, read_parquet
 from vqmoe_ds.data.text_files import read_text, snap
@@ -171,7 +171,7 @@ def _check_file(path: str, options: SourceOptions) -> None:
         check_content(path)
     except OSError as error:
         raise DataError(f"source {path} cannot be read ({error.strerror}); check what it is") from error
-    except DataError as error:  # counted by whoever reads it, if it is to be left out
+    except Misnamed as error:  # counted by whoever reads it, if it is to be left out
         if options.on_error == "fail":
             raise DataError(f"{error}, or leave such text out with --on_error skip") from None
 

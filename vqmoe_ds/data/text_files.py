@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from vqmoe_ds.data.compressed import DAMAGES, WindowTooLarge, check_content, open_plain
+from vqmoe_ds.data.compressed import DAMAGES, Misnamed, WindowTooLarge, check_content, open_plain
 from vqmoe_ds.data.units import (
     BAD_UTF8,
     BREAKS,
@@ -23,7 +23,6 @@ from vqmoe_ds.data.units import (
     cut,
     first_line,
 )
-from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import open_regular
 
 # Units and blocks may end after these. Those of a paragraph have to match _BLANK_LINES, else a cut would end one that
@@ -159,7 +158,7 @@ def chunks(span: Span, size: int, skips: Skips) -> Iterator[bytes]:
                     break
                 left = None if left is None else left - len(data)
                 yield data
-    except DataError:
+    except Misnamed:
         skips.add(MISNAMED, Place(span.path, 0, "file"))
         return
     except DAMAGES as error:
