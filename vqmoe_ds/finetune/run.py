@@ -79,13 +79,20 @@ class FineTuning(TrainingCommand):
         return configs
 
     def run(self, job: Job) -> int:
+        from vqmoe_ds.checkpoint.open import open_checkpoint
+        from vqmoe_ds.checkpoint.views.adapters import merged
         from vqmoe_ds.finetune.report import write_report
 
+        # Of a pretraining that still saves, ranks may have opened other tags.
+        path = from_first(self.reader.path)
+        if path != self.reader.path:
+            self.reader = merged(open_checkpoint(path))
         # --seeds 1 is one run in a folder of its own, with a report.
         several = len(self.configs) > 1 or "" not in self.configs
         for name, config in self.configs.items():
             one = replace(job, config=in_folder(config, job.run_dir / name))
-            if is_finished(one.run_dir):
+            # A rank that saw a summary later than others would train another run in their collectives.
+            if from_first(is_finished(one.run_dir)):
                 job.console.say(f"{one.run_dir} is finished already")
                 continue
             if several:
