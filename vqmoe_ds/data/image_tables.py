@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.tables import parquet_file, row_groups
-from vqmoe_ds.data.units import first_line, some_of
+from vqmoe_ds.data.tables import from_hub, parquet_file, row_groups
+from vqmoe_ds.data.units import some_of
 from vqmoe_ds.runtime.errors import DataError, one_line
-from vqmoe_ds.runtime.extras import library
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 """Names that the columns of images and of labels may have; the first that is there counts."""
-HUB, HUB_NEEDS = "hub:", "reading from the Hugging Face hub"
+HUB = "hub:"
 _KEPT = 2
 """Row groups that are kept: threads ask for images one after the other, some a little ahead."""
 
@@ -99,12 +98,13 @@ class HubSplit:
     """
 
     def __init__(self, rows: Any, told: str) -> None:
+        import datasets
+
         self._told = told
         self._image = _column_of(IMAGES, told, rows.column_names)
         label = _column_of(LABELS, told, rows.column_names)
         # As they are stored: ``datasets`` would decode them, by any reader that Pillow has.
-        plain = library("datasets", HUB_NEEDS, DataError).Image(decode=False)
-        self._rows = rows.cast_column(self._image, plain)
+        self._rows = rows.cast_column(self._image, datasets.Image(decode=False))
         self.labels_N = _whole_numbers(rows.select_columns([label]).with_format("arrow")[:].column(label), told)
         self.names = _listed(getattr(rows.features[label], "names", None))
         self.mark = str(rows._fingerprint)
@@ -123,16 +123,13 @@ def hub_splits(path: str) -> dict[str, HubSplit]:
     Raises:
         DataError: it cannot be loaded, or lacks a column of images or labels.
     """
-    datasets = library("datasets", HUB_NEEDS, DataError)
     name, _, configuration = path.removeprefix(HUB).partition(":")
-    datasets.disable_progress_bars()
-    try:
+    remedy = (
+        "check name and configuration (hub:NAME:CONFIGURATION) and that the hub can be reached, or give a folder with "
+        "its Parquet files"
+    )
+    with from_hub(path, remedy) as datasets:
         found = datasets.load_dataset(name, configuration or None)
-    except Exception as error:  # a library of many back ends: whatever it raises, the user named what it cannot load
-        raise DataError(
-            f"{path} cannot be loaded ({type(error).__name__}: {first_line(error)}); check name and configuration "
-            "(hub:NAME:CONFIGURATION) and that the hub can be reached, or give a folder with its Parquet files"
-        ) from None
     return {split: HubSplit(rows, f"{path}, {split}") for split, rows in found.items()}
 
 

