@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
+from vqmoe_ds.evaluation import command
 from vqmoe_ds.evaluation.command import share_windows
 from vqmoe_ds.evaluation.corruption import Corruption, all_corruptions
 from vqmoe_ds.evaluation.evaluate import Options, evaluate, table
@@ -193,3 +196,19 @@ def _numbers(value) -> list[float]:
     if isinstance(value, dict | list):
         return [number for part in (value.values() if isinstance(value, dict) else value) for number in _numbers(part)]
     return [value] if isinstance(value, int | float) else []
+
+
+def _opened(rank: int, world: int) -> str:
+    """The checkpoint that a rank loads of a run that gets another tag every time that a rank looks."""
+    args, load = command.build_parser("").parse_args(["runs/x"]), mock.Mock(side_effect=StopIteration)
+    with (
+        mock.patch("vqmoe_ds.checkpoint.open.open_checkpoint", lambda _: SimpleNamespace(path=f"global_step{rank}")),
+        mock.patch("vqmoe_ds.checkpoint.load_model.load_model", load),
+        pytest.raises(StopIteration),
+    ):
+        command._score(args, (), Place(rank, world, rank, world), mock.Mock(), torch.device("cpu"))
+    return str(load.call_args.args[0])
+
+
+def test_all_ranks_load_the_checkpoint_that_rank_0_finds() -> None:
+    assert run_ranks(2, _opened) == ["global_step0"] * 2

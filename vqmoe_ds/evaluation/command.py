@@ -20,7 +20,7 @@ from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError, sho
 from vqmoe_ds.runtime.files import check_target, write_json
 from vqmoe_ds.runtime.leaving import hear_requests, leave_together, watch_peers
 from vqmoe_ds.runtime.memory import parse_memory
-from vqmoe_ds.runtime.ranks import Place, find_place, likely_rank
+from vqmoe_ds.runtime.ranks import Place, find_place, from_first, likely_rank
 
 if TYPE_CHECKING:
     import torch
@@ -191,6 +191,7 @@ def _score(
     device: torch.device,
 ) -> tuple[Any, float]:
     from vqmoe_ds.checkpoint.load_model import load_model
+    from vqmoe_ds.checkpoint.open import open_checkpoint
     from vqmoe_ds.evaluation.evaluate import Options, checked_stride, evaluate
     from vqmoe_ds.evaluation.images import refuse_images
     from vqmoe_ds.evaluation.texts import open_texts
@@ -198,9 +199,11 @@ def _score(
     # DeepSpeed's expert-parallel groups are consecutive ranks.
     ep_rank = place.rank % args.ep_size
     memory = parse_memory(args.expert_memory, "--expert_memory")
-    loaded = load_model(
-        args.checkpoint, args.tokenizer, args.ep_size, ep_rank, device, args.precision, memory, images=True
-    )
+    path = args.checkpoint
+    if place.world_size > 1:
+        # Of a run that still saves, ranks might load other tags.
+        path = from_first(open_checkpoint(path).path if place.rank == 0 else None)
+    loaded = load_model(path, args.tokenizer, args.ep_size, ep_rank, device, args.precision, memory, images=True)
     if loaded.config.model.image_size:
         with closing(loaded):
             return _score_images(args, loaded, place, console)
