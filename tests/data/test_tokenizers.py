@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
 
 from vqmoe_ds.data.json_tokenizer import JsonTokenizer
 from vqmoe_ds.data.tokenizer_base import Tokenizer
@@ -72,9 +74,9 @@ def tokenizers() -> dict[str, Tokenizer]:
 
 def train_json_tokenizer() -> str:
     """A byte-level BPE of the ``tokenizers`` library, as GPT-2 has, with settings that text must not feel."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, decoders, pre_tokenizers, processors, trainers
 
-    made = Tokenizer(models.BPE())
+    made = Fast(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(_sentences(), trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
@@ -207,6 +209,23 @@ def test_the_tokenizer_of_a_hugging_face_folder(tmp_path: Path, beside: dict[str
     assert (tokenizer.eod, tokenizer.vocab_size) == (end, max(end + 1, 503))
     text = "<|endoftext|>  a</s>"
     assert tokenizer.decode([*tokenizer.encode(text), end]) == text
+
+
+@pytest.mark.parametrize(
+    ("model", "unknown"),
+    [
+        (models.BPE({"None": 0, "a": 1}, []), None),
+        (models.BPE({"a": 0, "?": 1}, [], unk_token="?"), 1),
+        (models.Unigram([("a", -1.0), ("?", -9.0)], unk_id=1), 1),
+        (models.Unigram([("a", -1.0)]), None),
+        (models.WordLevel({"?": 0, "a": 1}, unk_token="?"), 0),
+    ],
+)
+def test_a_tokenizer_json_counts_what_its_model_names_unknown(model: models.Model, unknown: int | None) -> None:
+    tokenizer = JsonTokenizer(Fast(model).to_str())
+    assert tokenizer.unknown_id == unknown
+    if unknown is not None:
+        assert tokenizer.count_unknown("日", tokenizer.encode("日")) == 1
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizers: dict[str, Tokenizer]) -> None:

@@ -73,7 +73,9 @@ class JsonTokenizer(Tokenizer):
         # Searched for in the text, as it may be a step of a decoder that is a sequence.
         self._byte_level = "ByteLevel" in json.dumps(options.get("decoder"))
         self._ids = self._fast.get_vocab()
-        self.unknown_id = self._ids.get(str((options.get("model") or {}).get("unk_token")))
+        model = options.get("model") or {}
+        # Unigram names it by its id, the others by its text, if at all.
+        self.unknown_id = model.get("unk_id", self._ids.get(model.get("unk_token")))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JsonTokenizer, (self.content, self.eod, self.checksum)
