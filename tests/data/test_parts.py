@@ -86,3 +86,14 @@ def test_no_cut_shows_in_a_document(name: str, kind: str, tmp_path: Path) -> Non
     same = decoded == tokenizer.decode(tokenizer.encode(text))  # no difference of megabytes is to be shown
     assert same
     assert decoded.removeprefix(" ") == text or "dropped" in name or name == "words"
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name.startswith(("dummy", "spaces"))])
+def test_the_mark_of_a_space_is_text_wherever_a_document_is_cut(name: str) -> None:
+    text = "hello▁world ▁ ▁▁a b▁ \ue000\ue000▁\ue001 c"  # symbols that might stand in for the mark, too
+    tokenizer = TOKENIZERS[name]()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(tokenizer.starts(text, ids)) == len(ids)
+    for cut in range(1, len(text)):
+        parts = tokenizer.encode_pieces([text[:cut], text[cut:]], ["", text[cut - 1]])
+        assert tokenizer.decode(np.concatenate(parts)) == text, text[:cut]

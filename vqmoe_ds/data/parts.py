@@ -29,8 +29,8 @@ from vqmoe_ds.runtime.files import read_small, sha256_of
 
 FORMAT = 1
 """Version of the layout of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
-_PIECES = 2
-"""Version of the encoding, of parts alone: raised when the same text gives other ids than before."""
+_PIECES = 3
+"""Version of the encoding, of parts alone: raised when a text gives other ids, or another count of unknown ones."""
 
 BATCH_BYTES = 1 << 20
 # A multiple of the size of every number that is read in blocks.

@@ -87,13 +87,13 @@ class SentencePieceTokenizer(Tokenizer):
         return SentencePieceTokenizer, (self._model,)
 
     def encode(self, text: str) -> np.ndarray:
+        spelled = self._with_stand_ins(text)
         try:
-            if SPACE_MARK in text and self.unknown_id is None:
-                return self._encode_around_marks(text)
-            return self._encode(text)
+            ids = self._encode(spelled)
         except RuntimeError as error:
             require_utf8(text)
             raise cannot_encode(self.kind, error) from None
+        return ids if spelled is text else self._with_marks(ids, text)
 
     def _encode(self, text: str) -> np.ndarray:
         if self._words is not None:
@@ -107,7 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _inside(self, before: str, text: str) -> SentencePieceTokenizer:
         """The model for text inside a document: a space is put in front only in place of one that it drops."""
         drops, puts = self._drops_spaces, self._puts_space
-        wanted = puts if not before else drops and self._is_space(before, text[:1])
+        wanted = puts if not before else drops and self._is_space(*self._with_stand_ins(before + text[:1]))
         return self if wanted == puts else self._other
 
     @cached_property
@@ -121,13 +121,34 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether one of them is a space to the model."""
         # Asked of its own normalizer, since a rule such as NFKC turns other white space into a space.
         spaced = self._pieces.normalize("a a")
-        return any(c and self._pieces.normalize(f"a{c}a") == spaced for c in characters)
+        return any(self._pieces.normalize(f"a{c}a") == spaced for c in characters)
 
-    def _encode_around_marks(self, text: str) -> np.ndarray:
-        # The model would read the mark as a space; its bytes come back as they are.
-        mark = np.array([self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()], dtype=np.int32)
-        first, *rest = (self._encode(part) for part in text.split(SPACE_MARK))
-        return np.concatenate([first, *(part for each in rest for part in (mark, each))])
+    def _with_stand_ins(self, text: str) -> str:
+        """The text as a model with bytes for all symbols has to see it, which would take a ``SPACE_MARK`` for a space.
+
+        A model without them cannot write the mark, and takes it for a space.
+        """
+        return text.replace(SPACE_MARK, self._stand_in) if SPACE_MARK in text and self.unknown_id is None else text
+
+    @cached_property
+    def _stand_in(self) -> str:
+        """A symbol that the model writes in bytes, as many as ``SPACE_MARK`` has."""
+        known = "".join(map(self._pieces.id_to_piece, range(self._pieces.get_piece_size())))
+        private = map(chr, range(0xE000, 0xF900))
+        return next(c for c in private if c not in known and c in self._pieces.normalize(c))
+
+    def _with_marks(self, ids: np.ndarray, text: str) -> np.ndarray:
+        """The ids of a text, from those of the text with stand-ins."""
+        stand_in, mark = (
+            np.array([self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in symbol.encode()], dtype=np.int32)
+            for symbol in (self._stand_in, SPACE_MARK)
+        )
+        places = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(ids, len(mark)) == stand_in).all(axis=1))
+        # The text may hold the other symbol itself.
+        of_marks = [symbol == SPACE_MARK for symbol in re.findall(f"{SPACE_MARK}|{self._stand_in}", text)]
+        ids = ids.copy()
+        ids[places[of_marks][:, None] + np.arange(len(mark))] = mark
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._pieces.decode(checked_ids(ids, self))
@@ -142,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
         return texts
 
     def _told_starts(self, text: str) -> list[int]:
-        return [piece.begin for piece in self._pieces.encode(text, return_type="proto").pieces]
+        return [piece.begin for piece in self._pieces.encode(self._with_stand_ins(text), return_type="proto").pieces]
 
     def _payload(self) -> tuple[str, bytes]:
         return "spm.model", self._model

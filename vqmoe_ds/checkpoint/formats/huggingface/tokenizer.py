@@ -320,27 +320,17 @@ def _text_steps(proto: Any, whole: bool) -> tuple[Any, Any]:
 
     Args:
         proto: the model.
-        whole: every text can be written. Its ``SPACE_MARK`` is then text, and what stands between two of them is
-            encoded by itself; otherwise it is a space.
+        whole: every text can be written. Its ``SPACE_MARK`` is then text; otherwise it is a space.
     """
     from tokenizers import Regex, decoders, normalizers
 
     steps: list[Any] = []
-    spec, first, last = proto.normalizer_spec, r"\A", r"\z"
-    if whole:
-        first, last = rf"(?:\A|(?<={SPACE_MARK}))", rf"(?:\z|(?={SPACE_MARK}))"
+    spec = proto.normalizer_spec
     # Before the prefix is put there, which would be a leading space like any other.
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(f"{first} +| +{last}"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-        if whole:
-            # SentencePieceTokenizer encodes what stands between marks text by text, so each one gets a prefix, but an
-            # empty one none.
-            steps += [
-                normalizers.Replace(Regex(rf"\A (?={SPACE_MARK})"), ""),
-                normalizers.Replace(Regex(rf"(?<={SPACE_MARK})(?=[^{SPACE_MARK}])"), " "),
-            ]
     if not whole:
         steps.append(normalizers.Replace(SPACE_MARK, " "))
         if spec.remove_extra_whitespaces:
