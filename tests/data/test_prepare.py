@@ -233,6 +233,38 @@ def test_mistakes_are_refused_before_any_work(sources, alone, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_a_run_that_was_killed_while_it_published_goes_on(renames, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("text")
+    options = build_parser("").parse_args([str(tmp_path / "t.txt"), "--output", str(tmp_path / "data")])
+    rename, done = os.rename, []
+
+    def killed(source, target):
+        if Path(target).parent == tmp_path:
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(target)
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        prepare(options)
+    if renames == 3:
+        (tmp_path / "data.tokenizer/tokenizer.json").unlink()  # a second one may die while it removes the first's
+    assert not Path(f"{options.output}.idx").exists() and prepare(options).documents == 1
+    with pytest.raises(DataError, match="data.idx exists"):
+        prepare(options)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_replaced_on_request_alone(tmp_path):
+    (tmp_path / "t.txt").write_text("text")
+    (tmp_path / "data.tokenizer").mkdir()
+    arguments = [str(tmp_path / "t.txt"), "--output", str(tmp_path / "data")]
+    with pytest.raises(DataError, match="data.tokenizer exists; .* --overwrite"):
+        prepare(build_parser("").parse_args(arguments))
+    assert prepare(build_parser("").parse_args([*arguments, "--overwrite"])).documents == 1
+
+
 def test_unknown_symbols_are_counted_below_the_limit(tmp_path):
     (tmp_path / "t.txt").write_text("one two three")
     (tmp_path / "vocab.txt").write_text("one\ntwo\n")

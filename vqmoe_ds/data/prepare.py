@@ -235,13 +235,20 @@ def _check(options: argparse.Namespace, comm: Any) -> None:
 
 
 def _check_free(options: argparse.Namespace, parts: Parts) -> None:
+    if options.overwrite:
+        return
     found = [name for name in ("idx", "bin", "json") if os.path.exists(f"{options.output}.{name}")]
+    # Parts go after the .idx has come: what is beside them without one is of a merge that was ended in its renames.
+    unfinished = "idx" not in found and parts.folder.is_dir()
     own = f"{options.output}.tokenizer"
-    # The tokenizer may have been trained into PREFIX.tokenizer: the same one is no output that would be lost.
-    if os.path.exists(own) and load_tokenizer(own).checksum != parts.tokenizer.checksum:
-        found.append("tokenizer")
-    if found and not options.overwrite:
-        raise DataError(f"{options.output}.{found[0]} exists; give another --output, or --overwrite to replace it")
+    try:
+        # The tokenizer may have been trained into PREFIX.tokenizer: the same one is no output that would be lost.
+        other = os.path.exists(own) and load_tokenizer(own).checksum != parts.tokenizer.checksum
+    except DataError:
+        other = not unfinished
+    lost = ([] if unfinished else found) + ["tokenizer"] * other
+    if lost:
+        raise DataError(f"{options.output}.{lost[0]} exists; give another --output, or --overwrite to replace it")
 
 
 def _check_total(total: Counts, options: argparse.Namespace) -> None:
