@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -254,6 +255,23 @@ def test_a_run_that_was_killed_while_it_published_goes_on(renames, tmp_path, mon
     assert not Path(f"{options.output}.idx").exists() and prepare(options).documents == 1
     with pytest.raises(DataError, match="data.idx exists"):
         prepare(options)
+
+
+def test_a_lock_that_stays_until_it_is_closed_spoils_nothing(tmp_path, monkeypatch):
+    """NFS renames an open file that is removed, so that its folder is not empty."""
+    (tmp_path / "t.txt").write_text("text")
+    rmdir, tries = os.rmdir, []
+
+    def not_empty_at_first(path, **kwargs):
+        if str(path).endswith("data.parts"):
+            tries.append(path)
+            if len(tries) == 1:
+                raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmdir(path, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", not_empty_at_first)
+    assert prepare(build_parser("").parse_args([str(tmp_path / "t.txt"), "--output", str(tmp_path / "data")])).tokens
+    assert sorted(p.name for p in tmp_path.glob("data*")) == ["data.bin", "data.idx", "data.json", "data.tokenizer"]
 
 
 def test_a_tokenizer_that_cannot_be_read_is_replaced_on_request_alone(tmp_path):

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -128,7 +128,10 @@ def prepare(options: argparse.Namespace, comm: Any = None) -> Counts:
         about = {"sources": options.sources, "on_error": options.on_error, **limit}
         merge(parts, units, total, options.output, about)
         # Not before the .idx is in its place: a run that is killed in the merge goes on from the parts.
-        shutil.rmtree(parts.folder)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+    # On NFS the lock stays in it, under another name, until it is closed.
+    with suppress(OSError):
+        parts.folder.rmdir()
     if comm is not None:
         spread.dismiss(comm)
     print(report(options.output, parts, total, new, time.monotonic() - started), flush=True)
