@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from vqmoe_ds.data.documents import plan_units
 from vqmoe_ds.data.index_files import check_prefix
-from vqmoe_ds.data.prepare import build_parser, main, prepare
+from vqmoe_ds.data.prepare import Progress, build_parser, main, prepare
 from vqmoe_ds.data.spread import deal
 from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.runtime.errors import DataError
@@ -434,6 +434,13 @@ def test_a_killed_stream_leaves_nothing_that_looks_whole_and_goes_on(tmp_path):
     assert main(build_parser("").parse_args([*command, "--output", str(tmp_path / "again")])) == 0
     assert digests(output) == digests(tmp_path / "again")
     assert json.loads(Path(f"{output}.json").read_text())["tokens"] <= 600_000
+
+
+def test_a_first_part_without_a_token_leaves_the_time_open(capsys):
+    with Progress(2_000_000, 2_000_000, " tokens") as progress:
+        progress.every = 0.0
+        progress.add(0)
+    assert capsys.readouterr().err == "preparing: 0.0 of 2.0 M tokens, 0.0 M tokens/s, ? left\n"
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,8 @@ class Progress:
             return
         self.said = time.monotonic()
         rate = (self.now - self.begun) / (self.said - self.start)
-        left = tqdm.format_interval((self.total - self.now) / rate)
+        # Parts of empty documents hold no token.
+        left = tqdm.format_interval((self.total - self.now) / rate) if rate else "?"
         print(
             f"preparing: {self.now / 1e6:,.1f} of {self.total / 1e6:,.1f} {self.unit}, {rate / 1e6:.1f} {self.unit}/s, "
             f"{left} left",
