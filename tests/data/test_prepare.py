@@ -257,6 +257,29 @@ def test_a_run_that_was_killed_while_it_published_goes_on(renames, tmp_path, mon
         prepare(options)
 
 
+def test_a_power_cut_leaves_no_index_without_the_rest(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("one two")
+    (tmp_path / "vocab.txt").write_text("one\ntwo\n")
+    fsync, rename, synced, before = os.fsync, os.rename, [], []
+
+    def sync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def move(source, target):
+        if str(target).endswith(".idx"):
+            before.extend(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", move)
+    options = ["--output", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "vocab.txt")]
+    prepare(build_parser("").parse_args([str(tmp_path / "t.txt"), *options]))
+    made = [tmp_path / f"data.{name}" for name in ("bin", "json", "tokenizer")]
+    assert {path.stat().st_ino for path in [*made, *made[-1].iterdir()]} <= set(before)
+    assert synced[-1] == before[-1] == tmp_path.stat().st_ino, "the names of them, then that of the index"
+
+
 def test_a_lock_that_stays_until_it_is_closed_spoils_nothing(tmp_path, monkeypatch):
     """NFS renames an open file that is removed, so that its folder is not empty."""
     (tmp_path / "t.txt").write_text("text")

@@ -14,9 +14,11 @@ from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import make_folder, user_cache, why_missing, write_atomically
 
 
-def test_a_name_that_is_no_utf8_does_not_end_a_report(tmp_path: Path) -> None:
+def test_a_name_that_is_no_utf8_does_not_end_a_report_and_bytes_stay(tmp_path: Path) -> None:
     write_atomically(tmp_path / "report.md", "run of caf\udce9, ü\n")
     assert (tmp_path / "report.md").read_bytes() == "run of caf\\udce9, ü\n".encode()
+    write_atomically(tmp_path / "report.md", b"\xff\r\n")
+    assert (tmp_path / "report.md").read_bytes() == b"\xff\r\n"
 
 
 def test_an_interrupted_writer_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

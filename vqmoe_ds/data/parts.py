@@ -25,7 +25,7 @@ from vqmoe_ds.data.index_files import HashedFile, smallest_dtype, write_index
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.units import EMPTY, Piece, Place, Skips, Unit
 from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.files import read_small, sha256_of
+from vqmoe_ds.runtime.files import read_small, sha256_of, sync_folder
 
 FORMAT = 1
 """Version of the layout of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
@@ -249,6 +249,8 @@ def _publish(temporary: dict[str, str], prefix: str) -> None:
     shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
     for name, path in temporary.items():
         os.rename(path, f"{prefix}.{name}")
+        # After a power cut, too, the .idx is there only where the others are.
+        sync_folder(Path(prefix).parent)
 
 
 @contextmanager

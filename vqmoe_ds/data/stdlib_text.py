@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from vqmoe_ds.runtime.files import user_cache
+from vqmoe_ds.runtime.files import user_cache, write_atomically
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "turtledemo"}
 
@@ -38,7 +38,7 @@ def stdlib_text() -> bytes:
         kept.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own, as all ranks of a machine may build it at once.
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(text)
+        write_atomically(temporary, text)
         temporary.replace(kept)
     except OSError:  # no home, no room: build again next time
         pass

@@ -6,8 +6,6 @@ its payload: ``spm.model``, ``vocab.txt``, ``huggingface.json``, or nothing for 
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.runtime.errors import DataError, reason_of
-from vqmoe_ds.runtime.files import make_folder, read_small
+from vqmoe_ds.runtime.files import make_folder, read_small, write_atomically, write_json
 
 DESCRIPTION = "tokenizer.json"
 SPACE_MARK = "\u2581"
@@ -113,8 +111,8 @@ class Tokenizer(ABC):
             make_folder(folder)
             payload = self._payload()
             if payload:
-                _write(folder / payload[0], payload[1])
-            _write(folder / DESCRIPTION, (json.dumps(self.describe(), indent=2) + "\n").encode())
+                write_atomically(folder / payload[0], payload[1])
+            write_json(folder / DESCRIPTION, self.describe(), indent=2)
         except OSError as error:
             raise DataError(f"tokenizer folder {folder} cannot be written ({error.strerror})") from error
 
@@ -129,15 +127,6 @@ def read_file(path: Path) -> bytes:
         return read_small(path)
     except OSError as error:
         raise DataError(f"tokenizer file {path} cannot be read ({error.strerror})") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def characters_to_bytes(text: str, places: Sequence[int]) -> list[int]:

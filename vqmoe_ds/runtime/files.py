@@ -30,16 +30,19 @@ def user_cache() -> Path:
         raise FileNotFoundError(errno.ENOENT, "there is no home") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write to a temporary name, flush to disk and rename: readers see the old file or the new one, also after a
     power cut."""
+    if isinstance(content, str):
+        # Bytes of a file's name that are no UTF-8 reach a text as half surrogates, which no encoding has.
+        content = content.encode(errors="backslashreplace")
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # a FIFO in its place would be waited for, a link be followed
     # Not by tempfile, whose files only their owner may read.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:  # bytes of a file's name that are no UTF-8 reach a text as half surrogates, which no encoding has
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             # Before the rename, which may reach the disk sooner than the data it makes valid.
             os.fsync(file.fileno())
