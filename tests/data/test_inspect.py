@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vqmoe_ds.data import inspect, prepare
+from vqmoe_ds.data.index_files import HashedFile, write_index
 from vqmoe_ds.data.tokenizers import load_tokenizer
 
 TEXTS = ["short", "some longer text\nof two lines", "x" * 1000, *(f"document {i}" for i in range(20))]
@@ -125,3 +126,24 @@ def test_files_of_megatrons_own_tools(tmp_path, capsys):
     assert found["first_documents"][:2] == TEXTS[:2] and found["checksum"] == "none kept"
     code, _, err = run(capsys, tmp_path / "m", "--verify")
     assert code == 2 and "no checksum to --verify" in err
+
+
+def write(prefix: Path, ids: list[int], lengths: list[int], ends: list[int]) -> None:
+    np.array(ids, np.int32).tofile(f"{prefix}.bin")
+    with HashedFile(f"{prefix}.idx") as file:
+        chunk, end = np.array(lengths, np.int32), np.array(ends, np.int64)
+        write_index(file, np.dtype(np.int32), len(chunk), len(end), lambda: [chunk], lambda: [end])
+
+
+def test_documents_without_a_sequence_have_no_token(tmp_path, capsys):
+    write(tmp_path / "d", [], [], [0, 0])
+    found = json.loads(run(capsys, tmp_path / "d", "--json")[1])
+    assert (found["documents"], found["tokens"], found["longest_tokens"]) == (2, 0, 0)
+    assert found["lengths"] == [{"from": 0, "to": 0, "documents": 2}]
+
+
+@pytest.mark.parametrize("options", [(), ("--tokenizer", "bytes")])
+def test_an_id_below_zero_is_of_no_tokenizer(options, tmp_path, capsys):
+    write(tmp_path / "d", [65, -7], [2], [1])
+    code, _, err = run(capsys, tmp_path / "d", *options)
+    assert code == 2 and "token 1 (document 0) has the id -7, which no tokenizer gives; it is damaged" in err

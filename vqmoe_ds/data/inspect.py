@@ -102,9 +102,10 @@ def check_ids(header: IndexHeader, vocab_size: int | None) -> int:
             # Right: of several that begin here only the last holds the token; those before it are empty.
             sequence = int(np.searchsorted(header.offsets, byte, side="right")) - 1
             document = int(np.searchsorted(header.ends, sequence, side="right")) - 1
+            why = f"beyond the tokenizer's vocabulary of {vocab_size}; it was made with another tokenizer or is damaged"
             raise DataError(
                 f"{header.prefix}.bin: token {first + where} (document {document}) has the id {int(ids[where])}, "
-                f"beyond the tokenizer's vocabulary of {vocab_size}; it was made with another tokenizer or is damaged"
+                + (f"which no tokenizer gives; {AGAIN}" if bottom < 0 else why)
             )
         largest, first = max(largest, top), first + len(ids)
     return largest
@@ -178,8 +179,8 @@ def _document_lengths(header: IndexHeader) -> Iterator[np.ndarray]:
     for start in range(0, header.documents, 1 << 20):
         borders = ends[start : start + (1 << 20) + 1]
         # There is no offset past the last sequence: a document that ends there ends with the last token.
-        inside = np.minimum(borders, max(0, header.sequences - 1))
-        tokens = np.where(borders < header.sequences, offsets[inside] // header.dtype.itemsize, header.tokens)
+        tokens, inside = np.full(len(borders), header.tokens), borders < header.sequences
+        tokens[inside] = offsets[borders[inside]] // header.dtype.itemsize
         yield np.diff(tokens)
 
 
