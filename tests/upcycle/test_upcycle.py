@@ -94,6 +94,8 @@ ROUTES: dict[str, dict[str, Any]] = {
     "codes alone": {"moe.top_k": 0, "moe.num_experts": 5},
     "codes in the layer": {"codebook.source": "layer_state", "moe.top_k": 3},
     "linear": {"moe.router": "topk"},
+    "linear, one expert of weight 1": {"moe.router": "topk", "moe.top_k": 1, "router.softmax_over": "chosen"},
+    "probabilities of all experts": {"moe.top_k": 3, "moe.num_experts": 3, "router.softmax_over": "all"},
     "hash": {"moe.router": "hash_token"},
     "every second block": {"model.moe_every": 2},
     "after the first block": {"model.dense_layers": 1},
@@ -295,6 +297,8 @@ def test_weights_that_cannot_be_represented_are_named(
     [
         ({"moe.top_k": 1}, 1, "set moe.top_k to 2 or more, or to 0"),
         ({"moe.top_k": 1, "moe.router": "topk"}, 1, "set moe.top_k to 2 or more, or to 0"),
+        ({"router.softmax_over": "all"}, 1, "with router.softmax_over=all .*; leave router.softmax_over out"),
+        ({"router.softmax_over": "all", "moe.router": "topk"}, 1, "with router.softmax_over=all"),
         ({"codebook.soft_output": 1.0}, 1, "set both to 0"),
         ({"moe.output_norm": True}, 1, "set both to false"),
         ({"moe.shared_experts": 1}, 1, "moe.shared_experts=1 would add to what copies"),

@@ -22,7 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqmoe_ds.checkpoint.formats.huggingface.names import is_sparse, shapes_of, unstacked, why_not_exported
-from vqmoe_ds.checkpoint.formats.huggingface.stock import head_width_of, kv_heads_of, norm_scale_of, rope_of, window_of
+from vqmoe_ds.checkpoint.formats.huggingface.stock import (
+    head_width_of,
+    kv_heads_of,
+    norm_scale_of,
+    rope_of,
+    weighs_over_all,
+    window_of,
+)
 from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
@@ -286,10 +293,13 @@ def _check_function(config: RunConfig, slices: int) -> None:
             "not be preserved; leave it out"
         )
     linear = moe.facts.linear_gate(moe) is not None
-    if linear and moe.top_k == 1 and moe.num_experts > 1:
+    # The probabilities of all experts sum to 1, those of fewer do not.
+    if linear and weighs_over_all(config) and moe.top_k < moe.num_experts:
+        over = "moe.top_k=1" if moe.top_k == 1 else "router.softmax_over=all"
         raise ConfigError(
-            "with moe.top_k=1 the linear router weights its expert by a probability under 1, so copies of the MLP "
-            "would not give its function; set moe.top_k to 2 or more, or to 0 with moe.router=vq"
+            f"with {over} the linear router weights experts by their probabilities among all, which sum to less than "
+            "1, so copies of the MLP would not give its function; leave router.softmax_over out and set moe.top_k to 2 "
+            "or more, or to 0 with moe.router=vq"
         )
     if moe.facts.uses_codebook and (moe.code_blend or config.codebook.soft_output):
         raise ConfigError(
