@@ -778,6 +778,33 @@ def test_damaged_folders_are_refused_in_one_sentence(whole: Path, tmp_path: Path
         assert "\n" not in str(caught.value), harm.__name__
 
 
+@pytest.mark.parametrize(
+    ("case", "options", "change", "reason"),
+    [
+        ("context", {"quantization_config": {"quant_method": "bitsandbytes"}}, {}, "its weights are quantised"),
+        ("dense", {}, {"model.norm.weight": torch.int8}, r"model.norm.weight holds whole numbers \(int8\)"),
+        ("tied embeddings", {}, {"lm_head.weight": 1}, None),
+        ("tied embeddings", {}, {"lm_head.weight": 2}, "tie_word_embeddings is true, and lm_head.weight is not the em"),
+    ],
+)
+def test_weights_that_are_not_the_models_as_they_stand_are_refused(
+    case: str, options: dict[str, Any], change: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    model = model_of(config_of(case))
+    _export(model, tmp_path / "hf", arch="llama" if case == "dense" else "vqmoe")
+    _edit(tmp_path / "hf" / "config.json", **options)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, how in change.items():
+        old = weights.get(name, weights["model.embed_tokens.weight"])
+        weights[name] = old.to(how) if isinstance(how, torch.dtype) else old * how
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    if reason is None:
+        assert torch.equal(load_back(open_hf(tmp_path / "hf"))(tokens_of())[0], model(tokens_of())[0])
+        return
+    with pytest.raises(CheckpointError, match=reason):
+        open_hf(tmp_path / "hf")
+
+
 HARMS: dict[str, tuple[str, Any, str]] = {
     "an expert too many": ("code_map", lambda t: t.fill_(4), "must hold experts from 0 to 3 as int64"),
     "a negative expert": ("code_map", lambda t: t.fill_(-1), "must hold experts from 0 to 3 as int64"),

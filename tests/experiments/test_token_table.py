@@ -223,6 +223,9 @@ def test_embeddings_of_any_hugging_face_folder(tmp_path: Path, name: str) -> Non
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     assert torch.equal(token_table.read_embeddings(str(tmp_path)), embeddings_VD.float())
+    save_file({name: embeddings_VD.char()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="as whole numbers, as quantised weights are"):
+        token_table.read_embeddings(str(tmp_path))
     save_file({"vision.pos_embed.weight": torch.randn(90, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has none of embed_tokens.weight, wte.weight, .* so its embeddings"):
         token_table.read_embeddings(str(tmp_path))

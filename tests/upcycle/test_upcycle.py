@@ -277,6 +277,7 @@ def test_options_that_cannot_be_represented_are_named(values: dict[str, Any], re
         ("model.layers.0.self_attn.q_proj.bias", torch.ones(24), "q_proj.bias, a bias that is not zero"),
         ("model.layers.1.self_attn.q_norm.weight", torch.ones(6), "q_norm.weight, which our transformer lacks"),
         ("model.layers.0.mlp.gate_proj.bias", torch.zeros(36), None),
+        ("model.layers.0.mlp.up_proj.weight", torch.ones(36, 24).char(), r"up_proj.weight holds whole numbers \(int8"),
     ],
 )
 def test_weights_that_cannot_be_represented_are_named(

@@ -183,6 +183,8 @@ def read_embeddings(path: str) -> Tensor:
     named = (name for end in EMBEDDINGS for name in sorted(weights, key=len) if f".{name}".endswith(f".{end}"))
     if (name := next(named, None)) is None:
         raise CheckpointError(f"{path} has none of {', '.join(EMBEDDINGS)}, so its embeddings are not known")
+    if not weights[name].dtype.is_floating_point:
+        raise CheckpointError(f"{path} holds {name} as whole numbers, as quantised weights are; dequantise it first")
     return weights[name].whole().float()
 
 

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vqmoe_ds.checkpoint.formats.huggingface.names import is_sparse, shapes_of, unstacked, why_not_exported
+from vqmoe_ds.checkpoint.formats.huggingface.names import (
+    is_sparse,
+    shapes_of,
+    unstacked,
+    why_not_exported,
+    why_not_read,
+)
 from vqmoe_ds.checkpoint.formats.huggingface.stock import (
     head_width_of,
     kv_heads_of,
@@ -171,15 +177,13 @@ class DenseSource:
         options, clip = self.options, self.options.get("clip_qkv")
         rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
         partial = rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
-        quantised = options.get("quantization_config")
+        unread = why_not_read(options, self.weights)
         problems = {
-            "its weights are quantised (quantization_config); dequantise them first": quantised is not None,
+            f"{unread}": unread is not None,
             f"queries, keys and values are clipped (clip_qkv={clip})": clip is not None,
             f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
             f"hidden_act={options.get('hidden_act')} is not silu": options.get("hidden_act", "silu") != "silu",
             "heads cannot be shared evenly among key-value heads": self.heads % self.kv_heads != 0,
-            "tie_word_embeddings is true, and lm_head.weight is not the embedding; say false if it was trained by "
-            "itself, else delete it": self._ties_another_head(),
         }
         for problem, there in problems.items():
             if there:
@@ -196,13 +200,6 @@ class DenseSource:
                 continue
             what = "a bias that is not zero" if name.endswith(".bias") else "which our transformer lacks"
             raise CheckpointError(f"{self.path} cannot be represented: it has {name}, {what}")
-
-    def _ties_another_head(self) -> bool:
-        """Whether transformers 4 and 5 would use different output layers: the embedding, and that of the file."""
-        head, embedding = (self.weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not self.options.get("tie_word_embeddings") or head is None or embedding is None:
-            return False
-        return not torch.equal(head.whole(), embedding.whole())
 
     def _known(self) -> list[str]:
         names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]

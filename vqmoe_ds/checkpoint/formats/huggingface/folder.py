@@ -37,6 +37,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     run_sections,
     shapes_of,
     unstacked,
+    why_not_read,
 )
 from vqmoe_ds.checkpoint.formats.huggingface.stock import stock_sections
 from vqmoe_ds.checkpoint.formats.portable import new_folder
@@ -276,6 +277,8 @@ class HFReader(WeightsReader):
         self.config = self._run.model_dump(mode="json")
         self.step = int(training.get("step", 0))
         self._weights = unstacked(read_weights(self.path), self.arch)
+        if reason := why_not_read(options, self._weights):
+            raise CheckpointError(f"{self.path} cannot be read: {reason}")
         self._shapes = shapes_of(self._run)
         self._parts: dict[str, list[Part]] = {name: [] for name in self._shapes}
         for part in parts_of(self._run, self.arch):

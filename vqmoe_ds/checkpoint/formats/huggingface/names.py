@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vqmoe_ds.checkpoint.formats.huggingface.stock import (
     NORM_EPS,
     head_width_of,
@@ -163,6 +165,29 @@ def _slice_of(stack: Stored, expert: int, rows: tuple[int, int] | None) -> Store
         start += rows[0] * math.prod(shape[1:])
         shape = rows[1] - rows[0], *shape[1:]
     return Stored(stack.path, stack.offset + start * stack.dtype.itemsize, stack.dtype, shape)
+
+
+def why_not_read(options: dict[str, Any], weights: dict[str, Stored]) -> str | None:
+    """Why the weights beside a ``config.json`` are not, as they stand, those of the model; None where they are.
+
+    Args:
+        options: of ``config.json``.
+        weights: of ``unstacked``.
+    """
+    if options.get("quantization_config") is not None:
+        return "its weights are quantised (quantization_config); dequantise them first"
+    for name, stored in weights.items():
+        if not stored.dtype.is_floating_point and name not in INFERENCE_BUFFERS.values():
+            kind = str(stored.dtype).removeprefix("torch.")
+            return f"{name} holds whole numbers ({kind}), as quantised weights do; dequantise it, or delete it if none"
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if options.get("tie_word_embeddings") and head and embedding and not torch.equal(head.whole(), embedding.whole()):
+        # transformers 4 takes the embedding then, and 5 the head.
+        return (
+            "tie_word_embeddings is true, and lm_head.weight is not the embedding; say false if it was trained by "
+            "itself, else delete it"
+        )
+    return None
 
 
 def is_sparse(config: RunConfig, block: int) -> bool:
