@@ -395,10 +395,32 @@ def test_a_model_that_this_trainer_cannot_compute(tmp_path):
     extra = {"decoder.layers.0.self_attention.q_layernorm.weight": torch.ones(12)}
     torch.save({**state, "model": {**state["model"], **extra}}, path)
     assert "q_layernorm.weight of rank (0, 0)" in _refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("dense", {"normalization": "LayerNorm", "apply_layernorm_1p": True, "activation_func_clamp_value": 7.0}),
+        ("dense", {"qk_l2_norm": True, "softmax_type": "off-by-one", "softmax_scale": 0.1, "glu_linear_offset": 1.0}),
+        ("dense", {"no_rope_freq": [0, 1, 0, 1], "rotary_seq_len_interpolation_factor": 4}),
+        ("top-2", {"moe_router_topk_scaling_factor": 2.5, "moe_apply_probs_on_input": True}),
+        ("top-2", {"moe_router_group_topk": 1, "moe_router_topk_limited_devices": 1}),
+        ("top-2", {"moe_expert_capacity_factor": 1.25, "moe_router_force_load_balancing": True}),
+        ("top-2", {"moe_router_load_balancing_type": "sinkhorn"}),
+        ("top-2", {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}),
+    ],
+)
+def test_options_that_leave_tensors_alone_and_change_the_model_are_refused(case, options, tmp_path):
+    iteration = export(case, tmp_path / "m") / "iter_0000007"
     (iteration / EXTRA).unlink()
-    state["args"].normalization = "LayerNorm"
+    path = iteration / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    vars(state["args"]).update(dict.fromkeys(options), moe_router_topk_scaling_factor=1.0)
     torch.save(state, path)
-    assert "normalization=LayerNorm" in _refused(tmp_path / "m")
+    open_megatron(tmp_path / "m")
+    for name, value in options.items():
+        torch.save({**state, "args": Namespace(**{**vars(state["args"]), name: value})}, path)
+        assert f"has {name}={value}, but this trainer knows only" in _refused(tmp_path / "m")
 
 
 def test_other_formats(tmp_path):

@@ -213,14 +213,24 @@ def sections_of_args(args: dict[str, Any], where: str) -> dict[str, dict[str, An
         shape["num_key_value_heads"] = args.get("num_query_groups")
     needed = {
         **{"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": NORM_EPS, "swiglu": True},
-        "add_bias_linear": False,
-        **{"rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False},
-        "window_attn_skip_freq": None,
-        **({"moe_router_score_function": "softmax"} if experts else {}),
-        **({"moe_shared_expert_gate": False} if experts else {}),
+        **{"add_bias_linear": False, "glu_linear_offset": 0.0, "activation_func_clamp_value": None},
+        **{"rotary_percent": 1.0, "rotary_interleaved": False, "use_rope_scaling": False, "no_rope_freq": None},
+        **{"rotary_seq_len_interpolation_factor": 1, "window_attn_skip_freq": None, "apply_layernorm_1p": False},
+        **{"qk_l2_norm": False, "softmax_type": "vanilla", "softmax_scale": None},
     }
+    if experts:
+        balancing = args.get("moe_router_load_balancing_type")
+        needed |= {
+            **{"moe_router_score_function": "softmax", "moe_router_topk_scaling_factor": 1.0},
+            **{"moe_router_group_topk": None, "moe_router_topk_limited_devices": None},
+            **{"moe_shared_expert_gate": False, "moe_apply_probs_on_input": False},
+            **{"moe_expert_capacity_factor": None, "moe_router_force_load_balancing": False},
+            # Sinkhorn's router weights experts otherwise; the other ways differ in a loss alone.
+            "moe_router_load_balancing_type": "aux_loss" if "sinkhorn" in (balancing or ()) else balancing,
+        }
+    # Options of this kind leave the names and shapes of tensors as they are; of others a tensor is refused by its name.
     for name, value in needed.items():
-        if args.get(name, value) != value:
+        if args.get(name) not in (value, None):
             raise CheckpointError(f"{where} has {name}={args[name]}, but this trainer knows only {value}")
     moe: dict[str, Any] = {"router": "dense"}
     if experts:
