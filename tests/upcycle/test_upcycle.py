@@ -420,17 +420,24 @@ def test_the_routed_source_is_itself_under_a_linear_router(family: str, tmp_path
         ({}, "rope_parameters"),
         ({"kind": OlmoeConfig, "rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ({"kind": Qwen3MoeConfig, "head_dim": 6, "sliding_window": 5}, "use_sliding_window"),
+        *(({"kind": GraniteMoeConfig}, name) for name in MULTIPLIED if name.endswith(("_multiplier", "_scaling"))),
+        ({"kind": GraniteMoeSharedConfig, "shared_intermediate_size": 72}, "attention_multiplier"),
+        ({"kind": GraniteConfig}, "attention_multiplier"),
     ],
 )
 def test_an_option_that_is_left_out_means_what_it_does_in_its_family(
     options: dict[str, Any], left_out: str, tmp_path: Path
 ) -> None:
-    theirs = _routed(tmp_path / "moe", **options)
+    dense = options.get("kind") is GraniteConfig
+    theirs = (_dense if dense else _routed)(tmp_path / "moe", **options)
     described = json.loads((tmp_path / "moe" / "config.json").read_text())
     del described[left_out]
     (tmp_path / "moe" / "config.json").write_text(
         json.dumps({**described, "sliding_window": options.get("sliding_window")})
     )
+    if dense:
+        assert _distance(theirs, _upcycled(tmp_path / "moe")) < 1e-5
+        return
     source = RoutedSource(tmp_path / "moe")
     assert _distance(theirs, load_back(RoutedReader(source, routed_config(source, {}, router="topk")))) < 1e-5
 

@@ -33,6 +33,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.stock import (
     kv_heads_of,
     norm_scale_of,
     rope_of,
+    said,
     weighs_over_all,
     window_of,
 )
@@ -118,7 +119,7 @@ class DenseSource:
     @property
     def query_scale(self) -> float:
         """Factor on queries: Granite's scores have a scale of their own instead of 1 / sqrt(head width)."""
-        scale = self.options.get("attention_multiplier")
+        scale = said(self.options, "attention_multiplier", None)
         if scale is None:
             return 1.0
         return float(scale) * math.sqrt(self.options.get("head_dim") or self.width // self.heads)

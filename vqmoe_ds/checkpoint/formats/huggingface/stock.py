@@ -19,19 +19,20 @@ _UNSAID: dict[str, dict[str, Any]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "olmoe": {"rms_norm_eps": 1e-5},
     **{kind: {"use_sliding_window": False} for kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")},
+    **{kind: {"attention_multiplier": 1.0} for kind in ("granite", "granitemoe", "granitemoeshared")},
 }
 """What options mean that a ``config.json`` leaves out, by ``model_type``, where ``transformers`` has it otherwise than
 in a Llama."""
 
 
-def _said(options: dict[str, Any], name: str, otherwise: Any) -> Any:
+def said(options: dict[str, Any], name: str, otherwise: Any) -> Any:
     """An option of ``config.json``, or what it means there if it is left out."""
     return options.get(name, _UNSAID.get(str(options.get("model_type")), {}).get(name, otherwise))
 
 
 def norm_eps_of(options: dict[str, Any]) -> float:
     """Epsilon of the norms of a stock ``config.json``."""
-    return float(_said(options, "rms_norm_eps", NORM_EPS))
+    return float(said(options, "rms_norm_eps", NORM_EPS))
 
 
 def norm_scale_of(options: dict[str, Any]) -> float:
@@ -67,7 +68,7 @@ def window_of(options: dict[str, Any], length: int = 0) -> int:
     Raises:
         CheckpointError: some layers alone have a window, and the context is longer; the option is named.
     """
-    window = _said(options, "sliding_window", None) if _said(options, "use_sliding_window", True) else None
+    window = said(options, "sliding_window", None) if said(options, "use_sliding_window", True) else None
     sliding = _sliding_layers(options) if window else []
     if not window or not any(sliding):
         return 0
@@ -113,7 +114,7 @@ def rope_of(options: dict[str, Any]) -> dict[str, Any]:
     rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
     # transformers 5 writes rope_parameters with the base in it, 4 rope_scaling beside rope_theta, and once with `type`.
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
-    section: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", _said(options, "rope_theta", 10000.0)))}
+    section: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", said(options, "rope_theta", 10000.0)))}
     if kind not in _FIXED:
         raise CheckpointError(f"rotary positions are scaled ({kind}); known are {', '.join(_FIXED)}")
     if kind == "default":
@@ -271,7 +272,7 @@ def stock_sections(options: dict[str, Any], arch: str) -> dict[str, dict[str, An
             "num_experts": options["num_local_experts"],
             "expert_hidden": options["intermediate_size"],
             "top_k": options["num_experts_per_tok"],
-            "balance_weight": options.get("router_aux_loss_coef", 0.01),
+            "balance_weight": options.get("router_aux_loss_coef", 0.001),
         }
     except KeyError as error:
         raise CheckpointError(f"config.json lacks {error.args[0]}; export the model again") from None
