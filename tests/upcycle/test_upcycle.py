@@ -543,6 +543,9 @@ def test_a_family_that_cannot_be_kept_is_refused_before_any_work(
         assert "type deepseek_v2, whose attention is latent (kv_lora_rank)" in said and said.count("\n") == 1
 
 
+GROUPS = ["--set", "codebook.groups=2", "--set", "codebook.source=context"]
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
@@ -551,6 +554,7 @@ def test_a_family_that_cannot_be_kept_is_refused_before_any_work(
         (["--calibration", "TEXT", "--granularity", "2"], "are for dense sources"),
         (["--calibration", "TEXT", "--set", "codebook.source=early_block"], "codes cannot be calibrated"),
         (["--calibration", "TEXT", "--set", "moe.num_experts=8"], "moe.num_experts=8 contradicts what SRC becomes"),
+        (["--calibration", "TEXT", *GROUPS], r"codebook.groups=2 contradicts what SRC becomes \(1\)"),
         (["--calibration", "TEXT", "--calibration_tokens", "40"], "40 calibration tokens are too few"),
         (["--calibration", "TEXT", "--tokenizer", "SRC"], "has no tokenizer.json"),
     ],

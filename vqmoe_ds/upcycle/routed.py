@@ -229,9 +229,10 @@ def routed_config(
     """
     forced = source.model_section() | {
         "moe.router": router,
-        # One code for each expert under mod: the index of a code is that of its expert.
+        # One code for each expert, under mod and without groups: the index of a code is that of its expert.
         "codebook.num_codes": source.experts,
         "codebook.code_map": "mod",
+        "codebook.groups": 1,
     }
     for name, value in forced.items():
         # Under topk the source itself is rebuilt to be measured, and nothing of that is the user's to set.
@@ -364,7 +365,7 @@ def _compare(model: MoETransformer, config: RunConfig, codes_LKC: Tensor, window
     first, any_one = torch.zeros(len(codes_LKC)), torch.zeros(len(codes_LKC))
     for batch in windows.split(4):
         for layer, (z_TC, routing) in enumerate(watcher.run(batch[:, :-1])):
-            # The code's index is its expert's: routed_config forces as many codes as experts, mapped by mod.
+            # The index of a code is that of its expert: routed_config forces it.
             agrees_Tk = watcher.bank.lookup(layer, z_TC).unsqueeze(1) == routing.expert_ids_TR
             first[layer] += agrees_Tk[:, 0].sum()
             any_one[layer] += agrees_Tk.any(dim=1).sum()
