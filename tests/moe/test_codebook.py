@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqmoe_ds.config.schema import CodebookConfig
+from vqmoe_ds.checkpoint.formats.huggingface.folder import settled_codebook
+from vqmoe_ds.checkpoint.resume.restore import fill_buffers
+from vqmoe_ds.config.schema import CodebookConfig, RunConfig
 from vqmoe_ds.moe import placement
 from vqmoe_ds.moe.clustering import kmeans, split_overused
 from vqmoe_ds.moe.codebook import CodebookBank
@@ -297,6 +300,19 @@ def test_state_continues_bit_for_bit_from_a_state_dict() -> None:
         assert torch.equal(banks[0].code_map_LK, banks[1].code_map_LK)
 
 
+def test_a_state_of_earlier_versions_goes_on_with_adams_steps_as_they_were_counted_there() -> None:
+    bank = _bank(learning="gradient")
+    bank.updates.fill_(7)
+    state = {name: tensor for name, tensor in bank.state_dict().items() if name != "adam_steps_LK"}
+    other = _bank(learning="gradient")
+    other.load_state_dict(state)
+    assert (other.adam_steps_LK == 7).all()
+    other.adam_steps_LK.zero_()
+    saved = {f"bank.{name}": tensor for name, tensor in state.items()}
+    fill_buffers(nn.ModuleDict({"bank": other}), SimpleNamespace(path="earlier", buffers=lambda: saved))
+    assert (other.adam_steps_LK == 7).all()
+
+
 # ---------------------------------------------------- initialization and rescue
 
 
@@ -414,6 +430,42 @@ def test_dead_codes_take_the_candidates_in_turn() -> None:
             codes_LKC[layer, code], counts_LK[layer, code], sums_LKC[layer, code] = fresh_C, mean, fresh_C * mean
     for got, wanted in ((bank.codes_LKC, codes_LKC), (bank.ema_count_LK, counts_LK), (bank.ema_sum_LKC, sums_LKC)):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("place", ["initialize", "split", "reseed", "settle"])
+def test_adam_begins_anew_for_codes_that_are_placed_and_for_no_others(place: str) -> None:
+    """The first step of Adam has the length of the rate, whatever the gradient."""
+    options = {"learning": "gradient", "learning_rate": 1e-3, "normalize_source": False, "overused_above": 2.0}
+    bank, source_TD = _bank(num_layers=1, init_step=10**6, **options), torch.randn(60, WIDTH)
+
+    def learn() -> Tensor:
+        before_LKC = bank.codes_LKC.clone()
+        stats_LKC1 = torch.cat([torch.zeros(1, 4, WIDTH), torch.ones(1, 4, 1)], dim=2)  # of zeros, one for each code
+        bank.update(stats_LKC1.double())
+        return (bank.codes_LKC - before_LKC).abs()
+
+    for _ in range(50):
+        learn()
+    before, moved_K = copy.deepcopy(bank), torch.ones(4, dtype=torch.bool)
+    if place == "initialize":
+        placement.initialize_codes(bank, source_TD.unsqueeze(0))
+    elif place == "split":
+        bank.ema_count_LK[0, 0] += 100
+        near_TD = bank.codes_LKC[0, :1] + 0.5 * torch.randn(200, WIDTH)
+        placement.split_overused_codes(bank, torch.cat([source_TD, near_TD]).unsqueeze(0))
+        moved_K = (bank.codes_LKC != before.codes_LKC).any(dim=2)[0]
+        assert moved_K.any() and not moved_K.all()
+    elif place == "reseed":
+        moved_K = torch.tensor([False, True, False, False])
+        bank.reseed(moved_K.unsqueeze(0), source_TD[None, :1])
+    else:
+        run = RunConfig(model={"width": WIDTH}, moe={"num_experts": 4}, codebook=bank.config)
+        buffers = settled_codebook(run, bank.codes_LKC, bank.code_map_LK)
+        bank.load_state_dict({name: buffers[f"bank.{name}"] for name in bank.state_dict()})
+        assert bank.steps_taken > 200
+    for name in ("adam_mean_LKC", "adam_square_LKC"):
+        assert torch.equal(getattr(bank, name)[0, ~moved_K], getattr(before, name)[0, ~moved_K])
+    assert torch.allclose(learn()[0, moved_K], torch.full((int(moved_K.sum()), WIDTH), 1e-3), rtol=1e-2)
 
 
 @pytest.mark.parametrize("layers", [slice(None), slice(1, None, 2)])

@@ -11,6 +11,8 @@ the device: what is due is decided by numbers that the host knows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,7 @@ class CodebookBank(SteppedState):
     usage_LK: Tensor
     adam_mean_LKC: Tensor
     adam_square_LKC: Tensor
+    adam_steps_LK: Tensor
     projection_DC: Tensor | None
     share: SequenceShare | None = None
     """The part of every sequence that this rank sees, where ranks share them."""
@@ -96,9 +99,15 @@ class CodebookBank(SteppedState):
         if config.learning == "gradient":
             self.register_buffer("adam_mean_LKC", torch.zeros(shape))
             self.register_buffer("adam_square_LKC", torch.zeros(shape))
+            # Of each code for itself: one that is placed anew is a new parameter to Adam.
+            self.register_buffer("adam_steps_LK", torch.zeros(shape[:2], dtype=torch.int64))
         self._updates, self._born_at = HostMirror(), HostMirror()
         self.clear_statistics()
         self.register_buffer("usage_LK", torch.zeros(shape[:2], dtype=torch.float64), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        add_adam_steps(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # ---------------------------------------------------------------- lookup
 
@@ -295,7 +304,7 @@ class CodebookBank(SteppedState):
                 follow_means(self.codes_LKC, self.ema_sum_LKC, self.ema_count_LK, stats_LKC1, self.decay())
             if self.config.distance == "cosine":
                 self.codes_LKC.copy_(F.normalize(self.codes_LKC, dim=-1))
-        # Last, for decay and bias correction above go by the steps before this one.
+        # Last, for the decay above goes by the steps before this one.
         self.count(counts_LK)
 
     @torch.no_grad()
@@ -324,12 +333,19 @@ class CodebookBank(SteppedState):
         gradient = 2 * (counts_LK.unsqueeze(-1) * self.codes_LKC.double() - sums_LKC) / elements_L11
         self.adam_mean_LKC.copy_(betas[0] * self.adam_mean_LKC + (1 - betas[0]) * gradient)
         self.adam_square_LKC.copy_(betas[1] * self.adam_square_LKC + (1 - betas[1]) * gradient.square())
-        step = self.steps_taken + 1
-        mean = self.adam_mean_LKC / (1 - betas[0] ** step)
-        square = self.adam_square_LKC / (1 - betas[1] ** step)
+        self.adam_steps_LK += 1
+        steps_LK1 = self.adam_steps_LK.double().unsqueeze(-1)
+        mean = self.adam_mean_LKC / (1 - betas[0] ** steps_LK1)
+        square = self.adam_square_LKC / (1 - betas[1] ** steps_LK1)
         self.codes_LKC -= rate * mean / (square.sqrt() + 1e-8)
         # No part of Adam: dead and overused codes are told by the running count.
         self.ema_count_LK.copy_(0.9 * self.ema_count_LK + 0.1 * counts_LK)
+
+    @property
+    def adam(self) -> list[Tensor]:
+        """Adam's buffers, ``[L, K, ...]``: zero for a code that was just placed; none where codes learn otherwise."""
+        gradient = self.config.learning == "gradient"
+        return [self.adam_mean_LKC, self.adam_square_LKC, self.adam_steps_LK] if gradient else []
 
     def mark_initialized(self) -> None:
         """Note that the codes were initialized at this step."""
@@ -351,6 +367,15 @@ class CodebookBank(SteppedState):
         self.codes_LKC.copy_(torch.where(moved_LK1, fresh_LKC, self.codes_LKC))
         self.ema_count_LK.copy_(torch.where(moved_LK, mean_L1, self.ema_count_LK))
         self.ema_sum_LKC.copy_(torch.where(moved_LK1, fresh_LKC * mean_L1.unsqueeze(-1), self.ema_sum_LKC))
+        for state in self.adam:
+            state.masked_fill_(moved_LK if state.dim() == 2 else moved_LK1, 0)
+
+
+def add_adam_steps(buffers: dict[str, Tensor], prefix: str) -> None:
+    """Complete the buffers of a bank of an earlier version, where Adam counted ``updates`` for all codes alike."""
+    mean, steps, updates = (prefix + name for name in ("adam_mean_LKC", "adam_steps_LK", "updates"))
+    if steps not in buffers and {mean, updates} <= buffers.keys():
+        buffers[steps] = buffers[updates].expand(buffers[mean].shape[:2]).clone()
 
 
 def _evenly(z_TC: Tensor, count: int) -> Tensor:

@@ -19,8 +19,8 @@ ALL_LAYERS = slice(None)
 
 
 def placed(bank: CodebookBank) -> list[Tensor]:
-    """The buffers that placing changes: codes, running sums and counts, tables; all ``[L, ...]``."""
-    return [bank.codes_LKC, bank.ema_sum_LKC, bank.ema_count_LK, bank.code_map_LK]
+    """The buffers that placing changes: codes, running sums and counts, tables, Adam's; all ``[L, ...]``."""
+    return [bank.codes_LKC, bank.ema_sum_LKC, bank.ema_count_LK, bank.code_map_LK, *bank.adam]
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def initialize_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice = AL
     """Place all codes by k-means (or at random samples) and, for the balanced map, draw the table."""
     book = bank.config
     iterations = book.kmeans_iterations if book.init == "kmeans" else 0
-    codes_LKC, sums_LKC, counts_LK, tables_LK = host = _on_host(bank, layers)
+    codes_LKC, sums_LKC, counts_LK, tables_LK, *adam = host = _on_host(bank, layers)
     mean_counts_L = (bank.pending[layers][..., -1].sum(dim=1) / bank.num_codes).clamp_min(1.0).cpu()
     for i, (layer, samples_SC) in enumerate(_numbered(bank, samples_LSC, layers)):
         # Seeded by the layer and not by the rank: whoever clusters a layer draws the same.
@@ -40,6 +40,8 @@ def initialize_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice = AL
         sums_LKC[i] = codes_LKC[i] * counts_LK[i].unsqueeze(-1)
         if book.code_map == "balanced":
             tables_LK[i] = balanced_map(sizes_K, bank.num_experts)
+        for state in adam:
+            state[i] = 0  # gathered on random codes
     _from_host(bank, layers, host)
     # Also on a rank that placed no layer: every rank's next step depends on it.
     bank.mark_initialized()
@@ -52,7 +54,7 @@ def split_overused_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice 
     Rare tokens gather round codes near the middle of all codes, which no decay undoes.
     """
     overused_L = bank.overused_codes()[layers].any(dim=1).tolist()
-    codes_LKC, sums_LKC, counts_LK, _ = host = _on_host(bank, layers)
+    codes_LKC, sums_LKC, counts_LK, _, *adam = host = _on_host(bank, layers)
     for i, (_, samples_SC) in enumerate(_numbered(bank, samples_LSC, layers)):
         if not overused_L[i]:
             continue
@@ -63,6 +65,8 @@ def split_overused_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice 
         codes_LKC[i] = codes_KC
         counts_LK[i, moved_K] = sizes_K[moved_K] * weight
         sums_LKC[i, moved_K] = codes_KC[moved_K] * counts_LK[i, moved_K].unsqueeze(-1)
+        for state in adam:
+            state[i, moved_K] = 0
     _from_host(bank, layers, host)
 
 

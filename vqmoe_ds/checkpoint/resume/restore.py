@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader
 from vqmoe_ds.models.session import Session
+from vqmoe_ds.moe.codebook import CodebookBank, add_adam_steps
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.ranks import several_ranks
 
@@ -266,6 +267,8 @@ def fill_buffers(model: nn.Module, reader: CheckpointReader) -> None:
     """
     saved = reader.buffers()
     for prefix, module in model.named_modules():
+        if isinstance(module, CodebookBank):
+            add_adam_steps(saved, f"{prefix}.")
         for name, buffer in module.named_buffers(recurse=False):
             # PyTorch has no public list of the buffers that state_dict leaves out.
             if name in module._non_persistent_buffers_set:

@@ -301,12 +301,17 @@ class HFReader(WeightsReader):
         if self._run.moe.facts.uses_codebook:
             settled = settled_codebook(self._run, found["bank.codes_LKC"], found["bank.code_map_LK"])
         if (self.path / TRAINING_BUFFERS).exists():
+            from vqmoe_ds.moe.codebook import add_adam_steps
+
+            learned: dict[str, Tensor] = {}
             for name, stored in read_header(self.path / TRAINING_BUFFERS).items():
                 if name in found or (name in settled and stored.shape != settled[name].shape):
                     raise CheckpointError(
                         f"{self.path / TRAINING_BUFFERS}: {name} is not of this model; export the model again"
                     )
-                settled[name] = stored.whole()
+                learned[name] = stored.whole()
+            add_adam_steps(learned, "bank.")
+            settled |= learned
         return settled | found
 
     def _check_weights(self) -> None:
