@@ -38,6 +38,14 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update=sections)
 
 
+def without_paths(saved: dict[str, Any]) -> dict[str, Any]:
+    """A run configuration as saved, without the sections of data and run folder; the tokenizer's checksum stays."""
+    run = {name: section for name, section in saved.items() if name not in ("data", "run")}
+    # With it the trainer refuses data of another tokenizer on the way back.
+    checksum = saved.get("data", {}).get("tokenizer_sha256")
+    return run if checksum is None else {**run, "data": {"tokenizer_sha256": checksum}}
+
+
 def whole_task(task: str | None) -> str | None:
     """``NAME=PATH`` or the path of a labelled set with the whole path; what is known by name alone as it is."""
     if task is None or task == "lm" or task in KNOWN_SETS:

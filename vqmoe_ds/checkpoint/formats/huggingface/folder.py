@@ -44,7 +44,7 @@ from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_weights
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, register_format
-from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data
+from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data, without_paths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer, nothing_known
@@ -194,11 +194,7 @@ def _write_small_files(
     tokens: dict[str, Any] = {n: description[n] for n in ("eos_token_id", "pad_token_id") if n in description}
     write_json(folder / "config.json", {**description, "dtype": options.dtype, **version}, indent=2)
     write_json(folder / "generation_config.json", {**tokens, **version}, indent=2)
-    run = config.model_dump(mode="json", exclude={"data", "run"})  # those two hold paths of the machine
-    # With it the trainer refuses data of another tokenizer on the way back.
-    checksum = config.model_dump(mode="json")["data"].get("tokenizer_sha256")
-    if checksum is not None:
-        run["data"] = {"tokenizer_sha256": checksum}
+    run = without_paths(config.model_dump(mode="json"))
     write_json(folder / TRAINING, {"format": FORMAT, "step": reader.step, "config": run}, indent=2)
     if options.arch == "vqmoe":
         code = Path(__file__).resolve().parents[3] / "models" / "hf"
@@ -406,11 +402,8 @@ def settled_codebook(config: RunConfig, codes_LKC: Tensor, code_map_LK: Tensor) 
     bank.ema_sum_LKC.copy_(codes_LKC * bank.ema_count_LK.unsqueeze(-1))
     bank.born_at.zero_()
     # Past decay_steps the decay is the final one; past reseed_until, if there is one, no code moves onto a token.
-    bank.updates.fill_(1 + max(book.decay_steps, book.reseed_until, getattr(book, "settle_step", 0)))
-    names = dict(bank.named_buffers())
-    # Without the statistics that are not persistent, which no checkpoint has.
-    kept = bank.state_dict()
-    buffers = {f"bank.{name}": tensor for name, tensor in names.items() if name in kept}
+    bank.updates.fill_(1 + max(book.decay_steps, book.reseed_until))
+    buffers = {f"bank.{name}": tensor for name, tensor in bank.state_dict().items()}
     buffers["source.table_ready"] = torch.tensor(book.source_momentum > 0)
     if book.source_momentum:
         buffers["source.table_VD"] = torch.zeros(config.model.vocab_size, config.model.width)

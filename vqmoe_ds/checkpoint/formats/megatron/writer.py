@@ -33,6 +33,7 @@ from vqmoe_ds.checkpoint.io.safetensors_io import write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
 from vqmoe_ds.checkpoint.reader import CheckpointReader
+from vqmoe_ds.checkpoint.whereabouts import without_paths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import write_json
@@ -203,11 +204,7 @@ class _Writer:
 
     def write_extra(self, folder: Path) -> None:
         """Write what Megatron has no place for: path gates, codebooks, tables, the run configuration without paths."""
-        run: dict[str, Any] = {name: some for name, some in self.reader.config.items() if name not in ("data", "run")}
-        checksum = self.reader.config.get("data", {}).get("tokenizer_sha256")
-        if checksum is not None:
-            run["data"] = {"tokenizer_sha256": checksum}
-        names = {"names": self.reader.names(), "parameters": self.left}
+        run, names = without_paths(self.reader.config), {"names": self.reader.names(), "parameters": self.left}
         write_json(folder / EXTRA, {"format": FORMAT, "step": self.reader.step, "config": run, **names}, indent=2)
         tensors = {name: self.reader.tensor(name) for name in self.left} | self.reader.buffers()
         if tensors:
