@@ -442,6 +442,18 @@ def test_a_tokenizer_json_adds_nothing_that_training_did_not_see(tmp_path: Path)
         assert tokenizer(text)["input_ids"] == ours.encode(text).tolist()
 
 
+def test_an_end_of_document_that_would_have_another_id_is_refused(tmp_path: Path) -> None:
+    from vqmoe_ds.checkpoint.formats.huggingface.tokenizer import _byte_level
+
+    _byte_level(False).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 299}')
+    with pytest.raises(
+        CheckpointError, match="end of a document has id 299, and would have 256 there.*--tokenizer none"
+    ):
+        _export(model_of(config_of("dense", vocab=300)), tmp_path / "hf", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert not (tmp_path / "hf").exists()
+
+
 def test_a_tokenizer_that_cannot_be_found_is_said(tmp_path: Path) -> None:
     reader = ModelReader(model_of(config_of("dense")))
     reader.config["data"]["tokenizer_sha256"] = "0" * 64

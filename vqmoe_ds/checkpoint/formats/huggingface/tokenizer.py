@@ -100,7 +100,7 @@ def write_tokenizer(
             f"a tokenizer of kind {tokenizer.kind} has no equal among Hugging Face tokenizers; export without one "
             "(--tokenizer none) and encode text with vqmoe_ds"
         )
-    _prove(tokenizer, fast, pieces)
+    _prove(tokenizer, fast, pieces, names.get("eos_token"))
     fast.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -177,8 +177,12 @@ def _from_sentencepiece(source: SentencePieceTokenizer, inexact: bool) -> tuple[
     return *_converted(proto, source), [piece.piece.replace(SPACE_MARK, " ") for piece in proto.pieces]
 
 
-def _prove(source: Tokenizer, fast: Any, pieces: list[str]) -> None:
-    """Raises: CheckpointError: texts made to tell tokenizers apart are cut otherwise."""
+def _prove(source: Tokenizer, fast: Any, pieces: list[str], end: str | None) -> None:
+    """Raises: CheckpointError: texts made to tell tokenizers apart are cut otherwise, or the end has another id."""
+    # A token that is added there gets the number of those before it, whatever their ids are.
+    if end is not None and fast.token_to_id(end) != source.eod:
+        reason = f"the end of a document has id {source.eod}, and would have {fast.token_to_id(end)} there"
+        raise _no_equal(source, reason)
     # tokenizer.json does not hold this setting: split_special_tokens of tokenizer_config.json stands for it there.
     fast.encode_special_tokens = True
     for text in _probes(pieces):
