@@ -195,14 +195,21 @@ def test_folders_of_earlier_versions_come_back_as_they_were(tmp_path: Path) -> N
         assert (theirs(tokens_of()).logits - model(tokens_of())[0]).abs().max() < 1e-5
 
 
-def test_options_changed_there_count_here(tmp_path: Path) -> None:
-    model = model_of(config_of("every second, wide dense"))
-    _export(model, tmp_path / "hf")
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [("every second, wide dense", "vqmoe"), ("top-2, tied embeddings", "mixtral"), ("dense", "llama")],
+)
+def test_options_changed_there_count_here(case: str, arch: str, tmp_path: Path) -> None:
+    model = model_of(config_of(case))
+    _export(model, tmp_path / "hf", arch=arch)
     AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved")
     back = load_back(open_hf(tmp_path / "saved"))
     with torch.no_grad():
         assert torch.equal(back(tokens_of())[0], model(tokens_of())[0])
-    _edit(tmp_path / "hf" / "config.json", rope_theta=123.0)
+    # What transformers writes otherwise is no change.
+    _edit(tmp_path / "hf" / "config.json", **json.loads((tmp_path / "saved" / "config.json").read_text()))
+    assert open_hf(tmp_path / "hf").config == model.config.model_dump(mode="json")
+    _edit(tmp_path / "hf" / "config.json", rope_theta=123.0, rope_parameters={"rope_theta": 123.0})
     assert open_hf(tmp_path / "hf").config["model"]["rope_theta"] == 123.0
 
 

@@ -29,7 +29,6 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     CODE_FILES,
     EXPERT_TABLES,
     INFERENCE_BUFFERS,
-    NEWER,
     Part,
     buffer_shapes,
     hf_options,
@@ -358,16 +357,14 @@ register_format("hf", lambda path: (path / "config.json").exists(), open_hf)
 
 def _merged_config(options: dict[str, Any], training: dict[str, Any], arch: str, path: Path) -> RunConfig:
     """The run's own configuration where it still describes the model of ``config.json``, else one made from that."""
-    sections = run_sections(options) if arch == "vqmoe" else stock_sections(options, arch)
+    read = run_sections if arch == "vqmoe" else partial(stock_sections, arch=arch)
+    sections = read(options)
     # config.json decides: whoever edits it, or fine-tunes and saves with transformers, means the model it describes.
     kept = training.get("config")
     if isinstance(kept, dict):
         config = run_config(kept, path / TRAINING)
-        told = hf_options(config, arch, bool(options.get("source_table")))
-        free = _NOT_STRUCTURE[arch]
-        # What an older folder lacks contradicts nothing.
-        known = {name: value for name, value in told.items() if name in options or name not in NEWER}
-        if all(options.get(name) == value for name, value in known.items() if name not in free):
+        # By their meaning: transformers and older versions write the same options otherwise, or not at all.
+        if read(hf_options(config, arch, bool(options.get("source_table")))) == sections:
             return config
     return run_config(sections, path / "config.json")
 
@@ -377,11 +374,6 @@ def _with_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
     if not nothing_known(config.data.tokenizer_sha256, config.model.vocab_size):
         return config
     return config.model_copy(update={"data": config.data.model_copy(update=data_of_folder(folder))})
-
-
-# transformers writes these otherwise
-_STOCK = ("architectures", "use_cache", "rope_theta", "rope_parameters", "head_dim")
-_NOT_STRUCTURE = {"vqmoe": ("auto_map", "architectures", "use_cache"), "mixtral": _STOCK, "llama": _STOCK}
 
 
 def settled_codebook(config: RunConfig, codes_LKC: Tensor, code_map_LK: Tensor) -> dict[str, Tensor]:
