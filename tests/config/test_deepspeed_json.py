@@ -94,6 +94,7 @@ def _with_batch_16(loaded):
         ({"expert_parallel": {"autoep_size": 2}}, {}, 4, 4, "give it once"),
         ({"expert_parallel": {"preset_model": "x"}}, {}, 1, None, "expert_parallel.preset_model"),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, {}, 1, None, "reduce_bucket_size"),
+        ({"zero_optimization": {"elastic_checkpoint": True}}, {}, 1, None, "elastic_checkpoint is not supported"),
     ],
 )
 def test_contradictions_get_one_sentence(tmp_path, values, overrides, world, ep, sentence):

@@ -180,6 +180,11 @@ def _check_zero(path: str, values: dict[str, Any]) -> None:
         raise ConfigError(
             f"DeepSpeed config {path}: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {shown(dtype)}"
         )
+    if values.get("zero_optimization", {}).get("elastic_checkpoint"):
+        raise ConfigError(
+            f"DeepSpeed config {path}: zero_optimization.elastic_checkpoint is not supported here; remove it: "
+            "checkpoints go on with any number of ranks without it"
+        )
     for name in ("offload_optimizer", "offload_param"):
         offload = values.get("zero_optimization", {}).get(name) or {}
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):
