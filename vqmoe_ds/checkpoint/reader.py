@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -34,6 +34,27 @@ class Piece(NamedTuple):
     length: int
     stored: Stored
     begin: int
+
+
+def check_covered(path: Path, what: str, pieces: Iterable[Piece], total: int) -> None:
+    """Refuse pieces that do not follow each other from the first value to the last, or reach past their files.
+
+    A tensor that is read begins with ``torch.empty``: a gap would come out as whatever the memory held.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    reached = 0
+    for piece in pieces:
+        if piece.start != reached or piece.begin + piece.length > piece.stored.numel:
+            break
+        reached += piece.length
+    else:
+        if reached == total:
+            return
+    raise CheckpointError(
+        f"{path}: {what} is there up to value {reached} of {total}; a shard is missing or is of another layout"
+    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.portable import STATE
 from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, register_format
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, check_covered, register_format
 from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.runtime.errors import CheckpointError
 
@@ -91,7 +91,8 @@ class TagReader(CheckpointReader):
         if kind not in self._pieces:
             self._pieces[kind] = self._flat_pieces(kind) if self._flat else self._stage0_pieces(kind)
             for each in self.names_of(kind):
-                self._check_covered(each, kind)
+                pieces = self._pieces[kind].get(each, [])
+                check_covered(self.path, f"{kind} of {each}", pieces, math.prod(self.shape(each)))
         if kind != "fp32" and name in self.frozen:
             raise CheckpointError(f"{self.path} holds no {kind} of {name}, which was frozen")
         return self._pieces[kind][name]
@@ -119,19 +120,6 @@ class TagReader(CheckpointReader):
                 raise CheckpointError(
                     f"{self.path} contradicts itself: {name} has {shape[0]} experts, its configuration says {experts}"
                 )
-
-    def _check_covered(self, name: str, kind: str) -> None:
-        reached = 0
-        for piece in self._pieces[kind].get(name, []):
-            if piece.start != reached or piece.begin + piece.length > piece.stored.numel:
-                break
-            reached += piece.length
-        total = math.prod(self.shape(name))
-        if reached != total:
-            raise CheckpointError(
-                f"{self.path}: {kind} of {name} is there up to value {reached} of {total}; a shard is missing or is of "
-                "another layout"
-            )
 
     # ------------------------------------------------------------------ files
 

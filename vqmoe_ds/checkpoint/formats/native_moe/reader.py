@@ -32,7 +32,7 @@ from vqmoe_ds.checkpoint.formats.native_moe.names import (
     pattern_of,
 )
 from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
-from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, register_format, sound
+from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, check_covered, register_format, sound
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import read_small
 
@@ -246,16 +246,7 @@ class NativeReader(CheckpointReader):
         for name, piece in self._flat_pieces(kind) if self._files.flat else self._stage0_pieces(kind):
             found[name].append(piece)
         for name, pieces in found.items():
-            # read() begins with torch.empty: a gap would come out as whatever the memory held.
-            reached = 0
-            for piece in pieces:
-                if piece.start == reached and piece.begin + piece.length <= piece.stored.numel:
-                    reached += piece.length
-            if reached != math.prod(self.shape(name)) or len({piece.start for piece in pieces}) != len(pieces):
-                raise CheckpointError(
-                    f"{self.path}: {kind} of {name} is there up to value {reached} of {math.prod(self.shape(name))}; "
-                    "a shard is missing or is of another layout"
-                )
+            check_covered(self.path, f"{kind} of {name}", pieces, math.prod(self.shape(name)))
         return found
 
     def _flat_pieces(self, kind: str) -> Iterator[tuple[str, Piece]]:
