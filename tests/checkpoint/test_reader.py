@@ -15,6 +15,7 @@ import torch
 from tests.checkpoint.layouts import SAVED_AT, Layout, Training, write_one
 from tests.distributed import run_ranks
 from tests.hostile import Evil
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import adam_of
 from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.io.store import MANIFEST, read_manifest, write_manifest
 from vqmoe_ds.checkpoint.open import open_checkpoint
@@ -285,11 +286,16 @@ def test_files_of_two_tags_are_told_apart(tag, saved, tmp_path):
     other_stage = open_checkpoint(saved[0] / str(LAYOUTS[1])).path
     shutil.copy(other_stage / name, tag / name)
     reseal(tag)
-    with pytest.raises(CheckpointError, match="mixes tags: .* is of ZeRO stage 1, not 2"):
+    with pytest.raises(CheckpointError, match="mixes tags: .* of ZeRO stage 1 and 2 ranks, the model of stage 2"):
         open_checkpoint(tag).tensor("head.weight")
     reseal(tag, step=8)
     with pytest.raises(CheckpointError, match="mixes tags: its manifest is of step 8, its weights of step 3"):
         open_checkpoint(tag)
+
+
+def test_an_elastic_optimizer_is_refused_by_name():
+    with pytest.raises(CheckpointError, match="was saved with zero_optimization.elastic_checkpoint"):
+        adam_of({"base_optimizer_state": [{"exp_avg": None}]}, Path("tag"))
 
 
 def test_another_expert_count_is_a_contradiction(tag):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.portable import STATE
-from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
+from vqmoe_ds.checkpoint.io.archive import Record, Stored, load_archive
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, check_covered, register_format
 from vqmoe_ds.models.parameter_groups import decays
 from vqmoe_ds.runtime.errors import CheckpointError
@@ -65,22 +65,22 @@ class TagReader(CheckpointReader):
         self._experts = _expert_shapes(self._model.get("ds_autoep_layers") or [])
         self._check_same_run()
         self._shapes = self._find_shapes()
+        self._check_shards(range(1))
         self.counters["adam"] = self._adam_options()
 
     # ------------------------------------------------------------------ what there is
 
     @property
     def has_optimizer(self) -> bool:
-        states = self._adam(self._optimizer(0))["state"].values()
+        states = self._adam(0)["state"].values()
         return bool(states) and all("exp_avg_sq" in state for state in states)  # else it is no Adam's
 
     def optimizer_step(self) -> int:
-        adam = self._adam(self._optimizer(0))
-        return adam_step(adam["state"], adam["param_groups"])
+        return adam_step(self._adam(0))
 
     def _adam_options(self) -> dict[str, Any]:
         """Options of the optimizer itself; what the run configuration sets is not among them."""
-        group = self._adam(self._optimizer(0))["param_groups"][0]
+        group = self._adam(0)["param_groups"][0]
         ours = ("params", "name", "moe", "lr", "weight_decay", "step")
         return {k: v for k, v in group.items() if k not in ours and not isinstance(v, (dict, Stored))}
 
@@ -139,7 +139,6 @@ class TagReader(CheckpointReader):
             prefix = "" if (self.path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").exists() else "bf16_"
             name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
             state: dict[str, Any] = self._load(name)["optimizer_state_dict"]
-            self._check_shard(name, state)
             return state
         if not self._experts:
             plain: dict[str, Any] = self._model["optimizer"]
@@ -147,29 +146,12 @@ class TagReader(CheckpointReader):
         alone: dict[str, Any] = self._load(f"expp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer"]
         return alone
 
-    def _check_shard(self, name: str, state: dict[str, Any]) -> None:
-        stage = state["zero_stage"].args[0] if "zero_stage" in state else self._stage
-        if stage != self._stage:
-            raise CheckpointError(f"{self.path} mixes tags: {name} is of ZeRO stage {stage}, not {self._stage}")
-        count = state.get("partition_count")
-        # The first group, matrices, is shared by all ranks; those of experts have fewer partitions.
-        count = count[0] if isinstance(count, list) else count
-        if count not in (None, self._world):
-            raise CheckpointError(f"{self.path} mixes tags: {name} is one of {count} shards, not of {self._world}")
+    def _adam(self, rank: int) -> dict[str, Any]:
+        return adam_of(self._optimizer(rank), self.path)
 
-    def _adam(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        for key in ("base_optimizer_state", "optimizer_state_dict"):
-            if key in optimizer:
-                inner: dict[str, Any] = optimizer[key]
-                return inner
-        return optimizer
-
-    def _check_adam(self, rank: int, adam: dict[str, Any]) -> None:
-        step, expected = adam_step(adam["state"], adam["param_groups"]), self.optimizer_step()
-        if step != expected:
-            raise CheckpointError(
-                f"{self.path} mixes tags: the optimizer of rank {rank} is at step {step}, that of rank 0 at {expected}"
-            )
+    def _check_shards(self, ranks: range) -> None:
+        for rank in ranks:
+            check_shard(self.path, rank, self._optimizer(rank), self._optimizer(0), self._stage, self._world)
 
     # ------------------------------------------------------------------ stage 0
 
@@ -182,11 +164,11 @@ class TagReader(CheckpointReader):
                 found[name] = self._weights(name)
         if kind == "fp32" and plain:
             return found
-        for rank in range(self._ep if self._experts else 1):
-            optimizer = self._optimizer(rank)
-            adam = self._adam(optimizer)
-            self._check_adam(rank, adam)
-            for name, place in zip(self._optimizer_order(), self._by_number(optimizer, adam, kind), strict=True):
+        ranks = range(self._ep if self._experts else 1)
+        self._check_shards(ranks)
+        for rank in ranks:
+            places = self._by_number(self._optimizer(rank), self._adam(rank), kind)
+            for name, place in zip(self._optimizer_order(), places, strict=True):
                 stored, begin, count = place
                 # The dense states are the same in every rank's file.
                 if name in self._experts or rank == 0:
@@ -256,21 +238,21 @@ class TagReader(CheckpointReader):
 
     def _flat_pieces(self, kind: str) -> dict[str, list[Piece]]:
         found: dict[str, list[Piece]] = {name: [] for name in self.names()}
+        self._check_shards(range(self._world))
         fragments = self._stage3_fragments() if self._stage == 3 else self._stage12_fragments()
         for f in fragments:
             if f.name not in found:
                 raise CheckpointError(f"{self.path}: {f.name} has an optimizer but no weight")
-            optimizer = self._optimizer(f.rank)
             if kind == "fp32":
-                masters = optimizer["fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"]
+                masters = self._optimizer(f.rank)[
+                    "fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"
+                ]
                 stored = masters[f.group]
             else:
-                stored = self._adam(optimizer)["state"][f.group][kind]
+                stored = self._adam(f.rank)["state"][f.group][kind]
             found[f.name].append(Piece(f.start, f.length, stored, f.begin))
         for name in self.frozen if kind == "fp32" else ():
             found[name] = self._weights(name)
-        for rank in range(self._world):
-            self._check_adam(rank, self._adam(self._optimizer(rank)))
         return {name: sorted(pieces, key=lambda piece: piece.start) for name, pieces in found.items()}
 
     def _ep_rank(self, rank: int) -> int:
@@ -328,12 +310,53 @@ def _is_tag(path: Path) -> bool:
 register_format("deepspeed", _is_tag, TagReader, sealed=True)
 
 
-def adam_step(state: dict[int, Any], groups: list[dict[str, Any]]) -> int:
-    """Adam's count of steps by its state and its parameter groups, one of which has it; 0 where there is no state."""
-    if not state:
+def adam_of(optimizer: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Adam's own state in that of ZeRO or of the half-precision optimizer of stage 0, or the whole.
+
+    Raises:
+        CheckpointError: it was saved in a form of its own.
+    """
+    inner: Any = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict", optimizer))
+    if isinstance(inner, list):
+        raise CheckpointError(
+            f"{path} was saved with zero_optimization.elastic_checkpoint, which is not supported; take a checkpoint of "
+            "a run without it"
+        )
+    adam: dict[str, Any] = inner
+    return adam
+
+
+def adam_step(adam: dict[str, Any]) -> int:
+    """Adam's count of steps, which its state or its parameter groups have; 0 where there is no state."""
+    if not adam["state"]:
         return 0
-    step = next(iter(state.values())).get("step", groups[0].get("step", 0))
+    step = next(iter(adam["state"].values())).get("step", adam["param_groups"][0].get("step", 0))
     return int(step.whole()) if isinstance(step, Stored) else int(step)
+
+
+def check_shard(
+    path: Path, rank: int, optimizer: dict[str, Any], first: dict[str, Any], stage: int, world: int
+) -> None:
+    """Refuse a rank's optimizer that is not of this stage, one of this many, and at the same step as the first one.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    record, count = optimizer.get("zero_stage"), optimizer.get("partition_count") or world
+    found = record.args[0] if isinstance(record, Record) else stage
+    # The first group, matrices, is shared by all ranks; those of experts have fewer partitions.
+    count = count[0] if isinstance(count, list) else count
+    if (found, count) != (stage, world):
+        raise CheckpointError(
+            f"{path} mixes tags: rank {rank}'s optimizer is of ZeRO stage {found} and {count} ranks, the model of "
+            f"stage {stage} and {world} ranks; copy it again"
+        )
+    step, expected = (adam_step(adam_of(each, path)) for each in (optimizer, first))
+    if step != expected:
+        raise CheckpointError(
+            f"{path} mixes tags: the optimizer of rank {rank} is at step {step}, that of rank 0 at {expected}; copy it "
+            "again"
+        )
 
 
 def _all_of(stored: Stored) -> Piece:

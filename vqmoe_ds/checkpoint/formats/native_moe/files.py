@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from vqmoe_ds.checkpoint.formats.deepspeed.reader import adam_step
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import adam_of
 from vqmoe_ds.checkpoint.formats.native_moe.names import expert_name, numbered, pattern_of, prefix_of
-from vqmoe_ds.checkpoint.io.archive import Record, Stored, load_archive
+from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
 from vqmoe_ds.checkpoint.reader import MOMENTS
 from vqmoe_ds.runtime.errors import CheckpointError
 
@@ -129,11 +129,7 @@ class NativeFiles:
 
     def adam(self, rank: int) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
         """Adam's state by number and its parameter groups."""
-        optimizer = self.optimizer(rank)
-        # ZeRO's, that of the half-precision optimizer of stage 0, or Adam's own.
-        inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict", optimizer))
-        if isinstance(inner, list):
-            raise CheckpointError(f"{self.path} was saved with elastic_checkpoint, which is not supported")
+        inner = adam_of(self.optimizer(rank), self.path)
         state = inner["state"]
         for entry in state.values():
             if not all(kind in entry for kind in MOMENTS):
@@ -142,9 +138,6 @@ class NativeFiles:
                 )
         return state, inner["param_groups"]
 
-    def adam_step(self, rank: int) -> int:
-        return adam_step(*self.adam(rank))
-
     def clip_grad(self) -> float:
         return float(self.optimizer(0).get("clip_grad") or 0.0) if self.optimizers else 0.0
 
@@ -152,19 +145,3 @@ class NativeFiles:
         """Stage 0 in half precision keeps float32 copies of every parameter, by group."""
         masters: list[list[Stored]] | None = self.optimizer(rank).get("fp32_groups")
         return masters
-
-    def check_shard(self, rank: int) -> None:
-        """A rank's optimizer is one of this many, of this stage and at the same step as the first."""
-        optimizer, world = self.optimizer(rank), self.world
-        stage = optimizer["zero_stage"].args[0] if isinstance(optimizer.get("zero_stage"), Record) else None
-        # Groups of experts come after the dense ones, and all ranks share those.
-        count = (optimizer.get("partition_count") or [world])[0]
-        if stage not in (None, self.stage) or count != world:
-            raise CheckpointError(
-                f"{self.path} mixes tags: rank {rank}'s optimizer is one of {count} at ZeRO stage {stage}"
-            )
-        if self.adam_step(rank) != self.adam_step(0):
-            raise CheckpointError(
-                f"{self.path} mixes tags: the optimizer of rank {rank} is at step {self.adam_step(rank)}, "
-                f"that of rank 0 at {self.adam_step(0)}"
-            )

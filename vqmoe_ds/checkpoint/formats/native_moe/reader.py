@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.deepspeed.reader import COUNTERS, DEEPSPEED_KEYS, ep_place
+from vqmoe_ds.checkpoint.formats.deepspeed.reader import (
+    COUNTERS,
+    DEEPSPEED_KEYS,
+    adam_of,
+    adam_step,
+    check_shard,
+    ep_place,
+)
 from vqmoe_ds.checkpoint.formats.native_moe.files import MODEL, NativeFiles
 from vqmoe_ds.checkpoint.formats.native_moe.names import (
     expand,
@@ -94,7 +101,7 @@ class NativeReader(CheckpointReader):
         return bool(self._files.optimizers) and bool(self._files.adam(0)[0])
 
     def optimizer_step(self) -> int:
-        return self._files.adam_step(0) if self.has_optimizer else 0
+        return adam_step(adam_of(self._files.optimizer(0), self.path)) if self.has_optimizer else 0
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers, and parameters that no optimizer moves (frozen), by global names."""
@@ -252,7 +259,6 @@ class NativeReader(CheckpointReader):
     def _flat_pieces(self, kind: str) -> Iterator[tuple[str, Piece]]:
         reached: dict[str, int] = {}
         for rank in range(len(self._files.optimizers)):  # ranks hold consecutive stretches
-            self._files.check_shard(rank)
             optimizer, (state, _) = self._files.optimizer(rank), self._files.adam(rank)
             for g, mapping in enumerate(optimizer["param_slice_mappings"]):
                 stored = optimizer["single_partition_of_fp32_groups"][g] if kind == "fp32" else state[g][kind]
@@ -264,7 +270,6 @@ class NativeReader(CheckpointReader):
 
     def _stage0_pieces(self, kind: str) -> Iterator[tuple[str, Piece]]:
         for rank in range(len(self._files.optimizers)):
-            self._files.check_shard(rank)
             masters = self._files.masters(rank)
             state, groups = self._files.adam(rank)
             for g, group in enumerate(self._raw_groups):
@@ -287,8 +292,9 @@ class NativeReader(CheckpointReader):
 
     def _check_same_tag(self) -> None:
         """Weights are their master weights, rounded: a few values of each show a file of another tag."""
-        for rank in range(len(self._files.optimizers)):
-            self._files.check_shard(rank)
+        files = self._files
+        for rank in range(len(files.optimizers)):
+            check_shard(self.path, rank, files.optimizer(rank), files.optimizer(0), files.stage, files.world)
         if not self._files.optimizers or (not self._files.flat and self._files.masters() is None):
             # Stage 0 in float32 keeps no master weights: there is nothing to compare with.
             return
