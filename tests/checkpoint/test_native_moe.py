@@ -439,7 +439,7 @@ def _convert(*arguments: Any) -> int:
 def test_the_tool_moves_them(saved, tmp_path, capsys):
     source = saved[0] / str(Native(2, 2, 2))
     assert _convert(source, tmp_path / "p", "--to", "portable", "--max_shard", "2KB") == 0
-    assert "client state mark" in capsys.readouterr().out
+    assert "left behind, as they are no plain values: mark" in capsys.readouterr().out
     layout = ["--zero", 1, "--ep", 4, "--world", 8, "--precision", "bf16"]
     assert _convert(tmp_path / "p", tmp_path / "n", "--to", "native", *layout) == 0
     assert "native DeepSpeed-MoE checkpoint for ZeRO-1, EP 4, 8 ranks, bf16" in capsys.readouterr().out
@@ -472,6 +472,16 @@ def test_a_missing_expert_or_shard(tag):
     (tag / "kept").rename(tag / "layer_1_expert_2_mp_rank_00_model_states.pt")
     (tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in _refused(tag)
+
+
+def test_a_scheduler_whose_state_is_not_plain_is_left_behind_and_named(tag):
+    path = tag / "mp_rank_00_model_states.pt"
+    model = torch.load(path, weights_only=False)
+    model["lr_scheduler"]["factor"] = torch.ones(2)
+    torch.save(model, path)
+    reader = open_native(tag)
+    assert reader.dropped == ["lr_scheduler", "mark"]
+    assert "lr_scheduler" not in reader.counters and reader.counters["global_steps"] == SAVED_AT
 
 
 def test_an_expert_too_many(tag):

@@ -108,7 +108,7 @@ def convert(options: argparse.Namespace) -> list[str]:
         require(reader, f"--to {options.to}")
         reader = merged(reader)
     lost = getattr(reader, "dropped", [])
-    left = [f"left behind, as they are no plain values: client state {', '.join(lost)}"] if lost else []
+    left = [f"left behind, as they are no plain values: {', '.join(lost)}"] if lost else []
     return [*writers[options.to](reader, dst, options), *left]
 
 

@@ -81,16 +81,15 @@ class NativeReader(CheckpointReader):
         self._files = files = NativeFiles(path)
         self._raw_groups: list[dict[str, Any]] = []
         self._places: dict[str, dict[str, list[Piece]]] = {}
+        self.dropped: list[str] = []
         self.layout = {"world_size": files.world, "zero_stage": files.stage, "precision": files.precision}
         # Each step reads what the one before has set: _ep and _tied, then _moved.
         groups = self._local_groups() if self._files.optimizers else [self._weights_alone()]
         self._groups = self._patterns(groups)
         self._shapes = self._find_shapes()
         self.step = int(self._files.model.get("global_steps") or 0)
-        self.counters = {key: _plain(self._files.model.get(key)) for key in COUNTERS}
-        state = {key: value for key, value in self._files.model.items() if key not in DEEPSPEED_KEYS}
-        self.client_state = {key: _plain(value) for key, value in state.items() if _is_plain(value)}
-        self.dropped = sorted(state.keys() - self.client_state.keys())
+        self.counters = self._kept({key: files.model.get(key) for key in COUNTERS})
+        self.client_state = self._kept({key: files.model[key] for key in files.model if key not in DEEPSPEED_KEYS})
         self.config = {"native": self._describe()}
         self._check_same_tag()
 
@@ -121,8 +120,14 @@ class NativeReader(CheckpointReader):
             **{"experts": self._files.experts, "groups": self._groups, "tied": tied},
             **{"dense": dense, "buffers": [name for name in self._files.model["buffer_names"] if name in still]},
             **{"patterns": self._files.patterns, "clip_grad": self._files.clip_grad()},
-            "ds_config": _plain(self._files.model.get("ds_config") or {}),
+            "ds_config": self._kept(self._files.model.get("ds_config") or {}),
         }
+
+    def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Those of some values that JSON can hold; the names of the others come to ``dropped``."""
+        kept = {key: _plain(value) for key, value in values.items() if _is_plain(value)}
+        self.dropped = sorted({*self.dropped, *(values.keys() - kept.keys())})
+        return kept
 
     # ------------------------------------------------------------------ optimizer groups
 
@@ -149,7 +154,7 @@ class NativeReader(CheckpointReader):
         names = [list(group) for group in recorded] if recorded else self._names_by_shape(groups)
         rows: list[dict[str, Any]] = []
         for group, members in zip(groups, names, strict=True):
-            options = {key: _plain(value) for key, value in group.items() if key not in ("params", "name", "moe")}
+            options = self._kept({key: group[key] for key in group if key not in ("params", "name", "moe")})
             # An expert group is called by its layout (ep_size_2): the writer names it anew.
             name = {} if group.get("moe") else {"name": group.get("name", "dense-params")}
             rows.append({"options": {**options, **name}, "moe": bool(group.get("moe")), "names": members})
@@ -322,9 +327,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The part of a value that JSON can hold."""
-    if not _is_plain(value):
-        return None
+    """A plain value as JSON gives it back."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
