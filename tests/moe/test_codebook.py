@@ -41,11 +41,15 @@ def _observe(bank: CodebookBank, source_TD: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"code_dim": 4}, {"num_codes": 33}])
 def test_lookup_is_the_nearest_code_in_float64(options: dict) -> None:
     bank = _bank(**options)
-    z_TC = bank.prepare(torch.randn(200, WIDTH))
+    source_TD = torch.randn(200, WIDTH)
+    z_TC = bank.prepare(source_TD)
     for layer in range(2):
         distances_TK = torch.cdist(z_TC.double(), bank.codes_LKC[layer].double())
         assert torch.equal(bank.lookup(layer, z_TC), distances_TK.argmin(dim=1))
     assert torch.equal(bank.lookup_all(z_TC), torch.stack([bank.lookup(layer, z_TC) for layer in range(2)]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        looked_up = bank.lookup_all(bank.prepare(source_TD))
+    assert torch.equal(looked_up, bank.lookup_all(z_TC))
 
 
 def test_a_token_is_looked_up_once_where_its_vector_follows_from_it() -> None:

@@ -33,13 +33,17 @@ def _layer(name: str, layer: int = 0) -> MoELayer:
 
 def _call(layer: MoELayer, x_BSD: Tensor | None = None) -> Tensor:
     x_BSD = torch.randn(2, TOKENS // 2, WIDTH) if x_BSD is None else x_BSD
+    return layer(x_BSD, _known(layer, x_BSD))[0]
+
+
+def _known(layer: MoELayer, x_BSD: Tensor) -> RoutingContext:
     ids_T = torch.arange(x_BSD.shape[:-1].numel())
     facts = layer.config.moe.facts
     told_T = ids_T % EXPERTS if facts.uses_token_table else None  # others choose for themselves
     if facts.told_rows > 1:
         told_T = torch.stack([(ids_T + row) % EXPERTS for row in range(facts.told_rows)], dim=1)
     source_TD = x_BSD.detach().reshape(-1, x_BSD.shape[-1])
-    return layer(x_BSD, RoutingContext(told_T, token_ids_T=ids_T, previous_T=ids_T % EXPERTS, source_TD=source_TD))[0]
+    return RoutingContext(told_T, token_ids_T=ids_T % VOCAB, previous_T=ids_T % EXPERTS, source_TD=source_TD)
 
 
 # ------------------------------------------------------------------- StateSync
@@ -171,6 +175,20 @@ def test_autocast_computes_in_its_type_and_learns_in_float32(name: str) -> None:
     StateSync(layer).step()
     assert y_BSD.dtype == torch.bfloat16
     assert all(w.grad.dtype == torch.float32 for w in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_routes_are_those_of_float32_under_autocast(name: str, dtype: torch.dtype) -> None:
+    layer, x_TD = _layer(name), torch.randn(1000, WIDTH).to(dtype)
+    context = _known(layer, x_TD)
+    want = layer.router(x_TD.float(), context)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer.router(x_TD, context)
+    assert torch.equal(got.expert_ids_TR, want.expert_ids_TR)
+    for one, other in ((got.weights_TR, want.weights_TR), (got.aux_loss, want.aux_loss)):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert want.slots is None or torch.equal(got.slots.weights_BSC, want.slots.weights_BSC)
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half"])

@@ -23,7 +23,7 @@ from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.kernels.statistics import add_by_code, follow_means
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.sequence import SequenceShare, evenly
-from vqmoe_ds.moe.state import SteppedState
+from vqmoe_ds.moe.state import SteppedState, without_autocast
 from vqmoe_ds.runtime.errors import ConfigError
 
 RELEASED_STD = 0.02
@@ -124,7 +124,8 @@ class CodebookBank(SteppedState):
 
     def _projected(self, z_TC: Tensor) -> Tensor:
         if self.projection_DC is not None:
-            z_TC = z_TC @ self.projection_DC
+            with without_autocast(z_TC.device):
+                z_TC = z_TC @ self.projection_DC
         return F.normalize(z_TC, dim=-1) if self.config.distance == "cosine" else z_TC
 
     @torch.no_grad()

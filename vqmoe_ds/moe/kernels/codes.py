@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.moe.kernels.triton_support import block_size, interpreting, kernel, tl, triton, use_triton
+from vqmoe_ds.moe.state import without_autocast
 
 _LARGEST_ROW = 4096
 """Columns of a vector that a program holds."""
@@ -32,7 +33,8 @@ def nearest_codes(z_TC: Tensor, codes_LKC: Tensor) -> Tensor:
         flat_KC = codes_LKC.flatten(0, 1)
         half_norms_K = flat_KC.square().sum(dim=-1) / 2
         # The square of z is the same for all codes and left out; it would only cost digits.
-        distances = torch.addmm(half_norms_K, z_TC, flat_KC.t(), alpha=-1)
+        with without_autocast(z_TC.device):
+            distances = torch.addmm(half_norms_K, z_TC, flat_KC.t(), alpha=-1)
         # Of equals argmin takes the first, as the kernel does.
         return distances.view(-1, layers, codes).argmin(dim=-1).t().contiguous()
     z_TC, codes_LKC = z_TC.contiguous(), codes_LKC.contiguous()

@@ -23,7 +23,7 @@ from vqmoe_ds.moe.kernels.integers import count_ids
 from vqmoe_ds.moe.kernels.statistics import sum_by_code
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.sequence import SequenceShare
-from vqmoe_ds.moe.state import SteppedState
+from vqmoe_ds.moe.state import SteppedState, without_autocast
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,11 @@ class Router(RouterFacts, nn.Module):
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         """``route``, with the hooks that engines put around a module's call."""
-        return self.route(x_TD, context or RoutingContext())
+        with without_autocast(x_TD.device) as autocast:
+            if autocast is not None:
+                # Autocast may have left states narrower than the weights, and no longer makes them one type.
+                x_TD = x_TD.to(next((weight.dtype for weight in self.parameters()), x_TD.dtype))
+            return self.route(x_TD, context or RoutingContext())
 
     def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
         """Experts of each of T tokens for diagnostics, int64 of one shape over the whole run; -1: none.
