@@ -179,6 +179,15 @@ class VQMoEModel(VQMoEPreTrainedModel):
                 cache and mask, as packed documents do, the documents do not see each other.
         """
         config, past_key_values = self.config, past_key_values if cache is None else cache
+        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # transformers drops it block by block, and 5.24 looks for another name than 5.23: a block that runs again
+            # in backward would add its keys twice.
+            if past_key_values.get_seq_length():
+                raise ValueError(
+                    "gradient checkpointing cannot go on from a cache of earlier tokens: give the whole text at once, "
+                    "or call gradient_checkpointing_disable()"
+                )
+            past_key_values = None
         x_BSD = self._embedded(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)

@@ -106,7 +106,7 @@ class VQMoEExperts(nn.Module):
 
     def _run(self, rows_MD: Tensor, ids_M: Tensor, ends_N: Tensor) -> Tensor:
         """Every row through its expert; rows are sorted by expert."""
-        first, *ends, last = torch.cat([ids_M[:1], ends_N, ids_M[-1:]]).tolist() or [0]  # one copy to the host
+        first, *ends, last = torch.cat([ids_M[:1], ends_N, ids_M[-1:]]).tolist()  # one copy to the host
         counts_N = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         if first < 0 or last >= len(counts_N):
             raise IndexError(
@@ -428,6 +428,9 @@ class VQMoEStaticLayer(_Sources, StaticLayer):
         places_S = torch.arange(vectors_BSD.shape[1], device=vectors_BSD.device) + self.get_seq_length()
         self.sources.index_copy_(1, places_S, vectors_BSD)
         return self.sources
+
+    def crop(self, tokens_to_remove: int) -> None:
+        StaticLayer.crop(self, tokens_to_remove)  # like keys, sources keep their length: what follows is written over
 
     def reset(self) -> None:
         sources = self.sources
