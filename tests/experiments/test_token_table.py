@@ -143,8 +143,11 @@ def test_a_table_that_cannot_be_is_refused_in_a_sentence(tensor: Any, part: str,
     assert part in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_one_table_serves_all_layers(tmp_path: Path) -> None:
-    save_file({NAME: torch.arange(VOCAB, dtype=torch.int32) % EXPERTS}, tmp_path / "t.safetensors")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_one_table_serves_all_layers_whatever_lies_past_the_vocabulary(tmp_path: Path, dtype: torch.dtype) -> None:
+    table_V = torch.arange(VOCAB + 2) % EXPERTS
+    table_V[VOCAB:] = 200
+    save_file({NAME: table_V.to(dtype)}, tmp_path / "t.safetensors")
     model = MoETransformer(_config({"router": "token_table"}, tmp_path / "t.safetensors"))
     assert model.token_table_LV.shape == (LAYERS, VOCAB)
     assert torch.equal(model.token_table_LV[2], torch.arange(VOCAB) % EXPERTS)

@@ -38,7 +38,8 @@ def test_the_whole_dispatch_is_planned_before_the_first_block(monkeypatch: pytes
     assert torch.equal(experts_LTR, torch.stack(chosen))
 
 
-def test_a_table_of_the_user_names_the_first_expert(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_then", ["gone", "damaged", "of another model"])
+def test_a_table_of_the_user_names_the_first_expert(by_then: str, tmp_path: Path) -> None:
     config = config_of("hash_and_code", 1)
     table_LV = (torch.arange(config.model.vocab_size) // 3 % config.moe.num_experts).expand(LAYERS, -1).contiguous()
     save_file({"token_table": table_LV.int()}, tmp_path / "table.safetensors")
@@ -49,12 +50,16 @@ def test_a_table_of_the_user_names_the_first_expert(tmp_path: Path) -> None:
     chosen = experts_of(model, tokens_BS)
     assert len(chosen) == LAYERS
     assert all(torch.equal(two_TR[:, 0], table_LV[0][tokens_BS.flatten()]) for two_TR in chosen)
-    # The checkpoint brings the table where the file is gone
+    # The checkpoint brings the table, whatever became of the file
     (tmp_path / "table.safetensors").unlink()
+    if by_then == "damaged":
+        (tmp_path / "table.safetensors").write_bytes(b"no header")
+    elif by_then == "of another model":
+        save_file({"token_table": table_LV[:, 1:].contiguous()}, tmp_path / "table.safetensors")
     reopened = MoETransformer(config)
     reopened.load_state_dict(model.state_dict())
     assert all(torch.equal(*pair) for pair in zip(experts_of(reopened, tokens_BS), chosen, strict=True))
-    with pytest.raises(ConfigError, match="cannot be read as a token table: it does not exist"):
+    with pytest.raises(ConfigError, match="does not exist|cannot be read|make a table for it"):
         HashAndCodeRouter.check_start(config, LAYERS)
 
 

@@ -308,6 +308,8 @@ def test_weights_that_cannot_be_represented_are_named(
         ({"moe.router": "topk", "moe.top_k": 3}, 2, "multiples of 2"),
         ({"model.width": 48}, 1, "model.width=48 contradicts the source, whose model has 24"),
         ({"moe.expertz": 4}, 1, "no such field"),
+        ({"moe.router": "token_table"}, 1, "needs a table"),
+        ({"moe.router": "token_table", "router.path": "none.safetensors"}, 1, "it does not exist"),
     ],
 )
 def test_options_that_would_change_the_function_are_refused(

@@ -454,6 +454,7 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: a router whose state cannot be made here.
+        ConfigError: what it reads at its start is missing, or not of this model.
     """
     from vqmoe_ds.moe.codebook import CodebookBank
     from vqmoe_ds.moe.sources import EmbeddingSource
@@ -463,6 +464,7 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
     model, moe, book, seed = config.model, config.moe, config.codebook, config.train.seed
     layers = sum(is_sparse(config, block) for block in range(model.layers))
     if moe.facts.uses_token_table:
+        moe.facts.check_start(config, layers)
         return {"token_table_LV": moe.facts.token_table(config, layers)}
     if not moe.facts.uses_codebook:
         return {}

@@ -5,6 +5,7 @@ Legend: L MoE layers, V vocabulary, N experts.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,16 +47,16 @@ class TokenTableRouter(HashTokenRouter):
 
 
 def given_table(run: RunConfig, layers: int) -> Tensor:
-    """The table of ``router.path``, int64 ``[L, V]``; zeros where there is no such file.
+    """The table of ``router.path``, int64 ``[L, V]``; zeros where there is none of this model.
 
-    Raises:
-        ConfigError: the file is damaged, or the table is of another model.
+    A model that is opened from a checkpoint gets its table from there, and by then the file may be gone or another.
+    What starts from scratch is told of it by ``check_start``.
     """
     path = getattr(run.router, "path", None)
-    # A model that is opened from a checkpoint gets its table from there, and the file may be long gone
-    if path is None or not Path(path).is_file():
-        return torch.zeros(layers, run.model.vocab_size, dtype=torch.int64)
-    return read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+    if path is not None:
+        with suppress(ConfigError):
+            return read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+    return torch.zeros(layers, run.model.vocab_size, dtype=torch.int64)
 
 
 def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int) -> Tensor:
@@ -79,10 +80,12 @@ def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int)
         raise ConfigError(f"router.path={path} cannot be read as a token table: {reason}") from None
     if table.is_floating_point() or table.is_complex():
         raise ConfigError(f"router.path={path}: {NAME} holds {table.dtype}, not whole numbers")
+    # int64 first, for PyTorch has no minimum of unsigned numbers.
+    table = table[..., :vocab_size].long()
     least, most = int(table.min()), int(table.max())
     if least < 0 or most >= num_experts:
         raise ConfigError(
             f"router.path={path}: {NAME} names expert {least if least < 0 else most}, and moe.num_experts={num_experts}"
         )
     # A copy: rows of an expanded tensor share memory, and no checkpoint can be loaded into such a buffer.
-    return table.long().expand(layers, -1)[:, :vocab_size].clone()
+    return table.expand(layers, -1).clone()
