@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +176,25 @@ def test_autocast_computes_in_its_type_and_learns_in_float32(name: str) -> None:
     StateSync(layer).step()
     assert y_BSD.dtype == torch.bfloat16
     assert all(w.grad.dtype == torch.float32 for w in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("mean_tokens", [None, 3.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_has_no_loss(name: str, mean_tokens: float | None) -> None:
+    layer, x_BSD = _layer(name), torch.randn(2, 0, WIDTH)
+    y_BSD, aux_loss, _ = layer(x_BSD, replace(_known(layer, x_BSD), mean_tokens=mean_tokens))
+    assert y_BSD.shape == x_BSD.shape and aux_loss == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_go_by_the_tokens_of_the_ranks_that_share_them(name: str) -> None:
+    moe = MoEConfig(router=name, num_experts=EXPERTS, expert_hidden=8, top_k=1, balance_weight=0.0, z_loss_weight=1.0)
+    layer, x_BSD = MoELayer(LayerConfig(WIDTH, moe, vocab_size=VOCAB)), torch.randn(2, 6, WIDTH)
+    if moe.facts.looks_ahead(layer.config.options) is not None:
+        return  # refused where ranks share sequences
+    context = _known(layer, x_BSD)
+    here, shared = (layer(x_BSD, replace(context, mean_tokens=mean))[1] for mean in (None, 24.0))
+    assert torch.allclose(shared, here / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

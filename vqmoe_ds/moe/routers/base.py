@@ -324,7 +324,7 @@ def auxiliary_loss(
     context = context or RoutingContext()
     aux, tokens = z_loss(logits_TN, config, context.mean_tokens), context.mean_tokens
     if config.balance_weight:
-        choices = ids_Tk.numel() if tokens is None else tokens * ids_Tk.shape[1]
+        choices = max(1, ids_Tk.numel()) if tokens is None else tokens * ids_Tk.shape[1]
         share_N = count_experts(ids_Tk, config.num_experts) / choices
         if context.share is not None:
             # A collective, in forward and again in a recomputation: configuration and share are the same on all ranks
@@ -343,13 +343,13 @@ def z_loss(logits_TN: Tensor, config: MoEConfig, tokens: float | None = None) ->
 
 
 def _mean(x_T: Tensor, tokens: float | None) -> Tensor:
-    """Mean over tokens, or their sum over another number of them."""
-    return x_T.mean(dim=0) if tokens is None else x_T.sum(dim=0) / tokens
+    """Mean over tokens, or their sum over another number of them; 0 where there are none."""
+    return x_T.mean(dim=0) if tokens is None and len(x_T) else x_T.sum(dim=0) / (tokens or 1)
 
 
 def mean_of_all(x_TC: Tensor, tokens: float | None) -> Tensor:
     """Mean of all values of all tokens; ``tokens`` as ``RoutingContext.mean_tokens``."""
-    return x_TC.mean() if tokens is None else x_TC.sum() / (tokens * x_TC.shape[1])
+    return x_TC.mean() if tokens is None and len(x_TC) else x_TC.sum() / ((tokens or 1) * x_TC.shape[1])
 
 
 def count_experts(ids: Tensor, num_experts: int) -> Tensor:

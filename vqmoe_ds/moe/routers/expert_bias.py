@@ -56,7 +56,7 @@ class ExpertBiasRouter(StatefulRouter):
             weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
         if self.observing:
             self.observe(count_experts(ids_Tk, self.moe.num_experts))
-        return Routing(ids_Tk, weights_Tk, z_loss(logits_TN, self.moe))
+        return Routing(ids_Tk, weights_Tk, z_loss(logits_TN, self.moe, context.mean_tokens))
 
     def learn(self, statistics: Tensor) -> None:
         # Counts are exact in float64 in whatever order they were added, so the sign is the same in every layout.
