@@ -305,3 +305,15 @@ def test_fingerprint_sees_one_bit_and_any_exchange() -> None:
     assert torch.equal(fingerprint(codes_LKC), marks[0])
     table_LK = torch.arange(8).view(2, 4)
     assert int(fingerprint(table_LK)) != int(fingerprint(table_LK[:, [1, 0, 2, 3]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_fingerprint_sees_every_bit_of_every_type(dtype: torch.dtype) -> None:
+    assert int(fingerprint(torch.zeros((), dtype=dtype))) == 0
+    whole = torch.zeros(4, dtype=dtype)
+    bits = whole.view(torch.uint8)
+    for byte in range(len(bits)):
+        for bit in range(1 if dtype is torch.bool else 8):
+            bits[byte] = 1 << bit
+            assert int(fingerprint(whole)) != 0
+            bits[byte] = 0

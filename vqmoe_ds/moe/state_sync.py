@@ -276,7 +276,8 @@ def equal_on_all_ranks(tensors: list[Tensor], group: Any) -> bool:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 number that differs whenever one bit does."""
-    types = {4: torch.int32, 8: torch.int64}
-    # Weighted by place, so that exchanged values show; int64 wraps around alike on every device.
-    bits = tensor.view(types[tensor.element_size()]).long().flatten()
+    types = {1: torch.int8, 2: torch.int16}
+    # Weighted by place, so that exchanged values show; int64 wraps around alike on every device. Numbers of 8 bytes in
+    # halves, as the highest bit times an even place would be lost.
+    bits = tensor.flatten().view(types.get(tensor.element_size(), torch.int32)).long()
     return (bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()
