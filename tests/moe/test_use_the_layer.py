@@ -141,6 +141,21 @@ def test_gradients_are_those_of_the_mean_loss_whatever_the_layout() -> None:
             assert torch.allclose(found["norm"], whole, rtol=1e-5)
 
 
+def _norms_of_mixed_layers(rank: int, world: int) -> tuple[float, float]:
+    moe = MoEConfig(router="topk", num_experts=4, expert_hidden=8)
+    layers = [MoELayer(LayerConfig(12, moe)), MoELayer(LayerConfig(12, moe, ep_size=2, ep_rank=rank), dist.group.WORLD)]
+    model, wanted = nn.ModuleList(layers), 0
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.ones_like(parameter)
+        wanted += parameter.numel() * (2 if name.startswith("1.experts.") else 1)
+    return clip_gradients(model, 1.0).item(), wanted**0.5
+
+
+def test_layers_of_other_layouts_count_once_in_the_norm() -> None:
+    for norm, wanted in run_ranks(2, _norms_of_mixed_layers):
+        assert norm == pytest.approx(wanted)
+
+
 def _forgotten_replicas(rank: int, world: int) -> None:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
     config = LayerConfig(12, MoEConfig(num_experts=4), ep_size=2, ep_rank=mesh.get_local_rank("experts"))

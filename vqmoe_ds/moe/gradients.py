@@ -91,7 +91,9 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
     """The norm of all gradients, experts of all ranks included, float32 on the device; and this rank's gradients."""
-    layers, experts = _layers(model), _experts(_layers(model))
+    # Of layers that share their experts out alone: those of others are equal on all ranks, and count once.
+    spread = [layer for layer in _layers(model) if layer.ep_size > 1]
+    experts = _experts(spread)
     gradients: dict[bool, list[Tensor]] = {False: [], True: []}
     for param in model.parameters():
         if param.grad is not None:
@@ -100,8 +102,8 @@ def gradient_norm(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
     # In float32, for in fp16 the square of 256 is infinite.
     squares = {key: sum((g.float().square().sum() for g in some), zero) for key, some in gradients.items()}
     # Dense gradients are equal on all ranks by now, those of experts within a group are of different experts.
-    if layers and layers[0].exchange_group is not None:
-        comm().all_reduce(squares[True], group=layers[0].exchange_group)
+    if spread:
+        comm().all_reduce(squares[True], group=spread[0].exchange_group)
     return (squares[False] + squares[True]).sqrt(), gradients[False] + gradients[True]
 
 
