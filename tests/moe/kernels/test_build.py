@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import warm
-from vqmoe_ds.moe.kernels.build import _cached, why_no_kernel, why_unsafe
+from vqmoe_ds.moe.kernels.build import KernelUnavailable, _cached, _compile, why_no_kernel, why_unsafe
 
 _SHOW = "from vqmoe_ds.moe.kernels import build; build.load_kernel(); print(build.describe())"
 _COUNT = """
@@ -54,6 +55,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A compiler that makes the library as the real one did, and sooner."""
     return _compiler(tmp_path_factory.mktemp("quick"), f'for last; do :; done; cat {compiled} > "$last"')
+
+
+def test_the_temporary_name_tells_host_and_process(tmp_path: Path) -> None:
+    compiler = _compiler(tmp_path, 'for last; do :; done; echo "$last" >&2; exit 1')
+    with pytest.raises(KernelUnavailable, match=rf"experts-1\.{socket.gethostname()}\.{os.getpid()}\.tmp"):
+        _compile(compiler, tmp_path / "experts-1.so")
 
 
 @_needs_kernel

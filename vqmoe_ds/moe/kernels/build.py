@@ -17,6 +17,7 @@ import hashlib
 import os
 import platform
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -168,7 +169,8 @@ def _open(library: Path) -> ctypes.CDLL:
 
 def _compile(compiler: str, library: Path) -> ctypes.CDLL:
     """Compile to a temporary name, open, and rename: ranks may do so at the same time, a killed one leaves no half."""
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")
+    # Host and process, as machines may share a home.
+    temporary = library.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(temporary)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
