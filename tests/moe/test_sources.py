@@ -86,6 +86,7 @@ def test_momentum_table_follows_slowly() -> None:
     source.follow(second_VD)
     want = 0.75 * first_VD[1:3] + 0.25 * second_VD[1:3]
     assert torch.allclose(_run(source, tokens_BS, second_VD)[0], want, atol=1e-6)
+    assert source.bfloat16().table_VD.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", AHEAD)

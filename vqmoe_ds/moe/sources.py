@@ -12,14 +12,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource
 from vqmoe_ds.moe.kernels.codes import mix_context
 from vqmoe_ds.moe.mirror import HostMirror
+from vqmoe_ds.moe.state import KeepsPrecision
 
 
-class EmbeddingSource(nn.Module):
+class EmbeddingSource(KeepsPrecision):
     """Vectors made of token embeddings alone, float32 ``[B, S, D]``, without gradient.
 
     * ``token_embedding``: the embedding of the token.
