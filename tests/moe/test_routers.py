@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -141,6 +143,8 @@ def test_layers_refuse_to_guess() -> None:
     two = CodebookBank(book, 2, 4, WIDTH, 0)
     with pytest.raises(ValueError, match=r"layer 2 has no place among the 2 codebook\(s\)"):
         MoELayer(third)(x_BSD, RoutingContext(codebooks=two))
+    with pytest.raises(ValueError, match="has a codebook of its own and was given others"):
+        MoELayer(replace(third, shared_codebook=False))(x_BSD, RoutingContext(codebooks=two))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +155,7 @@ def test_layers_refuse_to_guess() -> None:
         ({"moe": MoEConfig(router="topk", top_k=0)}, "leaves moe.router=topk without experts"),
         ({"moe": MoEConfig(router="xmoe"), "options": {"low_dims": 3}}, "low_dims"),
         ({"codebook": CodebookConfig()}, "codebook.source=context looks at more than the layer's input"),
+        ({"codebook": CodebookConfig(source="layer_state", groups=2)}, "codebook.groups=2 needs the codes"),
         ({"moe": MoEConfig(num_experts=6), "ep_size": 4}, "ep_size=4 does not divide num_experts=6"),
         ({"ep_size": 2, "ep_rank": 2}, "ep_rank=2 is no place among the 2 rank(s)"),
         ({"moe": MoEConfig(router="stablemoe")}, "set LayerConfig.vocab_size"),

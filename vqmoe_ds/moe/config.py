@@ -73,6 +73,11 @@ class LayerConfig:
                 f"codebook.source={self.codebook.source.value} looks at more than the layer's input; set "
                 "codebook.source=layer_state, or give the experts of each token in RoutingContext.expert_ids_T"
             )
+        if kind.uses_codebook and self.codebook.groups > 1 and self.codebook.source is CodeSource.LAYER_STATE:
+            raise ConfigError(
+                f"codebook.groups={self.codebook.groups} needs the codes of all layers before the first block, and "
+                "codebook.source=layer_state looks at each layer's input; set codebook.groups=1"
+            )
 
     @classmethod
     def of(cls, run: RunConfig, layer: int, ep_size: int = 1, ep_rank: int = 0) -> LayerConfig:

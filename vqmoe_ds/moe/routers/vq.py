@@ -134,7 +134,12 @@ class VQRouter(DualRouter):
         return self.beside(x_TD, context, discrete)
 
     def _codebook(self, context: RoutingContext) -> CodebookBank:
-        bank = self.own_codebook if context.codebooks is None else context.codebooks
+        if self.own_codebook is not None and context.codebooks is not None:
+            raise ValueError(
+                "the vq router has a codebook of its own and was given others: leave RoutingContext.codebooks at None, "
+                "or set LayerConfig.shared_codebook"
+            )
+        bank = self.own_codebook or context.codebooks
         if bank is None:
             raise ValueError(
                 "the vq router needs codebooks: give them in RoutingContext.codebooks, or leave "
