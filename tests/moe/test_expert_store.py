@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from vqmoe_ds.moe import expert_store
 from vqmoe_ds.moe.expert_store import PARTS, ExpertStore, Source, StoredExperts, part_shapes
-from vqmoe_ds.moe.experts import StackedExperts
+from vqmoe_ds.moe.experts import StackedExperts, run_on_cpu
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 WIDTH, HIDDEN, EXPERTS, LAYERS = 32, 48, 6, 3
@@ -209,6 +210,7 @@ def test_an_expert_that_cannot_be_read_is_an_error_of_whoever_waits_and_ends_the
 def test_closing_frees_whoever_waits() -> None:
     files = Files()
     store = ExpertStore(files.source, 2 * SIZE)
+    store._expected[0] = {0: 0}  # and no thread reads it
     raised: list[BaseException] = []
 
     def wait() -> None:
@@ -307,3 +309,26 @@ def test_a_failed_forward_leaves_nothing_expected() -> None:
         with pytest.raises(CheckpointError, match="cut short"):
             stored(torch.ones(4, WIDTH), torch.tensor([2, 2, 2, 4, 4, 4]))
         assert not store._expected
+
+
+def test_an_error_in_one_thread_leaves_no_other_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, stored, caller = Files(), StoredExperts(WIDTH, HIDDEN, EXPERTS), threading.get_ident()
+    began = threading.Event()
+
+    def run(*given: Any) -> torch.Tensor:
+        if threading.get_ident() == caller:
+            began.wait(5)
+            raise MemoryError
+        began.set()
+        time.sleep(0.05)
+        return run_on_cpu(*given)
+
+    monkeypatch.setattr(expert_store, "run_on_cpu", run)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with opened(files, 2) as store:
+        stored.store = store
+        with pytest.raises(MemoryError):
+            stored(torch.ones(6, WIDTH), torch.tensor([1, 2, 3, 4, 5, 6]))
+        assert not any(room.users for room in store._held.values()) and store.uses == 2
+        with pytest.raises(RuntimeError, match="expert 5 of layer 0 is not expected"), store.lent(0, 5):
+            pass

@@ -135,12 +135,15 @@ class FineTuning(TrainingCommand):
             cb.Signals(),
             report,
         ]
-        code = opened.train(batches, callbacks, file)
-        # Before the next run of the command builds its own engine: memory may not hold two.
-        opened.session.engine.destroy()
         store = opened.session.model.expert_store
+        try:
+            code = opened.train(batches, callbacks, file)
+            # Before the next run of the command builds its own engine: memory may not hold two.
+            opened.session.engine.destroy()
+        finally:
+            if store is not None:
+                store.close()
         if store is not None:
-            store.close()
             job.console.say(store.summary())
         return code
 

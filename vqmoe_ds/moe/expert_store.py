@@ -169,9 +169,11 @@ class ExpertStore:
         """
         key = layer, expert
         with self._lock:
-            # Readers bring in what is expected and nothing else: any other expert would be waited for without end.
             while (room := self._held.get(key)) is None or room.unread:
                 self._check()
+                # Readers bring in what is expected and nothing else.
+                if expert not in self._expected.get(layer, {}):
+                    raise RuntimeError(f"expert {expert} of layer {layer} is not expected: call expect() first")
                 self._ready.wait()
             room.users += 1
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -61,14 +61,18 @@ def _run_shared(job: Callable[[int], None], order: list[int], threads: int) -> N
             job(expert)
 
     helpers = _threads(threads - 1)
+    futures = [helpers.submit(work) for _ in range(min(threads, len(order)) - 1)]
     try:
-        futures = [helpers.submit(work) for _ in range(min(threads, len(order)) - 1)]
         work()
-        for future in futures:
-            future.result()
     finally:
+        # After an error too: no helper begins another expert, and none is at work when the caller cleans up.
+        for _ in left:
+            pass
+        wait(futures)
         # Not for this thread alone: PyTorch gives a new one the number that any thread set last.
         torch.set_num_threads(threads)
+    for future in futures:
+        future.result()
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
