@@ -114,6 +114,14 @@ def test_pending_holds_sums_and_counts() -> None:
     assert bank.pending.dtype == torch.float64
 
 
+def test_samples_outlive_what_they_were_taken_from() -> None:
+    bank, source_TD = _bank(normalize_source=False), torch.randn(30, WIDTH)
+    want_TD = source_TD.clone()
+    _observe(bank, source_TD)
+    source_TD.zero_()
+    assert torch.equal(bank.samples(0, 30)[0], want_TD)
+
+
 @pytest.mark.parametrize("layers", [slice(0, 3), slice(1, 3), slice(2, 3)])
 def test_layers_of_one_source_are_observed_together(layers: slice) -> None:
     together, one_by_one = (_bank(num_layers=3, kmeans_samples=16) for _ in range(2))

@@ -201,7 +201,8 @@ class CodebookBank(SteppedState):
             if self.share is not None:
                 sample_SC = self.share.sample(z_TC, keep)
             else:
-                sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC
+                # A copy in either case: the vectors may be the caller's own, who may change them before the step ends.
+                sample_SC = _evenly(z_TC, keep) if len(z_TC) > keep else z_TC.clone()
             for samples in self._samples[layers]:
                 if len(samples) < self.accumulation_steps:  # more would grow without end where nobody calls StateSync
                     samples.append(sample_SC)
