@@ -167,3 +167,8 @@ def test_babble_is_six_voices_of_equal_power_and_no_silence():
     many = talkers([tone(hertz) for hertz in range(200, 1200, 100)], RATE)
     heard = np.square(np.abs(np.fft.rfft(Noise(0.0, many).add(tone(3000), RATE, "a"))))
     assert sum(heard[hertz] > 1 for hertz in range(200, 1200, 100)) == 6
+
+
+def test_a_clip_that_is_silent_in_the_stretch_that_is_taken_is_no_voice():
+    late = np.concatenate([np.zeros(RATE), tone(440)])
+    assert len(talkers([late, tone(440)], RATE)) == 1 and not talkers([late], RATE)

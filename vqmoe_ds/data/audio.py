@@ -186,4 +186,6 @@ def spectrogram(clip_T: np.ndarray, size: int) -> np.ndarray:
 
 def talkers(clips: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, ...]:
     """Clips repeated to one length, of which babble is mixed; silent ones are left out."""
-    return tuple(np.resize(clip_T, length) for clip_T in clips if np.square(clip_T).mean() > 1e-12)
+    voices = (np.resize(clip_T, length) for clip_T in clips)
+    # Asked of what is taken: a long clip may begin with silence, which no scale gives the others' power.
+    return tuple(voice_T for voice_T in voices if np.square(voice_T).mean() > 1e-12)
