@@ -16,10 +16,12 @@ from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data import at_start
 from vqmoe_ds.data.at_start import check_at_start, prepared, to_prepare
 from vqmoe_ds.data.index_files import check_prefix
+from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 from vqmoe_ds.runtime.ranks import Place
 
 ALONE = Place(0, 1, 0, 1)
+SHORT = RunConfig().model.model_copy(update={"sequence_length": 8})
 
 
 def config_of(**fields: Any) -> RunConfig:
@@ -103,6 +105,12 @@ def test_prepared_corpora_of_a_blend_stay_and_the_others_are_prepared(source: Pa
     assert isinstance(data.path, list) and data.path[0] == f"0.7:{there}" and data.path[1].startswith("0.3:")
     assert texts_of(data.path[1].removeprefix("0.3:")) == STORIES[3:]
     assert data.tokenizer == "bytes", "of the corpus that was there, which may not name its own"
+    os.unlink(f"{there}.json")
+    beside = config_of(path=str(source), tokenizer="bytes", text_key="content", valid_path=there)
+    prepared_config = prepared(beside, tmp_path / "other", ALONE, print)
+    assert prepared_config.data.tokenizer == "bytes"
+    opened = open_indexed_text(prepared_config.model_copy(update={"model": SHORT}))
+    assert opened is not None and opened.tokenizer is not None
 
 
 def _rank(config: RunConfig, folder: Path, place: Place, answers: Any) -> None:

@@ -35,8 +35,7 @@ SAY_EVERY = 10.0
 def to_prepare(config: RunConfig) -> bool:
     """Whether a source of the run is to be prepared: it is no prepared data, and a tokenizer is named for it."""
     data = config.data
-    entries = [*_listed(data.path), *_listed(data.valid_path)]
-    return data.tokenizer is not None and not config.model.image_size and not all(map(_is_prepared, entries))
+    return data.tokenizer is not None and not config.model.image_size and not all(map(_is_prepared, _entries(data)))
 
 
 def check_at_start(config: RunConfig, prepares: bool) -> None:
@@ -86,14 +85,15 @@ def prepared(config: RunConfig, folder: Path, place: Place, say: Callable[[str],
         "path": with_changed(data.path, lambda source: each(source, data.max_tokens)),
         "valid_path": with_changed(data.valid_path, lambda source: each(source, None)),
     }
-    others = any(map(_is_prepared, _listed(data.path)))
+    others = any(map(_is_prepared, _entries(data)))
     # The corpora have their tokenizer beside them, and are as long as they were asked to be.
     made = {**paths, "tokenizer": data.tokenizer if others else None, "max_tokens": None, "text_key": TEXT_KEY}
     return config.model_copy(update={"data": data.model_copy(update=made)})
 
 
-def _listed(path: str | list[str] | None) -> list[str]:
-    return path if isinstance(path, list) else [path] if path is not None else []
+def _entries(data: DataConfig) -> list[str]:
+    paths = (data.path, data.valid_path)
+    return [entry for path in paths if path is not None for entry in ([path] if isinstance(path, str) else path)]
 
 
 def _is_prepared(spec: str) -> bool:
