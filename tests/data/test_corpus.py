@@ -127,6 +127,15 @@ def test_a_file_that_is_cut_short_or_replaced_is_a_sentence(tmp_path: Path) -> N
         later.window(0, 10)
 
 
+def test_a_stretch_is_whole_however_little_the_system_gives_at_a_time(tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(100)))
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda file, size, place: pread(file, min(size, 30), place))
+    monkeypatch.setattr(os, "preadv", lambda file, views, place: preadv(file, [views[0][:30]], place))
+    piece = open_corpus(str(tmp_path)).pieces[0]
+    assert piece.tobytes() == bytes(range(100)) and piece[5:75].tobytes() == bytes(range(5, 75)) and not len(piece[9:3])
+
+
 def test_many_files_take_few_descriptors(tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"{number:03d}.txt").write_bytes(b"%03d" % number)

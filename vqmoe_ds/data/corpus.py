@@ -40,15 +40,19 @@ class FilePiece:
             DataError: the file can no longer be read, or has become shorter.
         """
         first, last, _ = part.indices(self.size)
+        content = np.empty(max(0, last - first), dtype=np.uint8)
+        rest = content.data
         try:
-            # By offset, as all pieces of a path share one descriptor. Linux gives no more than 2 GiB at a time.
-            content = os.pread(_opened(self.path).fileno(), last - first, first)
+            while len(rest):  # Linux gives no more than 2 GiB at a time
+                # By offset, as all pieces of a path share one descriptor.
+                count = os.preadv(_opened(self.path).fileno(), [rest], last - len(rest))
+                if not count:
+                    raise DataError(f"data file {self.path} became shorter while it was in use; restore it", local=True)
+                rest = rest[count:]
         except OSError as error:
             sentence = f"data file {self.path} can no longer be read ({error.strerror}); restore it"
             raise DataError(sentence, local=True) from None
-        if len(content) != last - first:
-            raise DataError(f"data file {self.path} became shorter while it was in use; restore it", local=True)
-        return np.frombuffer(content, dtype=np.uint8)
+        return content
 
     def tobytes(self) -> bytes:
         return self[:].tobytes()
