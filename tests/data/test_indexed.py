@@ -242,9 +242,11 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
         _batches(_config(_numbered(tmp_path / "a", 0, 100)), tmp_path / "cache")
 
 
-def test_an_id_beyond_the_vocabulary_is_named(tmp_path):
-    batches = _batches(_config(write_sequences(tmp_path / "a", [[3, 300] * 90] * 10), vocab_size=256), tmp_path)
-    with pytest.raises(DataError, match="has the id 300, past the vocabulary of 256"):
+@pytest.mark.parametrize("outside", [300, -1, -2])  # -1 pads at megatron-core, by default
+def test_an_id_beyond_the_vocabulary_is_named(outside, tmp_path):
+    prefix = write_sequences(tmp_path / "a", [[3, outside] * 90] * 10, np.int32)
+    batches = _batches(_config(prefix, vocab_size=256), tmp_path)
+    with pytest.raises(DataError, match=f"has the id {outside}, past the vocabulary of 256"):
         batches.micro_batches(0, 0, 1, BATCH)
 
 

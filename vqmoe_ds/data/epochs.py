@@ -90,6 +90,9 @@ class _EndOfDocument:
 
     # GPTDatasetConfig would derive the number type of the ids from it; with None that of the .idx holds.
     vocab_size = None
+    # GPTDataset makes 0 of this id and masks its targets. Of -1, its own choice, a block of 0xFF in the .bin is full;
+    # every window is whole, so that none is padded.
+    pad = int(np.iinfo(np.int64).min)
 
     def __init__(self, eod: int | None) -> None:
         self.eod = -2 if eod is None else eod
