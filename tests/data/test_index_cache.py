@@ -195,6 +195,21 @@ def test_what_others_left_under_the_name_to_build_under_is_not_taken(config, cac
     assert list(target.iterdir()) == []
 
 
+@pytest.mark.parametrize("weight", ["", "0.5:"])
+def test_a_corpus_that_is_named_twice_is_read_twice_and_keeps_its_index(weight: str, config, tmp_path) -> None:
+    path = [f"{weight}{config.data.path[number]}" for number in (0, 0, 1)]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    twice, _, once = open_indexed_text(config).train.windows
+    epoch = config.train.model_copy(update={"batch_size": 2 * twice + once})
+    config = config.model_copy(update={"train": epoch})
+    windows = _windows_here(config, tmp_path / "cache")
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    assert np.array_equal(_windows_here(config, tmp_path / "cache"), windows)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")} == stamps
+    counts = np.unique(windows, axis=0, return_counts=True)[1]
+    assert weight or (np.bincount(counts)[1:].tolist() == [once, twice])
+
+
 def _lie_about_lengths(index: Path) -> None:
     raw = bytearray(index.read_bytes())
     lengths = np.frombuffer(raw, np.int32, 60, offset=34).copy()

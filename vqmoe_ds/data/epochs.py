@@ -184,14 +184,17 @@ def _build(folder: Path, portion: Portion, seed: tuple[int, ...], eod: int | Non
 def _shapes(portion: Portion) -> Shapes:
     """Shapes of the arrays of an index, by their names at megatron-core."""
     first, last = portion.share
-    counts = [len(prefix.lengths) for prefix in portion.prefixes]
+    # megatron-core names arrays after the path: a corpus that is named twice, to be read twice, has them once.
+    paths = [prefix.path for prefix in portion.prefixes]
+    counts = {prefix.path: len(prefix.lengths) for prefix in portion.prefixes}.values()
+    windows = dict(zip(paths, portion.windows, strict=True)).values()
     shapes: Shapes = {
         # Rounded as portions.members rounds, or no index would ever be found sound.
         "document_index": [(round(last * float(count)) - round(first * float(count)),) for count in counts],
-        "sample_index": [(windows + 1, 2) for windows in portion.windows],
-        "shuffle_index": [(windows,) for windows in portion.windows],
+        "sample_index": [(number + 1, 2) for number in windows],
+        "shuffle_index": [(number,) for number in windows],
     }
-    if len(counts) > 1:
+    if len(paths) > 1:
         shapes["dataset_index"] = shapes["dataset_sample_index"] = [(len(portion),)]
     return shapes
 
