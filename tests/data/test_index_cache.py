@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from tests.distributed import run_ranks
 from tests.hostile import Evil
 from tests.prepared import write_sequences
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.data.index_cache import SIDECAR, read_array, seal, why_unsound
+from vqmoe_ds.data.index_cache import SIDECAR, read_array, seal, why_unsound, work_folder
 from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import own_mark
 
 BATCH = 16
 
@@ -182,6 +184,14 @@ def test_no_flipped_bit_of_any_file_is_taken(cache: tuple[Path, np.ndarray]) -> 
     assert why_unsound(folder, shapes) is None
 
 
+def test_processes_of_two_hosts_with_one_number_build_in_folders_of_their_own(tmp_path, monkeypatch) -> None:
+    folders = set()
+    for host in ("one", "two"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        folders.add(work_folder(tmp_path / "images"))
+    assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
+
+
 def test_what_others_left_under_the_name_to_build_under_is_not_taken(config, cache, tmp_path) -> None:
     names = [folder.name for folder in cache[0].iterdir()]
     shutil.rmtree(cache[0])
@@ -189,7 +199,7 @@ def test_what_others_left_under_the_name_to_build_under_is_not_taken(config, cac
     target = tmp_path / "target"
     target.mkdir()
     for name in names:
-        (cache[0] / f".{name}.{os.getpid()}").symlink_to(target)
+        (cache[0] / f".{name}.{own_mark()}").symlink_to(target)
     with pytest.raises(DataError, match="cannot be kept in .*set data.cache_dir"):
         _windows_here(config, cache[0])
     assert list(target.iterdir()) == []

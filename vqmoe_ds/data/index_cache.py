@@ -19,7 +19,7 @@ import numpy as np
 
 from vqmoe_ds.data.arrays import mapped_array
 from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.files import read_small, sha256_of, write_atomically
+from vqmoe_ds.runtime.files import own_mark, read_small, sha256_of, write_atomically
 
 SIDECAR = "sealed.json"
 FORMAT = 1
@@ -47,8 +47,8 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
 def work_folder(final: Path) -> Path:
     """A new folder beside ``final`` to make it in; what is there already, in either place, is removed."""
     # Beside it, since a rename stays within one file system.
-    work = final.with_name(f".{final.name}.{os.getpid()}")
-    for stale in (final, work):  # the latter left by a kill of another process with this number
+    work = final.with_name(f".{final.name}.{own_mark()}")
+    for stale in (final, work):  # the latter left by a kill of an earlier process with this number
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True)  # ours: what others put there would be taken for an index
     return work

@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +24,7 @@ from vqmoe_ds.data.index_files import HashedFile, smallest_dtype, write_index
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.units import EMPTY, Piece, Place, Skips, Unit
 from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.files import read_small, sha256_of, sync_folder
+from vqmoe_ds.runtime.files import own_mark, read_small, sha256_of, sync_folder
 
 FORMAT = 1
 """Version of the layout of parts and of ``PREFIX.json``; raised when either changes, so that no old part is taken."""
@@ -107,8 +106,7 @@ class Parts:
         Raises:
             DataError: text that is to be refused; a full disk.
         """
-        # Host and process, as ranks of several machines write into one folder.
-        temporary = self.folder / f"{self.path(unit).name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        temporary = self.folder / f"{self.path(unit).name}.{own_mark()}.tmp"
         try:
             with disk_errors(str(self.folder)):
                 temporary.mkdir()
@@ -205,7 +203,7 @@ def merge(parts: Parts, units: list[Unit], total: Counts, prefix: str, about: di
     Raises:
         DataError: a full disk; what was at ``prefix`` before is then untouched.
     """
-    temporary = {name: f"{prefix}.{name}.{os.getpid()}.tmp" for name in ("tokenizer", "bin", "json", "idx")}
+    temporary = {name: f"{prefix}.{name}.{own_mark()}.tmp" for name in ("tokenizer", "bin", "json", "idx")}
     try:
         with disk_errors(str(Path(prefix).parent)):
             _check_room(parts, total, prefix)

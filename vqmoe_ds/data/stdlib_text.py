@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import platform
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from vqmoe_ds.runtime.files import user_cache, write_atomically
+from vqmoe_ds.runtime.files import own_mark, user_cache, write_atomically
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "turtledemo"}
 
@@ -37,7 +36,7 @@ def stdlib_text() -> bytes:
         kept = user_cache() / name
         kept.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own, as all ranks of a machine may build it at once.
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        temporary = kept.with_suffix(f".{own_mark()}.tmp")
         write_atomically(temporary, text)
         temporary.replace(kept)
     except OSError:  # no home, no room: build again next time

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import stat
 import sys
 from io import BufferedReader
@@ -28,6 +29,11 @@ def user_cache() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqmoe_ds"
     except RuntimeError:  # as with a uid that has no name, in a container
         raise FileNotFoundError(errno.ENOENT, "there is no home") from None
+
+
+def own_mark() -> str:
+    """Host and number of this process, for temporary names in folders that other machines or containers share."""
+    return f"{socket.gethostname()}.{os.getpid()}"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -13,7 +13,6 @@ manifest.json                         size and SHA-256 of all of them, written l
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_sh
 from vqmoe_ds.checkpoint.io.store import write_manifest
 from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader, Piece, register_format
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import sha256_of, write_json
+from vqmoe_ds.runtime.files import own_mark, sha256_of, write_json
 
 # A folder with this file is portable; TagReader's recognition asks for its absence.
 STATE = "state.json"
@@ -144,12 +143,12 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists; choose another folder, or give --force to replace it")
     # Beside the target, as a rename does not cross file systems.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{own_mark()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            old = target.with_name(f".{target.name}.{own_mark()}.old")
             # A folder cannot be renamed onto one with files in it; the old one goes when the new one is in its place.
             target.rename(old)
             temporary.rename(target)

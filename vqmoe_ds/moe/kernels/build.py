@@ -17,7 +17,6 @@ import hashlib
 import os
 import platform
 import shutil
-import socket
 import stat
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from vqmoe_ds.runtime.files import user_cache
+from vqmoe_ds.runtime.files import own_mark, user_cache
 
 _SOURCE = Path(__file__).with_name("experts.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-w"]
@@ -169,8 +168,7 @@ def _open(library: Path) -> ctypes.CDLL:
 
 def _compile(compiler: str, library: Path) -> ctypes.CDLL:
     """Compile to a temporary name, open, and rename: ranks may do so at the same time, a killed one leaves no half."""
-    # Host and process, as machines may share a home.
-    temporary = library.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = library.with_suffix(f".{own_mark()}.tmp")
     command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(temporary)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
