@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +122,20 @@ def _rank(config: RunConfig, folder: Path, place: Place, answers: Any) -> None:
     answers.put((place.local_rank, str(prepared(config, folder, place, said.append).data.path), len(said)))
 
 
-def test_one_of_many_processes_prepares_and_the_others_wait(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_one_of_many_processes_prepares_and_the_others_wait(
+    locks: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    def slow(options: Any, prepare: Callable[[Any], Any] = at_start.prepare.prepare) -> None:
+        time.sleep(0.5)
+        prepare(options)
+
+    monkeypatch.setattr(at_start.prepare, "prepare", slow)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", unknown)
     config = config_of(path=str(source), tokenizer="bytes", text_key="content")
     fork = multiprocessing.get_context("fork")
     answers, places = fork.Queue(), [Place(rank, 6, rank % 2, 2) for rank in range(6)]  # three machines, one folder
@@ -131,6 +148,38 @@ def test_one_of_many_processes_prepares_and_the_others_wait(source: Path, tmp_pa
     assert len({prefix for _, prefix, _ in found}) == 1
     assert sum(said for local_rank, _, said in found if local_rank == 0) == 1, "one says that it prepares"
     assert sum(said for local_rank, _, said in found if local_rank) == 0
+
+
+def test_a_lock_that_goes_meanwhile_is_not_missed(source: Path, tmp_path: Path) -> None:
+    config = config_of(path=str(source), tokenizer="bytes", text_key="content")
+
+    def remove(line: str) -> None:
+        (lock,) = (tmp_path / "index").glob("*.lock")
+        lock.unlink()
+
+    assert texts_of(str(prepared(config, tmp_path / "index", ALONE, remove).data.path)) == STORIES
+
+
+def test_what_a_killed_process_left_is_taken_over_and_what_beats_is_waited_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_start, "PATIENCE", 0.5)
+    monkeypatch.setattr(at_start, "SAY_EVERY", 0.0)
+    config = config_of(path=str(source), tokenizer="bytes", text_key="content")
+    path = Path(str(prepared(config, tmp_path / "index", ALONE, print).data.path))
+    for file in path.parent.iterdir():
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    lock, said = path.with_name(f"{path.name}.lock"), []
+    lock.touch()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) < 10:
+            lock.touch()
+
+    assert texts_of(str(prepared(config, tmp_path / "index", ALONE, say).data.path)) == STORIES
+    preparing = next(number for number, line in enumerate(said) if line.startswith("preparing"))
+    assert preparing > 10 and not lock.exists()
 
 
 def test_who_waits_says_for_what(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ One process of each machine prepares, or one of all where they see the same fold
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
 from vqmoe_ds.runtime.files import make_folder
+from vqmoe_ds.runtime.lock import BEAT, PATIENCE, Heartbeat
 from vqmoe_ds.runtime.ranks import Place
 
 TEXT_KEY = SourceOptions.text_key
@@ -125,9 +125,10 @@ def _arguments(source: str, prefix: Path, data: DataConfig, most: int | None) ->
 
 def _prepare_once(arguments: list[str], prefix: Path, place: Place, say: Callable[[str], None]) -> None:
     """Prepare unless somebody has or does; return when it is whole."""
-    said = time.monotonic()
+    lock, beat = Path(f"{prefix}.lock"), None
+    said = heard = time.monotonic()
     while not Path(f"{prefix}.idx").exists():  # which is written last
-        with _turn(prefix, place) as mine:
+        with _turn(lock, place) as mine:
             # Looked for once more: another process may have finished between the look above and the lock.
             if mine and not Path(f"{prefix}.idx").exists():
                 say(f"preparing {arguments[-1]} as {prefix}")
@@ -136,6 +137,11 @@ def _prepare_once(arguments: list[str], prefix: Path, place: Place, say: Callabl
                 except UserError as error:
                     # Console prints errors of rank 0 and local ones, and rank 0 may have no part in this one.
                     raise DataError(_in_words_of_a_run(str(error)), local=place.rank != 0) from error
+        if place.local_rank or beat != (beat := _last_beat(lock)):
+            heard = time.monotonic()
+        # Of whoever was killed. Rank 0 first: if all did so at once, one would remove the lock that another just made.
+        elif time.monotonic() - heard > PATIENCE * (2 if place.rank else 1):
+            lock.unlink(missing_ok=True)
         if time.monotonic() - said > SAY_EVERY:
             say(f"waiting for {prefix}, which another process prepares")
             said = time.monotonic()
@@ -149,29 +155,35 @@ def _in_words_of_a_run(sentence: str) -> str:
 
 
 @contextmanager
-def _turn(prefix: Path, place: Place) -> Iterator[bool]:
+def _turn(lock: Path, place: Place) -> Iterator[bool]:
     """Whether this process is the one to prepare; it is no other's turn within. A failure leaves no empty folder."""
     if place.local_rank:
         yield False
         return
-    with disk_errors(str(prefix.parent)):
-        make_folder(prefix.parent)
-        lock = open(f"{prefix}.lock", "wb")  # noqa: SIM115
+    with disk_errors(str(lock.parent)):
+        make_folder(lock.parent)
+        try:
+            # Made, not locked: some file systems know no locks, or keep them to one host.
+            file = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            file = -1
+    if file < 0:
+        yield False
+        return
+    heartbeat = Heartbeat(file, BEAT)
     try:
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError:  # a file system without locks
-                pass
-            yield True
-            os.unlink(lock.name)
-    except BaseException:
+        yield True
+    finally:
+        heartbeat.stop()
+        os.close(file)
         with suppress(OSError):
-            os.unlink(lock.name)
+            lock.unlink(missing_ok=True)
             # The folder of prepared data and the run folder around it; rmdir takes a folder only if nothing is in it.
-            for folder in prefix.parents[:2]:
+            for folder in lock.parents[:2]:
                 folder.rmdir()
-        raise
+
+
+def _last_beat(lock: Path) -> int | None:
+    with suppress(OSError):
+        return lock.stat().st_mtime_ns
+    return None

@@ -24,6 +24,25 @@ from vqmoe_ds.runtime.errors import ConfigError
 BEAT, PATIENCE = 5.0, 15.0
 
 
+class Heartbeat:
+    """Touches an open file every ``beat`` seconds until ``stop``, so that others see that this process lives."""
+
+    def __init__(self, file: int, beat: float) -> None:
+        self._file, self._beat = file, beat
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="heartbeat")
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _keep_beating(self) -> None:
+        while not self._stopped.wait(self._beat):
+            with suppress(OSError):  # a full or read-only disk: who works there meets it too, and says so
+                os.utime(self._file)
+
+
 class RunLock:
     """The lock of a run folder, held from construction until ``release`` or the end of the process.
 
@@ -32,7 +51,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, beat: float = BEAT, patience: float = PATIENCE) -> None:
-        self.run_dir, self.beat = run_dir, beat
+        self.run_dir = run_dir
         # Not inherited by fork, and not by programs that are started.
         self._file = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         # A record lock goes as soon as this process closes any descriptor of the file: nothing but this object may open
@@ -48,23 +67,15 @@ class RunLock:
         if holder and not self._same_place(holder) and self._beats(patience):
             raise self._refusal(holder)
         self._write({**_identity(), "since": datetime.now().isoformat(timespec="seconds")})
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="run lock")
-        self._thread.start()
+        self._heartbeat = Heartbeat(self._file, beat)
 
     def release(self) -> None:
         """Let the next job in at once."""
-        self._stopped.set()
         # Before the close: the number of a closed descriptor may soon be that of another file.
-        self._thread.join()
+        self._heartbeat.stop()
         # A holder that is named here would be watched for a heartbeat by the next job.
         self._write({})
         os.close(self._file)
-
-    def _keep_beating(self) -> None:
-        while not self._stopped.wait(self.beat):
-            with suppress(OSError):  # a full or read-only disk: the loop meets it too, and says so
-                os.utime(self._file)
 
     def _beats(self, patience: float) -> bool:
         before, deadline = os.stat(self._file).st_mtime_ns, time.monotonic() + patience
