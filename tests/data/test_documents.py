@@ -265,7 +265,8 @@ def test_patterns_reach_any_depth_and_follow_no_links_round(tmp_path: Path, monk
         return "".join(piece.text for unit in plan_units([pattern], SourceOptions()) for piece in read_unit(unit))
 
     try:
-        assert found("**/*.txt") == found(f"{top}/**/*.txt") == "ab"
+        assert found("**/*.txt") == found(f"{top}/**/*.txt") == found("**/**/*.txt") == found("**/**/**/*.txt") == "ab"
+        assert found("d/**/**") == "cb"
         assert found("d/**/b.*") == "cb" and found("**") == "acb" and found("*.txt") == "a"
         assert found("**/.hid*") == "no" and found("d/**") == "cb"
         with pytest.raises(DataError, match="does not exist"):

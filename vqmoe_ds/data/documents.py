@@ -131,7 +131,9 @@ def _matches(pattern: str) -> list[str]:
 
     ``glob`` would follow links round in a circle, and end after some hundred levels.
     """
-    parts = os.path.normpath(pattern).split(os.sep)
+    every = os.path.normpath(pattern).split(os.sep)
+    # A ** that follows another says nothing more.
+    parts = [part for part, before in zip(every, ["", *every], strict=False) if part != "**" or before != "**"]
     if "**" not in parts:
         try:
             return [path for path in glob.glob(pattern) if os.path.isfile(path)]
