@@ -93,6 +93,8 @@ def test_data_sets_of_the_hub_are_read_as_their_files_would_be(monkeypatch, tmp_
     before = find_images("hub:x").fingerprint()
     loaded = hub_set(list(CLASSES), train=slice(0, 23), test=slice(24, 30))
     assert find_images("hub:x").fingerprint() != before
+    loaded["unsupervised"] = loaded["train"].remove_columns("label")
+    assert len(find_images("hub:x").train.labels_N) == 23, "what is not read need have no labels"
     loaded = hub_set(all=slice(0, 30))
     found = find_images("hub:x")
     assert (found.classes, found.test, len(found.train.labels_N)) == (("0", "1", "2"), None, 30)

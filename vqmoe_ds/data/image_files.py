@@ -273,7 +273,7 @@ def _tables(place: Path) -> ImageFiles | None:
 def _hub(path: str) -> ImageFiles:
     """A data set of the hub, of which a split alone is not told from a training split."""
     splits = hub_splits(path)
-    tables = [splits[name] for name in _named(splits) or list(splits)[:1]]
+    tables = [HubSplit(splits[name], f"{path}, {name}") for name in _named(splits) or list(splits)[:1]]
     return replace(_of_tables(path, tables, ()), mark=" ".join(table.mark for table in tables))
 
 

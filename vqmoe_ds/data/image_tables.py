@@ -117,11 +117,11 @@ class HubSplit:
         return _bytes_in(self._rows[index][self._image])
 
 
-def hub_splits(path: str) -> dict[str, HubSplit]:
-    """The splits of ``hub:NAME`` or ``hub:NAME:CONFIGURATION``.
+def hub_splits(path: str) -> dict[str, Any]:
+    """The splits of ``hub:NAME`` or ``hub:NAME:CONFIGURATION``, each a ``datasets.Dataset``.
 
     Raises:
-        DataError: it cannot be loaded, or lacks a column of images or labels.
+        DataError: it cannot be loaded.
     """
     name, _, configuration = path.removeprefix(HUB).partition(":")
     remedy = (
@@ -129,8 +129,7 @@ def hub_splits(path: str) -> dict[str, HubSplit]:
         "its Parquet files"
     )
     with from_hub(path, remedy) as datasets:
-        found = datasets.load_dataset(name, configuration or None)
-    return {split: HubSplit(rows, f"{path}, {split}") for split, rows in found.items()}
+        return dict(datasets.load_dataset(name, configuration or None))
 
 
 def parts_of(place: Path) -> dict[str, list[Path]]:
