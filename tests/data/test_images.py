@@ -10,7 +10,9 @@ import pytest
 from tests.images import CLASSES, encoded, squares, write_folder
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import Augment
+from vqmoe_ds.data import image_cache
 from vqmoe_ds.data.image_augment import Mixing
+from vqmoe_ds.data.image_splits import Encoded, Stored, remedy
 from vqmoe_ds.data.images import DecodedWhenRead, ImageBatches, ImageSet, mixed, open_images, shifted
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
@@ -115,6 +117,18 @@ def test_broken_images_are_counted_named_and_leave_no_cache(tmp_path):
     lazily = DecodedWhenRead(found.files.train, found.wanted)
     with pytest.raises(DataError, match="left/0003.png cannot be used"):
         lazily[np.array([0, 1])]
+
+
+def test_a_cache_that_only_the_first_rank_sees_is_named(tmp_path, monkeypatch):
+    config = config_of(write_folder(tmp_path / "images"))
+    monkeypatch.setattr(image_cache, "_make", lambda *_: [])  # as on another machine
+    with pytest.raises(DataError, match="cannot be read here .No such file or directory.; name a folder .*cache_dir"):
+        open_images(config).open(config, tmp_path / "cache")
+
+
+def test_stored_images_of_another_size_are_not_told_to_be_resized():
+    stored = Stored(np.zeros(2, np.int64), np.zeros((2, 8, 8, 3), np.uint8), "data_batch_1")
+    assert "resize=true" not in remedy(stored) and "resize=true" in remedy(Encoded(stored.labels_N, str, bytes))
 
 
 def test_grey_images_among_coloured_ones_are_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -236,10 +237,17 @@ def test_an_index_that_a_kill_left_half_built_is_not_taken_for_one(tmp_path):
     assert np.array_equal(whole.inputs_BS, again.inputs_BS)
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
+def _refusal(rank: int, world: int, config: RunConfig, cache: str) -> str:
+    with pytest.raises(DataError) as refused:
+        _batches(config, Path(cache))
+    return str(refused.value)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence_on_every_rank(tmp_path):
     (tmp_path / "cache").write_text("a file stands in the way")
-    with pytest.raises(DataError, match="cannot be kept in .*cache .*; set data.cache_dir"):
-        _batches(_config(_numbered(tmp_path / "a", 0, 100)), tmp_path / "cache")
+    config = _config(_numbered(tmp_path / "a", 0, 100))
+    for sentence in run_ranks(2, _refusal, config, str(tmp_path / "cache"), timeout=40):
+        assert re.search("cannot be kept in .*cache .*; set data.cache_dir", sentence)
 
 
 @pytest.mark.parametrize("outside", [300, -1, -2])  # -1 pads at megatron-core, by default

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound, work_folder
+from vqmoe_ds.data.index_cache import Shapes, publish, read_array, why_unsound, work_folder
 from vqmoe_ds.data.portions import HELD_OUT, Portion, members
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
@@ -201,11 +201,17 @@ def _shapes(portion: Portion) -> Shapes:
 
 def _agreed_folder(final: Path, portion: Portion) -> Path:
     """The finished index where rank 0 sees one that is sound, else a name of this run's own to build it under."""
-    folder = final
+    folder: Path | OSError = final
     if not (dist.is_initialized() and dist.get_rank()) and why_unsound(final, _shapes(portion)):
-        folder = work_folder(final)
-    # Rank 0 decides for all: ranks may see other states of a shared file system, and would part ways at a barrier.
-    agreed: Path = from_first(folder)
+        try:
+            folder = work_folder(final)
+        except OSError as error:
+            folder = error
+    # Rank 0 decides for all, also that there is none: ranks may see other states of a shared file system, and would
+    # part ways at a barrier, or wait for what rank 0 never says.
+    agreed: Path | OSError = from_first(folder)
+    if isinstance(agreed, OSError):
+        raise agreed
     return agreed
 
 
@@ -215,9 +221,4 @@ def _seal(folder: Path, final: Path) -> None:
         # They go on before the rename: what they have mapped does not follow the name.
         if dist.get_rank() != 0:
             return
-    # Sealed before it is renamed: under its final name an index is whole, whenever the process is killed.
-    seal(folder)
-    try:
-        folder.rename(final)
-    except OSError:  # another run with the same cache was first
-        shutil.rmtree(folder, ignore_errors=True)
+    publish(folder, final)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from vqmoe_ds.data.image_splits import REMEDY, ImageFiles, Split, Wanted
-from vqmoe_ds.data.index_cache import Shapes, read_array, seal, why_unsound, work_folder
+from vqmoe_ds.data.image_splits import ImageFiles, Split, Wanted, remedy
+from vqmoe_ds.data.index_cache import Shapes, publish, read_array, why_unsound, work_folder
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.ranks import from_first
 
@@ -47,7 +47,14 @@ def decoded(files: ImageFiles, wanted: Wanted, cache: Path) -> tuple[dict[str, n
     refusal = from_first(refusal)  # the others would wait for ever
     if refusal is not None:
         raise DataError(refusal)
-    return {name: read_array(_file(folder, name)) for name in splits}, notes
+    try:
+        return {name: read_array(_file(folder, name)) for name in splits}, notes
+    except OSError as error:
+        raise DataError(
+            f"the decoded images in {folder} cannot be read here ({error.strerror}); name a folder that every machine "
+            "sees with data.cache_dir",
+            local=True,
+        ) from None
 
 
 def _file(folder: Path, split: str) -> Path:
@@ -63,13 +70,7 @@ def _make(splits: dict[str, Split], wanted: Wanted, folder: Path) -> list[str]:
     work = work_folder(folder)
     try:
         grey = sum(_decode(split, wanted, _file(work, name)) for name, split in splits.items())
-        # Sealed before it is renamed: under its final name a folder is whole, whenever the process is killed.
-        seal(work)
-        try:
-            work.rename(folder)
-        except OSError:
-            if why_unsound(folder, shapes) is not None:  # else another run with the same cache was first
-                raise
+        publish(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [f"{grey:,} grey-scale images are read as images of three equal channels"] if grey else []
@@ -104,7 +105,8 @@ def _decode(split: Split, wanted: Wanted, file: Path) -> int:
     if bad:
         more = f"; and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
         raise DataError(
-            f"{len(bad):,} of {len(images_NHHC):,} images cannot be used ({'; '.join(bad[:_NAMED])}{more}); {REMEDY}"
+            f"{len(bad):,} of {len(images_NHHC):,} images cannot be used ({'; '.join(bad[:_NAMED])}{more}); "
+            f"{remedy(split)}"
         )
     # Before seal reads the file: POSIX does not promise that reading sees what is only in a mapping.
     images_NHHC.flush()

@@ -25,8 +25,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
 """What Pillow may take a file for: others of its readers start programs."""
 LARGEST_FILE = 256 << 20
 """Bytes of a file of one image, or of pickles."""
-REMEDY = "give images of model.image_size and model.channels, or set data.resize=true; a broken file must go"
-"""The end of sentences on images that cannot be used."""
 MOST_PIXELS = 1 << 26
 """Of an image: a file of some kilobytes may unpack to more."""
 MODES = {"RGB": 3, "P": 3, "CMYK": 3, "L": 1, "1": 1}
@@ -135,6 +133,13 @@ class Stored:
 
     def pixels(self, index: int) -> Pixels:
         return Pixels(self.images_NHWC[index])
+
+
+def remedy(split: Split) -> str:
+    """The end of sentences on images of a split that cannot be used."""
+    if isinstance(split, Stored):
+        return "set model.image_size and model.channels to those of the images: data.resize is of encoded ones"
+    return "give images of model.image_size and model.channels, or set data.resize=true; a broken file must go"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vqmoe_ds.config.schema import Augment, RunConfig
 from vqmoe_ds.data.batches import Batch, ShuffledBatches
 from vqmoe_ds.data.image_augment import Mixing, rand_augment
 from vqmoe_ds.data.image_files import find_images
-from vqmoe_ds.data.image_splits import REMEDY, ImageFiles, Split, Wanted
+from vqmoe_ds.data.image_splits import ImageFiles, Split, Wanted, remedy
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 from vqmoe_ds.runtime.extras import library
 
@@ -261,7 +261,7 @@ def open_images(config: RunConfig) -> ImageData:
         try:
             split.pixels(0).fit(found.wanted)
         except ValueError as error:
-            raise DataError(f"{split.name(0)} cannot be used: {error}; {REMEDY}") from None
+            raise DataError(f"{split.name(0)} cannot be used: {error}; {remedy(split)}") from None
     if found.held_out.all() or (files.test is None and not found.held_out.any()):
         raise DataError(
             f"images {files.name} have no test set, and of {len(found.held_out)} images data.holdout_every="

@@ -7,6 +7,7 @@ order of the data, but nothing more: no file is read that could hold anything bu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -60,6 +61,22 @@ def seal(folder: Path) -> None:
     # made again.
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())}
     write_atomically(folder / SIDECAR, json.dumps({"format": FORMAT, "files": files, "sha256": _digest(files)}))
+
+
+def publish(work: Path, final: Path) -> None:
+    """Seal a folder whose files are finished and give it its name; it goes where another run was first.
+
+    Raises:
+        OSError: it cannot be written or renamed.
+    """
+    # Sealed before it is renamed: under its final name a folder is whole, whenever the process is killed.
+    seal(work)
+    try:
+        work.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def why_unsound(folder: Path, shapes: Shapes) -> str | None:
