@@ -20,7 +20,7 @@ import numpy as np
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 
-from vqmoe_ds.runtime.errors import one_line
+from vqmoe_ds.data.units import first_line
 from vqmoe_ds.runtime.files import read_small
 
 SUFFIXES = (".wav", ".flac", ".ogg")
@@ -81,8 +81,7 @@ def read_clip(file: Path) -> np.ndarray:
     try:
         rate, sound = _decoded(file)
     except Exception as error:  # SciPy and libsndfile raise many kinds for damaged files
-        reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
-        raise ValueError(one_line(reason, 200)) from None
+        raise ValueError(first_line(error)) from None
     if not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"it has {rate:,} samples a second, and {RATES[0]:,} to {RATES[1]:,} are read")
     if not sound.size:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.data.image_pickles import read_pickle
-from vqmoe_ds.data.image_splits import Encoded, ImageFiles, Split, Stored, bytes_of, reason_of
+from vqmoe_ds.data.image_splits import Encoded, ImageFiles, Split, Stored, bytes_of
 from vqmoe_ds.data.image_tables import HUB, HubSplit, ImageTable, hub_splits, parts_of
+from vqmoe_ds.data.units import first_line
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import open_regular
 
@@ -50,7 +51,7 @@ def find_images(path: str) -> ImageFiles:
             if found is not None:
                 return _sound(found)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"images {path} cannot be read: {reason_of(error)}") from None
+        raise DataError(f"images {path} cannot be read: {first_line(error)}") from None
     raise DataError(
         f"{path} holds no labelled images that are known: give a folder with a folder of {', '.join(SUFFIXES[:3])} "
         "files for each class, CIFAR-10's data_batch_* files, *-images-idx3-ubyte files, or *.parquet files"
@@ -162,7 +163,7 @@ def _unpacked(file: Path) -> tuple[tuple[str, ...], Split]:
     except OSError:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
-        raise DataError(f"{file} is no archive of packed images ({reason_of(error)}); copy it again") from None
+        raise DataError(f"{file} is no archive of packed images ({first_line(error)}); copy it again") from None
     prefix, payload = arrays["prefix"].tobytes(), arrays["payload"]
     split = Encoded(
         arrays["labels"].astype(np.int64),

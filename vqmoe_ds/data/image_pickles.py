@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vqmoe_ds.data.image_splits import bytes_of, reason_of
+from vqmoe_ds.data.image_splits import bytes_of
+from vqmoe_ds.data.units import first_line
 from vqmoe_ds.runtime.errors import DataError, one_line
 
 OPCODES = {
@@ -42,7 +43,8 @@ def read_pickle(file: Path) -> Any:
         return _plain(_Arrays(io.BytesIO(data), encoding="bytes").load())
     except Exception as error:  # a pickle can raise anything
         raise DataError(
-            f"{file} is refused: it is no pickle of images, or damaged ({reason_of(error)}); nothing of it was executed"
+            f"{file} is refused: it is no pickle of images, or damaged ({first_line(error)}); nothing of it was "
+            "executed"
         ) from None
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from vqmoe_ds.data.corpus import FilePiece
 from vqmoe_ds.data.fingerprint import of_pieces
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.data.units import first_line
+from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import open_regular
 
@@ -116,7 +117,7 @@ class Encoded:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, too many to unpack")
             image.load()
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
-            raise ValueError(reason_of(error)) from None
+            raise ValueError(first_line(error)) from None
         return Pixels(None, image)
 
 
@@ -177,8 +178,3 @@ def bytes_of(file: Path) -> bytes:
     if len(data) > LARGEST_FILE:
         raise DataError(f"{file} has more than {LARGEST_FILE >> 20} MiB, which no such file has; leave it out")
     return data
-
-
-def reason_of(error: BaseException) -> str:
-    """The cause of an error in one line of at most 200 characters."""
-    return one_line(str(getattr(error, "strerror", None) or error or type(error).__name__), 200)

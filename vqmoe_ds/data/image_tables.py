@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from vqmoe_ds.data.tables import from_hub, parquet_file, row_groups
-from vqmoe_ds.data.units import some_of
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.data.units import first_line, some_of
+from vqmoe_ds.runtime.errors import DataError
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
 """Names that the columns of images and of labels may have; the first that is there counts."""
@@ -160,7 +160,7 @@ def _opened(file: Path) -> Iterator[Any]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{file} cannot be read ({one_line(str(error), 200)}); copy it again") from None
+        raise DataError(f"{file} cannot be read ({first_line(error)}); copy it again") from None
 
 
 def _column_of(names: tuple[str, ...], told: Any, there: list[str]) -> str:
