@@ -5,6 +5,7 @@ Legend: N images, H pixels a side, C channels.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,8 @@ def _make(splits: dict[str, Split], wanted: Wanted, folder: Path) -> list[str]:
     work = work_folder(folder)
     try:
         grey = sum(_decode(split, wanted, _file(work, name)) for name, split in splits.items())
-        publish(work, folder)
+        if not publish(work, folder) and (reason := why_unsound(folder, shapes)):
+            raise OSError(errno.EEXIST, f"{folder}: {reason}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [f"{grey:,} grey-scale images are read as images of three equal channels"] if grey else []

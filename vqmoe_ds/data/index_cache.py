@@ -7,7 +7,6 @@ order of the data, but nothing more: no file is read that could hold anything bu
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -63,20 +62,21 @@ def seal(folder: Path) -> None:
     write_atomically(folder / SIDECAR, json.dumps({"format": FORMAT, "files": files, "sha256": _digest(files)}))
 
 
-def publish(work: Path, final: Path) -> None:
-    """Seal a folder whose files are finished and give it its name; it goes where another run was first.
+def publish(work: Path, final: Path) -> bool:
+    """Seal a folder whose files are finished and give it its name, and whether it has it: it goes where something is
+    there already, such as what another run with the same cache made.
 
     Raises:
-        OSError: it cannot be written or renamed.
+        OSError: it cannot be written.
     """
     # Sealed before it is renamed: under its final name a folder is whole, whenever the process is killed.
     seal(work)
     try:
         work.rename(final)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
+    except OSError:
         shutil.rmtree(work, ignore_errors=True)
+        return False
+    return True
 
 
 def why_unsound(folder: Path, shapes: Shapes) -> str | None:
