@@ -42,7 +42,9 @@ class Floors:
         # Three weights of an expert, each read forward and backward, and its gradient written.
         self.expert_bytes = 9 * options.experts // ranks * options.width * options.hidden * self.dtype.itemsize
         modules = {"attention": _Attention, "norms and residuals": _Residual, "embedding, head, loss": _Ends}
-        self.parts = {name: self._step_of(module(options.width)) for name, module in modules.items()}
+        self.parts: dict[str, Callable[[], object]] = {
+            name: self._step_of(module(options.width)) for name, module in modules.items()
+        }
         self.parts["experts"] = self._step_of(DenseMLP(options.width, options.hidden))
         if ranks > 1:
             rows = torch.randn(self.tokens, options.width).to(self.dtype)
