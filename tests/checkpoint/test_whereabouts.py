@@ -82,6 +82,14 @@ def test_a_moved_run_brings_its_tokenizer(run: tuple[Path, ModelReader], monkeyp
     assert find_tokenizer(reader, config) is None
 
 
+def test_a_tokenizer_beside_the_run_is_no_copy_of_its_own(run: tuple[Path, ModelReader]) -> None:
+    folder, reader = run
+    (folder / "w.tokenizer").rename(folder / FOLDER)
+    data = {**reader.config["data"], "tokenizer": str(folder / FOLDER)}
+    keep_tokenizer(RunConfig(**{**reader.config, "data": data}), folder / "runs" / "pretrain")
+    assert (folder / "runs" / "pretrain" / FOLDER).is_dir()
+
+
 def test_a_damaged_copy_is_not_asked_where_the_recorded_path_serves(run: tuple[Path, ModelReader]) -> None:
     folder, reader = run
     (folder / "run" / FOLDER / "vocab.txt").write_text("other\n", encoding="utf-8")

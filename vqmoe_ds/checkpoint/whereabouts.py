@@ -80,7 +80,7 @@ def keep_tokenizer(config: RunConfig, run_dir: Path, most_bytes: int = 64 << 20)
         DataError: it cannot be written.
     """
     checksum = config.data.tokenizer_sha256
-    if checksum in (None, UNKNOWN, ByteTokenizer.checksum) or kept_tokenizer(run_dir, checksum) is not None:
+    if checksum in (None, UNKNOWN, ByteTokenizer.checksum) or _kept_in(run_dir, checksum) is not None:
         return
     tokenizer = tokenizer_of_data(config.data.model_dump(mode="json"), str(checksum))
     if tokenizer is not None and tokenizer.size <= most_bytes:
@@ -109,10 +109,14 @@ def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
 def kept_tokenizer(path: Path, checksum: str | None) -> Tokenizer | None:
     """The copy with this checksum in a run folder, given that folder or a checkpoint in it; or None."""
     # A tag lies in RUN/checkpoints: the run's folder is the second above it.
-    for folder in (path, *path.absolute().parents[:2]):
-        try:
-            if (folder / FOLDER).is_dir() and (tokenizer := load_tokenizer(folder / FOLDER)).checksum == checksum:
-                return tokenizer
-        except (UserError, OSError):  # the recorded path is asked next
-            continue
+    copies = (_kept_in(folder, checksum) for folder in (path, *path.absolute().parents[:2]))
+    return next((copy for copy in copies if copy is not None), None)
+
+
+def _kept_in(run_dir: Path, checksum: str | None) -> Tokenizer | None:
+    try:
+        if (run_dir / FOLDER).is_dir() and (tokenizer := load_tokenizer(run_dir / FOLDER)).checksum == checksum:
+            return tokenizer
+    except (UserError, OSError):  # the recorded path is asked next
+        pass
     return None
