@@ -224,6 +224,31 @@ def test_what_was_interrupted_leaves_nothing(stop, run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
+def test_force_replaces_a_link_and_not_what_it_leads_to(run, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "mine").symlink_to("theirs")
+    assert convert(run[1], tmp_path / "mine", "--to", "portable", "--force") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "theirs"]
+    assert not (tmp_path / "mine").is_symlink() and not list((tmp_path / "theirs").iterdir())
+
+
+def test_what_is_replaced_comes_back_where_the_new_folder_cannot_take_its_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(CheckpointError, match="nothing was left behind"), new_folder(tmp_path / "mine", True) as folder:
+        folder.rmdir()  # so that it cannot be renamed
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"] and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_what_is_replaced_and_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or os.rmdir(path / "no"))
+    wanted = r"mine is written, but \S+\.old, which it replaces, cannot be removed"
+    with pytest.raises(CheckpointError, match=wanted), new_folder(tmp_path / "mine", True):
+        pass
+    assert (tmp_path / "mine").is_dir()
+
+
 @pytest.mark.parametrize(
     "options, part",
     [

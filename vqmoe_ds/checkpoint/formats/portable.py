@@ -13,6 +13,7 @@ manifest.json                         size and SHA-256 of all of them, written l
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,27 +139,41 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name at the end, and vanishes if there is none.
 
     Raises:
-        CheckpointError: ``target`` exists and ``force`` is not set; or the disk is full.
+        CheckpointError: ``target`` exists and ``force`` is not set; the disk is full; or what it replaces stays.
     """
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise CheckpointError(f"{target} exists; choose another folder, or give --force to replace it")
     # Beside the target, as a rename does not cross file systems.
     temporary = target.with_name(f".{target.name}.{own_mark()}.tmp")
+    old: Path | None = None
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if target.exists():
+        if force and os.path.lexists(target):
             old = target.with_name(f".{target.name}.{own_mark()}.old")
             # A folder cannot be renamed onto one with files in it; the old one goes when the new one is in its place.
             target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            try:
+                temporary.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
         else:
             temporary.rename(target)
     except OSError as error:
-        raise CheckpointError(f"{target} could not be written ({error.strerror}); nothing was left behind") from None
+        raise CheckpointError(
+            f"{target} could not be written ({error.strerror or error}); nothing was left behind"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if old is not None:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} is written, but {old}, which it replaces, cannot be removed ({error.strerror or error}); "
+            "remove it"
+        ) from None
 
 
 def _entry(reader: CheckpointReader, name: str, kind: str, key: str) -> Entry:
