@@ -254,12 +254,25 @@ def test_what_is_replaced_and_cannot_be_removed_is_named(tmp_path, monkeypatch):
     [
         (["--ep", "3", "--world", "3"], "--ep 3 does not divide the 4 experts"),
         (["--ep", "2", "--world", "3"], "--ep 2 does not divide --world 3"),
+        (["--world", "-1", "--ep", "1"], "--world -1 is no number of ranks; give 1 or more"),
+        (["--ep", "0"], "--ep 0 is no number of ranks; give 1 or more"),
+        (["--to", "megatron", "--ep", "0"], "--ep 0 does not divide the 4 experts"),
     ],
 )
-def test_sizes_that_divide_nothing_are_refused(options, part, run, tmp_path, capsys):
+def test_sizes_that_cannot_be_are_refused(options, part, run, tmp_path, capsys):
     assert convert(run[1], tmp_path / "x", "--to", "deepspeed", *options) == 2
     assert part in sentence(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_precision_that_is_not_written_is_asked_for(portable, tmp_path, capsys):
+    copy = Path(shutil.copytree(portable, tmp_path / "p"))
+    state = json.loads((copy / "state.json").read_text())
+    (copy / "state.json").write_text(json.dumps({**state, "layout": {**state["layout"], "precision": "fp16"}}))
+    write_manifest(copy, {key: value for key, value in read_manifest(copy).items() if key != "files"})
+    assert convert(copy, tmp_path / "x", "--to", "deepspeed") == 2
+    assert "fp16 cannot be written (its loss scale is not moved); give --precision bf16 or fp32" in sentence(capsys)
+    assert convert(copy, tmp_path / "x", "--to", "deepspeed", "--precision", "fp32") == 0
 
 
 def test_a_damaged_source_writes_nothing(run, tmp_path, capsys):

@@ -145,13 +145,8 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
     from vqmoe_ds.checkpoint.io.store import tag_name
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    old = reader.layout
-    layout = TagLayout(
-        options.zero if options.zero is not None else old.get("zero_stage", 2),
-        options.ep or old.get("ep_size", 1),
-        options.world or old.get("world_size", 1),
-        options.precision or old.get("precision", "fp32"),
-    )
+    sizes = {"zero_stage": options.zero, "ep_size": options.ep, "world_size": options.world}
+    layout = TagLayout.chosen(reader.layout, **sizes, precision=options.precision)
     check_layout(reader, layout)
     check_complete(reader)
     with new_folder(dst, options.force) as folder, _bar(bytes_told(reader, layout), dst) as tell:
@@ -182,7 +177,8 @@ def _to_megatron(reader: CheckpointReader, dst: Path, options: argparse.Namespac
     from vqmoe_ds.checkpoint.formats.megatron.writer import MegatronOptions, export_megatron
 
     check_complete(reader)
-    wanted = MegatronOptions(options.tp, options.ep or 1, options.experts, options.dtype, options.force)
+    ep = 1 if options.ep is None else options.ep
+    wanted = MegatronOptions(options.tp, ep, options.experts, options.dtype, options.force)
     return [f"{dst}: Megatron checkpoint of step {reader.step}", *export_megatron(reader, dst, wanted)]
 
 

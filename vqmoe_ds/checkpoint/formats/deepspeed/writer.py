@@ -30,13 +30,13 @@ LARGEST_SUB_GROUP = 1_000_000_000
 
 
 def check_layout(reader: CheckpointReader, layout: TagLayout) -> None:
-    """Raises: CheckpointError: sizes that divide nothing, or frozen weights."""
+    """Raises: CheckpointError: ``TagLayout.check``, experts that the ranks cannot share, or frozen weights."""
     if reader.frozen:
         raise CheckpointError(
             f"{reader.path} is of a fine-tuning that froze {len(reader.frozen)} parameters, which tags written "
             "without an engine cannot hold; it resumes on any layout as it is, or take --to portable"
         )
-    layout.check_ranks()
+    layout.check()
     experts = reader.config["moe"]["num_experts"]
     if any(".experts." in name for name in reader.names()) and experts % layout.ep_size:
         raise CheckpointError(f"--ep {layout.ep_size} does not divide the {experts} experts of {reader.path}")

@@ -41,13 +41,27 @@ class TagLayout:
     world_size: int
     precision: str = "fp32"
 
+    @classmethod
+    def chosen(cls, saved: dict[str, Any], **chosen: Any) -> TagLayout:
+        """A layout of the fields that are not None, and else of those of a ``CheckpointReader.layout``."""
+        known: dict[str, Any] = {"zero_stage": 2, "ep_size": 1, "world_size": 1, "precision": "fp32"}
+        values = known | saved | {name: value for name, value in chosen.items() if value is not None}
+        return cls(**{name: values[name] for name in known})
+
     def __str__(self) -> str:
         return f"ZeRO-{self.zero_stage}, EP {self.ep_size}, {self.world_size} ranks, {self.precision}"
 
-    def check_ranks(self) -> None:
-        """Raises: CheckpointError: the expert-parallel size does not divide the world size."""
+    def check(self) -> None:
+        """Raises: CheckpointError: sizes that cannot be or do not divide, or a precision that is not written."""
+        for option, size in (("--ep", self.ep_size), ("--world", self.world_size)):
+            if size < 1:
+                raise CheckpointError(f"{option} {size} is no number of ranks; give 1 or more")
         if self.world_size % self.ep_size:
             raise CheckpointError(f"--ep {self.ep_size} does not divide --world {self.world_size}")
+        if self.precision not in DTYPES:
+            raise CheckpointError(
+                f"{self.precision} cannot be written (its loss scale is not moved); give --precision bf16 or fp32"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return {

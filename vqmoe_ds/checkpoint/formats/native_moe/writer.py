@@ -14,15 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.deepspeed.zero import (
-    DTYPES,
-    Group,
-    Member,
-    TagLayout,
-    ZeroWriter,
-    cut_experts,
-    whole,
-)
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import Group, Member, TagLayout, ZeroWriter, cut_experts, whole
 from vqmoe_ds.checkpoint.formats.native_moe.files import MODEL
 from vqmoe_ds.checkpoint.formats.native_moe.names import expand, expert_name, numbered
 from vqmoe_ds.checkpoint.formats.portable import Tell
@@ -49,18 +41,13 @@ def native_layout(
             f"{reader.path} is not of a model with deepspeed.moe.layer.MoE layers, so --to native cannot write it; "
             "use --to deepspeed"
         )
-    old, native = reader.layout, reader.config["native"]
-    stage = old.get("zero_stage", 2) if zero_stage is None else zero_stage
-    layout = TagLayout(
-        stage, ep_size or old.get("ep_size", 1), world_size or old.get("world_size", 1), precision or old["precision"]
+    native = reader.config["native"]
+    layout = TagLayout.chosen(
+        reader.layout, zero_stage=zero_stage, ep_size=ep_size, world_size=world_size, precision=precision
     )
     if layout.zero_stage > 2:
         raise CheckpointError("DeepSpeed has no ZeRO stage 3 for native MoE layers; give --zero 0, 1 or 2")
-    if layout.precision not in DTYPES:
-        raise CheckpointError(
-            f"{layout.precision} cannot be written (its loss scale is not moved); give --precision bf16 or fp32"
-        )
-    layout.check_ranks()
+    layout.check()
     for prefix, count in native["experts"].items():
         if count % layout.ep_size:
             raise CheckpointError(
