@@ -328,7 +328,10 @@ def test_inspection(layout, saved, tmp_path):
     assert found["layers"] == plain["layers"] and found["parameters"] == plain["parameters"]
 
 
-def test_inspection_cannot_verify(saved, capsys):
+def test_what_has_no_checksums_cannot_be_verified(saved, tmp_path, capsys):
+    command = [str(saved[0] / str(Native(2, 2, 2))), str(tmp_path / "x"), "--to", "portable", "--verify"]
+    assert main(build_parser("").parse_args(command)) == 2
+    assert "has no checksums, being a native checkpoint; leave out --verify" in capsys.readouterr().err
     assert inspect_main(inspect_parser("").parse_args([str(saved[0] / str(Native(2, 2, 2))), "--verify"])) == 2
     assert "has no checksums, being a native checkpoint" in capsys.readouterr().err
     assert inspect_main(inspect_parser("").parse_args([str(saved[0] / str(Native(2, 2, 2)))])) == 0

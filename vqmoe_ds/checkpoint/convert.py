@@ -72,8 +72,7 @@ def convert(options: argparse.Namespace) -> list[str]:
         CheckpointError: SRC is damaged or of another kind, DST exists, options contradict each other, the disk is full.
             Nothing is left at DST then.
     """
-    from vqmoe_ds.checkpoint.io.store import MANIFEST, verify
-    from vqmoe_ds.checkpoint.open import open_checkpoint
+    from vqmoe_ds.checkpoint.open import open_checkpoint, verify_opened
     from vqmoe_ds.checkpoint.reader import require_language_model, require_text
     from vqmoe_ds.checkpoint.views.adapters import merged
 
@@ -87,8 +86,8 @@ def convert(options: argparse.Namespace) -> list[str]:
     # Also with --force, which would delete the source after it was read.
     if dst.resolve() == reader.path.resolve() or dst.resolve() in reader.path.resolve().parents:
         raise CheckpointError(f"{dst} holds the checkpoint that is to be converted; choose another folder")
-    if options.verify and (reader.path / MANIFEST).exists():
-        verify(reader.path)
+    if options.verify:
+        verify_opened(reader)
     writers: dict[str, Callable[[CheckpointReader, Path, argparse.Namespace], list[str]]] = {
         "portable": _to_portable,
         "discrete-only": _to_discrete_only,

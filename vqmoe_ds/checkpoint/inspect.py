@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from vqmoe_ds.config.routers import add_plugin_option
-from vqmoe_ds.runtime.errors import CheckpointError, reports_errors
+from vqmoe_ds.runtime.errors import reports_errors
 from vqmoe_ds.runtime.files import list_tree
 
 
@@ -56,14 +56,9 @@ def inspect(path: str, other: str | None = None, verify: bool = False) -> dict[s
 
 def _facts(reader: Any, verify: bool) -> dict[str, Any]:
     from vqmoe_ds.checkpoint.figures import health
-    from vqmoe_ds.checkpoint.io.store import MANIFEST
-    from vqmoe_ds.checkpoint.io.store import verify as verify_files
+    from vqmoe_ds.checkpoint.open import verify_opened
 
-    checked = "not compared (--verify)"
-    if verify and not (reader.path / MANIFEST).exists():
-        raise CheckpointError(f"{reader.path} has no checksums, being a {reader.kind} checkpoint; leave out --verify")
-    if verify:
-        checked = f"{len(verify_files(reader.path)['files'])} files match their checksums"
+    checked = f"{verify_opened(reader)} files match their checksums" if verify else "not compared (--verify)"
     files = [os.path.getsize(reader.path / name) for name in list_tree(reader.path, hidden=True)[0]]
     return {
         **{"path": str(reader.path), "kind": reader.kind, "step": reader.step, "layout": reader.layout},

@@ -13,7 +13,7 @@ import vqmoe_ds.checkpoint.formats.megatron.reader
 import vqmoe_ds.checkpoint.formats.native_moe.reader
 import vqmoe_ds.checkpoint.formats.portable  # noqa: F401 (each registers its format)
 from vqmoe_ds.checkpoint.io.shards import check_inside
-from vqmoe_ds.checkpoint.io.store import MANIFEST, best_of, find_newest, read_manifest, tags, why_not_whole
+from vqmoe_ds.checkpoint.io.store import MANIFEST, best_of, find_newest, read_manifest, tags, verify, why_not_whole
 from vqmoe_ds.checkpoint.reader import FORMATS, CheckpointReader, Format, check_described, sound
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import why_missing
@@ -43,6 +43,17 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         # CheckpointReader does not guard these: damage that they meet has to show in here.
         _ = reader.samples, reader.has_optimizer, reader.optimizer_step()
     return reader
+
+
+def verify_opened(reader: CheckpointReader) -> int:
+    """Compare every file of an opened checkpoint with its checksum; returns how many there are.
+
+    Raises:
+        CheckpointError: one differs, or a checkpoint of this kind has no checksums.
+    """
+    if not (reader.path / MANIFEST).exists():
+        raise CheckpointError(f"{reader.path} has no checksums, being a {reader.kind} checkpoint; leave out --verify")
+    return len(verify(reader.path)["files"])
 
 
 def _open(path: Path) -> CheckpointReader:
