@@ -224,6 +224,15 @@ def test_what_was_interrupted_leaves_nothing(stop, run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
+@pytest.mark.parametrize("target", ["portable", "deepspeed"])
+def test_what_a_manifest_vouches_for_is_flushed_to_disk(target, run, tmp_path, monkeypatch):
+    flushed, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.add(os.fstat(number).st_ino) or fsync(number))
+    assert convert(run[1], tmp_path / "x", "--to", target) == 0
+    files = [path for path in (tmp_path / "x").rglob("*") if path.is_file()]
+    assert files and not [path.name for path in files if path.stat().st_ino not in flushed]
+
+
 def test_force_replaces_a_link_and_not_what_it_leads_to(run, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "mine").symlink_to("theirs")

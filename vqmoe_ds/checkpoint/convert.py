@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.runtime.errors import CheckpointError, reports_errors
-from vqmoe_ds.runtime.files import why_missing
+from vqmoe_ds.runtime.files import why_missing, write_atomically
 
 if TYPE_CHECKING:
     from vqmoe_ds.checkpoint.reader import CheckpointReader
@@ -153,7 +153,7 @@ def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespa
         tag.mkdir()
         write_tag(reader, tag, layout, tell)
         # load_checkpoint without a tag reads it.
-        (folder / "latest").write_text(tag.name, encoding="utf-8")
+        write_atomically(folder / "latest", tag.name)
     return [f"{dst / tag_name(reader.step)}: DeepSpeed checkpoint for {layout}"]
 
 

@@ -30,7 +30,7 @@ from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_sh
 from vqmoe_ds.checkpoint.io.store import write_manifest
 from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader, Piece, register_format
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import own_mark, sha256_of, write_json
+from vqmoe_ds.runtime.files import own_mark, sha256_of, write_atomically, write_json
 
 # A folder with this file is portable; TagReader's recognition asks for its absence.
 STATE = "state.json"
@@ -107,7 +107,7 @@ def write_portable(
     write_json(folder / STATE, state, indent=2)
     # For --config of a run that goes on from here, whose data, run folder and fine-tuning are its own.
     kept = {name: value for name, value in reader.config.items() if name not in ("data", "run", "finetune")}
-    (folder / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    write_atomically(folder / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
     seal(folder, reader, files)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,8 @@ class Skeleton:
                 for written in _pour(stream, _at(skeleton, place), begin, values):
                     if tell is not None:
                         tell(written)
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _at(tree: Any, place: tuple[Any, ...]) -> Stored:

@@ -36,7 +36,7 @@ from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.checkpoint.whereabouts import without_paths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import write_json
+from vqmoe_ds.runtime.files import write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
             for ep in range(options.ep):
                 writer.file(tp, ep).write(iteration, bar.update, inert)
         writer.write_extra(iteration)
-        (folder / LATEST).write_text(str(reader.step), encoding="utf-8")
+        write_atomically(folder / LATEST, str(reader.step))
     return _remarks(writer.config)
 
 

@@ -22,6 +22,7 @@ from vqmoe_ds.checkpoint.io.skeleton import Skeleton
 from vqmoe_ds.checkpoint.io.store import tag_name
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.files import write_atomically
 
 
 def native_layout(
@@ -70,7 +71,7 @@ def write_native(reader: CheckpointReader, folder: Path, layout: TagLayout, tell
     tag = folder / tag_name(reader.step)
     for file in _NativeWriter(reader, layout).files():
         file.write(tag, tell, lambda module, name: False)
-    (folder / "latest").write_text(tag.name, encoding="utf-8")
+    write_atomically(folder / "latest", tag.name)
 
 
 class _NativeWriter(ZeroWriter):
