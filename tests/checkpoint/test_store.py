@@ -239,6 +239,19 @@ def test_a_folder_of_damaged_tags_is_refused_in_one_sentence(tmp_path):
     assert choose(tmp_path / "other", "auto", 0) == (None, []), "a new run's"
 
 
+def test_a_run_does_not_go_on_from_an_older_checkpoint_beside_newer_ones(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    older, newer = make(folder, 10), make(folder, 20)
+    (make(folder, 30) / "a.pt").write_text("WEIGHTS")
+    for resume in (older, make(tmp_path / "other", 10)):
+        with pytest.raises(CheckpointError, match=f"of step 10, and .* up to {newer}, .*--resume auto, or .*--run_dir"):
+            choose(folder, str(resume), 0)
+    assert choose(tmp_path / "elsewhere", str(older), 0) == (older, [])
+    for resume in ("auto", str(newer), str(tmp_path / "run")):
+        assert choose(folder, resume, 0)[0] == newer
+    assert len(list(folder.iterdir())) == 3
+
+
 def test_a_folder_of_a_thousand_damaged_tags_is_still_one_short_sentence(tmp_path):
     for step in range(1000):
         (tmp_path / tag_name(step)).mkdir()
