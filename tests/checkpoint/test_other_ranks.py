@@ -15,6 +15,7 @@ import torch
 
 from tests.distributed import RankFailure, run_ranks
 from tests.prepared import write_sequences
+from vqmoe_ds.checkpoint.io.store import read_manifest, write_manifest
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.batches import Batch
@@ -238,3 +239,11 @@ def test_what_cannot_be_resumed_is_refused_by_name(folder):
             check_fits(_config(folder, 0, world, 2, 0, **more), tag)
     for world, stage in ((1, 0), (4, 3)):
         check_fits(_config(folder, 0, world, 2, stage, **same), tag)
+    config, fp16 = (_config(folder, 0, 2, 2, 0, precision=precision, **same) for precision in ("fp32", "fp16"))
+    for number, layout in enumerate(({}, fp16.layout())):  # as of a Hugging Face folder, and of a run in fp16
+        portable = folder / f"portable-{number}"
+        portable.mkdir()
+        write_manifest(portable, {"step": 0, "layout": layout, "config": read_manifest(tag)["config"]}, {})
+        check_fits(config, portable)
+        with pytest.raises(CheckpointError, match="written by a tool, not by a run, and fp16 resumes from checkpoints"):
+            check_fits(fp16, portable)

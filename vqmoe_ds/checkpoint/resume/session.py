@@ -212,7 +212,7 @@ def consumed_samples(tag: Path) -> int:
 
 def check_fits(config: EngineConfig, tag: Path) -> None:
     """Refuse, by name, a tag of another tokenizer or architecture, or of images, and where only the same layout can go
-    on one of another.
+    on one of another, or one that no run wrote.
 
     Raises:
         CheckpointError: naming the first difference.
@@ -222,7 +222,15 @@ def check_fits(config: EngineConfig, tag: Path) -> None:
     check_tokenizer(config.run, manifest["config"], tag)
     check_structure(config.run, manifest["config"], tag)
     kind = _takes_one_layout(config)
-    for name, value in config.layout().items() if kind is not None else ():
+    if kind is None:
+        return
+    # Every checkpoint of a run has an owner.
+    if "owner" not in manifest:
+        raise CheckpointError(
+            f"{tag} was written by a tool, not by a run, and {kind} resumes from checkpoints of runs alone; give "
+            "--resume a folder global_step… of a run, or train with AdamW in fp32 or bf16"
+        )
+    for name, value in config.layout().items():
         if manifest["layout"][name] != value:
             raise CheckpointError(
                 f"{tag} was written with {name}={manifest['layout'][name]}, this run has {name}={value}; {kind} "
