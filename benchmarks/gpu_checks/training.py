@@ -88,7 +88,9 @@ def state(loop: Trainer) -> dict[str, Tensor]:
 
 
 def save(loop: Trainer, folder: Path) -> Path:
-    return checkpoints.save(loop.session, folder, loop.step, 0, loop.samples)
+    sealing = checkpoints.begin_save(loop.session, folder, loop.step, 0, loop.samples)
+    sealing.finish()
+    return sealing.tag
 
 
 def _text(bench: Bench) -> Path:

@@ -54,6 +54,15 @@ class Layout:
 ALL = [Layout(stage, ep, world) for stage in range(4) for world in (1, 2, 4) for ep in (1, 2, 4) if ep <= world]
 
 
+def save(session: Any, folder: Path, step: int, keep_last: int, samples: int | None = None) -> Path:
+    """``begin_save``, and wait until the checkpoint is sealed; returns its path."""
+    from vqmoe_ds.checkpoint.resume.session import begin_save
+
+    sealing = begin_save(session, folder, step, keep_last, samples)
+    sealing.finish()
+    return sealing.tag
+
+
 class Training:
     """A session and its loop; every global batch is the same on every layout."""
 
@@ -97,8 +106,6 @@ class Training:
         return float(total) / (rounds * self.layout.world)
 
     def save(self, folder: str | Path) -> Path:
-        from vqmoe_ds.checkpoint.resume.session import save
-
         return save(self.session, Path(folder), self.step, 1)
 
     def restore(self, path: str | Path) -> None:

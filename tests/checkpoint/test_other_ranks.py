@@ -93,7 +93,7 @@ def _uninterrupted(rank: int, world: int, folder: Path) -> tuple[list[float], di
 
 
 def _killed(rank: int, world: int, folder: Path) -> None:
-    from vqmoe_ds.checkpoint.resume.session import save
+    from tests.checkpoint.layouts import save
 
     trainer = _trainer(folder, rank, _config(folder, rank, world, 2, 0), "killed")
     _train_to(trainer, SAVED)
@@ -173,7 +173,8 @@ ALIKE = {"moe.balance_weight": 0.0, "codebook.dead_below": 0.0}
 
 
 def _other_micro_batches(rank: int, world: int, folder: Path) -> list[tuple[list[float], list[float]]]:
-    from vqmoe_ds.checkpoint.resume.session import load, save
+    from tests.checkpoint.layouts import save
+    from vqmoe_ds.checkpoint.resume.session import load
 
     answers = []
     for stage in range(4):
@@ -195,7 +196,8 @@ def test_micro_batch_and_accumulation_may_change_on_every_stage(folder):
 
 
 def _other_batch(rank: int, world: int, folder: Path) -> None:
-    from vqmoe_ds.checkpoint.resume.session import consumed_samples, load, save
+    from tests.checkpoint.layouts import save
+    from vqmoe_ds.checkpoint.resume.session import consumed_samples, load
 
     first = _trainer(folder, rank, _config(folder, rank, world, 2, 0), "batches")
     _train_to(first, 3)
@@ -217,7 +219,7 @@ def test_no_sample_is_lost_or_repeated_where_the_global_batch_changes(folder, un
 
 
 def _save_one(rank: int, world: int, folder: Path) -> None:
-    from vqmoe_ds.checkpoint.resume.session import save
+    from tests.checkpoint.layouts import save
 
     config = _config(folder, rank, world, 2, 0, **{"data.tokenizer_sha256": "abc" * 10})
     save(_trainer(folder, rank, config, "refused").session, folder / "plain", 0, keep_last=1)

@@ -67,7 +67,7 @@ def _attack(trainer: Any, tag: Path, folder: Path) -> list[str]:
 
 
 def _resume_and_attack(rank: int, world: int, folder: str, stage: int, precision: str) -> tuple[Any, ...]:
-    from vqmoe_ds.checkpoint.resume.session import save
+    from tests.checkpoint.layouts import save
 
     values: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     if precision == "fp16":

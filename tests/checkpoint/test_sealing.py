@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.layouts import Layout, Training
+from tests.checkpoint.layouts import Layout, Training, save
 from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.io.store import MANIFEST, find_newest, read_best, verify, write_best
 from vqmoe_ds.checkpoint.resume import sealing
-from vqmoe_ds.checkpoint.resume.session import begin_save, choose, save
+from vqmoe_ds.checkpoint.resume.session import begin_save, choose
 from vqmoe_ds.runtime.errors import TrainingHalted
 
 

@@ -47,7 +47,8 @@ def _session(rank: int, world: int, folder: str, variant: dict[str, Any], ep_siz
 
 
 def _resume(rank: int, world: int, folder: str) -> list[dict[str, Any]]:
-    from vqmoe_ds.checkpoint.resume.session import choose, load, save
+    from tests.checkpoint.layouts import save
+    from vqmoe_ds.checkpoint.resume.session import choose, load
 
     reports = []
     for number, variant in enumerate(VARIANTS):

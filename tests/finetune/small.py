@@ -73,7 +73,7 @@ class Finetuning:
         return [result.loss for result in results]
 
     def save(self, folder: Path) -> CheckpointReader:
-        from vqmoe_ds.checkpoint.resume.session import save
+        from tests.checkpoint.layouts import save
 
         return open_checkpoint(save(self.session, folder, self.trainer.step, 0, self.trainer.samples))
 

@@ -62,7 +62,7 @@ class Training:
         return score.loss, score.predictions_T.tolist()
 
     def save(self, folder: Path) -> Path:
-        from vqmoe_ds.checkpoint.resume.session import save
+        from tests.checkpoint.layouts import save
 
         return save(self.session, folder, self.trainer.step, 0, self.trainer.samples)
 

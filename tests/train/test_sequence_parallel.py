@@ -266,7 +266,8 @@ def test_every_registered_router_is_tried_or_refused() -> None:
 
 def _resume(rank: int, world: int, folder: Path, moves: list[tuple[Layout, Layout]], steps: int) -> list[list[float]]:
     """Losses of a run of whole sequences that nothing stopped, and of runs that were stopped and went on elsewhere."""
-    from vqmoe_ds.checkpoint.resume.session import check_fits, choose, consumed_samples, load, save
+    from tests.checkpoint.layouts import save
+    from vqmoe_ds.checkpoint.resume.session import check_fits, choose, consumed_samples, load
 
     config, found = _config("context, top-1"), []
     trainer = _trainer(folder, rank, config, REFERENCE)

@@ -49,15 +49,6 @@ STRUCTURE = {
 """Fields that decide whether a checkpoint fits a model (None: the whole section); routers add theirs."""
 
 
-def save(
-    session: Session, folder: Path, step: int, keep_last: int, samples: int | None = None, keep_every: int = 0
-) -> Path:
-    """``begin_save``, and wait until the checkpoint is sealed; returns its path."""
-    sealing = begin_save(session, folder, step, keep_last, samples, keep_every)
-    sealing.finish()
-    return sealing.tag
-
-
 def begin_save(
     session: Session,
     folder: Path,
