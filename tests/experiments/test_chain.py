@@ -17,7 +17,7 @@ from tests import warm
 from tests.experiments.test_grid import GRID
 from tests.launchers.test_pretrain import _wait_for
 from vqmoe_ds.experiments.compare import build_parser, main
-from vqmoe_ds.experiments.runs import Runner
+from vqmoe_ds.experiments.runs import Runner, _empty
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -97,3 +97,12 @@ def test_a_run_that_fails_is_told_by_its_last_words_and_the_others_go_on(command
     assert result.stderr.count("failed: ") == 2
     assert "words | top-2 | seed 1: exit code 3, error: no such luck (" in result.stderr
     assert "no run is finished; there is nothing to report" in result.stdout
+
+
+def test_a_run_folder_is_emptied_of_links_and_not_of_what_they_lead_to(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "weights").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    _empty(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir()) and (tmp_path / "scratch" / "weights").exists()

@@ -371,4 +371,4 @@ def _empty(folder: Path) -> None:
         # Made anew it would be another file, which a second tool could lock beside this one.
         if path.name == ".lock":
             continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
