@@ -20,7 +20,7 @@ from vqmoe_ds.checkpoint.io.store import (
     write_best,
     write_manifest,
 )
-from vqmoe_ds.checkpoint.resume.session import check_fits, choose, consumed_samples
+from vqmoe_ds.checkpoint.resume.session import begun_from, check_fits, choose, consumed_samples
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.runtime.errors import CheckpointError
@@ -250,6 +250,16 @@ def test_a_run_does_not_go_on_from_an_older_checkpoint_beside_newer_ones(tmp_pat
     for resume in ("auto", str(newer), str(tmp_path / "run")):
         assert choose(folder, resume, 0)[0] == newer
     assert len(list(folder.iterdir())) == 3
+
+
+def test_a_command_that_named_a_checkpoint_goes_on_with_the_run_that_it_began(tmp_path):
+    folder, start = tmp_path / "run" / "checkpoints", make(tmp_path / "other", 10)
+    assert choose(folder, str(start), 0) == (start, [])
+    own = make(folder, 20, state={**STATE, "begun_from": begun_from(str(start), start)})
+    assert choose(folder, str(start), 0) == (own, [])
+    assert begun_from("auto", own) == begun_from(str(start), own) == str(start) and begun_from("auto", start) is None
+    with pytest.raises(CheckpointError, match="--resume auto"):
+        choose(folder, str(make(tmp_path / "another", 10)), 0)
 
 
 def test_a_folder_of_a_thousand_damaged_tags_is_still_one_short_sentence(tmp_path):

@@ -98,8 +98,13 @@ def test_documents_kept_apart_are_trained_on_resumed_and_scored(arguments, finis
     validated = json.loads((run_dir / "summary.json").read_text())["validation_loss"]
     assert validated != json.loads((finished[0] / "summary.json").read_text())["validation_loss"]
     other, tag = folder / "apart again", run_dir / "checkpoints/global_step0000004"
-    result = run([*arguments, *apart, "--run_dir", str(other), "--resume", str(tag)])
-    assert result.returncode == 0 and "resumed from" in result.stdout, result.stderr
+    command = [*arguments, *apart, "--run_dir", str(other), "--resume", str(tag)]
+    result = run(command)
+    assert result.returncode == 0 and f"resumed from {tag}" in result.stdout, result.stderr
+    # As if it had been killed after step 8, and the same command given again
+    shutil.rmtree(other / "checkpoints/global_step0000012")
+    result = run(command)
+    assert f"resumed from {other}/checkpoints/global_step0000008" in result.stdout, result.stderr
     assert losses(other) == {step: loss for step, loss in expected.items() if step > 4}
     assert json.loads((other / "summary.json").read_text())["validation_loss"] == validated
 

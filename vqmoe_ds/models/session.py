@@ -30,6 +30,8 @@ class Session:
 
     fingerprint: dict[str, str] = field(default_factory=dict)
     """Checksums of what the run reads (``data/fingerprint.py``), for its checkpoints."""
+    begun_from: str | None = None
+    """The checkpoint that ``--resume`` named when the run began, for its checkpoints."""
 
     @property
     def device(self) -> torch.device:

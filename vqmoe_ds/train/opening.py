@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmoe_ds.checkpoint.io.store import read_manifest
-from vqmoe_ds.checkpoint.resume.session import check_data, check_fits, choose, consumed_samples, load
+from vqmoe_ds.checkpoint.resume.session import begun_from, check_data, check_fits, choose, consumed_samples, load
 from vqmoe_ds.checkpoint.whereabouts import keep_tokenizer
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.data.batches import Batches
@@ -139,7 +139,7 @@ def open_session(
     if compiling is not None:
         job.console.say(compiling)
     session = build_session(job.config, job.place, job.json_path)
-    session.fingerprint = fingerprint
+    session.fingerprint, session.begun_from = fingerprint, begun_from(job.resume, tag)
     if session.device.type == "cpu" and session.model.moe_layers():
         job.console.say(build.describe())
     opened = Opened(job, session, tag)

@@ -83,6 +83,8 @@ def begin_save(
     state = {"step": step, "samples": consumed, "layout": config.layout(), "config": run}
     if session.fingerprint:
         state["data"] = session.fingerprint
+    if session.begun_from is not None:
+        state["begun_from"] = session.begun_from
     frozen = [name for name, param in session.model.named_parameters() if not param.requires_grad]
     if frozen:
         state["frozen"] = frozen
@@ -127,9 +129,25 @@ def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "auto":
         found = _newest_or_refuse(folder)
         return found.path, found.passed_over
+    own = find_newest(folder)
+    # The same command once more, as a requeued job gives it: the run has gone on since.
+    if own.path is not None and read_manifest(own.path).get("begun_from") == begun_from(resume, None):
+        return own.path, own.passed_over
     tag, passed_over = _named(resume)
     _check_nothing_newer(folder, tag)
     return tag, passed_over
+
+
+def begun_from(resume: str, tag: Path | None) -> str | None:
+    """The whole path of the checkpoint that a run began with; None: with none.
+
+    Args:
+        resume: as of ``choose``.
+        tag: what ``choose`` chose.
+    """
+    if resume not in ("auto", "never"):
+        return str(Path(resume).resolve())
+    return None if tag is None else read_manifest(tag).get("begun_from")
 
 
 def _named(resume: str) -> tuple[Path, list[str]]:
