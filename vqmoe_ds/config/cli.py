@@ -66,6 +66,7 @@ class TrainingParser(Parser):
         self._fields, self._words = fields, list[str]()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # --help is answered while arguments are parsed: format_help finds no namespace, only these words.
         self._words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
@@ -75,6 +76,7 @@ class TrainingParser(Parser):
         for action in self._actions:
             name = SHORT_NAMES.get(action.dest)
             if name is not None and action.help is not None and name in defaults:
+                # argparse formats help with %. What an earlier call appended is cut off: help may be asked for again.
                 told = f"{name}, default {defaults[name]}".replace("%", "%%")
                 action.help = f"{action.help.partition(' [')[0]} [{told}]"
         self.epilog = field_help(rows)
@@ -136,6 +138,7 @@ def common_parser(
     add("--profile", type=profiled_steps, metavar="STEPS", help=told)
     add("--print_config", action="store_true", help="show what would run, and stop")
     add("-h", "--help", action="help", help="show this, and stop")
+    # The deepspeed launcher adds it to the command line of every rank.
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -166,6 +169,7 @@ def overrides_from_args(args: argparse.Namespace) -> dict[str, Any]:
     overrides: dict[str, Any] = dict(parse_override(text) for text in args.set)
     for option, name in SHORT_NAMES.items():
         value = getattr(args, option)
+        # --data takes several words: a single one is text, as --set data.path gives it, else the two would contradict.
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if value is None:
@@ -181,6 +185,7 @@ def overrides_from_args(args: argparse.Namespace) -> dict[str, Any]:
 def _pretraining_fields(words: Sequence[str]) -> list[FieldRow]:
     """All fields but those of fine-tuning, with the values of the preset that is named."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # --help is answered whatever stands behind it, also a --preset without its name.
     parser.add_argument("--preset", nargs="?", default="tiny")
     preset = parser.parse_known_args(list(words))[0].preset
     config = load_config(preset if preset in preset_names() else "tiny").config

@@ -138,6 +138,8 @@ class EngineConfig:
 
     def ep_rank(self, rank: int) -> int:
         """A rank's place in its expert-parallel group (DeepSpeed's E+D or D+E order)."""
+        # By this number experts are dealt out. It must be that of deepspeed.utils.groups, and of ep_place, by which
+        # checkpoints are read (checkpoint/formats/deepspeed/reader.py).
         if self.deepspeed.get("use_data_before_expert_parallelism"):
             return rank // (self.world_size // self.ep_size)
         return rank % self.ep_size
@@ -203,9 +205,11 @@ def resolve(
     joiner = _Joiner(path, loaded)
     params = _join_optimizer(joiner, values)
     joiner.join(values, "gradient_clipping", "train.grad_clip")
+    # Before the batch sizes: ranks that share sequences read one micro-batch together.
     sp_size = _sequence_parallel_size(values, joiner, world_size)
     micro, accumulation = _batch_sizes(values, joiner, world_size // sp_size, path)
     run = joiner.config()
+    # The others' constructors refuse an argument that they do not have.
     if kind_of_optimizer(values) not in WITHOUT_BETAS:
         params["betas"] = [run.train.beta1, run.train.beta2]
     size = _expert_parallel_size(values, path, ep_size)
@@ -213,6 +217,7 @@ def resolve(
     values.update(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation)
     if "scheduler" in values:
         values["scheduler"].setdefault("params", {})  # DeepSpeed unpacks them
+    # DeepSpeed takes either name; whoever asks for the precision looks at one.
     if "bfloat16" in values:
         values["bf16"] = values.pop("bfloat16")
     for name, value in _leaves(values):
@@ -223,10 +228,12 @@ def resolve(
     if trouble := placement_trouble(run, size, bool(values.get("use_data_before_expert_parallelism"))):
         raise ConfigError(trouble)
     gpu = uses_gpu() if gpu is None else gpu  # asked last: it imports torch, and bad input has been answered
+    # Before use_bf16, which leaves a JSON alone that says something of precision.
     set_precision(values, run.train.precision, path)
     if gpu:
         use_bf16(values)
     check_optimizer_runs(values, gpu, path)  # which asks for the precision
+    # Before use_fused_adam, which fuses torch's Adam alone.
     use_torchs_adam(values)
     use_fused_adam(values)
     config = EngineConfig(values, run, size, world_size, micro, accumulation)
@@ -318,6 +325,7 @@ def _batch_sizes(values: dict[str, Any], joiner: _Joiner, readers: int, path: st
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     }
     total, micro, accumulation = known.values()
+    # The two fix the total: it replaces a preset's train.batch_size, and contradicts one that the user set.
     if total is None and micro is not None and accumulation is not None:
         values["train_batch_size"] = micro * accumulation * readers
     joiner.join(values, "train_batch_size", "train.batch_size")

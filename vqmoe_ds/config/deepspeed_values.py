@@ -19,6 +19,7 @@ class Kind:
 
 
 def _number(value: Any) -> bool:
+    # To Python a bool is an int.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -32,6 +33,7 @@ FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 TEXT = Kind("text", lambda v: isinstance(v, str))
 NUMBER = Kind('a number or "auto"', lambda v: v == "auto" or _number(v))
 STAGE = Kind("0, 1, 2 or 3", lambda v: _whole(v) and 0 <= v <= 3)
+# Sizes are often written 5e8, which JSON reads as a float; past 2^53 floats skip whole numbers.
 SIZE = Kind("a whole number of 0 to 2^53", lambda v: _number(v) and 0 <= v <= 2**53 and v == int(v))
 POSITIVE = Kind('a whole number of 1 to 2^30, or "auto"', lambda v: v == "auto" or (_whole(v) and 1 <= v <= 2**30))
 NOT_NEGATIVE = Kind('a number of 0 or more, or "auto"', lambda v: v == "auto" or (_number(v) and v >= 0))
@@ -218,6 +220,7 @@ def _check_optimizer(path: str, optimizer: dict[str, Any]) -> None:
         )
     known = PARAMS.get(name.lower(), ())
     if name.lower() in ADAMS:
+        # Must agree with use_torchs_adam (gpu.py), which chooses later.
         known = _TORCH_ADAM if params.get("torch_adam", not OWN_ADAM_ALONE & params.keys()) else _OWN_ADAM
     for key in params if known else ():
         if key not in known:

@@ -69,6 +69,7 @@ def deprecation(former: str) -> str:
 class Section(BaseModel):
     """Options with bounds; unknown names are refused, and nothing changes after it was checked."""
 
+    # Frozen, for configurations share sections: model_copy copies only the outermost level.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=LONGEST_PATH)
 
     section: ClassVar[str] = ""
@@ -88,12 +89,14 @@ class Section(BaseModel):
     @classmethod
     def _none_as_shown(cls, value: Any, info: ValidationInfo) -> Any:
         """``none``, as ``--help`` shows the value of a field that has none."""
+        # The list is what run.log_to makes of the word: before-validators of a subclass come before these.
         optional = type(None) in get_args(cls.model_fields[info.field_name or ""].annotation)
         return None if optional and value in ("none", ["none"]) else value
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1.
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
             raise PydanticCustomError("number", "Input should be a number")
         return value

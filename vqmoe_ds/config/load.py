@@ -84,6 +84,7 @@ def load_config(
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = _merge(values, nested, explicit)
+    # Files and --set have been checked; values of short names (--lr, --run_dir) come from argparse as they were given.
     check_plain(values, "configuration")
     try:
         return LoadedConfig(RunConfig.model_validate(values), frozenset(explicit), notes)

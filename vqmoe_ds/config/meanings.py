@@ -130,6 +130,7 @@ def elsewhere(name: str, before: str = "") -> str:
 def nearest_key(name: str, known: list[str]) -> str:
     """The end of an error sentence that names the nearest known key by its letters, or all."""
     name = name[:100]  # longer ones take time and are near nothing
+    # Reversed: of names with the same last part the first is kept.
     last = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
     close = difflib.get_close_matches(name, known, 1, 0.5)
     if not close:

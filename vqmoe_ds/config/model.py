@@ -154,6 +154,7 @@ class ModelConfig(Section):
             return values
         if size < 2 * patch:
             raise ValueError(f"model.patch_size={patch} leaves one patch of model.image_size={size}; lower it")
+        # A length that was given stays, for _check_patches to compare.
         return {"sequence_length": (size // patch) ** 2, **values}
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ DEEPEST = 20
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """How Python keeps bytes of a command line that are not in the locale's encoding (PEP 383)."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# libyaml's parser is many times faster, and PyYAML may have been built without it.
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INTEGER = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
@@ -41,6 +42,7 @@ class _Loader(_Base):
     """Mappings with distinct keys, sequences, text, numbers, true, false and null; nothing else."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # PyYAML takes the last of equal keys without a word.
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
             _refuse_twice(keys)
@@ -55,10 +57,12 @@ class _Dumper(yaml.SafeDumper):
 def _adapt() -> None:
     known = {"null", "bool", "str", "seq", "map"}
     tags = {f"tag:yaml.org,2002:{name}" for name in (*known, "merge")}
+    # New tables for the subclass: those of the base class serve every other user of PyYAML in this process.
     resolvers = _Base.yaml_implicit_resolvers
     _Loader.yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in pairs if tag in tags] for letter, pairs in resolvers.items()
     }
+    # The constructor under None is the one that refuses unknown tags.
     made = {tag: make for tag, make in _Base.yaml_constructors.items() if tag is None or tag in tags}
     _Loader.yaml_constructors = made
     for name, pattern, kind in (("int", _INTEGER, _whole), ("float", _FLOAT, float)):
@@ -109,6 +113,7 @@ def parse_yaml(text: str, name: str) -> Any:
     if _UNDECODED.search(text):  # which YAML's own reader cannot encode
         raise ConfigError(f"{name} holds text {_undecoded()}")
     try:
+        # Before loading, on single events: loaded values share what aliases name, and who walks them meets it again.
         _check_growth(yaml.parse(text, Loader=_Base))
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -62,6 +62,7 @@ def refusals(path: str) -> Iterator[None]:
 
 def _of_its_input(error: Exception) -> bool:
     """Whether it speaks of values that were given, not of a defect or of memory."""
+    # The innermost frame: every such error has frames of this package further out, which called DeepSpeed.
     place = traceback.extract_tb(error.__traceback__)[-1].filename
     if place.startswith(_OURS):
         return False

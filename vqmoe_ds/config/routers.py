@@ -195,6 +195,7 @@ def register_router(name: str) -> Callable[[Facts], Facts]:
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
             raise ValueError(f"router {shown(name)}: a name is lower-case letters, digits and _, as in my_router")
         known = _ROUTERS.get(name)
+        # By name: a plug-in that is run a second time defines its class anew, and that is no other router.
         if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
             raise ValueError(f"router {name!r} is {known.__module__}.{known.__qualname__} already; choose another name")
         kind.name = name
@@ -244,6 +245,7 @@ def load_plugin(path: str | Path) -> None:
         ConfigError: it cannot be read or run, or a name is taken.
     """
     routers()
+    # Absolute, for the processes that read PLUGINS may work in other folders.
     file = Path(path).absolute()
     _import_file(file)
     others = [known for known in os.environ.get(PLUGINS, "").split(os.pathsep) if known not in ("", str(file))]
@@ -287,6 +289,7 @@ def _guarded(what: str, work: Callable[[], Any], module: str | None = None) -> N
     try:
         work()
     except Exception as error:  # anybody's code
+        # Else _import_file would take what is left of it for loaded.
         sys.modules.pop(module or "", None)
         raise ConfigError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
 

@@ -69,6 +69,8 @@ class RunConfig(Section):
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+    # Behind moe: fields are validated in this order, and moe.router decides which options there are. The default is
+    # validated to become those of the router, too.
     router: RouterOptions = Field(default_factory=RouterOptions, validate_default=True)
     codebook: CodebookConfig = CodebookConfig()
     train: TrainConfig = TrainConfig()
@@ -76,12 +78,15 @@ class RunConfig(Section):
     run: OutputConfig = OutputConfig()
     finetune: FinetuneConfig = FinetuneConfig()
 
+    # Plain, for pydantic would hold the options against RouterOptions, which has no fields and refuses every name.
     @field_validator("router", mode="plain")
     @classmethod
     def _options_of_the_router(cls, given: Any, info: ValidationInfo) -> RouterOptions:
+        # None where moe itself is wrong: that is the error to report, not options that do not fit its default.
         moe = info.data.get("moe")
         return options_for((moe or MoEConfig()).router, given if moe is not None else {})
 
+    # pydantic writes the fields of the declared class, and RouterOptions has none.
     @field_serializer("router")
     def _all_options(self, options: RouterOptions, info: FieldSerializationInfo) -> dict[str, Any]:
         return options.model_dump(mode=info.mode)
