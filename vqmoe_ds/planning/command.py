@@ -79,6 +79,7 @@ def main(options: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
     if options.gpu != "cpu":
+        # At the widest spread of the experts: too many on a GPU there are too many at every other.
         check_widths(loaded.config, options.precision, max(options.ep_size, default=cluster.ranks))
     # DeepSpeed and the model only now: bad options have been answered.
     from vqmoe_ds.planning import report

@@ -89,6 +89,7 @@ def dry_run(config: EngineConfig, rank: int, per_node: int, json_path: str) -> R
     from vqmoe_ds.planning.parameters import count, meta_model
 
     with fake_ranks(rank, config.world_size):
+        # Within the group: DeepSpeed holds the batch sizes against the world size that it has, and 1 without one.
         check_by_deepspeed(config.deepspeed, json_path)
         model = meta_model(config.run, config.ep_size, config.ep_rank(rank), DeepSpeedMoELayer)
         share, sequence_group = sequence_share(config.run, rank), [rank]
@@ -144,9 +145,11 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
     build_no_shared_memory_op()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
+        # Discovery would start MPI (mpi4py) where no launcher has set variables.
         deepspeed.init_distributed("fake", auto_mpi_discovery=False, verbose=False, dist_init_required=False)
         yield
     finally:
+        # DeepSpeed keeps groups by name as long as the process lives: the next dry run would get those of this one.
         for made in (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict()):
             made.clear()
         for made in (groups._EXPERT_PARALLEL_GROUP_RANKS, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):

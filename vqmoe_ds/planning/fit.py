@@ -56,6 +56,7 @@ def advice(config: EngineConfig, rank: int, capacity: int) -> str:
 
 def _advice(parameters: Parameters, config: EngineConfig, rank: int, capacity: int) -> str:
     def fits(changed: EngineConfig) -> bool:
+        # Advice counts all parts, with room to spare; a refusal only what is certain. Between them a run may be tried.
         return memory.estimate(parameters, changed, rank).device <= USABLE * capacity
 
     kinds = (_smaller_micro_batches, _recomputing, _spread_experts, _higher_stages)

@@ -52,6 +52,7 @@ def expert_memory(run: RunConfig) -> int | None:
 def _in_file(run: RunConfig) -> int:
     """Bytes of experts in float32 that are not in memory."""
     memory = expert_memory(run)
+    # Three matrices of four bytes a value.
     experts = 12 * len(run.model.moe_blocks) * run.moe.num_experts * run.moe.expert_hidden * run.model.width
     return 0 if memory is None else max(0, experts - memory)
 

@@ -128,6 +128,7 @@ def engine_config(
 ) -> EngineConfig:
     """The result of ``resolve`` for a JSON like ``base`` with another stage, precision, offload and micro-batch."""
     zero = {**base.get("zero_optimization", {}), "stage": stage}
+    # A choice of the plan, as are stage and micro-batch, whatever base says.
     zero.pop("offload_optimizer", None)
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}

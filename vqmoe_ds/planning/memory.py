@@ -79,6 +79,7 @@ def optimizer_groups(parameters: Parameters, config: EngineConfig) -> list[Group
         members = [w for w in parameters.weights if w.group == name]
         is_expert = name == "experts"
         ranks = config.world_size // config.ep_size if is_expert else config.world_size
+        # DeepSpeed cuts groups of experts alone (split_params_into_different_moe_groups_for_optimizer).
         limit = LARGEST_GROUP if is_expert else math.inf
         current: list[Weight] = []
         values = 0
@@ -138,6 +139,7 @@ def states(parameters: Parameters, config: EngineConfig, rank: int) -> tuple[int
     groups, low = optimizer_groups(parameters, config), width_of(config)
     if config.zero_stage == 0:
         values = sum(sum(g.sizes) for g in groups)
+        # Adam's two moments, and in 16 bits the float32 weights.
         return low * values, low * values, (8 if low == 4 else 12) * values, 0
     if config.zero_stage == 3:
         return _states_of_zero3(groups, config)
@@ -155,6 +157,7 @@ def _states_of_zero3(groups: list[Group], config: EngineConfig) -> tuple[int, in
     low = width_of(config)
     zero = config.deepspeed.get("zero_optimization", {})
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
+    # ZeRO-3 cuts every parameter by itself, ZeRO-1 and 2 whole groups.
     parts = sum(-(-size // g.ranks) for g in groups for size in g.sizes)
     # What is small stays whole beside its part; a part that is the whole is not copied.
     kept = sum(size for g in groups for size in g.sizes if size <= threshold and g.ranks > 1)
@@ -180,7 +183,9 @@ def _buckets(parameters: Parameters, config: EngineConfig, gradients: int, freed
     if config.world_size == 1 and config.zero_stage == 0:
         return 0
     if config.zero_stage == 0:  # one flat copy; in low precision also float32 gradients for the step
+        # 500,000,000 values are the bucket of DeepSpeed's buffered_allreduce_fallback.
         return max(0, min(values, 500_000_000) * low + (4 * values if low == 2 else 0) - freed)
+    # DeepSpeed's defaults. With overlap_comm one bucket is filled while the other is reduced.
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     if config.zero_stage == 1:
         summed = low * (values if config.accumulation_steps > 1 else 0)

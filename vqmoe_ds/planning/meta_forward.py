@@ -108,6 +108,7 @@ def run(model: MoETransformer, weights: dict[str, Tensor], batch: int, imbalance
     layers = model.moe_layers()
     plans = functools.partial(even_plans, imbalance, layers[0].num_local_experts if layers else 0)
     stand_ins: dict[str, Any] = {
+        # In both places: moe/layer.py has imported it by name.
         "vqmoe_ds.moe.dispatch.plans_of": plans,
         "vqmoe_ds.moe.layer.plans_of": plans,
         "vqmoe_ds.moe.mirror.HostMirror.read": lambda mirror, tensor: 0,  # counters of routers, as at the first step
@@ -141,6 +142,7 @@ def kept_for_backward(model: MoETransformer, dtype: torch.dtype, imbalance: floa
     with _sections(model) as section:
 
         def pack(tensor: Tensor) -> Tensor:
+            # Views share a storage, which counts once. On the meta device addresses are 0: the object tells them apart.
             key = tensor.untyped_storage()._cdata
             if key not in seen:
                 kept[section[0]] += tensor.untyped_storage().nbytes()

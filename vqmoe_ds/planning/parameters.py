@@ -96,6 +96,7 @@ def least_bytes(run: RunConfig, ep_size: int = 1) -> int:
     more = few + period
     if run.model.layers <= more:
         return _bytes(run, ep_size)
+    # The shallow models may lack that block, and no size depends on which one it is.
     book = run.codebook.model_copy(update={"source_block": 0})
     shallow = [
         run.model_copy(update={"model": run.model.model_copy(update={"layers": layers}), "codebook": book})

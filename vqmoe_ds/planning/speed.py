@@ -138,6 +138,7 @@ def _compute(parameters: Parameters, config: EngineConfig, cluster: Cluster, imb
     peak = (processor.tflops if width_of(config) == 2 else processor.fp32_tflops) * 1e12
     tokens = config.tokens * config.accumulation_steps
     experts = sum(w.numel() for w in parameters.weights if w.is_expert)
+    # Values of experts that a token uses: of everything else it uses all that is stored.
     used = parameters.active - (parameters.stored - experts)
     expert_flops = 2 * used * tokens
     dense_flops = parameters.forward_flops_per_token * tokens - expert_flops

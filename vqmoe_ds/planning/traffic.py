@@ -73,6 +73,7 @@ def _expert_rows(config: EngineConfig) -> list[Transfer]:
     run, rounds, layers = config.run, config.accumulation_steps, moe_layers(config.run)
     found, travelling = list[Transfer](), run.rows_per_token
     if run.train.sp_placement is SequencePlacement.EXPERT:
+        # int64, of all positions: moe/sequence.py gathers whole sequences.
         numbers = rounds * layers * config.tokens * config.sp_size * 8
         found, travelling = [Transfer("expert numbers", "all_gather", Over.SP, numbers, rounds)], run.moe.top_k
         if not travelling:
@@ -82,6 +83,7 @@ def _expert_rows(config: EngineConfig) -> list[Transfer]:
     return [
         *found,
         Transfer("expert rows", "all_to_all", Over.EP, rows, calls),
+        # int32, of all experts of all peers.
         Transfer("row counts", "all_to_all", Over.EP, plans * run.moe.num_experts * 4, plans),
     ]
 
