@@ -17,6 +17,7 @@ from vqmoe_ds.runtime.leaving import hear_early
 def main() -> int:
     """Run the command that was given; the exit code."""
     hear_early("nothing was written; start it again")
+    # Imports take seconds, in which a signal must already be heard.
     from vqmoe_ds.evaluation import command
 
     return command.main(command.build_parser(usage(__doc__)).parse_args())

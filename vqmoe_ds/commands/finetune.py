@@ -18,6 +18,7 @@ from vqmoe_ds.runtime.leaving import hear_early
 def main() -> int:
     """Run the command that was given; the exit code."""
     hear_early()
+    # Imports take seconds, in which a signal must already be heard.
     from vqmoe_ds.finetune import cli, run
 
     return run.main(cli.build_parser(usage(__doc__)).parse_args())

@@ -19,6 +19,7 @@ def main() -> int:
     """Run the command that was given; the exit code."""
     if "--dry_run" not in sys.argv:  # which is a command of one process, and stops as those do
         hear_early()
+    # Imports take seconds, in which a signal must already be heard.
     from vqmoe_ds.config.cli import build_parser
     from vqmoe_ds.planning import dry_run
     from vqmoe_ds.train import pretrain
