@@ -31,12 +31,14 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    # torchrun sets handlers of its own for the signals named there, in place of those above.
     place = ["--nnodes", str(node.world_size), "--node_rank", str(node.rank), "--signals_to_handle", "SIGINT"]
     meeting = ["--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]]
     try:
         run(parse_args([*place, *meeting, *arguments]))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
+        # A rank that a signal killed has a negative code; as a shell's it is over 128, which common.sh requeues.
         return code if code >= 0 else 128 - code
     return 0
 

@@ -108,6 +108,7 @@ def check(args: argparse.Namespace) -> None:
             f"--tasks_per_node {args.tasks_per_node} and --gpus_per_node {args.gpus_per_node} differ: a rank uses "
             "one GPU, so make them equal"
         )
+    # Written out, as option in common.sh looks for it; argparse would also take --run_d.
     if args.job in TRAININGS and not any(word.split("=")[0] == "--run_dir" for word in args.rest):
         raise ConfigError(f"give {args.job} a --run_dir, so that a requeued job finds its run again")
     if args.job == "pretrain":
@@ -118,6 +119,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("a comparison runs one run of its grid a task: give --array 0-N, one node and one task")
     if args.chain > 1 and args.job not in TRAININGS:
         raise ConfigError(f"--chain is for {' and '.join(TRAININGS)}, not for {args.job}")
+    # SLURM's commands may be installed where no controller answers.
     if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0:
         _check_cluster(args)
 
@@ -164,11 +166,13 @@ def _check_finetuning(args: argparse.Namespace) -> None:
 
 
 def _check_cluster(args: argparse.Namespace) -> None:
+    # -e: else nodes of unlike shapes are one line with the least of their CPUs.
     lines = _ask(["sinfo", "-h", "-e", "-o", "%R|%D|%c|%G"])
     shapes = [line.split("|") for line in lines]
     names = sorted({shape[0] for shape in shapes})
     if args.partition is not None and args.partition not in names:
         raise ConfigError(f"--partition {args.partition} is not on this cluster; it has {', '.join(names)}")
+    # %P marks the default partition by a star, %R does not.
     default = [line.rstrip("*") for line in _ask(["sinfo", "-h", "-o", "%P"]) if line.endswith("*")]
     partition = args.partition or (default[0] if default else None)
     here = [shape for shape in shapes if partition in (None, shape[0])]
@@ -203,9 +207,11 @@ def render(args: argparse.Namespace) -> str:
     kept = [line for line in lines[1:] if line.split("=")[0] not in names or not line.startswith("#SBATCH")]
     setting = [f"export VQMOE_ROOT={shlex.quote(str(ROOT))}"]
     if args.chain > 1:
+        # The next job waits for an end with 0 (afterok), which a job that requeues itself does not come to.
         setting.append("export VQMOE_REQUEUE=0")
     if args.rest:
         setting.append(f"set -- {shlex.join(args.rest)}")
+    # Behind the last option: sbatch reads no #SBATCH line after the first command.
     body = kept.index("set -uo pipefail")
     return "\n".join([lines[0], *ours, *kept[:body], *setting, *kept[body:]]) + "\n"
 
@@ -232,6 +238,7 @@ def submit(args: argparse.Namespace, script: str) -> int:
     for _ in range(args.chain):
         command = ["sbatch", "--parsable"]
         if before is not None:
+            # Without the second option jobs behind a failed one stay in the queue, unless the cluster removes them.
             command += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
         answer = _ask(command, script)
         before = answer[0].split(";")[0] if answer else ""
