@@ -11,6 +11,7 @@ class WithDeepSpeedConfigs(build_py):
 
     def run(self) -> None:
         super().run()
+        # An editable install finds the checkout's own (SHIPPED in config/deepspeed_json.py).
         if not self.editable_mode:
             self.copy_tree("ds_configs", str(Path(self.build_lib) / "vqmoe_ds" / "ds_configs"))
 
