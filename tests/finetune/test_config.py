@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,13 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.checkpoint.views.discrete import DiscreteOnly
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
-from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.routers import router_class
 from vqmoe_ds.config.schema import CodeSource
 from vqmoe_ds.finetune.cli import build_parser
 from vqmoe_ds.finetune.config import check_batch, check_can_run, classifier_config, starting_config
 from vqmoe_ds.finetune.language import open_text
-from vqmoe_ds.finetune.run import FineTuning
 from vqmoe_ds.finetune.run_folder import check_kind, check_same
-from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
-from vqmoe_ds.runtime.ranks import Place
-from vqmoe_ds.train.job import Job
-from vqmoe_ds.train.run_folder import in_folder
 
 ONE = Layout(0, 1, 1)
 SOURCES: dict[str, dict[str, Any]] = {
@@ -196,14 +189,3 @@ def test_sizes_of_the_model_stay_those_of_the_checkpoint(field, value, sources):
     finetune_config(reader, **{field: theirs[section][name]})
     with pytest.raises(ConfigError, match=f"{field}={value} is not that of .*: fine-tuning keeps .* leave {field} out"):
         finetune_config(reader, **{field: value})
-
-
-def test_each_of_several_runs_is_configured_with_its_own_folder(tmp_path, monkeypatch):
-    path = str(Path(__file__).resolve().parents[2] / "ds_configs/zero2.json")
-    jobs, config = [], in_folder(resolve(path, load_config(), 1), tmp_path)
-    command = FineTuning(argparse.Namespace())
-    command.configs = {"seed-1": config, "seed-2": config}
-    monkeypatch.setattr(command, "_run_one", lambda job: jobs.append(job))
-    monkeypatch.setattr("vqmoe_ds.finetune.report.write_report", lambda folder, names: [str(folder)])
-    command.run(Job(config, Place(0, 1, 0, 1), Console(0), path, "auto", False, 0.0))
-    assert [Path(job.config.run.run.run_dir) for job in jobs] == [tmp_path / "seed-1", tmp_path / "seed-2"]
