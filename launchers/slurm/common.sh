@@ -109,15 +109,17 @@ report_of() {
 # finish CODE RUN_DIR: end the job, or requeue it where going on makes sense. 75 is a signal after saving, 76 a missing
 # rank, and over 128 a signal killed a rank.
 finish() {
-    local code=$1 state=$2/requeue.state newest stuck=0 last=
+    local code=$1 state=$2/requeue.state job=$SLURM_JOB_ID newest stuck=0 last=
     if [ "$code" -ne 75 ] && [ "$code" -ne 76 ] && [ "$code" -le 128 ]; then exit "$code"; fi
     # The report is the last that a run writes: what killed a rank on its way out took nothing along.
     if [ -n "${report+set}" ] && [ "$(report_of "$2")" != "$report" ]; then
         echo "a rank ended with code $code after the run was finished: nothing is lost"
         exit 0
     fi
+    # One task of an array bears the array's own number, by which SLURM means all of them.
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     # Whoever cancels a job means it: only one that SLURM takes for running may come back.
-    scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING' || exit "$code"
+    case $(scontrol show job "$job") in *JobState=RUNNING*) ;; *) exit "$code" ;; esac
     # A fine-tuning has a folder of checkpoints for every one of its runs.
     newest=$(find "$2" -path '*/checkpoints/latest' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -1 | cut -d ' ' -f 2-)
     newest=${newest:+${newest%latest}$(cat "$newest")}
@@ -137,7 +139,7 @@ finish() {
     echo "exit code $code: requeued, to go on from ${newest:-the start}"
     trap '' USR1
     trap - TERM # which the requeue sends: a script that ignored it would be waited for
-    scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+    scontrol requeue "$job" || exit "$code"
     sleep 120
     exit "$code"
 }

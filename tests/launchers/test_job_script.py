@@ -8,28 +8,45 @@ from pathlib import Path
 
 import pytest
 
-COMMON = Path(__file__).parents[2] / "launchers/slurm/common.sh"
+SCRIPTS = Path(__file__).parents[2] / "launchers/slurm"
 REQUEUED = "exit code 134: requeued, to go on from the start"
 
 
 @pytest.fixture
-def job(tmp_path: Path):
-    """Runs ``train`` with ranks that do what is given; returns the code of the job and what it says."""
+def shell(tmp_path: Path):
+    """Runs a script as job 1; returns its code and what it says."""
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin/scontrol"  # a requeue fails, or the job would wait for its end
-    scontrol.write_text('#!/bin/sh\n[ "$1" = show ] && echo JobState=RUNNING\n')
+    scontrol.write_text(
+        f"""#!/bin/sh
+        [ "$1" = show ] || {{ echo "$*"; exit 1; }}
+        [ "$3" != 1 ] || echo JobState=RUNNING
+        cat "{tmp_path}/state"
+        """
+    )
     scontrol.chmod(0o755)
+    (tmp_path / "state").write_text("")
 
-    def run(ranks: str) -> tuple[int, str]:
-        script = f'. "{COMMON}"; ranks() {{ {ranks}; }}; train pretrain.py --run_dir run'
+    def run(*command: str) -> tuple[int, str]:
         environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
         done = subprocess.run(
-            ["bash", "-uc", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+            ["bash", "-uo", "pipefail", *command],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         return done.returncode, done.stdout + done.stderr
 
-    (tmp_path / "run").mkdir()
     return run
+
+
+@pytest.fixture
+def job(shell, tmp_path: Path):
+    """Runs ``train`` with ranks that do what is given; returns the code of the job and what it says."""
+    (tmp_path / "run").mkdir()
+    return lambda ranks: shell("-c", f'. "{SCRIPTS}/common.sh"; ranks() {{ {ranks}; }}; train x.py --run_dir run')
 
 
 def test_a_rank_that_dies_after_the_end_of_the_run_fails_no_job(job) -> None:
@@ -46,6 +63,21 @@ def test_a_report_of_an_earlier_end_is_none_of_this_one(job, tmp_path: Path) -> 
 def test_a_rank_that_dies_before_the_end_requeues_the_job(job) -> None:
     code, said = job("return 134")
     assert code == 134 and REQUEUED in said
+
+
+def test_a_task_of_an_array_asks_for_itself_alone(job, monkeypatch, tmp_path: Path) -> None:
+    """Its job number may be that of the array, by which SLURM means all tasks, of which another one runs here."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    (tmp_path / "state").write_text("JobState=CANCELLED\n")
+    assert job("return 75") == (75, "")
+    (tmp_path / "state").write_text("JobState=RUNNING\n")
+    assert "requeue 1_3\n" in job("return 75")[1]
+
+
+def test_a_long_answer_of_slurm_hides_no_state(job, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("JobState=PENDING\n" * 100_000)
+    assert "requeue 1\n" in job("return 75")[1]
 
 
 def test_other_codes_end_the_job_as_they_are(job) -> None:
