@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.experiments.test_grid import grid_file  # noqa: F401
 
 SCRIPTS = Path(__file__).parents[2] / "launchers/slurm"
 REQUEUED = "exit code 134: requeued, to go on from the start"
@@ -73,6 +76,22 @@ def test_a_task_of_an_array_asks_for_itself_alone(job, monkeypatch, tmp_path: Pa
     assert job("return 75") == (75, "")
     (tmp_path / "state").write_text("JobState=RUNNING\n")
     assert "requeue 1_3\n" in job("return 75")[1]
+
+
+def test_a_task_of_a_comparison_finds_its_run_in_a_folder_with_spaces(shell, grid_file, monkeypatch, tmp_path):  # noqa: F811
+    python = tmp_path / "bin/python"  # a run is asked to stop
+    python.write_text(f'#!/bin/sh\ncase $* in *--list*) exec "{sys.executable}" "$@" ;; esac\nexit 75\n')
+    python.chmod(0o755)
+    run_dir = tmp_path / "my grid/words/codes/seed-2"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "checkpoints/latest").write_text("global_step0000002")
+    (tmp_path / "state").write_text("JobState=RUNNING\n")
+    monkeypatch.setenv("VQMOE_ROOT", str(SCRIPTS.parents[1]))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    code, said = shell(f"{SCRIPTS}/compare_array.sbatch", grid_file(), "--out", "my grid")
+    assert code == 75 and "to go on from my grid/words/codes/seed-2/checkpoints/global_step0000002\n" in said
+    assert (run_dir / "requeue.state").exists()
 
 
 def test_a_long_answer_of_slurm_hides_no_state(job, tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
         grid = grid.model_copy(update={"overrides": shared})
         jobs = jobs_of(grid, runs_of(grid, Path(args.out)))
         if args.list:
-            print("\n".join(f"{job.run.index} {job.state():<10} {job.run} {job.run.folder}" for job in jobs))
+            # A tab, by which scripts tell the folder, whatever spaces it has.
+            print("\n".join(f"{job.run.index} {job.state():<10} {job.run}\t{job.run.folder}" for job in jobs))
             return 0
         # All that may be refused comes before the first run: a grid may take days.
         _check_causality(grid, jobs)
