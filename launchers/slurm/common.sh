@@ -91,11 +91,6 @@ train() {
     if [ -z "$run_dir" ]; then
         refuse "give --run_dir, so that a requeued job finds its run again"
     fi
-    # A later job of a chain (submit.py --chain) has nothing left to do.
-    if [ -n "${SLURM_JOB_DEPENDENCY:-}" ] && [ -e "$run_dir/summary.json" ]; then
-        echo "$run_dir is finished: nothing is left for this job of the chain"
-        exit 0
-    fi
     report=$(report_of "$run_dir")
     ranks "$@"
     finish $? "$run_dir"

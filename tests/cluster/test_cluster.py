@@ -289,15 +289,17 @@ def test_an_unreachable_master_is_one_sentence_after_a_bounded_wait(cluster):
 
 
 def test_submit_chains_short_jobs_to_a_long_training(cluster, finished):
-    command = [sys.executable, SCRIPTS / "submit.py", "--nodes", "2", "--chain", "2", "--sbatch=--output=%x-%j.out"]
+    command = [sys.executable, SCRIPTS / "submit.py", "--nodes", "2", "--chain", "3", "--sbatch=--output=%x-%j.out"]
     result = cluster.run(*command, "pretrain", *TRAINING, "--run_dir", "chained", "--train_steps", str(STEPS))
     assert result.returncode == 0, result.stderr
-    first, second = re.findall(r"submitted job (\d+)", result.stdout)
+    first, second, third = re.findall(r"submitted job (\d+)", result.stdout)
     cluster.wait(lambda: cluster.steps("chained"), first)
     cluster.run("scancel", "--signal=USR1", "--batch", first)
     assert cluster.ended(first) == "COMPLETED", cluster.output(first)
     assert cluster.ended(second) == "COMPLETED", cluster.output(second)
     assert "resumed from" in cluster.output(second)
+    assert cluster.ended(third) == "COMPLETED", cluster.output(third)
+    assert "nothing is left for this job of the chain" in cluster.output(third)
     assert cluster.steps("chained") == cluster.steps(finished[0])
 
 

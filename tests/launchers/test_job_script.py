@@ -63,6 +63,14 @@ def test_a_report_of_an_earlier_end_is_none_of_this_one(job, tmp_path: Path) -> 
     assert code == 134 and REQUEUED in said
 
 
+def test_a_later_job_of_a_chain_leaves_it_to_the_launcher_whether_the_run_is_finished(
+    job, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_DEPENDENCY", "afterok:7(unfulfilled)")
+    (tmp_path / "run/summary.json").write_text("60")
+    assert job("echo goes on; return 0") == (0, "goes on\n")
+
+
 def test_a_rank_that_dies_before_the_end_requeues_the_job(job) -> None:
     code, said = job("return 134")
     assert code == 134 and REQUEUED in said

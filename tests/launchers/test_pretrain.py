@@ -167,11 +167,14 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_earlier_checkpoints_whole(
     assert verify(run_dir / "checkpoints/global_step0000004")["step"] == 4
 
 
-def test_a_finished_run_is_not_run_again_and_a_longer_one_goes_on(small, finished):
+def test_a_finished_run_is_not_run_again_and_a_longer_one_goes_on(small, finished, monkeypatch):
     run_dir, _ = finished
     result = run([*small, "--run_dir", str(run_dir)])
     assert result.returncode == 2
     assert "holds a finished run of 12 steps; raise --train_steps" in result.stderr
+    monkeypatch.setenv("SLURM_JOB_DEPENDENCY", "afterok:7(unfulfilled)")
+    left = run([*small, "--run_dir", str(run_dir)])
+    assert (left.returncode, left.stdout) == (0, f"{run_dir} is finished: nothing is left for this job of the chain\n")
 
 
 def test_the_configuration_of_a_run_names_the_folder_that_was_free(small, tmp_path):

@@ -12,7 +12,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import from_first
-from vqmoe_ds.train.pretrain import fit_to_tokenizer
+from vqmoe_ds.train.pretrain import choose_run_dir, fit_to_tokenizer
 
 CHECKSUM = "0123456789abcdef" * 4
 
@@ -47,6 +47,23 @@ def test_the_vocabulary_follows_the_data_and_may_be_set_larger(tmp_path):
 def test_what_the_data_does_not_have_is_refused(tmp_path, vocab_size, checksum, overrides, sentence):
     with pytest.raises(ConfigError, match=sentence):
         _fit(tmp_path, vocab_size, checksum, **overrides)
+
+
+def test_a_job_that_depends_on_another_does_nothing_only_where_the_steps_asked_for_are_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_DEPENDENCY", "afterok:7(unfulfilled)")
+    (tmp_path / "summary.json").write_text('{"steps": 1000}')
+
+    def choose(steps: int) -> Path | None:
+        config = _fit(tmp_path, 256, None, run__run_dir=str(tmp_path), train__steps=steps)
+        return choose_run_dir(config, True, "auto")
+
+    assert choose(1000) is None
+    assert choose(2000) == tmp_path
+    with pytest.raises(ConfigError, match="holds a finished run of 1000 steps; raise --train_steps"):
+        choose(500)
+    monkeypatch.delenv("SLURM_JOB_DEPENDENCY")
+    with pytest.raises(ConfigError, match="holds a finished run of 1000 steps; raise --train_steps"):
+        choose(1000)
 
 
 def _agree(rank: int, world: int) -> Path:

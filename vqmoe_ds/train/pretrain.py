@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,9 @@ class Pretraining(TrainingCommand):
             show(config, place, console)
             return None
         run_dir = choose_run_dir(config, "run.run_dir" in loaded.explicit, args.resume)
+        if run_dir is None:
+            console.say(f"{config.run.run.run_dir} is finished: nothing is left for this job of the chain")
+            return None
         folder = index_folder(config, run_dir)
         if to_prepare(config.run):
             config = replace(config, run=prepared(config.run, folder, place, console.say))
@@ -186,8 +190,10 @@ def with_classes(config: EngineConfig, classes: tuple[str, ...]) -> EngineConfig
     return replace(config, run=config.run.model_copy(update={"data": data}))
 
 
-def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:
+def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path | None:
     """The run folder: as given, or for the default name the first of ``NAME``, ``NAME-2`` … without a finished run.
+
+    None where a job before this one, on which it depends (``submit.py --chain``), has finished the run.
 
     Raises:
         ConfigError: a finished run in a folder that was asked for, or checkpoints in the way of ``--resume never``.
@@ -199,6 +205,9 @@ def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path:
     if resume == "never" and has_run(wanted):
         raise ConfigError(f"run folder {wanted} already holds a run; choose another --run_dir, or --resume auto")
     done = _steps_done(wanted)
+    # Told by the steps: a chain that extends a finished run finds the report of that one.
+    if resume == "auto" and done == steps and os.environ.get("SLURM_JOB_DEPENDENCY"):
+        return None
     if resume == "auto" and done >= steps:
         raise ConfigError(
             f"run folder {wanted} holds a finished run of {done} steps; "
