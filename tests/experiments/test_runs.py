@@ -15,7 +15,7 @@ from tests.experiments.test_report import _finish
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.experiments import runs
 from vqmoe_ds.experiments.grid import read_grid, runs_of
-from vqmoe_ds.experiments.runs import Job, Runner, jobs_of
+from vqmoe_ds.experiments.runs import Job, Runner, State, jobs_of
 
 
 @pytest.fixture
@@ -39,6 +39,15 @@ def test_what_another_tool_trained_meanwhile_is_thrown_away_only_where_that_was_
     (failure,) = waiting.run()
     assert summary.exists() is not rerun and trained == ([job] if rerun else [])
     assert failure == "trained anew" if rerun else "was made with train.learning_rate=0.1, the grid says" in failure
+
+
+@pytest.mark.parametrize("summary", ['{"steps": 2}', '{"steps": Infinity}', "[" * 100_000])
+def test_a_run_is_finished_by_the_steps_of_the_grid_alone(job, summary):
+    """One of fewer steps that is taken on to those of the grid has their configuration, and the report of its own."""
+    _finish(job, 2.0, 0.1)
+    assert job.finished
+    (job.run.folder / "summary.json").write_text(summary)
+    assert job.state() is State.UNFINISHED
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "ds_config.json"])

@@ -36,7 +36,7 @@ from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
 from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, reason_of
 from vqmoe_ds.runtime.files import make_folder, open_regular, read_small
-from vqmoe_ds.train.pretrain import fit_to_data
+from vqmoe_ds.train.pretrain import fit_to_data, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder in which Python finds the package."""
@@ -68,8 +68,9 @@ class Job:
     """Scoring of the trained run; None: none."""
 
     @property
-    def summary(self) -> Path:
-        return self.run.folder / "summary.json"
+    def trained(self) -> bool:
+        """Whether all steps are done; the report of fewer stays while a finished run is taken on to more."""
+        return steps_done(self.run.folder) >= self.config.run.train.steps
 
     @property
     def evaluation(self) -> Path:
@@ -87,8 +88,7 @@ class Job:
             return State.NEW
         if self.difference() is not None:
             return State.CHANGED
-        # The last file that a run writes (``FinalReport``): where it is, training and validation are over.
-        if not self.summary.exists():
+        if not self.trained:
             return State.UNFINISHED
         return State.FINISHED if self.wanted is None or self.evaluated(self.wanted) else State.TRAINED
 
@@ -277,7 +277,7 @@ class Runner:
 
     def _train_and_evaluate(self, job: Job, lock: int) -> str | None:
         log = job.run.folder / "run.log"
-        if not job.summary.exists():
+        if not job.trained:
             failure = self._execute(job, ["vqmoe_ds.commands.pretrain", *job.arguments], log, lock)
             if failure is not None:
                 return failure

@@ -201,10 +201,10 @@ def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path | 
     wanted, steps = Path(config.run.run.run_dir), config.run.train.steps
     if not explicit:
         never = resume == "never"
-        return first_free(wanted, lambda folder: _steps_done(folder) >= steps or (never and has_run(folder)))
+        return first_free(wanted, lambda folder: steps_done(folder) >= steps or (never and has_run(folder)))
     if resume == "never" and has_run(wanted):
         raise ConfigError(f"run folder {wanted} already holds a run; choose another --run_dir, or --resume auto")
-    done = _steps_done(wanted)
+    done = steps_done(wanted)
     # Told by the steps: a chain that extends a finished run finds the report of that one.
     if resume == "auto" and done == steps and os.environ.get("SLURM_JOB_DEPENDENCY"):
         return None
@@ -216,12 +216,12 @@ def choose_run_dir(config: EngineConfig, explicit: bool, resume: str) -> Path | 
     return wanted
 
 
-def _steps_done(folder: Path) -> int:
+def steps_done(folder: Path) -> int:
     """Steps of the finished run in a folder; 0 where there is none."""
     try:
         # FinalReport writes it last: a run without it is not finished.
         return int(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
 
 
