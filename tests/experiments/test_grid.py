@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,16 @@ def test_unequal_budgets_name_the_entry_the_figure_and_the_mend(grid_file, tmp_p
     assert compare(grid_file(lambda g: g["entries"][1].update(group="other")), tmp_path / "out", "--list") == 2
     apart = grid_file(lambda g: (g["entries"][1].update(group="other"), g["groups"].update(other={})))
     assert compare(apart, tmp_path / "out", "--report_only") == 0, "another group is another budget"
+
+
+def test_a_corpus_that_sets_the_size_of_models_has_budgets_of_its_own(grid_file, tmp_path, capsys):
+    def widen(grid):
+        (fields,) = grid["corpora"].values()
+        grid["corpora"]["wide"] = {**fields, "model.width": 2 * grid["set"]["model.width"]}
+
+    assert compare(grid_file(widen), tmp_path / "out", "--report_only") == 0
+    shown = dict(re.findall(r"codes on (.*): ([\d,]+) \|", capsys.readouterr().out))
+    assert len(shown["wide"]) > len(shown["words"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -100,26 +100,35 @@ def _check_causality(grid: Grid, jobs: list[Job]) -> None:
             run.require_causal(f"entry {entry.name} with run.sample_tokens={run.run.sample_tokens}, generating text,")
 
 
-def _budgets(grid: Grid, jobs: list[Job]) -> dict[str, Any]:
-    """Budget of each entry, with the vocabulary of its first corpus; printed, and checked group by group."""
+def _budgets(grid: Grid, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+    """Corpus -> entry -> budget, for a corpus may set the size of models; printed, and checked group by group."""
     from vqmoe_ds.experiments.budget import Budget, budget_of, check_group
 
-    budgets: dict[str, Budget] = {}
+    budgets: dict[str, dict[str, Budget]] = {}
     for job in jobs:
-        if job.run.entry.name not in budgets:
-            budgets[job.run.entry.name] = budget_of(job.config.run)
+        of_corpus = budgets.setdefault(job.run.corpus, {})
+        if job.run.entry.name not in of_corpus:
+            of_corpus[job.run.entry.name] = budget_of(job.config.run)
     print(f"{len(jobs)} runs; stored numbers and FLOPs a token of every entry:")
     for entry in grid.entries:
-        budget = budgets[entry.name]
-        print(f"  {entry.group} | {entry.name}: {budget.stored:,} | {budget.flops:,} ({budget.router_flops:,} routing)")
-    for group in dict.fromkeys(entry.group for entry in grid.entries):
-        members = {entry.name: budgets[entry.name] for entry in grid.entries if entry.group == group}
-        settings = group_of(grid, next(entry for entry in grid.entries if entry.group == group))
-        check_group(group, members, (settings.baselines or list(members))[0], settings.tolerance)
+        found: dict[Budget, list[str]] = {}
+        for corpus, of_corpus in budgets.items():
+            if entry.name in of_corpus:
+                found.setdefault(of_corpus[entry.name], []).append(corpus)
+        for budget, corpora in found.items():
+            name = entry.name if len(found) == 1 else f"{entry.name} on {', '.join(corpora)}"
+            print(f"  {entry.group} | {name}: {budget.stored:,} | {budget.flops:,} ({budget.router_flops:,} routing)")
+    for of_corpus in budgets.values():
+        for group in dict.fromkeys(entry.group for entry in grid.entries):
+            names = [entry.name for entry in grid.entries if entry.group == group and entry.name in of_corpus]
+            if names:
+                settings = group_of(grid, next(entry for entry in grid.entries if entry.group == group))
+                yardstick = next((name for name in settings.baselines if name in names), names[0])
+                check_group(group, {name: of_corpus[name] for name in names}, yardstick, settings.tolerance)
     return budgets
 
 
-def _report(grid: Grid, jobs: list[Job], budgets: dict[str, Any], out: Path, name: str) -> None:
+def _report(grid: Grid, jobs: list[Job], budgets: dict[str, dict[str, Any]], out: Path, name: str) -> None:
     from vqmoe_ds.experiments.report import collect, write_report
 
     sections = collect(grid, jobs, budgets)

@@ -40,8 +40,12 @@ HEALTH_NOTE = (
 )
 
 
-def collect(grid: Grid, jobs: list[Job], budgets: dict[str, Budget]) -> list[dict[str, Any]]:
-    """One section for each corpus and group that has a finished run: everything the report shows, as plain data."""
+def collect(grid: Grid, jobs: list[Job], budgets: dict[str, dict[str, Budget]]) -> list[dict[str, Any]]:
+    """One section for each corpus and group that has a finished run: everything the report shows, as plain data.
+
+    Args:
+        budgets: corpus -> entry -> budget.
+    """
     sections = []
     for corpus in grid.corpora:
         for group in dict.fromkeys(entry.group for entry in grid.entries):
@@ -50,7 +54,7 @@ def collect(grid: Grid, jobs: list[Job], budgets: dict[str, Budget]) -> list[dic
             if finished:
                 others = group_of(grid, finished[0].run.entry).other_budgets
                 beside = [job for job in jobs if job.run.corpus == corpus and job.run.entry.name in others]
-                section = _section(grid, finished, [job for job in beside if job.finished], budgets)
+                section = _section(grid, finished, [job for job in beside if job.finished], budgets[corpus])
                 sections.append({"corpus": corpus, "group": group, "wanted": len(wanted), **section})
     return sections
 
