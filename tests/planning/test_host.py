@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vqmoe_ds.config.deepspeed_json import resolve
-from vqmoe_ds.config.load import load_config
+from vqmoe_ds.config.load import load_config, preset_names
 from vqmoe_ds.config.routers import routers
 from vqmoe_ds.planning import fit, host
 from vqmoe_ds.planning.parameters import count, least_bytes
@@ -51,6 +51,23 @@ def test_what_does_not_is_refused_quickly_and_in_little_memory(fields):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "KiB"
 
 
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_is_refused_in_one_sentence_where_it_does_not_fit(preset, monkeypatch):
+    monkeypatch.setattr(host, "total_bytes", lambda: 2**20)
+    with pytest.raises(ConfigError, match="this rank needs at least"):
+        host.check_host_memory(resolve(ZERO, load_config(preset), 1, gpu=False), Place(0, 1, 0, 1))
+
+
+def test_a_router_may_refuse_shallow_models(monkeypatch):
+    def check(run):
+        if run.model.layers < 13:
+            raise ValueError("too shallow")
+
+    run = load_config("tiny", None, {"moe.router": "topk", "model.layers": 13}).config
+    monkeypatch.setattr(run.moe.facts, "check", check)
+    assert least_bytes(run) > 0
+
+
 def test_ranks_of_one_machine_count_together(monkeypatch):
     monkeypatch.setattr(host, "total_bytes", lambda: 2**30)
     check(1)
@@ -66,10 +83,19 @@ def test_a_machine_that_is_too_small_is_told_to_the_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"moe_every": 2}, {"moe_every": 3}, {"dense_layers": 2}, {"moe_every": 2, "dense_layers": 3}]
+    "fields",
+    [
+        {},
+        {"model.moe_every": 2},
+        {"model.moe_every": 3},
+        {"model.dense_layers": 2},
+        {"model.moe_every": 2, "model.dense_layers": 3},
+        {"moe.router": "adaptive_clustering", "router.plain_layers": 2},
+        {"moe.router": "adaptive_clustering", "router.plain_layers": 4, "model.moe_every": 2},
+    ],
 )
 def test_the_quick_count_is_that_of_the_model_or_a_little_less(fields):
-    run = load_config("tiny", None, {"model.layers": 13, **{f"model.{k}": v for k, v in fields.items()}}).config
+    run = load_config("tiny", None, {"model.layers": 13, **fields}).config
     whole = 4 * count(run).stored + count(run).buffer_bytes
     assert 0.9 * whole <= least_bytes(run) <= whole
 

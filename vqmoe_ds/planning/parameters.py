@@ -5,7 +5,6 @@ Legend: N experts, E local experts of a rank.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -71,32 +70,32 @@ def meta_model(
         return pretrained_class(run)(run, ep_size, ep_rank, layer_class)
 
 
-@functools.cache
-def _thin(run_json: str) -> MoETransformer:
-    run = RunConfig.model_validate_json(run_json)
-    model = meta_model(run, run.moe.num_experts if run.moe.facts.has_experts else 1)
-    for layer in model.moe_layers():
-        layer.ep_size = 1  # there is nobody to exchange rows with
-    return model
+_thin: dict[str, MoETransformer] = {}
 
 
 def thin_model(run: RunConfig) -> MoETransformer:
     """A meta model with one expert per layer, since drawing all of them takes long; made once per configuration."""
-    return _thin(run.model_dump_json())
+    key = run.model_dump_json()
+    if key not in _thin:
+        _thin[key] = meta_model(run, run.moe.num_experts if run.moe.facts.has_experts else 1)
+        for layer in _thin[key].moe_layers():
+            layer.ep_size = 1  # there is nobody to exchange rows with
+    return _thin[key]
 
 
 def least_bytes(run: RunConfig, ep_size: int = 1) -> int:
     """Bytes of float32 weights that a rank uses, and of the buffers, at least; from two shallow models of its blocks.
 
-    After the first dense ones, blocks repeat every ``moe_every``: sizes grow evenly with them. A deep model takes
-    minutes to be made, and this is asked before it is known that there is room for it.
+    After the first dense ones, and those whose router is a plain one, blocks repeat every ``moe_every``: sizes grow
+    evenly with them. A deep model takes minutes to be made, and this is asked before it is known that there is room.
     """
-    period = run.model.moe_every
-    few = (2 + -(-run.model.dense_layers // period)) * period
+    period, plain = run.model.moe_every, getattr(run.router, "plain_layers", 1)
+    few = (1 + plain + -(-run.model.dense_layers // period)) * period
     more = few + period
     if run.model.layers <= more:
         return _bytes(run, ep_size)
-    # The shallow models may lack that block, and no size depends on which one it is.
+    # The shallow models may lack that block, and no size depends on which one it is. They are not validated: a router
+    # may refuse so few layers, which the user did not ask for.
     book = run.codebook.model_copy(update={"source_block": 0})
     shallow = [
         run.model_copy(update={"model": run.model.model_copy(update={"layers": layers}), "codebook": book})
