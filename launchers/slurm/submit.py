@@ -46,6 +46,8 @@ BOUNDS = {
     "save_before": (1, 86_400),
 }
 """Least and most of whole numbers: what the largest clusters have, a thousand jobs in a queue, and a day."""
+SECONDS = 120
+"""Longest wait for an answer of SLURM's commands."""
 SPECIAL = set(" '\"\\`$#")
 """Characters with a meaning of their own in an #SBATCH line, where sbatch reads quotes and comments its own way."""
 
@@ -153,7 +155,9 @@ def _sbatch_words(args: argparse.Namespace) -> list[str]:
 def _check_pretraining(args: argparse.Namespace) -> None:
     """The launcher's own checks of its arguments, for the ranks this job would have."""
     options = cli.build_parser("").parse_args(args.rest)
-    resolve(options.ds_config, cli.config_from_args(options), args.nodes * args.tasks_per_node, options.ep_size)
+    loaded, ranks = cli.config_from_args(options), args.nodes * args.tasks_per_node
+    # Nodes without --gpus_per_node may have GPUs that --sbatch asks for: then as this machine would.
+    resolve(options.ds_config, loaded, ranks, options.ep_size, gpu=bool(args.gpus_per_node) or None)
 
 
 def _check_finetuning(args: argparse.Namespace) -> None:
@@ -232,7 +236,7 @@ def submit(args: argparse.Namespace, script: str) -> int:
     """Hand the script to sbatch, once or as a chain.
 
     Raises:
-        ConfigError: there is no sbatch, or it refuses.
+        ConfigError: there is no sbatch, it refuses, or it gives no answer.
     """
     before: str | None = None
     for _ in range(args.chain):
@@ -250,11 +254,14 @@ def submit(args: argparse.Namespace, script: str) -> int:
 
 def _ask(command: list[str], text: str | None = None) -> list[str]:
     try:
-        answer = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", timeout=120)
+        answer = subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except FileNotFoundError:
         raise ConfigError(
             f"{command[0]} is not on this machine; submit from a login node, or look with --dry_run"
         ) from None
+    except subprocess.TimeoutExpired:
+        remedy = "try again later" if text is None else "look with squeue whether the job was submitted all the same"
+        raise ConfigError(f"{command[0]} gave no answer within {SECONDS} s; {remedy}") from None
     if answer.returncode:
         raise ConfigError(f"{command[0]} refused: {' '.join(answer.stderr.split())}")
     return answer.stdout.split("\n")[:-1]

@@ -54,6 +54,10 @@ def test_scripts_parse(script):
         (["--nodes", "2", *PRETRAIN, "--ep_size", "4"], "expert-parallel size 4 does not divide the 2 ranks"),
         (["--nodes", "3", *PRETRAIN, "--ep_size", "3"], "batch sizes contradict"),
         (["--gpus_per_node", "8", *PRETRAIN], "--tasks_per_node 1 and --gpus_per_node 8 differ"),
+        (
+            ["--gpus_per_node", "1", *PRETRAIN, "--set", "moe.expert_hidden=190"],
+            "moe.expert_hidden=190 is not a multiple of 8",
+        ),
         (["--nodes", "0", *PRETRAIN], "--nodes 0 is too small"),
         (PRETRAIN[:3], "give pretrain a --run_dir"),
         (["finetune", "--checkpoint", "runs/x", "--task", "sst2"], "give finetune a --run_dir"),
@@ -81,6 +85,12 @@ def test_what_cannot_work_is_refused_with_one_sentence(tmp_path, arguments, sent
     assert result.returncode == 2
     assert sentence in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_job_for_gpus_may_ask_for_what_the_login_node_cannot_run(tmp_path):
+    (tmp_path / "lamb.json").write_text('{"train_batch_size": 16, "optimizer": {"type": "Lamb"}}')
+    job = ["pretrain", "--ds_config", "lamb.json", "--run_dir", "x"]
+    assert submit("--dry_run", "--gpus_per_node", "1", *job, folder=tmp_path).returncode == 0
 
 
 # ------------------------------------------------------------------ hostile words
@@ -157,6 +167,13 @@ def launcher() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_an_sbatch_that_does_not_answer_may_have_submitted(cluster, launcher, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "SECONDS", 0.2)
+    (cluster / "programs/sbatch").write_text("#!/bin/sh\nexec sleep 10\n")
+    assert launcher.main(["evaluate", "runs/x"]) == 2
+    assert "sbatch gave no answer within 0.2 s; look with squeue whether the job" in capsys.readouterr().err
 
 
 def _words(path: Path) -> list[str]:
