@@ -19,6 +19,8 @@ from vqmoe_ds.train.job import check_start
 
 ZERO = str(Path(__file__).resolve().parents[2] / "ds_configs/zero0.json")
 
+NARROW = {"model.width": 8, "model.heads": 1, "moe.expert_hidden": 8, "moe.num_experts": 2}
+
 
 def check(ranks: int = 1, **fields) -> None:
     overrides = {name.replace("__", "."): value for name, value in fields.items()}
@@ -115,6 +117,9 @@ def test_the_quick_count_is_that_of_the_model_or_a_little_less(fields):
         {"model.vocab_size": 60000, "model.width": 16, "model.heads": 2},
         {"model.sequence_length": 2048, "model.layers": 2},
         {"model.layers": 12, "moe.num_experts": 2, "moe.top_k": 2},
+        {**NARROW, "model.dense_hidden": 2**16, "model.moe_every": 2},
+        {**NARROW, "moe.shared_experts": 512, "moe.expert_hidden": 512},
+        {**NARROW, "moe.num_experts": 4096, "model.sequence_length": 4096, "data.separate_documents": True},
     ],
 )
 def test_the_bound_that_needs_no_count_is_above_it(router, fields):

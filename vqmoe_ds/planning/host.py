@@ -59,11 +59,18 @@ def _in_file(run: RunConfig) -> int:
 
 def _at_most(config: EngineConfig) -> int:
     """Upper bound of a rank's bytes, by which small models pass without the imports that counting takes (1.3 s)."""
-    model, moe, book = config.run.model, config.run.moe, config.run.codebook
-    wide = max(model.width, config.run.source_width, model.attention_width, moe.expert_hidden)
+    run, model, moe, book = config.run, config.run.model, config.run.moe, config.run.codebook
+    low_dim = getattr(run.router, "low_dim", None)
+    routed = 0 if low_dim is None else low_dim or moe.num_experts + 50  # 0: half the experts, or 50
+    wide = max(model.width, run.source_width, model.attention_width, moe.expert_hidden, routed)
+    dense = max(run.dense_hidden, moe.shared_experts * moe.expert_hidden)
     tables = 4 * (book.num_codes or moe.num_experts) + 4 * moe.num_experts + 2 * model.sequence_length
-    values = model.layers * wide * (8 * wide + 4 * moe.num_experts * wide + tables) + 3 * model.vocab_size * wide
+    values = model.layers * wide * (8 * wide + 4 * moe.num_experts * wide + 4 * dense + tables)
+    # Routers may keep tables of tokens, one for each token that they look back at.
+    values += model.vocab_size * (3 * wide + model.layers * (routed + 1 + moe.facts.looks_back(run)))
     tokens = config.micro_batch * model.sequence_length
-    calls = max(1 + moe.top_k, config.run.rows_per_token)
-    kept = tokens * (64 * model.layers * wide * calls + 4 * model.vocab_size)
+    calls = max(1 + moe.top_k, run.rows_per_token)
+    # Scores of experts, of slots, and of tokens by one another in the mask of separate documents.
+    scores = moe.num_experts + calls * model.sequence_length
+    kept = tokens * (model.layers * (64 * (wide * calls + dense) + 8 * scores) + 4 * model.vocab_size)
     return 4 * (10 * values + kept)
