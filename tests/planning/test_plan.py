@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.planning import memory, speed, traffic
+from vqmoe_ds.planning import layouts, memory, speed, traffic
 from vqmoe_ds.planning.command import build_parser, main
-from vqmoe_ds.planning.hardware import PROCESSORS, Cluster
+from vqmoe_ds.planning.hardware import MOST_RANKS, PROCESSORS, Cluster
 from vqmoe_ds.planning.layouts import Choices, explore
 from vqmoe_ds.planning.parameters import count
 from vqmoe_ds.planning.traffic import Over, Transfer
@@ -143,6 +144,35 @@ def test_every_remedy_does_it(capsys):
     assert plan(capsys, *options, *nodes.split())[0] == 0
 
 
+def test_remedies_take_no_more_ranks_than_a_plan_does(monkeypatch):
+    tried = []
+
+    def explore(run, cluster, choices, base):
+        tried.append(cluster.ranks)
+        return [SimpleNamespace(memory=SimpleNamespace(device=10**15), fits=False)]
+
+    monkeypatch.setattr(layouts, "explore", explore)
+    run = load_config("tiny", None, {"train.batch_size": 2**30}).config
+    layouts.remedies(run, Cluster(1, 8, H100), Choices(), {})
+    assert max(tried) == MOST_RANKS
+
+
+def test_the_precision_is_that_of_the_plan_and_shared_numbers_are_those_of_the_json(tmp_path, capsys):
+    path, files = tmp_path / "x.json", ("--ds_config", str(tmp_path / "x.json"), "--json", "-")
+    path.write_text('{"fp16": {"enabled": true}, "sequence_parallel_size": 2, "train_batch_size": 16}')
+    run = load_config("tiny", None, {"train.sequence_parallel_size": 2, "train.batch_size": 16}).config
+    for precision in ("fp32", "bf16"):
+        code, out, _ = plan(capsys, *files, "--precision", precision)
+        assert code == 0
+        expected = explore(run, Cluster(1, 8, H100), Choices(precision=precision), {})
+        found = json.loads(out)["layouts"]
+        assert [p["name"] for p in found] == [p.name for p in expected]
+        assert [p["bytes"]["weights"] for p in found] == [p.memory.weights for p in expected]
+        assert all(p["layout"]["precision"] == precision for p in found)
+    code, _, error = plan(capsys, *files, "--set", "train.batch_size=32")
+    assert code == 2 and "train.batch_size=32 contradicts train_batch_size=16" in error
+
+
 AT_EXPERTS = ["--preset", "64e", "--set", "model.heads=16", "--set", "train.sequence_parallel_size=8",
               "--set", "codebook.groups=8", "--set", "moe.top_k=0", "--set", "train.sp_placement=expert"]  # fmt: skip
 
@@ -152,6 +182,7 @@ AT_EXPERTS = ["--preset", "64e", "--set", "model.heads=16", "--set", "train.sequ
     [
         (["--gpu", "h10"], "--gpu h10 is not in the catalogue; did you mean h100?"),
         (["--preset", "64e", "--ep_size", "5"], "--ep_size 5 does not divide the 8 ranks"),
+        (["--preset", "64e", "--ep_size", "0"], "--ep_size 0 does not divide the 8 ranks"),
         (["--preset", "base", "--nodes", "3"], "train.batch_size=44 is not a multiple of the 24 ranks"),
         (["--preset", "64e", "--nodes", "16", "--ep_size", "128"], "--ep_size 128 does not divide moe.num_experts=64"),
         (["--preset", "64e", "--micro_batch", "3"], "--micro_batch 3 does not divide the 128 sequences"),

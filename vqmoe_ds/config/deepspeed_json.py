@@ -202,7 +202,7 @@ def resolve(
         ConfigError: contradiction, a size that divides nothing, or on GPUs a width that their products do not take.
     """
     values = copy.deepcopy(read_deepspeed_json(path))
-    joiner = _Joiner(path, loaded)
+    joiner = Joiner(path, loaded)
     params = _join_optimizer(joiner, values)
     joiner.join(values, "gradient_clipping", "train.grad_clip")
     # Before the batch sizes: ranks that share sequences read one micro-batch together.
@@ -242,8 +242,8 @@ def resolve(
     return config
 
 
-class _Joiner:
-    """Takes numbers over from the JSON into the run configuration, or from there into "auto"."""
+class Joiner:
+    """Takes numbers over from the JSON at ``path`` into the run configuration, or from there into "auto"."""
 
     def __init__(self, path: str, loaded: LoadedConfig) -> None:
         self.path, self.loaded = path, loaded
@@ -270,7 +270,7 @@ class _Joiner:
             raise ConfigError(f"DeepSpeed config {self.path}: {first_problem(error)}") from None
 
 
-def _join_optimizer(joiner: _Joiner, values: dict[str, Any]) -> dict[str, Any]:
+def _join_optimizer(joiner: Joiner, values: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's ``params``, joined but for betas that are "auto"."""
     optimizer = values.setdefault("optimizer", {"type": "AdamW", "params": {}})
     optimizer.setdefault("type", "AdamW")  # else DeepSpeed makes none
@@ -299,7 +299,7 @@ def kind_of_optimizer(values: dict[str, Any]) -> str:
     return str(values["optimizer"]["type"]).lower()
 
 
-def _sequence_parallel_size(values: dict[str, Any], joiner: _Joiner, world: int) -> int:
+def _sequence_parallel_size(values: dict[str, Any], joiner: Joiner, world: int) -> int:
     """Ranks that share every sequence; the JSON names them, as DeepSpeed's batch arithmetic asks, where there are any.
 
     Raises:
@@ -318,7 +318,7 @@ def _check_ranks(size: int, world: int) -> None:
         raise ConfigError(f"sequence-parallel size {size} does not divide the {world} ranks of this run")
 
 
-def _batch_sizes(values: dict[str, Any], joiner: _Joiner, readers: int, path: str) -> tuple[int, int]:
+def _batch_sizes(values: dict[str, Any], joiner: Joiner, readers: int, path: str) -> tuple[int, int]:
     """(micro-batch, accumulation steps) so that micro * accumulation * readers = train_batch_size."""
     known = {
         key: None if values.get(key, "auto") == "auto" else values[key]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.config.cli import Parser
-from vqmoe_ds.config.deepspeed_json import read_deepspeed_json
+from vqmoe_ds.config.deepspeed_json import Joiner, read_deepspeed_json
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.config.routers import add_plugin_option
@@ -77,10 +77,15 @@ def main(options: argparse.Namespace) -> int:
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
     for note in loaded.notes:
         print(note, file=sys.stderr)
-    base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
+    run, base = loaded.config, {}
+    if options.ds_config:
+        base, joiner = read_deepspeed_json(options.ds_config), Joiner(options.ds_config, loaded)
+        joiner.join(base, "train_batch_size", "train.batch_size")
+        joiner.join(base, "sequence_parallel_size", "train.sequence_parallel_size")
+        run = joiner.config()
     if options.gpu != "cpu":
         # At the widest spread of the experts: too many on a GPU there are too many at every other.
-        check_widths(loaded.config, options.precision, max(options.ep_size, default=cluster.ranks))
+        check_widths(run, options.precision, max([1, *(options.ep_size or [cluster.ranks])]))
     # DeepSpeed and the model only now: bad options have been answered.
     from vqmoe_ds.planning import report
     from vqmoe_ds.planning.layouts import Choices, explore, remedies
@@ -91,10 +96,10 @@ def main(options: argparse.Namespace) -> int:
     offload = (False, True) if options.offload else (False,)
     spread = (options.zero, options.ep_size, options.micro_batch)
     choices = Choices(*spread, options.precision, offload, options.imbalance, options.gpu != "cpu")
-    if loaded.config.model.layers >= 4 * _BLOCKS_A_SECOND:
-        seconds = loaded.config.model.layers // _BLOCKS_A_SECOND
-        print(f"{loaded.config.model.layers} blocks take about {seconds} s to lay out", file=sys.stderr, flush=True)
-    plans, parameters = explore(loaded.config, cluster, choices, base), count(loaded.config)
+    if run.model.layers >= 4 * _BLOCKS_A_SECOND:
+        seconds = run.model.layers // _BLOCKS_A_SECOND
+        print(f"{run.model.layers} blocks take about {seconds} s to lay out", file=sys.stderr, flush=True)
+    plans, parameters = explore(run, cluster, choices, base), count(run)
     name = options.config or options.preset
     if options.json:
         text = json.dumps(report.as_json(name, parameters, cluster, plans), indent=2) + "\n"
@@ -107,7 +112,7 @@ def main(options: argparse.Namespace) -> int:
     if options.figure:
         report.draw(Path(options.figure), name, cluster, plans[: options.top])
     if not plans[0].fits:
-        raise ConfigError(_too_small(plans[0], cluster, remedies(loaded.config, cluster, choices, base)))
+        raise ConfigError(_too_small(plans[0], cluster, remedies(run, cluster, choices, base)))
     return 0
 
 

@@ -11,7 +11,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, check_sequence_parallel
 from vqmoe_ds.config.gpu import MOST_LOCAL_EXPERTS
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.planning import memory, speed, traffic
-from vqmoe_ds.planning.hardware import GB, Cluster
+from vqmoe_ds.planning.hardware import GB, MOST_RANKS, Cluster
 from vqmoe_ds.planning.memory import Memory
 from vqmoe_ds.planning.parameters import Parameters, count
 from vqmoe_ds.planning.speed import Speed
@@ -100,7 +100,7 @@ def remedies(run: RunConfig, cluster: Cluster, choices: Choices, base: dict[str,
     if not run.train.activation_checkpointing and best(run.model_copy(update={"train": train})).fits:
         found.append("--set train.activation_checkpointing=true")
     nodes = cluster.nodes
-    while run.train.batch_size % (2 * nodes * cluster.per_node) == 0:
+    while 2 * nodes * cluster.per_node <= MOST_RANKS and run.train.batch_size % (2 * nodes * cluster.per_node) == 0:
         nodes *= 2
         if best(cluster=replace(cluster, nodes=nodes)).fits:
             found.append(f"--nodes {nodes}")
@@ -132,7 +132,9 @@ def engine_config(
     zero.pop("offload_optimizer", None)
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-    deepspeed = {**base, "zero_optimization": zero, "bf16": {"enabled": choices.precision == "bf16"}}
+    # Under bf16, and under no other name of a precision.
+    deepspeed = {key: value for key, value in base.items() if key not in ("fp16", "bfloat16")}
+    deepspeed |= {"zero_optimization": zero, "bf16": {"enabled": choices.precision == "bf16"}}
     if stage != 2 or choices.precision == "fp32":  # float32 sums: at stage 1 another, larger optimizer
         deepspeed.pop("data_types", None)
     rounds = run.train.batch_size // (_readers(run, cluster) * micro)
