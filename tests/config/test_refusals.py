@@ -29,6 +29,16 @@ def test_deepspeeds_own_reading(values, sentence):
     assert sentence in str(caught.value)
 
 
+def test_a_runtime_error_of_deepspeeds_is_a_sentence_too(monkeypatch):
+    from deepspeed.runtime import config
+
+    raises = compile("def read(values): raise RuntimeError('no such thing')", config.__file__, "exec")
+    exec(raises, place := {})
+    monkeypatch.setattr(config, "DeepSpeedConfig", place["read"])
+    with pytest.raises(ConfigError, match=r"DeepSpeed cannot work with it \(RuntimeError\): no such thing"):
+        check_by_deepspeed(GOOD, "ds.json")
+
+
 def test_packages_that_are_missing_are_named():
     with pytest.raises(ConfigError, match="needs the Python package no_such_package"), refusals("ds.json"):
         import no_such_package  # noqa: F401
@@ -39,6 +49,8 @@ def test_an_optimizer_that_refuses_its_options():
 
     with pytest.raises(ConfigError, match=r"\(TypeError\).*unexpected keyword argument 'betas'"), refusals("ds.json"):
         torch.optim.SGD([torch.zeros(1)], betas=(0, 0))
+    with pytest.raises(ConfigError, match=r"\(RuntimeError\).*`fused` and `foreach`"), refusals("ds.json"):
+        torch.optim.SGD([torch.zeros(1)], fused=True, foreach=True)
 
 
 def test_a_defect_of_this_package_keeps_its_traceback():

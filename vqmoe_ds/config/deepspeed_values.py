@@ -231,3 +231,8 @@ def _check_optimizer(path: str, optimizer: dict[str, Any]) -> None:
             )
     if params.get("fused") and params.get("foreach"):
         raise ConfigError(f"DeepSpeed config {path}: optimizer.params has both fused and foreach; give one of the two")
+    if params.get("differentiable"):
+        raise ConfigError(
+            f"DeepSpeed config {path}: optimizer.params.differentiable is for gradients through steps, which no "
+            "training here takes; leave it out"
+        )
