@@ -1,11 +1,13 @@
 """Presets, files and overrides become one configuration; mistakes become one sentence."""
 
 import warnings
+from typing import Literal
 
 import pytest
 
-from vqmoe_ds.config.fields import RENAMED
+from vqmoe_ds.config.fields import RENAMED, option
 from vqmoe_ds.config.load import field_table, load_config, parse_override, preset_names, to_yaml
+from vqmoe_ds.config.routers import routers
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -66,6 +68,32 @@ def test_every_former_name_is_read_and_noted_once(former, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert RunConfig(**{section: {current: 1}}) == saved
+
+
+def test_one_option_under_both_its_names_is_refused():
+    with pytest.raises(ConfigError, match="birth_step and codebook.init_step are the same field"):
+        load_config("tiny", None, {"codebook.birth_step": 3, "codebook.init_step": 5})
+
+
+def test_a_section_that_holds_no_fields_is_refused_whatever_is_set_in_it(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: 5\n")
+    with pytest.raises(ConfigError, match="section model of the configuration must hold fields .* not 5"):
+        load_config("tiny", str(file), {"model.layers": 2})
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "sentence"),
+    [
+        ("tiny", {"data.max_tokens": True}, "data.max_tokens=.*: input should be a number"),
+        ("tiny", {"train.steps": True}, "train.steps=.*: input should be a number"),
+        ("tiny", {"model.image_size": 32}, "sequence_length=128 is not the 64 patches .*; set it to 64"),
+        ("vit-cifar", {"model.image_size": 0}, "label_smoothing is for images .*; set it to 0"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_sentence(preset, fields, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(preset, None, fields)
 
 
 def test_one_field_under_both_its_names_is_refused(tmp_path):
@@ -132,6 +160,15 @@ def test_names_without_their_section_and_those_of_the_json_lead_to_ours(given, s
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", None, dict([parse_override(given)]))
     assert str(caught.value).endswith(sentence)
+
+
+def test_choices_of_a_plug_in_may_be_numbers(monkeypatch):
+    class Options(routers()["topk"].Options):
+        power: Literal[1, 2, None] = option(1, "of the scores")
+
+    monkeypatch.setattr(routers()["topk"], "Options", Options)
+    row = next(row for row in field_table() if row.name == "router.power")
+    assert row.told.endswith(": of the scores (choices: 1, 2, none)")
 
 
 def test_none_is_read_as_help_shows_it_and_stays_a_choice_where_it_is_one(tmp_path):

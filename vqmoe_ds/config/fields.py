@@ -96,8 +96,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
         # pydantic takes true for 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
+        if isinstance(value, bool) and not {int, float}.isdisjoint((kind, *get_args(kind))):
             raise PydanticCustomError("number", "Input should be a number")
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
@@ -28,6 +29,11 @@ class LoadedConfig:
     explicit: frozenset[str]
     notes: tuple[str, ...] = ()
     """Sentences for the user on names of fields that are deprecated."""
+
+    def print_notes(self) -> None:
+        """Tell the user, beside what a command prints."""
+        for note in self.notes:
+            print(note, file=sys.stderr)
 
 
 class FieldRow(NamedTuple):
@@ -76,14 +82,13 @@ def load_config(
     notes = tuple(deprecation(name) for name in dict.fromkeys([*named, *(overrides or {})]) if name in RENAMED)
     values = _merge(values, given, explicit)
     known = _fields() if overrides else []
+    nested: dict[str, dict[str, Any]] = {}
     for name, value in (overrides or {}).items():
-        name = RENAMED.get(name, name)
-        if name not in known:
+        if RENAMED.get(name, name) not in known:
             raise ConfigError(f"--set {shown(name)[1:-1]}: no such field; {_meant(name, known)}")
-        nested: Any = value
-        for part in reversed(name.split(".")):
-            nested = {part: nested}
-        values = _merge(values, nested, explicit)
+        section, _, field = name.partition(".")
+        nested.setdefault(section, {})[field] = value
+    values = _merge(values, nested, explicit)
     # Files and --set have been checked; values of short names (--lr, --run_dir) come from argparse as they were given.
     check_plain(values, "configuration")
     try:
@@ -164,7 +169,7 @@ def _written(value: Any) -> str:
 
 def _choices(annotation: Any) -> tuple[str, ...]:
     if get_origin(annotation) is Literal:
-        return get_args(annotation)
+        return tuple(map(_written, get_args(annotation)))
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return tuple(annotation)
     return ()
@@ -195,8 +200,9 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], explicit: set[str]) -> d
                 fields = with_current_names(section, fields)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            below = merged.get(section)
-            merged[section] = {**(below if isinstance(below, dict) else {}), **fields}
+            below = merged.get(section, {})
+            if isinstance(below, dict):  # else it stays, to be refused
+                merged[section] = {**below, **fields}
             explicit.update(f"{section}.{name}" for name in fields)
         else:
             merged[section] = fields

@@ -175,9 +175,10 @@ class ModelConfig(Section):
         if self.image_size % self.patch_size:
             raise ValueError(f"model.patch_size={self.patch_size} must divide model.image_size={self.image_size}")
         if self.sequence_length != (self.image_size // self.patch_size) ** 2:
+            patches = (self.image_size // self.patch_size) ** 2
             raise ValueError(
-                f"model.sequence_length={self.sequence_length} is not the {(self.image_size // self.patch_size) ** 2} "
-                f"patches of model.image_size={self.image_size} and model.patch_size={self.patch_size}; leave it out"
+                f"model.sequence_length={self.sequence_length} is not the {patches} patches of "
+                f"model.image_size={self.image_size} and model.patch_size={self.patch_size}; set it to {patches}"
             )
         if self.stem is Stem.CONV and self.patch_size not in (2, 4):
             raise ValueError(f"model.stem=conv needs model.patch_size 2 or 4, not {self.patch_size}; use stem=patch")

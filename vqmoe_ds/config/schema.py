@@ -114,7 +114,7 @@ class RunConfig(Section):
             }
             given = next((name for name, value in of_images.items() if value), None)
             if given is not None:
-                raise ValueError(f"{given} is for images (model.image_size); leave it out")
+                raise ValueError(f"{given} is for images (model.image_size); set it to 0")
             if self.moe.facts.uses_codebook and book.source is CodeSource.PATCH:
                 raise ValueError(
                     "codebook.source=patch looks at the pixels of images (model.image_size), and text has none; use "
