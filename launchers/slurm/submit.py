@@ -156,6 +156,7 @@ def _check_pretraining(args: argparse.Namespace) -> None:
     """The launcher's own checks of its arguments, for the ranks this job would have."""
     options = cli.build_parser("").parse_args(args.rest)
     loaded, ranks = cli.config_from_args(options), args.nodes * args.tasks_per_node
+    loaded.print_notes()
     # Nodes without --gpus_per_node may have GPUs that --sbatch asks for: then as this machine would.
     resolve(options.ds_config, loaded, ranks, options.ep_size, gpu=bool(args.gpus_per_node) or None)
 

@@ -90,7 +90,10 @@ def test_what_cannot_work_is_refused_with_one_sentence(tmp_path, arguments, sent
 def test_a_job_for_gpus_may_ask_for_what_the_login_node_cannot_run(tmp_path):
     (tmp_path / "lamb.json").write_text('{"train_batch_size": 16, "optimizer": {"type": "Lamb"}}')
     job = ["pretrain", "--ds_config", "lamb.json", "--run_dir", "x"]
-    assert submit("--dry_run", "--gpus_per_node", "1", *job, folder=tmp_path).returncode == 0
+    job += ["--set", "codebook.birth_step=1"]
+    result = submit("--dry_run", "--gpus_per_node", "1", *job, folder=tmp_path)
+    assert result.returncode == 0
+    assert result.stderr == "codebook.birth_step is deprecated: write codebook.init_step\n"
 
 
 # ------------------------------------------------------------------ hostile words

@@ -121,8 +121,10 @@ def test_report_is_printed_for_people_and_as_json(capsys):
     command = ["--ds_config", "ds_configs/zero2.json", "--world_size", "4", "--rank", "3", "--ep_size", "2"]
     assert run_main(command) == 0
     assert "rank 3 of 4 (node 0): ZeRO-2, EP 2, fp32" in capsys.readouterr().out
-    assert run_main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["expert_ids"] == list(range(8, 16))
+    assert run_main([*command, "--json", "--set", "codebook.birth_step=1"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["expert_ids"] == list(range(8, 16))
+    assert "codebook.birth_step is deprecated" in printed.err
 
 
 def run_main(command: list[str]) -> Any:

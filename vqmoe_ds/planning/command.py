@@ -75,8 +75,7 @@ def main(options: argparse.Namespace) -> int:
     check_target("--figure", options.figure)
     cluster = cluster_of(options)
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
-    for note in loaded.notes:
-        print(note, file=sys.stderr)
+    loaded.print_notes()
     run, base = loaded.config, {}
     if options.ds_config:
         base, joiner = read_deepspeed_json(options.ds_config), Joiner(options.ds_config, loaded)

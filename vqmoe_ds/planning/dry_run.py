@@ -58,9 +58,11 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("--dry_run needs --world_size, the ranks of the job that is meant")
     if not 1 <= args.world_size <= MOST_RANKS:
         raise ConfigError(f"--world_size {shown(args.world_size)} must be 1 to {MOST_RANKS:,}")
+    loaded = config_from_args(args)
+    loaded.print_notes()
     # A large job is one for GPUs, though none is here.
     gpu = os.environ.get(ACCELERATOR) != "cpu"
-    config = resolve(args.ds_config, config_from_args(args), args.world_size, args.ep_size, gpu)
+    config = resolve(args.ds_config, loaded, args.world_size, args.ep_size, gpu)
     report = dry_run(config, args.rank, args.gpus_per_node, args.ds_config)
     print(json.dumps(asdict(report), indent=1) if args.json else text(report))
     return 0

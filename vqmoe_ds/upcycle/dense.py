@@ -269,6 +269,7 @@ def upcycled_config(
     forced = source.model_section() | {"moe.expert_hidden": source.hidden // slices}
     # Loaded twice: file and overrides together say which blocks stay dense, and the width of those depends on it.
     asked = load_config("tiny", file, {**overrides, **forced})
+    asked.print_notes()
     shape = asked.config.model
     sparse_everywhere = asked.config.moe.facts.has_experts and len(shape.moe_blocks) == shape.layers
     forced["model.dense_hidden"] = 0 if sparse_everywhere else source.hidden

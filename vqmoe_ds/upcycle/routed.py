@@ -239,6 +239,7 @@ def routed_config(
         if router == "vq" and overrides.get(name, value) != value:
             raise ConfigError(f"{name}={overrides[name]} contradicts what SRC becomes ({value}); leave it out")
     asked = load_config("tiny", file, {**overrides, **forced})
+    asked.print_notes()
     routing = {"moe.top_k": source.top_k, "router.softmax_over": source.softmax_over.value}
     defaults = routing | {"codebook.source": "layer_state"} | source.default_section()
     defaults["model.sequence_length"] = min(defaults["model.sequence_length"], 4096)
