@@ -76,9 +76,10 @@ def main(options: argparse.Namespace) -> int:
     cluster = cluster_of(options)
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
     loaded.print_notes()
-    run, base = loaded.config, {}
-    if options.ds_config:
-        base, joiner = read_deepspeed_json(options.ds_config), Joiner(options.ds_config, loaded)
+    run = loaded.config
+    base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
+    if base:
+        joiner = Joiner(options.ds_config, loaded)
         joiner.join(base, "train_batch_size", "train.batch_size")
         joiner.join(base, "sequence_parallel_size", "train.sequence_parallel_size")
         run = joiner.config()

@@ -60,7 +60,7 @@ def _in_file(run: RunConfig) -> int:
 def _at_most(config: EngineConfig) -> int:
     """Upper bound of a rank's bytes, by which small models pass without the imports that counting takes (1.3 s)."""
     run, model, moe, book = config.run, config.run.model, config.run.moe, config.run.codebook
-    low_dim = getattr(run.router, "low_dim", None)
+    low_dim: int | None = getattr(run.router, "low_dim", None)
     routed = 0 if low_dim is None else low_dim or moe.num_experts + 50  # 0: half the experts, or 50
     wide = max(model.width, run.source_width, model.attention_width, moe.expert_hidden, routed)
     dense = max(run.dense_hidden, moe.shared_experts * moe.expert_hidden)

@@ -89,7 +89,8 @@ def least_bytes(run: RunConfig, ep_size: int = 1) -> int:
     After the first dense ones, and those whose router is a plain one, blocks repeat every ``moe_every``: sizes grow
     evenly with them. A deep model takes minutes to be made, and this is asked before it is known that there is room.
     """
-    period, plain = run.model.moe_every, getattr(run.router, "plain_layers", 1)
+    period = run.model.moe_every
+    plain: int = getattr(run.router, "plain_layers", 1)
     few = (1 + plain + -(-run.model.dense_layers // period)) * period
     more = few + period
     if run.model.layers <= more:
