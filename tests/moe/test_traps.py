@@ -148,11 +148,13 @@ def _state(layer: MoELayer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_mode_leaves_no_trace_in_training(name: str) -> None:
     layer, other = _layer(name), _layer(name)
-    x_BSD = torch.randn(2, TOKENS // 2, WIDTH)
+    x_BSD, before = torch.randn(2, TOKENS // 2, WIDTH), torch.get_num_threads()
     for training in (False, True):
         layer.train(training)
+        torch.set_num_threads(1 + training)  # helper threads are in no mode of their caller's by themselves
         with torch.inference_mode():
             _call(layer, x_BSD + 1)
+    torch.set_num_threads(before)
     for trained in (layer, other):
         _call(trained, x_BSD).sum().backward()
         StateSync(trained).step()

@@ -51,14 +51,15 @@ def run_shared(job: Callable[[int], None], sizes: list[int]) -> None:
 
 def _run_shared(job: Callable[[int], None], order: list[int], threads: int) -> None:
     left = iter(order)  # next() on a list iterator is atomic
+    inference = torch.is_inference_mode_enabled()
 
-    # Grad mode belongs to a thread, and is on in a new one.
-    @torch.no_grad()
     def work() -> None:
         # OpenMP keeps this number by thread: a helper that does not set it cuts each product over all cores.
         torch.set_num_threads(1)
-        for expert in left:
-            job(expert)
+        # Both modes belong to a thread, which starts with gradients on; leaving inference mode turns them on, too.
+        with torch.inference_mode(inference), torch.no_grad():
+            for expert in left:
+                job(expert)
 
     helpers = _threads(threads - 1)
     futures = [helpers.submit(work) for _ in range(min(threads, len(order)) - 1)]
