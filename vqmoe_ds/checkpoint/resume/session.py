@@ -8,16 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vqmoe_ds.checkpoint.io.store import (
-    Found,
-    find_newest,
-    read_manifest,
-    step_of,
-    tag_name,
-    tags,
-    verify,
-    why_not_whole,
-)
+from vqmoe_ds.checkpoint.io.store import Found, find_newest, read_manifest, step_of, tag_name, tags, verify
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import of_images
 from vqmoe_ds.checkpoint.resume.recovery import write_script
@@ -134,7 +125,13 @@ def _choose_here(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     if own.path is not None and read_manifest(own.path).get("begun_from") == begun_from(resume, None):
         return own.path, own.passed_over
     tag, passed_over = _named(resume)
-    _check_nothing_newer(folder, tag)
+    step = int(read_manifest(tag)["step"])
+    # It would count as the run's newest: what the run saves would go first, and the next --resume auto take that one.
+    if own.path is not None and (step_of(own.path.name) or 0) > step:
+        raise CheckpointError(
+            f"{tag} is of step {step}, and the run folder holds newer checkpoints, up to {own.path}, which a run from "
+            "there would mix with its own; go on from the newest with --resume auto, or give another --run_dir"
+        )
     return tag, passed_over
 
 
@@ -161,20 +158,6 @@ def _named(resume: str) -> tuple[Path, list[str]]:
         raise CheckpointError(f"--resume {resume}: no such folder")
     verify(path)
     return path, []
-
-
-def _check_nothing_newer(folder: Path, tag: Path) -> None:
-    """Refuse to go on from ``tag`` where the run's folder holds checkpoints of later steps.
-
-    They would count as its newest: what the run saves would go first, and the next ``--resume auto`` take one of them.
-    """
-    step = int(read_manifest(tag)["step"])
-    for newer in tags(folder):
-        if (step_of(newer.name) or 0) > step and why_not_whole(newer) is None:
-            raise CheckpointError(
-                f"{tag} is of step {step}, and the run folder holds newer checkpoints, up to {newer}, which a run from "
-                "there would mix with its own; go on from the newest with --resume auto, or give another --run_dir"
-            )
 
 
 def _newest_or_refuse(folder: Path) -> Found:
