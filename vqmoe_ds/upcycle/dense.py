@@ -178,17 +178,15 @@ class DenseSource:
         options, clip = self.options, self.options.get("clip_qkv")
         rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
         partial = rope.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0))
-        unread = why_not_read(options, self.weights)
         problems = {
-            f"{unread}": unread is not None,
             f"queries, keys and values are clipped (clip_qkv={clip})": clip is not None,
             f"only a part of each head is rotated (partial_rotary_factor={partial})": partial not in (None, 1.0),
             f"hidden_act={options.get('hidden_act')} is not silu": options.get("hidden_act", "silu") != "silu",
             "heads cannot be shared evenly among key-value heads": self.heads % self.kv_heads != 0,
         }
-        for problem, there in problems.items():
-            if there:
-                raise CheckpointError(f"{self.path} cannot be represented: {problem}")
+        found = why_not_read(options, self.weights) or next((why for why, there in problems.items() if there), None)
+        if found is not None:
+            raise CheckpointError(f"{self.path} cannot be represented: {found}")
         try:
             self.rope = rope_of(options)
         except CheckpointError as error:
