@@ -13,6 +13,9 @@ without that of the prompt.
 `bound` is the larger of the time of a step in memory and the bytes read over the bandwidth of the disk: the best of
 three measurements on the same files, with as many threads and reads as large. `grown` is the largest resident size less
 that of the loaded model before its first pass: the budget, activations and buffers.
+
+With --limit (as root) each process that reads experts is in a cgroup of so much memory, which also bounds what the
+system caches of the files within a step; `of limit` is the most that it held, cached pages among it.
 """
 
 from __future__ import annotations
@@ -72,10 +75,15 @@ def main() -> None:
             bandwidth = max(child.told() for _ in range(3))
         print(f"disk: {bandwidth / 1e6:,.0f} MB/s with {READERS} threads")
         with ExitStack() as stack:
-            children = [stack.enter_context(Child("generate", model, mode, options.expert_memory)) for mode in MODES]
+            limits = [None, options.limit, options.limit]
+            children = [
+                stack.enter_context(Child("generate", model, mode, options.expert_memory, limit=limit))
+                for mode, limit in zip(MODES, limits, strict=True)
+            ]
             sizes = zip(options.batch, options.steps, strict=False)
             rows = [row for batch, steps in sizes for row in compare(children, batch, steps, bandwidth)]
     columns = ["batch", "experts", "tokens/s", "ms a step", "MB read a step", "/ bound", "peak RSS MiB", "grown MiB"]
+    columns += ["of limit MiB"] * (options.limit is not None)
     print(table(columns, [row.pop("cells") for row in rows]))
     write_json(options.json, rows)
 
@@ -90,6 +98,7 @@ def parse() -> argparse.Namespace:
     add("--expert_memory", default="256MiB")
     add("--batch", type=int, nargs="+", default=[1, 16])
     add("--steps", type=int, nargs="+", default=[48, 8], help="new tokens of each row, for each batch")
+    add("--limit", metavar="SIZE", help="memory of each process that reads experts, such as 900MiB (needs root)")
     add("--folder", help="where the model is written (default: the system's temporary folder)")
     add("--small", action="store_true", help="a model of 3 MB")
     add("--json", help="write the figures to a file, or to the terminal with -")
@@ -110,13 +119,17 @@ def compare(children: list[Child], batch: int, steps: int, bandwidth: float) -> 
     if len({end["ids"] for end in ends}) != 1:
         raise SystemExit(f"batch {batch}: the ways draw different tokens")
     rows, compute = [], 0.0
-    for mode, told, end in zip(MODES, zip(*turns[1:], strict=True), ends, strict=True):
+    for child, mode, told, end in zip(children, MODES, zip(*turns[1:], strict=True), ends, strict=True):
         step, read = statistics.median(one["seconds"] for one in told), statistics.mean(one["read"] for one in told)
         compute = compute or step  # of the first, in memory
         row = {"mode": mode, "batch": batch, "turns": told, "bandwidth": bandwidth, **end}
         row["cells"] = [str(batch), mode, f"{batch / step:.1f}", f"{1e3 * step:.1f}", f"{read / 1e6:.1f}"]
         row["cells"] += [f"{step / max(compute, read / bandwidth):.2f}"]
         row["cells"] += [f"{end[size] / MIB:,.0f}" for size in ("peak", "grown")]
+        if any(one.group for one in children):
+            held = child.group.most() if child.group else None
+            row |= {"held": held}
+            row["cells"] += ["" if held is None else f"{held / MIB:,.0f}"]
         rows.append(row)
     return rows
 
@@ -124,9 +137,13 @@ def compare(children: list[Child], batch: int, steps: int, bandwidth: float) -> 
 class Child:
     """A process of its own that answers each line in JSON."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, limit: str | None = None) -> None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__, "--child", *arguments], **pipes)
+        size = parse_memory(limit, "--limit")
+        self.group = None if size is None else Group(size)
+        enter = None if self.group is None else self.group.enter
+        line = [sys.executable, __file__, "--child", *arguments]
+        self.process = subprocess.Popen(line, preexec_fn=enter, **pipes)
 
     def __enter__(self) -> Child:
         return self
@@ -134,6 +151,8 @@ class Child:
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.wait()
+        if self.group is not None:
+            self.group.folder.rmdir()
 
     def told(self, line: str = "") -> Any:
         print(line, file=self.process.stdin, flush=True)
@@ -142,6 +161,25 @@ class Child:
             if line.startswith("answer "):  # libraries may say something, too
                 return json.loads(line.removeprefix("answer "))
         raise SystemExit(f"a process ended with {self.process.wait()}")
+
+
+class Group:
+    """A cgroup of bounded memory, of version 1 or 2."""
+
+    def __init__(self, size: int) -> None:
+        first = Path("/sys/fs/cgroup/memory")
+        limit, self._most = "memory.max", "memory.peak"
+        if first.is_dir():
+            limit, self._most = "memory.limit_in_bytes", "memory.max_usage_in_bytes"
+        self.folder = Path(tempfile.mkdtemp(prefix="expert_memory.", dir=first if first.is_dir() else first.parent))
+        (self.folder / limit).write_text(str(size), encoding="ascii")
+
+    def enter(self) -> None:
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+    def most(self) -> int:
+        """Bytes that it held at most."""
+        return int((self.folder / self._most).read_text(encoding="ascii"))
 
 
 def answer(value: Any) -> None:
