@@ -13,7 +13,7 @@ import torch
 
 from tests import warm
 from tests.evaluation.routed_models import CASES, model_of, tokens_of
-from vqmoe_ds.checkpoint.load_model import LoadedModel
+from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.experiments import routes
 from vqmoe_ds.models.transformer import MoETransformer
@@ -75,11 +75,66 @@ def test_the_command_compares_precisions_caches_exports_and_older_policies(run: 
     assert figure.stat().st_size > 1000
 
 
+def test_routes_that_an_engine_recorded_are_compared_for_its_own_tokens(run: Path, tmp_path: Path, capsys) -> None:
+    """The exported model stands for the engine; its last token of each sequence has no routes."""
+    transformers = pytest.importorskip("transformers")
+    assert transformers
+    asked, recorded = tmp_path / "asked.jsonl", tmp_path / "recorded.jsonl"
+    assert _ran(str(run), "--ways", "bf16", "--tokens", "48", "--record", str(asked)) == 0
+    loaded = load_model(run)
+    sequences = [json.loads(line)["tokens"] for line in asked.read_text().splitlines()]
+    assert [len(tokens) for tokens in sequences] == [16, 16, 16]
+    routes_LTR = routes.routes_of_export(loaded, "hf", torch.tensor(sequences))
+    experts = routes_LTR.unflatten(1, (3, 16)).permute(1, 2, 0, 3).tolist()
+    experts[1][4][1] = [(expert + 1) % 4 for expert in experts[1][4][1]]  # one token in one of two layers
+    lines = [
+        json.dumps({"tokens": tokens, "experts": rows[: 15 - number]})
+        for number, (tokens, rows) in enumerate(zip(sequences, experts, strict=True))
+    ]
+    recorded.write_text("\n".join(lines) + "\n\n")
+    report = tmp_path / "routes.json"
+    assert _ran(str(run), str(recorded), str(asked), "--ways", "--json", str(report)) == 0
+    engine, own = json.loads(report.read_text())["comparisons"]
+    assert (engine["tokens"], own["tokens"], own["differing"]) == (15 + 14 + 13, 48, 0)
+    assert engine["differing"] == pytest.approx(1 / 84) and engine["by_layer"] == pytest.approx([0, 1 / 42])
+    assert _ran(str(run), str(recorded), "--ways", "--tokens", "16", "--json", str(report)) == 0
+    assert json.loads(report.read_text())["comparisons"][0]["tokens"] == 15 + 14, "whole sequences, until it is enough"
+    assert recorded.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("", "holds no routes"),
+        ("[1]", "is not JSON with the lists tokens and experts"),
+        ("{", "is not JSON with the lists tokens and experts"),
+        ("\xff", "is not JSON with the lists tokens and experts"),
+        ({"tokens": [1, 2], "experts": [[[0, 1]], [[0]]]}, "is not JSON with the lists"),
+        ({"tokens": [10**30], "experts": [[[0, 1], [0, 1]]]}, "is not JSON with the lists"),
+        ({"tokens": [1, 2], "experts": []}, "one list of experts per token and layer"),
+        ({"tokens": 1, "experts": 2}, "one list of experts per token and layer"),
+        ({"tokens": [1], "experts": [[[0, 1], [0, 1]]] * 2}, "one list of experts per token and layer"),
+        ({"tokens": [1.5], "experts": [[[0, 1], [0, 1]]]}, "not one whole number per token"),
+        ({"tokens": [1] * 17, "experts": [[[0, 1], [0, 1]]] * 17}, "routes of 17 tokens; this model reads 16 at once"),
+        ({"tokens": [1], "experts": [[[0, 4], [0, 1]]]}, "line 1 names expert 4; this model has 0 to 3"),
+        ({"tokens": [-1], "experts": [[[0, 1], [0, 1]]]}, "line 1 names token -1; this model has 0 to 255"),
+        ({"tokens": [1], "experts": [[[0], [0]]]}, "of 2 layers and 1 experts per token; this model has 2 MoE layers"),
+    ],
+)
+def test_a_file_that_has_no_routes_of_the_model_is_one_sentence(run: Path, tmp_path: Path, capsys, line, part) -> None:
+    path = tmp_path / "recorded.jsonl"
+    path.write_bytes((line if isinstance(line, str) else json.dumps(line)).encode("latin-1"))
+    assert _ran(str(run), str(path), "--ways") == 2
+    said = capsys.readouterr().err
+    assert part in said and str(path) in said and said.count("\n") == 1
+
+
 def test_what_cannot_be_compared_is_one_sentence(run: Path, capsys: Any) -> None:
     for words, part in (
         ((str(run), "--ways"), "nothing to compare with"),
         ((str(run), "--ways", "mixtral"), "not its linear router (topk)"),
         ((str(run), str(run / "nothing")), "nothing"),
+        ((str(run), str(run / "nothing.jsonl")), "nothing.jsonl cannot be read: No such file"),
         ((str(run), "--tokens", "0"), "leaves nothing to read"),
     ):
         assert _ran(*words) == 2
@@ -89,7 +144,7 @@ def test_what_cannot_be_compared_is_one_sentence(run: Path, capsys: Any) -> None
 
 def test_a_file_that_could_not_be_written_is_refused_before_any_work(run: Path, capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for option in ("--json", "--figure"):
+    for option in ("--json", "--figure", "--record"):
         for place in (tmp_path, tmp_path / "nothing" / "x", tmp_path / "file" / "x"):
             assert _ran(str(run / "not there"), option, str(place)) == 2
             assert f"{option} {place} cannot be written there; name a file" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """``tools/compare_routes.py``: do two ways to run a model send its tokens to the same experts?
 
 Where training and inference route differently, a policy is optimized through experts that did not produce its samples.
-Ways are precisions, key-value caches, exported models and other checkpoints of the same run; routes are compared as
-sets of experts, token by token and layer by layer.
+Ways are precisions, key-value caches, exported models, other checkpoints of the same run and what an inference engine
+recorded; routes are compared as sets of experts, token by token and layer by layer.
 
 Legend: L MoE layers, B windows, S positions, T = B * S tokens, R routed rows per token.
 """
@@ -25,7 +25,8 @@ from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.plots import drawing, pyplot, save
 from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
 from vqmoe_ds.evaluation.routing import differing, heard
-from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, reports_errors
+from vqmoe_ds.experiments.recorded_routes import SUFFIX, read_routes, write_routes
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.extras import library
 from vqmoe_ds.runtime.files import check_target, write_json
 
@@ -37,12 +38,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run folder or checkpoint; its fp32 forward pass is the reference")
-    add("others", nargs="*", metavar="OTHER", help="checkpoints of the same model, such as a policy some steps older")
+    add(
+        "others",
+        nargs="*",
+        metavar="OTHER",
+        help="checkpoints of the same model, such as a policy some steps older; or a .jsonl file of recorded routes",
+    )
     add("--ways", nargs="*", choices=WAYS, default=["bf16", "cached"], help="of MODEL (default bf16 cached)")
     add("--data", metavar="SPEC", help="text or prepared data (default: what MODEL's run held out)")
     add("--tokens", type=int, default=4096, help="tokens to read (default 4096)")
     add("--tokenizer", metavar="TOKENIZER", help="of MODEL (default: the one it knows)")
     add("--json", metavar="FILE", help="write the figures")
+    add("--record", metavar="FILE.jsonl", help="write the tokens and their routes in fp32, one sequence per line")
     add("--figure", metavar="FILE.png", help="draw the shares by layer")
     add_plugin_option(parser)
     return parser
@@ -69,6 +76,7 @@ def main(args: argparse.Namespace) -> int:
     check_tokens(args.tokens)
     check_target("--json", args.json)
     check_target("--figure", args.figure)
+    check_target("--record", args.record)
     found = compare(args)
     print(table(found))
     if args.json:
@@ -85,8 +93,11 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
 
     Raises:
         CheckpointError: a model cannot be loaded or exported, or another one has other experts or reads other tokens.
-        DataError: as ``read_probe``.
+        ConfigError: there is nothing to compare with.
+        DataError: as ``read_probe`` and ``read_routes``.
     """
+    if not args.ways and not args.others:
+        raise ConfigError("there is nothing to compare with; name a way with --ways, or another checkpoint")
     loaded = load_routed(args.model, args.tokenizer)
     tokens_BS = read_probe(loaded, args.data, args.tokens)
     reference_LTR = routes_of(loaded.model, tokens_BS)
@@ -95,7 +106,12 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
     found = []
     for way in args.ways:
         found.append(against(reference_LTR, _routes_by(way, loaded, tokens_BS), way, apart))
+    if args.record:
+        write_routes(Path(args.record), tokens_BS, reference_LTR)
     for other in args.others:
+        if other.endswith(SUFFIX):
+            found.append(against(*_recorded(other, loaded, args.tokens), other, apart))
+            continue
         theirs = load_model(other, args.tokenizer)
         if difference := _difference(loaded, theirs, tokens_BS):
             raise CheckpointError(f"{other} is another model than {args.model}: {difference}")
@@ -103,9 +119,27 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
         if routes_LTR.shape != reference_LTR.shape:
             raise CheckpointError(f"{other} is another model than {args.model}: other layers or experts per token")
         found.append(against(reference_LTR, routes_LTR, other, apart))
-    if not found:
-        raise ConfigError("there is nothing to compare with; name a way with --ways, or another checkpoint")
     return found
+
+
+def _recorded(path: str, loaded: LoadedModel, tokens: int) -> tuple[Tensor, Tensor]:
+    """Routes of a model's forward pass and those of a file, each ``[L, T, R]``, until there are enough tokens."""
+    ours, theirs = [], []
+    for tokens_S, experts_LSR in read_routes(path, loaded.config):
+        ours.append(routes_of(loaded.model, tokens_S[None]))
+        theirs.append(experts_LSR)
+        if ours[-1].shape != experts_LSR.shape:
+            (layers, _, rows), (others, _, more) = ours[-1].shape, experts_LSR.shape
+            raise DataError(
+                f"{path} has routes of {others} layers and {more} experts per token; this model has {layers} MoE "
+                f"layers and {rows}"
+            )
+        tokens -= len(tokens_S)
+        if tokens <= 0:
+            break
+    if not ours:
+        raise DataError(f"{path} holds no routes")
+    return torch.cat(ours, dim=1), torch.cat(theirs, dim=1)
 
 
 def _difference(ours: LoadedModel, theirs: LoadedModel, tokens_BS: Tensor) -> str | None:
@@ -196,12 +230,13 @@ def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor) -> Tenso
 def table(found: list[Comparison]) -> str:
     """One line per way: shares that differ, in percent."""
     width = max(len(one.way) for one in found)
-    lines = [f"{'way':{width}}  tokens x layers  tokens touched  discrete row  by layer"]
+    lines = [f"{'way':{width}}  {'tokens':>9}  tokens x layers  tokens touched  discrete row  by layer"]
     for one in found:
         discrete = "-" if one.discrete is None else f"{one.discrete:.3%}"
         layers = " ".join(f"{share:.2%}" for share in one.by_layer)
-        lines.append(f"{one.way:{width}}  {one.differing:>15.3%}  {one.touched:>14.3%}  {discrete:>12}  {layers}")
-    return f"routes that differ from the fp32 forward pass, of {found[0].tokens:,} tokens\n" + "\n".join(lines)
+        shares = f"{one.differing:>15.3%}  {one.touched:>14.3%}  {discrete:>12}  {layers}"
+        lines.append(f"{one.way:{width}}  {one.tokens:>9,}  {shares}")
+    return "routes that differ from the fp32 forward pass\n" + "\n".join(lines)
 
 
 def plot(path: Path, found: list[Comparison], model: str) -> None:
