@@ -27,7 +27,7 @@ LONGEST = (
     *("train/test_optimizers.py", "launchers/test_faults.py", "models/test_hf.py", "launchers/test_evaluate.py"),
     *("runtime/test_stopping.py", "moe/test_router_parity.py", "launchers/test_pretrain.py", "models/test_vision.py"),
     *("moe/test_add_a_router.py", "checkpoint/test_restore.py", "finetune/test_sharing.py", "train/test_fused_adam.py"),
-    *("checkpoint/test_store.py", "launchers/test_images.py", "checkpoint/test_huggingface.py"),
+    *("checkpoint/test_store.py", "launchers/test_images.py", "checkpoint/huggingface/test_round_trip.py"),
 )
 """Files that two workers begin with (``make test``), so that both end at about the same time: half of all seconds."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
@@ -124,3 +126,13 @@ def load_back(reader: CheckpointReader) -> MoETransformer:
     state = {name: reader.tensor(name) for name in reader.names()} | reader.buffers()
     model.load_state_dict(state, strict=True)
     return model
+
+
+def export(model: MoETransformer, folder: Path, **options: Any) -> list[str]:
+    """``export_hf`` of a model in memory, by default without a tokenizer."""
+    return export_hf(ModelReader(model), folder, ExportOptions(**{"tokenizer": "none", **options}))
+
+
+def edit(path: Path, **values: Any) -> None:
+    """Change values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
