@@ -1,4 +1,4 @@
-"""benchmarks/best_rates.py: what is chosen, what is compared, and that rates.yaml tries the routers of routers.yaml."""
+"""benchmarks/best_rates.py: what is chosen, what is compared, and that its grids try published routers."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def test_the_grid_tries_the_routers_of_the_published_tables_and_nothing_else_dif
     rate = {"train.learning_rate": published.overrides["train.learning_rate"]}
     assert {**RATES.overrides, **rate} == published.overrides
     assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 2 * 3) == (228, 114), "as the header counts them"
+
+
+def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
+    verdict, words = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("verdict", "word-rates"))
+    known = {entry.name: entry for entry in verdict.entries}
+    assert all(entry == known[entry.name] for entry in words.entries) and len(words.entries) == 5
+    small = {**verdict.overrides, **verdict.corpora["small"]}
+    for fields in words.corpora.values():
+        assert {**words.overrides, **fields, "train.learning_rate": 0.006} == small
+    assert [fields["train.learning_rate"] for fields in words.corpora.values()] == [0.003, 0.006, 0.012]
+    assert (len(runs_of(words, Path("out"))), len(words.entries) * 3) == (30, 15), "as the header counts them"
 
 
 def test_the_least_mean_loss_chooses_and_a_rate_that_failed_does_not(tool):
