@@ -298,8 +298,9 @@ def _health_table(section: dict[str, Any]) -> Table:
 
 
 def _verdicts(section: dict[str, Any], baseline: str) -> list[str]:
-    """A sentence for each kind of loss: who is better or worse than the baseline, and of whom it cannot be told."""
-    sentences = []
+    """A sentence for each kind of loss: who is better or worse than the baseline, and of whom it cannot be told; one
+    for all kinds in which it can be told of nobody."""
+    sentences, undecided = [], []
     for kind in _kinds(section):
         groups: dict[str, list[str]] = {"better": [], "worse": [], "cannot be told": []}
         for name, entry in _ranked(section):
@@ -307,8 +308,12 @@ def _verdicts(section: dict[str, Any], baseline: str) -> list[str]:
             if found is not None:
                 groups[found["verdict"]].append(name)
         parts = [f"{verdict}: {', '.join(names)}" for verdict, names in groups.items() if names]
-        if parts:
+        if groups["better"] or groups["worse"]:
             sentences.append(f"Against {baseline}, {kind}: {'; '.join(parts)}.")
+        elif parts:
+            undecided.append(kind)
+    if undecided:
+        sentences.append(f"Against {baseline}, it cannot be told of any entry: {'; '.join(undecided)}.")
     return sentences or [f"Nothing to compare with {baseline} yet."]
 
 
