@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.config.cli import Parser
-from vqmoe_ds.config.deepspeed_json import Joiner, read_deepspeed_json
+from vqmoe_ds.config.deepspeed_json import Joiner, join_batch_size, read_deepspeed_json
 from vqmoe_ds.config.gpu import check_widths
 from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.config.routers import add_plugin_option
@@ -80,8 +80,9 @@ def main(options: argparse.Namespace) -> int:
     base = read_deepspeed_json(options.ds_config) if options.ds_config else {}
     if base:
         joiner = Joiner(options.ds_config, loaded)
-        joiner.join(base, "train_batch_size", "train.batch_size")
         joiner.join(base, "sequence_parallel_size", "train.sequence_parallel_size")
+        # Sizes that do not divide the ranks are refused where layouts are made.
+        join_batch_size(base, joiner, max(1, cluster.ranks // joiner.values["train"]["sequence_parallel_size"]))
         run = joiner.config()
     if options.gpu != "cpu":
         # At the widest spread of the experts: too many on a GPU there are too many at every other.
