@@ -171,7 +171,7 @@ def test_the_precision_is_that_of_the_plan_and_shared_numbers_are_those_of_the_j
         assert all(p["layout"]["precision"] == precision for p in found)
     code, _, error = plan(capsys, *files, "--set", "train.batch_size=32")
     assert code == 2 and "train.batch_size=32 contradicts train_batch_size=16" in error
-    # A total that is given as a product: 4 groups of the 8 ranks read 4 sequences each.
+    # A total that is given as a product: 4 groups of 2 ranks read 4 sequences each.
     path.write_text(
         '{"sequence_parallel_size": 2, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}'
     )
