@@ -14,7 +14,14 @@ from tests.data.test_tokenizers import ODD
 from tests.huggingface import ModelReader, config_of, model_of
 from tests.prepared import write_texts
 from vqmoe_ds.checkpoint.load_model import find_tokenizer
-from vqmoe_ds.checkpoint.whereabouts import FOLDER, keep_tokenizer, kept_tokenizer, whole_task, with_whole_paths
+from vqmoe_ds.checkpoint.whereabouts import (
+    FOLDER,
+    keep_tokenizer,
+    kept_tokenizer,
+    whole_task,
+    with_whole_paths,
+    without_paths,
+)
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import WordTokenizer
@@ -63,6 +70,19 @@ def run(tmp_path: Path) -> tuple[Path, ModelReader]:
     reader = ModelReader(model_of(config))
     reader.path = tag
     return tmp_path, reader
+
+
+def test_what_others_see_has_no_folders_of_ours() -> None:
+    saved = load_config("tiny", None, {"moe.router": "token_table", "router.path": "/home/me/tables/a=b.safetensors"})
+    saved = saved.config.model_dump(mode="json")
+    saved["data"] |= {"path": "/home/me/text", "tokenizer_sha256": "e" * 64}
+    for task, shown in (("/home/me/mails", "mails"), ("mails=/home/me/x", "mails"), ("sst2", "sst2"), (None, None)):
+        saved["finetune"] |= {"checkpoint": "/home/me/runs/pretrain", "task": task}
+        seen = without_paths(saved)
+        assert "/home" not in json.dumps(seen) and seen["data"] == {"tokenizer_sha256": "e" * 64} and "run" not in seen
+        assert (seen["finetune"]["checkpoint"], seen["finetune"]["task"]) == ("pretrain", shown)
+        assert seen["router"]["path"] == "a=b.safetensors" and seen["moe"] == saved["moe"]
+    assert saved["finetune"]["checkpoint"] == "/home/me/runs/pretrain", "what is given stays as it is"
 
 
 def test_a_moved_run_brings_its_tokenizer(run: tuple[Path, ModelReader], monkeypatch: pytest.MonkeyPatch) -> None:
