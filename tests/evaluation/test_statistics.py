@@ -29,8 +29,9 @@ def test_a_paired_interval_worked_out_by_hand():
 
 
 def test_p_values_agree_with_their_intervals():
-    exact = paired_difference({1: 1.0, 2: 2.0}, {1: 1.5, 2: 2.5})
-    assert (exact.p, exact.verdict) == (0.0, "better"), "equal differences leave no error"
+    same = paired_difference({1: 20.1, 2: 20.3, 3: 19.9}, {1: 20.3, 2: 20.5, 3: 20.1})
+    assert (same.p, same.low, same.verdict) == (None, None, "cannot be told"), "equal differences tell no error"
+    assert same.show(1) == "-0.2 (the same at every seed)" and same.pairs == 3
     assert paired_difference({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}).p == 1.0
     # t(0.975; 1) = 12.7062: an interval that ends at zero has a p-value of 0.05
     apart = 12.7062 * 0.01

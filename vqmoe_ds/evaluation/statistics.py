@@ -33,7 +33,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the paired differences, the confidence interval of that mean and its p-value (None with one pair)."""
+    """Mean of the paired differences, the confidence interval of that mean and its p-value.
+
+    None with one pair, and with pairs that all differ by the same, as shares of few images may: they tell no error.
+    """
 
     mean: float
     low: float | None
@@ -56,7 +59,9 @@ class Difference:
     def show(self, digits: int = DIGITS) -> str:
         """Mean and interval, with so many decimals."""
         mean = f"{self.mean:+.{digits}f}"
-        return f"{mean} (one seed)" if self.low is None else f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        if self.low is None:
+            return f"{mean} ({'one seed' if self.pairs == 1 else 'the same at every seed'})"
+        return f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -76,11 +81,11 @@ def paired_difference(ours: Mapping[Pair, float], theirs: Mapping[Pair, float]) 
     if not seeds:
         return None
     mean = mean_of([ours[seed] - theirs[seed] for seed in seeds])
-    if mean.error is None:
-        return Difference(mean.mean, None, None, 1)
+    # Not an error of zero, with which the smallest difference would be sure; equal but for the rounding of floats.
+    if mean.error is None or mean.error < 1e-12 * abs(mean.mean):
+        return Difference(mean.mean, None, None, mean.seeds)
     reach = float(stats.t.ppf(1 - LEVEL / 2, mean.seeds - 1)) * mean.error
-    # Equal differences have no error: p is 0, or 1 where they are all zero.
-    t = abs(mean.mean) / mean.error if mean.error else math.inf if mean.mean else 0.0
+    t = abs(mean.mean) / mean.error if mean.error else 0.0
     p = 2 * float(stats.t.sf(t, mean.seeds - 1))
     return Difference(mean.mean, mean.mean - reach, mean.mean + reach, mean.seeds, p)
 
