@@ -160,15 +160,15 @@ def test_parameters_are_those_that_the_models_have():
 
 
 def test_figures_are_those_of_the_pages_that_show_how_they_were_measured():
-    results, tasks, gpu = (
-        (ROOT / "docs" / name).read_text("utf-8") for name in ("results.md", "finetuning.md", "gpu.md")
+    results, tasks, gpu, vision = (
+        (ROOT / "docs" / name).read_text("utf-8") for name in ("results.md", "finetuning.md", "gpu.md", "vision.md")
     )
     intervals = re.findall(r"[+−]\d\.\d{3,4} \[[^\]]+\]", PAGE)
     assert len(intervals) == 15
     for interval in intervals:
         assert interval in results, interval
     points = re.findall(r"\[[+−]\d\.\d, [+−]\d\.\d\]", PAGE)
-    assert len(points) == 3 and all(point in tasks for point in points)
+    assert len(points) == 13 and all(point in tasks for point in points[:3]) and all(p in vision for p in points[3:])
     for figure in ("(-32.4%)", "**-28.4%**", "7.54 M"):
         assert figure in tasks
     assert "A step\nof 41 ms" in gpu and "| 73.6 | 83.8 | 138 |" in gpu and "67.2" in gpu
