@@ -43,11 +43,11 @@ def without_paths(saved: dict[str, Any]) -> dict[str, Any]:
 
     Of other paths the last name stays, as that there is one tells how the model was made.
     """
-    run = {name: dict(section) for name, section in saved.items() if name not in ("data", "run")}
+    run = {name: section for name, section in saved.items() if name not in ("data", "run")}
     for section, field in (("finetune", "checkpoint"), ("finetune", "task"), ("router", "path")):
         if isinstance(path := run.get(section, {}).get(field), str):
             name, equals, _ = path.partition("=")
-            run[section][field] = name if equals and field == "task" else Path(path).name
+            run[section] = {**run[section], field: name if equals and field == "task" else Path(path).name}
     # With it the trainer refuses data of another tokenizer on the way back.
     checksum = saved.get("data", {}).get("tokenizer_sha256")
     return run if checksum is None else {**run, "data": {"tokenizer_sha256": checksum}}
