@@ -51,8 +51,12 @@ def _fill(run_dir: Path) -> None:
 
 
 def _make_read_only(run_dir: Path) -> None:
-    for options in ("bind", "remount,bind,ro"):  # over itself: a file system with open files is not made read-only
-        subprocess.run(["mount", "-o", options, run_dir, run_dir], check=True)
+    # Over itself: a file system with open files is not made read-only, nor is this one while a file is being written.
+    subprocess.run(["mount", "-o", "bind", run_dir, run_dir], check=True)
+    deadline = time.monotonic() + 20
+    while subprocess.run(["mount", "-o", "remount,bind,ro", run_dir, run_dir], capture_output=True).returncode:
+        assert time.monotonic() < deadline, "the folder stays busy"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
