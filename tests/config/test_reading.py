@@ -23,7 +23,7 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("&a [*a]", "stands within what it names"),
         (LAUGHS, "grows past"),
         ("[" * (DEEPEST + 1), "nested deeper"),
-        ("[" * 500_000, "nest"),  # PyYAML 6.0.4 has a limit of its own, "maximum nesting depth"
+        ("[" * 500_000, "nested deeper"),
         ("a: 1e999", "a is inf, which is no finite number"),
         ("a: [.nan]", "a.0 is nan"),
         (f"a: {10**20}", "more than 64 bits hold"),
@@ -39,12 +39,12 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ids=lambda text: text[:20],
 )
 def test_bad_yaml_is_one_sentence_at_once(text, sentence):
-    started = time.process_time()
+    started = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "it")
     assert sentence in str(caught.value)
     assert str(caught.value).isprintable()
-    assert time.process_time() - started < 5
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ EXPANDED = 4 << 20
 """Characters of a YAML text once its aliases are followed."""
 DEEPEST = 20
 """Levels of nesting: DeepSpeed's own options have five, and recursive code takes a thousand."""
+_TOO_DEEP = f"it is nested deeper than {DEEPEST} levels"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """How Python keeps bytes of a command line that are not in the locale's encoding (PEP 383)."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -117,6 +118,8 @@ def parse_yaml(text: str, name: str) -> Any:
         _check_growth(yaml.parse(text, Loader=_Base))
         values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
+        if "nesting depth" in str(error):  # PyYAML's own limit, since 6.0.4, which its scanner meets before any event
+            raise ConfigError(f"{name}: {_TOO_DEEP}") from None
         place = str(error).replace('in "<unicode string>", ', "at ")
         raise ConfigError(f"{name} is not valid YAML: {' '.join(place[:2000].split())}") from None
     except _Refused as error:
@@ -211,7 +214,7 @@ def _check_growth(events: Iterable[yaml.Event]) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             open_.append([anchor, 1])
             if len(open_) - 1 > DEEPEST:
-                raise _Refused(f"it is nested deeper than {DEEPEST} levels")
+                raise _Refused(_TOO_DEEP)
             continue
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == outer for outer, _ in open_):
