@@ -320,10 +320,7 @@ def _check_ranks(size: int, world: int) -> None:
 
 def _batch_sizes(values: dict[str, Any], joiner: Joiner, readers: int, path: str) -> tuple[int, int]:
     """(micro-batch, accumulation steps) so that micro * accumulation * readers = train_batch_size."""
-    micro, accumulation = (
-        _told(values, key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    total = join_batch_size(values, joiner, readers)
+    total, micro, accumulation = join_batch_size(values, joiner, readers)
     if micro is None and accumulation is None:
         accumulation = 1
     if micro is None:
@@ -339,27 +336,27 @@ def _batch_sizes(values: dict[str, Any], joiner: Joiner, readers: int, path: str
     return micro, accumulation
 
 
-def join_batch_size(values: dict[str, Any], joiner: Joiner, readers: int) -> int:
-    """Join ``train_batch_size`` and ``train.batch_size``, and return it.
+def join_batch_size(values: dict[str, Any], joiner: Joiner, readers: int) -> tuple[int, int | None, int | None]:
+    """Join ``train_batch_size`` and ``train.batch_size``.
 
     Args:
         readers: ranks, or groups of ranks that share sequences.
 
+    Returns:
+        It, and the micro-batch and accumulation steps that the JSON has, None where it leaves them open.
+
     Raises:
         ConfigError: a contradiction.
     """
-    micro, accumulation = (
-        _told(values, key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, accumulation = (
+        None if values.get(key, "auto") == "auto" else values[key]
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     )
     # The two fix the total: it replaces a preset's train.batch_size, and contradicts one that the user set.
-    if _told(values, "train_batch_size") is None and micro is not None and accumulation is not None:
+    if total is None and micro is not None and accumulation is not None:
         values["train_batch_size"] = micro * accumulation * readers
     joiner.join(values, "train_batch_size", "train.batch_size")
-    return int(values["train_batch_size"])
-
-
-def _told(values: dict[str, Any], key: str) -> Any:
-    return None if values.get(key, "auto") == "auto" else values[key]
+    return int(values["train_batch_size"]), micro, accumulation
 
 
 def in_words(readers: int, sharing: int) -> str:
