@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from tests import warm
-from tests.huggingface import load_back, tokens_of
-from tests.upcycle.sources import LLAMA3, MULTIPLIED, YARN, change_options, distance, save_dense, upcycled
+from tests.huggingface import edit, load_back, tokens_of
+from tests.upcycle.sources import LLAMA3, MULTIPLIED, YARN, distance, save_dense, upcycled
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 from vqmoe_ds.upcycle.dense import DenseSource, UpcycleOptions, upcycle
@@ -115,7 +115,7 @@ def test_a_window_is_that_of_all_layers_or_refused_by_name(layers: int, window: 
     options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": layers}
     dense = save_dense(tmp_path / "dense", Qwen2Config, **options)
     for types in (dense.config.layer_types, None):  # None: as transformers 4 writes it
-        change_options(tmp_path / "dense", layer_types=types)
+        edit(tmp_path / "dense" / "config.json", layer_types=types)
         if window is not None:
             model = upcycled(tmp_path / "dense")
             assert model.config.model.sliding_window == window and distance(dense, model) < 1e-5
@@ -202,7 +202,7 @@ def test_the_tool_writes_a_portable_checkpoint_that_trains(tmp_path: Path) -> No
 )
 def test_options_that_cannot_be_represented_are_named(values: dict[str, Any], reason: str, tmp_path: Path) -> None:
     save_dense(tmp_path / "dense")
-    change_options(tmp_path / "dense", **values)
+    edit(tmp_path / "dense" / "config.json", **values)
     with pytest.raises(CheckpointError, match=reason):
         DenseSource(tmp_path / "dense")
 

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.huggingface import load_back
-from tests.upcycle.sources import MULTIPLIED, change_options, distance, save_dense, upcycled
+from tests.huggingface import edit, load_back
+from tests.upcycle.sources import MULTIPLIED, distance, save_dense, upcycled
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.moe.sources import EmbeddingSource
 from vqmoe_ds.runtime.errors import CheckpointError
@@ -73,7 +73,7 @@ def test_a_window_of_every_second_layer_is_refused_past_its_length(tmp_path: Pat
     theirs = _routed(tmp_path / "moe", kind=Qwen2MoeConfig, **window)
     assert theirs.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
     for types in (theirs.config.layer_types, None):
-        change_options(tmp_path / "moe", layer_types=types)
+        edit(tmp_path / "moe" / "config.json", layer_types=types)
         source = RoutedSource(tmp_path / "moe")
         with pytest.raises(CheckpointError, match=r"sliding_window, .*set model.sequence_length=8 or less"):
             routed_config(source, {})
@@ -278,7 +278,7 @@ def test_routed_sources_that_cannot_be_represented_are_named(
         with torch.no_grad():
             model.model.layers[1].self_attn.k_proj.bias.add_(1)
         model.save_pretrained(tmp_path / "moe")
-    change_options(tmp_path / "moe", **values)
+    edit(tmp_path / "moe" / "config.json", **values)
     command = [str(tmp_path / "moe"), str(tmp_path / "new"), "--calibration", str(_text(tmp_path))]
     capsys.readouterr()
     assert main(build_parser("").parse_args([*command, "--tokenizer", "bytes"])) == 2
