@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     add("--expert_memory", default="256MiB")
     add("--batch", type=int, nargs="+", default=[1, 16])
     add("--steps", type=int, nargs="+", default=[48, 8], help="new tokens of each row, for each batch")
-    add("--limit", metavar="SIZE", help="memory of each process that reads experts, such as 900MiB (needs root)")
+    add("--limit", metavar="SIZE", help="memory of each process that reads experts, such as 1100MiB (needs root)")
     add("--folder", help="where the model is written (default: the system's temporary folder)")
     add("--small", action="store_true", help="a model of 3 MB")
     add("--json", help="write the figures to a file, or to the terminal with -")
