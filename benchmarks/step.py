@@ -3,6 +3,7 @@
 
     python benchmarks/step.py                       # 1 rank, then 2 ranks with expert parallelism 2; about 5 minutes
     python benchmarks/step.py --ranks 2 --dtype bf16 --json out.json
+    python benchmarks/step.py --ranks 2 --experts 128 --variants top-2 "codes beside top-1" "hash and code"
 
 The model (embedding, attention, experts, head) runs through ``deepspeed.initialize`` with ZeRO-2, AdamW and clipping.
 The variants take turns step by step in the same processes, on new random tokens each time; the batch is split over the
@@ -55,7 +56,15 @@ from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.allocator import tune_allocator
 from vqmoe_ds.train.zero import spare_passes
 
-OURS = {"ours": CodeSource.CONTEXT, "ours, layer by layer": CodeSource.LAYER_STATE}
+OURS: dict[str, tuple[str, int, CodeSource]] = {
+    "ours": ("vq", 0, CodeSource.CONTEXT),
+    "ours, layer by layer": ("vq", 0, CodeSource.LAYER_STATE),
+    "top-2": ("topk", 2, CodeSource.CONTEXT),
+    "codes beside top-1": ("vq", 1, CodeSource.CONTEXT),
+    "hash and code": ("hash_and_code", 1, CodeSource.CONTEXT),
+}
+"""Variant -> its router, ``moe.top_k`` and what its codes look at; the last three give a token two experts each."""
+BY_DEFAULT = [*list(OURS)[:2], *PEERS]
 ZERO_2 = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 SEARCH, BOOKKEEPING, SYNC = "code search", "code statistics", "codebook sync"
 
@@ -83,7 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--variants", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--variants", nargs="+", default=BY_DEFAULT, choices=[*OURS, *PEERS])
     parser.add_argument("--json", help="write the figures to a file, or to the terminal with -")
     return parser.parse_args(argv)
 
@@ -162,21 +171,16 @@ class Variant:
 
 
 def build_model(name: str, options: argparse.Namespace, ranks: int, rank: int) -> MoETransformer:
-    ours = name in OURS
+    router, top_k, source = OURS.get(name, ("dense", 1, CodeSource.CONTEXT))
     config = RunConfig(
         model=ModelConfig(
             layers=options.layers, width=options.width, sequence_length=options.sequence, dense_hidden=options.hidden
         ),
-        moe=MoEConfig(
-            router="vq" if ours else "dense",
-            num_experts=options.experts,
-            expert_hidden=options.hidden,
-            top_k=0 if ours else 1,
-        ),
-        codebook=CodebookConfig(source=OURS[name]) if ours else CodebookConfig(),
+        moe=MoEConfig(router=router, num_experts=options.experts, expert_hidden=options.hidden, top_k=top_k),
+        codebook=CodebookConfig(source=source),
     )
     model = MoETransformer(config, ranks, rank, DeepSpeedMoELayer)
-    if not ours:
+    if name not in OURS:
         for block in model.blocks:
             block.mlp = WithoutAux(peer(name, options, ranks, rank))
     return model
@@ -259,13 +263,20 @@ def report(run: dict[str, Any], options: argparse.Namespace) -> str:
         f"{options.tokens} tokens per step"
     )
     best = {name: min(times) for name, times in run["times"].items()}
-    reference = best.get("ours", min(best.values()))
+    first = "ours" if "ours" in best else next(iter(best))
     rows = [
-        [name, f"{best[name]:.0f}", f"{statistics.median(times):.0f}", f"{best[name] / reference:.2f}"]
+        [
+            name,
+            f"{best[name]:.0f}",
+            f"{statistics.median(times):.0f}",
+            f"{best[name] / best[first]:.2f}",
+            f"{1e3 * options.tokens / best[name]:,.0f}",
+        ]
         for name, times in run["times"].items()
     ]
-    text = title + "\n\n" + table(["variant", "ms best", "median", "/ ours"], rows)
-    return text + "\n\n" + breakdown(run) + "\n\n" + floor_table(run, reference)
+    text = title + "\n\n" + table(["variant", "ms best", "median", f"/ {first}", "tokens/s"], rows)
+    text += "\n\n" + breakdown(run)
+    return text + "\n\n" + floor_table(run, best[first]) if first == "ours" else text
 
 
 def floor_table(run: dict[str, Any], best: float) -> str:
@@ -279,8 +290,8 @@ def floor_table(run: dict[str, Any], best: float) -> str:
 def breakdown(run: dict[str, Any]) -> str:
     """Median milliseconds of each part over the steps, for our variants."""
     columns, names = ["part"], [name for name in OURS if name in run["times"]]
-    cells: dict[str, list[str]] = defaultdict(list)
-    for name in names:
+    cells: dict[str, list[str]] = defaultdict(lambda: ["–"] * 2 * len(names))
+    for place, name in enumerate(names):
         whole = statistics.median(run["times"][name])
         parts = sorted({part for step in run["parts"][name] for part in step})
         spent = {part: statistics.median(step.get(part, 0.0) for step in run["parts"][name]) for part in parts}
@@ -288,9 +299,8 @@ def breakdown(run: dict[str, Any]) -> str:
         spent |= {"other": whole - sum(spent.values()), "*all codebook work*": codes, "*whole step*": whole}
         columns += [f"{name}: ms", "share"]
         for part, value in spent.items():
-            cells[part] += [f"{value:.1f}", f"{value / whole:.1%}"]
-    rows = [[part, *values] for part, values in cells.items() if len(values) == 2 * len(names)]
-    return table(columns, rows)
+            cells[part][2 * place : 2 * place + 2] = [f"{value:.1f}", f"{value / whole:.1%}"]
+    return table(columns, [[part, *values] for part, values in cells.items()])
 
 
 if __name__ == "__main__":
