@@ -63,7 +63,7 @@ def test_a_run_that_cannot_be_read_now_is_never_thrown_away_and_the_others_go_on
     monkeypatch.setattr(runs, "read_small", fail)
     monkeypatch.setattr(Runner, "_train_and_evaluate", lambda self, job, lock: f"{job.run.folder.name} ran")
     failures = _runner([job, later], rerun_changed=True).run()
-    assert "cannot be read (Input/output error); mend that first" in failures[0] and failures[1:] == ["later ran"]
+    assert "cannot be read (Input/output error); fix that first" in failures[0] and failures[1:] == ["later ran"]
     assert (job.run.folder / "summary.json").exists()
 
 

@@ -117,7 +117,7 @@ class Job:
         except OSError as error:
             # No difference: a run of another configuration may be thrown away, this one may be whole.
             reason = error.strerror or error
-            raise ConfigError(f"the configuration of {folder} cannot be read ({reason}); mend that first") from None
+            raise ConfigError(f"the configuration of {folder} cannot be read ({reason}); fix that first") from None
         there, here = (_fields(with_whole_paths(config)) for config in (recorded, self.config.run))
         for name, value in here.items():
             if there.get(name) != value:
