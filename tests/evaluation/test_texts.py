@@ -66,6 +66,13 @@ def test_a_cut_never_falls_into_a_character(tokenizers, name):
         assert tokens - 4 < len(cut.ids_N) <= tokens and np.array_equal(cut.damaged([]).ids_N, cut.ids_N)
 
 
+@pytest.mark.parametrize("name", ["bytes", "word", "exact", "json"])
+def test_all_but_the_end_of_a_document_is_its_whole_text(tokenizers, name):
+    text = encode(tokenizers[name], "the old harbour 🙂".encode(), tokenizers[name].eod)
+    cut = text.first(len(text.ids_N) - 1)
+    assert np.array_equal(cut.ids_N, text.ids_N[:-1]) and cut.raw == text.raw
+
+
 def test_json_and_sentencepiece_give_the_same_tokens(tokenizers):
     ours, theirs = (encode(tokenizers[name], STORY.encode()) for name in ("exact", "json"))
     assert np.array_equal(ours.ids_N, theirs.ids_N) and np.array_equal(ours.starts_N, theirs.starts_N)
@@ -197,6 +204,8 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path, tokenizers):
         (loaded, [str(tmp_path / "one")], DataError, "no document of two or more tokens"),
         (loaded, [nameless], DataError, "has the id 299, past the vocabulary of 257"),
         (wordy, [corpus], DataError, "corpus was made by the tokenizer .*, the model of run was trained with"),
+        # As of a Hugging Face folder, whose configuration notes no checksum
+        (_loaded(words), [corpus], DataError, "corpus was made by the tokenizer .*, the model of run was trained with"),
         (wordy, [str(tmp_path / "latin")], DataError, "not UTF-8 .byte 1."),
         (_loaded(None), [str(tmp_path / "one")], CheckpointError, "name it with --tokenizer"),
         (_loaded(ByteTokenizer(), "hf"), None, DataError, "does not say what it was trained on"),

@@ -19,10 +19,11 @@ from torch import Tensor
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.corpus import open_corpus
-from vqmoe_ds.data.indexed import IndexedText, IndexedWindows, Reader, open_indexed_text
+from vqmoe_ds.data.indexed import IndexedWindows, Reader, open_indexed_text
 from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer
+from vqmoe_ds.evaluation.texts import check_same_tokenizer
 from vqmoe_ds.models.block import Block
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.codebook import CodebookBank
@@ -213,7 +214,7 @@ def read_probe(loaded: LoadedModel, path: str | None, tokens: int) -> Tensor:
     # megatron-core writes an index of the windows and maps it: not into a run's folder, which is only looked at.
     with tempfile.TemporaryDirectory() as cache:
         if prepared is not None:
-            _check_tokenizer(loaded, prepared)
+            check_same_tokenizer(loaded, prepared)
             reader = Reader(prepared.tokenizer, config.model.vocab_size)
             windows: Windows = IndexedWindows(prepared.valid, Path(cache), reader)
         elif path is None or isinstance(tokenizer, ByteTokenizer):
@@ -222,15 +223,6 @@ def read_probe(loaded: LoadedModel, path: str | None, tokens: int) -> Tensor:
             return _cut_text(path, config.model.sequence_length, rows, loaded.need_tokenizer())
         places = np.unique(np.linspace(0, len(windows) - 1, rows).astype(int))
         return torch.from_numpy(windows.read(places).inputs_BS.astype(np.int64))
-
-
-def _check_tokenizer(loaded: LoadedModel, prepared: IndexedText) -> None:
-    ours, theirs = loaded.tokenizer, prepared.tokenizer
-    if ours is not None and theirs is not None and ours.checksum != theirs.checksum:
-        raise DataError(
-            f"the prepared data was made with another tokenizer ({theirs.kind}, {theirs.checksum:.12}) than that of "
-            f"{loaded.path} ({ours.kind}, {ours.checksum:.12}); prepare the text with that one"
-        )
 
 
 def _cut_text(path: str, length: int, rows: int, tokenizer: Tokenizer) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Text:
         if len(self.ids_N) <= tokens or self.raw is None or self.starts_N is None:
             return replace(self, ids_N=self.ids_N[:tokens])
         if not isinstance(self.tokenizer, ByteTokenizer):
-            while tokens and self.raw[self.starts_N[tokens]] & 0xC0 == 0x80:  # a byte that begins no character
+            while tokens and _within_character(self.raw, self.starts_N[tokens]):
                 tokens -= 1
         # Without ``end``: ``damaged`` would put it behind a document that was cut before it.
         raw, starts_N = self.raw[: self.starts_N[tokens]], self.starts_N[:tokens]
@@ -292,18 +292,19 @@ def _documents(stored: np.ndarray, tokenizer: Tokenizer | None, pieces: list[byt
         yield Text(ids_N, b"".join(pieces[i] for i in ids_N), np.cumsum(sizes) - sizes, tokenizer, end)
 
 
+def _within_character(raw: bytes, place: int) -> bool:
+    """Whether the byte there begins no character; behind the last one starts a token without bytes, such as the end."""
+    return place < len(raw) and raw[place] & 0xC0 == 0x80
+
+
 def check_same_tokenizer(loaded: LoadedModel, data: IndexedText) -> None:
     """Refuse prepared data whose ids mean something else than those the model was trained on, as far as is known.
 
     Raises:
         DataError: they do.
     """
-    ours: Any = loaded.config.data.tokenizer_sha256
-    # A run on raw text notes no tokenizer: its ids are the bytes.
-    if ours is None and isinstance(loaded.tokenizer, ByteTokenizer):
-        ours = ByteTokenizer.checksum
-    theirs = data.tokenizer_sha256
-    if UNKNOWN not in (ours, theirs) and ours is not None and ours != theirs:
+    ours, theirs = loaded.tokenizer_checksum, data.tokenizer_sha256
+    if theirs != UNKNOWN and ours not in (None, theirs):
         names = [Path(prefix.path).name for prefix in data.valid.prefixes]
         raise DataError(
             f"prepared data {', '.join(names)} was made by the tokenizer {theirs[:12]}, the model of {loaded.path} was "

@@ -118,8 +118,7 @@ def _check_terms(path: str, loaded: LoadedModel) -> None:
 
 def _check_same_tokens(first: LoadedModel, other: LoadedModel) -> None:
     one, two = (
-        (m.config.model.sequence_length, m.config.model.vocab_size, m.tokenizer.checksum if m.tokenizer else None)
-        for m in (first, other)
+        (m.config.model.sequence_length, m.config.model.vocab_size, m.tokenizer_checksum) for m in (first, other)
     )
     if one != two:
         raise CheckpointError(
