@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from tests.experiments.test_grid import compare, grid_file  # noqa: F401
 from tests.experiments.test_report import _finish
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.experiments import runs
-from vqmoe_ds.experiments.grid import read_grid, runs_of
+from vqmoe_ds.experiments.grid import Evaluation, read_grid, runs_of
 from vqmoe_ds.experiments.runs import Job, Runner, State, jobs_of
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 @pytest.fixture
@@ -26,6 +28,24 @@ def job(grid_file, tmp_path) -> Job:  # noqa: F811
 
 def _runner(jobs: list[Job], rerun_changed: bool = False) -> Runner:
     return Runner(jobs, 1, "", rerun_changed, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("nicee -n 10", "--prefix 'nicee -n 10': there is no command 'nicee'; correct its name"),
+        ("nice 'x", '--prefix "nice \'x" is no command (No closing quotation); quote it as for a shell'),
+    ],
+)
+def test_a_prefix_that_is_no_command_is_refused_before_the_first_run(prefix, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        Runner([], 1, prefix, False, print)
+
+
+def test_an_evaluation_of_another_shape_is_made_again(job):
+    job.run.folder.mkdir(parents=True)
+    job.evaluation.write_text('{"corrupted": [], "setting": []}')
+    assert not job.evaluated(Evaluation(corrupt=["typo:0.1"]))
 
 
 @pytest.mark.parametrize("rerun", [False, True])

@@ -34,7 +34,7 @@ from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
 from vqmoe_ds.evaluation.image_damage import parse_image_corruption
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
-from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, reason_of
+from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, reason_of, shown
 from vqmoe_ds.runtime.files import make_folder, open_regular, read_small
 from vqmoe_ds.train.pretrain import fit_to_data, steps_done
 
@@ -98,7 +98,7 @@ class Job:
             return False
         try:
             return _scored(read_json(self.evaluation), self.config.run) == _to_score(wanted, self.config.run)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return False  # it is scored again
 
     def difference(self) -> str | None:
@@ -225,10 +225,13 @@ class Runner:
         prefix: words before every command, such as ``nice -n 10`` or ``srun -n 1``.
         rerun_changed: as of ``check_folders``.
         say: prints a line.
+
+    Raises:
+        ConfigError: the prefix names no command.
     """
 
     def __init__(self, jobs: list[Job], workers: int, prefix: str, rerun_changed: bool, say: Any) -> None:
-        self.jobs, self.workers, self.prefix, self.say = jobs, workers, shlex.split(prefix), say
+        self.jobs, self.workers, self.prefix, self.say = jobs, workers, _words(prefix), say
         self.rerun_changed = rerun_changed
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -317,6 +320,18 @@ class Runner:
         if code == TRY_AGAIN or self._stopped:
             return f"{job.run}: stopped; the same command goes on"
         return f"{job.run}: exit code {code}, {_last_words(log)} ({log})"
+
+
+def _words(prefix: str) -> list[str]:
+    try:
+        words = shlex.split(prefix)
+    except ValueError as error:
+        raise ConfigError(
+            f"--prefix {shown(prefix)} is no command ({reason_of(error)}); quote it as for a shell"
+        ) from None
+    if words and shutil.which(words[0]) is None:
+        raise ConfigError(f"--prefix {shown(prefix)}: there is no command {shown(words[0])}; correct its name")
+    return words
 
 
 def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
