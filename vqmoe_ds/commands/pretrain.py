@@ -22,10 +22,11 @@ def main() -> int:
     # Imports take seconds, in which a signal must already be heard.
     from vqmoe_ds.config.cli import build_parser
     from vqmoe_ds.planning import dry_run
+    from vqmoe_ds.runtime.terminal import run_tool
     from vqmoe_ds.train import pretrain
 
     arguments = build_parser(usage(__doc__)).parse_args()
-    return dry_run.main(arguments) if arguments.dry_run else pretrain.main(arguments)
+    return run_tool(lambda: dry_run.main(arguments)) if arguments.dry_run else pretrain.main(arguments)
 
 
 if __name__ == "__main__":
