@@ -102,7 +102,7 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
     tokens_BS = read_probe(loaded, args.data, args.tokens)
     reference_LTR = routes_of(loaded.model, tokens_BS)
     moe = loaded.config.moe
-    apart = moe.facts.uses_codebook and moe.top_k > 0
+    apart = moe.facts.uses_codebook and loaded.config.rows_per_token > 1
     found = []
     for way in args.ways:
         found.append(against(reference_LTR, _routes_by(way, loaded, tokens_BS), way, apart))
