@@ -24,7 +24,7 @@ from vqmoe_ds.config.schema import CodeSource
 from vqmoe_ds.finetune.cli import build_parser
 from vqmoe_ds.finetune.config import check_batch, check_can_run, classifier_config, starting_config
 from vqmoe_ds.finetune.language import open_text
-from vqmoe_ds.finetune.run_folder import check_kind, check_same
+from vqmoe_ds.finetune.run_folder import check_finished, check_kind, check_same
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 ONE = Layout(0, 1, 1)
@@ -132,6 +132,22 @@ def test_text_of_another_tokenizer_is_refused(sources, tmp_path, spec):
         CheckpointError, match=r"vocabulary 61\), the text of --data is .* \(vocabulary 25[67]\); prepare"
     ):
         open_text(loaded, run_config(reader.config, reader.path), reader)
+
+
+def test_a_text_model_stays_one(sources):
+    reader = open_checkpoint(sources / "vq")
+    with pytest.raises(ConfigError, match=r"model.image_size=16 is not that of .*, 0: fine-tuning keeps the model"):
+        changes = {"model.image_size": 16, "model.sequence_length": 16, "codebook.source": "token_embedding"}
+        finetune_config(reader, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "finetune: 3"])
+def test_a_finished_folder_whose_configuration_was_damaged_is_refused(sources, tmp_path, text):
+    config = _resolve(tmp_path, open_checkpoint(sources / "vq"), {})
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.yaml is no configuration of a run; choose another --run_dir"):
+        check_finished(tmp_path, config)
 
 
 @pytest.mark.parametrize(

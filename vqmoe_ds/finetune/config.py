@@ -18,7 +18,7 @@ from vqmoe_ds.checkpoint.whereabouts import whole_task, with_whole_paths
 from vqmoe_ds.config.cli import overrides_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import LoadedConfig, load_config
-from vqmoe_ds.config.schema import CodeSource, RunConfig, Trainable
+from vqmoe_ds.config.schema import CodeSource, ModelConfig, RunConfig, Trainable
 from vqmoe_ds.finetune.cli import LANGUAGE_MODEL
 from vqmoe_ds.finetune.defaults import DEFAULTS, FEWEST_STEPS, LANGUAGE_MODEL_STEPS, OFTEN, SELDOM
 from vqmoe_ds.runtime.device import uses_gpu
@@ -35,23 +35,7 @@ OPTIONS = {
 """Options and the fields that they set."""
 
 SIZES = (
-    "model.layers",
-    "model.width",
-    "model.heads",
-    "model.kv_heads",
-    "model.qkv_bias",
-    "model.head_width",
-    "model.qk_norm",
-    "model.sliding_window",
-    "model.tie_embeddings",
-    "model.moe_every",
-    "model.dense_layers",
-    "model.vocab_size",
-    "model.dense_hidden",
-    "model.rope_theta",
-    "model.rope_scaling",
-    "model.rope_factor",
-    "model.rope_original_length",
+    *(f"model.{name}" for name in ModelConfig.model_fields if name != "sequence_length"),
     "moe.num_experts",
     "moe.expert_hidden",
     "moe.shared_experts",

@@ -82,7 +82,10 @@ def check_finished(folder: Path, config: EngineConfig) -> None:
         ConfigError: it does.
     """
     if is_finished(folder):
-        check_same(folder, read_yaml(str(folder / "config.yaml"), "configuration of a finished run"), config)
+        saved = read_yaml(str(folder / "config.yaml"), "configuration of a finished run")
+        if not isinstance(saved, dict) or not all(isinstance(saved.get(section), dict) for section in SAME):
+            raise ConfigError(f"{folder / 'config.yaml'} is no configuration of a run; choose another --run_dir")
+        check_same(folder, saved, config)
 
 
 def check_same(folder: Path, saved: dict[str, Any], config: EngineConfig) -> None:
