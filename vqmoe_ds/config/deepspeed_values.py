@@ -113,9 +113,9 @@ depend on ``torch_adam``; those of other types are left to DeepSpeed."""
 KINDS = {
     **dict.fromkeys(("optimizer", "scheduler", "optimizer.params", "scheduler.params"), OBJECT),
     **dict.fromkeys(("fp16", "bf16", "bfloat16", "data_types", "zero_optimization", "expert_parallel"), OBJECT),
-    **dict.fromkeys(("activation_checkpointing", "checkpoint", "data_efficiency", "autotuning", "aio"), OBJECT),
+    **dict.fromkeys(("activation_checkpointing", "checkpoint", "autotuning", "aio"), OBJECT),
     **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor", "comms_logger", "flops_profiler"), OBJECT),
-    **dict.fromkeys(("compile", "timers", "weight_quantization", "tensor_parallel"), OBJECT),
+    **dict.fromkeys(("compile", "timers", "weight_quantization"), OBJECT),
     **dict.fromkeys((f"{name}.enabled" for name in ("tensorboard", "wandb", "comet", "csv_monitor")), FLAG),
     **dict.fromkeys(("zero_optimization.offload_optimizer", "zero_optimization.offload_param"), OBJECT_OR_NULL),
     **dict.fromkeys(("fp16.enabled", "bf16.enabled", "bfloat16.enabled", "expert_parallel.enabled"), FLAG),
