@@ -110,6 +110,18 @@ def test_a_tokenizer_beside_the_run_is_no_copy_of_its_own(run: tuple[Path, Model
     assert (folder / "runs" / "pretrain" / FOLDER).is_dir()
 
 
+@pytest.mark.parametrize("how", ["0.5:{}", "{}.idx", "{}.bin"])
+def test_the_tokenizer_is_kept_however_the_data_are_named(run: tuple[Path, ModelReader], how: str) -> None:
+    folder, reader = run
+    (folder / "a:b").mkdir()
+    write_texts(folder / "a:b" / "wt", ["some words"], str(folder / "w.tokenizer"))
+    for number, prefix in enumerate((folder / "wt", folder / "a:b" / "wt")):
+        path = how.format(prefix)
+        data = {**reader.config["data"], "path": [path, path] if how.startswith("0") else path}
+        keep_tokenizer(RunConfig(**{**reader.config, "data": data}), folder / "runs" / str(number))
+        assert (folder / "runs" / str(number) / FOLDER).is_dir(), path
+
+
 def test_a_damaged_copy_is_not_asked_where_the_recorded_path_serves(run: tuple[Path, ModelReader]) -> None:
     folder, reader = run
     (folder / "run" / FOLDER / "vocab.txt").write_text("other\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.image_tables import HUB
-from vqmoe_ds.data.indexed import UNKNOWN, is_indexed, with_changed
+from vqmoe_ds.data.indexed import UNKNOWN, is_indexed, weighted_entry, with_changed, without_ending
 from vqmoe_ds.data.labelled import KNOWN_SETS
 from vqmoe_ds.data.tokenizer_base import Tokenizer
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -104,7 +104,8 @@ def tokenizer_of_data(data: dict[str, Any], checksum: str) -> Any:
     """The tokenizer with this checksum that the run's data names or that lies beside it, or None."""
     paths = data.get("path") or []
     prefixes = [paths] if isinstance(paths, str) else list(paths)
-    places = [data.get("tokenizer"), *(f"{prefix.rpartition(':')[2]}.tokenizer" for prefix in prefixes)]
+    sources = [without_ending(weighted_entry(entry)[0]) for entry in prefixes]
+    places = [data.get("tokenizer"), *(f"{source}.tokenizer" for source in sources)]
     for place in places:
         if place and (place == "bytes" or Path(place).exists()):
             tokenizer = load_tokenizer(place)
