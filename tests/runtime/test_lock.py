@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -51,6 +52,13 @@ def test_a_killed_job_holds_nothing(tmp_path, holder):
     started = time.monotonic()
     RunLock(tmp_path).release()
     assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("pid", ["1e999", str(10**30)])
+def test_a_lock_whose_text_was_damaged_is_free(tmp_path, pid):
+    for text in (f'{{"host": "{socket.gethostname()}", "pid": {pid}}}', "[" * 9_999):
+        (tmp_path / "run.lock").write_text(text)
+        RunLock(tmp_path).release()
 
 
 def test_a_released_lock_is_free_at_once_and_says_so(tmp_path):

@@ -98,7 +98,7 @@ class RunLock:
     def _holder(self) -> dict[str, Any]:
         try:
             holder = json.loads(os.pread(self._file, 10_000, 0) or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return holder if isinstance(holder, dict) else {}
 
@@ -124,7 +124,7 @@ def _identity() -> dict[str, Any]:
 def _alive(pid: Any) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True
