@@ -466,6 +466,15 @@ def test_a_first_part_without_a_token_leaves_the_time_open(capsys):
     assert capsys.readouterr().err == "preparing: 0.0 of 2.0 M tokens, 0.0 M tokens/s, ? left\n"
 
 
+def test_no_more_is_said_to_be_made_than_is_taken(capsys):
+    """Parts that workers make side by side have more tokens together than ``--max_tokens`` takes of them."""
+    with Progress(500_000, 500_000, " tokens") as progress:
+        for done in ("0.4", "0.5", "0.5"):
+            progress.every = 0.0
+            progress.add(400_000)
+            assert f"preparing: {done} of 0.5 M tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -321,6 +321,8 @@ class Progress:
         self.bar.close()
 
     def add(self, size: int) -> None:
+        # Parts that are made side by side may have more tokens together than are taken of them.
+        size = min(size, self.total - self.now)
         self.bar.update(size)
         self.now += size
         if self.live or time.monotonic() - self.said < self.every:
