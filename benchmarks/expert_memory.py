@@ -49,13 +49,14 @@ import torch
 from measuring import peak_bytes, table, write_json
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.checkpoint.reader import Piece, WeightsReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.evaluation.generate import Sampling
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.expert_store import READERS, StoredMoELayer
+from vqmoe_ds.runtime.files import new_folder
 from vqmoe_ds.runtime.memory import parse_memory
 
 MODES = ("in memory", "on demand", "read ahead")

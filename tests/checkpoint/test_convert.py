@@ -21,7 +21,7 @@ from tests.distributed import run_ranks
 from vqmoe_ds.checkpoint.convert import build_parser, main
 from vqmoe_ds.checkpoint.formats.deepspeed.writer import bytes_told, write_tag
 from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
-from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
+from vqmoe_ds.checkpoint.formats.portable import total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.io.safetensors_io import read_header
 from vqmoe_ds.checkpoint.io.store import read_manifest, verify, write_manifest
@@ -29,6 +29,7 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.runtime.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.files import new_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = Layout(2, 2, 2)

@@ -15,7 +15,7 @@ import torch
 from tests.evaluation.routed_models import model_of
 from tests.huggingface import ModelReader
 from vqmoe_ds.checkpoint.convert import build_parser, convert
-from vqmoe_ds.checkpoint.formats.portable import STATE, new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import STATE, write_portable
 from vqmoe_ds.checkpoint.io.safetensors_io import read_header
 from vqmoe_ds.checkpoint.io.store import read_manifest, tag_name, verify, why_not_whole, write_manifest
 from vqmoe_ds.checkpoint.load_model import load_model
@@ -23,6 +23,7 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.resume.restricted import without_pickles
 from vqmoe_ds.runtime import memory
 from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.files import new_folder
 
 BILLION = 10**9
 

@@ -13,12 +13,13 @@ from tests.distributed import run_ranks
 from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader, config_of, model_of, tokens_of
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.io.store import read_manifest, write_manifest
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.data.tokenizers import WordTokenizer
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.files import new_folder
 
 SAVED = {
     "zero0-ep2": (Layout(0, 2, 2), {}),

@@ -23,7 +23,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
 from vqmoe_ds.checkpoint.formats.native_moe.names import expand, match_names, merge_split, numbered
 from vqmoe_ds.checkpoint.formats.native_moe.reader import NativeReader, open_native
 from vqmoe_ds.checkpoint.formats.native_moe.writer import native_layout, write_native
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.inspect import build_parser as inspect_parser
 from vqmoe_ds.checkpoint.inspect import inspect
 from vqmoe_ds.checkpoint.inspect import main as inspect_main
@@ -33,6 +33,7 @@ from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig
 from vqmoe_ds.moe.deepspeed_gate import VQGate, vq_gates
 from vqmoe_ds.moe.state_sync import StateSync
 from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.files import new_folder
 
 WIDTH, EXPERTS, VOCAB, BATCH, SAVED_AT, STEPS = 8, 4, 24, 8, 3, 3
 BOOK = CodebookConfig(source=CodeSource.LAYER_STATE, kmeans_samples=64, num_codes=6)

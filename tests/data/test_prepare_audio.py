@@ -151,6 +151,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(clips, tmp_path, capsys, h
 def test_missing_folders_and_existing_outputs_are_refused(clips, tmp_path, capsys):
     assert run(tmp_path / "none", "--output", tmp_path / "out") == 2
     assert "is no folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run(clips, "--output", tmp_path / "file" / "out") == 2
+    assert "out could not be written (Not a directory)" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     assert run(clips, "--output", tmp_path / "out") == 2
     assert "exists; give another name" in capsys.readouterr().err

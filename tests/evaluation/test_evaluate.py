@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.huggingface import LENGTH, ModelReader, config_of, model_of
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
@@ -26,6 +26,7 @@ from vqmoe_ds.evaluation.evaluate import Options, evaluate, table
 from vqmoe_ds.evaluation.statistics import mean_of
 from vqmoe_ds.evaluation.texts import Text, encode, open_texts
 from vqmoe_ds.runtime.errors import ConfigError, DataError
+from vqmoe_ds.runtime.files import new_folder
 from vqmoe_ds.runtime.ranks import Place
 
 STORY = b"The old captain of the harbour had never seen a ship like that.\nMany ships came, and he knew each of them.\n"

@@ -19,12 +19,13 @@ from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 from vqmoe_ds.checkpoint.formats.megatron.writer import export_megatron
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.generate import Sampling, generate
 from vqmoe_ds.evaluation.generate_command import build_parser, main
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.files import new_folder
 from vqmoe_ds.runtime.memory import parse_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +167,12 @@ def test_the_command_writes_the_same_text_and_leaves_no_thread(checkpoints, caps
 )
 def test_sizes_are_read_as_written(text, size):
     assert parse_memory(text, "--expert_memory") == size
+
+
+@pytest.mark.parametrize("text", ["many", "0", "0.4B", "-1GB", "9" * 400 + "GB", "1e9", "2 GBs"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--max_shard '.*' is no size; write it like 256MiB or 4GB"):
+        parse_memory(text, "--max_shard")
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,13 @@ from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader
 from tests.models.test_cache import CAUSAL, MORE, build
 from vqmoe_ds.checkpoint import load_model
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
 from vqmoe_ds.evaluation.generate import Sampling, generate, pieces_of_text
 from vqmoe_ds.evaluation.generate_command import _printable, build_parser, main
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.files import new_folder
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/generate.py"
 PROMPT = [84, 104, 101, 32]

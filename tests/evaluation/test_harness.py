@@ -16,10 +16,11 @@ from lm_eval.api.instance import Instance
 
 from tests.fake_gpu import fake_gpus
 from tests.huggingface import LENGTH, ModelReader, config_of, model_of
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.evaluation import harness
 from vqmoe_ds.evaluation.harness import HarnessModel
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.files import new_folder
 
 DOCUMENTS = [
     {"text": "The old captain.\nHe knew each of them well enough.", "q": "He knew", "a": " each", "b": " zq"},

@@ -16,12 +16,13 @@ from PIL import Image
 from tests.huggingface import ModelReader
 from tests.images import CLASSES, squares, write_folder
 from tests.models.test_vision import config_of
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.data.images import ImageSet
 from vqmoe_ds.evaluation import routing_report
 from vqmoe_ds.evaluation.image_patches import FRAME, SIDE, draw_patches, top_patches
 from vqmoe_ds.experiments import jacobian_report
 from vqmoe_ds.models.build import build_model
+from vqmoe_ds.runtime.files import new_folder
 
 
 def image_set(count: int) -> ImageSet:

@@ -7,12 +7,13 @@ import torch
 
 from tests.evaluation.routed_models import CASES, EXPERTS, LENGTH, model_of, tokens_of
 from tests.huggingface import ModelReader
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.data.tokenizers import ByteTokenizer, WordTokenizer
 from vqmoe_ds.evaluation.collapse import run_expert
 from vqmoe_ds.evaluation.probe import load_routed, read_probe, rows_of, visit_layers
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
+from vqmoe_ds.runtime.files import new_folder
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,7 +109,7 @@ def test_prepared_data_is_read_whole_and_only_with_its_own_tokenizer(tmp_path):
     prefix = write_texts(tmp_path / "corpus", ["some text of a document"] * 40)
     found = read_probe(_loaded(ByteTokenizer()), prefix, 64)
     assert found.shape == (4, LENGTH) and b"some text" in bytes(found.clamp_max(255).flatten().tolist())
-    with pytest.raises(DataError, match="another tokenizer"):
+    with pytest.raises(DataError, match="was made by the tokenizer .*; prepare it with the model's"):
         read_probe(_loaded(WordTokenizer(["a"])), prefix, 64)
 
 

@@ -11,12 +11,13 @@ import torch
 
 from tests.evaluation.routed_models import CASES, model_of, tokens_of
 from tests.huggingface import ModelReader
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.data.tokenizers import WordTokenizer
 from vqmoe_ds.evaluation import routing_report
 from vqmoe_ds.evaluation.routing_report import fluctuation, label_tokens, measure_layer, top_tokens, trace_layers
 from vqmoe_ds.evaluation.token_labels import pieces_of, readable
 from vqmoe_ds.experiments import jacobian_report
+from vqmoe_ds.runtime.files import new_folder
 
 TEXT = "The <b>quick</b> dog & the café\nran 42 times.\n" * 60
 

@@ -33,7 +33,7 @@ from tests.fuzz.running import fuzz
 from tests.huggingface import ModelReader
 from tests.prepared import write_sequences, write_texts
 from vqmoe_ds.checkpoint.convert import build_parser, check_complete, convert
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.inspect import _text as text_of_checkpoint
 from vqmoe_ds.checkpoint.inspect import inspect as inspect_checkpoint
 from vqmoe_ds.checkpoint.io.store import (
@@ -67,6 +67,7 @@ from vqmoe_ds.experiments import measures
 from vqmoe_ds.experiments.finetuned import read_bag_of_words, read_runs, report
 from vqmoe_ds.finetune.predict import _texts
 from vqmoe_ds.runtime.errors import UserError
+from vqmoe_ds.runtime.files import new_folder
 
 TEXT = "The first line.\nThe second, é and €.\n\nA paragraph\tof its own\n" * 3
 ROWS = [{"text": f"{word} and more", "label": word, "id": i} for i, word in enumerate(("good", "bad", "ugly") * 2)]

@@ -112,10 +112,11 @@ def convert(options: argparse.Namespace) -> list[str]:
 
 
 def _to_portable(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
-    from vqmoe_ds.checkpoint.formats.portable import SHARD_BYTES, new_folder, total_bytes, write_portable
-    from vqmoe_ds.checkpoint.io.shards import parse_size
+    from vqmoe_ds.checkpoint.formats.portable import SHARD_BYTES, total_bytes, write_portable
+    from vqmoe_ds.runtime.files import new_folder
+    from vqmoe_ds.runtime.memory import parse_memory
 
-    limit = parse_size(options.max_shard) if options.max_shard else SHARD_BYTES
+    limit = parse_memory(options.max_shard, "--max_shard") or SHARD_BYTES
     check_complete(reader)
     with new_folder(dst, options.force) as folder, _bar(total_bytes(reader), dst) as tell:
         write_portable(reader, folder, tell, limit)
@@ -140,8 +141,8 @@ def _to_discrete_only(reader: CheckpointReader, dst: Path, options: argparse.Nam
 def _to_deepspeed(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
     from vqmoe_ds.checkpoint.formats.deepspeed.writer import bytes_told, check_layout, write_tag
     from vqmoe_ds.checkpoint.formats.deepspeed.zero import TagLayout
-    from vqmoe_ds.checkpoint.formats.portable import new_folder
     from vqmoe_ds.checkpoint.io.store import tag_name
+    from vqmoe_ds.runtime.files import new_folder
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
     sizes = {"zero_stage": options.zero, "ep_size": options.ep, "world_size": options.world}
@@ -183,7 +184,8 @@ def _to_megatron(reader: CheckpointReader, dst: Path, options: argparse.Namespac
 
 def _to_native(reader: CheckpointReader, dst: Path, options: argparse.Namespace) -> list[str]:
     from vqmoe_ds.checkpoint.formats.native_moe.writer import native_layout, write_native
-    from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes
+    from vqmoe_ds.checkpoint.formats.portable import total_bytes
+    from vqmoe_ds.runtime.files import new_folder
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
     layout = native_layout(reader, options.zero, options.ep, options.world, options.precision)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from vqmoe_ds.data.audio import RATE, SUFFIXES, Noise, fitted, read_clip, spectr
 from vqmoe_ds.data.image_files import HELD_OUT_NAMES
 from vqmoe_ds.runtime.errors import ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.extras import library
+from vqmoe_ds.runtime.files import new_folder, write_json
 
 POOL = 64
 """Clips of a split that babble is mixed of, at most."""
@@ -76,18 +74,11 @@ def prepare(options: argparse.Namespace) -> str:
     splits = find_clips(Path(options.folder), options.speaker, options.test_every)
     classes = sorted({clip.label for clip in splits["train"]})
     output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with new_folder(output, force=False, kind=DataError) as folder:
         for split, clips in splits.items():
-            _write(partial / split, clips, options)
+            _write(folder / split, clips, options)
         told = {**vars(options), "classes": classes, "clips": {split: len(clips) for split, clips in splits.items()}}
-        (partial / "audio.json").write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-        # mkdtemp makes a folder that nobody else may enter.
-        partial.chmod(0o755)
-        partial.rename(output)  # there whole or not at all
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(folder / "audio.json", told, indent=2)
     return (
         f"wrote {len(splits['train']):,} training and {len(splits['test']):,} test images of {len(classes)} classes, "
         f"{options.size} x {options.size}, to {output}\n"

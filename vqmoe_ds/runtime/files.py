@@ -6,14 +6,17 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 
 SMALL = 64 << 20
 """Bytes of a file that is read whole (a description, a table, an index of names), at most."""
@@ -57,6 +60,49 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(target: Path, force: bool, kind: type[UserError] = CheckpointError) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its name at the end, and vanishes if there is none.
+
+    Args:
+        kind: of the errors.
+
+    Raises:
+        UserError: of that kind: ``target`` exists without ``force``, the disk is full, or what it replaces stays.
+    """
+    if os.path.lexists(target) and not force:
+        raise kind(f"{target} exists; choose another folder, or give --force to replace it")
+    # Beside the target, as a rename does not cross file systems.
+    temporary = target.with_name(f".{target.name}.{own_mark()}.tmp")
+    old: Path | None = None
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if force and os.path.lexists(target):
+            old = target.with_name(f".{target.name}.{own_mark()}.old")
+            # A folder cannot be renamed onto one with files in it; the old one goes when the new one is in its place.
+            target.rename(old)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise kind(f"{target} could not be written ({error.strerror or error}); nothing was left behind") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if old is not None:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    except OSError as error:
+        raise kind(
+            f"{target} is written, but {old}, which it replaces, cannot be removed ({error.strerror or error}); "
+            "remove it"
+        ) from None
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import overload
 
 from vqmoe_ds.runtime.errors import ConfigError, UserError, shown
 
@@ -44,6 +45,10 @@ def check_room(needed: float, what: str, remedy: str, kind: type[UserError]) -> 
         raise kind(f"{what} needs {_gib(needed)} of memory, this machine has {_gib(free)} left; {remedy}")
 
 
+@overload
+def parse_memory(text: str, option: str) -> int: ...
+@overload
+def parse_memory(text: str | None, option: str) -> int | None: ...
 def parse_memory(text: str | None, option: str) -> int | None:
     """Bytes of ``"256MiB"``, ``"4GB"`` or a plain number; None of None.
 
@@ -56,9 +61,11 @@ def parse_memory(text: str | None, option: str) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.ASCII | re.IGNORECASE)
-    if match is None:
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if not size:
         raise ConfigError(f"{option} {shown(text)} is no size; write it like 256MiB or 4GB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
+    return size
 
 
 def _groups() -> list[tuple[int, Path]]:

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.checkpoint.formats.portable import new_folder, write_portable
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.io.shards import read_json
 from vqmoe_ds.checkpoint.reader import sound
 from vqmoe_ds.config.load import parse_override
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError, reports_errors
+from vqmoe_ds.runtime.files import new_folder
 from vqmoe_ds.upcycle.dense import DENSE, ROUTED, UpcycleOptions, check_kind, upcycle
 from vqmoe_ds.upcycle.routed import RoutedSource, calibration_ids, routed_config, with_codes
 

@@ -37,7 +37,7 @@ from vqmoe_ds.checkpoint.formats.huggingface.stock import (
     weighs_over_all,
     window_of,
 )
-from vqmoe_ds.checkpoint.formats.portable import new_folder, total_bytes, write_portable
+from vqmoe_ds.checkpoint.formats.portable import total_bytes, write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.io.shards import read_json, read_weights
 from vqmoe_ds.checkpoint.reader import Piece, WeightsReader, check_described
@@ -45,6 +45,7 @@ from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import QKNorm, RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.files import new_folder
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "granite")
 ROUTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared")

@@ -13,10 +13,7 @@ manifest.json                         size and SHA-256 of all of them, written l
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from vqmoe_ds.checkpoint.io.shards import entry_of, index_of, read_json, read_sh
 from vqmoe_ds.checkpoint.io.store import write_manifest
 from vqmoe_ds.checkpoint.reader import MOMENTS, CheckpointReader, Piece, register_format
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import own_mark, sha256_of, write_atomically, write_json
+from vqmoe_ds.runtime.files import sha256_of, write_atomically, write_json
 
 # A folder with this file is portable; TagReader's recognition asks for its absence.
 STATE = "state.json"
@@ -132,48 +129,6 @@ def total_bytes(reader: CheckpointReader) -> int:
     """Bytes of weights and moments as float32."""
     values = sum(math.prod(shape) for shape in reader.shapes.values())
     return 4 * values * (3 if reader.has_optimizer else 1)
-
-
-@contextmanager
-def new_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its name at the end, and vanishes if there is none.
-
-    Raises:
-        CheckpointError: ``target`` exists and ``force`` is not set; the disk is full; or what it replaces stays.
-    """
-    if os.path.lexists(target) and not force:
-        raise CheckpointError(f"{target} exists; choose another folder, or give --force to replace it")
-    # Beside the target, as a rename does not cross file systems.
-    temporary = target.with_name(f".{target.name}.{own_mark()}.tmp")
-    old: Path | None = None
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if force and os.path.lexists(target):
-            old = target.with_name(f".{target.name}.{own_mark()}.old")
-            # A folder cannot be renamed onto one with files in it; the old one goes when the new one is in its place.
-            target.rename(old)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-        else:
-            temporary.rename(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} could not be written ({error.strerror or error}); nothing was left behind"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        if old is not None:
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} is written, but {old}, which it replaces, cannot be removed ({error.strerror or error}); "
-            "remove it"
-        ) from None
 
 
 def _entry(reader: CheckpointReader, name: str, kind: str, key: str) -> Entry:

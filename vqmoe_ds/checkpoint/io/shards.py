@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,17 +113,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy it again")
     return content
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``"2GB"``, ``"500MB"`` or a plain number, as Hugging Face counts (powers of ten).
-
-    Raises:
-        CheckpointError: something else.
-    """
-    units = ("B", "KB", "MB", "GB", "TB")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * 1000 ** units.index((match[2] or "B").upper())) if match else 0
-    if size <= 0:
-        raise CheckpointError(f"--max_shard {text} is no size; write it like 2GB or 500MB")
-    return size

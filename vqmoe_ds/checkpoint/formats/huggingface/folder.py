@@ -39,16 +39,16 @@ from vqmoe_ds.checkpoint.formats.huggingface.names import (
     why_not_read,
 )
 from vqmoe_ds.checkpoint.formats.huggingface.stock import stock_sections
-from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safetensors
-from vqmoe_ds.checkpoint.io.shards import entry_of, parse_size, read_json, read_weights, write_weights
+from vqmoe_ds.checkpoint.io.shards import entry_of, read_json, read_weights, write_weights
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, register_format
 from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data, without_paths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer, nothing_known
 from vqmoe_ds.runtime.errors import CheckpointError, DataError
-from vqmoe_ds.runtime.files import write_json
+from vqmoe_ds.runtime.files import new_folder, write_json
+from vqmoe_ds.runtime.memory import parse_memory
 
 TRAINING, TRAINING_BUFFERS = "vqmoe_training.json", "vqmoe_training.safetensors"
 FORMAT = 1
@@ -97,9 +97,10 @@ def export_hf(reader: CheckpointReader, dst: str | Path, options: ExportOptions 
     Raises:
         CheckpointError: options that do not fit this model or each other, a tensor that is not known, DST exists, no
             space. All but the last are found before anything is written.
+        ConfigError: ``max_shard`` is no size.
     """
     dst, options = Path(dst), options or ExportOptions()
-    limit = parse_size(options.max_shard)
+    limit = parse_memory(options.max_shard, "--max_shard")
     for value, known in ((options.dtype, tuple(DTYPES)), (options.arch, ARCHITECTURES)):
         if value not in known:
             raise CheckpointError(f"{value!r} is none of {', '.join(known)}")

@@ -28,7 +28,6 @@ from vqmoe_ds.checkpoint.formats.megatron.names import (
     why_not_megatron,
 )
 from vqmoe_ds.checkpoint.formats.megatron.reader import EXTRA, EXTRA_TENSORS, FILE, FORMAT, LATEST, inert
-from vqmoe_ds.checkpoint.formats.portable import new_folder
 from vqmoe_ds.checkpoint.io.safetensors_io import write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of
 from vqmoe_ds.checkpoint.io.skeleton import Skeleton
@@ -36,7 +35,7 @@ from vqmoe_ds.checkpoint.reader import CheckpointReader
 from vqmoe_ds.checkpoint.whereabouts import without_paths
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import CheckpointError
-from vqmoe_ds.runtime.files import write_atomically, write_json
+from vqmoe_ds.runtime.files import new_folder, write_atomically, write_json
 
 
 @dataclass(frozen=True)
