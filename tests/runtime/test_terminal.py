@@ -23,7 +23,7 @@ TOOLS = [path for path in sorted((ROOT / "vqmoe_ds/commands").glob("*.py")) if p
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
 def test_every_tool_is_run_so(tool: Path) -> None:
-    assert re.search(r"^    return run(_tool)?\(", tool.read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(r"^main = command\(|^    return run_tool\(", tool.read_text(encoding="utf-8"), re.MULTILINE)
     assert (ROOT / "vqmoe_ds/commands/__init__.py").read_text("utf-8").count("    return run_tool(") == 1
 
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from vqmoe_ds.runtime.terminal import importing, run_tool
 
-__all__ = ["DOORS", "importing", "run", "usage"]
+__all__ = ["DOORS", "command", "importing", "usage"]
 
 
-def run(command: ModuleType, doc: str | None) -> int:
-    """Run a command of one process; its exit code.
+def command(module: str, doc: str | None, cpu: bool = False) -> Callable[[], int]:
+    """The ``main`` of a command of one process: it runs what was given and returns the exit code.
 
     Args:
-        command: has ``build_parser(description)`` and ``main(options)``.
+        module: below ``vqmoe_ds``; it has ``build_parser(description)`` and ``main(options)``.
         doc: what the command is for, with examples, as ``usage`` takes it.
+        cpu: whether DeepSpeed need not look for a GPU.
     """
-    return run_tool(lambda: command.main(command.build_parser(usage(doc)).parse_args()))
+
+    def main() -> int:
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        with importing():
+            room = import_module(f"vqmoe_ds.{module}")
+        return run_tool(lambda: room.main(room.build_parser(usage(doc)).parse_args()))
+
+    return main
 
 
 def usage(doc: str | None) -> str:

@@ -6,20 +6,11 @@
 CHECKPOINT is the run folder of a fine-tuning on labelled texts, or one of its checkpoints.
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.finetune import predict
-
-    return run(predict, __doc__)
-
+main = command("finetune.predict", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

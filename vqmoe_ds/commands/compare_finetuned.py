@@ -9,16 +9,9 @@ A folder holds one run, or those of --seeds and --shots. The first name is the m
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.experiments import finetuned
-
-    return run(finetuned, __doc__)
-
+main = command("experiments.finetuned", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

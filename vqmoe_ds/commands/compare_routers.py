@@ -11,16 +11,9 @@ The same command goes on after any interruption: finished runs are kept, killed 
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.experiments import compare
-
-    return run(compare, __doc__)
-
+main = command("experiments.compare", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,20 +6,11 @@ vqmoe-compare-routes runs/pretrain runs/pretrain/checkpoints/global_step0000990 
 vqmoe-compare-routes runs/pretrain rollout.jsonl                         # routes that an inference engine recorded
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.experiments import routes
-
-    return run(routes, __doc__)
-
+main = command("experiments.routes", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

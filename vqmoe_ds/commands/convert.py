@@ -8,20 +8,11 @@
 Resuming on another layout needs no conversion: pretrain.py --resume takes a checkpoint of any.
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.checkpoint import convert
-
-    return run(convert, __doc__)
-
+main = command("checkpoint.convert", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

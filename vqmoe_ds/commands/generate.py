@@ -15,16 +15,9 @@ context or more.
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.evaluation import generate_command
-
-    return run(generate_command, __doc__)
-
+main = command("evaluation.generate_command", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,16 +7,9 @@ vqmoe-inspect-checkpoint runs/one runs/two              # and how the second dif
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.checkpoint import inspect
-
-    return run(inspect, __doc__)
-
+main = command("checkpoint.inspect", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,16 +7,9 @@ vqmoe-inspect-data megatron_text_document --tokenizer spm.model     # made by Me
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.data import inspect
-
-    return run(inspect, __doc__)
-
+main = command("data.inspect", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

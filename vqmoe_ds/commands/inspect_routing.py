@@ -6,20 +6,11 @@
         --against runs/pretrain/checkpoints/global_step0000800 --out routing
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.evaluation import routing_report
-
-    return run(routing_report, __doc__)
-
+main = command("evaluation.routing_report", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

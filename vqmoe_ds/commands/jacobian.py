@@ -5,20 +5,11 @@
 What is differentiated, and what the paper expects of it: docs/routing-report.md.
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.experiments import jacobian_report
-
-    return run(jacobian_report, __doc__)
-
+main = command("experiments.jacobian_report", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,20 +9,11 @@
 Train with one: --set moe.router=token_table --set router.path=table.safetensors (docs/token-tables.md).
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.experiments import token_table
-
-    return run(token_table, __doc__)
-
+main = command("experiments.token_table", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

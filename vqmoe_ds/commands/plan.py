@@ -8,20 +8,11 @@ Memory of weights, gradients and optimizer, and the bytes of all-to-all and all-
 (tests/planning); time is a model that orders layouts, and its assumptions are printed.
 """
 
-import os
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for a GPU
-    with importing():
-        from vqmoe_ds.planning import command
-
-    return run(command, __doc__)
-
+main = command("planning.command", __doc__, cpu=True)
 
 if __name__ == "__main__":
     sys.exit(main())

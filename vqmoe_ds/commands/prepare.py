@@ -9,16 +9,9 @@ A command that was interrupted goes on from what it had finished when it is give
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.data import prepare
-
-    return run(prepare, __doc__)
-
+main = command("data.prepare", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

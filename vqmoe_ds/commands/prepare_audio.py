@@ -10,16 +10,9 @@ a file. Clips with noise are of the same names, speakers and splits, and the noi
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.data import prepare_audio
-
-    return run(prepare_audio, __doc__)
-
+main = command("data.prepare_audio", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

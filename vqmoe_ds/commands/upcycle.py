@@ -11,16 +11,9 @@ Of a dense model the new one computes the function until it is trained; --noise 
 
 import sys
 
-from vqmoe_ds.commands import importing, run
+from vqmoe_ds.commands import command
 
-
-def main() -> int:
-    """Run the command that was given; the exit code."""
-    with importing():
-        from vqmoe_ds.upcycle import command
-
-    return run(command, __doc__)
-
+main = command("upcycle.command", __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

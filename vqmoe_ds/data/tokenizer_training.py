@@ -5,6 +5,7 @@ The same sources, options and seed give the same tokenizer, byte for byte, on an
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import io
 import itertools
@@ -53,6 +54,31 @@ _A_BYTE = 4
 """Bytes of memory per byte of the sample: itself, in the lists that are made of it, and in SentencePiece."""
 THREADS = 16
 """Threads of SentencePiece's trainer: not the machine's number of cores, since the model depends on it."""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="file, folder, glob, recipe:NAME or hub:NAME")
+    add("--output", required=True, metavar="FOLDER.tokenizer", help="folder to write")
+    add("--kind", choices=KINDS, default="unigram", help="default unigram")
+    add("--vocab_size", type=int, default=8192, help="ids, the end of a document included (default 8192)")
+    add("--sample_mb", type=float, default=50, help="MB of text to train on (default 50; 0 for all)")
+    add("--seed", type=int, default=0, help="of the draw of the sample (default 0)")
+    add("--text_key", default="text", help="key or column that holds the text (default text)")
+    add("--on_error", choices=("fail", "skip"), default="fail", help="what to do with unreadable text (default fail)")
+    add("--cache_dir", metavar="FOLDER", help="where recipes and data sets of the hub are kept")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train and save; returns the exit code. Raises as ``check_output`` and ``train_tokenizer``."""
+    options = SourceOptions(text_key=args.text_key, on_error=args.on_error, cache_dir=args.cache_dir)
+    folder = check_output(args.output)
+    trained = train_tokenizer(args.sources, args.kind, args.vocab_size, args.sample_mb, args.seed, options)
+    trained.tokenizer.save(folder)
+    print(f"{folder}: {trained.report()}")
+    return 0
 
 
 @dataclass(frozen=True)
