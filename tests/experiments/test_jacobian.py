@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tests.evaluation.routed_models import CASES, EXPERTS, WIDTH, model_of, tokens_of
 from vqmoe_ds.evaluation.probe import Visit, visit_layers
 from vqmoe_ds.experiments import jacobian_report
-from vqmoe_ds.experiments.jacobian import MeanJacobian, Spectrum, gate_share, token_jacobians
+from vqmoe_ds.experiments.jacobian import MeanJacobian, gate_share, spectrum, token_jacobians
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
 
 
@@ -140,7 +140,7 @@ def test_a_softmax_router_adds_one_direction_less_than_it_has_experts_and_the_ga
         visit = visit_layers(model_of(case), tokens_of(8))[1]
         mean = MeanJacobian(visit.layer)
         mean.add(visit)
-        ranks[case] = Spectrum.of(mean.terms()["router"]).row()["numerical_rank"]["1e-05"]
+        ranks[case] = spectrum(mean.terms()["router"])["numerical_rank"]["1e-05"]
     assert ranks == {"topk, two": EXPERTS - 1, "vq": EXPERTS, "hash_token": 0, "vq, discrete only": 0}
 
 
@@ -164,7 +164,7 @@ def test_a_layer_of_mixtures_has_none():
 
 
 def test_a_spectrum_says_what_it_holds():
-    row = Spectrum.of(torch.diag(torch.tensor([3.0, 3.0, 1e-4, 0.0]))).row()
+    row = spectrum(torch.diag(torch.tensor([3.0, 3.0, 1e-4, 0.0])))
     assert row["singular_values"] == pytest.approx([3, 3, 1e-4, 0])
     assert row["numerical_rank"] == {"0.01": 2, "1e-05": 3}
     assert row["frobenius_norm"] == pytest.approx(18**0.5)

@@ -15,14 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vqmoe_ds.config.deepspeed_values import ADAMS, OPTIMIZERS, WITHOUT_BETAS, check_values
-from vqmoe_ds.config.gpu import (
-    check_optimizer_runs,
-    check_widths,
-    set_precision,
-    use_bf16,
-    use_fused_adam,
-    use_torchs_adam,
-)
+from vqmoe_ds.config.gpu import check_optimizer_runs, check_widths, choose_adam, set_precision, use_bf16
 from vqmoe_ds.config.load import LoadedConfig
 from vqmoe_ds.config.meanings import IN_DEEPSPEED_JSON, nearest_key
 from vqmoe_ds.config.problems import first_problem
@@ -231,9 +224,7 @@ def resolve(
     if gpu:
         use_bf16(values)
     check_optimizer_runs(values, gpu, path)  # which asks for the precision
-    # Before use_fused_adam, which fuses torch's Adam alone.
-    use_torchs_adam(values)
-    use_fused_adam(values)
+    choose_adam(values)
     config = EngineConfig(values, run, size, world_size, micro, accumulation)
     if gpu:
         check_widths(run, config.precision, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,91 +148,85 @@ def check_values(path: str, values: dict[str, Any]) -> None:
     Raises:
         ConfigError: the key, and what it must be.
     """
+    problem = next(_problems(values), None)
+    if problem is not None:
+        raise ConfigError(f"DeepSpeed config {path}: {problem}")
+
+
+def _problems(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong, as clauses; those behind the first take its remedy for granted."""
     for name, kind in KINDS.items():
         *sections, key = name.split(".")
         holder: Any = values
         for section in sections:
             holder = holder.get(section, {})
         if key in holder and not kind.holds(holder[key]):
-            raise ConfigError(f"DeepSpeed config {path}: {name} must be {kind.words}, not {shown(holder[key])}")
+            yield f"{name} must be {kind.words}, not {shown(holder[key])}"
     if "bf16" in values and "bfloat16" in values:
-        raise ConfigError(f"DeepSpeed config {path}: bfloat16 is another name of bf16; give one of the two")
+        yield "bfloat16 is another name of bf16; give one of the two"
     enabled = [name for name in ("bf16", "bfloat16", "fp16") if values.get(name, {}).get("enabled")]
     if len(enabled) > 1:
-        raise ConfigError(f"DeepSpeed config {path}: {enabled[0]} and {enabled[1]} are both enabled; enable one")
-    _check_keys(path, values)
-    _check_scheduler(path, values)
-    _check_optimizer(path, values.get("optimizer", {}))
-    _check_zero(path, values)
-
-
-def _check_keys(path: str, values: dict[str, Any]) -> None:
+        yield f"{enabled[0]} and {enabled[1]} are both enabled; enable one"
     for section, known in (("optimizer", ("type", "params", "legacy_fusion")), ("scheduler", ("type", "params"))):
         for key in values.get(section, {}):
             if key not in known:
-                raise ConfigError(
-                    f"DeepSpeed config {path}: {section}.{shown(key)[1:-1]} is not read; what {section} takes stands "
-                    f"in {section}.params"
-                )
+                yield f"{section}.{shown(key)[1:-1]} is not read; what {section} takes stands in {section}.params"
+    yield from _of_scheduler(values)
+    yield from _of_optimizer(values.get("optimizer", {}))
+    yield from _of_zero(values)
 
 
-def _check_zero(path: str, values: dict[str, Any]) -> None:
-    dtype = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    if dtype not in ("fp32", "bf16", "fp16"):  # DeepSpeed takes int8, in which gradients are zero
-        raise ConfigError(
-            f"DeepSpeed config {path}: data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {shown(dtype)}"
-        )
-    if values.get("zero_optimization", {}).get("elastic_checkpoint"):
-        raise ConfigError(
-            f"DeepSpeed config {path}: zero_optimization.elastic_checkpoint is not supported here; remove it: "
-            "checkpoints go on with any number of ranks without it"
-        )
-    for name in ("offload_optimizer", "offload_param"):
-        offload = values.get("zero_optimization", {}).get(name) or {}
-        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
-            raise ConfigError(
-                f"DeepSpeed config {path}: zero_optimization.{name}.device is nvme, and nothing says where; set "
-                "nvme_path beside it to a folder of a local disk"
-            )
-
-
-def _check_scheduler(path: str, values: dict[str, Any]) -> None:
+def _of_scheduler(values: dict[str, Any]) -> Iterator[str]:
     if "scheduler" not in values:
         return
     name, stage = values["scheduler"].get("type"), values.get("zero_optimization", {}).get("stage", 0)
     if name is None:
-        raise ConfigError(
-            f"DeepSpeed config {path}: scheduler has no type, and would do nothing; name one or remove it"
-        )
+        yield "scheduler has no type, and would do nothing; name one or remove it"
     if stage and name not in SCHEDULERS:  # PyTorch's take no optimizer of ZeRO
-        raise ConfigError(
-            f"DeepSpeed config {path}: scheduler.type {shown(name)[1:-1]} is none of those that DeepSpeed has for ZeRO "
-            f"{stage}; {nearest_key(name, list(SCHEDULERS))}"
+        yield (
+            f"scheduler.type {shown(name)[1:-1]} is none of those that DeepSpeed has for ZeRO {stage}; "
+            f"{nearest_key(name, list(SCHEDULERS))}"
         )
 
 
-def _check_optimizer(path: str, optimizer: dict[str, Any]) -> None:
+def _of_optimizer(optimizer: dict[str, Any]) -> Iterator[str]:
     name, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
     if name.lower() in IMPOSSIBLE:
-        raise ConfigError(
-            f"DeepSpeed config {path}: optimizer {shown(name)[1:-1]} {IMPOSSIBLE[name.lower()]}; take one of "
-            f"{', '.join(OPTIMIZERS.values())}"
-        )
+        remedy = f"take one of {', '.join(OPTIMIZERS.values())}"
+        yield f"optimizer {shown(name)[1:-1]} {IMPOSSIBLE[name.lower()]}; {remedy}"
     known = PARAMS.get(name.lower(), ())
     if name.lower() in ADAMS:
-        # Must agree with use_torchs_adam (gpu.py), which chooses later.
+        # Must agree with choose_adam (gpu.py), which chooses later.
         known = _TORCH_ADAM if params.get("torch_adam", not OWN_ADAM_ALONE & params.keys()) else _OWN_ADAM
     for key in params if known else ():
         if key not in known:
             with_adam = "" if known is not _OWN_ADAM or key not in _TORCH_ADAM else ' without "torch_adam": true'
-            raise ConfigError(
-                f"DeepSpeed config {path}: optimizer.params.{shown(key)[1:-1]} is no option of {shown(name)[1:-1]}"
-                f"{with_adam}; {IN_PARAMS.get(key) or nearest_key(key, list(known))}"
+            yield (
+                f"optimizer.params.{shown(key)[1:-1]} is no option of {shown(name)[1:-1]}{with_adam}; "
+                f"{IN_PARAMS.get(key) or nearest_key(key, list(known))}"
             )
     if params.get("fused") and params.get("foreach"):
-        raise ConfigError(f"DeepSpeed config {path}: optimizer.params has both fused and foreach; give one of the two")
+        yield "optimizer.params has both fused and foreach; give one of the two"
     if params.get("differentiable"):
-        raise ConfigError(
-            f"DeepSpeed config {path}: optimizer.params.differentiable is for gradients through steps, which no "
-            "training here takes; leave it out"
+        yield (
+            "optimizer.params.differentiable is for gradients through steps, which no training here takes; leave it out"
         )
+
+
+def _of_zero(values: dict[str, Any]) -> Iterator[str]:
+    dtype = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if dtype not in ("fp32", "bf16", "fp16"):  # DeepSpeed takes int8, in which gradients are zero
+        yield f"data_types.grad_accum_dtype must be fp32, bf16 or fp16, not {shown(dtype)}"
+    zero = values.get("zero_optimization", {})
+    if zero.get("elastic_checkpoint"):
+        yield (
+            "zero_optimization.elastic_checkpoint is not supported here; remove it: checkpoints go on with any number "
+            "of ranks without it"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        offload = zero.get(name) or {}
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            yield (
+                f"zero_optimization.{name}.device is nvme, and nothing says where; set nvme_path beside it to a folder "
+                "of a local disk"
+            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vqmoe_ds.config.deepspeed_values import OPTIMIZERS, OWN_ADAM_ALONE
+from vqmoe_ds.config.deepspeed_values import ADAMS, OPTIMIZERS, OWN_ADAM_ALONE
 from vqmoe_ds.config.schema import Precision, RunConfig
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
@@ -134,29 +134,20 @@ def _exists(kind: str) -> bool:
     return hasattr(torch.optim, kind)
 
 
-def use_fused_adam(values: dict[str, Any]) -> None:
-    """Have torch's Adam update weights in one pass over memory, unless the JSON names ``fused`` or ``foreach``.
+def choose_adam(values: dict[str, Any]) -> None:
+    """Choose PyTorch's Adam, fused, where the JSON says nothing of it: DeepSpeed's own is compiled at its first use.
 
-    DeepSpeed hands the option through to ``torch.optim`` (``get_optimizer_configuration``); an optimizer on the host is
-    left as it is.
+    Fused, it updates the weights in one pass over memory; DeepSpeed hands the option through to ``torch.optim``
+    (``get_optimizer_configuration``). One on the host (``offload_optimizer``) stays DeepSpeed's, whose loop is faster.
     """
     optimizer = values.get("optimizer", {})
     params = optimizer.get("params", {})
-    is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and params.get("torch_adam")
-    if is_adam and not _offloads(values) and not {"fused", "foreach"} & params.keys():
-        params["fused"] = True
-
-
-def use_torchs_adam(values: dict[str, Any]) -> None:
-    """Choose PyTorch's Adam where the JSON does not say whose: DeepSpeed's own is compiled at its first use.
-
-    One on the host (``offload_optimizer``) stays DeepSpeed's, whose loop is faster there.
-    """
-    optimizer = values.get("optimizer", {})
-    params = optimizer.get("params", {})
-    own = OWN_ADAM_ALONE & params.keys()
-    if str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not own and not _offloads(values):
+    if str(optimizer.get("type", "")).lower() not in ADAMS or _offloads(values):
+        return
+    if not OWN_ADAM_ALONE & params.keys():
         params.setdefault("torch_adam", True)
+    if params.get("torch_adam") and not {"fused", "foreach"} & params.keys():
+        params["fused"] = True
 
 
 def _offloads(values: dict[str, Any]) -> bool:

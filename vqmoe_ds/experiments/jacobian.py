@@ -17,7 +17,6 @@ training, ``dq/dx = 1``; exactly, ``dq/dx = 1 - c``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,22 +149,12 @@ def gate_share(layer: MoELayer, router_DD: Tensor) -> float | None:
     return float((router_DD @ direction_D).square().sum() / router_DD.square().sum())
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular values of a matrix, largest first, and measures of them."""
-
-    values: list[float]
-
-    @classmethod
-    def of(cls, matrix_DD: Tensor) -> Spectrum:
-        return cls(torch.linalg.svdvals(matrix_DD.double()).tolist())
-
-    def row(self) -> dict[str, Any]:
-        """A row for JSON: norm, effective rank, numerical ranks by threshold, and the values."""
-        values = torch.tensor(self.values, dtype=torch.float64)
-        return {
-            "frobenius_norm": float(values.norm()),
-            "effective_rank": effective_rank(values),
-            "numerical_rank": {f"{threshold:g}": numerical_rank(values, threshold) for threshold in RANK_THRESHOLDS},
-            "singular_values": self.values,
-        }
+def spectrum(matrix_DD: Tensor) -> dict[str, Any]:
+    """Singular values of a matrix, largest first, as a row for JSON: norm, effective rank, numerical ranks, values."""
+    values = torch.linalg.svdvals(matrix_DD.double())
+    return {
+        "frobenius_norm": float(values.norm()),
+        "effective_rank": effective_rank(values),
+        "numerical_rank": {f"{threshold:g}": numerical_rank(values, threshold) for threshold in RANK_THRESHOLDS},
+        "singular_values": values.tolist(),
+    }

@@ -14,7 +14,7 @@ from vqmoe_ds.evaluation.page import make_report
 from vqmoe_ds.evaluation.plots import draw_spectra
 from vqmoe_ds.evaluation.probe import BATCH, check_tokens, load_routed, read_probe, visit_layers
 from vqmoe_ds.evaluation.routing_report import about
-from vqmoe_ds.experiments.jacobian import RANK_THRESHOLDS, MeanJacobian, Spectrum, gate_share, token_jacobians
+from vqmoe_ds.experiments.jacobian import RANK_THRESHOLDS, MeanJacobian, gate_share, spectrum, token_jacobians
 from vqmoe_ds.runtime.errors import CheckpointError
 
 SINGLE_TOKENS = 16
@@ -94,11 +94,11 @@ def _layers(loaded: LoadedModel, tokens_BS: Tensor, straight_through: bool) -> l
             if start == 0:
                 tokens = list(range(0, len(visit.x_TD), max(1, len(visit.x_TD) // SINGLE_TOKENS)))[:SINGLE_TOKENS]
                 jacobians_PDD = token_jacobians(visit, tokens, straight_through)
-                single[visit.index] = [Spectrum.of(one_DD).row()["effective_rank"] for one_DD in jacobians_PDD]
+                single[visit.index] = [spectrum(one_DD)["effective_rank"] for one_DD in jacobians_PDD]
     rows = []
     for index, (mean, layer) in enumerate(zip(means, loaded.model.moe_layers(), strict=True)):
         terms = mean.terms()
-        row: dict[str, Any] = {"layer": index, **{name: Spectrum.of(term_DD).row() for name, term_DD in terms.items()}}
+        row: dict[str, Any] = {"layer": index, **{name: spectrum(term_DD) for name, term_DD in terms.items()}}
         row["gate_share"] = gate_share(layer, terms["router"])
         ranks = single[index]
         row["single_tokens"] = {"effective_rank": sum(ranks) / len(ranks), "tokens": len(ranks)}
