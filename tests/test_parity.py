@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"activation_checkpointing": True},
     },
     "early block": {"moe": {"top_k": 0}, "codebook": {"source": "early_block"}, "model": {"layers": 3}},
-    "top-2 router": {"moe": {"router": "topk", "top_k": 2, "z_loss_weight": 0.01}},
+    "top-2 router, normed": {"moe": {"router": "topk", "top_k": 2, "z_loss_weight": 0.01, "output_norm": True}},
     "shared experts beside codes, grouped queries": {
         "moe": {"top_k": 0, "shared_experts": 2, "shared_gate": True},
         "codebook": {"source": "context"},
@@ -285,7 +285,7 @@ MATRIX = {
     "the paper's input and rule": [Layout(2, 2), Layout(4, 3)],
     "norms around the discrete expert": [Layout(4, 0), Layout(2, 2)],
     "early block": [Layout(4, 2)],
-    "top-2 router": [Layout(4, 0), Layout(2, 3)],
+    "top-2 router, normed": [Layout(4, 0), Layout(2, 3)],
     "shared experts beside codes, grouped queries": [Layout(4, 2), Layout(2, 3)],
     "documents kept apart": [Layout(4, 2), Layout(2, 3)],
     "tied embeddings, sliding window": [Layout(2, 0), Layout(4, 1), Layout(1, 2), Layout(2, 3), Layout(4, 3, IN_PARTS)],

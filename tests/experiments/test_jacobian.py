@@ -44,8 +44,8 @@ def test_mean_and_single_jacobians_are_those_of_the_layer(case):
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ({"input_norm": True}, "moe.input_norm or moe.output_norm"),
-        ({"output_norm": True}, "moe.input_norm or moe.output_norm"),
+        ({"input_norm": True}, "moe.input_norm=true"),
+        ({"output_norm": True}, "moe.output_norm=true"),
         ({"shared_experts": 2}, "moe.shared_experts=2"),
     ],
 )

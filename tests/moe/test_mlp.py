@@ -1,6 +1,8 @@
-"""Shared experts: one SwiGLU MLP for every token, added to what the router's experts give, whichever router."""
+"""What a layer does whichever router it has: a norm after every expert, and shared experts for every token."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,28 +12,57 @@ from tests.moe.test_router_parity import CASES
 from vqmoe_ds.checkpoint.figures import sizes
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer
+from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, RoutingContext
 from vqmoe_ds.planning.parameters import count
 
 ROUTERS = CASES | {"codes": ({"router": "vq", "top_k": 0}, {}), "codes and top-1": ({"router": "vq"}, {})}
 
 
-def _layer(case: str, shared: int, layer: int = 0, gate: bool = False) -> MoELayer:
+def _layer(case: str, shared: int, layer: int = 0, gate: bool = False, norm: bool = False) -> MoELayer:
     moe, options = ROUTERS[case]
-    config = MoEConfig(**{"num_experts": 8, "expert_hidden": 12, **moe, "shared_experts": shared, "shared_gate": gate})
+    more = {"shared_experts": shared, "shared_gate": gate, "output_norm": norm}
+    config = MoEConfig(**{"num_experts": 8, "expert_hidden": 12, **moe, **more})
     return MoELayer(LayerConfig(16, config, options, layer=layer, seed=3, vocab_size=30, out_scale=0.5)).eval()
+
+
+def _context(case: str) -> RoutingContext | None:
+    known_T, router = torch.arange(12), ROUTERS[case][0]["router"]
+    if router in ("vq", "topk"):
+        return None
+    rows = MoEConfig(router=router).facts.told_rows
+    told = known_T % 8 if rows == 1 else known_T.view(-1, 1).expand(-1, rows) % 8
+    return RoutingContext(token_ids_T=known_T, expert_ids_T=told, source_TD=torch.randn(12, 16))
+
+
+@pytest.mark.parametrize("case", ROUTERS)
+def test_a_norm_follows_every_expert_whatever_routes(case: str) -> None:
+    """By hand: each row through its expert alone, the norm, the sum by weights."""
+    x_BSD, context = torch.randn(2, 6, 16), _context(case)
+    layer = _layer(case, 0, norm=True)
+    x_TD, want_TD = x_BSD.view(12, 16), torch.zeros(12, 16)
+    routing = layer.router(x_TD, replace(context or RoutingContext(), sequence=6))
+    ids_MR, inputs, slots = routing.expert_ids_TR, x_TD, routing.slots
+    if slots is not None:
+        inputs, want_TD = slots.inputs_MD, torch.zeros_like(slots.inputs_MD)
+    elif routing.tokens_M is not None:
+        inputs = x_TD[routing.tokens_M]
+    dual = layer.config.moe.router in ("vq", "hash_context")
+    for m, row_D in enumerate(inputs):
+        for r, expert in enumerate(ids_MR[m].tolist()):
+            y_D = layer.experts(row_D.view(1, -1), (torch.arange(8) >= expert).long())[0]
+            if not dual or r == ids_MR.shape[1] - 1:
+                y_D = (y_D - y_D.mean()) / (y_D.var(unbiased=False) + 1e-5).sqrt()
+            weight = 1.0 if routing.weights_TR is None else routing.weights_TR[m, r]
+            want_TD[m if routing.tokens_M is None else routing.tokens_M[m]] += weight * y_D
+    if slots is not None:
+        want_TD = slots.gather(want_TD)
+    torch.testing.assert_close(layer(x_BSD, context)[0].view(12, 16), want_TD, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ROUTERS)
 def test_they_are_added_whatever_routes(case: str) -> None:
-    from vqmoe_ds.moe.routers import RoutingContext
-
     x_BSD = torch.randn(2, 6, 16)
-    layer, known_T = _layer(case, 2), torch.arange(12)
-    rows = layer.config.moe.facts.told_rows
-    told = known_T % 8 if rows == 1 else known_T.view(-1, 1).expand(-1, rows) % 8
-    context = RoutingContext(token_ids_T=known_T, expert_ids_T=told, source_TD=torch.randn(12, 16))
-    context = context if ROUTERS[case][0]["router"] not in ("vq", "topk") else None
+    layer, context = _layer(case, 2), _context(case)
     alone, _, ids = _layer(case, 0)(x_BSD, context)
     both, _, same_ids = layer(x_BSD, context)
     shared = layer.shared

@@ -157,7 +157,9 @@ def test_export_names_the_router_it_does_not_know() -> None:
         assert f"moe.{norm}=true: the exported model has no norm" in str(
             why_not_exported(_config("vq", **{norm: True}).moe)
         )
-        assert why_not_exported(_config("topk", **{norm: True}).moe) is None, "which does not read it"
+        assert why_not_exported(_config("dense", **{norm: True}).moe) is None, "which has no experts"
+    assert "moe.output_norm=true" in str(why_not_exported(_config("topk", output_norm=True).moe))
+    assert why_not_exported(_config("topk", input_norm=True).moe) is None, "which does not read it"
     transformers = pytest.importorskip("transformers")
     assert transformers
     from vqmoe_ds.models.hf import VQMoEConfig

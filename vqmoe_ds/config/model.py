@@ -273,7 +273,9 @@ class MoEConfig(Section):
         False, "the discrete expert sees a LayerNorm (no scale, no shift) of its input, as in the authors' release"
     )
     output_norm: bool = option(
-        False, "a LayerNorm (no scale, no shift) follows the discrete expert, as in the authors' release"
+        False,
+        "a LayerNorm (no scale, no shift) follows every expert; with a discrete path (vq, hash_context) the discrete "
+        "expert alone, as in the authors' release",
     )
 
     @model_validator(mode="after")
@@ -290,6 +292,13 @@ class MoEConfig(Section):
                 f"{MOST_FEATURES:,} features; lower one of them"
             )
         return self
+
+    @property
+    def norm(self) -> str | None:
+        """The one of ``input_norm`` and ``output_norm`` that the model has, which no other's formats know."""
+        if self.output_norm and self.facts.has_experts:
+            return "output_norm"
+        return "input_norm" if self.input_norm and self.facts.uses_codebook else None
 
     @property
     def facts(self) -> type[RouterFacts]:

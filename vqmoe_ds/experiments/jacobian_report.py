@@ -108,9 +108,8 @@ def _layers(loaded: LoadedModel, tokens_BS: Tensor, straight_through: bool) -> l
 
 def _check_terms(path: str, loaded: LoadedModel) -> None:
     moe = loaded.config.moe
-    norms = moe.facts.uses_codebook and (moe.input_norm or moe.output_norm)
-    if norms or moe.shared_experts:
-        what = "moe.input_norm or moe.output_norm" if norms else f"moe.shared_experts={moe.shared_experts}"
+    if moe.norm is not None or moe.shared_experts:
+        what = f"moe.{moe.norm}=true" if moe.norm is not None else f"moe.shared_experts={moe.shared_experts}"
         raise CheckpointError(
             f"{path} has {what}, whose derivative is not among the terms of this report; use a model without them"
         )

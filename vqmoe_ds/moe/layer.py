@@ -151,7 +151,7 @@ class MoELayer(KeepsPrecision):
         # Experts run without rows too, so that every rank has the same collectives and the same gradients to reduce.
         rows_PD = self.experts(sent_PD, plan.ends_E)
         # The product with weights, LayerNorm and the product of slots save for backward the rows that came back.
-        asked_again = routing.weights_TR is not None or routing.output_norm or routing.slots is not None
+        asked_again = routing.weights_TR is not None or routing.output_norm is not None or routing.slots is not None
         y_TD = _gathered(return_rows(rows_PD, plan, group, kept, asked_again), x_TD, routing, plan)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
@@ -192,7 +192,9 @@ def _rows(x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
 
 def _gathered(rows_MD: Tensor, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     """The weighted sum of each token's rows as they come from the experts, ``[T, D]``."""
-    if routing.output_norm:
+    if routing.output_norm == "all":
+        rows_MD = F.layer_norm(rows_MD, rows_MD.shape[-1:])
+    elif routing.output_norm == "last":
         rows_MD = _normalize_last(rows_MD, plan)
     y_TD = combine(rows_MD, plan, routing.weights_TR)
     if routing.slots is not None:

@@ -304,7 +304,7 @@ def _check_function(config: RunConfig, slices: int) -> None:
             "moe.code_blend and codebook.soft_output change what experts give, so the function would not be "
             "preserved; set both to 0"
         )
-    if moe.facts.uses_codebook and (moe.input_norm or moe.output_norm):
+    if moe.norm is not None:
         raise ConfigError(
             "moe.input_norm and moe.output_norm change what experts see and give, so the function would not be "
             "preserved; set both to false"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,8 @@ class Routing:
     """Added to the input of the last row, without gradient: a straight-through expert sees ``x + c sg(v - x)``."""
     input_norm: bool = False
     """Whether the expert of the last row sees a LayerNorm of its input."""
-    output_norm: bool = False
-    """Whether a LayerNorm follows the expert of the last row."""
+    output_norm: Literal["last", "all"] | None = None
+    """Which rows a LayerNorm follows the experts of: the last of each token, or all."""
 
 
 class Router(RouterFacts, nn.Module):
@@ -158,7 +159,9 @@ class Router(RouterFacts, nn.Module):
             if autocast is not None:
                 # Autocast may have left states narrower than the weights, and no longer makes them one type.
                 x_TD = x_TD.to(next((weight.dtype for weight in self.parameters()), x_TD.dtype))
-            return self.route(x_TD, context or RoutingContext())
+            routing = self.route(x_TD, context or RoutingContext())
+        # Routers with a discrete path have said that it follows that one alone.
+        return replace(routing, output_norm="all") if self.moe.output_norm and not routing.output_norm else routing
 
     def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
         """Experts of each of T tokens for diagnostics, int64 of one shape over the whole run; -1: none.

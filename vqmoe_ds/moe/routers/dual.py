@@ -6,7 +6,7 @@ Legend: T tokens, R routed rows per token.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class DualRouter(Router):
             context: as of ``route``.
             discrete: the discrete rows alone, with an auxiliary loss.
         """
-        discrete = replace(discrete, input_norm=self.moe.input_norm, output_norm=self.moe.output_norm)
+        normed: Literal["last"] | None = "last" if self.moe.output_norm else None
+        discrete = replace(discrete, input_norm=self.moe.input_norm, output_norm=normed)
         if self.continuous is None or self.path_gate is None:
             return discrete
         # The discrete row stands last, in ids as in weights: its sort is made ahead and merged behind that of the

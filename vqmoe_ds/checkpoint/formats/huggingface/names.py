@@ -272,9 +272,8 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
 
 def why_not_exported(moe: MoEConfig) -> str | None:
     """Why the Hugging Face model cannot compute the router; None where it can."""
-    if moe.facts.uses_codebook and (moe.input_norm or moe.output_norm):
-        name = "input_norm" if moe.input_norm else "output_norm"
-        return f"moe.{name}=true: the exported model has no norm before or after the expert of a code"
+    if moe.norm is not None:
+        return f"moe.{moe.norm}=true: the exported model has no norm before or after an expert"
     if moe.facts.exported_as is not None:
         return None
     names = ", ".join(name for name, kind in routers().items() if kind.exported_as is not None)

@@ -89,6 +89,8 @@ def export_megatron(reader: CheckpointReader, dst: str | Path, options: Megatron
 def _remarks(config: RunConfig) -> list[str]:
     lines = ["load it with --finetune, or --no-load-optim --no-load-rng: Megatron-LM gets weights, not Adam's moments"]
     facts = config.moe.facts
+    if config.moe.norm is not None:
+        lines.append(f"Megatron has no norm before or after an expert: it computes the model without {config.moe.norm}")
     if facts.has_experts and not facts.is_stock:
         which = "one of zeros" if facts.linear_gate(config.moe) is None else "its own continuous router"
         lines.append(
