@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -113,7 +113,7 @@ def test_seeds_differ_runs_do_not_and_the_spread_is_their_standard_error(loaded,
     assert row["mean"]["bits_per_byte"] == pytest.approx(sum(values) / 3)
     assert row["standard_error"]["bits_per_byte"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
     assert mean_of([1.0]).error is None
-    lines = table(json.loads(json.dumps(result.as_dict())))
+    lines = table(json.loads(json.dumps(asdict(result))))
     assert len(lines) == 3 + 1 + 8 and "±" in lines[-1] and lines[4].startswith("word_swap 0.025, inputs ")
     assert len({len(line) for line in lines[2:]}) == 1
 
@@ -139,7 +139,7 @@ def _on_ranks(rank, world, folder, ep_size, sp_size=1, most=None):
     options = Options(corruptions=tuple(all_corruptions())[:most], seeds=2, batch_size=3)
     told: list[int] = []
     result = evaluate(loaded, texts, options, rank, world, lambda name, windows: told.append)
-    return result.as_dict(), sum(told)
+    return asdict(result), sum(told)
 
 
 @pytest.mark.parametrize(("router", "ep_size"), [("vq", 1), ("vq", 2), ("stablemoe", 2)])

@@ -143,43 +143,32 @@ def load_model(
     """
     reader = merged(open_checkpoint(path))
     with sound(reader.path):
-        return _load(reader, tokenizer, ep_size, ep_rank, torch.device(device), precision, expert_memory, images)
-
-
-def _load(
-    reader: CheckpointReader,
-    tokenizer: str | Path | None,
-    ep_size: int,
-    ep_rank: int,
-    device: torch.device,
-    precision: str | None,
-    expert_memory: int | None,
-    images: bool,
-) -> LoadedModel:
-    if not (images and of_images(reader.config)):
-        require_language_model(reader, "this")
-    config = with_own_data(run_config(reader.config, reader.path), reader.path)
-    if expert_memory is not None:
-        check_place(config, device, ep_size)
-    if config.moe.num_experts % ep_size:
-        raise ConfigError(f"--ep_size {ep_size} does not divide the {config.moe.num_experts} experts of {reader.path}")
-    dtype = _precision(config, device, precision, ep_size)
-    # Before the weights, which take long: a wrong --tokenizer shows at once.
-    found = None if config.model.image_size else find_tokenizer(reader, config, tokenizer)
-    model = build_model(reader, config, ep_size, ep_rank, expert_memory)
-    for param in model.parameters():
-        # Not model.to(dtype): it would cast the buffers, too.
-        param.data = param.data.to(dtype)
-    if expert_memory is not None:
-        store = open_store(reader, config, dtype, expert_memory)
-        bind(model, store)
-        return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind, store)
-    model.to(device)
-    if ep_size > 1:
-        # Makes process groups, which is a collective of all ranks.
-        for layer in model.moe_layers():
-            layer.set_deepspeed_parallelism()  # type: ignore[operator]
-    return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind)
+        if not (images and of_images(reader.config)):
+            require_language_model(reader, "this")
+        config = with_own_data(run_config(reader.config, reader.path), reader.path)
+        place = torch.device(device)
+        if expert_memory is not None:
+            check_place(config, place, ep_size)
+        if config.moe.num_experts % ep_size:
+            experts = config.moe.num_experts
+            raise ConfigError(f"--ep_size {ep_size} does not divide the {experts} experts of {reader.path}")
+        dtype = _precision(config, place, precision, ep_size)
+        # Before the weights, which take long: a wrong --tokenizer shows at once.
+        found = None if config.model.image_size else find_tokenizer(reader, config, tokenizer)
+        model = build_model(reader, config, ep_size, ep_rank, expert_memory)
+        for param in model.parameters():
+            # Not model.to(dtype): it would cast the buffers, too.
+            param.data = param.data.to(dtype)
+        if expert_memory is not None:
+            store = open_store(reader, config, dtype, expert_memory)
+            bind(model, store)
+            return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind, store)
+        model.to(place)
+        if ep_size > 1:
+            # Makes process groups, which is a collective of all ranks.
+            for layer in model.moe_layers():
+                layer.set_deepspeed_parallelism()  # type: ignore[operator]
+        return LoadedModel(config, model, found, reader.step, Path(reader.path), reader.kind)
 
 
 def _precision(config: RunConfig, device: torch.device, asked: str | None, ep_size: int) -> torch.dtype:

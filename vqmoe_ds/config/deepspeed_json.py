@@ -6,7 +6,6 @@ here each is one sentence before anything heavy is imported.
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +164,8 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
         if key in UNSUPPORTED:
             raise ConfigError(f"DeepSpeed config {path}: {key} {UNSUPPORTED[key]}")
         if key not in TOP_LEVEL_KEYS:
-            raise ConfigError(f"DeepSpeed config {path}: top-level key {shown(key)} is unknown; {_near(key)}")
+            hint = IN_DEEPSPEED_JSON.get(key) or nearest_key(key, TOP_LEVEL_KEYS)
+            raise ConfigError(f"DeepSpeed config {path}: top-level key {shown(key)} is unknown; {hint}")
     check_values(path, values)
     if values.get("checkpoint", {}).get("writer"):
         raise ConfigError(
@@ -192,7 +192,7 @@ def resolve(
     Raises:
         ConfigError: contradiction, a size that divides nothing, or on GPUs a width that their products do not take.
     """
-    values = copy.deepcopy(read_deepspeed_json(path))
+    values = read_deepspeed_json(path)
     joiner = Joiner(path, loaded)
     params = _join_optimizer(joiner, values)
     joiner.join(values, "gradient_clipping", "train.grad_clip")
@@ -434,7 +434,3 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         rows += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return rows
-
-
-def _near(key: str) -> str:
-    return IN_DEEPSPEED_JSON.get(key) or nearest_key(key, list(TOP_LEVEL_KEYS))

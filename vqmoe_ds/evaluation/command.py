@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -314,7 +315,7 @@ def _report(args: argparse.Namespace, result: Any, seconds: float, console: Cons
         return
     if args.json is not None:
         try:
-            write_json(Path(args.json), result.as_dict())
+            write_json(Path(args.json), asdict(result))
         except OSError as error:
             raise ConfigError(f"--json {args.json} could not be written ({error.strerror})") from None
     for line in result.lines():

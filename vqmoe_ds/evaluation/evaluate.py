@@ -81,12 +81,9 @@ class Evaluation:
     clean: dict[str, Any]
     corrupted: list[dict[str, Any]] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """Figures for the user."""
-        return table(self.as_dict())
+        return table(asdict(self))
 
 
 def evaluate(

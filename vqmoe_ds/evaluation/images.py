@@ -6,7 +6,7 @@ Legend: C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,9 +55,6 @@ class ImageEvaluation:
     relative: dict[str, Any] = field(default_factory=dict)
     attacked: list[dict[str, Any]] = field(default_factory=list)
     out_of_distribution: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Figures for the user."""

@@ -68,11 +68,6 @@ def _run_name(folder: Path) -> str:
     return textwrap.shorten("/".join(folder.parts[-2:]), 90, placeholder=" …")
 
 
-def plot_usage(path: Path, counts_LN: Tensor, usage_LK: Tensor | None) -> None:
-    """``draw_usage`` as PNG."""
-    save(draw_usage(counts_LN, usage_LK), path)
-
-
 def draw_usage(counts_LN: Tensor, usage_LK: Tensor | None) -> Any:
     """Figure of the share of tokens by layer and expert, and by layer and code, each relative to its mean.
 

@@ -11,7 +11,7 @@ from typing import Any
 from vqmoe_ds.checkpoint.io.store import read_best
 from vqmoe_ds.checkpoint.resume.restore import whole_shapes
 from vqmoe_ds.checkpoint.resume.session import load
-from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
+from vqmoe_ds.evaluation.plots import draw_usage, drawing, plot_loss, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.models.session import Session
 from vqmoe_ds.runtime.console import Console
@@ -107,7 +107,7 @@ class BestReport(Callback):
         with drawing(self.job.console.say):
             plot_loss(folder / "loss.png", self.file.rows, self.target, run.finetune.task or "")
             if trainer.session.model.moe_layers() and self.health.last_counts_LN.numel():
-                plot_usage(folder / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
+                save(draw_usage(self.health.last_counts_LN, self.health.last_usage_LK), folder / "usage.png")
         # Last, for it marks the run as finished.
         write_json(folder / "summary.json", summary)
 

@@ -94,11 +94,7 @@ class _RotateQKV(torch.autograd.Function):
     def forward(ctx: Any, qkv_BSNH: Tensor, cos_SF: Tensor, sin_SF: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_SF, sin_SF)
         ctx.kv_heads = kv_heads
-        inputs = split_heads(qkv_BSNH, kv_heads)
-        # Contiguous: the kernel writes all outputs by the strides of the first.
-        outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-        _launch(inputs, outputs, cos_SF, sin_SF)
-        return outputs
+        return _turned(split_heads(qkv_BSNH, kv_heads), cos_SF, sin_SF)
 
     @staticmethod
     @once_differentiable
@@ -126,6 +122,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(inputs: tuple[Tensor, ...], cos_SF: Tensor, sin_SF: Tensor, back: bool = False) -> tuple[Tensor, ...]:
+    # Contiguous: the kernel writes all outputs by the strides of the first.
     outputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     _launch(inputs, outputs, cos_SF, sin_SF, back)
     return outputs

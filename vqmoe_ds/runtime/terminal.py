@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import TextIOWrapper
 from typing import Any
 
@@ -38,7 +38,7 @@ def run_tool(main: Callable[[], int]) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=instead)
     try:
-        with _termination():
+        with _hearing(_terminate, signal.SIGTERM):
             code = main()
             sys.stdout.flush()
             return code
@@ -62,24 +62,32 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-@contextmanager
-def importing() -> Iterator[None]:
+def importing() -> AbstractContextManager[None]:
     """Context of a command's imports, in which Ctrl-C and SIGTERM end the process at once, without a traceback.
 
     A library that is interrupted halfway through its import may even panic.
     """
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    ours = {number: usual for number, usual in handlers.items() if signal.getsignal(number) == usual}
+    return _hearing(_leave, signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _hearing(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Let a handler take signals that have Python's own, unless whoever started this process had them ignored."""
+    usual: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    ours = [number for number in numbers if signal.getsignal(number) == usual[number]]
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may set handlers.
-        ours = {}
+        ours = []
     for number in ours:
-        signal.signal(number, _leave)
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, usual in ours.items():
-            signal.signal(number, usual)
+        for number in ours:
+            signal.signal(number, usual[number])
 
 
 def _leave(number: int, frame: Any) -> None:
@@ -138,20 +146,6 @@ def _interrupted(stop: KeyboardInterrupt) -> int:
             sys.stdout.flush()
         os._exit(code)
     return code
-
-
-@contextmanager
-def _termination() -> Iterator[None]:
-    """Raise ``Terminated`` at SIGTERM, unless whoever started this process had it ignored."""
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -20,7 +20,7 @@ from vqmoe_ds.checkpoint.resume.session import begin_save
 from vqmoe_ds.data.batches import Windows
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.evaluation.perplexity import bits_per_byte, validate
-from vqmoe_ds.evaluation.plots import drawing, plot_loss, plot_usage
+from vqmoe_ds.evaluation.plots import draw_usage, drawing, plot_loss, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
 from vqmoe_ds.evaluation.sample import sample_tokens
 from vqmoe_ds.models.session import Session
@@ -389,7 +389,7 @@ class FinalReport(Callback):
         with drawing(self.console.say):
             plot_loss(self.run_dir / "loss.png", self.file.rows, self.target, self.data.summary())
             if session.model.moe_layers():
-                plot_usage(self.run_dir / "usage.png", self.health.last_counts_LN, self.health.last_usage_LK)
+                save(draw_usage(self.health.last_counts_LN, self.health.last_usage_LK), self.run_dir / "usage.png")
         # Last, for it says that the run is finished.
         write_json(self.run_dir / "summary.json", summary)
 

@@ -6,6 +6,7 @@ Legend: P rows, H expert hidden width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.moe.kernels.triton_support import kernel, tl, triton, use_triton
@@ -16,7 +17,7 @@ _BLOCK = 1024  # elements a program
 def swiglu(gate_PH: Tensor, up_PH: Tensor) -> Tensor:
     """silu(gate) * up, contiguous ``[P, H]``; computed in float32 and rounded once (float64 stays as it is)."""
     if not use_triton(gate_PH):
-        return (_silu(_wide(gate_PH)) * _wide(up_PH)).to(gate_PH.dtype)
+        return (F.silu(_wide(gate_PH)) * _wide(up_PH)).to(gate_PH.dtype)
     hidden_PH = torch.empty_like(gate_PH)
     if size := gate_PH.numel():
         _forward_kernel[(triton.cdiv(size, _BLOCK),)](gate_PH, up_PH, hidden_PH, size, BLOCK=_BLOCK)
@@ -36,7 +37,7 @@ def swiglu_backward(g_PH: Tensor, gate_PH: Tensor, up_PH: Tensor) -> tuple[Tenso
     """
     if not use_triton(gate_PH):
         g, gate, up = _wide(g_PH), _wide(gate_PH), _wide(up_PH)
-        sigmoid, silu = gate.sigmoid(), _silu(gate)
+        sigmoid, silu = gate.sigmoid(), F.silu(gate)
         g_up_PH, hidden_PH = (g * silu).to(g_PH.dtype), (silu * up).to(g_PH.dtype)
         # Last: in float32 g is g_PH itself.
         return g_PH.copy_(g * up * (sigmoid * (1 + gate * (1 - sigmoid)))), g_up_PH, hidden_PH
@@ -49,10 +50,6 @@ def swiglu_backward(g_PH: Tensor, gate_PH: Tensor, up_PH: Tensor) -> tuple[Tenso
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
-
-
-def _silu(gate: Tensor) -> Tensor:
-    return torch.nn.functional.silu(gate)
 
 
 @kernel

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vqmoe_ds.config.routers import RouterFacts, register_router
-from vqmoe_ds.config.schema import MoEConfig, RunConfig
+from vqmoe_ds.config.schema import RunConfig
 
 
 @register_router("dense")
@@ -15,10 +13,6 @@ class Dense(RouterFacts):
     has_experts = False
     needs_top_k = False
     exported_as = "dense"
-
-    @classmethod
-    def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
-        return max(1, moe.top_k)
 
     @classmethod
     def flops(cls, run: RunConfig, layer: int) -> int:

@@ -12,9 +12,11 @@ whatever ZeRO stage (0 to 2), expert-parallel size and world size wrote it. What
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from vqmoe_ds.checkpoint.formats.native_moe.names import (
     numbered,
     pattern_of,
 )
-from vqmoe_ds.checkpoint.io.archive import Stored, load_archive
+from vqmoe_ds.checkpoint.io.archive import load_archive
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, check_covered, register_format, sound
 from vqmoe_ds.runtime.errors import CheckpointError
 from vqmoe_ds.runtime.files import read_small
@@ -125,7 +127,10 @@ class NativeReader(CheckpointReader):
 
     def _kept(self, values: dict[str, Any]) -> dict[str, Any]:
         """Those of some values that JSON can hold; the names of the others come to ``dropped``."""
-        kept = {key: _plain(value) for key, value in values.items() if _is_plain(value)}
+        kept = {}
+        for key, value in values.items():
+            with suppress(TypeError, ValueError):
+                kept[key] = json.loads(json.dumps(value))
         self.dropped = sorted({*self.dropped, *(values.keys() - kept.keys())})
         return kept
 
@@ -313,21 +318,3 @@ class NativeReader(CheckpointReader):
 
 
 register_format("native", lambda path: native_folder(path) is not None, open_native)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
-    # Before tuples: a Stored is one.
-    if isinstance(value, Stored):
-        return False
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (str, int, float, bool))
-
-
-def _plain(value: Any) -> Any:
-    """A plain value as JSON gives it back."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
