@@ -147,7 +147,8 @@ def test_a_file_that_could_not_be_written_is_refused_before_any_work(run: Path, 
     for option in ("--json", "--figure", "--record"):
         for place in (tmp_path, tmp_path / "nothing" / "x", tmp_path / "file" / "x"):
             assert _ran(str(run / "not there"), option, str(place)) == 2
-            assert f"{option} {place} cannot be written there; name a file" in capsys.readouterr().err
+            reason = "is a folder" if place == tmp_path else "lies in no folder that exists"
+            assert f"{option} {place} {reason}; name a file in a folder that exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

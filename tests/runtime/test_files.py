@@ -10,8 +10,8 @@ import pytest
 
 from vqmoe_ds.data import stdlib_text
 from vqmoe_ds.data.recipes import fetch_recipe
-from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.files import make_folder, user_cache, why_missing, write_atomically
+from vqmoe_ds.runtime.errors import ConfigError, DataError
+from vqmoe_ds.runtime.files import check_target, make_folder, user_cache, why_missing, write_atomically
 
 
 def test_a_name_that_is_no_utf8_does_not_end_a_report_and_bytes_stay(tmp_path: Path) -> None:
@@ -19,6 +19,19 @@ def test_a_name_that_is_no_utf8_does_not_end_a_report_and_bytes_stay(tmp_path: P
     assert (tmp_path / "report.md").read_bytes() == "run of caf\\udce9, ü\n".encode()
     write_atomically(tmp_path / "report.md", b"\xff\r\n")
     assert (tmp_path / "report.md").read_bytes() == b"\xff\r\n"
+
+
+def test_what_is_no_file_is_no_target(tmp_path: Path) -> None:
+    """A rename would put a file in its place, also in that of a device."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("file", "new"):
+        check_target("--json", tmp_path / path)
+    cases = {"link": "is a link", "fifo": "is a FIFO", "file/x": "lies in no folder", "n" * 250: "has too long a name"}
+    for path, reason in (cases | {"/dev/null": "is a device"}).items():
+        with pytest.raises(ConfigError, match=f"--json .* {reason}.*; name a file in a folder that exists"):
+            check_target("--json", tmp_path / path)
 
 
 def test_an_interrupted_writer_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

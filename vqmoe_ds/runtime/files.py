@@ -18,6 +18,8 @@ from typing import Any
 
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 
+_LONGEST_NAME = 200
+"""Bytes of a file's name, of which file systems take 255, what is put before and behind it meanwhile included."""
 SMALL = 64 << 20
 """Bytes of a file that is read whole (a description, a table, an index of names), at most."""
 
@@ -118,13 +120,23 @@ def check_target(option: str, path: str | Path | None) -> None:
         path: the file; None: none is asked for.
 
     Raises:
-        ConfigError: it is a folder, or lies in none that can be written to.
+        ConfigError: something else than a file has the name, or it lies in no folder that can be written to.
     """
     if path is None:
         return
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{option} {path} cannot be written there; name a file in a folder that exists")
+    folder, name = os.path.split(os.path.abspath(path))
+    # A rename would put a file in the place of a link or, as root, of a device.
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        reason = f"is {kind_of(path)}"
+    elif not os.path.isdir(folder):
+        reason = "lies in no folder that exists"
+    elif not os.access(folder, os.W_OK):
+        reason = "lies in a folder that cannot be written to"
+    elif len(os.fsencode(name)) > _LONGEST_NAME:
+        reason = "has too long a name"
+    else:
+        return
+    raise ConfigError(f"{option} {path} {reason}; name a file in a folder that exists")
 
 
 def sync_folder(folder: Path) -> None:
