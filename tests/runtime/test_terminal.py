@@ -41,6 +41,16 @@ def test_characters_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     assert written.getvalue() == rb"\xe9 \u65e5\u672c \udcff" + b"\nerror: no file " + rb"\u2018\u65e5\u2019" + b"\n"
 
 
+def test_a_daemon_may_have_closed_every_stream() -> None:
+    words = """if True:
+        import sys
+        from vqmoe_ds.runtime.terminal import run_tool
+        sys.exit(run_tool(lambda: print(sys.stdin.read(), sys.stdin.isatty(), sys.stdout.isatty()) or 7))
+    """
+    command = ["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, words]
+    assert subprocess.run(command, cwd=ROOT).returncode == 7
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_clears_up_and_is_said_in_a_line(number, code, capsys, monkeypatch) -> None:
     monkeypatch.setattr(terminal.threading, "active_count", lambda: 1)

@@ -34,6 +34,11 @@ def run_tool(main: Callable[[], int]) -> int:
         main: reads the command line and does the work.
     """
     print_records()
+    # A daemon may have closed them, and Python has None in their place.
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or open(os.devnull, mode)  # noqa: SIM115
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
     for stream, instead in ((sys.stdin, "surrogateescape"), (sys.stdout, ESCAPES), (sys.stderr, ESCAPES)):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=instead)
