@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,9 @@ def test_the_command_counts_writes_both_forms_and_says_how_balanced(tmp_path: Pa
         (b"no header", "cannot be read as a token table"),
         (torch.zeros(2, VOCAB, dtype=torch.int32), f"is [2, {VOCAB}], and the model has 3 MoE layer(s)"),
         (torch.zeros(LAYERS, VOCAB), "holds torch.float32, not whole numbers"),
+        (torch.zeros(LAYERS, VOCAB, dtype=torch.bool), "holds torch.bool, not whole numbers"),
+        ("mkfifo", "cannot be read as a token table: it is a FIFO, not a regular file"),
+        ("mkdir", "cannot be read as a token table: it is a folder, not a regular file"),
         (torch.full((LAYERS, VOCAB), 8), "names expert 8, and moe.num_experts=8"),
         (torch.full((VOCAB,), -1), "names expert -1"),
     ],
@@ -135,6 +139,8 @@ def test_a_table_that_cannot_be_is_refused_in_a_sentence(tensor: Any, part: str,
     file = tmp_path / "t.safetensors"
     if isinstance(tensor, bytes):
         file.write_bytes(tensor)
+    elif isinstance(tensor, str):
+        subprocess.run([tensor, file], check=True)
     elif tensor is not None:
         save_file({NAME: tensor}, file)
     with pytest.raises(ConfigError) as refusal:
@@ -179,18 +185,27 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--seed", "-1"], "--seed -1 must be 0 or more"),
-        (["--vocab_size", "-3"], "--vocab_size -3 must be 1 or more"),
+        (["--seed", "-1"], "--seed -1 must lie between 0 and 4,294,967,295"),
+        (["--seed", str(1 << 70)], f"--seed {1 << 70} must lie between 0 and"),
+        (["--vocab_size", "-3"], "--vocab_size -3 must lie between 1 and"),
+        (["--vocab_size", str(1 << 40)], "must lie between 1 and 4,194,304"),
+        (["--experts", "0"], "--experts 0 must lie between 1 and 16,384"),
+        (["--layers", "100000000"], "--layers 100000000 must lie between 1 and 1,024"),
+        (["--experts", "300"], "--experts 300 are more than the 257 token ids; give at most one for each"),
+        (["--data", "empty.txt"], "empty.txt holds no tokens, by which a table is balanced"),
+        (["--data", "n" * 300], "does not exist"),
         (["--form", "gate", "--names", "a"], "must have {} once, for the number of the layer"),
         (["--form", "gate", "--names", "a{}{}"], "must have {} once"),
         (["--form", "gate", "--names", "a{}{x}"], "no other braces"),
         (["--form", "gate", "--names", "a{}{"], "no other braces"),
-        (["--out", "text.txt/t.safetensors"], "cannot be written there"),
-        (["--out", "nothing/t.safetensors"], "cannot be written there"),
+        (["--out", "text.txt/t.safetensors"], "lies in no folder that exists"),
+        (["--out", "nothing/t.safetensors"], "lies in no folder that exists"),
+        (["--out", f"{'n' * 230}.safetensors"], "has too long a name"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(words: list[str], part: str, text: Path, capsys: Any, monkeypatch):
     monkeypatch.chdir(text.parent)
+    Path("empty.txt").touch()
     given = ["--method", "random", "--tokenizer", "bytes", "--experts", "4", "--layers", "2", "--data", text]
     assert part in _refused(capsys, *given, "--out", "t.safetensors", *words)
     assert not Path("t.safetensors").exists()

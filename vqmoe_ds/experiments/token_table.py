@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,13 @@ from vqmoe_ds.checkpoint.io.shards import entry_of, read_weights
 from vqmoe_ds.checkpoint.load_model import load_model, require_tokenizer
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.checkpoint.reader import sound
+from vqmoe_ds.config.fields import MOST_EXPERTS, MOST_LAYERS
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.config.schema import CodeSource
 from vqmoe_ds.data.documents import plan_units, read_unit
 from vqmoe_ds.data.index_files import check_prefix, chunks
 from vqmoe_ds.data.indexed import UNKNOWN, described_tokenizer, weighted_entry, without_ending
-from vqmoe_ds.data.tokenizer_base import Tokenizer
+from vqmoe_ds.data.tokenizer_base import MOST_IDS, Tokenizer
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.models.transformer import MoETransformer
@@ -35,6 +37,11 @@ from vqmoe_ds.moe.routers.token_table import NAME
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.files import check_target
 
+BOUNDS = {
+    **{"seed": (0, (1 << 32) - 1), "vocab_size": (1, MOST_IDS)},
+    **{"experts": (1, MOST_EXPERTS), "layers": (1, MOST_LAYERS)},
+}
+"""Least and most of the options that are numbers."""
 METHODS = ("embedding", "random", "round_robin", "codes")
 GATE = "model.layers.{}.mlp.gate.tid2eid"
 """Names of the gates' tables in DeepSeek-V4's checkpoints, as vLLM and Megatron's hash layers read them."""
@@ -65,8 +72,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     """Make a table and say how balanced it is; the exit code."""
     _check(args)
-    with sound(args.model or args.out):
-        made = _make(args)
+    made = _make(args)
     try:
         write(Path(args.out), made.table_LV, args.form, args.names, made.blocks)
     except OSError as error:
@@ -104,10 +110,10 @@ def _check(args: argparse.Namespace) -> None:
     check_target("--out", out)
     if args.form == "gate" and (args.names.count("{}") != 1 or any(c in args.names.replace("{}", "") for c in "{}")):
         raise ConfigError(f"--names {args.names} must have {{}} once, for the number of the layer, and no other braces")
-    for name, least in (("seed", 0), ("vocab_size", 1)):
+    for name, (least, most) in BOUNDS.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} {value} must be {least} or more")
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"--{name} {value} must lie between {least} and {most:,}")
     if args.method in ("embedding", "codes") and args.model is None:
         raise ConfigError(f"--method {args.method} needs MODEL; or take --method random")
     if args.method == "codes":
@@ -115,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError("--experts and --layers are those of MODEL with --method codes; leave them out")
         return
     for name, value in (("experts", args.experts), ("layers", args.layers)):
-        if value is None or value < 1:
+        if value is None:
             raise ConfigError(f"--method {args.method} needs --{name}, 1 or more")
     if args.data is None:
         raise ConfigError(f"--method {args.method} balances by frequency; name a corpus with --data")
@@ -129,11 +135,18 @@ def _make(args: argparse.Namespace) -> Made:
         counts_V = _counts(args, vocab) if args.data else np.zeros(vocab, dtype=np.int64)
         beside = moe.facts.rows_per_token(moe, model.config.router) - 1
         return Made(table_LV, counts_V, moe.num_experts, model.moe_blocks, beside)
-    embeddings_VD = read_embeddings(args.model) if args.model and args.method == "embedding" else None
+    embeddings_VD = None
+    if args.method == "embedding":
+        with sound(args.model):
+            embeddings_VD = read_embeddings(args.model)
     vocab = args.vocab_size if embeddings_VD is None else len(embeddings_VD)
     if vocab is None:
         vocab = _tokenizer(args).vocab_size
+    if args.experts > vocab:
+        raise ConfigError(f"--experts {args.experts} are more than the {vocab} token ids; give at most one for each")
     counts_V, shape = _counts(args, vocab), (args.experts, args.layers)
+    if not counts_V.any():
+        raise DataError(f"--data {' '.join(args.data)} holds no tokens, by which a table is balanced; name a text")
     if embeddings_VD is not None:
         table_LV = token_tables.embedding_table(embeddings_VD, counts_V, *shape, args.seed)
     elif args.method == "random":
@@ -185,7 +198,12 @@ def read_embeddings(path: str) -> Tensor:
         raise CheckpointError(f"{path} has none of {', '.join(EMBEDDINGS)}, so its embeddings are not known")
     if not weights[name].dtype.is_floating_point:
         raise CheckpointError(f"{path} holds {name} as whole numbers, as quantised weights are; dequantise it first")
-    return weights[name].whole().float()
+    embeddings = weights[name].whole().float()
+    if embeddings.dim() != 2 or not embeddings.isfinite().all():
+        raise CheckpointError(
+            f"{path}: {name} is no matrix of finite numbers, a row for each token; take another checkpoint"
+        )
+    return embeddings
 
 
 def _is_hf(path: str) -> bool:
@@ -232,7 +250,9 @@ def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
 
 def _ids(args: argparse.Namespace, path: str, checksum: str | None) -> Iterator[np.ndarray]:
     """Token ids of a corpus, in parts; refused if another tokenizer than that of this checksum made them."""
-    prepared = Path(f"{path}.idx").exists()
+    prepared = os.path.exists(f"{path}.idx")
+    if not prepared and args.tokenizer is None and args.model is None:
+        raise ConfigError(f"{path} is text, whose tokens are not known: give --tokenizer, or a prepared prefix")
     theirs = (described_tokenizer(path) or {}).get("checksum") if prepared else _tokenizer(args).checksum
     if theirs != checksum and None not in (theirs, checksum):
         whose = args.model if args.model is not None else f"--tokenizer {args.tokenizer}"
@@ -259,6 +279,9 @@ def write(path: Path, table_LV: Tensor, form: str, names: str, blocks: list[int]
         tensors = {names.format(block): table_V.unsqueeze(1) for block, table_V in numbered}
     entries: list[Entry] = [entry_of(name, tensor.contiguous()) for name, tensor in tensors.items()]
     partial = path.with_name(f".{path.name}.partial")
-    write_safetensors(partial, entries)
-    # ``write_safetensors`` has flushed it: the name never stands for a part of the table.
-    partial.rename(path)
+    try:
+        write_safetensors(partial, entries)
+        # ``write_safetensors`` has flushed it: the name never stands for a part of the table.
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

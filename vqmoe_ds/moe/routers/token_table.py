@@ -17,6 +17,7 @@ from vqmoe_ds.config.routers import RouterOptions, register_router
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.routers.hash_token import HashTokenRouter
 from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.files import open_regular
 
 NAME = "token_table"
 """Name of the tensor in a file, integers ``[L, V]``, or ``[V]`` for all layers alike. More ids are ignored."""
@@ -66,6 +67,7 @@ def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int)
         ConfigError: the file is missing or damaged, or the table is of another model.
     """
     try:
+        open_regular(path, links=True).close()  # a FIFO would be waited for
         with safe_open(str(path), "pt") as file:
             # From the header: a table of another model is refused before its numbers are read.
             shape = tuple(file.get_slice(NAME).get_shape())
@@ -76,9 +78,10 @@ def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int)
                 )
             table: Tensor = file.get_tensor(NAME)
     except (OSError, SafetensorError) as error:
-        reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        missing = isinstance(error, FileNotFoundError)
+        reason = "it does not exist" if missing else getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(f"router.path={path} cannot be read as a token table: {reason}") from None
-    if table.is_floating_point() or table.is_complex():
+    if table.is_floating_point() or table.is_complex() or table.dtype is torch.bool:
         raise ConfigError(f"router.path={path}: {NAME} holds {table.dtype}, not whole numbers")
     # int64 first, for PyTorch has no minimum of unsigned numbers.
     table = table[..., :vocab_size].long()
