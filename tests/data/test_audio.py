@@ -117,12 +117,14 @@ def test_clips_that_cannot_be_used_say_why(tmp_path):
     wavfile.write(tmp_path / "none.wav", RATE, np.zeros(0, np.int16))
     wavfile.write(tmp_path / "slow.wav", 3, np.zeros(9, np.int16))
     wavfile.write(tmp_path / "nan.wav", RATE, np.array([0, np.nan], np.float32))
+    wavfile.write(tmp_path / "loud.wav", RATE, np.array([0, 1e200]))
     reasons = {
         "cut": "cut off",
         "cut amid a sample": "cut off",
         "none": "no samples",
         "slow": "3 samples a second",
         "nan": "not finite",
+        "loud": "far outside -1 to 1",
         "text": "format",
     }
     for name in [*bad, *reasons]:

@@ -175,6 +175,24 @@ def test_one_class_or_nothing_is_refused(tmp_path):
     assert are_images(str(write_folder(tmp_path / "two", 2)))
 
 
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    folder = write_folder(tmp_path / "a", 6)
+    (folder / ".ipynb_checkpoints").mkdir()
+    for copy in (folder / ".ipynb_checkpoints/0000.png", folder / "left/._0000.png"):
+        copy.write_bytes((folder / "left/0000.png").read_bytes())
+    found = find_images(str(folder))
+    assert found.classes == CLASSES and len(found.train.labels_N) == 6
+
+
+def test_a_link_that_leads_nowhere_and_a_name_without_end_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "a", 6)
+    (folder / "left/a.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"image .*left/a.png cannot be read \(No such file or directory\); remove it"):
+        find_images(str(folder)).fingerprint()
+    with pytest.raises(DataError, match="do not exist; give a folder of images"):
+        find_images("n" * 300)
+
+
 def test_images_of_other_shapes_say_what_is_wrong(tmp_path):
     found = find_images(str(write_folder(tmp_path / "a", 6, size=6)))
     with pytest.raises(ValueError, match="it is 6 x 6 pixels, and model.image_size=8"):
@@ -187,8 +205,8 @@ def test_images_of_other_shapes_say_what_is_wrong(tmp_path):
     assert made_colour and np.array_equal(image[..., 0], image[..., 2])
     assert grey.train.pixels(0).fit(GREY)[1] is False
     (tmp_path / "g/left/0000.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="cannot identify"):
+    with pytest.raises(ValueError, match="it is no image of PNG, JPEG"):
         grey.train.pixels(0)
     (tmp_path / "g/left/0000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
-    with pytest.raises(ValueError, match="cannot identify"):  # Pillow would start Ghostscript
+    with pytest.raises(ValueError, match="it is no image of PNG, JPEG"):  # Pillow would start Ghostscript
         grey.train.pixels(0)

@@ -85,6 +85,17 @@ def test_folders_of_other_classes_are_refused(tmp_path):
         find_published(str(tmp_path), CLASSES)
 
 
+def test_folders_without_images_and_kinds_that_lie_there_twice_are_refused(tmp_path):
+    for name in CLASSES:
+        (tmp_path / "empty/fog/1" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="fog/1 holds no images; unpack them again"):
+        find_published(str(tmp_path / "empty"), CLASSES)
+    write_folder(tmp_path / "twice/fog/1", 3)
+    write_folder(tmp_path / "twice/weather/fog/1", 3)
+    with pytest.raises(DataError, match="has fog 1 twice: .*fog/1 and .*weather/fog/1; move one elsewhere"):
+        find_published(str(tmp_path / "twice"), CLASSES)
+
+
 def test_damage_that_is_made_here_is_among_the_published():
     assert {kind for kind in KINDS if PUBLISHED[kind] != EXTRA} == set(KINDS)
     assert sum(group != EXTRA for group in PUBLISHED.values()) == 15

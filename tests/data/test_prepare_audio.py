@@ -151,6 +151,12 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(clips, tmp_path, capsys, h
 def test_missing_folders_and_existing_outputs_are_refused(clips, tmp_path, capsys):
     assert run(tmp_path / "none", "--output", tmp_path / "out") == 2
     assert "is no folder" in capsys.readouterr().err
+    assert run("n" * 300, "--output", tmp_path / "out") == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert run(clips, "--output", "") == 2
+    assert "--output '' is no name of a folder; give one" in capsys.readouterr().err
+    assert run(clips, "--output", tmp_path / ("n" * 250)) == 2
+    assert "could not be written (File name too long)" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert run(clips, "--output", tmp_path / "file" / "out") == 2
     assert "out could not be written (Not a directory)" in capsys.readouterr().err

@@ -32,6 +32,8 @@ LOWEST = 20.0
 """Hz, where the first mel band begins; the last one ends at ``RATE / 2``."""
 RANGE_DB = 50.0
 """Below the loudest pixel of a clip, where black begins: with 80 dB, noise that is hardly heard lights all pixels."""
+LOUDEST = 1e6
+"""Times full scale, that a sample may have."""
 LARGEST = 256 << 20
 """Bytes of a file of one clip."""
 TALKERS = 6
@@ -87,8 +89,9 @@ def read_clip(file: Path) -> np.ndarray:
     if not sound.size:
         raise ValueError("it has no samples")
     clip_T = _floats(sound).reshape(len(sound), -1).mean(1)
-    if not np.isfinite(clip_T).all():
-        raise ValueError("it has samples that are not finite")
+    # Of much louder ones the power is beyond what float64 holds.
+    if not (np.abs(clip_T) <= LOUDEST).all():
+        raise ValueError("it has samples that are not finite, or far outside -1 to 1")
     common = math.gcd(rate, RATE)
     return clip_T if rate == RATE else resample_poly(clip_T, RATE // common, rate // common)
 

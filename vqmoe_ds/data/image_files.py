@@ -43,7 +43,7 @@ def find_images(path: str) -> ImageFiles:
     if path.startswith(HUB):
         return _sound(_hub(path))
     place = Path(path)
-    if not place.exists():
+    if not os.path.exists(path):
         raise DataError(f"images {path} do not exist; give a folder of images, of CIFAR-10 or of idx files")
     try:
         for find in (_packed, _pickles, _idx, _folders, _tables):
@@ -93,7 +93,7 @@ def _folders(place: Path) -> ImageFiles | None:
     parts = [place / "train", *(place / name for name in HELD_OUT_NAMES)]
     splits = [part for part in parts if part.is_dir()] if parts[0].is_dir() else [place]
     # Sorted: the numbers of the labels follow, and scandir has the order of the file system.
-    classes = tuple(sorted(entry.name for entry in os.scandir(splits[0]) if entry.is_dir() and _files(entry.path)))
+    classes = tuple(sorted(entry.name for entry in class_entries(splits[0]) if image_files(entry.path)))
     if not classes:
         return None
     _several(str(place), classes)  # before the test set is found to have others
@@ -109,9 +109,7 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
         DataError: there are images of another class.
         OSError: the folder cannot be read.
     """
-    found = {
-        entry.name: _files(entry.path) for entry in sorted(os.scandir(place), key=lambda e: e.name) if entry.is_dir()
-    }
+    found = {entry.name: image_files(entry.path) for entry in sorted(class_entries(place), key=lambda e: e.name)}
     strangers = [name for name, files in found.items() if files and name not in classes]
     if strangers:
         raise DataError(f"{place} has images of a class that training lacks: {strangers[0]!r}; remove it, or add some")
@@ -120,11 +118,17 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
     return Encoded(np.array(labels, np.int64), lambda i: str(files[i]), lambda i: bytes_of(files[i])), files
 
 
-def _files(folder: str) -> list[Path]:
-    """Image files of a class, in order; Tiny ImageNet has them one folder deeper."""
+def class_entries(place: Path) -> list[os.DirEntry[str]]:
+    """Folders but for hidden ones, as file managers and notebooks leave them."""
+    return [entry for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def image_files(folder: str) -> list[Path]:
+    """Image files of a class, in order, without hidden ones; Tiny ImageNet has them one folder deeper."""
     inner = Path(folder, "images")
     names = sorted(os.listdir(inner if inner.is_dir() else folder))
-    return [Path(inner if inner.is_dir() else folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+    shown = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+    return [Path(inner if inner.is_dir() else folder, name) for name in shown]
 
 
 # ---------------------------------------------------------------- CIFAR-10, packed as JPEG

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from vqmoe_ds.data.arrays import mapped_array
-from vqmoe_ds.data.image_files import class_folders
+from vqmoe_ds.data.image_files import class_entries, class_folders, image_files
 from vqmoe_ds.data.image_splits import Split, Stored
 from vqmoe_ds.runtime.errors import DataError
 
@@ -58,18 +59,18 @@ def find_published(path: str, classes: tuple[str, ...]) -> list[PublishedSplit] 
         DataError: arrays are damaged or of other shapes, labels are missing, or the classes are others.
     """
     place = Path(path)
-    if not place.is_dir():
+    if not os.path.isdir(path):
         return None
     try:
         if any((place / f"{kind}.npy").exists() for kind in PUBLISHED):
             return _arrays(place, classes)
-        found = [
-            PublishedSplit(kind, severity, _folder(folder / str(severity), classes))
-            for kind in PUBLISHED
-            for folder in (place / kind, *sorted(place.glob(f"*/{kind}")))
-            for severity in SEVERITIES
-            if (folder / str(severity)).is_dir()
-        ]
+        folders: dict[tuple[str, int], Path] = {}
+        for kind, severity in product(PUBLISHED, SEVERITIES):
+            for folder in (place / kind / str(severity), *sorted(place.glob(f"*/{kind}/{severity}"))):
+                if folder.is_dir() and folders.setdefault((kind, severity), folder) != folder:
+                    both = f"{folders[kind, severity]} and {folder}"
+                    raise DataError(f"{path} has {kind} {severity} twice: {both}; move one elsewhere")
+        found = [PublishedSplit(*which, _folder(folder, classes)) for which, folder in folders.items()]
     except OSError as error:
         raise DataError(f"images {path} cannot be read: {error.strerror}") from None
     return found or None
@@ -128,11 +129,13 @@ def _array(file: Path) -> np.ndarray:
 
 def _folder(folder: Path, classes: tuple[str, ...]) -> Callable[[], Split]:
     """``CLASS/FILE``, of the model's classes and of all of them."""
-    there = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    there = {entry.name for entry in class_entries(folder)}
     if there != set(classes):
         odd = sorted(there.symmetric_difference(classes))[0]
         raise DataError(
             f"{folder} has {len(there)} classes and the model {len(classes)}; {odd!r} is only on one side: give the "
             "damaged images of the model's own classes"
         )
+    if not any(image_files(str(folder / name)) for name in classes):
+        raise DataError(f"{folder} holds no images; unpack them again")
     return lambda: class_folders(folder, classes)[0]

@@ -116,6 +116,8 @@ class Encoded:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, too many to unpack")
             image.load()
+        except pillow.UnidentifiedImageError:  # whose own words quote an address in memory
+            raise ValueError(f"it is no image of {', '.join(FORMATS)}") from None
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
             raise ValueError(first_line(error)) from None
         return Pixels(None, image)
@@ -157,9 +159,16 @@ class ImageFiles:
     """Fingerprint of what is in no files."""
 
     def fingerprint(self) -> str:
-        """Fingerprint of all files, of their names within the source, and of the classes."""
+        """Fingerprint of all files, of their names within the source, and of the classes.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
         names = [os.path.relpath(file, self.name) for file in self.files] if os.path.isdir(self.name) else []
-        content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
+        try:
+            content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
+        except OSError as error:
+            raise DataError(f"image {error.filename} cannot be read ({error.strerror}); remove it") from None
         # With names, for in folders they are the labels: a file that moves to another class has the same bytes. An
         # empty mark is left out, for caches and checkpoints know the digest of files without one.
         told = [self.classes, names, content, *([self.mark] if self.mark else [])]

@@ -101,6 +101,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--speaker {options.speaker} has not one group; put what names the speaker in brackets")
     except re.error as error:
         raise ConfigError(f"--speaker {options.speaker} is no regular expression: {error}") from None
+    if not Path(options.output).name:
+        raise ConfigError(f"--output {options.output!r} is no name of a folder; give one")
     if os.path.lexists(options.output):
         raise ConfigError(f"--output {options.output} exists; give another name, or delete it")
 
@@ -114,7 +116,7 @@ def find_clips(folder: Path, speaker: str, test_every: int) -> dict[str, list[Cl
     Raises:
         DataError: it holds no clips, one class, names without a speaker, or a class in one split only.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder} is no folder; give one with a folder of {', '.join(SUFFIXES)} files for each class")
     if (folder / "train").is_dir():
         test = next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
