@@ -82,6 +82,7 @@ def test_top_p_draws_among_the_likeliest_and_a_low_temperature_takes_the_first()
     assert drawn(temperature=1, top_p=0.69) == {1, 2}
     assert drawn(temperature=1, top_p=0.71) == {1, 2, 3}
     assert drawn(temperature=1, top_p=1e-6) == drawn(temperature=1e-30) == drawn(temperature=0) == {1}
+    assert drawn(temperature=1, top_p=1e-300) == drawn(temperature=1e-320) == {1}, "which float32 has not"
     assert drawn(temperature=1) == {0, 1, 2, 3}
 
 
@@ -148,8 +149,8 @@ def test_an_end_of_document_ends_the_text(tmp_path, capsys):
     "arguments, part",
     [
         (["--tokens", "0"], "--tokens 0 must lie between 1 and"),
-        (["--temperature", "-1"], "--temperature -1 must be 0"),
-        (["--temperature", "nan"], "--temperature nan must be 0"),
+        (["--temperature", "-1"], "--temperature -1 must be finite, 0"),
+        (["--temperature", "nan"], "--temperature nan must be finite, 0"),
         (["--top_p", "0"], "--top_p 0 must lie above 0"),
         (["--seed", "-3"], "--seed -3 must lie between"),
         (["--prompt", ""], "the prompt '' encodes to no token"),

@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -218,7 +218,7 @@ def _score(
     if place.world_size > 1:
         console.say(f"{place.world_size} ranks score {args.checkpoint}")
     started = time.monotonic()
-    progress = partial(_bar, console)
+    progress = Passes(console)
     with closing(loaded):
         result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
     if loaded.store is not None:
@@ -275,7 +275,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
     # Opened before anything is scored: what is refused is refused at once, not after the clean images.
     others = [open_others(loaded, name, len(images)) for name in args.ood]
     started = time.monotonic()
-    progress = partial(_bar, console, unit="image")
+    progress = Passes(console, "image")
     layout = (args.batch_size, place.rank, place.world_size)
     result = evaluate_images(loaded, images, told, *layout, progress, damaged, attacks, others)
     if damaged:
@@ -303,11 +303,30 @@ def _damaged(args: argparse.Namespace, images: ImageSet, published: list[Damaged
     return [*published, *damaged_here(images, corruptions)]
 
 
-def _bar(console: Console, name: str, windows: int, unit: str = "window") -> Any:
-    from tqdm import tqdm
+class Passes:
+    """Progress of passes over the data on rank 0: bars on a terminal; in a log, lines of passes that take long."""
 
-    hidden = console.rank != 0 or not console.err.isatty()
-    return tqdm(total=windows, desc=name, unit=unit, file=console.err, disable=hidden, leave=False).update
+    def __init__(self, console: Console, unit: str = "window") -> None:
+        self.console, self.unit, self.said = console, unit, time.monotonic()
+
+    def __call__(self, name: str, total: int) -> Callable[[int], Any]:
+        from tqdm import tqdm
+
+        file, done = self.console.err, 0
+        if self.console.rank != 0 or file.isatty():
+            hidden = self.console.rank != 0
+            return tqdm(total=total, desc=name, unit=self.unit, file=file, disable=hidden, leave=False).update
+
+        def tell(count: int, every: float = 10.0) -> None:
+            nonlocal done
+            done += count
+            if time.monotonic() - self.said >= every:
+                self.said = time.monotonic()
+                print(f"{name}: {done:,} of {total:,} {self.unit}s", file=file, flush=True)
+
+        # Sooner at the start of a pass: an attack may be at its first batch for minutes.
+        tell(0, every=1.0)
+        return tell
 
 
 def _report(args: argparse.Namespace, result: Any, seconds: float, console: Console) -> None:

@@ -17,6 +17,9 @@ from vqmoe_ds.models.cache import Cache
 from vqmoe_ds.runtime.device import without_cudnn_attention
 from vqmoe_ds.runtime.errors import ConfigError
 
+_COLDEST = 1e-30
+"""Temperature below which the likeliest token alone is drawn; float32 has little that is smaller."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -37,7 +40,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature {self.temperature:g} must be 0 (the likeliest token) or more")
+            raise ConfigError(f"--temperature {self.temperature:g} must be finite, 0 (the likeliest token) or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top_p {self.top_p:g} must lie above 0 and be at most 1")
         if not 0 <= self.seed < 1 << 63:
@@ -45,16 +48,17 @@ class Sampling:
 
     def draw(self, logits_V: Tensor, generator: torch.Generator) -> int:
         """An id by its logits (float32, on the CPU)."""
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return int(logits_V.argmax())
         # The largest is taken off first: over a tiny temperature it would be infinite.
         probabilities_V = ((logits_V - logits_V.max()) / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
             # Stable, so that the same ids are cut off among equals.
             sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
-            # The sum before a token decides: the one that reaches ``top_p`` is among them, and so is the likeliest
-            # always.
+            # The sum before a token decides: the one that reaches ``top_p`` is among them.
             beyond_V = sorted_V.cumsum(dim=-1) - sorted_V >= self.top_p
+            # In float32 a tiny ``top_p`` is 0.
+            beyond_V[0] = False
             probabilities_V[order_V[beyond_V]] = 0
         return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
