@@ -88,12 +88,18 @@ def test_it_trains_resumes_evaluates_and_generates_from_the_command_line(tmp_pat
     assert "moe.router='sigmoid' is unknown" in without and "--plugin" in without and "Traceback" not in without
 
 
+def test_a_plug_in_whose_name_is_too_long_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match="does not exist; --plugin takes a Python file"):
+        registry.load_plugin(f"{'n' * 300}.py")
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
         (None, "does not exist"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("raise SystemError('no')", "SystemError: no"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("from vqmoe_ds.moe import *\n@register_router('vq')\nclass Mine(Router): pass", "router 'vq' is vqmoe_ds"),
         ("from vqmoe_ds.moe import *\n@register_router('My Router')\nclass Mine(Router): pass", "lower-case letters"),
         ("from vqmoe_ds.moe import *\n@register_router('mine')\nclass Mine: pass", "is no subclass of"),

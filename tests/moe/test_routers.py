@@ -157,13 +157,14 @@ def test_layers_refuse_to_guess() -> None:
         ({"codebook": CodebookConfig()}, "codebook.source=context looks at more than the layer's input"),
         ({"codebook": CodebookConfig(source="layer_state", groups=2)}, "codebook.groups=2 needs the codes"),
         ({"moe": MoEConfig(num_experts=6), "ep_size": 4}, "ep_size=4 does not divide num_experts=6"),
+        ({"width": 0}, "width=0 makes no layer; give 1 or more"),
         ({"ep_size": 2, "ep_rank": 2}, "ep_rank=2 is no place among the 2 rank(s)"),
         ({"moe": MoEConfig(router="stablemoe")}, "set LayerConfig.vocab_size"),
     ],
 )
 def test_a_layer_that_cannot_be_is_refused_in_a_sentence(options: dict, part: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        MoELayer(LayerConfig(WIDTH, **options))
+        MoELayer(LayerConfig(**{"width": WIDTH, **options}))
     assert part in str(refusal.value) and "\n" not in str(refusal.value)
 
 

@@ -271,7 +271,7 @@ class _LoadPlugin(argparse.Action):
 
 
 def _import_file(path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"plug-in {path} does not exist; --plugin takes a Python file")
     name = f"vqmoe_plugin_{path.stem}"
     if getattr(sys.modules.get(name), "__file__", None) == str(path):
@@ -288,7 +288,7 @@ def _import_file(path: Path) -> None:
 def _guarded(what: str, work: Callable[[], Any], module: str | None = None) -> None:
     try:
         work()
-    except Exception as error:  # anybody's code
+    except (Exception, SystemExit) as error:  # anybody's code
         # Else _import_file would take what is left of it for loaded.
         sys.modules.pop(module or "", None)
         raise ConfigError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error

@@ -52,6 +52,8 @@ class LayerConfig:
     """Whether codebooks come with every call (``RoutingContext.codebooks``); else the layer has one of its own."""
 
     def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ConfigError(f"width={self.width} makes no layer; give 1 or more")
         try:
             kind = self.moe.facts
             object.__setattr__(self, "options", options_for(self.moe.router, self.options or {}))
