@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from vqmoe_ds.commands import train_tokenizer
 from vqmoe_ds.config.load import load_config, parse_override
-from vqmoe_ds.data import prepare
+from vqmoe_ds.data import prepare, tokenizer_training
 from vqmoe_ds.evaluation import command as evaluation
 from vqmoe_ds.experiments import compare
 from vqmoe_ds.experiments.grid import read_grid, runs_of
@@ -110,7 +109,7 @@ def test_every_command_of_the_page_parses_and_its_settings_and_arrays_are_those_
         else:
             parsers = {
                 "tools/prepare_data.py": prepare.build_parser(""),
-                "tools/train_tokenizer.py": train_tokenizer.build_parser(),
+                "tools/train_tokenizer.py": tokenizer_training.build_parser(""),
             }
             parsers[name].parse_args(words) if name in parsers else savings.parse(words)
     assert kinds["launchers/slurm/submit.py"] == 25 and kinds["tools/prepare_data.py"] == 3, "loops are followed"
