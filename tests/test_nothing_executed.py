@@ -118,8 +118,11 @@ GUARDED = {
         "a folder that this process has exported a moment before, in safetensors, into our class or stock Mixtral",
     ),
     "import_module": (
-        ["vqmoe_ds/commands/completion.py", "vqmoe_ds/config/routers.py", "vqmoe_ds/runtime/extras.py"],
-        "installed packages by names that stand in the source",
+        [
+            *("vqmoe_ds/commands/__init__.py", "vqmoe_ds/commands/completion.py"),
+            *("vqmoe_ds/config/routers.py", "vqmoe_ds/runtime/extras.py"),
+        ],
+        "modules of ours and installed packages, by names that stand in the source",
     ),
     "spec_from_file_location": (
         ["vqmoe_ds/config/routers.py"],
