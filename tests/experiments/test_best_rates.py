@@ -43,12 +43,36 @@ def test_the_grid_tries_the_routers_of_the_published_tables_and_nothing_else_dif
 def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
     verdict, words = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("verdict", "word-rates"))
     known = {entry.name: entry for entry in verdict.entries}
-    assert all(entry == known[entry.name] for entry in words.entries) and len(words.entries) == 4
+    assert all(entry == known[entry.name] for entry in words.entries) and len(words.entries) == 5
     small = {**verdict.overrides, **verdict.corpora["small"]}
     for fields in words.corpora.values():
         assert {**words.overrides, **fields, "train.learning_rate": 0.006} == small
     assert [fields["train.learning_rate"] for fields in words.corpora.values()] == [0.003, 0.006, 0.012]
-    assert (len(runs_of(words, Path("out"))), len(words.entries) * 3) == (24, 12), "as the header counts them"
+    assert (len(runs_of(words, Path("out"))), len(words.entries) * 3) == (30, 15), "as the header counts them"
+
+
+def test_the_grid_of_norms_is_the_wide_size_of_the_verdict_with_and_without():
+    verdict, norms = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("verdict", "norms"))
+    known = {entry.name: entry for entry in verdict.entries}
+    for entry in norms.entries:
+        plain = known[entry.name.replace("top-2 normed", "top-2 balanced").removesuffix(" normed")]
+        added = {"moe.output_norm": True} if entry.name.endswith(" normed") else {}
+        assert entry.overrides == {**plain.overrides, **added} and entry.group == plain.group
+    wide = {**verdict.overrides, **verdict.corpora["large"]}
+    for rate, fields in zip((0.006, 0.012, 0.024), norms.corpora.values(), strict=True):
+        assert {**norms.overrides, **fields} == {**wide, "train.learning_rate": rate}
+    assert len(runs_of(norms, Path("out"))) == 72, "as the header counts them"
+
+
+def test_the_grid_of_128_experts_is_the_end_of_the_scaling_grid_but_for_the_rate():
+    scaling, many = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("scaling", "expert-rates"))
+    known = {entry.name: entry for entry in scaling.entries}
+    assert all(entry == known[entry.name] for entry in many.entries) and len(many.entries) == 3
+    (text,) = scaling.corpora.values()
+    for rate, fields in zip((0.003, 0.006, 0.012), many.corpora.values(), strict=True):
+        assert fields == {**text, "train.learning_rate": rate}
+        assert {**many.overrides, "train.learning_rate": 0.006} == scaling.overrides
+    assert (len(runs_of(many, Path("out"))), len(many.entries) * 3) == (18, 9), "as the header counts them"
 
 
 def test_the_least_mean_loss_chooses_and_a_rate_that_failed_does_not(tool):
