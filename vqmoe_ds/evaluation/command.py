@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -322,7 +322,8 @@ class Passes:
             done += count
             if time.monotonic() - self.said >= every:
                 self.said = time.monotonic()
-                print(f"{name}: {done:,} of {total:,} {self.unit}s", file=file, flush=True)
+                with suppress(OSError):  # a terminal that has gone
+                    print(f"{name}: {done:,} of {total:,} {self.unit}s", file=file, flush=True)
 
         # Sooner at the start of a pass: an attack may be at its first batch for minutes.
         tell(0, every=1.0)
