@@ -119,8 +119,10 @@ GUARDED = {
     ),
     "import_module": (
         [
-            *("vqmoe_ds/commands/__init__.py", "vqmoe_ds/commands/completion.py"),
-            *("vqmoe_ds/config/routers.py", "vqmoe_ds/runtime/extras.py"),
+            "vqmoe_ds/commands/__init__.py",
+            "vqmoe_ds/commands/completion.py",
+            "vqmoe_ds/config/routers.py",
+            "vqmoe_ds/runtime/extras.py",
         ],
         "modules of ours and installed packages, by names that stand in the source",
     ),

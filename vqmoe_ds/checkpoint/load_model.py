@@ -149,8 +149,8 @@ def load_model(
         place = torch.device(device)
         if expert_memory is not None:
             check_place(config, place, ep_size)
-        if config.moe.num_experts % ep_size:
-            experts = config.moe.num_experts
+        experts = config.moe.num_experts
+        if experts % ep_size:
             raise ConfigError(f"--ep_size {ep_size} does not divide the {experts} experts of {reader.path}")
         dtype = _precision(config, place, precision, ep_size)
         # Before the weights, which take long: a wrong --tokenizer shows at once.

@@ -92,8 +92,7 @@ def _folders(place: Path) -> ImageFiles | None:
         return None
     parts = [place / "train", *(place / name for name in HELD_OUT_NAMES)]
     splits = [part for part in parts if part.is_dir()] if parts[0].is_dir() else [place]
-    # Sorted: the numbers of the labels follow, and scandir has the order of the file system.
-    classes = tuple(sorted(entry.name for entry in class_entries(splits[0]) if image_files(entry.path)))
+    classes = tuple(entry.name for entry in class_entries(splits[0]) if image_files(entry.path))
     if not classes:
         return None
     _several(str(place), classes)  # before the test set is found to have others
@@ -109,7 +108,7 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
         DataError: there are images of another class.
         OSError: the folder cannot be read.
     """
-    found = {entry.name: image_files(entry.path) for entry in sorted(class_entries(place), key=lambda e: e.name)}
+    found = {entry.name: image_files(entry.path) for entry in class_entries(place)}
     strangers = [name for name, files in found.items() if files and name not in classes]
     if strangers:
         raise DataError(f"{place} has images of a class that training lacks: {strangers[0]!r}; remove it, or add some")
@@ -119,8 +118,10 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
 
 
 def class_entries(place: Path) -> list[os.DirEntry[str]]:
-    """Folders but for hidden ones, as file managers and notebooks leave them."""
-    return [entry for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
+    """Folders by name, but for hidden ones, as file managers and notebooks leave them."""
+    shown = (entry for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
+    # Sorted: the numbers of the labels follow, and scandir has the order of the file system.
+    return sorted(shown, key=lambda entry: entry.name)
 
 
 def image_files(folder: str) -> list[Path]:

@@ -65,8 +65,10 @@ def find_published(path: str, classes: tuple[str, ...]) -> list[PublishedSplit] 
         if any((place / f"{kind}.npy").exists() for kind in PUBLISHED):
             return _arrays(place, classes)
         folders: dict[tuple[str, int], Path] = {}
-        for kind, severity in product(PUBLISHED, SEVERITIES):
-            for folder in (place / kind / str(severity), *sorted(place.glob(f"*/{kind}/{severity}"))):
+        for kind in PUBLISHED:
+            # All places of a kind are found at once: a search by severity would list the folder five times as often.
+            for severity, of_kind in product(SEVERITIES, [place / kind, *sorted(place.glob(f"*/{kind}"))]):
+                folder = of_kind / str(severity)
                 if folder.is_dir() and folders.setdefault((kind, severity), folder) != folder:
                     both = f"{folders[kind, severity]} and {folder}"
                     raise DataError(f"{path} has {kind} {severity} twice: {both}; move one elsewhere")

@@ -312,9 +312,8 @@ class Passes:
     def __call__(self, name: str, total: int) -> Callable[[int], Any]:
         from tqdm import tqdm
 
-        file, done = self.console.err, 0
-        if self.console.rank != 0 or file.isatty():
-            hidden = self.console.rank != 0
+        file, done, hidden = self.console.err, 0, self.console.rank != 0
+        if hidden or file.isatty():
             return tqdm(total=total, desc=name, unit=self.unit, file=file, disable=hidden, leave=False).update
 
         def tell(count: int, every: float = 10.0) -> None:

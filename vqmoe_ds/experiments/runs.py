@@ -98,7 +98,7 @@ class Job:
             return False
         try:
             return _scored(read_json(self.evaluation), self.config.run) == _to_score(wanted, self.config.run)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False  # it is scored again
 
     def difference(self) -> str | None:

@@ -38,8 +38,10 @@ from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, rep
 from vqmoe_ds.runtime.files import check_target
 
 BOUNDS = {
-    **{"seed": (0, (1 << 32) - 1), "vocab_size": (1, MOST_IDS)},
-    **{"experts": (1, MOST_EXPERTS), "layers": (1, MOST_LAYERS)},
+    "seed": (0, (1 << 32) - 1),
+    "vocab_size": (1, MOST_IDS),
+    "experts": (1, MOST_EXPERTS),
+    "layers": (1, MOST_LAYERS),
 }
 """Least and most of the options that are numbers."""
 METHODS = ("embedding", "random", "round_robin", "codes")
@@ -214,7 +216,9 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer)
     if args.model is None:
-        raise ConfigError("the vocabulary is not known: name a tokenizer with --tokenizer, or give --vocab_size")
+        raise ConfigError(
+            "the tokenizer is not known: name it with --tokenizer, or give --vocab_size and prepared --data"
+        )
     if (Path(args.model) / "tokenizer.json").exists():
         return load_tokenizer(Path(args.model) / "tokenizer.json")
     reader = open_checkpoint(args.model)
@@ -251,8 +255,6 @@ def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
 def _ids(args: argparse.Namespace, path: str, checksum: str | None) -> Iterator[np.ndarray]:
     """Token ids of a corpus, in parts; refused if another tokenizer than that of this checksum made them."""
     prepared = os.path.exists(f"{path}.idx")
-    if not prepared and args.tokenizer is None and args.model is None:
-        raise ConfigError(f"{path} is text, whose tokens are not known: give --tokenizer, or a prepared prefix")
     theirs = (described_tokenizer(path) or {}).get("checksum") if prepared else _tokenizer(args).checksum
     if theirs != checksum and None not in (theirs, checksum):
         whose = args.model if args.model is not None else f"--tokenizer {args.tokenizer}"

@@ -61,11 +61,11 @@ def parse_memory(text: str | None, option: str) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.ASCII | re.IGNORECASE)
-    power = " KMGT".index((match[2] or " ").upper()) if match else 0
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
-    if not size:
-        raise ConfigError(f"{option} {shown(text)} is no size; write it like 256MiB or 4GB")
-    return size
+    if match is not None:
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
+        if size:
+            return size
+    raise ConfigError(f"{option} {shown(text)} is no size; write it like 256MiB or 4GB")
 
 
 def _groups() -> list[tuple[int, Path]]:

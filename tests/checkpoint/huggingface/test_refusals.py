@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
 from tests.huggingface import ModelReader, config_of, edit, export, load_back, model_of, tokens_of
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf, open_hf
-from vqmoe_ds.runtime.errors import CheckpointError, UserError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 
 
 def test_a_folder_that_exists_is_left_alone_without_force(tmp_path: Path) -> None:
@@ -45,15 +45,17 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "kind", "reason"),
     [
-        ({"max_shard": "many"}, "--max_shard 'many' is no size"),
-        ({"dtype": "int4"}, "'int4' is none of float32, bfloat16"),
-        ({"arch": "gpt"}, "'gpt' is none of vqmoe, mixtral, llama"),
+        ({"max_shard": "many"}, ConfigError, "--max_shard 'many' is no size"),
+        ({"dtype": "int4"}, CheckpointError, "'int4' is none of float32, bfloat16"),
+        ({"arch": "gpt"}, CheckpointError, "'gpt' is none of vqmoe, mixtral, llama"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, str], reason: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=reason):
+def test_options_that_make_no_sense_are_refused(
+    options: dict[str, str], kind: type[UserError], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=reason):
         export(model_of(config_of("dense")), tmp_path / "hf", **options)
     assert not list(tmp_path.iterdir())
 

@@ -160,7 +160,7 @@ class Router(RouterFacts, nn.Module):
                 # Autocast may have left states narrower than the weights, and no longer makes them one type.
                 x_TD = x_TD.to(next((weight.dtype for weight in self.parameters()), x_TD.dtype))
             routing = self.route(x_TD, context or RoutingContext())
-        # Routers with a discrete path have said that it follows that one alone.
+        # A router with a discrete path has named its rows: the norm follows that path alone.
         return replace(routing, output_norm="all") if self.moe.output_norm and not routing.output_norm else routing
 
     def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
