@@ -14,8 +14,8 @@ without that of the prompt.
 three measurements on the same files, with as many threads and reads as large. `grown` is the largest resident size less
 that of the loaded model before its first pass: the budget, activations and buffers.
 
-With --limit (as root) each process that reads experts is in a cgroup of so much memory, which also bounds what the
-system caches of the files within a step; `of limit` is the most that it held, cached pages among it.
+Experts are read as on a machine without memory for them. With --limit (as root) each process that reads experts is in a
+cgroup of so much memory; `of limit` is the most that it held, cached pages among it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ import torch
 from measuring import peak_bytes, table, write_json
 from torch import Tensor
 
+from vqmoe_ds.checkpoint import load_experts
 from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.checkpoint.reader import Piece, WeightsReader
@@ -196,7 +197,7 @@ def generate(path: str, mode: str, memory: str) -> None:
         with patch.object(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor):  # the file has other values
             loaded = load_model(path)
     else:
-        loaded = load_model(path, expert_memory=parse_memory(memory, "--expert_memory"))
+        loaded = load_stored(path, parse_memory(memory, "--expert_memory"))
     if mode == "on demand":
         loaded.model.expert_store = None  # nobody tells of layers ahead
     for line in sys.stdin:
@@ -206,6 +207,12 @@ def generate(path: str, mode: str, memory: str) -> None:
         else:
             answer(texts.end() if line.startswith("end") else texts.step())
     loaded.close()
+
+
+def load_stored(path: str, memory: int) -> LoadedModel:
+    """A model with its experts on disk, as on a machine that has no memory left to cache them."""
+    with patch.object(load_experts, "free_bytes", lambda: 0):
+        return load_model(path, expert_memory=memory)
 
 
 class Texts:
@@ -242,7 +249,7 @@ class Texts:
 
 def disk(path: str) -> None:
     """Bandwidth of reads as large as an expert's matrices, at places in no order, in bytes per second."""
-    loaded = load_model(path, expert_memory=1 << 40)
+    loaded = load_stored(path, 1 << 40)
     assert loaded.store is not None
     source, random = loaded.store.source, torch.Generator().manual_seed(3)
     for _ in sys.stdin:

@@ -17,9 +17,11 @@ import torch
 from tests.evaluation.routed_models import CASES, LENGTH, VOCAB, model_of, tokens_of
 from tests.fake_gpu import fake_gpus
 from tests.huggingface import ModelReader
+from vqmoe_ds.checkpoint import load_experts
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 from vqmoe_ds.checkpoint.formats.megatron.writer import export_megatron
 from vqmoe_ds.checkpoint.formats.portable import write_portable
+from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.generate import Sampling, generate
 from vqmoe_ds.evaluation.generate_command import build_parser, main
@@ -55,6 +57,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {case: _save(folder / case, _model(case)) for case in [*KNOWN, "vq", "topk, two", "vq, early block"]}
 
 
+@pytest.fixture(params=["much memory", "no memory"])
+def left(request, monkeypatch) -> str:
+    """Memory that is left to cache all experts, or none: they are read past the page cache."""
+    if request.param == "no memory":
+        monkeypatch.setattr(load_experts, "free_bytes", lambda: 0)
+    return request.param
+
+
 def _readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "expert reader"]
 
@@ -68,7 +78,7 @@ def _ids(model: MoETransformer, count: int) -> list[int]:
 
 @pytest.mark.parametrize("experts", [1, 3, 100])
 @pytest.mark.parametrize("case", [*KNOWN, "vq", "topk, two", "vq, early block"])
-def test_logits_and_text_are_those_of_the_model_in_memory_to_the_bit(checkpoints, case, experts):
+def test_logits_and_text_are_those_of_the_model_in_memory_to_the_bit(checkpoints, case, experts, left):
     whole, loaded = load_model(checkpoints[case]), load_model(checkpoints[case], expert_memory=experts * EXPERT + 100)
     with torch.no_grad():
         for seed in range(2):
@@ -120,7 +130,7 @@ def test_all_layers_are_told_before_the_first_computes_and_learned_routers_tell_
         assert list(dict.fromkeys(told[: told.index("lent")])) == first
 
 
-def test_bf16_is_rounded_as_in_memory(checkpoints):
+def test_bf16_is_rounded_as_in_memory(checkpoints, left):
     answers = []
     for memory in (None, 2 * EXPERT):
         loaded = load_model(checkpoints["vq"], precision="bf16", expert_memory=memory)
@@ -130,7 +140,31 @@ def test_bf16_is_rounded_as_in_memory(checkpoints):
     assert torch.equal(*answers) and loaded.store.rooms == 4, "an expert takes half the bytes"
 
 
-def test_checkpoints_of_other_formats_are_read_in_place(tmp_path):
+@pytest.mark.parametrize("direct", [True, False])
+def test_experts_that_do_not_fit_are_read_past_the_cache_where_the_file_system_can(checkpoints, monkeypatch, direct):
+    usual: list[int] = []
+    read_into = Stored.read_into
+
+    def recorded(stored: Stored, start: int, out: torch.Tensor) -> None:
+        usual.append(start)
+        read_into(stored, start, out)
+
+    whole = load_model(checkpoints["vq"])
+    monkeypatch.setattr(load_experts, "free_bytes", lambda: 12 * EXPERT + 3 * EXPERT)
+    monkeypatch.setattr(Stored, "read_into", recorded)
+    # 3 layers of 4 experts, each as large in its file as in memory, and the budget
+    for memory, beyond in ((3, False), (4, True)):
+        loaded = load_model(checkpoints["vq"], expert_memory=memory * EXPERT)
+        usual.clear()
+        if not direct:
+            monkeypatch.setattr(load_experts, "read_past_cache", lambda *_: False)
+        with torch.no_grad():
+            assert torch.equal(loaded.model(tokens_of())[0], whole.model(tokens_of())[0])
+        loaded.close()
+        assert bool(usual) != (beyond and direct)
+
+
+def test_checkpoints_of_other_formats_are_read_in_place(tmp_path, left):
     model = _model("topk, two")
     reader = ModelReader(model)
     for dtype in ("float32", "bfloat16"):
@@ -197,7 +231,7 @@ def _cut(file: Path) -> None:
 @pytest.mark.parametrize(("damage", "part"), [(Path.unlink, "cannot be read: No such file"), (_cut, "is cut short")])
 @pytest.mark.parametrize("case", ["token codes", "topk, two"])
 def test_a_file_that_goes_while_text_is_written_ends_it_with_one_sentence(
-    tmp_path, capsys, monkeypatch, damage, part, case
+    tmp_path, capsys, monkeypatch, damage, part, case, left
 ):
     folder = Path(_save(tmp_path / "model", _model(case)))
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqmoe_ds.checkpoint.io.archive import Stored
+from vqmoe_ds.checkpoint.io.direct import read_past_cache
 from vqmoe_ds.checkpoint.reader import CHUNK, CheckpointReader
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe.expert_store import PARTS, ExpertStore, Source, bind_store
 from vqmoe_ds.runtime.device import ACCELERATOR
 from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.memory import free_bytes
 
 _SERIAL = 1 << 14
 """Values that PyTorch converts on the calling thread: reading threads must not start computing threads of their own."""
@@ -51,12 +54,13 @@ def open_store(reader: CheckpointReader, config: RunConfig, dtype: torch.dtype, 
     names = {
         (layer, part): f"blocks.{block}.mlp.experts.{part}" for layer, block in enumerate(blocks) for part in PARTS
     }
-    for name in names.values():  # some readers find the places of all tensors at the first question
-        reader.pieces(name)
+    in_files = sum(p.length * p.stored.dtype.itemsize for name in names.values() for p in reader.pieces(name))
+    # Where all experts fit into what is left beside the budget, the system may as well cache them.
+    cached = in_files + budget <= free_bytes()
 
     def fetch(layer: int, expert: int, part: str, out: Tensor) -> None:
         # Experts are stacked along the first dimension: the values of one follow each other.
-        _fill(out.view(-1), reader, names[layer, part], expert * out.numel())
+        _fill(out.view(-1), reader, names[layer, part], expert * out.numel(), cached)
 
     source = Source(str(reader.path), len(blocks), moe.num_experts, model.width, moe.expert_hidden, dtype, fetch)
     return ExpertStore(source, budget)
@@ -69,14 +73,31 @@ def bind(model: MoETransformer, store: ExpertStore) -> None:
 
 
 @torch.no_grad()
-def _fill(out: Tensor, reader: CheckpointReader, name: str, first: int) -> None:
+def _fill(out: Tensor, reader: CheckpointReader, name: str, first: int, cached: bool) -> None:
     """Fill a flat tensor with a parameter's values from ``first`` on, straight from the file where types agree."""
-    for piece in reader.pieces(name):
-        # In memory order alone: with strides only the whole tensor can be read.
-        inside = piece.start <= first and first + len(out) <= piece.start + piece.length
-        if inside and piece.stored.dtype == out.dtype and piece.stored.stride is None:
-            return piece.stored.read_into(piece.begin + first - piece.start, out)
-    for done in range(0, len(out), CHUNK):
-        values = reader.read(name, "fp32", first + done, min(CHUNK, len(out) - done))
-        for here, there in zip(out[done:].split(_SERIAL), values.split(_SERIAL), strict=False):
-            here.copy_(there)
+    # In memory order alone: with strides only the whole tensor can be read.
+    for start, length, stored, begin in reader.pieces(name):
+        if start <= first and first + len(out) <= start + length and stored.stride is None:
+            begin += first - start
+            if stored.dtype == out.dtype:
+                return _read(stored, begin, out, cached)
+            values = torch.empty(min(CHUNK, len(out)), dtype=stored.dtype)
+            for part in out.split(CHUNK):
+                _read(stored, begin, values[: len(part)], cached)
+                _convert(part, values)
+                begin += len(part)
+            return None
+    for part in out.split(CHUNK):
+        _convert(part, reader.read(name, "fp32", first, len(part)))
+        first += len(part)
+
+
+def _read(stored: Stored, start: int, out: Tensor, cached: bool) -> None:
+    """``stored.read_into``, past the system's page cache where that could not hold all experts."""
+    if cached or not read_past_cache(stored.path, stored.offset + start * stored.dtype.itemsize, out):
+        stored.read_into(start, out)
+
+
+def _convert(out: Tensor, values: Tensor) -> None:
+    for here, there in zip(out.split(_SERIAL), values.split(_SERIAL), strict=False):
+        here.copy_(there)

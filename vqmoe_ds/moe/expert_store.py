@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ PARTS = ("w1", "w2", "w3")
 Key = tuple[int, int]
 """(MoE layer, expert)."""
 NEVER = (-1, -1)
-"""Place of an expert that nobody expects."""
+"""Place in the order of use, (layer, place), of an expert that nobody expects."""
 
 
 def part_shapes(width: int, hidden: int) -> dict[str, tuple[int, int]]:
@@ -75,8 +76,8 @@ class Source(NamedTuple):
 class Room:
     """One expert's weights in memory, and who needs them."""
 
-    def __init__(self, number: int, weights: dict[str, Tensor]) -> None:
-        self.number, self.weights = number, weights
+    def __init__(self, key: Key, place: Key, weights: dict[str, Tensor]) -> None:
+        self.key, self.place, self.weights = key, place, weights
         self.unread, self.users = len(PARTS), 0
 
 
@@ -101,8 +102,12 @@ class ExpertStore:
         self.source = source
         self.rooms = min(budget // size, source.layers * source.experts)
         # In one piece and once, so that the budget holds whatever comes and goes.
-        self._memory = torch.empty(self.rooms, size // source.dtype.itemsize, dtype=source.dtype)
-        self._free = list(range(self.rooms))
+        memory = torch.empty(self.rooms, len(PARTS), source.hidden * source.width, dtype=source.dtype)
+        shapes = part_shapes(source.width, source.hidden).items()
+        # Views are made here: each later call of PyTorch by a reading thread may wait for all others (the GIL).
+        self._free = [
+            {part: row.view(shape) for row, (part, shape) in zip(room, shapes, strict=True)} for room in memory
+        ]
         self._held: OrderedDict[Key, Room] = OrderedDict()  # the least recently used first
         self._expected: dict[int, dict[int, int]] = {}  # layer -> its experts that are still to be used -> place
         self._parts: list[tuple[Key, str]] = []  # begun and not yet taken by a thread
@@ -144,7 +149,11 @@ class ExpertStore:
         """Read the experts of a layer that have rows, those with most first; replaces what was expected of it."""
         order = in_order_of_use(rows_E)
         with self._lock:
+            self._forget(layer)
             self._expected[layer] = {expert: place for place, expert in enumerate(order)}
+            for expert, place in self._expected[layer].items():
+                if (room := self._held.get((layer, expert))) is not None:
+                    room.place = layer, place
             self._start()
             self._work.notify_all()
 
@@ -156,7 +165,7 @@ class ExpertStore:
     def forget(self, layer: int) -> None:
         """Expect nothing more of a layer."""
         with self._lock:
-            self._expected.pop(layer, None)
+            self._forget(layer)
             # One reader is enough: whoever begins an expert wakes the others for its parts.
             self._work.notify()
 
@@ -184,6 +193,7 @@ class ExpertStore:
                 self._used[key] += 1
                 self._held.move_to_end(key)
                 self._expected.get(layer, {}).pop(expert, None)
+                room.place = NEVER
                 self._work.notify()
 
     def close(self) -> None:
@@ -194,6 +204,11 @@ class ExpertStore:
             self._ready.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _forget(self, layer: int) -> None:
+        for expert in self._expected.pop(layer, ()):
+            if (room := self._held.get((layer, expert))) is not None:
+                room.place = NEVER
 
     def _check(self) -> None:
         if self._error is not None:
@@ -252,30 +267,26 @@ class ExpertStore:
 
     def _make_room(self, key: Key) -> bool:
         """Give an expected expert a room; False where all are taken by what is used before it, or at this moment."""
-        if not self._free:
+        layer, expert = key
+        place = layer, self._expected[layer][expert]
+        if self._free:
+            weights = self._free.pop()
+        else:
             # What is being read or is lent out keeps its room: somebody writes to it or computes with it.
-            idle = {other: self._place(other) for other, room in self._held.items() if not room.unread | room.users}
-            unexpected = [other for other, place in idle.items() if place == NEVER]
-            last = max(idle, key=idle.__getitem__, default=key)
+            idle = [room for room in self._held.values() if not room.unread | room.users]
+            unexpected = [room for room in idle if room.place is NEVER]
+            last = max(idle, key=attrgetter("place"), default=None)
             # min() takes the first of equals, and the first held is the least recently used.
             if unexpected:  # by use and not by recency: a pass over all layers would sweep the frequent ones away
-                gone = min(unexpected, key=self._used.__getitem__)
-            elif idle.get(last, NEVER) > self._place(key):
+                gone = min(unexpected, key=lambda room: self._used[room.key])
+            elif last is not None and last.place > place:
                 gone = last
             else:
                 return False
-            self._free.append(self._held.pop(gone).number)
-        number = self._free.pop()
-        rows, shapes = self._memory[number].view(len(PARTS), -1), part_shapes(self.source.width, self.source.hidden)
-        self._held[key] = Room(number, {part: row.view(shapes[part]) for part, row in zip(PARTS, rows, strict=True)})
+            weights = self._held.pop(gone.key).weights
+        self._held[key] = Room(key, place, weights)
         self.most_held = max(self.most_held, len(self._held))
         return True
-
-    def _place(self, key: Key) -> Key:
-        """Layer and place of an expert in the order of use; ``NEVER`` where nobody expects it."""
-        layer, expert = key
-        place = self._expected.get(layer, {}).get(expert)
-        return NEVER if place is None else (layer, place)
 
 
 def in_order_of_use(rows_E: list[int]) -> list[int]:

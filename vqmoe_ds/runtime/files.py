@@ -151,11 +151,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_regular(path: str | Path, links: bool = False) -> BufferedReader:
+def open_regular(path: str | Path, links: bool = False, flags: int = 0) -> BufferedReader:
     """Open a regular file to read it; anything else (a FIFO, a device, a folder) is refused and never waited for.
 
     Args:
         links: follow links, as where the user named the file or keeps a model in a cache of links.
+        flags: more of ``os.open``.
 
     Raises:
         OSError: it is something else, is not there, cannot be read, or no file can have such a name.
@@ -164,7 +165,7 @@ def open_regular(path: str | Path, links: bool = False) -> BufferedReader:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=links).st_mode):
             raise OSError(errno.EINVAL, f"it is {kind_of(path, links)}, not a regular file")
         # It may have become something else since.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+        descriptor = os.open(path, flags | os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
     except ValueError:
         raise OSError(errno.EINVAL, "it cannot be the name of a file") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
