@@ -15,6 +15,7 @@ import torch
 
 from tests import warm
 from tests.moe.contracts import check_router
+from tests.plugins import loaded
 from vqmoe_ds.config import routers as registry
 from vqmoe_ds.config.load import field_table, load_config
 from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer
@@ -31,15 +32,12 @@ def _source() -> str:
 
 
 @pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def plugin(tmp_path: Path) -> Iterator[Path]:
     """The page's file, loaded as ``--plugin`` does; forgotten afterwards."""
-    monkeypatch.setenv(registry.PLUGINS, "")
     file = tmp_path / "my_router.py"
     file.write_text(_source(), encoding="utf-8")
-    registry.load_plugin(file)
-    yield file
-    registry._ROUTERS.pop("sigmoid")
-    sys.modules.pop("vqmoe_plugin_my_router")
+    with loaded(file, "sigmoid"):
+        yield file
 
 
 def test_the_page_is_short() -> None:
