@@ -182,6 +182,25 @@ def test_what_a_killed_process_left_is_taken_over_and_what_beats_is_waited_for(
     assert preparing > 10 and not lock.exists()
 
 
+def test_what_a_killed_process_of_this_host_left_is_taken_over_at_once(source: Path, tmp_path: Path) -> None:
+    config = config_of(path=str(source), tokenizer="bytes", text_key="content")
+    begun, fork = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork")
+
+    def hang(_: str) -> None:
+        begun.set()
+        time.sleep(60)
+
+    process = fork.Process(target=prepared, args=(config, tmp_path / "index", ALONE, hang))
+    process.start()
+    assert begun.wait(60)
+    process.kill()
+    process.join(60)
+    (lock,) = (tmp_path / "index").glob("*.lock")
+    start, said = time.monotonic(), []
+    assert texts_of(str(prepared(config, tmp_path / "index", ALONE, said.append).data.path)) == STORIES
+    assert time.monotonic() - start < at_start.PATIENCE / 2 and not lock.exists() and len(said) == 1
+
+
 def test_who_waits_says_for_what(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(path=str(source), tokenizer="bytes", text_key="content")
     path = prepared(config, tmp_path / "index", ALONE, print).data.path

@@ -23,8 +23,8 @@ from vqmoe_ds.data.parts import disk_errors
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import SourceOptions
 from vqmoe_ds.runtime.errors import ConfigError, DataError, UserError
-from vqmoe_ds.runtime.files import make_folder
-from vqmoe_ds.runtime.lock import BEAT, PATIENCE, Heartbeat
+from vqmoe_ds.runtime.files import make_folder, read_small
+from vqmoe_ds.runtime.lock import BEAT, PATIENCE, Heartbeat, has_ended, identity, parsed
 from vqmoe_ds.runtime.ranks import Place
 
 TEXT_KEY = SourceOptions.text_key
@@ -140,7 +140,7 @@ def _prepare_once(arguments: list[str], prefix: Path, place: Place, say: Callabl
         if place.local_rank or beat != (beat := _last_beat(lock)):
             heard = time.monotonic()
         # Of whoever was killed. Rank 0 first: if all did so at once, one would remove the lock that another just made.
-        elif time.monotonic() - heard > PATIENCE * (2 if place.rank else 1):
+        elif _left_behind(lock) or time.monotonic() - heard > PATIENCE * (2 if place.rank else 1):
             lock.unlink(missing_ok=True)
         if time.monotonic() - said > SAY_EVERY:
             say(f"waiting for {prefix}, which another process prepares")
@@ -172,6 +172,8 @@ def _turn(lock: Path, place: Place) -> Iterator[bool]:
         return
     heartbeat = Heartbeat(file, BEAT)
     try:
+        with suppress(OSError):  # of a full disk the preparation has the sentence
+            os.write(file, json.dumps(identity()).encode())
         yield True
     finally:
         heartbeat.stop()
@@ -181,6 +183,13 @@ def _turn(lock: Path, place: Place) -> Iterator[bool]:
             # The folder of prepared data and the run folder around it; rmdir takes a folder only if nothing is in it.
             for folder in lock.parents[:2]:
                 folder.rmdir()
+
+
+def _left_behind(lock: Path) -> bool:
+    """Whether a process of this host made the lock and was killed."""
+    with suppress(OSError):
+        return has_ended(parsed(read_small(lock)))
+    return False
 
 
 def _last_beat(lock: Path) -> int | None:

@@ -66,7 +66,7 @@ class RunLock:
         holder = self._holder()
         if holder and not self._same_place(holder) and self._beats(patience):
             raise self._refusal(holder)
-        self._write({**_identity(), "since": datetime.now().isoformat(timespec="seconds")})
+        self._write({**identity(), "since": datetime.now().isoformat(timespec="seconds")})
         self._heartbeat = Heartbeat(self._file, beat)
 
     def release(self) -> None:
@@ -90,17 +90,13 @@ class RunLock:
 
         So does a restart of the same SLURM job, which ends the job before it; another step of the job ends nothing.
         """
-        mine = _identity()
+        mine = identity()
         same_job = mine["slurm_job"] is not None and mine["slurm_job"] == holder.get("slurm_job")
         restarted = same_job and mine["slurm_restart"] != holder.get("slurm_restart")
-        return restarted or (holder.get("host") == mine["host"] and not _alive(holder.get("pid")))
+        return restarted or has_ended(holder)
 
     def _holder(self) -> dict[str, Any]:
-        try:
-            holder = json.loads(os.pread(self._file, 10_000, 0) or b"{}")
-        except (ValueError, RecursionError):
-            return {}
-        return holder if isinstance(holder, dict) else {}
+        return parsed(os.pread(self._file, 10_000, 0))
 
     def _refusal(self, holder: dict[str, Any]) -> ConfigError:
         who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
@@ -116,16 +112,29 @@ class RunLock:
         os.pwrite(self._file, json.dumps(holder).encode() if holder else b"", 0)
 
 
-def _identity() -> dict[str, Any]:
+def identity() -> dict[str, Any]:
+    """What a lock says of this process."""
     slurm = {"slurm_job": os.environ.get("SLURM_JOB_ID"), "slurm_restart": os.environ.get("SLURM_RESTART_COUNT")}
     return {"host": socket.gethostname(), "pid": os.getpid(), **slurm}
 
 
-def _alive(pid: Any) -> bool:
+def parsed(text: bytes) -> dict[str, Any]:
+    """The ``identity`` in a lock; empty where it holds none, or something else."""
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError, OverflowError):
+        holder = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def has_ended(holder: dict[str, Any]) -> bool:
+    """Whether the process of an ``identity`` was one of this host and is no more."""
+    if holder.get("host") != socket.gethostname():
         return False
-    except PermissionError:
+    try:
+        os.kill(int(holder.get("pid")), 0)  # type: ignore[arg-type]
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return True
-    return True
+    except PermissionError:
+        pass
+    return False
