@@ -372,7 +372,7 @@ class MoETransformer(nn.Module):
         """Experts that the codes of these vectors name, int64 ``[L, M]``; they count for the codes' statistics."""
         assert self.bank is not None
         z_TC = self.bank.prepare(source_MD)
-        codes_LT = self.bank.lookup_all(z_TC, tokens_M)[layers]
+        codes_LT = self.bank.lookup_all(z_TC, tokens_M, layers)
         # From 0 and not from None: by a start of 0 `observe_all` counts the micro-batch.
         self.bank.observe_all(slice(*layers.indices(self.bank.num_layers)), z_TC, codes_LT)
         return self.bank.experts_of(codes_LT, layers)

@@ -134,20 +134,21 @@ class CodebookBank(SteppedState):
         return nearest_codes(z_TC, self.codes_LKC[layer : layer + 1])[0]
 
     @torch.no_grad()
-    def lookup_all(self, z_TC: Tensor, tokens_T: Tensor | None = None) -> Tensor:
-        """Codes of every layer for one shared source in a single product, int64 ``[L, T]``.
+    def lookup_all(self, z_TC: Tensor, tokens_T: Tensor | None = None, layers: slice = slice(None)) -> Tensor:
+        """Codes of the layers that look at one source, in a single product, int64 ``[L, T]``.
 
         Args:
             z_TC: the vectors.
             tokens_T: their tokens, where a vector follows from its token alone: the CPU looks each up once. A GPU would
                 wait for the number of distinct ones.
+            layers: those that look at it.
         """
         if tokens_T is not None and z_TC.device.type == "cpu":
             distinct_U, which_T = tokens_T.unique(return_inverse=True)
             # Copies of a token write to one place in any order, for their vectors are equal and any of them will do.
             place_U = torch.empty_like(distinct_U).scatter_(0, which_T, torch.arange(len(z_TC), device=z_TC.device))
-            return self.lookup_all(z_TC[place_U])[:, which_T]
-        return nearest_codes(z_TC, self.codes_LKC)
+            return self.lookup_all(z_TC[place_U], layers=layers)[:, which_T]
+        return nearest_codes(z_TC, self.codes_LKC[layers])
 
     def experts_of(self, codes_LT: Tensor, layers: slice = slice(None)) -> Tensor:
         """Experts that the codes of some layers name, int64 ``[L, T]``.
