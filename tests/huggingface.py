@@ -59,6 +59,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "shared experts": ({"top_k": 0, "shared_experts": 2}, {}, {}),
     "shared experts, every second": ({"router": "topk", "top_k": 2, "shared_experts": 1}, {}, {"moe_every": 2}),
     "hash of tokens": ({"router": "hash_token"}, {}, {}),
+    "hash and code": ({"router": "hash_and_code"}, {"num_codes": 9, "context_window": 2}, {}),
+    "hash and code, ungated, averaged table": (
+        {"router": "hash_and_code", "output_norm": True},
+        {"num_codes": 9, "source": "token_embedding", "source_momentum": 0.9, "code_dim": 8},
+        {"gated": False, "moe_every": 2},
+    ),
+    "hash and code, normed": ({"router": "hash_and_code", "output_norm": True, "shared_experts": 1}, {}, {}),
+    "hash of tokens, normed": ({"router": "hash_token", "output_norm": True}, {}, {}),
+    "top-2, normed": ({"router": "topk", "top_k": 2, "output_norm": True, "input_norm": True}, {}, {}),
+    "context, normed": ({"output_norm": True}, {"num_codes": 9}, {}),
+    "context, discrete only, normed": ({"top_k": 0, "output_norm": True}, {"num_codes": 9}, {}),
+    "as released": ({"top_k": 2, "code_blend": 0.05, "input_norm": True, "output_norm": True}, IN_LAYER, {}),
     "dense": ({"router": "dense"}, {}, {}),
     "tied embeddings": ({}, {}, {"tie_embeddings": True}),
     "top-2, tied embeddings": ({"router": "topk", "top_k": 2}, {}, {"tie_embeddings": True, "sliding_window": 7}),
@@ -71,6 +83,8 @@ def config_of(case: str, vocab: int = VOCAB, length: int = LENGTH) -> RunConfig:
     moe, book, shape = CASES[case]
     model = {"vocab_size": vocab, "layers": 4, "width": 24, "heads": 2, "sequence_length": length, **shape}
     router = {"softmax_over": model.pop("softmax_over", "auto")}
+    if "gated" in model:
+        router["gated"] = model.pop("gated")
     return RunConfig(model=model, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book, router=router)
 
 

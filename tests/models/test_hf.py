@@ -201,7 +201,7 @@ def test_embeddings_stand_for_tokens_unless_routes_need_the_tokens(case: str, pa
     theirs = pairs[case][1]
     with torch.no_grad():
         vectors = theirs.get_input_embeddings()(tokens_of())
-        if case in ("hash of tokens", "context, averaged table"):
+        if theirs.model.token_table is not None or theirs.config.source_table:
             with pytest.raises(ValueError, match="give input_ids"):
                 theirs(inputs_embeds=vectors)
             return
@@ -270,12 +270,33 @@ def test_a_fresh_model_learns() -> None:
 
 
 def test_options_that_are_not_known_are_refused() -> None:
-    with pytest.raises(ValueError, match="router='magic' is not one of vq, topk, hash_token, dense"):
+    with pytest.raises(ValueError, match="router='magic' is not one of vq, topk, hash_token, hash_and_code, dense"):
         VQMoEConfig(router="magic")
     for groups, source in ((3, "context"), (2, "early_block")):
         with pytest.raises(ValueError, match=f"code_groups={groups} must divide num_experts=16, and needs code_source"):
             VQMoEConfig(code_groups=groups, code_source=source)
     assert VQMoEConfig(code_groups=3, router="topk").code_groups == 3
+
+
+@pytest.mark.parametrize(("source", "groups"), [("layer_state", 1), ("early_block", 1), ("context", 2)])
+def test_two_experts_that_are_known_ahead_need_codes_that_are(source: str, groups: int) -> None:
+    with pytest.raises(ValueError, match="router='hash_and_code' needs code_groups=1 and code_source to be one of"):
+        VQMoEConfig(router="hash_and_code", code_source=source, code_groups=groups)
+
+
+def test_the_card_tells_of_two_experts_and_of_norms(tmp_path: Path) -> None:
+    every, code = "A LayerNorm follows every expert.", "A LayerNorm follows the expert of the code."
+    for case, told in (
+        ("hash and code", ["a learned two-way gate mixes both"]),
+        ("hash and code, ungated, averaged table", ["both count alike", every]),
+        ("hash of tokens, normed", ["gives every token id one expert", every]),
+        ("top-2, normed", [every]),
+        ("as released", [code]),
+    ):
+        _pair(case, tmp_path / case)
+        card = (tmp_path / case / "README.md").read_text()
+        assert all(text in card for text in told), card
+        assert sum(norm in card for norm in (every, code)) == len({every, code} & set(told))
 
 
 def test_the_card_tells_of_groups(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from tests.huggingface import CASES, LENGTH, VOCAB, ModelReader, config_of, mode
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
 from vqmoe_ds.models.hf import VQMoEConfig, VQMoEForCausalLM, VQMoEForSequenceClassification
 
-LINEAR = [case for case, (moe, *_) in CASES.items() if moe.get("top_k", 1) and case not in ("dense", "hash of tokens")]
+LINEAR = [
+    case for case, (moe, *_) in CASES.items() if moe.get("top_k", 1) and moe.get("router", "vq") in ("vq", "topk")
+]
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +438,16 @@ def test_the_trainer_logs_one_loss_however_batches_are_cut(models: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "case", ["context", "layer state, soft output", "the paper's input", "top-2", "hash of tokens"]
+    "case",
+    [
+        "context",
+        "layer state, soft output",
+        "the paper's input",
+        "as released",
+        "top-2",
+        "hash of tokens",
+        "hash and code",
+    ],
 )
 def test_whole_graphs_give_the_same(case: str, models: dict[str, Any]) -> None:
     model, mask = models[case], torch.ones(3, LENGTH, dtype=torch.long)

@@ -295,7 +295,7 @@ class MoEConfig(Section):
 
     @property
     def norm(self) -> str | None:
-        """The one of ``input_norm`` and ``output_norm`` that the model has, which no other's formats know."""
+        """The one of ``input_norm`` and ``output_norm`` that the model has, which the formats of others lack."""
         if self.output_norm and self.facts.has_experts:
             return "output_norm"
         return "input_norm" if self.input_norm and self.facts.uses_codebook else None

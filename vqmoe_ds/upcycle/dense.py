@@ -304,6 +304,12 @@ def _check_function(config: RunConfig, slices: int) -> None:
             "moe.code_blend and codebook.soft_output change what experts give, so the function would not be "
             "preserved; set both to 0"
         )
+    rows = moe.facts.rows_per_token(moe, config.router)
+    if rows > 1 and not moe.facts.weights_rows(config):
+        raise ConfigError(
+            f"with moe.router={moe.router} each of the {rows} experts of a token counts as 1 here, so copies of the "
+            f"MLP would give {rows} times its function; set router.gated=true"
+        )
     if moe.norm is not None:
         raise ConfigError(
             "moe.input_norm and moe.output_norm change what experts see and give, so the function would not be "
@@ -463,15 +469,16 @@ def fresh_buffers(config: RunConfig) -> dict[str, Tensor]:
         raise CheckpointError(f"a dense model cannot start as this one: {reason.replace('exported', 'upcycled')}")
     model, moe, book, seed = config.model, config.moe, config.codebook, config.train.seed
     layers = sum(is_sparse(config, block) for block in range(model.layers))
+    buffers: dict[str, Tensor] = {}
     if moe.facts.uses_token_table:
         moe.facts.check_start(config, layers)
-        return {"token_table_LV": moe.facts.token_table(config, layers)}
+        buffers["token_table_LV"] = moe.facts.token_table(config, layers)
     if not moe.facts.uses_codebook:
-        return {}
+        return buffers
     # As MoETransformer makes them, so that training begins with the codes of a new model.
     bank = CodebookBank(book, layers, moe.num_experts, model.width, seed)
     source = EmbeddingSource(book, model.vocab_size, model.width, model.sequence_length)
-    buffers = {f"bank.{name}": tensor for name, tensor in bank.state_dict().items()}
+    buffers |= {f"bank.{name}": tensor for name, tensor in bank.state_dict().items()}
     return buffers | {f"source.{name}": tensor for name, tensor in source.state_dict().items()}
 
 

@@ -86,6 +86,7 @@ def test_a_window_is_nothing_for_llama_cpp(tmp_path: Path) -> None:
         ("shared experts, every second", "moe.shared_experts=1 stand beside the routed ones"),
         ("biased queries, gated shared experts", "model.qkv_bias adds a bias"),
         ("context", "moe.router=vq"),
+        ("top-2, normed", "moe.output_norm=true puts a LayerNorm after every expert"),
         ("hash of tokens", "moe.router=hash_token"),
         ("dense", "moe.router=dense"),
     ],

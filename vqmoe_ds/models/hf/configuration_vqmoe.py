@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-ROUTERS = ("vq", "topk", "hash_token", "dense")
+ROUTERS = ("vq", "topk", "hash_token", "hash_and_code", "dense")
+WITH_CODES, WITH_TABLE = ("vq", "hash_and_code"), ("hash_token", "hash_and_code")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 QK_NORMS = ("none", "heads", "full")
 POOLS = ("mean", "last")
@@ -36,7 +37,11 @@ class VQMoEConfig(PretrainedConfig):
         moe_every: an MoE layer in every n-th block (1: all, 2: every second).
         first_k_dense_replace: first blocks that have none.
         router: ``vq`` (codes, beside a linear router where ``num_experts_per_tok`` > 0), ``topk``, ``hash_token``
-            (experts from a table of token ids) or ``dense`` (no experts).
+            (experts from a table of token ids), ``hash_and_code`` (one by the table, one by the code) or ``dense`` (no
+            experts).
+        pair_gate: whether the two experts of ``hash_and_code`` are weighted by a softmax of the token's state.
+        expert_input_norm: whether the expert of the code sees a LayerNorm of its input (router ``vq``).
+        expert_output_norm: whether a LayerNorm follows every expert; with ``vq`` that of the code alone.
         num_experts: experts of a layer.
         n_shared_experts: experts beside them that every token passes, as one MLP of their widths together.
         shared_expert_gate: whether they are weighted by a sigmoid of the token's state.
@@ -95,6 +100,9 @@ class VQMoEConfig(PretrainedConfig):
         shared_expert_gate: bool = False,
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool | None = None,
+        pair_gate: bool = True,
+        expert_input_norm: bool = False,
+        expert_output_norm: bool = False,
         code_blend: float = 0.0,
         num_codes: int = 16,
         code_groups: int = 1,
@@ -145,6 +153,11 @@ class VQMoEConfig(PretrainedConfig):
                 f"code_groups={code_groups} must divide num_experts={num_experts}, and needs code_source to be one of "
                 f"{', '.join(AHEAD)}; it is {code_source}"
             )
+        if router == "hash_and_code" and (code_source not in AHEAD or code_groups > 1):
+            raise ValueError(
+                f"router='hash_and_code' needs code_groups=1 and code_source to be one of {', '.join(AHEAD)}; they are "
+                f"{code_groups} and {code_source}"
+            )
         if num_attention_heads % (num_key_value_heads or num_attention_heads):
             raise ValueError(
                 f"num_key_value_heads={num_key_value_heads} does not divide num_attention_heads={num_attention_heads}"
@@ -174,6 +187,9 @@ class VQMoEConfig(PretrainedConfig):
         self.shared_expert_gate = shared_expert_gate
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
+        self.pair_gate = pair_gate
+        self.expert_input_norm = expert_input_norm
+        self.expert_output_norm = expert_output_norm
         self.code_blend = code_blend
         self.num_codes = num_codes
         self.code_groups = code_groups
@@ -203,7 +219,7 @@ class VQMoEConfig(PretrainedConfig):
 
     def _check_sizes(self) -> None:
         """Raises: ValueError: a size that this router, code source or scaling looks at cannot be."""
-        sparse, codes, most = self.router != "dense", self.router == "vq", math.inf
+        sparse, codes, most = self.router != "dense", self.router in WITH_CODES, math.inf
         early = codes and self.code_source == "early_block"
         for name, low, high, matters in (
             ("sliding_window", 1, most, self.sliding_window is not None),

@@ -29,7 +29,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_vqmoe import SeenTokens, VQMoEAttention, VQMoERMSNorm, rotary_tables, sinusoids
-from .configuration_vqmoe import VQMoEConfig
+from .configuration_vqmoe import WITH_CODES, WITH_TABLE, VQMoEConfig
 from .routing_vqmoe import (
     ALL_EXPERTS_FUNCTIONS,
     Codes,
@@ -145,13 +145,13 @@ class VQMoEModel(VQMoEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([VQMoEBlock(config, block) for block in range(config.num_hidden_layers)])
         self.norm = VQMoERMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.codebook = VQMoECodebook(config) if config.router == "vq" else None
+        self.codebook = VQMoECodebook(config) if config.router in WITH_CODES else None
         tables = {} if self.codebook is None else dict(self.codebook.named_buffers())
         # `from_pretrained(dtype=...)` casts tensors as it loads them, past `VQMoECodebook._apply`; strict: to bfloat16,
         # too.
         self._keep_in_fp32_modules_strict = [f"codebook.{name}" for name, t in tables.items() if t.is_floating_point()]
         shape = len(config.moe_blocks), config.vocab_size
-        table = torch.empty(shape, dtype=torch.int64) if config.router == "hash_token" else None
+        table = torch.empty(shape, dtype=torch.int64) if config.router in WITH_TABLE else None
         self.register_buffer("token_table", table)
         self.reset_table()
         self.gradient_checkpointing = False
@@ -263,10 +263,20 @@ class VQMoEModel(VQMoEPreTrainedModel):
     def _routes_ahead(
         self, input_ids: Tensor | None, x_BSD: Tensor, seen: SeenTokens, past_key_values: Cache | None
     ) -> dict[int, Tensor]:
-        """Experts that follow from the tokens alone, ``[T]`` by block."""
+        """Experts that follow from the tokens alone by block, ``[T]``, or by table and code ``[T, 2]``."""
+        codes = self._codes_ahead(input_ids, x_BSD, seen, past_key_values)
+        if self.token_table is None or input_ids is None:
+            return codes
+        table = dict(zip(self.config.moe_blocks, self.token_table[:, input_ids.flatten()], strict=True))
+        return {
+            block: torch.stack([table[block], codes[block].to(table[block].device)], -1) for block in codes
+        } or table
+
+    def _codes_ahead(
+        self, input_ids: Tensor | None, x_BSD: Tensor, seen: SeenTokens, past_key_values: Cache | None
+    ) -> dict[int, Tensor]:
+        """Experts by codes that look at embeddings, ``[T]`` by block."""
         config = self.config
-        if self.token_table is not None and input_ids is not None:
-            return dict(zip(config.moe_blocks, self.token_table[:, input_ids.flatten()], strict=True))
         if self.codebook is None or config.code_source == "layer_state":
             return {}
         if config.code_source == "early_block":  # the blocks up to the source look at the embedding

@@ -92,6 +92,9 @@ class VQMoEExperts(nn.Module):
         if discrete_offset_TD is not None:
             last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
             rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
+        if self.config.expert_input_norm and self.config.router == "vq":
+            last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
+            rows_MD = torch.where(last_M1, F.layer_norm(rows_MD, rows_MD.shape[-1:]), rows_MD)
         # bincount would make the host wait for the device.
         ends_N = torch.searchsorted(ids_M, torch.arange(len(self.gate_proj), device=ids_M.device), right=True)
         tracing = (torch.compiler.is_compiling() or torch.jit.is_tracing()) and grouped_linear is not None
@@ -102,7 +105,14 @@ class VQMoEExperts(nn.Module):
             y_MD = self._run_grouped(rows_MD, ids_M, ends_N)
         else:
             y_MD = self._run(rows_MD, ids_M, ends_N)
-        return y_MD.index_select(0, inverse_M).view(-1, routes, x_TD.shape[1])
+        return self._normed(y_MD.index_select(0, inverse_M).view(-1, routes, x_TD.shape[1]))
+
+    def _normed(self, y_TRD: Tensor) -> Tensor:
+        """The outputs with the LayerNorm that follows every expert, or with ``vq`` the last of each token."""
+        if not self.config.expert_output_norm:
+            return y_TRD
+        first = y_TRD.shape[1] - 1 if self.config.router == "vq" else 0
+        return torch.cat([y_TRD[:, :first], F.layer_norm(y_TRD[:, first:], y_TRD.shape[-1:])], dim=1)
 
     def _run(self, rows_MD: Tensor, ids_M: Tensor, ends_N: Tensor) -> Tensor:
         """Every row through its expert; rows are sorted by expert."""
@@ -270,10 +280,11 @@ class VQMoEGate(nn.Linear):
 
 
 class VQMoESparseMLP(nn.Module):
-    """Experts under the routers ``vq``, ``topk`` and ``hash_token``.
+    """Experts under the routers ``vq``, ``topk``, ``hash_token`` and ``hash_and_code``.
 
     ``y = g_c sum_i p_i E_i(x) + g_d E_{map(k)}(q)`` with ``k`` the nearest code, ``g`` the two-way softmax gate and
-    ``q = x + c (v_k - x)``; one of the two paths may be missing. Shared experts are added for every token.
+    ``q = x + c (v_k - x)``; one of the two paths may be missing. ``hash_and_code``: ``g_1 E_{hash(token)}(x) + g_2
+    E_{map(k)}(x)``. Shared experts are added for every token.
     """
 
     def __init__(self, config: VQMoEConfig, layer: int) -> None:
@@ -282,6 +293,9 @@ class VQMoESparseMLP(nn.Module):
         linear = config.router == "topk" or (config.router == "vq" and config.num_experts_per_tok > 0)
         self.gate = VQMoEGate(config) if linear else None
         self.path_gate = nn.Linear(config.hidden_size, 2) if linear and config.router == "vq" else None
+        self.pair_gate = (
+            nn.Linear(config.hidden_size, 2) if config.router == "hash_and_code" and config.pair_gate else None
+        )
         self.experts = VQMoEExperts(config)
         hidden = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = VQMoEMLP(config.hidden_size, hidden) if hidden else None
@@ -297,6 +311,8 @@ class VQMoESparseMLP(nn.Module):
         offset_TD, logits_TN = None, None
         if self.gate is None:
             ids_TR, weights_TR, offset_TD, aux_loss = self._discrete_route(x_TD, known_T, codes, kept_T)
+            if self.pair_gate is not None:
+                weights_TR = self.pair_gate(x_TD).float().softmax(dim=-1)
         else:
             logits_TN = self.gate(x_TD).float()
             ids_TR, linear_TR, aux_loss = self._linear_route(logits_TN, kept_T)
@@ -342,7 +358,7 @@ class VQMoESparseMLP(nn.Module):
         config, offset_TD = self.config, None
         commitment = x_TD.new_zeros((), dtype=torch.float32)
         if known_T is not None:
-            return known_T.unsqueeze(1), None, None, commitment
+            return known_T if known_T.dim() == 2 else known_T.unsqueeze(1), None, None, commitment
         # A device map may put the codebook on another device than this block.
         ids_T, codes_TC, soft_T = (None if t is None else t.to(x_TD.device) for t in codes(x_TD, self.layer))
         assert ids_T is not None

@@ -38,6 +38,7 @@ class HashAndCodeRouter(Router):
     uses_token_table = True
     told_rows = 2
     needs_token_ids = True
+    exported_as = "hash_and_code"
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)

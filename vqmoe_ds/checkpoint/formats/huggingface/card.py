@@ -137,14 +137,16 @@ def _routing(config: RunConfig) -> str:
     moe, book = config.moe, config.codebook
     if not moe.facts.has_experts:
         return "There are no experts: this is the dense yardstick of its family.\n"
-    if moe.facts.uses_token_table:
-        return "A fixed random table gives every token id one expert in every layer (Hash Layers, Roller 2021).\n"
+    table = "A fixed table gives every token id one expert in every layer (Hash Layers, Roller 2021)."
+    norm = " A LayerNorm follows every expert." if moe.output_norm and not moe.facts.has_discrete_path else ""
+    if moe.facts.uses_token_table and not moe.facts.uses_codebook:
+        return f"{table}{norm}\n"
     over_all = weighs_over_all(config)
     weights = "the softmax over all experts" if over_all else "the softmax over the chosen"
     chosen = "the best expert" if moe.top_k == 1 else f"the {moe.top_k} best experts"
     linear = f"A linear router picks {chosen} for the layer's input, weighted by {weights}."
     if moe.facts.is_stock:
-        return linear + " No token is dropped.\n"
+        return f"{linear}{norm} No token is dropped.\n"
     source = SOURCES[book.source].format(window=book.context_window, decay=book.context_decay, block=book.source_block)
     codes = book.num_codes or moe.num_experts
     text = (
@@ -157,10 +159,15 @@ def _routing(config: RunConfig) -> str:
             f"Experts fall into {book.groups} groups: the code of the first layer names a token's group, which is the "
             "same in all layers, and the codes of later layers choose within it. "
         )
-    if moe.top_k:
+    if moe.facts.uses_token_table:
+        weights = "a learned two-way gate mixes both" if moe.facts.weights_rows(config) else "both count alike"
+        text = f"{table} {text}So every token has two experts, which share a layer's, and {weights}.{norm} "
+    elif moe.top_k:
         text += linear + " A learned two-way gate mixes the two paths, which share the experts. "
     else:
         text += "The expert of the code is the only one. "
+    if moe.facts.has_discrete_path and moe.output_norm:
+        text += "A LayerNorm follows the expert of the code. "
     return text + "No token is dropped, and codes no longer move.\n"
 
 

@@ -119,6 +119,9 @@ def _router_parts(config: RunConfig, ours: str, theirs: str) -> Iterator[Part]:
     if gate is not None and facts.uses_codebook:
         yield Part(theirs + "path_gate.weight", ours + "path_gate.weight")
         yield Part(theirs + "path_gate.bias", ours + "path_gate.bias")
+    if facts.told_rows == 2 and facts.weights_rows(config):
+        yield Part(theirs + "pair_gate.weight", ours + "gate.weight")
+        yield Part(theirs + "pair_gate.bias", ours + "gate.bias")
 
 
 def unstacked(weights: dict[str, Stored], arch: str) -> dict[str, Stored]:
@@ -232,7 +235,8 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
         "experts.w1": (experts, hidden, width),
         "experts.w2": (experts, width, hidden),
         "experts.w3": (experts, hidden, width),
-        "router.gate.weight": (experts, width),
+        "router.gate.weight": (2 if moe.facts.told_rows == 2 else experts, width),
+        "router.gate.bias": (2,),
         "continuous.gate.weight": (experts, width),
         "path_gate.weight": (2, width),
         "path_gate.bias": (2,),
@@ -254,15 +258,14 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
     """
     model, moe, book = config.model, config.moe, config.codebook
     layers = sum(is_sparse(config, block) for block in range(model.layers))
+    shapes: dict[str, tuple[int, ...]] = {}
     if moe.facts.uses_token_table:
-        return {"model.token_table": (layers, model.vocab_size)}
+        shapes["model.token_table"] = (layers, model.vocab_size)
     if not moe.facts.uses_codebook:
-        return {}
+        return shapes
     codes = book.num_codes or moe.num_experts
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.codebook.codes": (layers, codes, book.code_dim or model.width),
-        "model.codebook.code_map": (layers, codes),
-    }
+    shapes["model.codebook.codes"] = (layers, codes, book.code_dim or model.width)
+    shapes["model.codebook.code_map"] = (layers, codes)
     if book.code_dim:
         shapes["model.codebook.projection"] = (model.width, book.code_dim)
     if source_table:
@@ -272,8 +275,6 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
 
 def why_not_exported(moe: MoEConfig) -> str | None:
     """Why the Hugging Face model cannot compute the router; None where it can."""
-    if moe.norm is not None:
-        return f"moe.{moe.norm}=true: the exported model has no norm before or after an expert"
     if moe.facts.exported_as is not None:
         return None
     names = ", ".join(name for name, kind in routers().items() if kind.exported_as is not None)
@@ -304,6 +305,8 @@ _SAME = {
     "n_shared_experts": "moe.shared_experts",
     "shared_expert_gate": "moe.shared_gate",
     "num_experts_per_tok": "moe.top_k",
+    "expert_input_norm": "moe.input_norm",
+    "expert_output_norm": "moe.output_norm",
     "code_blend": "moe.code_blend",
     "router_aux_loss_coef": "moe.balance_weight",
     "router_z_loss_coef": "moe.z_loss_weight",
@@ -323,6 +326,9 @@ NEWER = {
     "head_dim": None,
     "qk_norm": "none",
     "norm_topk_prob": None,
+    "pair_gate": True,
+    "expert_input_norm": False,
+    "expert_output_norm": False,
     "code_groups": 1,
     "num_key_value_heads": None,
     "n_shared_experts": 0,
@@ -383,6 +389,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         # transformers takes null for no window.
         "sliding_window": config.model.sliding_window or None,
         "norm_topk_prob": not weighs_over_all(config),
+        "pair_gate": getattr(config.router, "gated", True),
         "intermediate_size": config.dense_hidden,
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
         "source_table": source_table,
@@ -411,6 +418,8 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         sections["model"]["sliding_window"] = options["sliding_window"] or 0
         sections["model"]["dense_hidden"] = options["intermediate_size"]
         sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
+        if options["router"] == "hash_and_code":
+            sections["router"]["gated"] = options["pair_gate"]
         sections["codebook"]["num_codes"] = options["num_codes"]
         # config.json holds no momentum, which changes no logits; above 0 the trainer keeps the table and looks at it.
         sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0

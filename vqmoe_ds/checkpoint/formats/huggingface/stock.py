@@ -222,6 +222,8 @@ def _why_not_mixtral(config: RunConfig) -> str | None:
     moe = config.moe
     if not moe.facts.is_stock:
         return f"moe.router={moe.router} is not its linear router (topk)"
+    if moe.output_norm:
+        return "moe.output_norm=true puts a LayerNorm after every expert, and it has none"
     if moe.shared_experts:
         return f"moe.shared_experts={moe.shared_experts} stand beside the routed ones, and it has none"
     if config.model.dense_layers:
