@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from vqmoe_ds.evaluation import command
-from vqmoe_ds.evaluation.command import Passes
+from vqmoe_ds.evaluation import passes as module
+from vqmoe_ds.evaluation.passes import Passes
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_log_has_a_line_of_passes_that_take_long(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     log, now = io.StringIO(), [0.0]
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    console: Any = SimpleNamespace(rank=rank, err=log)
-    passes = Passes(console, "image")
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    passes = Passes(log, "image", hidden=rank > 0)
     for seconds, count in ((0.5, 64), (5.0, 64)):
         now[0] += seconds
         passes("clean", 128)(count)

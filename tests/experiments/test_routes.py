@@ -13,11 +13,14 @@ import torch
 
 from tests import warm
 from tests.evaluation.routed_models import CASES, model_of, tokens_of
+from tests.huggingface import ModelReader
+from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.experiments import routes
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.runtime.errors import CheckpointError
+from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.files import new_folder
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("expert_choice")])
@@ -129,17 +132,83 @@ def test_a_file_that_has_no_routes_of_the_model_is_one_sentence(run: Path, tmp_p
     assert part in said and str(path) in said and said.count("\n") == 1
 
 
-def test_what_cannot_be_compared_is_one_sentence(run: Path, capsys: Any) -> None:
+def test_what_cannot_be_compared_is_one_sentence(run: Path, capsys: Any, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shape = {"vocab_size": 257, "layers": 2, "width": 16, "heads": 2, "sequence_length": 16}
+    with new_folder(dense, False) as into:
+        write_portable(ModelReader(MoETransformer(RunConfig(model=shape, moe={"router": "dense"}))), into)
     for words, part in (
         ((str(run), "--ways"), "nothing to compare with"),
         ((str(run), "--ways", "mixtral"), "not its linear router (topk)"),
         ((str(run), str(run / "nothing")), "nothing"),
         ((str(run), str(run / "nothing.jsonl")), "nothing.jsonl cannot be read: No such file"),
         ((str(run), "--tokens", "0"), "leaves nothing to read"),
+        ((str(run), str(dense), "--ways"), "is a dense model (moe.router=dense)"),
     ):
         assert _ran(*words) == 2
         said = capsys.readouterr().err
         assert part in said and said.count("\n") == 1
+
+
+def test_no_output_is_written_over_an_input_or_another_output(run: Path, capsys: Any, tmp_path: Path) -> None:
+    recorded, link = tmp_path / "recorded.jsonl", tmp_path / "folder"
+    assert _ran(str(run), "--ways", "bf16", "--tokens", "16", "--record", str(recorded)) == 0
+    before = recorded.read_text()
+    link.symlink_to(tmp_path)
+    capsys.readouterr()
+    for words in (
+        (str(recorded), "--ways", "--record", str(link / recorded.name)),
+        (str(recorded), "--ways", "--json", str(recorded)),
+        ("--ways", "bf16", "--data", str(recorded), "--json", str(recorded)),
+        ("--ways", "bf16", "--json", str(tmp_path / "new"), "--record", str(tmp_path / "new")),
+    ):
+        assert _ran(str(run), *words) == 2
+        assert "which would be written over; name another file" in capsys.readouterr().err
+    assert recorded.read_text() == before and not (tmp_path / "new").exists()
+
+
+def test_what_fails_fails_before_the_ways_that_take_long(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(routes, "_routes_by", lambda *_: pytest.fail("a way was tried"))
+    for words in ((str(run / "nothing"),), ("--ways", "bf16", "mixtral")):
+        assert _ran(str(run), *words) == 2
+    assert "no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_choice_of_tokens_beyond_the_text_takes_all_of_it(run: Path, tmp_path: Path) -> None:
+    report = tmp_path / "routes.json"
+    found = []
+    for tokens in ("100000", "99999999999999999999"):
+        assert _ran(str(run), "--ways", "bf16", "--tokens", tokens, "--json", str(report)) == 0
+        found.append(json.loads(report.read_text())["comparisons"][0])
+    assert found[0] == found[1] and found[0]["tokens"] % 16 == 0
+
+
+@pytest.mark.parametrize("windows", [1, 8, 21])
+def test_windows_are_read_a_few_at_a_time_and_told(windows: int) -> None:
+    model, tokens_BS = model_of("topk, two"), tokens_of(rows=windows)
+    done: list[int] = []
+    whole = routes.routes_of(model, tokens_BS, done.append)
+    assert sum(done) == windows and max(done) <= 8
+    assert torch.equal(whole, torch.cat([routes.routes_of(model, row[None]) for row in tokens_BS], dim=1))
+
+
+def test_all_experts_count_where_their_number_grows_over_a_run() -> None:
+    """smoe_dropout: what a layer tells for diagnostics are the first ``moe.top_k`` alone."""
+    model = model_of("smoe_dropout")
+    for count, steps in ((1, 0), (4, 10**6)):
+        for layer in model.moe_layers():
+            layer.router._updates.write(layer.router.updates, steps)
+        assert routes.routes_of(model, tokens_of()).shape[-1] == count
+    few, many = torch.tensor([[[2], [1]]]), torch.tensor([[[2, 0], [1, 3]]])
+    assert routes.against(many, routes.padded(few, many), "earlier").differing == 1
+    assert torch.equal(routes.padded(many, few), many)
+
+
+def test_tokens_with_different_numbers_of_experts_are_not_recorded(tmp_path: Path) -> None:
+    tokens_BS = tokens_of(1)[:, :2]
+    with pytest.raises(ConfigError, match="gives tokens different numbers of experts; leave it out"):
+        routes.write_routes(tmp_path / "routes.jsonl", tokens_BS, torch.tensor([[[0, 1], [1, -1]]]))
+    assert not (tmp_path / "routes.jsonl").exists()
 
 
 def test_a_file_that_could_not_be_written_is_refused_before_any_work(run: Path, capsys: Any, tmp_path: Path) -> None:
@@ -172,11 +241,11 @@ def test_another_model_is_told_from_the_same_at_another_step(monkeypatch, model,
 
     ours = loaded({}, "a" * 64)
     other = loaded(model, theirs.get("tokenizer_sha256"), theirs.get("num_experts", 4))
-    monkeypatch.setattr(routes, "load_routed", lambda *_given: ours)
-    monkeypatch.setattr(routes, "load_model", lambda *_given: other)
+    models = {"one": ours, "two": other}
+    monkeypatch.setattr(routes, "load_routed", lambda path, *_given: models[path])
     monkeypatch.setattr(routes, "read_probe", lambda *_given: tokens_of())
     args = routes.build_parser("").parse_args(["one", "two", "--ways"])
     with pytest.raises(CheckpointError, match=f"^two is another model than one: {part}$"):
         routes.compare(args)
-    monkeypatch.setattr(routes, "load_model", lambda *_given: loaded({}, "a" * 64))
+    models["two"] = loaded({}, "a" * 64)
     assert routes.compare(args)[0].differing == 0

@@ -110,7 +110,7 @@ def _routes(rank: int, world: int, folder: Path, jobs: list[tuple[RunConfig, Lay
             places = places[:, model.share.span]
         if model._by_expert(None):
             places = model._homes(tokens_BS, None)[0].mine_M
-        with heard(model.moe_layers(), lambda _inputs, outputs: outputs[2]) as seen:
+        with heard(model.moe_layers(), lambda _layer, _inputs, outputs: outputs[2]) as seen:
             model(tokens_BS, tokens_BS)
         found.append((places.flatten(), torch.stack(seen)))
         trainer.session.engine.destroy()

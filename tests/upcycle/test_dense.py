@@ -239,7 +239,11 @@ def test_weights_that_cannot_be_represented_are_named(
         ({"router.softmax_over": "all", "moe.router": "topk"}, 1, "with router.softmax_over=all"),
         ({"codebook.soft_output": 1.0}, 1, "set both to 0"),
         ({"moe.output_norm": True}, 1, "set both to false"),
-        ({"moe.router": "hash_and_code", "router.gated": False}, 1, "copies of the MLP would give 2 times its function"),
+        (
+            {"moe.router": "hash_and_code", "router.gated": False},
+            1,
+            "MLP would give 2 times its function",
+        ),
         ({"moe.shared_experts": 1}, 1, "moe.shared_experts=1 would add to what copies"),
         ({}, 2, "one slice is not the whole MLP"),
         ({"moe.router": "topk"}, 5, "does not divide the MLP's hidden width 36"),

@@ -6,8 +6,8 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.evaluation.corruption import KINDS, Corruption, all_corruptions, parse_corruption
+from vqmoe_ds.evaluation.passes import Passes
 from vqmoe_ds.runtime.console import Console
 from vqmoe_ds.runtime.device import asked_accelerator, check_precision, memory_errors
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError, shown
@@ -218,7 +219,7 @@ def _score(
     if place.world_size > 1:
         console.say(f"{place.world_size} ranks score {args.checkpoint}")
     started = time.monotonic()
-    progress = Passes(console)
+    progress = Passes(console.err, hidden=console.rank != 0)
     with closing(loaded):
         result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
     if loaded.store is not None:
@@ -275,7 +276,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
     # Opened before anything is scored: what is refused is refused at once, not after the clean images.
     others = [open_others(loaded, name, len(images)) for name in args.ood]
     started = time.monotonic()
-    progress = Passes(console, "image")
+    progress = Passes(console.err, "image", hidden=console.rank != 0)
     layout = (args.batch_size, place.rank, place.world_size)
     result = evaluate_images(loaded, images, told, *layout, progress, damaged, attacks, others)
     if damaged:
@@ -301,32 +302,6 @@ def _damaged(args: argparse.Namespace, images: ImageSet, published: list[Damaged
         # As many, evenly spaced alike: of CIFAR-10-C these are the damaged copies of the clean images that are scored.
         published = [each.evenly(len(images)) for each in published]
     return [*published, *damaged_here(images, corruptions)]
-
-
-class Passes:
-    """Progress of passes over the data on rank 0: bars on a terminal; in a log, lines of passes that take long."""
-
-    def __init__(self, console: Console, unit: str = "window") -> None:
-        self.console, self.unit, self.said = console, unit, time.monotonic()
-
-    def __call__(self, name: str, total: int) -> Callable[[int], Any]:
-        from tqdm import tqdm
-
-        file, done, hidden = self.console.err, 0, self.console.rank != 0
-        if hidden or file.isatty():
-            return tqdm(total=total, desc=name, unit=self.unit, file=file, disable=hidden, leave=False).update
-
-        def tell(count: int, every: float = 10.0) -> None:
-            nonlocal done
-            done += count
-            if time.monotonic() - self.said >= every:
-                self.said = time.monotonic()
-                with suppress(OSError):  # a terminal that has gone
-                    print(f"{name}: {done:,} of {total:,} {self.unit}s", file=file, flush=True)
-
-        # Sooner at the start of a pass: an attack may be at its first batch for minutes.
-        tell(0, every=1.0)
-        return tell
 
 
 def _report(args: argparse.Namespace, result: Any, seconds: float, console: Console) -> None:

@@ -221,18 +221,24 @@ def read_probe(loaded: LoadedModel, path: str | None, tokens: int) -> Tensor:
             windows = open_raw_text(config).valid
         else:
             return _cut_text(path, config.model.sequence_length, rows, loaded.need_tokenizer())
-        places = np.unique(np.linspace(0, len(windows) - 1, rows).astype(int))
+        places = _spread(rows, len(windows))
         return torch.from_numpy(windows.read(places).inputs_BS.astype(np.int64))
 
 
 def _cut_text(path: str, length: int, rows: int, tokenizer: Tokenizer) -> Tensor:
     """Stretches of raw text, each cut by the tokenizer to ``length`` tokens; those with fewer are left out."""
     corpus, stretch = open_corpus(path), 8 * length  # bytes; no tokenizer of ours has longer tokens on average
-    count = corpus.num_windows(stretch)
-    places = np.unique(np.linspace(0, count - 1, rows).astype(int)) if count else np.zeros(0, dtype=int)
     # A stretch may begin and end inside a character.
-    texts = [corpus.window(int(place), stretch).tobytes().decode(errors="ignore") for place in places]
+    texts = [
+        corpus.window(place, stretch).tobytes().decode(errors="ignore")
+        for place in _spread(rows, corpus.num_windows(stretch)).tolist()
+    ]
     windows = [ids[:length] for ids in map(tokenizer.encode, texts) if len(ids) >= length]
     if not windows:
         raise DataError(f"{path} ({corpus.num_bytes} bytes) has no stretch of {length} tokens; give more text")
     return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+
+def _spread(wanted: int, there: int) -> np.ndarray:
+    """Numbers of at most so many windows, evenly spread over those that there are."""
+    return np.unique(np.linspace(0, max(0, there - 1), min(wanted, there)).astype(int))

@@ -80,7 +80,7 @@ class RoutingHealth:
         # All ranks read the whole probe at the same step, as a forward pass exchanges rows. In evaluation it counts
         # neither for loads nor for codes.
         engine.eval()
-        with heard(layers, lambda _inputs, outputs: outputs[2]) as seen:
+        with heard(layers, lambda _layer, _inputs, outputs: outputs[2]) as seen:
             engine(self._probe_BS, **self._documents)
         engine.train()
         # Of one shape over the whole run, also where tokens have any number of rows (``Router.experts_of_tokens``).
@@ -107,12 +107,12 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 @contextmanager
-def heard(layers: list[Any], pick: Callable[[Any, Any], Tensor]) -> Iterator[list[Tensor]]:
-    """In this context what ``pick`` takes of the inputs and outputs of each layer's calls is kept, in order."""
+def heard(layers: list[Any], pick: Callable[[Any, Any, Any], Tensor]) -> Iterator[list[Tensor]]:
+    """In this context what ``pick`` takes of each layer, its inputs and outputs, is kept of every call, in order."""
     seen: list[Tensor] = []
 
-    def keep(_layer: nn.Module, inputs: Any, outputs: Any) -> None:
-        seen.append(pick(inputs, outputs).clone())
+    def keep(layer: nn.Module, inputs: Any, outputs: Any) -> None:
+        seen.append(pick(layer, inputs, outputs).clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:

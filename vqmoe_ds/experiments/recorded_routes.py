@@ -17,14 +17,20 @@ from torch import Tensor
 
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_lines import read_json
-from vqmoe_ds.runtime.errors import DataError, reason_of
+from vqmoe_ds.runtime.errors import ConfigError, DataError, reason_of
 from vqmoe_ds.runtime.files import open_regular, write_atomically
 
 SUFFIX = ".jsonl"
 
 
 def write_routes(path: Path, tokens_BS: Tensor, routes_LTR: Tensor) -> None:
-    """Write sequences and their routes, int64 ``[B, S]`` and ``[L, B * S, R]``."""
+    """Write sequences and their routes, int64 ``[B, S]`` and ``[L, B * S, R]``.
+
+    Raises:
+        ConfigError: tokens have different numbers of experts.
+    """
+    if bool((routes_LTR < 0).any()):
+        raise ConfigError(f"--record {path}: the router gives tokens different numbers of experts; leave it out")
     experts_BSLR = routes_LTR.transpose(0, 1).unflatten(0, tokens_BS.shape)
     pairs = zip(tokens_BS.tolist(), experts_BSLR.tolist(), strict=True)
     lines = [json.dumps({"tokens": tokens, "experts": experts}) + "\n" for tokens, experts in pairs]

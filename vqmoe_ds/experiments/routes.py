@@ -10,25 +10,34 @@ Legend: L MoE layers, B windows, S positions, T = B * S tokens, R routed rows pe
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
+from vqmoe_ds.checkpoint.formats.huggingface.names import hf_options
 from vqmoe_ds.checkpoint.load_model import LoadedModel, load_model
 from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.config.routers import add_plugin_option
+from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.evaluation.passes import Passes
 from vqmoe_ds.evaluation.plots import drawing, pyplot, save
-from vqmoe_ds.evaluation.probe import check_tokens, load_routed, read_probe
+from vqmoe_ds.evaluation.probe import BATCH, check_tokens, load_routed, read_probe
 from vqmoe_ds.evaluation.routing import differing, heard
 from vqmoe_ds.experiments.recorded_routes import SUFFIX, read_routes, write_routes
+from vqmoe_ds.moe.routers import Routing
+from vqmoe_ds.runtime.device import memory_errors
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.extras import library
-from vqmoe_ds.runtime.files import check_target, write_json
+from vqmoe_ds.runtime.files import check_targets, write_json
 
 WAYS = ("bf16", "cached", "hf", "mixtral")
 """bf16: weights in bfloat16; cached: token after token from a cache; hf, mixtral: the exported model in fp32."""
@@ -74,10 +83,10 @@ class Comparison:
 def main(args: argparse.Namespace) -> int:
     """Compare, print a table and write what is asked for; the exit code."""
     check_tokens(args.tokens)
-    check_target("--json", args.json)
-    check_target("--figure", args.figure)
-    check_target("--record", args.record)
-    found = compare(args)
+    outputs = {"--json": args.json, "--figure": args.figure, "--record": args.record}
+    check_targets(outputs, [args.model, *args.others, args.data])
+    with memory_errors(0, torch.device("cpu"), lambda: "give a smaller --tokens"):
+        found = compare(args)
     print(table(found))
     if args.json:
         compared = {"model": args.model, "comparisons": [asdict(one) for one in found]}
@@ -93,33 +102,55 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
 
     Raises:
         CheckpointError: a model cannot be loaded or exported, or another one has other experts or reads other tokens.
-        ConfigError: there is nothing to compare with.
+        ConfigError: there is nothing to compare with, or a way is none for this router.
         DataError: as ``read_probe`` and ``read_routes``.
     """
     if not args.ways and not args.others:
         raise ConfigError("there is nothing to compare with; name a way with --ways, or another checkpoint")
     loaded = load_routed(args.model, args.tokenizer)
+    for way in args.ways:
+        _check_way(way, loaded.config)
     tokens_BS = read_probe(loaded, args.data, args.tokens)
-    reference_LTR = routes_of(loaded.model, tokens_BS)
+    say = Passes(sys.stderr)
+    reference_LTR = routes_of(loaded.model, tokens_BS, say("fp32", len(tokens_BS)))
+    if args.record:
+        write_routes(Path(args.record), tokens_BS, reference_LTR)
     moe = loaded.config.moe
     apart = moe.facts.uses_codebook and loaded.config.rows_per_token > 1
     found = []
-    for way in args.ways:
-        found.append(against(reference_LTR, _routes_by(way, loaded, tokens_BS), way, apart))
-    if args.record:
-        write_routes(Path(args.record), tokens_BS, reference_LTR)
+    # Before the ways, which cannot fail any more: what they take long to find would be lost.
     for other in args.others:
         if other.endswith(SUFFIX):
             found.append(against(*_recorded(other, loaded, args.tokens), other, apart))
             continue
-        theirs = load_model(other, args.tokenizer)
+        theirs = load_routed(other, args.tokenizer)
         if difference := _difference(loaded, theirs, tokens_BS):
             raise CheckpointError(f"{other} is another model than {args.model}: {difference}")
-        routes_LTR = routes_of(theirs.model, tokens_BS)
-        if routes_LTR.shape != reference_LTR.shape:
+        routes_LTR = routes_of(theirs.model, tokens_BS, say(other, len(tokens_BS)))
+        # Where k grows over a run, a token of an earlier checkpoint has fewer experts; elsewhere it is another model.
+        if theirs.config.moe.router == moe.router and len(routes_LTR) == len(reference_LTR):
+            routes_LTR, reference = padded(routes_LTR, reference_LTR), padded(reference_LTR, routes_LTR)
+        else:
+            reference = reference_LTR
+        if routes_LTR.shape != reference.shape:
             raise CheckpointError(f"{other} is another model than {args.model}: other layers or experts per token")
-        found.append(against(reference_LTR, routes_LTR, other, apart))
-    return found
+        found.append(against(reference, routes_LTR, other, apart))
+    ways = [against(reference_LTR, _routes_by(way, loaded, tokens_BS, say), way, apart) for way in args.ways]
+    return [*ways, *found]
+
+
+def _check_way(way: str, config: RunConfig) -> None:
+    """Refuse a way that a model has not, before any is tried."""
+    if way == "cached":
+        config.require_causal("decoding with a cache")
+    elif way != "bf16":
+        library("transformers", f"--ways {way}")
+        hf_options(config, "vqmoe" if way == "hf" else way)
+
+
+def padded(routes_LTR: Tensor, other_LTR: Tensor) -> Tensor:
+    """Routes with -1 for the experts that each token has fewer than in others."""
+    return F.pad(routes_LTR, (0, max(0, other_LTR.shape[-1] - routes_LTR.shape[-1])), value=-1)
 
 
 def _recorded(path: str, loaded: LoadedModel, tokens: int) -> tuple[Tensor, Tensor]:
@@ -170,38 +201,67 @@ def against(reference_LTR: Tensor, routes_LTR: Tensor, way: str, discrete_apart:
 # ---------------------------------------------------------------- ways to run a model
 
 
-def _routes_by(way: str, loaded: LoadedModel, tokens_BS: Tensor) -> Tensor:
+def _routes_by(way: str, loaded: LoadedModel, tokens_BS: Tensor, say: Passes) -> Tensor:
+    done = say(way, len(tokens_BS))
     if way == "bf16":
         # Loaded anew: the reference's own weights stay in fp32 for the ways after this one.
-        return routes_of(load_model(loaded.path, precision="bf16").model, tokens_BS)
+        return routes_of(load_model(loaded.path, precision="bf16").model, tokens_BS, done)
     if way == "cached":
-        loaded.config.require_causal("decoding with a cache")
-        return routes_with_cache(loaded.model, tokens_BS)
-    return routes_of_export(loaded, way, tokens_BS)
+        return routes_with_cache(loaded.model, tokens_BS, done)
+    return routes_of_export(loaded, way, tokens_BS, done)
 
 
-@torch.no_grad()
-def routes_of(model: Any, tokens_BS: Tensor) -> Tensor:
-    """Experts of every token in one forward pass over each window, int64 ``[L, T, R]``."""
-    with heard(model.moe_layers(), lambda _inputs, outputs: outputs[2]) as seen:
-        model(tokens_BS)
+def _in_batches(tokens_BS: Tensor, run: Callable[[Tensor], Tensor], done: Callable[[int], Any]) -> Tensor:
+    """What ``run`` gives for a few windows at a time, ``[L, T, R]``: the logits of all would take the memory."""
+    found = []
+    for batch_BS in tokens_BS.split(BATCH):
+        found.append(run(batch_BS))
+        done(len(batch_BS))
+    return torch.cat(found, dim=1)
+
+
+def _heard(model: Any, run: Callable[[], Any]) -> Tensor:
+    """The experts of every token in a forward pass, by its routers' own answers, int64 ``[L, T, R]``."""
+
+    def pick(router: Any, inputs: Any, routing: Routing) -> Tensor:
+        # Not what a layer tells for diagnostics, which has one shape over a run and may leave choices out.
+        rows = routing.tokens_M is None and routing.slots is None
+        experts_TR: Tensor = routing.expert_ids_TR if rows else router.experts_of_tokens(routing, len(inputs[0]))
+        return experts_TR
+
+    with heard([layer.router for layer in model.moe_layers()], pick) as seen:
+        run()
     return torch.stack(seen)
 
 
 @torch.no_grad()
-def routes_with_cache(model: Any, tokens_BS: Tensor) -> Tensor:
-    """As ``routes_of``, each token read alone after those before it, as at generation."""
-    positions = []
-    cache = model.new_cache()
-    for position in range(tokens_BS.shape[1]):
-        with heard(model.moe_layers(), lambda _inputs, outputs: outputs[2]) as seen:
-            model(tokens_BS[:, position : position + 1], cache=cache)
-        positions.append(torch.stack(seen))
-    return torch.stack(positions, dim=2).flatten(1, 2)  # [L, B, S, R]
+def routes_of(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = lambda windows: None) -> Tensor:
+    """Experts of every token in one forward pass over each window, int64 ``[L, T, R]``.
+
+    Args:
+        model: ours.
+        tokens_BS: windows.
+        done: told how many windows were read.
+    """
+    return _in_batches(tokens_BS, lambda batch_BS: _heard(model, lambda: model(batch_BS)), done)
 
 
 @torch.no_grad()
-def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor) -> Tensor:
+def routes_with_cache(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = lambda windows: None) -> Tensor:
+    """As ``routes_of``, each token read alone after those before it, as at generation."""
+
+    def decode(batch_BS: Tensor) -> Tensor:
+        cache = model.new_cache()
+        positions = [_heard(model, partial(model, ids_B1, cache=cache)) for ids_B1 in batch_BS.split(1, dim=1)]
+        return torch.stack(positions, dim=2).flatten(1, 2)  # [L, B, S, R]
+
+    return _in_batches(tokens_BS, decode, done)
+
+
+@torch.no_grad()
+def routes_of_export(
+    loaded: LoadedModel, arch: str, tokens_BS: Tensor, done: Callable[[int], Any] = lambda windows: None
+) -> Tensor:
     """As ``routes_of``, of the Hugging Face export: our class, or stock Mixtral where it computes the model."""
     transformers = library("transformers", f"--ways {arch}")
     with tempfile.TemporaryDirectory() as folder:
@@ -210,18 +270,26 @@ def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor) -> Tenso
         export_hf(open_checkpoint(loaded.path), place, ExportOptions(arch=kind, tokenizer="none"))
         if arch == "mixtral":
             model = transformers.MixtralForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-            logits = model(tokens_BS, output_router_logits=True).router_logits
             top_k = model.config.num_experts_per_tok
-            # Mixtral tells its routers' logits and not their choices, which are made here as its router makes them.
-            return torch.stack([layer_TN.float().softmax(-1).topk(top_k).indices for layer_TN in logits])
+
+            def chosen(batch_BS: Tensor) -> Tensor:
+                logits = model(batch_BS, output_router_logits=True).router_logits
+                # Mixtral tells its routers' logits and not their choices, which are made here as its router makes them.
+                return torch.stack([layer_TN.float().softmax(-1).topk(top_k).indices for layer_TN in logits])
+
+            return _in_batches(tokens_BS, chosen, done)
         from vqmoe_ds.models.hf import VQMoEForCausalLM
         from vqmoe_ds.models.hf.routing_vqmoe import VQMoEExperts
 
         model = VQMoEForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         experts = [module for module in model.modules() if isinstance(module, VQMoEExperts)]
-        with heard(experts, lambda inputs, _outputs: inputs[1]) as seen:
-            model(tokens_BS, use_cache=False)
-        return torch.stack(seen)
+
+        def asked(batch_BS: Tensor) -> Tensor:
+            with heard(experts, lambda _layer, inputs, _outputs: inputs[1]) as seen:
+                model(batch_BS, use_cache=False)
+            return torch.stack(seen)
+
+        return _in_batches(tokens_BS, asked, done)
 
 
 # ---------------------------------------------------------------- what is shown

@@ -16,7 +16,7 @@ from vqmoe_ds.config.load import load_config, parse_override, preset_names
 from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.planning.hardware import MOST_RANKS, NETWORK_GBPS, PROCESSORS, Cluster, find_processor
 from vqmoe_ds.runtime.errors import ConfigError, reports_errors
-from vqmoe_ds.runtime.files import check_target, write_atomically
+from vqmoe_ds.runtime.files import check_targets, write_atomically
 
 if TYPE_CHECKING:
     from vqmoe_ds.planning.layouts import Plan
@@ -71,8 +71,7 @@ _BLOCKS_A_SECOND = 30
 def main(options: argparse.Namespace) -> int:
     """Print the plan, or in one sentence why there is none; the exit code."""
     _check_numbers(options)
-    check_target("--json", None if options.json == "-" else options.json)
-    check_target("--figure", options.figure)
+    check_targets({"--json": None if options.json == "-" else options.json, "--figure": options.figure})
     cluster = cluster_of(options)
     loaded = load_config(options.preset, options.config, dict(parse_override(text) for text in options.set))
     loaded.print_notes()

@@ -10,7 +10,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -137,6 +137,25 @@ def check_target(option: str, path: str | Path | None) -> None:
     else:
         return
     raise ConfigError(f"{option} {path} {reason}; name a file in a folder that exists")
+
+
+def check_targets(targets: Mapping[str, str | None], sources: Iterable[str | None] = ()) -> None:
+    """``check_target`` for every output of a command; none may be another, or a file that it reads.
+
+    Args:
+        targets: files by the option that names each.
+        sources: files and folders that are read.
+
+    Raises:
+        ConfigError: one could not be written, or would be written over.
+    """
+    taken = {os.path.realpath(source): "a file that is read" for source in sources if source is not None}
+    for option, path in targets.items():
+        check_target(option, path)
+        if path is not None:
+            if use := taken.get(os.path.realpath(path)):
+                raise ConfigError(f"{option} {path} is also {use}, which would be written over; name another file")
+            taken[os.path.realpath(path)] = f"that of {option}"
 
 
 def sync_folder(folder: Path) -> None:
