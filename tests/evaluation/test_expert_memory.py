@@ -23,6 +23,7 @@ from vqmoe_ds.checkpoint.formats.megatron.writer import export_megatron
 from vqmoe_ds.checkpoint.formats.portable import write_portable
 from vqmoe_ds.checkpoint.io.archive import Stored
 from vqmoe_ds.checkpoint.load_model import load_model
+from vqmoe_ds.checkpoint.reader import Piece
 from vqmoe_ds.evaluation.generate import Sampling, generate
 from vqmoe_ds.evaluation.generate_command import build_parser, main
 from vqmoe_ds.models.transformer import MoETransformer
@@ -162,6 +163,34 @@ def test_experts_that_do_not_fit_are_read_past_the_cache_where_the_file_system_c
             assert torch.equal(loaded.model(tokens_of())[0], whole.model(tokens_of())[0])
         loaded.close()
         assert bool(usual) != (beyond and direct)
+
+
+class _Stretches:
+    """A reader of one parameter, in one piece or in none."""
+
+    def __init__(self, path: Path, values: torch.Tensor, whole: bool) -> None:
+        path.write_bytes(values.numpy().tobytes())
+        self.values, self.whole, self.read_counts = values, whole, list[int]()
+        self.stored = Stored(str(path), 0, values.dtype, (len(values),))
+
+    def pieces(self, _name: str) -> list[Piece]:
+        return [Piece(0, len(self.values), self.stored, 0)] if self.whole else []
+
+    def read(self, _name: str, _kind: str, start: int, count: int) -> torch.Tensor:
+        self.read_counts.append(count)
+        return self.values[start : start + count]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("size", [5, 1 << 14, (1 << 20) + 7424])
+def test_experts_of_any_size_are_converted_in_stretches(tmp_path, size, whole, dtype, cached):
+    reader: Any = _Stretches(tmp_path / "values", torch.randn(3 + 2 * size), whole)
+    out = torch.empty(size, dtype=dtype)
+    load_experts._fill(out, reader, "name", 3 + size, cached)
+    assert torch.equal(out, reader.values[3 + size :].to(dtype))
+    assert reader.read_counts == ([] if whole else [size]), "whoever has no pieces puts an expert together at once"
 
 
 def test_checkpoints_of_other_formats_are_read_in_place(tmp_path, left):

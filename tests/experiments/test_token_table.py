@@ -11,15 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.huggingface import ModelReader
 from tests.prepared import write_texts
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf
+from vqmoe_ds.checkpoint.formats.portable import write_portable
+from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.commands import usage
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.data.tokenizers import ByteTokenizer
 from vqmoe_ds.evaluation.probe import visit_layers
 from vqmoe_ds.experiments import token_table
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe import token_tables
 from vqmoe_ds.moe.routers.token_table import NAME, read_table
+from vqmoe_ds.runtime import memory
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError
+from vqmoe_ds.runtime.files import new_folder
 
 VOCAB, EXPERTS, LAYERS = 600, 8, 3
 
@@ -247,6 +254,76 @@ def test_embeddings_of_any_hugging_face_folder(tmp_path: Path, name: str) -> Non
     save_file({"vision.pos_embed.weight": torch.randn(90, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has none of embed_tokens.weight, wte.weight, .* so its embeddings"):
         token_table.read_embeddings(str(tmp_path))
+
+
+def _saved(folder: Path, broken: bool = False) -> Path:
+    """A model whose vocabulary is larger than that of its tokenizer."""
+    config = RunConfig(
+        model={"vocab_size": 320, "layers": 2, "width": 16, "heads": 2, "sequence_length": 12},
+        data={"tokenizer_sha256": ByteTokenizer().checksum},
+        codebook={"source": "token_embedding", "num_codes": 8},
+        moe={"num_experts": 4, "expert_hidden": 8, "top_k": 0},
+    )
+    model = MoETransformer(config).requires_grad_(False)
+    if broken:
+        model.embed.weight[5, 3] = torch.nan
+    with new_folder(folder, False) as into:
+        write_portable(ModelReader(model), into)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return _saved(tmp_path / "model")
+
+
+@pytest.mark.parametrize("method", ["random", "round_robin", "embedding"])
+def test_a_table_is_as_long_as_the_vocabulary_of_its_model(model: Path, text: Path, capsys: Any, method: str) -> None:
+    words = [model, "--method", method, "--experts", "4", "--layers", "2", "--data", text, "--tokenizer", "bytes"]
+    code, printed, said = _made(capsys, *words, "--out", text.parent / "t.safetensors")
+    assert code == 0 and "2 layer(s), 320 token ids" in printed, said
+
+
+def test_a_hugging_face_folder_knows_its_tokenizer(model: Path, text: Path, capsys: Any) -> None:
+    """Also one that this project exported, by what it says of the training."""
+    export_hf(open_checkpoint(model), text.parent / "hf", ExportOptions(tokenizer="none"))
+    (text.parent / "words.txt").write_text("\n".join(["[UNK]", "[SEP]", "[CLS]", "[PAD]", "the", "fox"]) + "\n")
+    other = write_texts(text.parent / "corpus", ["the fox"] * 9, str(text.parent / "words.txt"))
+    given = ["--experts", "4", "--layers", "2", "--out", text.parent / "t.safetensors"]
+    for folder in (model, text.parent / "hf"):
+        assert _made(capsys, folder, *given, "--data", text, "--tokenizer", "bytes")[0] == 0
+        assert "in the ids of another tokenizer" in _refused(capsys, folder, *given, "--data", other)
+        words = ["--data", text, "--tokenizer", text.parent / "words.txt"]
+        assert "in the ids of another tokenizer" in _refused(capsys, folder, *given, *words)
+
+
+def test_embeddings_that_are_no_numbers_are_refused(text: Path, capsys: Any) -> None:
+    model = _saved(text.parent / "broken", broken=True)
+    words = ["--data", text, "--tokenizer", "bytes", "--out", text.parent / "t.safetensors"]
+    said = _refused(capsys, model, "--experts", "4", "--layers", "2", *words)
+    assert "embed.weight is no matrix of finite numbers" in said
+    assert "embeddings are no finite numbers" in _refused(capsys, model, "--method", "codes", *words)
+
+
+def test_two_experts_of_a_token_are_no_table() -> None:
+    with pytest.raises(CheckpointError, match="moe.router=hash_and_code has 2 that are known ahead"):
+        token_table.table_of_codes(MoETransformer(_config({"router": "hash_and_code"})))
+
+
+def test_a_table_that_memory_cannot_hold_is_refused(text: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 8 * 257 * 4 - 1)
+    given = ["--tokenizer", "bytes", "--experts", "4", "--layers", "2", "--data", text]
+    out = ["--out", text.parent / "t.safetensors"]
+    assert "take --method round_robin" in _refused(capsys, "--method", "random", *given, *out)
+    assert _made(capsys, "--method", "round_robin", *given, *out)[0] == 0
+
+
+def test_weights_of_the_model_are_not_written_over(model: Path, text: Path, capsys: Any) -> None:
+    (weights,) = model.glob("model*.safetensors")
+    before = weights.read_bytes()
+    given = ["--experts", "4", "--layers", "2", "--data", text, "--tokenizer", "bytes", "--out", weights]
+    assert "which would be written over; name another file" in _refused(capsys, model, *given)
+    assert weights.read_bytes() == before
 
 
 # ------------------------------------------------------------------ gates

@@ -292,6 +292,44 @@ def test_rows_have_the_gradients_of_experts_in_memory_to_the_bit(width, hidden, 
     assert torch.equal(*gradients)
 
 
+def test_an_expert_that_is_read_meanwhile_is_none_that_autograd_computes_with() -> None:
+    files = Files()
+    with opened(files, 2) as store:
+        store.expect(0, rows_of(0))
+        with store.lent(0, 0) as weights:
+            rows = torch.randn(3, WIDTH).requires_grad_()
+            out = run_on_cpu(rows, *(weights[part].unsqueeze(0) for part in PARTS), [3])
+            store.expect(1, rows_of(1))
+            until(lambda: store.reads == 2)
+            torch.autograd.grad(out.sum(), rows)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_autocast_reaches_every_thread(threads: int) -> None:
+    files, before = Files(), torch.get_num_threads()
+    stacked, stored = (kind(WIDTH, HIDDEN, EXPERTS, layer=1) for kind in (StackedExperts, StoredExperts))
+    for part in PARTS:
+        getattr(stacked, part).data = files.stacks[1][part]
+    stacked.requires_grad_(False)
+    counts = [3, 0, 200, 7, 1, 0]
+    x_PD = torch.randn(sum(counts), WIDTH, generator=torch.Generator().manual_seed(1))
+    ends_E, found = torch.tensor(counts).cumsum(0, dtype=torch.int32), []
+    torch.set_num_threads(threads)
+    try:
+        with opened(files, 2) as store:
+            stored.store = store
+            for experts in (stacked, stored):
+                rows = x_PD.clone().requires_grad_()
+                with torch.autocast("cpu", torch.bfloat16):
+                    out = experts(rows * 1, ends_E)
+                out.float().square().sum().backward()
+                found.append((out, rows.grad))
+    finally:
+        torch.set_num_threads(before)
+    (out, gradient), (others, theirs) = found
+    assert out.dtype == torch.bfloat16 and torch.equal(out, others) and torch.equal(gradient, theirs)
+
+
 def test_rows_of_no_expert_are_refused() -> None:
     files, stored = Files(), StoredExperts(WIDTH, HIDDEN, EXPERTS)
     with opened(files, 2) as store:

@@ -75,8 +75,9 @@ def bind(model: MoETransformer, store: ExpertStore) -> None:
 @torch.no_grad()
 def _fill(out: Tensor, reader: CheckpointReader, name: str, first: int, cached: bool) -> None:
     """Fill a flat tensor with a parameter's values from ``first`` on, straight from the file where types agree."""
+    pieces = reader.pieces(name)
     # In memory order alone: with strides only the whole tensor can be read.
-    for start, length, stored, begin in reader.pieces(name):
+    for start, length, stored, begin in pieces:
         if start <= first and first + len(out) <= start + length and stored.stride is None:
             begin += first - start
             if stored.dtype == out.dtype:
@@ -84,10 +85,11 @@ def _fill(out: Tensor, reader: CheckpointReader, name: str, first: int, cached: 
             values = torch.empty(min(CHUNK, len(out)), dtype=stored.dtype)
             for part in out.split(CHUNK):
                 _read(stored, begin, values[: len(part)], cached)
-                _convert(part, values)
+                _convert(part, values[: len(part)])
                 begin += len(part)
             return None
-    for part in out.split(CHUNK):
+    # A reader without pieces puts whole experts together at every call.
+    for part in out.split(CHUNK if pieces else len(out)):
         _convert(part, reader.read(name, "fp32", first, len(part)))
         first += len(part)
 
@@ -99,5 +101,5 @@ def _read(stored: Stored, start: int, out: Tensor, cached: bool) -> None:
 
 
 def _convert(out: Tensor, values: Tensor) -> None:
-    for here, there in zip(out.split(_SERIAL), values.split(_SERIAL), strict=False):
+    for here, there in zip(out.split(_SERIAL), values.split(_SERIAL), strict=True):
         here.copy_(there)

@@ -6,8 +6,8 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -207,7 +207,7 @@ def _score(
         path = from_first(open_checkpoint(path).path if place.rank == 0 else None)
     loaded = load_model(path, args.tokenizer, args.ep_size, ep_rank, device, args.precision, memory, images=True)
     if loaded.config.model.image_size:
-        with closing(loaded):
+        with _closing(loaded, console):
             return _score_images(args, loaded, place, console)
     refuse_images(loaded, args.data)
     _refuse_options_of_images(args)
@@ -220,13 +220,19 @@ def _score(
         console.say(f"{place.world_size} ranks score {args.checkpoint}")
     started = time.monotonic()
     progress = Passes(console.err, hidden=console.rank != 0)
-    with closing(loaded):
+    with _closing(loaded, console):
         result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
-    if loaded.store is not None:
-        console.say(loaded.store.summary())
     result.setting["data"] = args.data or "the run's own"
     result.setting["split"] = args.split
     return result, time.monotonic() - started
+
+
+@contextmanager
+def _closing(loaded: LoadedModel, console: Console) -> Iterator[None]:
+    with closing(loaded):
+        yield
+    if loaded.store is not None:
+        console.say(loaded.store.summary())
 
 
 def _refuse_options_of_images(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
+from vqmoe_ds.checkpoint.formats.huggingface.folder import TRAINING, run_config
 from vqmoe_ds.checkpoint.io.safetensors_io import Entry, write_safetensors
 from vqmoe_ds.checkpoint.io.shards import entry_of, read_weights
 from vqmoe_ds.checkpoint.load_model import load_model, require_tokenizer
@@ -35,7 +35,8 @@ from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe import token_tables
 from vqmoe_ds.moe.routers.token_table import NAME
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, DataError, reports_errors
-from vqmoe_ds.runtime.files import check_target
+from vqmoe_ds.runtime.files import check_targets
+from vqmoe_ds.runtime.memory import check_room
 
 BOUNDS = {
     "seed": (0, (1 << 32) - 1),
@@ -109,7 +110,8 @@ def _check(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out} must end in .safetensors")
-    check_target("--out", out)
+    weights = [] if args.model is None else list(Path(args.model).rglob("*.safetensors"))
+    check_targets({"--out": args.out}, [*map(str, weights), *(args.data or [])])
     if args.form == "gate" and (args.names.count("{}") != 1 or any(c in args.names.replace("{}", "") for c in "{}")):
         raise ConfigError(f"--names {args.names} must have {{}} once, for the number of the layer, and no other braces")
     for name, (least, most) in BOUNDS.items():
@@ -141,11 +143,20 @@ def _make(args: argparse.Namespace) -> Made:
     if args.method == "embedding":
         with sound(args.model):
             embeddings_VD = read_embeddings(args.model)
-    vocab = args.vocab_size if embeddings_VD is None else len(embeddings_VD)
-    if vocab is None:
+    if embeddings_VD is not None:
+        vocab = len(embeddings_VD)
+    elif args.vocab_size is not None:
+        vocab = args.vocab_size
+    elif args.model is None:
         vocab = _tokenizer(args).vocab_size
+    else:
+        with sound(args.model):  # it may have more ids than its tokenizer
+            vocab = find_embeddings(args.model)[1][0]
     if args.experts > vocab:
         raise ConfigError(f"--experts {args.experts} are more than the {vocab} token ids; give at most one for each")
+    if args.method != "round_robin":  # the others compare every token with every expert
+        remedy = "give fewer --experts, or take --method round_robin"
+        check_room(8 * vocab * args.experts, f"a table of {vocab:,} token ids", remedy, ConfigError)
     counts_V, shape = _counts(args, vocab), (args.experts, args.layers)
     if not counts_V.any():
         raise DataError(f"--data {' '.join(args.data)} holds no tokens, by which a table is balanced; name a text")
@@ -165,13 +176,16 @@ def table_of_codes(model: MoETransformer) -> Tensor:
     Raises:
         CheckpointError: its codes look at more, or it has none.
     """
-    book = model.config.codebook
+    book, moe = model.config.codebook, model.config.moe
+    if moe.facts.told_rows > 1:
+        raise CheckpointError(
+            f"a table holds one expert per token, and moe.router={moe.router} has {moe.facts.told_rows} that are known "
+            "ahead; make a table for router.path by another --method"
+        )
     if model.token_table_LV is not None and model.token_table_LV.dim() == 2:
         return model.token_table_LV.clone()
     if model.bank is None or model.source is None or book.source is not CodeSource.TOKEN_EMBEDDING:
-        looks = (
-            f"codebook.source={book.source.value}" if model.bank is not None else f"router {model.config.moe.router}"
-        )
+        looks = f"codebook.source={book.source.value}" if model.bank is not None else f"router {moe.router}"
         raise CheckpointError(
             f"a table holds routes that follow from the token alone (codebook.source=token_embedding), and this model "
             f"has {looks}"
@@ -179,6 +193,8 @@ def table_of_codes(model: MoETransformer) -> Tensor:
     # All ids as one sequence, for ``token_embedding`` looks at no neighbours.
     ids_1V = torch.arange(model.config.model.vocab_size).unsqueeze(0)
     z_VC = model.bank.prepare(model.source(ids_1V, model.embed(ids_1V)).flatten(0, 1))
+    if not z_VC.isfinite().all():
+        raise CheckpointError("the model's embeddings are no finite numbers; take another checkpoint")
     return model.bank.experts_of(model.bank.lookup_all(z_VC))
 
 
@@ -188,24 +204,34 @@ def read_embeddings(path: str) -> Tensor:
     Raises:
         CheckpointError: nothing there that can be read.
     """
+    name, shape, read = find_embeddings(path)
+    embeddings = read().view(shape).float()
+    if embeddings.dim() != 2 or not embeddings.isfinite().all():
+        raise CheckpointError(
+            f"{path}: {name} is no matrix of finite numbers, a row for each token; take another checkpoint"
+        )
+    return embeddings
+
+
+def find_embeddings(path: str) -> tuple[str, tuple[int, ...], Callable[[], Tensor]]:
+    """Name, shape and reading of the input embeddings of a model, as of ``read_embeddings``.
+
+    Raises:
+        CheckpointError: there are none, or they are quantised.
+    """
     if not _is_hf(path):
         reader = open_checkpoint(path)
         shape = reader.shapes.get("embed.weight")
         if shape is None:
             raise CheckpointError(f"{path} has no embeddings of tokens; give a language model")
-        return reader.read("embed.weight", "fp32", 0, math.prod(shape)).view(shape)
+        return "embed.weight", shape, lambda: reader.read("embed.weight", "fp32", 0, math.prod(shape))
     weights = read_weights(Path(path))
     named = (name for end in EMBEDDINGS for name in sorted(weights, key=len) if f".{name}".endswith(f".{end}"))
     if (name := next(named, None)) is None:
         raise CheckpointError(f"{path} has none of {', '.join(EMBEDDINGS)}, so its embeddings are not known")
     if not weights[name].dtype.is_floating_point:
         raise CheckpointError(f"{path} holds {name} as whole numbers, as quantised weights are; dequantise it first")
-    embeddings = weights[name].whole().float()
-    if embeddings.dim() != 2 or not embeddings.isfinite().all():
-        raise CheckpointError(
-            f"{path}: {name} is no matrix of finite numbers, a row for each token; take another checkpoint"
-        )
-    return embeddings
+    return name, weights[name].shape, weights[name].whole
 
 
 def _is_hf(path: str) -> bool:
@@ -226,10 +252,12 @@ def _tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 
 def _checksum(args: argparse.Namespace) -> str | None:
-    """Checksum of the tokenizer whose ids the table is for: of our MODEL's, or else of the one named."""
-    noted = None
-    if args.model is not None and not _is_hf(args.model):
+    """Checksum of the tokenizer whose ids the table is for: of MODEL's, or else of the one named."""
+    noted, folder = None, Path(args.model or "")
+    if args.model is not None and (not _is_hf(args.model) or (folder / TRAINING).exists()):
         noted = open_checkpoint(args.model).config.get("data", {}).get("tokenizer_sha256")
+    elif args.model is not None and (folder / "tokenizer.json").exists():
+        noted = load_tokenizer(folder / "tokenizer.json").checksum
     if noted in (None, UNKNOWN) and args.tokenizer is not None:
         return load_tokenizer(args.tokenizer).checksum
     return None if noted == UNKNOWN else noted

@@ -231,8 +231,9 @@ class ExpertStore:
         try:
             while (job := self._next()) is not None:
                 (layer, expert), part, room = job
-                # Outside the lock, as it takes long; a room with unread parts is given to nobody else.
-                self.source.fetch(layer, expert, part, room.weights[part])
+                # Outside the lock, as it takes long; a room with unread parts is given to nobody else. As data: rooms
+                # are views of one tensor, by whose count of versions autograd would take all of them for changed.
+                self.source.fetch(layer, expert, part, room.weights[part].data)
                 with self._lock:
                     room.unread -= 1
                     if not room.unread:
@@ -330,8 +331,15 @@ class StoredExperts(StackedExperts):
         out_PD: Tensor = _StoredRows.apply(x_PD.contiguous(), self, rows_E)
         return out_PD
 
-    def each(self, rows_E: list[int], job: Callable[[slice, Callable[[Tensor], Tensor]], None]) -> None:
+    def each(
+        self, rows_E: list[int], job: Callable[[slice, Callable[[Tensor], Tensor]], None], cast: torch.dtype | None
+    ) -> None:
         """Call ``job(mine, expert)`` with the rows of every expert that has any, and the expert as a function.
+
+        Args:
+            rows_E: rows of each expert.
+            job: called on several threads.
+            cast: type that autocast has for products; None where it is off.
 
         Raises:
             CheckpointError: an expert could not be read.
@@ -343,7 +351,9 @@ class StoredExperts(StackedExperts):
             e = needed[index]
             with self.store.lent(self.layer, e) as weights:
                 w1, w2, w3 = (weights[part].unsqueeze(0) for part in PARTS)
-                job(slice(ends[e], ends[e + 1]), lambda rows: run_on_cpu(rows, w1, w2, w3, [rows_E[e]]))
+                # It belongs to a thread, and this may be a helper's or autograd's.
+                with torch.autocast("cpu", cast, enabled=cast is not None):
+                    job(slice(ends[e], ends[e + 1]), lambda rows: run_on_cpu(rows, w1, w2, w3, [rows_E[e]]))
 
         self.store.expect(self.layer, rows_E)
         try:
@@ -358,14 +368,15 @@ class _StoredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, experts: StoredExperts, rows_E: list[int]) -> Tensor:
-        out_PD = torch.empty_like(x_PD)
+        cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        out_PD = torch.empty_like(x_PD, dtype=cast)
 
         def run(mine: slice, expert: Callable[[Tensor], Tensor]) -> None:
             out_PD[mine] = expert(x_PD[mine])
 
-        experts.each(rows_E, run)
+        experts.each(rows_E, run, cast)
         ctx.save_for_backward(x_PD)
-        ctx.experts, ctx.rows_E = experts, rows_E
+        ctx.experts, ctx.rows_E, ctx.cast = experts, rows_E, cast
         return out_PD
 
     @staticmethod
@@ -378,7 +389,7 @@ class _StoredRows(torch.autograd.Function):
                 rows = x_PD[mine].detach().requires_grad_()
                 (gx_PD[mine],) = torch.autograd.grad(expert(rows), rows, g_PD[mine])
 
-        ctx.experts.each(ctx.rows_E, run)
+        ctx.experts.each(ctx.rows_E, run, ctx.cast)
         return gx_PD, None, None
 
 
