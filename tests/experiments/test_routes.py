@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -237,9 +238,9 @@ def test_another_model_is_told_from_the_same_at_another_step(monkeypatch, model,
         shape = {"vocab_size": 257, "layers": 3, "width": 12, "heads": 2, "sequence_length": 16, **model}
         moe = {"router": "topk", "num_experts": num_experts, "expert_hidden": 10}
         config = RunConfig(model=shape, moe=moe, data={"tokenizer_sha256": checksum})
-        return LoadedModel(config, MoETransformer(config).eval(), None, 0, Path(), "portable")
+        return LoadedModel(config, MoETransformer(config).eval(), None, 0, Path("two"), "portable")
 
-    ours = loaded({}, "a" * 64)
+    ours = dataclasses.replace(loaded({}, "a" * 64), path=Path("one"))
     other = loaded(model, theirs.get("tokenizer_sha256"), theirs.get("num_experts", 4))
     models = {"one": ours, "two": other}
     monkeypatch.setattr(routes, "load_routed", lambda path, *_given: models[path])

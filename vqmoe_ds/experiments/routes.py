@@ -121,20 +121,11 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
     # Before the ways, which cannot fail any more: what they take long to find would be lost.
     for other in args.others:
         if other.endswith(SUFFIX):
-            found.append(against(*_recorded(other, loaded, args.tokens), other, apart))
-            continue
-        theirs = load_routed(other, args.tokenizer)
-        if difference := _difference(loaded, theirs, tokens_BS):
-            raise CheckpointError(f"{other} is another model than {args.model}: {difference}")
-        routes_LTR = routes_of(theirs.model, tokens_BS, say(other, len(tokens_BS)))
-        # Where k grows over a run, a token of an earlier checkpoint has fewer experts; elsewhere it is another model.
-        if theirs.config.moe.router == moe.router and len(routes_LTR) == len(reference_LTR):
-            routes_LTR, reference = padded(routes_LTR, reference_LTR), padded(reference_LTR, routes_LTR)
+            pair = _recorded(other, loaded, args.tokens)
         else:
-            reference = reference_LTR
-        if routes_LTR.shape != reference.shape:
-            raise CheckpointError(f"{other} is another model than {args.model}: other layers or experts per token")
-        found.append(against(reference, routes_LTR, other, apart))
+            theirs = load_routed(other, args.tokenizer)
+            pair = _of_another(theirs, loaded, tokens_BS, reference_LTR, say(other, len(tokens_BS)))
+        found.append(against(*pair, other, apart))
     ways = [against(reference_LTR, _routes_by(way, loaded, tokens_BS, say), way, apart) for way in args.ways]
     return [*ways, *found]
 
@@ -146,6 +137,23 @@ def _check_way(way: str, config: RunConfig) -> None:
     elif way != "bf16":
         library("transformers", f"--ways {way}")
         hf_options(config, "vqmoe" if way == "hf" else way)
+
+
+def _of_another(
+    theirs: LoadedModel, ours: LoadedModel, tokens_BS: Tensor, ours_LTR: Tensor, done: Callable[[int], Any]
+) -> tuple[Tensor, Tensor]:
+    """Routes of our model and of another checkpoint of it, of one shape."""
+    difference = _difference(ours, theirs, tokens_BS)
+    if difference is None:
+        theirs_LTR = routes_of(theirs.model, tokens_BS, done)
+        mine, other = ours.config.moe, theirs.config.moe
+        # Where k grows over a run, tokens of an earlier checkpoint have fewer experts; else it is another model.
+        if (mine.router, mine.top_k) == (other.router, other.top_k):
+            ours_LTR, theirs_LTR = padded(ours_LTR, theirs_LTR), padded(theirs_LTR, ours_LTR)
+        if ours_LTR.shape == theirs_LTR.shape:
+            return ours_LTR, theirs_LTR
+        difference = "other layers or experts per token"
+    raise CheckpointError(f"{theirs.path} is another model than {ours.path}: {difference}")
 
 
 def padded(routes_LTR: Tensor, other_LTR: Tensor) -> Tensor:
