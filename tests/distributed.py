@@ -15,6 +15,7 @@ import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -27,6 +28,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -85,6 +87,15 @@ def import_what_engines_import() -> None:
     gc.freeze()  # ZeRO-3 collects garbage at every start: what stands here need not be walked again
 
 
+def take_own_bars() -> None:
+    """In a fork: a lock of its own for progress bars, without the thread that looks after them in the parent.
+
+    The lock that tqdm makes is shared with forks, and stays held for good where one is killed while it has it.
+    """
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor = None
+
+
 def _gather(answers: list[Connection], deadline: float, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(answers):
@@ -116,6 +127,7 @@ def _rank_main(
 ) -> None:
     faulthandler.dump_traceback_later(max(1.0, timeout - 2), file=sys.__stderr__)
     warnings.simplefilter("ignore")
+    take_own_bars()
     try:
         torch.set_num_threads(1)
         torch.manual_seed(1000 + rank)

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.distributed import import_what_engines_import
+from tests.distributed import import_what_engines_import, take_own_bars
 
 _CHANGED_BY_PYTEST = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 
@@ -117,6 +117,7 @@ def _become(words: list[str], environment: dict[str, str], prepare: Callable[[],
 def _forget_the_tests(environment: dict[str, str]) -> None:
     """Streams, signals, warnings, logging and modules as in a new interpreter."""
     gc.enable()
+    take_own_bars()
     faulthandler.disable()
     signal.set_wakeup_fd(-1)
     for number in _CHANGED_BY_PYTEST:

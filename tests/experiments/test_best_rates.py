@@ -64,14 +64,18 @@ def test_the_grid_of_norms_is_the_wide_size_of_the_verdict_with_and_without():
     assert len(runs_of(norms, Path("out"))) == 72, "as the header counts them"
 
 
-def test_the_grid_of_128_experts_is_the_end_of_the_scaling_grid_but_for_the_rate():
+def test_the_grid_of_128_experts_is_the_end_of_the_scaling_grid_but_for_the_rate_and_the_norm():
     scaling, many = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("scaling", "expert-rates"))
     known = {entry.name: entry for entry in scaling.entries}
-    assert all(entry == known[entry.name] for entry in many.entries) and len(many.entries) == 3
+    norm = {"moe.output_norm": True}
+    for entry in many.entries:
+        assert entry.group == known[entry.name].group
+        assert {**entry.overrides, **norm} == {**known[entry.name].overrides, **norm}
+    assert len(many.entries) == 3
     (text,) = scaling.corpora.values()
     for rate, fields in zip((0.003, 0.006, 0.012), many.corpora.values(), strict=True):
         assert fields == {**text, "train.learning_rate": rate}
-        assert {**many.overrides, "train.learning_rate": 0.006} == scaling.overrides
+        assert {**many.overrides, "train.learning_rate": 0.006} == {**scaling.overrides, **norm}
     assert (len(runs_of(many, Path("out"))), len(many.entries) * 3) == (18, 9), "as the header counts them"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.runtime.errors import ConfigError
 from vqmoe_ds.runtime.ranks import from_first
-from vqmoe_ds.train.pretrain import choose_run_dir, fit_to_tokenizer
+from vqmoe_ds.train.pretrain import _greeting, choose_run_dir, fit_to_tokenizer
 
 CHECKSUM = "0123456789abcdef" * 4
 
@@ -33,6 +34,23 @@ def test_the_vocabulary_follows_the_data_and_may_be_set_larger(tmp_path):
     assert (raw.model.vocab_size, raw.data.tokenizer_sha256) == (256, None)
     again = _fit(tmp_path, 8192, CHECKSUM, data__tokenizer_sha256=CHECKSUM, model__vocab_size=8192).run
     assert again == run, "a config.yaml that a run wrote gives the same run"
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "overrides", "told"),
+    [
+        (256, {}, False),
+        (8192, {}, True),
+        (8192, {"codebook__source": "token_embedding"}, False),
+        (8192, {"moe__router": "hash_and_code"}, False),
+        (8192, {"moe__router": "topk"}, False),
+    ],
+)
+def test_a_run_on_words_is_told_what_suits_them(tmp_path, vocab_size, overrides, told):
+    config = _fit(tmp_path, vocab_size, CHECKSUM, **overrides)
+    data = SimpleNamespace(summary=lambda: "words")
+    hints = [line for line in _greeting(config, data, tmp_path) if line.startswith("hint: ")]
+    assert len(hints) == told and all("8,192 token ids" in hint for hint in hints)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,11 @@ class RouterFacts:
         """
 
     @classmethod
+    def hint(cls, run: RunConfig) -> str | None:
+        """What a training is told at its start that would suit its data better; None: nothing."""
+        return None
+
+    @classmethod
     def looks_ahead(cls, options: Any) -> LooksAhead | None:
         """The reason for which the experts of a token may depend on later tokens; None where they do not."""
         return None

@@ -227,10 +227,12 @@ def steps_done(folder: Path) -> int:
 
 def _greeting(config: EngineConfig, data: TrainingData, run_dir: Path) -> list[str]:
     moe, run = config.run.moe, config.run
+    hint = moe.facts.hint(run)
     route = f"{moe.router}, {moe.num_experts} experts, {run.model.layers} layers of width {run.model.width}"
     return [
         f"VQMoE pretraining: {route}; {config.world_size} rank(s), EP {config.ep_size}, "
         f"{config.sharing}ZeRO-{config.zero_stage}, {config.precision}",
         f"data: {data.summary()}; run folder: {run_dir}",
         *([data.note] if isinstance(data, RawText) and data.note else []),
+        *([] if hint is None else [f"hint: {hint}"]),
     ]

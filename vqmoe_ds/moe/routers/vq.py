@@ -15,6 +15,9 @@ from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import Routing, RoutingContext, mean_of_all
 from vqmoe_ds.moe.routers.dual import DualRouter
 
+WORDS = 1000
+"""Token ids from which most stretches of two and three are rare."""
+
 
 @register_router("vq")
 class VQRouter(DualRouter):
@@ -105,6 +108,17 @@ class VQRouter(DualRouter):
     @classmethod
     def known_ahead(cls, run: RunConfig) -> bool:
         return run.codebook.source not in (CodeSource.LAYER_STATE, CodeSource.EARLY_BLOCK)
+
+    @classmethod
+    def hint(cls, run: RunConfig) -> str | None:
+        words, several = run.model.vocab_size, run.codebook.source is CodeSource.CONTEXT
+        if run.model.image_size or words < WORDS or not several:
+            return None
+        return (
+            f"codes of several tokens (codebook.source=context) suit bytes; with {words:,} token ids those of single "
+            "ones did better (token_embedding), and moe.router=hash_and_code with moe.output_norm=true best "
+            "(docs/results.md)"
+        )
 
     # ------------------------------------------------------------ routing
 
