@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace) -> list[Comparison]:
     moe = loaded.config.moe
     apart = moe.facts.uses_codebook and loaded.config.rows_per_token > 1
     found = []
-    # Before the ways, which cannot fail any more: what they take long to find would be lost.
+    # Before the ways, which were checked: what they take long to find would be lost by an error here.
     for other in args.others:
         if other.endswith(SUFFIX):
             pair = _recorded(other, loaded, args.tokens)
@@ -219,6 +219,10 @@ def _routes_by(way: str, loaded: LoadedModel, tokens_BS: Tensor, say: Passes) ->
     return routes_of_export(loaded, way, tokens_BS, done)
 
 
+def _untold(windows: int) -> None:
+    """Stands where nobody is told how many windows were read."""
+
+
 def _in_batches(tokens_BS: Tensor, run: Callable[[Tensor], Tensor], done: Callable[[int], Any]) -> Tensor:
     """What ``run`` gives for a few windows at a time, ``[L, T, R]``: the logits of all would take the memory."""
     found = []
@@ -243,7 +247,7 @@ def _heard(model: Any, run: Callable[[], Any]) -> Tensor:
 
 
 @torch.no_grad()
-def routes_of(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = lambda windows: None) -> Tensor:
+def routes_of(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = _untold) -> Tensor:
     """Experts of every token in one forward pass over each window, int64 ``[L, T, R]``.
 
     Args:
@@ -255,7 +259,7 @@ def routes_of(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = lambda
 
 
 @torch.no_grad()
-def routes_with_cache(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = lambda windows: None) -> Tensor:
+def routes_with_cache(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] = _untold) -> Tensor:
     """As ``routes_of``, each token read alone after those before it, as at generation."""
 
     def decode(batch_BS: Tensor) -> Tensor:
@@ -267,9 +271,7 @@ def routes_with_cache(model: Any, tokens_BS: Tensor, done: Callable[[int], Any] 
 
 
 @torch.no_grad()
-def routes_of_export(
-    loaded: LoadedModel, arch: str, tokens_BS: Tensor, done: Callable[[int], Any] = lambda windows: None
-) -> Tensor:
+def routes_of_export(loaded: LoadedModel, arch: str, tokens_BS: Tensor, done: Callable[[int], Any] = _untold) -> Tensor:
     """As ``routes_of``, of the Hugging Face export: our class, or stock Mixtral where it computes the model."""
     transformers = library("transformers", f"--ways {arch}")
     with tempfile.TemporaryDirectory() as folder:

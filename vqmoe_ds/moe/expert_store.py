@@ -19,7 +19,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +36,6 @@ PARTS = ("w1", "w2", "w3")
 """Matrices of an expert, each read on its own, so that even a single expert is read by several threads."""
 Key = tuple[int, int]
 """(MoE layer, expert)."""
-NEVER = (-1, -1)
-"""Place in the order of use, (layer, place), of an expert that nobody expects."""
 
 
 def part_shapes(width: int, hidden: int) -> dict[str, tuple[int, int]]:
@@ -76,8 +73,8 @@ class Source(NamedTuple):
 class Room:
     """One expert's weights in memory, and who needs them."""
 
-    def __init__(self, key: Key, place: Key, weights: dict[str, Tensor]) -> None:
-        self.key, self.place, self.weights = key, place, weights
+    def __init__(self, key: Key, weights: dict[str, Tensor]) -> None:
+        self.key, self.weights = key, weights
         self.unread, self.users = len(PARTS), 0
 
 
@@ -149,11 +146,7 @@ class ExpertStore:
         """Read the experts of a layer that have rows, those with most first; replaces what was expected of it."""
         order = in_order_of_use(rows_E)
         with self._lock:
-            self._forget(layer)
             self._expected[layer] = {expert: place for place, expert in enumerate(order)}
-            for expert, place in self._expected[layer].items():
-                if (room := self._held.get((layer, expert))) is not None:
-                    room.place = layer, place
             self._start()
             self._work.notify_all()
 
@@ -165,7 +158,7 @@ class ExpertStore:
     def forget(self, layer: int) -> None:
         """Expect nothing more of a layer."""
         with self._lock:
-            self._forget(layer)
+            self._expected.pop(layer, None)
             # One reader is enough: whoever begins an expert wakes the others for its parts.
             self._work.notify()
 
@@ -193,7 +186,6 @@ class ExpertStore:
                 self._used[key] += 1
                 self._held.move_to_end(key)
                 self._expected.get(layer, {}).pop(expert, None)
-                room.place = NEVER
                 self._work.notify()
 
     def close(self) -> None:
@@ -204,11 +196,6 @@ class ExpertStore:
             self._ready.notify_all()
         for thread in self._threads:
             thread.join()
-
-    def _forget(self, layer: int) -> None:
-        for expert in self._expected.pop(layer, ()):
-            if (room := self._held.get((layer, expert))) is not None:
-                room.place = NEVER
 
     def _check(self) -> None:
         if self._error is not None:
@@ -268,26 +255,29 @@ class ExpertStore:
 
     def _make_room(self, key: Key) -> bool:
         """Give an expected expert a room; False where all are taken by what is used before it, or at this moment."""
-        layer, expert = key
-        place = layer, self._expected[layer][expert]
         if self._free:
             weights = self._free.pop()
         else:
             # What is being read or is lent out keeps its room: somebody writes to it or computes with it.
             idle = [room for room in self._held.values() if not room.unread | room.users]
-            unexpected = [room for room in idle if room.place is NEVER]
-            last = max(idle, key=attrgetter("place"), default=None)
-            # min() takes the first of equals, and the first held is the least recently used.
-            if unexpected:  # by use and not by recency: a pass over all layers would sweep the frequent ones away
-                gone = min(unexpected, key=lambda room: self._used[room.key])
-            elif last is not None and last.place > place:
-                gone = last
+            unexpected = [room for room in idle if room.key[1] not in self._expected.get(room.key[0], ())]
+            if unexpected:
+                # By use and not by recency: a pass over all layers would sweep the frequent ones away. min() takes the
+                # first of equals, and the first held is the least recently used.
+                gone = min(unexpected, key=lambda room: self._used[room.key]).key
             else:
-                return False
-            weights = self._held.pop(gone.key).weights
-        self._held[key] = Room(key, place, weights)
+                gone = max((room.key for room in idle), key=self._place, default=key)
+                if self._place(gone) <= self._place(key):
+                    return False
+            weights = self._held.pop(gone).weights
+        self._held[key] = Room(key, weights)
         self.most_held = max(self.most_held, len(self._held))
         return True
+
+    def _place(self, key: Key) -> Key:
+        """Layer and place of an expected expert in the order of use."""
+        layer, expert = key
+        return layer, self._expected[layer][expert]
 
 
 def in_order_of_use(rows_E: list[int]) -> list[int]:

@@ -90,11 +90,11 @@ class VQMoEExperts(nn.Module):
         inverse_M = torch.empty_like(order_M).scatter_(0, order_M, places_M)
         rows_MD = x_TD.index_select(0, order_M // routes)
         if discrete_offset_TD is not None:
-            last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
-            rows_MD = torch.where(last_M1, rows_MD + discrete_offset_TD[order_M // routes], rows_MD)
+            offset_MD = discrete_offset_TD[order_M // routes]
+            rows_MD = torch.where(_last_rows(order_M, routes), rows_MD + offset_MD, rows_MD)
         if self.config.expert_input_norm and self.config.router == "vq":
-            last_M1 = (order_M % routes == routes - 1).unsqueeze(1)
-            rows_MD = torch.where(last_M1, F.layer_norm(rows_MD, rows_MD.shape[-1:]), rows_MD)
+            normed_MD = F.layer_norm(rows_MD, rows_MD.shape[-1:])
+            rows_MD = torch.where(_last_rows(order_M, routes), normed_MD, rows_MD)
         # bincount would make the host wait for the device.
         ends_N = torch.searchsorted(ids_M, torch.arange(len(self.gate_proj), device=ids_M.device), right=True)
         tracing = (torch.compiler.is_compiling() or torch.jit.is_tracing()) and grouped_linear is not None
@@ -169,6 +169,11 @@ class VQMoEExperts(nn.Module):
         """Draw initial weights."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             init.normal_(weight, std=std)
+
+
+def _last_rows(order_M: Tensor, routes: int) -> Tensor:
+    """Which sorted rows are the last of their tokens, bool ``[M, 1]``."""
+    return (order_M % routes == routes - 1).unsqueeze(1)
 
 
 class VQMoECodebook(nn.Module):
