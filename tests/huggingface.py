@@ -66,6 +66,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"gated": False, "moe_every": 2},
     ),
     "hash and code, normed": ({"router": "hash_and_code", "output_norm": True, "shared_experts": 1}, {}, {}),
+    "hash of n-grams": ({"router": "hash_ngrams"}, {}, {}),
+    "hash of n-grams, three, normed": ({"router": "hash_ngrams", "output_norm": True}, {}, {"ngrams": 3}),
+    "hash of n-grams, ungated, sliding window": (
+        {"router": "hash_ngrams", "shared_experts": 1},
+        {},
+        {"gated": False, "ngrams": 4, "sliding_window": 4, "moe_every": 2},
+    ),
+    "hash of n-grams, one": ({"router": "hash_ngrams"}, {}, {"ngrams": 1}),
     "hash of tokens, normed": ({"router": "hash_token", "output_norm": True}, {}, {}),
     "top-2, normed": ({"router": "topk", "top_k": 2, "output_norm": True, "input_norm": True}, {}, {}),
     "context, normed": ({"output_norm": True}, {"num_codes": 9}, {}),
@@ -83,8 +91,7 @@ def config_of(case: str, vocab: int = VOCAB, length: int = LENGTH) -> RunConfig:
     moe, book, shape = CASES[case]
     model = {"vocab_size": vocab, "layers": 4, "width": 24, "heads": 2, "sequence_length": length, **shape}
     router = {"softmax_over": model.pop("softmax_over", "auto")}
-    if "gated" in model:
-        router["gated"] = model.pop("gated")
+    router |= {name: model.pop(name) for name in ("gated", "ngrams") if name in model}
     return RunConfig(model=model, moe={"num_experts": 4, "expert_hidden": 12, **moe}, codebook=book, router=router)
 
 

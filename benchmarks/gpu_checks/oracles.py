@@ -164,7 +164,7 @@ def _router_errors(bench: Bench, dtype: torch.dtype, router: str) -> dict[str, f
 def _one_step(layer: MoELayer, x_TD: Tensor, direction_TD: Tensor, step: int) -> dict[str, Tensor | None]:
     device = layer.experts.w1.device
     generator = torch.Generator().manual_seed(step)
-    rows = layer.config.moe.facts.told_rows
+    rows = layer.config.moe.facts.told_rows(layer.config.options)
     shape = (TOKENS,) if rows == 1 else (TOKENS, rows)
     ids = {
         name: torch.randint(0, high, size, generator=generator).to(device)

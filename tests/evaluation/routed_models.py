@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hash_context": {"moe": {"top_k": 0}},
     "hash_context, dual": {"moe": {"top_k": 1}},
     "hash_and_code": {},
+    "hash_ngrams": {},
     "topk_context": {"moe": {"top_k": 2}, "codebook": {"context_window": 4}},
     "topk_frozen": {"moe": {"top_k": 2}},
     "online_kmeans": {"moe": {"top_k": 2}},

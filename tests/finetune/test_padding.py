@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hash_token": {"moe.router": "hash_token"},
     "hash_context": {"moe.router": "hash_context", "moe.top_k": 1},
     "hash_and_code": {"moe.router": "hash_and_code"},
+    "hash_ngrams": {"moe.router": "hash_ngrams", "router.ngrams": 3},
     "topk_context": {"moe.router": "topk_context", "moe.top_k": 2},
     "topk_frozen": {"moe.router": "topk_frozen", "moe.top_k": 2},
     "expert_choice": {"moe.router": "expert_choice", "moe.top_k": 2},

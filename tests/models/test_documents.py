@@ -36,7 +36,9 @@ def test_a_packed_document_has_the_logits_of_the_document_alone(case: str) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["vq", "hash_context", "hash_and_code", "topk_context", "position embedding", "topk"])
+@pytest.mark.parametrize(
+    "case", ["vq", "hash_context", "hash_and_code", "hash_ngrams", "topk_context", "position embedding", "topk"]
+)
 def test_every_row_has_documents_of_its_own(case: str) -> None:
     model, tokens_BS = build(case), tokens_of(rows=2)
     rows = [SIZES, (2, LENGTH - 2)]

@@ -215,7 +215,7 @@ def test_embeddings_stand_for_tokens_unless_routes_need_the_tokens(case: str, pa
 def test_a_cache_that_cannot_tell_of_earlier_tokens_is_refused(pairs: dict[str, Pair]) -> None:
     with torch.no_grad():
         cache = pairs["top-2"][1](tokens_of(), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cache holds nothing of what this model's codes look back at"):
+        with pytest.raises(ValueError, match="cache holds nothing of what this model's routes look back at"):
             pairs["context"][1](tokens_of()[:, :1], past_key_values=cache)
         sliding = DynamicCache(config=MistralConfig(num_hidden_layers=4, sliding_window=4))
         with pytest.raises(ValueError, match="use a DynamicCache or a StaticCache"):
@@ -270,7 +270,8 @@ def test_a_fresh_model_learns() -> None:
 
 
 def test_options_that_are_not_known_are_refused() -> None:
-    with pytest.raises(ValueError, match="router='magic' is not one of vq, topk, hash_token, hash_and_code, dense"):
+    known = "vq, topk, hash_token, hash_and_code, hash_ngrams, dense"
+    with pytest.raises(ValueError, match=f"router='magic' is not one of {known}"):
         VQMoEConfig(router="magic")
     for groups, source in ((3, "context"), (2, "early_block")):
         with pytest.raises(ValueError, match=f"code_groups={groups} must divide num_experts=16, and needs code_source"):
@@ -287,8 +288,9 @@ def test_two_experts_that_are_known_ahead_need_codes_that_are(source: str, group
 def test_the_card_tells_of_two_experts_and_of_norms(tmp_path: Path) -> None:
     every, code = "A LayerNorm follows every expert.", "A LayerNorm follows the expert of the code."
     for case, told in (
-        ("hash and code", ["a learned two-way gate mixes both"]),
-        ("hash and code, ungated, averaged table", ["both count alike", every]),
+        ("hash and code", ["a learned 2-way gate mixes them"]),
+        ("hash and code, ungated, averaged table", ["all count alike", every]),
+        ("hash of n-grams, three, normed", ["by fixed hashes of the last token", "a learned 3-way gate", every]),
         ("hash of tokens, normed", ["gives every token id one expert", every]),
         ("top-2, normed", [every]),
         ("as released", [code]),

@@ -189,7 +189,14 @@ class TestLayerState(_Suite, unittest.TestCase):
     options: ClassVar[dict[str, Any]] = {"router": "vq", "code_source": "layer_state", "num_codes": 8}
 
 
-class TestHashAndCode(_Suite, unittest.TestCase):
+class _HashSuite(_Suite):
+    def test_inputs_embeds(self) -> None:
+        self.skipTest("the table of experts needs ids of tokens: inputs_embeds are refused (tests/models/test_hf.py)")
+
+    test_inputs_embeds_matches_input_ids = test_inputs_embeds
+
+
+class TestHashAndCode(_HashSuite, unittest.TestCase):
     """With the norm that follows every expert."""
 
     options: ClassVar[dict[str, Any]] = {
@@ -200,7 +207,6 @@ class TestHashAndCode(_Suite, unittest.TestCase):
         "expert_output_norm": True,
     }
 
-    def test_inputs_embeds(self) -> None:
-        self.skipTest("the table of experts needs ids of tokens: inputs_embeds are refused (tests/models/test_hf.py)")
 
-    test_inputs_embeds_matches_input_ids = test_inputs_embeds
+class TestHashNGrams(_HashSuite, unittest.TestCase):
+    options: ClassVar[dict[str, Any]] = {"router": "hash_ngrams", "ngrams": 3}

@@ -26,10 +26,11 @@ def _layer(case: str, shared: int, layer: int = 0, gate: bool = False, norm: boo
 
 
 def _context(case: str) -> RoutingContext | None:
-    known_T, router = torch.arange(12), ROUTERS[case][0]["router"]
-    if router in ("vq", "topk"):
+    known_T, (moe, options) = torch.arange(12), ROUTERS[case]
+    if moe["router"] in ("vq", "topk"):
         return None
-    rows = MoEConfig(router=router).facts.told_rows
+    config = LayerConfig(16, MoEConfig(**moe), options)
+    rows = config.moe.facts.told_rows(config.options)
     told = known_T % 8 if rows == 1 else known_T.view(-1, 1).expand(-1, rows) % 8
     return RoutingContext(token_ids_T=known_T, expert_ids_T=told, source_TD=torch.randn(12, 16))
 

@@ -150,7 +150,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(overrides: dict[str, Any], part
 def test_export_names_the_router_it_does_not_know() -> None:
     for router in routers():
         reason = why_not_exported(_config(router).moe)
-        exported = router in ("vq", "topk", "hash_token", "hash_and_code", "token_table", "dense")
+        exported = router in ("vq", "topk", "hash_token", "hash_and_code", "hash_ngrams", "token_table", "dense")
         assert (reason is None) is exported
         assert exported or f"moe.router={router} is not among" in str(reason)
     assert why_not_exported(_config("vq", input_norm=True, output_norm=True).moe) is None
@@ -158,5 +158,6 @@ def test_export_names_the_router_it_does_not_know() -> None:
     assert transformers
     from vqmoe_ds.models.hf import VQMoEConfig
 
-    with pytest.raises(ValueError, match="router='xmoe' is not one of vq, topk, hash_token, hash_and_code, dense"):
+    known = "vq, topk, hash_token, hash_and_code, hash_ngrams, dense"
+    with pytest.raises(ValueError, match=f"router='xmoe' is not one of {known}"):
         VQMoEConfig(router="xmoe")

@@ -318,16 +318,17 @@ def test_hash_context(top_k: int) -> None:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_hash_and_code(gated: bool) -> None:
-    layer = _layer("hash_and_code", 1, gated=gated)
-    told_TR = torch.stack([_ids(EXPERTS), _ids(EXPERTS).flip(0)], dim=1)
+@pytest.mark.parametrize("router, told", [("hash_and_code", 2), ("hash_ngrams", 3)])
+def test_experts_that_are_told(router: str, told: int, gated: bool) -> None:
+    layer = _layer(router, 1, gated=gated, **({"ngrams": told} if router == "hash_ngrams" else {}))
+    told_TR = torch.stack([_ids(EXPERTS).roll(7 * place) for place in range(told)], dim=1)
 
     def reference(weights: dict[str, Tensor], x_TD: Tensor) -> tuple[oracle.Rows, Tensor]:
-        weights_T2 = torch.ones(len(x_TD), 2, dtype=torch.float64)
+        weights_TR = torch.ones(len(x_TD), told, dtype=torch.float64)
         if gated:
-            powers_T2 = (x_TD @ weights["gate.weight"].T + weights["gate.bias"]).exp()
-            weights_T2 = powers_T2 / powers_T2.sum(dim=1, keepdim=True)
-        rows = [list(zip(ids, ours, strict=True)) for ids, ours in zip(told_TR.tolist(), weights_T2, strict=True)]
+            powers_TR = (x_TD @ weights["gate.weight"].T + weights["gate.bias"]).exp()
+            weights_TR = powers_TR / powers_TR.sum(dim=1, keepdim=True)
+        rows = [list(zip(ids, ours, strict=True)) for ids, ours in zip(told_TR.tolist(), weights_TR, strict=True)]
         return rows, torch.zeros((), dtype=torch.float64)
 
     _compare(layer, reference, RoutingContext(told_TR))
@@ -562,5 +563,5 @@ def test_state_stays_in_full_precision_and_evaluation_and_skipped_steps_leave_no
 def test_every_router_is_here() -> None:
     here = {name for name in routers() if f"test_{name}" in globals()}
     others = {"vq", "dense", "hash_token", "token_table", "random_frozen", "smoe_dropout", "adaptive_clustering"}
-    others |= {"softmoe_ac"}
+    others |= {"softmoe_ac", "hash_and_code", "hash_ngrams"}
     assert here | others == set(routers())

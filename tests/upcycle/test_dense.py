@@ -39,6 +39,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "probabilities of all experts": {"moe.top_k": 3, "moe.num_experts": 3, "router.softmax_over": "all"},
     "hash": {"moe.router": "hash_token"},
     "hash and code": {"moe.router": "hash_and_code", "moe.num_experts": 5},
+    "hash of n-grams": {"moe.router": "hash_ngrams", "router.ngrams": 3, "moe.num_experts": 5},
     "every second block": {"model.moe_every": 2},
     "after the first block": {"model.dense_layers": 1},
     "dense again": {"moe.router": "dense"},

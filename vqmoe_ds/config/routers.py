@@ -72,8 +72,6 @@ class RouterFacts:
     """Whether it reads the vectors of ``codebook.source`` (``RoutingContext.source_TD``), though it has no codes."""
     uses_token_table: ClassVar[bool] = False
     """Whether ``token_table`` of its class names the experts of every token."""
-    told_rows: ClassVar[int] = 1
-    """Rows per token whose experts it is told where they are known ahead (``RoutingContext.expert_ids_T``)."""
     needs_token_ids: ClassVar[bool] = False
     """Whether experts follow from the ids of tokens, which patches of images do not have."""
     is_stock: ClassVar[bool] = False
@@ -110,6 +108,11 @@ class RouterFacts:
         return max(1, moe.top_k)
 
     @classmethod
+    def told_rows(cls, options: Any) -> int:
+        """Rows per token whose experts it is told where they are known ahead (``RoutingContext.expert_ids_T``)."""
+        return 1
+
+    @classmethod
     def calls_per_token(cls, run: RunConfig) -> int:
         """``rows_per_token``, where it also goes by the length of sequences."""
         return cls.rows_per_token(run.moe, run.router)
@@ -143,8 +146,13 @@ class RouterFacts:
         return None
 
     @classmethod
+    def table_shape(cls, run: RunConfig, layers: int) -> tuple[int, ...]:
+        """Shape of ``token_table``."""
+        return layers, run.model.vocab_size
+
+    @classmethod
     def experts_of(cls, table: Any, ids_BS: Any, num_experts: int, positions_BS: Any = None) -> Any:
-        """Experts of tokens by ``token_table``, int64 ``[L, B, S]``.
+        """Experts of tokens by ``token_table``, int64 ``[L, B, S]``, or ``[L, B, S, R]`` where it names several.
 
         A router that looks back must look at no more tokens than ``positions_BS``, those of the same document before a
         token; None: the whole sequence is one document.

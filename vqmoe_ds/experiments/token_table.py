@@ -177,10 +177,11 @@ def table_of_codes(model: MoETransformer) -> Tensor:
         CheckpointError: its codes look at more, or it has none.
     """
     book, moe = model.config.codebook, model.config.moe
-    if moe.facts.told_rows > 1:
+    told = moe.facts.told_rows(model.config.router)
+    if told > 1:
         raise CheckpointError(
-            f"a table holds one expert per token, and moe.router={moe.router} has {moe.facts.told_rows} that are known "
-            "ahead; make a table for router.path by another --method"
+            f"a table holds one expert per token, and moe.router={moe.router} has {told} that are known ahead; make a "
+            "table for router.path by another --method"
         )
     if model.token_table_LV is not None and model.token_table_LV.dim() == 2:
         return model.token_table_LV.clone()

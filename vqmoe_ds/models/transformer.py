@@ -312,18 +312,19 @@ class MoETransformer(nn.Module):
             # The blocks up to the source look at the embedding.
             tokens_M = real_tokens(tokens.computed_BS, real_M)
             return self._plan_from_source(real_tokens(embedded_BSD, real_M), tokens_M, end_block=book.source_block + 1)
-        # In this order, table and code: `HashAndCodeRouter` weighs the columns by place.
+        # In this order, table and code: `KnownExpertsRouter` weighs the columns by place.
         known = [] if self.token_table_LV is None else [self._by_table(tokens, real_M)]
         if self.bank is not None and facts.known_ahead(self.config):
-            known.append(self._look_up(*self._source_of(tokens, embedded_BSD, cache, real_M)))
-        return self._plans(torch.stack(known, dim=-1), self.moe_blocks) if known else {}
+            known.append(self._look_up(*self._source_of(tokens, embedded_BSD, cache, real_M)).unsqueeze(-1))
+        return self._plans(torch.cat(known, dim=-1), self.moe_blocks) if known else {}
 
     def _by_table(self, tokens: _Tokens, real_M: Tensor | None) -> Tensor:
-        """Experts that the table of token ids names, int64 ``[L, M]``; without the ``earlier`` tokens."""
+        """Experts that the table of token ids names, int64 ``[L, M, R]``; without the ``earlier`` tokens."""
         moe = self.config.moe
-        experts_LBS = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
-        experts_LT = experts_LBS[..., tokens.earlier :].flatten(1)
-        return experts_LT if real_M is None else experts_LT[:, real_M]
+        experts = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
+        experts_LTR = experts[:, :, tokens.earlier :].flatten(1, 2)
+        experts_LTR = experts_LTR.unsqueeze(-1) if experts_LTR.dim() == 2 else experts_LTR
+        return experts_LTR if real_M is None else experts_LTR[:, real_M]
 
     def _source_of(
         self, tokens: _Tokens, embedded_BSD: Tensor, cache: Cache | None = None, real_M: Tensor | None = None

@@ -176,12 +176,12 @@ class SeenTokens:
         """Whether each token sees the one ``steps`` before it, padding aside, ``[1 or B, S]``."""
         if self.unknown:
             raise ValueError(
-                "this model's codes look back at the tokens that a token sees: give a mask that is a tensor"
+                "this model's routes look back at the tokens that a token sees: give a mask that is a tensor"
             )
         there = (self.places_S >= steps).unsqueeze(0)
         if self.mask_BSP is not None and self.first > 0 and self.mask_BSP.shape[2] - self.places_S.shape[0] < steps:
             raise ValueError(
-                "this model's codes look back further than its sliding window, and a mask [batch, 1, new, past + new] "
+                "this model's routes look back further than its sliding window, and a mask [batch, 1, new, past + new] "
                 "tells nothing of what the cache has forgotten: use a DynamicCache and a mask [batch, past + new]"
             )
         if self.mask_BSP is not None:
@@ -190,6 +190,10 @@ class SeenTokens:
             # roll wraps around, and compares the first tokens with the last: `there` hides those.
             return there & (self.documents_BS == self.documents_BS.roll(steps, dims=1))
         return there
+
+    def before(self, known: Tensor, steps: int) -> Tensor:
+        """What is known of the tokens ``steps`` before the new ones, of ``[B, P + S, D]``; see ``back``."""
+        return known.index_select(1, (self.places_S - steps).clamp_min(0))
 
     def _check_pairs(self, batch: int, past: int | Tensor) -> None:
         assert self.mask_BSP is not None

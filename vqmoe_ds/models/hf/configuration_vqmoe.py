@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-ROUTERS = ("vq", "topk", "hash_token", "hash_and_code", "dense")
-WITH_CODES, WITH_TABLE = ("vq", "hash_and_code"), ("hash_token", "hash_and_code")
+ROUTERS = ("vq", "topk", "hash_token", "hash_and_code", "hash_ngrams", "dense")
+WITH_CODES, WITH_TABLE = ("vq", "hash_and_code"), ("hash_token", "hash_and_code", "hash_ngrams")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 QK_NORMS = ("none", "heads", "full")
 POOLS = ("mean", "last")
@@ -37,9 +37,11 @@ class VQMoEConfig(PretrainedConfig):
         moe_every: an MoE layer in every n-th block (1: all, 2: every second).
         first_k_dense_replace: first blocks that have none.
         router: ``vq`` (codes, beside a linear router where ``num_experts_per_tok`` > 0), ``topk``, ``hash_token``
-            (experts from a table of token ids), ``hash_and_code`` (one by the table, one by the code) or ``dense`` (no
-            experts).
-        pair_gate: whether the two experts of ``hash_and_code`` are weighted by a softmax of the token's state.
+            (experts from a table of token ids), ``hash_and_code`` (one by the table, one by the code), ``hash_ngrams``
+            (one by a hash of the token, one by a hash of it and the one before, and so on) or ``dense`` (no experts).
+        ngrams: experts of each token under ``hash_ngrams``.
+        pair_gate: whether the experts of ``hash_and_code`` and ``hash_ngrams`` are weighted by a softmax of the token's
+            state.
         expert_input_norm: whether the expert of the code sees a LayerNorm of its input (router ``vq``).
         expert_output_norm: whether a LayerNorm follows every expert; with ``vq`` that of the code alone.
         num_experts: experts of a layer.
@@ -100,6 +102,7 @@ class VQMoEConfig(PretrainedConfig):
         shared_expert_gate: bool = False,
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool | None = None,
+        ngrams: int = 2,
         pair_gate: bool = True,
         expert_input_norm: bool = False,
         expert_output_norm: bool = False,
@@ -187,6 +190,7 @@ class VQMoEConfig(PretrainedConfig):
         self.shared_expert_gate = shared_expert_gate
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
+        self.ngrams = ngrams
         self.pair_gate = pair_gate
         self.expert_input_norm = expert_input_norm
         self.expert_output_norm = expert_output_norm

@@ -8,6 +8,7 @@ V vocabulary, W context window, C classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,9 @@ class VQMoEModel(VQMoEPreTrainedModel):
         # `from_pretrained(dtype=...)` casts tensors as it loads them, past `VQMoECodebook._apply`; strict: to bfloat16,
         # too.
         self._keep_in_fp32_modules_strict = [f"codebook.{name}" for name, t in tables.items() if t.is_floating_point()]
-        shape = len(config.moe_blocks), config.vocab_size
+        # hash_ngrams has a table for every place of every window.
+        places = [config.ngrams * (config.ngrams + 1) // 2] if config.router == "hash_ngrams" else []
+        shape = len(config.moe_blocks), *places, config.vocab_size
         table = torch.empty(shape, dtype=torch.int64) if config.router in WITH_TABLE else None
         self.register_buffer("token_table", table)
         self.reset_table()
@@ -219,9 +222,9 @@ class VQMoEModel(VQMoEPreTrainedModel):
         """Experts by token id; always alike, so that all processes start from one model."""
         if self.token_table is not None:
             generator = torch.Generator().manual_seed(0)
-            layers, length = self.token_table.shape
-            drawn = [torch.randperm(length, generator=generator, device="cpu") for _ in range(layers)]
-            init.copy_(self.token_table, torch.stack(drawn) % self.config.num_experts)
+            *shape, length = self.token_table.shape
+            drawn = [torch.randperm(length, generator=generator, device="cpu") for _ in range(math.prod(shape))]
+            init.copy_(self.token_table, torch.stack(drawn).view_as(self.token_table) % self.config.num_experts)
 
     @torch.no_grad()
     def resize_tables(self) -> None:
@@ -231,10 +234,10 @@ class VQMoEModel(VQMoEPreTrainedModel):
         """
         length = self.config.vocab_size
         if self.token_table is not None:
-            old = self.token_table.shape[1]
+            *shape, old = self.token_table.shape
             more = torch.arange(old, max(old, length), device=self.token_table.device)
-            more_LV = (more % self.config.num_experts).expand(len(self.token_table), -1)
-            self.token_table = torch.cat([self.token_table[:, :length], more_LV], dim=1)
+            more_LV = (more % self.config.num_experts).expand(*shape, -1)
+            self.token_table = torch.cat([self.token_table[..., :length], more_LV], dim=-1)
         if self.codebook is not None and self.codebook.source_table is not None:
             table_VD = self.codebook.source_table
             new = torch.arange(len(table_VD), max(len(table_VD), length), device=self.device)
@@ -263,11 +266,15 @@ class VQMoEModel(VQMoEPreTrainedModel):
     def _routes_ahead(
         self, input_ids: Tensor | None, x_BSD: Tensor, seen: SeenTokens, past_key_values: Cache | None
     ) -> dict[int, Tensor]:
-        """Experts that follow from the tokens alone by block, ``[T]``, or by table and code ``[T, 2]``."""
+        """Experts that follow from the tokens alone by block, ``[T]``, or where they are several ``[T, R]``."""
         codes = self._codes_ahead(input_ids, x_BSD, seen, past_key_values)
         if self.token_table is None or input_ids is None:
             return codes
-        table = dict(zip(self.config.moe_blocks, self.token_table[:, input_ids.flatten()], strict=True))
+        if self.config.router == "hash_ngrams":
+            experts = self._experts_of_ngrams(input_ids, seen, past_key_values)
+        else:
+            experts = self.token_table[:, input_ids.flatten()]
+        table = dict(zip(self.config.moe_blocks, experts, strict=True))
         return {
             block: torch.stack([table[block], codes[block].to(table[block].device)], -1) for block in codes
         } or table
@@ -303,15 +310,32 @@ class VQMoEModel(VQMoEPreTrainedModel):
         """``sum_j decay^j roll(u_{t-j}, j)`` over those of the last W tokens that a token sees, ``[B, S, D]``."""
         if seen.kept_BS is not None:
             unit_BSD = unit_BSD * seen.kept_BS.unsqueeze(-1)
-        earlier = unit_BSD
-        if past_key_values is not None:
-            earlier = source_layer(past_key_values, self.config.sliding_window is not None).remember(unit_BSD)
-        mixed_BSD = unit_BSD.clone()
+        earlier, mixed_BSD = self._with_earlier(unit_BSD, past_key_values), unit_BSD.clone()
         for back in range(1, self.config.context_window):
-            places_S = (seen.places_S - back).clamp_min(0)
-            window_BSD = earlier.index_select(1, places_S) * seen.back(back).unsqueeze(-1)
+            window_BSD = seen.before(earlier, back) * seen.back(back).unsqueeze(-1)
             mixed_BSD += self.config.context_decay**back * torch.roll(window_BSD, shifts=back, dims=-1)
         return mixed_BSD
+
+    def _experts_of_ngrams(self, input_ids: Tensor, seen: SeenTokens, past_key_values: Cache | None) -> Tensor:
+        """``(sum_j T_{n,j}[token_{t-j}]) mod N`` over those of the last n tokens that a token sees, ``[L, T, R]``."""
+        assert self.token_table is not None
+        # Ids count from 1 here: 0 is padding, as in the vectors of `_context`.
+        numbers_BS = input_ids + 1 if seen.kept_BS is None else (input_ids + 1) * seen.kept_BS
+        earlier, sums = self._with_earlier(numbers_BS.unsqueeze(-1), past_key_values), []
+        for last in range(self.config.ngrams):
+            tables = self.token_table[:, last * (last + 1) // 2 :]
+            sum_LBS = tables[:, 0][:, input_ids]
+            for back in range(1, last + 1):
+                numbers_BS = seen.before(earlier, back).squeeze(-1) * seen.back(back)
+                sum_LBS = sum_LBS + tables[:, back][:, (numbers_BS - 1).clamp_min(0)] * numbers_BS.gt(0)
+            sums.append(sum_LBS)
+        return torch.stack(sums, dim=-1).flatten(1, 2) % self.config.num_experts
+
+    def _with_earlier(self, new_BSD: Tensor, past_key_values: Cache | None) -> Tensor:
+        """What is known of the tokens, after what the cache holds of those before: ``[B, P + S, D]``, or more."""
+        if past_key_values is None:
+            return new_BSD
+        return source_layer(past_key_values, self.config.sliding_window is not None).remember(new_BSD)
 
 
 def _share(labels: Tensor, num_items_in_batch: Any) -> Any:

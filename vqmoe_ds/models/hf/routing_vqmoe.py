@@ -285,11 +285,12 @@ class VQMoEGate(nn.Linear):
 
 
 class VQMoESparseMLP(nn.Module):
-    """Experts under the routers ``vq``, ``topk``, ``hash_token`` and ``hash_and_code``.
+    """Experts under the routers ``vq``, ``topk``, ``hash_token``, ``hash_and_code`` and ``hash_ngrams``.
 
     ``y = g_c sum_i p_i E_i(x) + g_d E_{map(k)}(q)`` with ``k`` the nearest code, ``g`` the two-way softmax gate and
     ``q = x + c (v_k - x)``; one of the two paths may be missing. ``hash_and_code``: ``g_1 E_{hash(token)}(x) + g_2
-    E_{map(k)}(x)``. Shared experts are added for every token.
+    E_{map(k)}(x)``; ``hash_ngrams``: ``sum_n g_n E_{hash of the last n tokens}(x)``. Shared experts are added for every
+    token.
     """
 
     def __init__(self, config: VQMoEConfig, layer: int) -> None:
@@ -298,9 +299,8 @@ class VQMoESparseMLP(nn.Module):
         linear = config.router == "topk" or (config.router == "vq" and config.num_experts_per_tok > 0)
         self.gate = VQMoEGate(config) if linear else None
         self.path_gate = nn.Linear(config.hidden_size, 2) if linear and config.router == "vq" else None
-        self.pair_gate = (
-            nn.Linear(config.hidden_size, 2) if config.router == "hash_and_code" and config.pair_gate else None
-        )
+        told = {"hash_and_code": 2, "hash_ngrams": config.ngrams}.get(config.router, 1)
+        self.pair_gate = nn.Linear(config.hidden_size, told) if told > 1 and config.pair_gate else None
         self.experts = VQMoEExperts(config)
         hidden = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = VQMoEMLP(config.hidden_size, hidden) if hidden else None
@@ -384,11 +384,11 @@ def _mean(rows_T: Tensor, kept_T: Tensor | None) -> Tensor:
     return rows_T.masked_fill(~kept, 0).sum(dim=0) / kept_T.sum().clamp_min(1)
 
 
-# ---------------------------------------------------------------- what codes look back at
+# ---------------------------------------------------------------- what routes look back at
 
 
 class _Sources:
-    """A first layer of the cache that keeps, beside keys and values, the vectors that later codes look back at.
+    """A first layer of the cache that keeps, beside keys and values, the vectors or ids that later routes look back at.
 
     So they follow the cache wherever beam search reorders it, speculative decoding crops it or a batch is expanded.
     """
@@ -483,11 +483,13 @@ def source_layer(cache: Cache, sliding: bool = False) -> _Sources:
     if not isinstance(first, _Sources):
         if type(first) not in _LAYERS or (first.is_sliding and not sliding):
             raise ValueError(
-                f"this model's codes look back at earlier tokens, which a {type(first).__name__} cannot keep: "
+                f"this model's routes look back at earlier tokens, which a {type(first).__name__} cannot keep: "
                 "use a DynamicCache or a StaticCache"
             )
         if first.is_initialized and int(first.get_seq_length()):
-            raise ValueError("the cache holds nothing of what this model's codes look back at: fill it with this model")
+            raise ValueError(
+                "the cache holds nothing of what this model's routes look back at: fill it with this model"
+            )
         kind: Any = _LAYERS[type(first)]
         # Without __init__ and with the state of the layer itself: a static one may have its memory already.
         cache.layers[0] = kind.__new__(kind)

@@ -21,6 +21,7 @@ from vqmoe_ds.moe.routers import (  # noqa: F401  # isort: skip  # in the order 
     token_table,
     hash_context,
     hash_and_code,
+    hash_ngrams,
     online_kmeans,
     expert_choice,
     adaptive_clustering,

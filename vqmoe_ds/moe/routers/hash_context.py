@@ -13,6 +13,7 @@ from vqmoe_ds.config.routers import register_router
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.routers.base import Routing, RoutingContext, TopKOptions
 from vqmoe_ds.moe.routers.dual import DualRouter
+from vqmoe_ds.moe.routers.hash_token import hash_of_tokens
 
 
 @register_router("hash_context")
@@ -49,22 +50,17 @@ class HashContextRouter(DualRouter):
         return int(getattr(run.router, "window", 1)) - 1
 
     @classmethod
+    def table_shape(cls, run: RunConfig, layers: int) -> tuple[int, ...]:
+        return layers, cls.looks_back(run) + 1, run.model.vocab_size
+
+    @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor:
-        generator = torch.Generator().manual_seed(run.train.seed)
-        vocab, experts, window = run.model.vocab_size, run.moe.num_experts, cls.looks_back(run) + 1
-        # The tables of the token itself come first, as those of hash_token.
-        tables = [torch.randperm(vocab, generator=generator) % experts for _ in range(window * layers)]
-        return torch.stack(tables).view(window, layers, vocab).transpose(0, 1).contiguous()
+        return tables_by_place(run, cls.table_shape(run, layers))
 
     @classmethod
     def experts_of(cls, table: Tensor, ids_BS: Tensor, num_experts: int, positions_BS: Tensor | None = None) -> Tensor:
         """Experts by a table ``[L, W, V]``, int64 ``[L, B, S]``; of places before a document nothing is added."""
-        # Indexing by a tensor copies, so the sums below leave the table as it is.
-        sums_LBS = table[:, 0][:, ids_BS]
-        for back in range(1, min(table.shape[1], ids_BS.shape[1])):
-            added_LBS = table[:, back][:, ids_BS[:, :-back]]
-            sums_LBS[..., back:] += added_LBS if positions_BS is None else added_LBS * positions_BS[:, back:].ge(back)
-        return sums_LBS % num_experts
+        return hash_of_window(table, ids_BS, positions_BS) % num_experts
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         if context.expert_ids_T is None:
@@ -74,3 +70,21 @@ class HashContextRouter(DualRouter):
             )
         aux = x_TD.new_zeros((), dtype=torch.float32)
         return self.beside(x_TD, context, Routing(context.expert_ids_T.unsqueeze(1), aux_loss=aux))
+
+
+def tables_by_place(run: RunConfig, shape: tuple[int, ...]) -> Tensor:
+    """Random balanced tables of token ids, one per layer and place, int64 of shape ``[L, P, V]``."""
+    # The tables of the first place are drawn first: they are those of hash_token.
+    layers, places, vocab = shape
+    tables = hash_of_tokens(vocab, run.moe.num_experts, places * layers, run.train.seed)
+    return tables.unflatten(0, (places, layers)).transpose(0, 1).contiguous()
+
+
+def hash_of_window(table_LWV: Tensor, ids_BS: Tensor, positions_BS: Tensor | None) -> Tensor:
+    """Sums over the last W tokens of the same document, each by the table of its place, int64 ``[L, B, S]``."""
+    # Indexing by a tensor copies, so the sums below leave the table as it is.
+    sums_LBS = table_LWV[:, 0][:, ids_BS]
+    for back in range(1, min(table_LWV.shape[1], ids_BS.shape[1])):
+        added_LBS = table_LWV[:, back][:, ids_BS[:, :-back]]
+        sums_LBS[..., back:] += added_LBS if positions_BS is None else added_LBS * positions_BS[:, back:].ge(back)
+    return sums_LBS

@@ -138,6 +138,13 @@ def _routing(config: RunConfig) -> str:
     if not moe.facts.has_experts:
         return "There are no experts: this is the dense yardstick of its family.\n"
     table = "A fixed table gives every token id one expert in every layer (Hash Layers, Roller 2021)."
+    told = moe.facts.told_rows(config.router)
+    mixed = f"a learned {told}-way gate mixes them" if moe.facts.weights_rows(config) else "all count alike"
+    if moe.facts.looks_back(config):
+        table = (
+            f"Every token has {told} experts in every layer, by fixed hashes of the last token, of the last two, and "
+            f"so on; {mixed}."
+        )
     norm = " A LayerNorm follows every expert." if moe.output_norm and not moe.facts.has_discrete_path else ""
     if moe.facts.uses_token_table and not moe.facts.uses_codebook:
         return f"{table}{norm}\n"
@@ -160,8 +167,7 @@ def _routing(config: RunConfig) -> str:
             "same in all layers, and the codes of later layers choose within it. "
         )
     if moe.facts.uses_token_table:
-        weights = "a learned two-way gate mixes both" if moe.facts.weights_rows(config) else "both count alike"
-        text = f"{table} {text}So every token has two experts, which share a layer's, and {weights}.{norm} "
+        text = f"{table} {text}So every token has two experts, which share a layer's; {mixed}.{norm} "
     elif moe.top_k:
         text += linear + " A learned two-way gate mixes the two paths, which share the experts. "
     else:

@@ -119,7 +119,7 @@ def _router_parts(config: RunConfig, ours: str, theirs: str) -> Iterator[Part]:
     if gate is not None and facts.uses_codebook:
         yield Part(theirs + "path_gate.weight", ours + "path_gate.weight")
         yield Part(theirs + "path_gate.bias", ours + "path_gate.bias")
-    if facts.told_rows == 2 and facts.weights_rows(config):
+    if facts.told_rows(config.router) > 1 and facts.weights_rows(config):
         yield Part(theirs + "pair_gate.weight", ours + "gate.weight")
         yield Part(theirs + "pair_gate.bias", ours + "gate.bias")
 
@@ -214,6 +214,7 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of our model, by its name at expert-parallel size 1."""
     model, moe = config.model, config.moe
     width, hidden, experts, inner = model.width, moe.expert_hidden, moe.num_experts, model.attention_width
+    told = moe.facts.told_rows(config.router)
     full = model.qk_norm is QKNorm.FULL
     # The first ending that fits a name counts: norms of heads end in norm.weight, too, and so stand before it.
     endings = {
@@ -235,8 +236,8 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
         "experts.w1": (experts, hidden, width),
         "experts.w2": (experts, width, hidden),
         "experts.w3": (experts, hidden, width),
-        "router.gate.weight": (2 if moe.facts.told_rows == 2 else experts, width),
-        "router.gate.bias": (2,),
+        "router.gate.weight": (told if told > 1 else experts, width),
+        "router.gate.bias": (told,),
         "continuous.gate.weight": (experts, width),
         "path_gate.weight": (2, width),
         "path_gate.bias": (2,),
@@ -260,7 +261,7 @@ def buffer_shapes(config: RunConfig, source_table: bool) -> dict[str, tuple[int,
     layers = sum(is_sparse(config, block) for block in range(model.layers))
     shapes: dict[str, tuple[int, ...]] = {}
     if moe.facts.uses_token_table:
-        shapes["model.token_table"] = (layers, model.vocab_size)
+        shapes["model.token_table"] = moe.facts.table_shape(config, layers)
     if not moe.facts.uses_codebook:
         return shapes
     codes = book.num_codes or moe.num_experts
@@ -390,6 +391,7 @@ def hf_options(config: RunConfig, arch: str, source_table: bool = False) -> dict
         "sliding_window": config.model.sliding_window or None,
         "norm_topk_prob": not weighs_over_all(config),
         "pair_gate": getattr(config.router, "gated", True),
+        "ngrams": getattr(config.router, "ngrams", 2),
         "intermediate_size": config.dense_hidden,
         "num_codes": config.codebook.num_codes or config.moe.num_experts,
         "source_table": source_table,
@@ -418,8 +420,10 @@ def run_sections(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         sections["model"]["sliding_window"] = options["sliding_window"] or 0
         sections["model"]["dense_hidden"] = options["intermediate_size"]
         sections["router"]["softmax_over"] = softmax_over_of(options["norm_topk_prob"], options["num_experts_per_tok"])
-        if options["router"] == "hash_and_code":
+        if options["router"] in ("hash_and_code", "hash_ngrams"):
             sections["router"]["gated"] = options["pair_gate"]
+        if options["router"] == "hash_ngrams":
+            sections["router"]["ngrams"] = options["ngrams"]
         sections["codebook"]["num_codes"] = options["num_codes"]
         # config.json holds no momentum, which changes no logits; above 0 the trainer keeps the table and looks at it.
         sections["codebook"]["source_momentum"] = 0.999 if options["source_table"] else 0.0

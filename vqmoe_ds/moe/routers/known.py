@@ -1,0 +1,70 @@
+"""What routers share that name several experts per token before the first block.
+
+Legend: T tokens, D width, R routed rows per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vqmoe_ds.config.fields import option
+from vqmoe_ds.config.routers import RouterOptions
+from vqmoe_ds.config.schema import MoEConfig, RunConfig
+from vqmoe_ds.moe.config import LayerConfig
+from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext
+
+
+class KnownExpertsRouter(Router):
+    """Base of routers of R told experts per token, ``y = sum_r g_r E_r(x)`` with ``g = softmax(W x)``.
+
+    Only the weights are learned; a single expert counts as 1. ``moe.top_k`` has no effect.
+    """
+
+    class Options(RouterOptions):
+        gated: bool = option(True, "weigh the experts by a softmax of the state; false: each counts as 1")
+
+    structure: ClassVar[tuple[str, ...]] = ("gated",)
+    needs_top_k = False
+    uses_token_table = True
+    needs_token_ids = True
+    told_by: ClassVar[str]
+    """Where a layer on its own gets the experts from, for who gave it none."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(config)
+        rows = self.told_rows(self.options)
+        self.gate = nn.Linear(config.width, rows) if self._weighs(self.options) else None
+
+    @classmethod
+    def _weighs(cls, options: Any) -> bool:
+        return bool(getattr(options, "gated", True)) and cls.told_rows(options) > 1
+
+    @classmethod
+    def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
+        return cls.told_rows(options)
+
+    @classmethod
+    def weights_rows(cls, run: RunConfig) -> bool:
+        return cls._weighs(run.router)
+
+    @classmethod
+    def flops(cls, run: RunConfig, layer: int) -> int:
+        return 2 * run.model.width * cls.told_rows(run.router) if cls.weights_rows(run) else 0
+
+    @classmethod
+    def known_ahead(cls, run: RunConfig) -> bool:
+        return True
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        # Column by column as `MoETransformer._routes_ahead` joins the experts, those of the table first.
+        ids, rows = context.expert_ids_T, self.told_rows(self.options)
+        ids_TR = ids.unsqueeze(1) if ids is not None and ids.dim() == 1 else ids
+        if ids_TR is None or ids_TR.shape[1] != rows:
+            raise ValueError(
+                f"the {self.name} router needs RoutingContext.expert_ids_T of {rows} column(s): {self.told_by}"
+            )
+        weights_TR = None if self.gate is None else self.gate(x_TD).float().softmax(dim=-1)
+        return Routing(ids_TR, weights_TR, x_TD.new_zeros((), dtype=torch.float32))
