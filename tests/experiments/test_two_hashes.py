@@ -22,9 +22,9 @@ def _plugin() -> Iterator[None]:
         yield
 
 
-def _experts(ids_BS: torch.Tensor, window: int = 1, layer: int = 0, seed: int = 0) -> torch.Tensor:
+def _experts(ids_BS: torch.Tensor, layer: int = 0, seed: int = 0) -> torch.Tensor:
     moe = MoEConfig(router="two_hashes", num_experts=EXPERTS, expert_hidden=8)
-    config = LayerConfig(16, moe, {"window": window}, layer=layer, seed=seed, vocab_size=VOCAB)
+    config = LayerConfig(16, moe, layer=layer, seed=seed, vocab_size=VOCAB)
     context = RoutingContext(token_ids_T=ids_BS.flatten())
     return MoELayer(config)(torch.randn(*ids_BS.shape, 16), context)[2].view(*ids_BS.shape, 2)
 
@@ -43,16 +43,3 @@ def test_each_hash_is_balanced_and_they_are_of_different_draws() -> None:
     for place, column in enumerate(columns):
         for other in columns[:place]:
             assert (column == other).float().mean() < 0.5, "chance is an eighth"
-
-
-def test_a_window_of_two_adds_the_token_before_in_its_own_sequence_and_no_later_one() -> None:
-    ids_BS = torch.randint(VOCAB, (4, 16))
-    one, two = _experts(ids_BS), _experts(ids_BS, window=2)
-    assert torch.equal(one[..., 0], two[..., 0]) and not torch.equal(one[..., 1], two[..., 1])
-    changed_BS = ids_BS.clone()
-    changed_BS[1, 5] = (changed_BS[1, 5] + 1) % VOCAB
-    differs_BS = (_experts(changed_BS, window=2) != two).any(-1)
-    assert not differs_BS[[0, 2, 3]].any() and not differs_BS[1, :5].any() and not differs_BS[1, 7:].any()
-    ends_BS = ids_BS.clone()
-    ends_BS[:3, -1] = (ends_BS[:3, -1] + 1) % VOCAB
-    assert torch.equal(_experts(ends_BS, window=2)[1:, 0], two[1:, 0]), "the sequence before is another"
