@@ -13,7 +13,6 @@ from tests.moe.choices import LAYERS, LENGTH, check_padding, check_pieces, confi
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.models import transformer
 from vqmoe_ds.models.transformer import MoETransformer
-from vqmoe_ds.moe.routers.hash_and_code import HashAndCodeRouter
 from vqmoe_ds.runtime.errors import ConfigError
 
 
@@ -39,13 +38,14 @@ def test_the_whole_dispatch_is_planned_before_the_first_block(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("by_then", ["gone", "damaged", "of another model"])
-def test_a_table_of_the_user_names_the_first_expert(by_then: str, tmp_path: Path) -> None:
-    config = config_of("hash_and_code", 1)
+@pytest.mark.parametrize("router", ["hash_and_code", "hash_ngrams"])
+def test_a_table_of_the_user_names_the_first_expert(router: str, by_then: str, tmp_path: Path) -> None:
+    config = config_of(router, 1)
     table_LV = (torch.arange(config.model.vocab_size) // 3 % config.moe.num_experts).expand(LAYERS, -1).contiguous()
     save_file({"token_table": table_LV.int()}, tmp_path / "table.safetensors")
     options = config.router.model_copy(update={"path": str(tmp_path / "table.safetensors")})
     config = config.model_copy(update={"router": options})
-    HashAndCodeRouter.check_start(config, LAYERS)
+    config.moe.facts.check_start(config, LAYERS)
     model, tokens_BS = MoETransformer(config), tokens()
     chosen = experts_of(model, tokens_BS)
     assert len(chosen) == LAYERS
@@ -60,7 +60,7 @@ def test_a_table_of_the_user_names_the_first_expert(by_then: str, tmp_path: Path
     reopened.load_state_dict(model.state_dict())
     assert all(torch.equal(*pair) for pair in zip(experts_of(reopened, tokens_BS), chosen, strict=True))
     with pytest.raises(ConfigError, match="does not exist|cannot be read|make a table for it"):
-        HashAndCodeRouter.check_start(config, LAYERS)
+        config.moe.facts.check_start(config, LAYERS)
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [5, 1, 10]])

@@ -6,12 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vqmoe_ds.config.fields import option
 from vqmoe_ds.config.routers import register_router
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.moe.routers.hash_token import hash_of_tokens
 from vqmoe_ds.moe.routers.known import KnownExpertsRouter
-from vqmoe_ds.moe.routers.token_table import given_table, read_table
 from vqmoe_ds.moe.routers.vq import VQRouter
 
 
@@ -22,9 +19,6 @@ class HashAndCodeRouter(KnownExpertsRouter):
     ``hash_token``'s balanced table, or that of ``router.path`` as ``token_table`` reads it, names the first expert and
     ``vq``'s codebook the second; only their weights are learned. ``moe.top_k`` has no effect.
     """
-
-    class Options(KnownExpertsRouter.Options):
-        path: str | None = option(None, "safetensors file with a table of token ids in place of the hash")
 
     uses_codebook = True
     exported_as = "hash_and_code"
@@ -54,12 +48,5 @@ class HashAndCodeRouter(KnownExpertsRouter):
         return VQRouter.lookup_flops(run, layer) + super().flops(run, layer)
 
     @classmethod
-    def check_start(cls, run: RunConfig, layers: int) -> None:
-        if (path := getattr(run.router, "path", None)) is not None:
-            read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
-
-    @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor:
-        if getattr(run.router, "path", None) is not None:
-            return given_table(run, layers)
-        return hash_of_tokens(run.model.vocab_size, run.moe.num_experts, layers, run.train.seed)
+        return cls.by_token(run, layers)

@@ -22,7 +22,8 @@ class HashNGramsRouter(KnownExpertsRouter):
     """``y = sum_n g_n E_{h_n}(x)`` with ``g = softmax(W x)`` and ``h_n`` a hash of the last n tokens, n = 1 to R.
 
     ``h_n = (sum_j T_{n,j}[token_{t-j}]) mod N`` over ``j < n``, with random balanced tables of every layer's and n's
-    own (simple tabulation hashing, Carter and Wegman 1979). The expert of the single token is ``hash_token``'s.
+    own (simple tabulation hashing, Carter and Wegman 1979). The expert of the single token is ``hash_token``'s, or that
+    of the table of ``router.path``.
     """
 
     class Options(KnownExpertsRouter.Options):
@@ -52,7 +53,9 @@ class HashNGramsRouter(KnownExpertsRouter):
 
     @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor:
-        return tables_by_place(run, cls.table_shape(run, layers))
+        tables = tables_by_place(run, cls.table_shape(run, layers))
+        tables[:, 0] = cls.by_token(run, layers)
+        return tables
 
     @classmethod
     def experts_of(cls, table: Tensor, ids_BS: Tensor, num_experts: int, positions_BS: Tensor | None = None) -> Tensor:

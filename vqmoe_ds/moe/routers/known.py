@@ -1,6 +1,6 @@
 """What routers share that name several experts per token before the first block.
 
-Legend: T tokens, D width, R routed rows per token.
+Legend: T tokens, D width, R routed rows per token, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from vqmoe_ds.config.routers import RouterOptions
 from vqmoe_ds.config.schema import MoEConfig, RunConfig
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext
+from vqmoe_ds.moe.routers.hash_token import hash_of_tokens
+from vqmoe_ds.moe.routers.token_table import given_table, read_table
 
 
 class KnownExpertsRouter(Router):
     """Base of routers of R told experts per token, ``y = sum_r g_r E_r(x)`` with ``g = softmax(W x)``.
 
-    Only the weights are learned; a single expert counts as 1. ``moe.top_k`` has no effect.
+    The first is that of the token alone. Only the weights are learned; a single expert counts as 1. ``moe.top_k`` has
+    no effect.
     """
 
     class Options(RouterOptions):
         gated: bool = option(True, "weigh the experts by a softmax of the state; false: each counts as 1")
+        path: str | None = option(None, "safetensors file with a table of token ids in place of the token's hash")
 
     structure: ClassVar[tuple[str, ...]] = ("gated",)
     needs_top_k = False
@@ -57,6 +61,18 @@ class KnownExpertsRouter(Router):
     @classmethod
     def known_ahead(cls, run: RunConfig) -> bool:
         return True
+
+    @classmethod
+    def check_start(cls, run: RunConfig, layers: int) -> None:
+        if (path := getattr(run.router, "path", None)) is not None:
+            read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+
+    @classmethod
+    def by_token(cls, run: RunConfig, layers: int) -> Tensor:
+        """The first expert by the token alone: the table of ``router.path``, or ``hash_token``'s, int64 ``[L, V]``."""
+        if getattr(run.router, "path", None) is not None:
+            return given_table(run, layers)
+        return hash_of_tokens(run.model.vocab_size, run.moe.num_experts, layers, run.train.seed)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         # Column by column as `MoETransformer._routes_ahead` joins the experts, those of the table first.
