@@ -37,8 +37,8 @@ from vqmoe_ds.runtime.errors import DataError, reports_errors
 TASKS = ("forward", "generate", "train")
 AFTER = ", discrete alone"
 SECTIONS: dict[str, dict[str, Any]] = {
-    "vq, both paths": {"moe.top_k": 1},
-    f"vq{AFTER}": {"moe.top_k": 0},
+    "vq, both paths": {"moe.router": "vq", "moe.top_k": 1},
+    f"vq{AFTER}": {"moe.router": "vq", "moe.top_k": 0},
     "topk, two": {"moe.router": "topk", "moe.top_k": 2},
     "topk, one": {"moe.router": "topk", "moe.top_k": 1},
     "hash_token": {"moe.router": "hash_token", "moe.top_k": 1},

@@ -123,7 +123,7 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys):
     files = ["--json", str(tmp_path / "plan.json"), "--figure", str(tmp_path / "plan.png")]
     code, out, _ = plan(capsys, "--preset", "64e", "--nodes", "2", "--ds_config", "ds_configs/zero2-ep8.json", *files)
     assert code == 0
-    assert "984,060,696 parameters stored, 106,402,584 used by a token" in out
+    assert "983,470,872 parameters stored, 105,812,760 used by a token" in out
     assert "What the times assume" in out
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["layouts"][0]["fits"]
@@ -181,7 +181,8 @@ def test_the_precision_is_that_of_the_plan_and_shared_numbers_are_those_of_the_j
 
 
 AT_EXPERTS = ["--preset", "64e", "--set", "model.heads=16", "--set", "train.sequence_parallel_size=8",
-              "--set", "codebook.groups=8", "--set", "moe.top_k=0", "--set", "train.sp_placement=expert"]  # fmt: skip
+              "--set", "codebook.groups=8", "--set", "moe.router=vq", "--set", "moe.top_k=0",
+              "--set", "train.sp_placement=expert"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
