@@ -92,9 +92,9 @@ def test_round_robin_follows_the_rank() -> None:
     assert token_tables.round_robin_table(counts_V, 3, 2).tolist() == [[2, 0, 0, 1], [0, 1, 1, 2]]
 
 
-def _config(router: dict[str, Any], path: Path | None = None) -> RunConfig:
+def _config(router: dict[str, Any], path: Path | None = None, **options: Any) -> RunConfig:
     model = {"vocab_size": VOCAB, "layers": LAYERS, "width": 16, "heads": 2, "sequence_length": 12}
-    options = {} if path is None else {"path": str(path)}
+    options |= {} if path is None else {"path": str(path)}
     return RunConfig(model=model, moe={"num_experts": EXPERTS, "expert_hidden": 8, **router}, router=options,
                      codebook={"source": "token_embedding", "num_codes": 24})  # fmt: skip
 
@@ -303,6 +303,12 @@ def test_embeddings_that_are_no_numbers_are_refused(text: Path, capsys: Any) -> 
     said = _refused(capsys, model, "--experts", "4", "--layers", "2", *words)
     assert "embed.weight is no matrix of finite numbers" in said
     assert "embeddings are no finite numbers" in _refused(capsys, model, "--method", "codes", *words)
+
+
+@pytest.mark.parametrize("router, option", [("hash_ngrams", "ngrams"), ("hash_context", "window")])
+def test_a_hash_of_the_token_alone_is_one(router: str, option: str) -> None:
+    table_LV = token_table.table_of_codes(MoETransformer(_config({"router": router}, **{option: 1})))
+    assert torch.equal(table_LV, MoETransformer(_config({"router": "hash_token"})).token_table_LV)
 
 
 def test_two_experts_of_a_token_are_no_table() -> None:

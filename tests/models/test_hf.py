@@ -290,7 +290,10 @@ def test_the_card_tells_of_two_experts_and_of_norms(tmp_path: Path) -> None:
     for case, told in (
         ("hash and code", ["a learned 2-way gate mixes them"]),
         ("hash and code, ungated, averaged table", ["all count alike", every]),
-        ("hash of n-grams, three, normed", ["by fixed hashes of the last token", "a learned 3-way gate", every]),
+        (
+            "hash of n-grams, three, normed",
+            ["and fixed hashes of the last 2 to 3 tokens; a learned 3-way gate", every],
+        ),
         ("hash of tokens, normed", ["gives every token id one expert", every]),
         ("top-2, normed", [every]),
         ("as released", [code]),

@@ -383,6 +383,12 @@ def test_special_tokens_are_declared_and_other_models_options_refused() -> None:
         ({"code_dim": -1}, "0 or more"),
         ({"context_window": 0}, "1 or more"),
         ({"code_source": "early_block", "source_block": 4}, "from 0 to 3"),
+        ({"router": "hash_ngrams", "ngrams": 0}, "ngrams=0 must be a whole number, from 1 to 8"),
+        ({"router": "hash_ngrams", "ngrams": 100_000}, "from 1 to 8"),
+        ({"router": "hash_ngrams", "ngrams": "2"}, "ngrams='2' must be a whole number"),
+        ({"router": "hash_ngrams", "ngrams": 2.0}, "ngrams=2.0 must be a whole number"),
+        ({"router": "hash_ngrams", "ngrams": True}, "ngrams=True must be a whole number"),
+        ({"num_codes": "many"}, "num_codes='many' must be a whole number, 1 or more"),
         ({"head_dim": 31}, "even"),
     ],
 )

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -177,14 +177,15 @@ def table_of_codes(model: MoETransformer) -> Tensor:
         CheckpointError: its codes look at more, or it has none.
     """
     book, moe = model.config.codebook, model.config.moe
+    ids_1V = torch.arange(model.config.model.vocab_size).unsqueeze(0)
     told = moe.facts.told_rows(model.config.router)
     if told > 1:
         raise CheckpointError(
             f"a table holds one expert per token, and moe.router={moe.router} has {told} that are known ahead; make a "
             "table for router.path by another --method"
         )
-    if model.token_table_LV is not None and model.token_table_LV.dim() == 2:
-        return model.token_table_LV.clone()
+    if model.token_table_LV is not None and not moe.facts.looks_back(model.config):
+        return cast(Tensor, moe.facts.experts_of(model.token_table_LV, ids_1V, moe.num_experts)).flatten(1)
     if model.bank is None or model.source is None or book.source is not CodeSource.TOKEN_EMBEDDING:
         looks = f"codebook.source={book.source.value}" if model.bank is not None else f"router {moe.router}"
         raise CheckpointError(
@@ -192,7 +193,6 @@ def table_of_codes(model: MoETransformer) -> Tensor:
             f"has {looks}"
         )
     # All ids as one sequence, for ``token_embedding`` looks at no neighbours.
-    ids_1V = torch.arange(model.config.model.vocab_size).unsqueeze(0)
     z_VC = model.bank.prepare(model.source(ids_1V, model.embed(ids_1V)).flatten(0, 1))
     if not z_VC.isfinite().all():
         raise CheckpointError("the model's embeddings are no finite numbers; take another checkpoint")

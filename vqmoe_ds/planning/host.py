@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
@@ -66,8 +67,8 @@ def _at_most(config: EngineConfig) -> int:
     dense = max(run.dense_hidden, moe.shared_experts * moe.expert_hidden)
     tables = 4 * (book.num_codes or moe.num_experts) + 4 * moe.num_experts + 2 * model.sequence_length
     values = model.layers * wide * (8 * wide + 4 * moe.num_experts * wide + 4 * dense + tables)
-    # Routers may keep tables of tokens, one for each token that they look back at.
-    values += model.vocab_size * (3 * wide + model.layers * (routed + 1 + moe.facts.looks_back(run)))
+    values += model.vocab_size * (3 * wide + model.layers * routed)
+    values += math.prod(moe.facts.table_shape(run, model.layers))
     tokens = config.micro_batch * model.sequence_length
     calls = max(1 + moe.top_k, run.rows_per_token)
     # Scores of experts, of slots, and of tokens by one another in the mask of separate documents.

@@ -236,10 +236,13 @@ class VQMoEConfig(PretrainedConfig):
             ("code_dim", 0, most, codes),
             ("context_window", 1, most, codes),
             ("source_block", 0, self.num_hidden_layers - 1, early),
+            ("ngrams", 1, 8, self.router == "hash_ngrams"),
         ):
-            if matters and not low <= getattr(self, name) <= high:
+            value, kinds = getattr(self, name), (int, float) if name.startswith("rope") else int
+            fits = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+            if matters and not fits:
                 upwards = f"from {low} to {high}" if high < most else f"{low} or more"
-                raise ValueError(f"{name}={getattr(self, name)} must be {upwards}")
+                raise ValueError(f"{name}={value!r} must be {'a whole number, ' * (kinds is int)}{upwards}")
         if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
         if sparse and not self.moe_blocks:

@@ -321,7 +321,9 @@ class VQMoEModel(VQMoEPreTrainedModel):
         assert self.token_table is not None
         # Ids count from 1 here: 0 is padding, as in the vectors of `_context`.
         numbers_BS = input_ids + 1 if seen.kept_BS is None else (input_ids + 1) * seen.kept_BS
-        earlier, sums = self._with_earlier(numbers_BS.unsqueeze(-1), past_key_values), []
+        # A cache need not keep what no hash looks back at.
+        cache, sums = past_key_values if self.config.ngrams > 1 else None, []
+        earlier = self._with_earlier(numbers_BS.unsqueeze(-1), cache)
         for last in range(self.config.ngrams):
             tables = self.token_table[:, last * (last + 1) // 2 :]
             sum_LBS = tables[:, 0][:, input_ids]

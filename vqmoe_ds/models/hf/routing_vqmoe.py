@@ -426,19 +426,19 @@ class _Sources:
 
 
 class VQMoEDynamicLayer(_Sources, DynamicLayer):
-    """``DynamicLayer`` with the vectors that codes look back at."""
+    """``DynamicLayer`` with what routes look back at."""
 
 
 class VQMoESlidingWindowLayer(_Sources, DynamicSlidingWindowLayer):
-    """``DynamicSlidingWindowLayer`` with the vectors that codes look back at, those of all tokens."""
+    """``DynamicSlidingWindowLayer`` with what routes look back at, of all tokens."""
 
 
 class VQMoEStaticSlidingWindowLayer(_Sources, StaticSlidingWindowLayer):
-    """``StaticSlidingWindowLayer`` with the vectors that codes look back at, which grow: codes see past the window."""
+    """``StaticSlidingWindowLayer`` with what routes look back at, which grows: routes see past the window."""
 
 
 class VQMoEStaticLayer(_Sources, StaticLayer):
-    """``StaticLayer`` with the vectors that codes look back at."""
+    """``StaticLayer`` with what routes look back at."""
 
     def remember(self, vectors_BSD: Tensor) -> Tensor:
         if self.sources is None:

@@ -28,7 +28,9 @@ class KnownExpertsRouter(Router):
 
     class Options(RouterOptions):
         gated: bool = option(True, "weigh the experts by a softmax of the state; false: each counts as 1")
-        path: str | None = option(None, "safetensors file with a table of token ids in place of the token's hash")
+        path: str | None = option(
+            None, "safetensors file with a table of token ids in place of the token's hash; read where a run starts"
+        )
 
     structure: ClassVar[tuple[str, ...]] = ("gated",)
     needs_top_k = False

@@ -141,10 +141,10 @@ def _routing(config: RunConfig) -> str:
     told = moe.facts.told_rows(config.router)
     mixed = f"a learned {told}-way gate mixes them" if moe.facts.weights_rows(config) else "all count alike"
     if moe.facts.looks_back(config):
-        table = (
-            f"Every token has {told} experts in every layer, by fixed hashes of the last token, of the last two, and "
-            f"so on; {mixed}."
-        )
+        path = getattr(config.router, "path", None)
+        first = "a fixed hash of the token" if path is None else "a fixed table of token ids"
+        more = "a fixed hash of the last two" if told == 2 else f"fixed hashes of the last 2 to {told} tokens"
+        table = f"Every token has {told} experts in every layer, by {first} and {more}; {mixed}."
     norm = " A LayerNorm follows every expert." if moe.output_norm and not moe.facts.has_discrete_path else ""
     if moe.facts.uses_token_table and not moe.facts.uses_codebook:
         return f"{table}{norm}\n"
