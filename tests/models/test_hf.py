@@ -215,11 +215,15 @@ def test_embeddings_stand_for_tokens_unless_routes_need_the_tokens(case: str, pa
 def test_a_cache_that_cannot_tell_of_earlier_tokens_is_refused(pairs: dict[str, Pair]) -> None:
     with torch.no_grad():
         cache = pairs["top-2"][1](tokens_of(), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="cache holds nothing of what this model's routes look back at"):
-            pairs["context"][1](tokens_of()[:, :1], past_key_values=cache)
         sliding = DynamicCache(config=MistralConfig(num_hidden_layers=4, sliding_window=4))
-        with pytest.raises(ValueError, match="use a DynamicCache or a StaticCache"):
-            pairs["context"][1](tokens_of()[:, :1], past_key_values=sliding)
+        for case in ("context", "hash of n-grams"):
+            with pytest.raises(ValueError, match="cache holds nothing of what this model's routes look back at"):
+                pairs[case][1](tokens_of()[:, :1], past_key_values=cache)
+            with pytest.raises(ValueError, match="use a DynamicCache or a StaticCache"):
+                pairs[case][1](tokens_of()[:, :1], past_key_values=sliding)
+        for case in ("hash of tokens", "hash of n-grams, one"):
+            pairs[case][1](tokens_of()[:, :1], past_key_values=cache)
+            pairs[case][1](tokens_of()[:, :1], past_key_values=sliding)
 
 
 @pytest.mark.parametrize("case", CASES)
