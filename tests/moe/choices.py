@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.models import transformer
 from vqmoe_ds.models.transformer import MoETransformer
 
 VOCAB, LENGTH, EXPERTS, LAYERS = 40, 16, 5, 3
@@ -51,3 +53,13 @@ def check_padding(config: RunConfig) -> None:
     whole = experts_of(model, tokens_BS)
     for kept, experts_TR in zip(experts_of(model, tokens_BS, real_BS=real_BS), whole, strict=True):
         assert torch.equal(kept, experts_TR[real_BS.flatten()])
+
+
+def check_planned_ahead(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole dispatch is planned before the first block."""
+    model, planned = MoETransformer(config), []
+    make_plans = transformer.make_plans
+    monkeypatch.setattr(transformer, "make_plans", lambda ids, *rest: planned.append(ids) or make_plans(ids, *rest))
+    chosen = experts_of(model, tokens())
+    (experts_LTR,) = planned
+    assert torch.equal(experts_LTR, torch.stack(chosen))

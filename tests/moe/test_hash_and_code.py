@@ -9,9 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.moe.choices import LAYERS, LENGTH, check_padding, check_pieces, config_of, experts_of, tokens
+from tests.moe.choices import (
+    LAYERS,
+    LENGTH,
+    check_padding,
+    check_pieces,
+    check_planned_ahead,
+    config_of,
+    experts_of,
+    tokens,
+)
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models import transformer
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -29,12 +37,7 @@ def test_one_expert_is_that_of_hash_token_and_the_other_that_of_codes(source: st
 
 
 def test_the_whole_dispatch_is_planned_before_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, planned = MoETransformer(_config()), []
-    make_plans = transformer.make_plans
-    monkeypatch.setattr(transformer, "make_plans", lambda ids, *rest: planned.append(ids) or make_plans(ids, *rest))
-    chosen = experts_of(model, tokens())
-    (experts_LTR,) = planned
-    assert torch.equal(experts_LTR, torch.stack(chosen))
+    check_planned_ahead(_config(), monkeypatch)
 
 
 @pytest.mark.parametrize("by_then", ["gone", "damaged", "of another model"])

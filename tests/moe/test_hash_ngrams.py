@@ -8,9 +8,18 @@ import pytest
 import torch
 
 from tests import router_oracle as oracle
-from tests.moe.choices import EXPERTS, LENGTH, VOCAB, check_padding, check_pieces, config_of, experts_of, tokens
+from tests.moe.choices import (
+    EXPERTS,
+    LENGTH,
+    VOCAB,
+    check_padding,
+    check_pieces,
+    check_planned_ahead,
+    config_of,
+    experts_of,
+    tokens,
+)
 from vqmoe_ds.config.schema import RunConfig
-from vqmoe_ds.models import transformer
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, RoutingContext
 
@@ -50,12 +59,7 @@ def test_windows_hash_independently_of_each_other() -> None:
 
 
 def test_the_whole_dispatch_is_planned_before_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, planned = MoETransformer(_config()), []
-    make_plans = transformer.make_plans
-    monkeypatch.setattr(transformer, "make_plans", lambda ids, *rest: planned.append(ids) or make_plans(ids, *rest))
-    chosen = experts_of(model, tokens())
-    (experts_LTR,) = planned
-    assert torch.equal(experts_LTR, torch.stack(chosen))
+    check_planned_ahead(_config(), monkeypatch)
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [5, 1, 10]])
