@@ -349,55 +349,6 @@ def test_what_a_folder_lacks_is_drawn_and_the_rest_stays_as_it_was_loaded(
         assert not tensor.is_floating_point() or loaded[name].isfinite().all(), name
 
 
-def test_special_tokens_are_declared_and_other_models_options_refused() -> None:
-    config = VQMoEConfig()
-    assert config.eos_token_id is None and config.bos_token_id is None and config.pad_token_id is None
-    with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide num_attention_heads=4"):
-        VQMoEConfig(num_key_value_heads=3)
-    for option in (
-        {"layer_types": ["sliding_attention"]},
-        {"rope_scaling": {"rope_type": "yarn"}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"partial_rotary_factor": 0.5},
-        {"attention_dropout": 0.1},
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"hidden_act": "gelu"},
-    ):
-        with pytest.raises(ValueError, match=f"{next(iter(option))}.*=.* is not one of"):
-            VQMoEConfig(**option)
-
-
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        ({"sliding_window": 0}, "1 or more"),
-        ({"rope_scaling_type": "linear", "rope_factor": 0.0}, "1 or more"),
-        ({"rope_scaling_type": "yarn", "rope_original_length": 0, "rope_factor": 2.0}, "1 or more"),
-        ({"moe_every": 0}, "1 or more"),
-        ({"moe_every": 9}, "take router='dense', or more blocks"),
-        ({"num_experts": 0}, "1 or more"),
-        ({"num_experts_per_tok": 17}, "from 0 to 16"),
-        ({"router": "topk", "num_experts_per_tok": 0}, "from 1 to 16"),
-        ({"num_codes": 0}, "1 or more"),
-        ({"code_dim": -1}, "0 or more"),
-        ({"context_window": 0}, "1 or more"),
-        ({"code_source": "early_block", "source_block": 4}, "from 0 to 3"),
-        ({"router": "hash_ngrams", "ngrams": 0}, "ngrams=0 must be a whole number, from 1 to 8"),
-        ({"router": "hash_ngrams", "ngrams": 100_000}, "from 1 to 8"),
-        ({"router": "hash_ngrams", "ngrams": "2"}, "ngrams='2' must be a whole number"),
-        ({"router": "hash_ngrams", "ngrams": 2.0}, "ngrams=2.0 must be a whole number"),
-        ({"router": "hash_ngrams", "ngrams": True}, "ngrams=True must be a whole number"),
-        ({"num_codes": "many"}, "num_codes='many' must be a whole number, 1 or more"),
-        ({"head_dim": 31}, "even"),
-    ],
-)
-def test_sizes_that_cannot_be_are_refused(options: dict[str, Any], wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted):
-        VQMoEConfig(**options)
-    VQMoEConfig(router="dense", moe_every=0, num_experts=0, num_codes=0)  # which looks at none of these
-
-
 def test_a_text_of_nothing_is_said_and_a_row_of_padding_harms_no_other(models: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a text of no tokens"):
         models["context"](torch.zeros(1, 0, dtype=torch.int64))

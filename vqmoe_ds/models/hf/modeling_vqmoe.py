@@ -324,11 +324,12 @@ class VQMoEModel(VQMoEPreTrainedModel):
         # A cache need not keep what no hash looks back at.
         cache, sums = past_key_values if self.config.ngrams > 1 else None, []
         earlier = self._with_earlier(numbers_BS.unsqueeze(-1), cache)
+        backs = range(1, self.config.ngrams)
+        numbers = [seen.before(earlier, back).squeeze(-1) * seen.back(back) for back in backs]
         for last in range(self.config.ngrams):
             tables = self.token_table[:, last * (last + 1) // 2 :]
             sum_LBS = tables[:, 0][:, input_ids]
-            for back in range(1, last + 1):
-                numbers_BS = seen.before(earlier, back).squeeze(-1) * seen.back(back)
+            for back, numbers_BS in enumerate(numbers[:last], 1):
                 sum_LBS = sum_LBS + tables[:, back][:, (numbers_BS - 1).clamp_min(0)] * numbers_BS.gt(0)
             sums.append(sum_LBS)
         return torch.stack(sums, dim=-1).flatten(1, 2) % self.config.num_experts

@@ -49,4 +49,4 @@ class HashAndCodeRouter(KnownExpertsRouter):
 
     @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor:
-        return cls.by_token(run, layers)
+        return cls.by_token(run).token_table(run, layers)

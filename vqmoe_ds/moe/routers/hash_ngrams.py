@@ -31,7 +31,7 @@ class HashNGramsRouter(KnownExpertsRouter):
             2, "experts per token: by a hash of the token, of it and the one before, and so on", "experts", ge=1, le=8
         )
 
-    structure = ("gated", "ngrams")
+    structure = (*KnownExpertsRouter.structure, "ngrams")
     exported_as = "hash_ngrams"
     told_by = (
         "the rows of its layer in HashNGramsRouter.experts_of(HashNGramsRouter.token_table(run, layers), token_ids, "
@@ -54,7 +54,7 @@ class HashNGramsRouter(KnownExpertsRouter):
     @classmethod
     def token_table(cls, run: RunConfig, layers: int) -> Tensor:
         tables = tables_by_place(run, cls.table_shape(run, layers))
-        tables[:, 0] = cls.by_token(run, layers)
+        tables[:, 0] = cls.by_token(run).token_table(run, layers)
         return tables
 
     @classmethod

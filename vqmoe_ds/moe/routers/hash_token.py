@@ -41,7 +41,7 @@ class HashTokenRouter(Router):
         return True
 
     @classmethod
-    def token_table(cls, run: RunConfig, layers: int) -> Tensor | None:
+    def token_table(cls, run: RunConfig, layers: int) -> Tensor:
         return hash_of_tokens(run.model.vocab_size, run.moe.num_experts, layers, run.train.seed)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:

@@ -15,8 +15,8 @@ from vqmoe_ds.config.routers import RouterOptions
 from vqmoe_ds.config.schema import MoEConfig, RunConfig
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import Router, Routing, RoutingContext
-from vqmoe_ds.moe.routers.hash_token import hash_of_tokens
-from vqmoe_ds.moe.routers.token_table import given_table, read_table
+from vqmoe_ds.moe.routers.hash_token import HashTokenRouter
+from vqmoe_ds.moe.routers.token_table import TokenTableRouter
 
 
 class KnownExpertsRouter(Router):
@@ -65,16 +65,13 @@ class KnownExpertsRouter(Router):
         return True
 
     @classmethod
-    def check_start(cls, run: RunConfig, layers: int) -> None:
-        if (path := getattr(run.router, "path", None)) is not None:
-            read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
+    def by_token(cls, run: RunConfig) -> type[HashTokenRouter]:
+        """The router whose table ``[L, V]`` names the first expert: that of ``router.path``, where one is given."""
+        return HashTokenRouter if getattr(run.router, "path", None) is None else TokenTableRouter
 
     @classmethod
-    def by_token(cls, run: RunConfig, layers: int) -> Tensor:
-        """The first expert by the token alone: the table of ``router.path``, or ``hash_token``'s, int64 ``[L, V]``."""
-        if getattr(run.router, "path", None) is not None:
-            return given_table(run, layers)
-        return hash_of_tokens(run.model.vocab_size, run.moe.num_experts, layers, run.train.seed)
+    def check_start(cls, run: RunConfig, layers: int) -> None:
+        cls.by_token(run).check_start(run, layers)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         # Column by column as `MoETransformer._routes_ahead` joins the experts, those of the table first.

@@ -43,7 +43,7 @@ class TokenTableRouter(HashTokenRouter):
         read_table(path, layers, run.model.vocab_size, run.moe.num_experts)
 
     @classmethod
-    def token_table(cls, run: RunConfig, layers: int) -> Tensor | None:
+    def token_table(cls, run: RunConfig, layers: int) -> Tensor:
         return given_table(run, layers)
 
 
