@@ -76,7 +76,7 @@ def _experts_errors(bench: Bench, dtype: torch.dtype, counts: list[int]) -> dict
     layer.to(bench.device)
     ids_P = torch.arange(EXPERTS).repeat_interleave(torch.tensor(counts)).to(bench.device)
     here_PD = x_PD.to(bench.device, copy=True).requires_grad_()
-    y_BSD, _, _ = layer(here_PD.unsqueeze(0), RoutingContext(ids_P))
+    y_BSD, _, _ = layer(here_PD.unsqueeze(0), RoutingContext(ids_P.unsqueeze(1)))
     leaves = [here_PD, layer.experts.w1, layer.experts.w2, layer.experts.w3]
     got = [y_BSD.squeeze(0), *torch.autograd.grad(y_BSD, leaves, g_PD.to(bench.device).unsqueeze(0))]
 

@@ -187,7 +187,7 @@ class RoutesAhead(nn.Module):
         self.layer = MoELayer(LayerConfig(width, config))
 
     def forward(self, x_BSD: Tensor, route: Route) -> Tensor:
-        y_BSD: Tensor = self.layer(x_BSD, RoutingContext(route[0]), Ahead(route[1]))[0]
+        y_BSD: Tensor = self.layer(x_BSD, RoutingContext(route[0].unsqueeze(1)), Ahead(route[1]))[0]
         return y_BSD
 
 

@@ -165,11 +165,10 @@ def _one_step(layer: MoELayer, x_TD: Tensor, direction_TD: Tensor, step: int) ->
     device = layer.experts.w1.device
     generator = torch.Generator().manual_seed(step)
     rows = layer.config.moe.facts.told_rows(layer.config.options)
-    shape = (TOKENS,) if rows == 1 else (TOKENS, rows)
     ids = {
         name: torch.randint(0, high, size, generator=generator).to(device)
         for name, high, size in (
-            ("expert_ids_T", EXPERTS, shape),
+            ("expert_ids_TR", EXPERTS, (TOKENS, rows)),
             ("token_ids_T", VOCAB, (TOKENS,)),
             ("previous_T", EXPERTS, (TOKENS,)),
         )

@@ -82,7 +82,7 @@ def _layer_by_layer(model: MoETransformer, tokens_BS: Tensor) -> Tensor:
         normed = block.mlp_norm(x_BSD)
         z_TC = bank.prepare(source_BSD.flatten(0, 1))
         experts_T = bank.code_map_LK[index][bank.lookup(index, z_TC)]
-        x_BSD = x_BSD + block.mlp(normed, RoutingContext(experts_T))[0]
+        x_BSD = x_BSD + block.mlp(normed, RoutingContext(experts_T.unsqueeze(1)))[0]
         if config.codebook.source == "early_block" and index == config.codebook.source_block:
             source_BSD = x_BSD
     return model.head(model.norm(x_BSD))

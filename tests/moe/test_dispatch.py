@@ -212,7 +212,7 @@ def _check_layer(rank: int, world: int) -> None:
             got, want = getattr(spread.experts, name).grad, getattr(home.experts, name).grad
             assert torch.allclose(got, want[first : first + EXPERTS // world], rtol=1e-4, atol=1e-6), name
         # One row more in a product may change its last bit; the rows of this rank alone do not.
-        known = RoutingContext(torch.full((TOKENS,), first))
+        known = RoutingContext(torch.full((TOKENS, 1), first))
         if top_k == 0:
             stay_home, _, _ = spread(x_TD, known)
             at_home, _, _ = home(x_TD, known)

@@ -75,5 +75,5 @@ def test_padding_changes_no_expert() -> None:
 def test_a_layer_that_is_told_too_few_experts_says_so(router: str) -> None:
     layer = MoELayer(LayerConfig(8, MoEConfig(router=router, num_experts=4, expert_hidden=8), vocab_size=9))
     for told in (None, RoutingContext(torch.arange(3)), RoutingContext(torch.zeros(3, 3, dtype=torch.int64))):
-        with pytest.raises(ValueError, match=rf"the {router} router needs RoutingContext.expert_ids_T of 2 column"):
+        with pytest.raises(ValueError, match=rf"the {router} router needs RoutingContext.expert_ids_TR, 2 column"):
             layer(torch.randn(1, 3, 8), told)

@@ -31,8 +31,8 @@ def _context(case: str) -> RoutingContext | None:
         return None
     config = LayerConfig(16, MoEConfig(**moe), options)
     rows = config.moe.facts.told_rows(config.options)
-    told = known_T % 8 if rows == 1 else known_T.view(-1, 1).expand(-1, rows) % 8
-    return RoutingContext(token_ids_T=known_T, expert_ids_T=told, source_TD=torch.randn(12, 16))
+    told_TR = known_T.view(-1, 1).expand(-1, rows) % 8
+    return RoutingContext(token_ids_T=known_T, expert_ids_TR=told_TR, source_TD=torch.randn(12, 16))
 
 
 @pytest.mark.parametrize("case", ROUTERS)

@@ -91,7 +91,7 @@ def test_known_experts_are_taken_as_they_are() -> None:
     moe, book = MoEConfig(num_experts=EXPERTS, top_k=1), CodebookConfig()
     router, bank = _vq(moe, book)
     ids_T = torch.arange(30) % EXPERTS
-    routing = router(torch.randn(30, WIDTH), RoutingContext(ids_T, codebooks=bank))
+    routing = router(torch.randn(30, WIDTH), RoutingContext(ids_T.unsqueeze(1), codebooks=bank))
     assert torch.equal(routing.expert_ids_TR[:, -1], ids_T)
     assert bank.pending.sum() == 0, "who plans ahead observes ahead"
 
@@ -137,7 +137,7 @@ def test_layers_refuse_to_guess() -> None:
     book, x_BSD = CodebookConfig(source=CodeSource.LAYER_STATE), torch.randn(1, 4, WIDTH)
     with pytest.raises(ValueError, match="needs codebooks"):
         MoELayer(LayerConfig(WIDTH, MoEConfig(num_experts=4), codebook=book, shared_codebook=True))(x_BSD)
-    with pytest.raises(ValueError, match=r"needs RoutingContext\.expert_ids_T"):
+    with pytest.raises(ValueError, match=r"needs RoutingContext\.expert_ids_TR, 1 column"):
         MoELayer(LayerConfig(WIDTH, MoEConfig(router="hash_token", num_experts=4)))(x_BSD)
     third = LayerConfig(WIDTH, MoEConfig(num_experts=4), codebook=book, layer=2, shared_codebook=True)
     two = CodebookBank(book, 2, 4, WIDTH, 0)

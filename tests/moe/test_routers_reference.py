@@ -314,7 +314,7 @@ def test_hash_context(top_k: int) -> None:
         chosen = oracle.softmax_rows(scores, top_k, over_all=True)
         return rows, oracle.auxiliary(scores, chosen, 0.3, 0.2)
 
-    _compare(layer, reference, RoutingContext(told_T))
+    _compare(layer, reference, RoutingContext(told_T.unsqueeze(1)))
 
 
 @pytest.mark.parametrize("gated", [True, False])

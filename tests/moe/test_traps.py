@@ -40,12 +40,11 @@ def _call(layer: MoELayer, x_BSD: Tensor | None = None) -> Tensor:
 def _known(layer: MoELayer, x_BSD: Tensor) -> RoutingContext:
     ids_T = torch.arange(x_BSD.shape[:-1].numel())
     facts = layer.config.moe.facts
-    told_T = ids_T % EXPERTS if facts.uses_token_table else None  # others choose for themselves
-    rows = facts.told_rows(layer.config.options)
-    if rows > 1:
-        told_T = torch.stack([(ids_T + row) % EXPERTS for row in range(rows)], dim=1)
+    told_TR = None  # others choose for themselves
+    if facts.uses_token_table:
+        told_TR = torch.stack([(ids_T + row) % EXPERTS for row in range(facts.told_rows(layer.config.options))], dim=1)
     source_TD = x_BSD.detach().reshape(-1, x_BSD.shape[-1])
-    return RoutingContext(told_T, token_ids_T=ids_T % VOCAB, previous_T=ids_T % EXPERTS, source_TD=source_TD)
+    return RoutingContext(told_TR, token_ids_T=ids_T % VOCAB, previous_T=ids_T % EXPERTS, source_TD=source_TD)
 
 
 # ------------------------------------------------------------------- StateSync

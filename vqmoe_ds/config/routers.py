@@ -68,6 +68,8 @@ class RouterFacts:
     uses_codebook: ClassVar[bool] = False
     has_discrete_path: ClassVar[bool] = False
     """Whether the codes' experts alone are a model of their own (``finetune.discrete``, ``--to discrete-only``)."""
+    told_by: ClassVar[str] = "its layer of experts_of(token_table(run, layers), token_ids, num_experts) of the class"
+    """Where a layer on its own gets the experts that are known ahead."""
     reads_source: ClassVar[bool] = False
     """Whether it reads the vectors of ``codebook.source`` (``RoutingContext.source_TD``), though it has no codes."""
     uses_token_table: ClassVar[bool] = False
@@ -109,7 +111,7 @@ class RouterFacts:
 
     @classmethod
     def told_rows(cls, options: Any) -> int:
-        """Rows per token whose experts it is told where they are known ahead (``RoutingContext.expert_ids_T``)."""
+        """Rows per token whose experts it is told where they are known ahead (``RoutingContext.expert_ids_TR``)."""
         return 1
 
     @classmethod
@@ -152,12 +154,12 @@ class RouterFacts:
 
     @classmethod
     def experts_of(cls, table: Any, ids_BS: Any, num_experts: int, positions_BS: Any = None) -> Any:
-        """Experts of tokens by ``token_table``, int64 ``[L, B, S]``, or ``[L, B, S, R]`` where it names several.
+        """Experts of tokens by ``token_table``, int64 ``[L, B, S, R]``.
 
         A router that looks back must look at no more tokens than ``positions_BS``, those of the same document before a
         token; None: the whole sequence is one document.
         """
-        return table[:, ids_BS]
+        return table[:, ids_BS].unsqueeze(-1)
 
     @classmethod
     def check_start(cls, run: RunConfig, layers: int) -> None:

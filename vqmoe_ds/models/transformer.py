@@ -249,9 +249,9 @@ class MoETransformer(nn.Module):
         recompute = self.config.train.activation_checkpointing and self.training
         early = self.config.codebook.source is CodeSource.EARLY_BLOCK and self.bank is not None
         for index, block in enumerate(self.blocks):
-            experts_T, ahead = routes.get(index, (None, Ahead()))
+            told_TR, ahead = routes.get(index, (None, Ahead()))
             # All that a router may know enters the block as an argument: a recomputation sees what the forward saw.
-            known = replace(context, expert_ids_T=experts_T)
+            known = replace(context, expert_ids_TR=told_TR)
             if recompute:
                 # New in every forward: what an earlier micro-batch kept must not answer this one's recomputation.
                 ahead = replace(ahead, kept=Kept())
@@ -321,9 +321,8 @@ class MoETransformer(nn.Module):
     def _by_table(self, tokens: _Tokens, real_M: Tensor | None) -> Tensor:
         """Experts that the table of token ids names, int64 ``[L, M, R]``; without the ``earlier`` tokens."""
         moe = self.config.moe
-        experts = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
-        experts_LTR = experts[:, :, tokens.earlier :].flatten(1, 2)
-        experts_LTR = experts_LTR.unsqueeze(-1) if experts_LTR.dim() == 2 else experts_LTR
+        experts_LBSR = moe.facts.experts_of(self.token_table_LV, tokens.ids_BS, moe.num_experts, tokens.positions_BS)
+        experts_LTR = experts_LBSR[:, :, tokens.earlier :].flatten(1, 2)
         return experts_LTR if real_M is None else experts_LTR[:, real_M]
 
     def _source_of(
@@ -395,9 +394,7 @@ class MoETransformer(nn.Module):
             first = layer.ep_rank * layer.num_local_experts
             where = (None, slice(first, first + layer.num_local_experts)) if at_home else (layer.exchange_group,)
             aheads = [Ahead(plan) for plan in make_plans(experts_LTR, layer.num_experts, *where)]
-        # One row is told as [T], two and more as [T, R].
-        ids_LT = experts_LTR.squeeze(-1)
-        return {block: (ids_T, ahead) for block, ids_T, ahead in zip(blocks, ids_LT, aheads, strict=True)}
+        return {block: (ids_TR, ahead) for block, ids_TR, ahead in zip(blocks, experts_LTR, aheads, strict=True)}
 
     def _mean_tokens(self, homes: Homes | None) -> float | None:
         """Tokens per rank of those that share sequences, where ranks hold more or fewer; else None."""

@@ -73,7 +73,7 @@ class LayerConfig:
         if kind.uses_codebook and not self.shared_codebook and self.codebook.source is not CodeSource.LAYER_STATE:
             raise ConfigError(
                 f"codebook.source={self.codebook.source.value} looks at more than the layer's input; set "
-                "codebook.source=layer_state, or give the experts of each token in RoutingContext.expert_ids_T"
+                "codebook.source=layer_state, or give the experts of each token in RoutingContext.expert_ids_TR"
             )
         if kind.uses_codebook and self.codebook.groups > 1 and self.codebook.source is CodeSource.LAYER_STATE:
             raise ConfigError(

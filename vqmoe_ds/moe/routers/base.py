@@ -35,15 +35,15 @@ class RoutingContext:
         >>> import torch
         >>> from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, RoutingContext
         >>> layer = MoELayer(LayerConfig(16, MoEConfig(router="hash_token", num_experts=4)))
-        >>> context = RoutingContext(expert_ids_T=torch.tensor([3, 1, 0]))
+        >>> context = RoutingContext(expert_ids_TR=torch.tensor([[3], [1], [0]]))
         >>> layer(torch.randn(1, 3, 16), context)[2].tolist()
         [[3], [1], [0]]
 
     All of it enters a block as an argument, so that the recomputation of activation checkpointing sees it again.
     """
 
-    expert_ids_T: Tensor | None = None
-    """Expert of each token, int64, where it is known ahead: from codes or a table; ``[T, R]`` where R of them are."""
+    expert_ids_TR: Tensor | None = None
+    """Experts of each token that are known ahead, from codes or a table, int64."""
     token_ids_T: Tensor | None = None
     """Ids of the tokens, int64."""
     previous_T: Tensor | None = None
@@ -162,6 +162,19 @@ class Router(RouterFacts, nn.Module):
             routing = self.route(x_TD, context or RoutingContext())
         # A router with a discrete path has named its rows: the norm follows that path alone.
         return replace(routing, output_norm="all") if self.moe.output_norm and not routing.output_norm else routing
+
+    def told_experts(self, context: RoutingContext) -> Tensor:
+        """Experts that are known ahead, int64 ``[T, R]`` with R of ``told_rows``.
+
+        Raises:
+            ValueError: the context has none, or another number per token.
+        """
+        ids_TR, rows = context.expert_ids_TR, self.told_rows(self.options)
+        if ids_TR is None or ids_TR.dim() != 2 or ids_TR.shape[1] != rows:
+            raise ValueError(
+                f"the {self.name} router needs RoutingContext.expert_ids_TR, {rows} column(s): {self.told_by}"
+            )
+        return ids_TR
 
     def experts_of_tokens(self, routing: Routing, tokens: int) -> Tensor:
         """Experts of each of T tokens for diagnostics, int64 of one shape over the whole run; -1: none.

@@ -22,7 +22,7 @@ class HashAndCodeRouter(KnownExpertsRouter):
 
     uses_codebook = True
     exported_as = "hash_and_code"
-    told_by = "the experts by HashAndCodeRouter.token_table(run, layers) and by codes"
+    told_by = "the expert by token_table(run, layers) of the class, and that of the code"
 
     @classmethod
     def check(cls, run: RunConfig) -> None:

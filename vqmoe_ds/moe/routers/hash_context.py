@@ -59,17 +59,12 @@ class HashContextRouter(DualRouter):
 
     @classmethod
     def experts_of(cls, table: Tensor, ids_BS: Tensor, num_experts: int, positions_BS: Tensor | None = None) -> Tensor:
-        """Experts by a table ``[L, W, V]``, int64 ``[L, B, S]``; of places before a document nothing is added."""
-        return hash_of_window(table, ids_BS, positions_BS) % num_experts
+        """Experts by a table ``[L, W, V]``, int64 ``[L, B, S, 1]``; of places before a document nothing is added."""
+        return hash_of_window(table, ids_BS, positions_BS).unsqueeze(-1) % num_experts
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        if context.expert_ids_T is None:
-            raise ValueError(
-                "the hash_context router needs RoutingContext.expert_ids_T: the row of its layer in "
-                "HashContextRouter.experts_of(HashContextRouter.token_table(run, layers), token_ids, num_experts)"
-            )
         aux = x_TD.new_zeros((), dtype=torch.float32)
-        return self.beside(x_TD, context, Routing(context.expert_ids_T.unsqueeze(1), aux_loss=aux))
+        return self.beside(x_TD, context, Routing(self.told_experts(context), aux_loss=aux))
 
 
 def tables_by_place(run: RunConfig, shape: tuple[int, ...]) -> Tensor:

@@ -33,10 +33,6 @@ class HashNGramsRouter(KnownExpertsRouter):
 
     structure = (*KnownExpertsRouter.structure, "ngrams")
     exported_as = "hash_ngrams"
-    told_by = (
-        "the rows of its layer in HashNGramsRouter.experts_of(HashNGramsRouter.token_table(run, layers), token_ids, "
-        "num_experts)"
-    )
 
     @classmethod
     def told_rows(cls, options: Any) -> int:

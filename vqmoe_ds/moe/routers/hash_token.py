@@ -45,12 +45,7 @@ class HashTokenRouter(Router):
         return hash_of_tokens(run.model.vocab_size, run.moe.num_experts, layers, run.train.seed)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        if context.expert_ids_T is None:
-            raise ValueError(
-                "the hash_token router needs RoutingContext.expert_ids_T: the row of its layer in "
-                "HashTokenRouter.token_table(run, layers), indexed by token ids"
-            )
-        return Routing(context.expert_ids_T.unsqueeze(1))
+        return Routing(self.told_experts(context))
 
 
 def hash_of_tokens(vocab_size: int, num_experts: int, num_layers: int, seed: int) -> Tensor:

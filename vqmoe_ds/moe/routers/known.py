@@ -36,8 +36,6 @@ class KnownExpertsRouter(Router):
     needs_top_k = False
     uses_token_table = True
     needs_token_ids = True
-    told_by: ClassVar[str]
-    """Where a layer on its own gets the experts from, for who gave it none."""
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
@@ -75,11 +73,6 @@ class KnownExpertsRouter(Router):
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         # Column by column as `MoETransformer._routes_ahead` joins the experts, those of the table first.
-        ids, rows = context.expert_ids_T, self.told_rows(self.options)
-        ids_TR = ids.unsqueeze(1) if ids is not None and ids.dim() == 1 else ids
-        if ids_TR is None or ids_TR.shape[1] != rows:
-            raise ValueError(
-                f"the {self.name} router needs RoutingContext.expert_ids_T of {rows} column(s): {self.told_by}"
-            )
+        ids_TR = self.told_experts(context)
         weights_TR = None if self.gate is None else self.gate(x_TD).float().softmax(dim=-1)
         return Routing(ids_TR, weights_TR, x_TD.new_zeros((), dtype=torch.float32))

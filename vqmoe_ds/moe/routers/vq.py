@@ -31,6 +31,7 @@ class VQRouter(DualRouter):
     uses_codebook = True
     has_discrete_path = True
     exported_as = "vq"
+    told_by = "those of its codes"
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(config)
@@ -125,13 +126,13 @@ class VQRouter(DualRouter):
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         moe, book = self.moe, self.config.codebook
         offset, aux, soft_T1 = None, x_TD.new_zeros((), dtype=torch.float32), None
-        if context.expert_ids_T is not None:
-            discrete_T = context.expert_ids_T
+        if context.expert_ids_TR is not None:
+            discrete_T1 = self.told_experts(context)
         else:
             bank = self._codebook(context)
             codes_T = self._lookup(x_TD, bank)
             # The map alone, not `experts_of`: groups need the code of the first layer, and `check` refuses them here.
-            discrete_T = bank.code_map_LK[self.index][codes_T]
+            discrete_T1 = bank.code_map_LK[self.index][codes_T].unsqueeze(1)
             if moe.code_blend or book.commitment_weight:
                 codes_TC = bank.codes_LKC[self.index][codes_T]
             if moe.code_blend:
@@ -144,7 +145,7 @@ class VQRouter(DualRouter):
                 aux = aux + book.commitment_weight * mean_of_all(squares_TC, context.mean_tokens)
             if book.soft_output:
                 soft_T1 = self._soft_weight(x_TD, bank).unsqueeze(1)
-        discrete = Routing(discrete_T.unsqueeze(1), soft_T1, aux, discrete_offset_TD=offset)
+        discrete = Routing(discrete_T1, soft_T1, aux, discrete_offset_TD=offset)
         return self.beside(x_TD, context, discrete)
 
     def _codebook(self, context: RoutingContext) -> CodebookBank:
