@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,15 @@ def tool():
     return module
 
 
-def test_the_grid_tries_the_routers_of_the_published_tables_and_nothing_else_differs():
-    published = read_grid(str(ROOT / "benchmarks/grids/routers.yaml"))
-    assert RATES.entries == published.entries and RATES.groups == published.groups
-    texts = [{k: v for k, v in fields.items() if k != "train.learning_rate"} for fields in RATES.corpora.values()]
-    for rate in (0.003, 0.006, 0.012):
-        at = [name for name, fields in RATES.corpora.items() if fields["train.learning_rate"] == rate]
-        assert [name.partition(" at ")[0] for name in at] == list(published.corpora)
-    assert Counter(map(str, texts)) == {str(fields): 3 for fields in published.corpora.values()}
-    rate = {"train.learning_rate": published.overrides["train.learning_rate"]}
-    assert {**RATES.overrides, **rate} == published.overrides
-    assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 2 * 3) == (228, 114), "as the header counts them"
+def test_the_grid_tries_routers_of_the_controls_and_nothing_else_differs():
+    controls = read_grid(str(ROOT / "benchmarks/grids/controls.yaml"))
+    known = {entry.name: entry for entry in controls.entries}
+    assert all(entry == known[entry.name] for entry in RATES.entries) and len(RATES.entries) == 7
+    assert [fields["train.learning_rate"] for fields in RATES.corpora.values()] == [0.003, 0.006, 0.012, 0.024]
+    for fields in RATES.corpora.values():
+        both = {**RATES.overrides, **fields, "train.learning_rate": 0.006}
+        assert both == {**controls.overrides, **controls.corpora["enwiki-mini"]}
+    assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 5) == (56, 35), "as the header counts them"
 
 
 def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
@@ -88,21 +85,22 @@ def test_the_least_mean_loss_chooses_and_a_rate_that_failed_does_not(tool):
 
 
 def test_the_second_round_has_fresh_seeds_the_best_rates_and_each_corpus_once(tool):
-    best = {entry.name: 0.003 for entry in RATES.entries} | {"xmoe": 0.012}
-    grid = tool.grid_of_the_best(RATES, best, [4, 5, 6])
-    assert list(grid.corpora) == ["enwiki-mini", "WikiText-2"] and grid.groups == RATES.groups
+    best = {entry.name: 0.003 for entry in RATES.entries} | {"top-2 normed": 0.012}
+    others = {f"other at {rate}": {"data.path": "other", "train.learning_rate": rate} for rate in (0.003, 0.012)}
+    grid = tool.grid_of_the_best(RATES.model_copy(update={"corpora": RATES.corpora | others}), best, [4, 5, 6])
+    assert list(grid.corpora) == ["enwiki-mini", "other"] and grid.groups == RATES.groups
     for run in runs_of(grid, Path("out")):
         config = load_config(grid.preset, None, overrides_of(grid, run)).config
-        assert config.train.learning_rate == (0.012 if run.entry.name == "xmoe" else 0.003)
+        assert config.train.learning_rate == (0.012 if run.entry.name == "top-2 normed" else 0.003)
         assert config.train.seed in (4, 5, 6)
     with pytest.raises(ConfigError, match="--seeds 2 is one that the rates are chosen by"):
         tool.grid_of_the_best(RATES, best, [2, 4])
-    with pytest.raises(ConfigError, match="xmoe has no finished run"):
-        tool.grid_of_the_best(RATES, {name: rate for name, rate in best.items() if name != "xmoe"}, [4])
+    with pytest.raises(ConfigError, match="top-2 normed has no finished run"):
+        tool.grid_of_the_best(RATES, {name: rate for name, rate in best.items() if name != "top-2 normed"}, [4])
 
 
 def _sections(corpora: list[str]) -> list[dict]:
-    """A report in which every router is best at 0.012."""
+    """A report in which every router is best at 0.024."""
     losses = {corpus: 3 - RATES.corpora[corpus]["train.learning_rate"] for corpus in corpora}
     entries = [entry.name for entry in RATES.entries]
     return [
@@ -126,8 +124,8 @@ def test_one_command_tries_chooses_and_compares(tool, tmp_path, monkeypatch, cap
     (first, tried, _), (second, compared, jobs) = asked
     assert (first, second, jobs) == ("tried", "best", 2) and tried == RATES
     assert compared.seeds == [4, 5, 6]
-    assert {entry.overrides["train.learning_rate"] for entry in compared.entries} == {0.012}
-    assert "xmoe: 0.012, an end of the rates tried" in capsys.readouterr().out
+    assert {entry.overrides["train.learning_rate"] for entry in compared.entries} == {0.024}
+    assert "top-2 normed: 0.024, an end of the rates tried" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", [1, 2, 75])
