@@ -29,7 +29,7 @@ from vqmoe_ds.runtime.errors import ConfigError, reports_errors
 GRID = Path(__file__).resolve().parent / "grids/rates.yaml"
 FIELD = "train.learning_rate"
 FRESH = [4, 5, 6]
-"""Seeds of the comparison, by default: neither those of rates.yaml nor, but for 3, those of the published tables."""
+"""Seeds of the comparison, by default: neither those of the grids that try rates nor those of controls.yaml."""
 Tried = dict[str, dict[float, list[float]]]
 """Router -> learning rate -> losses of its finished runs, over corpora and seeds."""
 

@@ -187,7 +187,7 @@ class RoutesAhead(nn.Module):
         self.layer = MoELayer(LayerConfig(width, config))
 
     def forward(self, x_BSD: Tensor, route: Route) -> Tensor:
-        y_BSD: Tensor = self.layer(x_BSD, RoutingContext(route[0].unsqueeze(1)), Ahead(route[1]))[0]
+        y_BSD: Tensor = self.layer(x_BSD, RoutingContext(route[0]), Ahead(route[1]))[0]
         return y_BSD
 
 
@@ -220,7 +220,7 @@ def _build(name: str, sizes: Sizes, hidden: int) -> nn.Module:
 def _route(bench: Bench, tokens: int, experts: int) -> Route:
     ids_T = torch.randint(experts, (tokens,), device=bench.device)
     (plan,) = make_plans(ids_T.view(1, -1, 1), experts)
-    return ids_T, plan, torch.bincount(ids_T, minlength=experts).tolist()
+    return ids_T.unsqueeze(1), plan, torch.bincount(ids_T, minlength=experts).tolist()
 
 
 def _output(layer: nn.Module, x_BSD: Tensor, route: Route) -> Tensor:
