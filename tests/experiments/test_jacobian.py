@@ -28,9 +28,12 @@ def _by_autograd(visit: Visit, rows_of_one: int) -> torch.Tensor:
     return torch.stack(rows, dim=1).double()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_mean_and_single_jacobians_are_those_of_the_layer(case):
-    model, tokens_BS = model_of(case), tokens_of()
+NORMED = ("topk, two", "vq", "vq, part of the code", "hash_token", "expert_choice")
+
+
+@pytest.mark.parametrize(("case", "norm"), [*((case, False) for case in CASES), *((case, True) for case in NORMED)])
+def test_mean_and_single_jacobians_are_those_of_the_layer(case, norm):
+    model, tokens_BS = model_of(case, output_norm=norm), tokens_of()
     for visit in visit_layers(model, tokens_BS):
         want_TDD = _by_autograd(visit, tokens_BS.shape[1])
         mean = MeanJacobian(visit.layer)
@@ -45,7 +48,6 @@ def test_mean_and_single_jacobians_are_those_of_the_layer(case):
     ("option", "named"),
     [
         ({"input_norm": True}, "moe.input_norm=true"),
-        ({"output_norm": True}, "moe.output_norm=true"),
         ({"shared_experts": 2}, "moe.shared_experts=2"),
     ],
 )

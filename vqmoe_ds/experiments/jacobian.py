@@ -1,8 +1,8 @@
 """The averaged Jacobian of an MoE layer, whose rank is the number of directions in which its output can move.
 
-Legend: T tokens, D width, H expert hidden width, E experts, R choices (slots) of a token, P rows of one expert.
+Legend: T tokens, D width, H expert hidden width, R choices (slots) of a token, P rows of one expert.
 
-With ``y = sum_r w_r(x) E_{i_r}(q_r)``, so without shared experts or norms, the Jacobian of one token is
+With ``y = sum_r w_r(x) E_{i_r}(q_r)``, so without shared experts or an input norm, the Jacobian of one token is
 
     dy/dx = sum_r w_r J_E(q_r)  +  sum_r E_{i_r}(q_r) (dw_r/dx)^T
 
@@ -12,11 +12,12 @@ The first sum, the **expert term**, is the ``J_1`` of the paper; the second, the
 the codes. A nearest code is piecewise constant too, so they are not in the derivative of a layer.
 
 With ``moe.code_blend = c > 0`` the discrete expert sees ``q = x + c (v - x)``. Straight-through, as gradients flow in
-training, ``dq/dx = 1``; exactly, ``dq/dx = 1 - c``.
+training, ``dq/dx = 1``; exactly, ``dq/dx = 1 - c``. With ``moe.output_norm`` the LayerNorm is a part of ``E``.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from vqmoe_ds.evaluation.collapse import effective_rank, numerical_rank, run_expert
 from vqmoe_ds.evaluation.probe import Rows, Visit, rows_of
-from vqmoe_ds.moe.experts import StackedExperts
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -36,55 +36,47 @@ RANK_THRESHOLDS = (1e-2, 1e-5)
 class MeanJacobian:
     """Mean over tokens of one layer's Jacobian, added up visit by visit.
 
-    Expert by expert the mean over tokens is ``W2 (diag(a) W3 + diag(b) W1)`` with the means ``a`` of ``w silu(W1 q)``
-    and ``b`` of ``w (W3 q) silu'(W1 q)``: the average costs no more than a forward pass.
-
     Args:
         layer: whose visits will be added.
         straight_through: how the input of discrete experts is differentiated (module docstring).
     """
 
     def __init__(self, layer: MoELayer, straight_through: bool = True) -> None:
-        self.straight_through, self._experts = straight_through, layer.experts
-        experts, hidden, width = layer.experts.w1.shape
+        self.straight_through = straight_through
+        width = layer.experts.w1.shape[2]
         self._tokens = 0
-        self._slopes_2EH = torch.zeros(2, experts, hidden, dtype=torch.float64)
-        self._router_DD = torch.zeros(width, width, dtype=torch.float64)
+        self._experts_DD, self._router_DD = torch.zeros(2, width, width, dtype=torch.float64)
 
     def add(self, visit: Visit) -> None:
         """Take the tokens of one forward pass of the layer into the mean."""
         self._tokens += len(visit.x_TD)
         rows, inputs_MD, factors_M = _rows_and_inputs(visit, self.straight_through)
-        gradients_MD = _weight_gradients(visit, rows)
-        for expert in rows.experts_M.unique().tolist():
-            mine_P = (rows.experts_M == expert).nonzero().flatten()
-            q_PD = inputs_MD[mine_P]
-            for kind, slope_PH in enumerate(_slopes(self._experts, expert, q_PD)):
-                self._slopes_2EH[kind, expert] += (factors_M[mine_P] @ slope_PH).double()
-            y_PD = run_expert(self._experts, expert, q_PD)
-            self._router_DD += y_PD.double().t() @ gradients_MD[mine_P].double()
+        gradients_MD, normed_M = _weight_gradients(visit, rows), _normed(visit, rows)
+        for expert, normed in product(rows.experts_M.unique().tolist(), (False, True)):
+            mine_P = ((rows.experts_M == expert) & (normed_M == normed)).nonzero().flatten()
+            if not len(mine_P):
+                continue
+            experts_DD, y_PD = _expert_term(visit, expert, inputs_MD[mine_P], factors_M[mine_P], normed)
+            self._experts_DD += experts_DD
+            self._router_DD += y_PD.t() @ gradients_MD[mine_P].double()
 
     def terms(self) -> dict[str, Tensor]:
         """``experts``, ``router`` and their sum ``total``, float64 ``[D, D]``."""
-        experts_DD = torch.zeros_like(self._router_DD)
-        for expert in range(len(self._experts.w1)):
-            experts_DD += _expert_jacobian(self._experts, expert, *self._slopes_2EH[:, expert] / self._tokens)
-        router_DD = self._router_DD / self._tokens
+        experts_DD, router_DD = self._experts_DD / self._tokens, self._router_DD / self._tokens
         return {"total": experts_DD + router_DD, "experts": experts_DD, "router": router_DD}
 
 
 def token_jacobians(visit: Visit, tokens: list[int], straight_through: bool = True) -> Tensor:
     """The Jacobians of single tokens, float64 ``[len(tokens), D, D]``."""
     rows, inputs_MD, factors_M = _rows_and_inputs(visit, straight_through)
-    gradients_MD = _weight_gradients(visit, rows)
-    experts, width = visit.layer.experts, visit.x_TD.shape[1]
+    gradients_MD, normed_M = _weight_gradients(visit, rows), _normed(visit, rows)
+    width = visit.x_TD.shape[1]
     answer = torch.zeros(len(tokens), width, width, dtype=torch.float64)
     for place, token in enumerate(tokens):
-        for row in (rows.tokens_M == token).nonzero().flatten().tolist():
-            expert, q_1D = int(rows.experts_M[row]), inputs_MD[row : row + 1]
-            slopes = (float(factors_M[row]) * slope_1H[0].double() for slope_1H in _slopes(experts, expert, q_1D))
-            answer[place] += _expert_jacobian(experts, expert, *slopes)
-            answer[place] += torch.outer(run_expert(experts, expert, q_1D)[0].double(), gradients_MD[row].double())
+        for row in (rows.tokens_M == token).nonzero():
+            expert, normed = int(rows.experts_M[row]), bool(normed_M[row])
+            experts_DD, y_1D = _expert_term(visit, expert, inputs_MD[row], factors_M[row], normed)
+            answer[place] += experts_DD + y_1D.t() @ gradients_MD[row].double()
     return answer
 
 
@@ -124,17 +116,42 @@ def _weight_gradients(visit: Visit, rows: Rows) -> Tensor:
     return gradients_MD
 
 
-def _slopes(experts: StackedExperts, expert: int, q_PD: Tensor) -> tuple[Tensor, Tensor]:
+def _normed(visit: Visit, rows: Rows) -> Tensor:
+    """Whether a LayerNorm follows the expert of each row, bool ``[M]``."""
+    norm = visit.routing.output_norm
+    return rows.slots_M == rows.slots_M.max() if norm == "last" else torch.full_like(rows.slots_M, norm == "all").bool()
+
+
+def _expert_term(visit: Visit, expert: int, q_PD: Tensor, factors_P: Tensor, normed: bool) -> tuple[Tensor, Tensor]:
+    """Sum over rows of factor times ``J_E(q)``, ``[D, D]``, and the outputs ``E(q)``, ``[P, D]``, both float64.
+
+    The sum over rows is ``W2 (diag(a) W3 + diag(b) W1)`` with the sums ``a`` of ``silu(W1 q)`` and ``b`` of
+    ``(W3 q) silu'(W1 q)``, each times the factor: it costs no more than a forward pass. The LayerNorm ``n`` of outputs
+    of standard deviation ``s`` has ``J_n = (I - 1 1^T / D - n n^T / D) / s``, whose last term takes a backward pass.
+    """
+    experts = visit.layer.experts
+    w1, w2, w3 = (w[expert].double() for w in (experts.w1, experts.w2, experts.w3))
+    # Its forward must agree with ``run_expert``, and so with what ``StackedExperts`` computes.
+    y_PD, (gate_PH, up_PH) = run_expert(experts, expert, q_PD).double(), _slopes(q_PD.double(), w1, w3)
+    factors_P = factors_P.double()
+    if normed:
+        # The epsilon of ``F.layer_norm``
+        factors_P = factors_P * (y_PD.var(dim=1, unbiased=False) + 1e-5).rsqrt()
+        y_PD = F.layer_norm(y_PD, y_PD.shape[1:])
+    jacobian_DD = w2 @ ((factors_P @ gate_PH).unsqueeze(1) * w3 + (factors_P @ up_PH).unsqueeze(1) * w1)
+    if normed:
+        hidden_PH = y_PD @ w2
+        backward_PD = (hidden_PH * gate_PH) @ w3 + (hidden_PH * up_PH) @ w1
+        along_DD = (factors_P.unsqueeze(1) * y_PD).t() @ backward_PD / y_PD.shape[1]
+        jacobian_DD = jacobian_DD - jacobian_DD.mean(dim=0) - along_DD
+    return jacobian_DD, y_PD
+
+
+def _slopes(q_PD: Tensor, w1_HD: Tensor, w3_HD: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of a SwiGLU expert's Jacobian: ``silu(W1 q)`` and ``(W3 q) silu'(W1 q)``, each ``[P, H]``."""
-    gate_PH, up_PH = q_PD @ experts.w1[expert].t(), q_PD @ experts.w3[expert].t()
+    gate_PH, up_PH = q_PD @ w1_HD.t(), q_PD @ w3_HD.t()
     sigmoid_PH = gate_PH.sigmoid()
     return F.silu(gate_PH), up_PH * (sigmoid_PH * (1 + gate_PH * (1 - sigmoid_PH)))
-
-
-def _expert_jacobian(experts: StackedExperts, expert: int, gate_H: Tensor, up_H: Tensor) -> Tensor:
-    """``W2 (diag(gate) W3 + diag(up) W1)``, float64 ``[D, D]``."""
-    w1, w2, w3 = (w[expert].double() for w in (experts.w1, experts.w2, experts.w3))
-    return w2 @ (gate_H.unsqueeze(1) * w3 + up_H.unsqueeze(1) * w1)
 
 
 def gate_share(layer: MoELayer, router_DD: Tensor) -> float | None:

@@ -61,7 +61,7 @@ def study(
         straight_through: how discrete experts' inputs are differentiated (``jacobian``).
 
     Raises:
-        CheckpointError: one cannot be read, is dense, has shared experts or norms around its discrete experts, or
+        CheckpointError: one cannot be read, is dense, has shared experts or a norm before its discrete experts, or
             reads other tokens than the first.
         ConfigError: no tokens are asked for.
         DataError: the text cannot be read.
@@ -108,8 +108,9 @@ def _layers(loaded: LoadedModel, tokens_BS: Tensor, straight_through: bool) -> l
 
 def _check_terms(path: str, loaded: LoadedModel) -> None:
     moe = loaded.config.moe
-    if moe.norm is not None or moe.shared_experts:
-        what = f"moe.{moe.norm}=true" if moe.norm is not None else f"moe.shared_experts={moe.shared_experts}"
+    input_norm = moe.input_norm and moe.facts.uses_codebook
+    if input_norm or moe.shared_experts:
+        what = "moe.input_norm=true" if input_norm else f"moe.shared_experts={moe.shared_experts}"
         raise CheckpointError(
             f"{path} has {what}, whose derivative is not among the terms of this report; use a model without them"
         )
