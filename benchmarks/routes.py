@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "ac": {"moe.router": "adaptive_clustering", "moe.top_k": 2},
 }
 EVERY = {
+    "moe.output_norm": False,  # stock Mixtral has none
+    "train.learning_rate": 0.003,
     "run.sample_tokens": 0,
     "run.eval_every": 0,
     "run.final_eval_windows": 64,

@@ -57,6 +57,7 @@ def configure(
         "model.sequence_length": sequence_length,
         "moe.num_experts": options.experts,
         "moe.expert_hidden": options.hidden,
+        "moe.output_norm": False,
         "codebook.num_codes": 0,
         "train.batch_size": batch,
         "codebook.code_map": "mod",

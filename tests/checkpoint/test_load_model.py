@@ -24,7 +24,7 @@ from vqmoe_ds.runtime.files import new_folder
 SAVED = {
     "zero0-ep2": (Layout(0, 2, 2), {}),
     "zero2-ep1": (Layout(2, 1, 2), {"moe.router": "stablemoe"}),
-    "zero3-ep2": (Layout(3, 2, 2), {"moe.router": "expert_bias", "moe.top_k": 2}),
+    "zero3-ep2": (Layout(3, 2, 2), {"moe.router": "expert_bias", "moe.top_k": 2, "moe.output_norm": False}),
     "zero3-bf16": (Layout(3, 2, 2, "bf16"), {}),
 }
 TOKENS = tokens_of(2, 16, 61)

@@ -150,13 +150,13 @@ def test_a_run_of_another_configuration_is_no_result_and_is_refused_or_thrown_aw
     for job in all_jobs:
         _finish(job, 2.0, 0.1)
     job = all_jobs[-1]
-    old = to_yaml(job.config.run).replace("learning_rate: 0.003", "learning_rate: 0.1")
+    old = to_yaml(job.config.run).replace("learning_rate: 0.006", "learning_rate: 0.1")
     (job.run.folder / "config.yaml").write_text(old)
     assert [j.state() for j in all_jobs] == [State.FINISHED] * 3 + [State.CHANGED]
     assert compare(path, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "run words | codes | seed 2 in" in error
-    assert "was made with train.learning_rate=0.1, the grid says 0.003; --changed rerun" in error
+    assert "was made with train.learning_rate=0.1, the grid says 0.006; --changed rerun" in error
     compare(path, tmp_path / "out", "--report_only")
     assert "3 of 4 runs are finished" in (tmp_path / "out/report.md").read_text()
 

@@ -54,7 +54,7 @@ def test_what_another_tool_trained_meanwhile_is_thrown_away_only_where_that_was_
     monkeypatch.setattr(Runner, "_train_and_evaluate", lambda self, job, lock: trained.append(job) or "trained anew")
     waiting, summary = _runner([job], rerun), job.run.folder / "summary.json"
     _finish(job, 2.0, 0.1)
-    other = to_yaml(job.config.run).replace("learning_rate: 0.003", "learning_rate: 0.1")
+    other = to_yaml(job.config.run).replace("learning_rate: 0.006", "learning_rate: 0.1")
     (job.run.folder / "config.yaml").write_text(other)
     (failure,) = waiting.run()
     assert summary.exists() is not rerun and trained == ([job] if rerun else [])

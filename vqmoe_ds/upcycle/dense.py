@@ -156,8 +156,9 @@ class DenseSource:
     def default_section(self) -> dict[str, Any]:
         """Fields of the run configuration that the source fills in where they are not set."""
         length = int(self.options.get("max_position_embeddings", 2048))
-        tied = {"model.tie_embeddings": self.tied}
-        return {"model.sequence_length": length, **tied, **self.data_section()}
+        # The source's MLP has no norm behind it, and its weights do not bear the rate of a small model from scratch.
+        fields = {"model.tie_embeddings": self.tied, "moe.output_norm": False, "train.learning_rate": 0.003}
+        return {"model.sequence_length": length, **fields, **self.data_section()}
 
     def tensor(self, name: str) -> Tensor:
         """A weight in float32.
