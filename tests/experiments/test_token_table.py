@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vqmoe_ds.checkpoint.open import open_checkpoint
 from vqmoe_ds.commands import usage
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.tokenizers import ByteTokenizer
+from vqmoe_ds.evaluation.passes import Passes
 from vqmoe_ds.evaluation.probe import visit_layers
 from vqmoe_ds.experiments import token_table
 from vqmoe_ds.models.transformer import MoETransformer
@@ -48,10 +50,13 @@ def _embeddings(counts_V: np.ndarray) -> torch.Tensor:
 def _table(method: str, counts_V: np.ndarray, seed: int = 0) -> torch.Tensor:
     if method == "embedding":
         return token_tables.embedding_table(_embeddings(counts_V), counts_V, EXPERTS, LAYERS, seed)
+    if method == "routes":
+        shares_LVN = torch.rand(LAYERS, VOCAB, EXPERTS, generator=torch.Generator().manual_seed(seed)).double()
+        return token_tables.routes_table(shares_LVN * torch.from_numpy(counts_V > 0).view(1, -1, 1), counts_V, seed)
     return token_tables.random_table(counts_V, EXPERTS, LAYERS, seed)
 
 
-@pytest.mark.parametrize("method", ["embedding", "random"])
+@pytest.mark.parametrize("method", ["embedding", "random", "routes"])
 def test_tables_are_balanced_deterministic_and_differ_between_layers_and_seeds(method: str) -> None:
     counts_V = _counts()
     table_LV = _table(method, counts_V)
@@ -63,7 +68,7 @@ def test_tables_are_balanced_deterministic_and_differ_between_layers_and_seeds(m
     assert not torch.equal(table_LV, _table(method, counts_V, seed=1))
 
 
-@pytest.mark.parametrize("method", ["embedding", "random"])
+@pytest.mark.parametrize("method", ["embedding", "random", "routes"])
 def test_a_token_that_is_more_than_a_share_has_an_expert_almost_to_itself(method: str) -> None:
     counts_V = _counts()
     counts_V[7] = counts_V.sum()
@@ -92,6 +97,18 @@ def test_round_robin_follows_the_rank() -> None:
     assert token_tables.round_robin_table(counts_V, 3, 2).tolist() == [[2, 0, 0, 1], [0, 1, 1, 2]]
 
 
+def test_tokens_go_where_another_model_sent_them_as_far_as_experts_have_room() -> None:
+    counts_V, shares_LVN = np.full(VOCAB, 10), torch.zeros(1, VOCAB, EXPERTS, dtype=torch.float64)
+    wanted_V = torch.arange(VOCAB) % EXPERTS
+    shares_LVN[0, torch.arange(VOCAB), wanted_V] = 0.6
+    shares_LVN[0, :, 3] += 0.3
+    assert torch.equal(token_tables.routes_table(shares_LVN, counts_V, 0)[0], wanted_V)
+    shares_LVN[0, :, 3] += 0.6  # all want one expert; the first of them find room there
+    table_V = token_tables.routes_table(shares_LVN, counts_V, 0)[0]
+    assert (table_V[:70] == 3).all() and (table_V[100:] == wanted_V[100:]).float().mean() > 0.8
+    assert max(token_tables.busiest(table_V.unsqueeze(0), counts_V, EXPERTS)) <= 1.06
+
+
 def _config(router: dict[str, Any], path: Path | None = None, **options: Any) -> RunConfig:
     model = {"vocab_size": VOCAB, "layers": LAYERS, "width": 16, "heads": 2, "sequence_length": 12}
     options |= {} if path is None else {"path": str(path)}
@@ -110,6 +127,24 @@ def test_the_table_of_a_run_with_codes_gives_its_routes_to_the_bit(tmp_path: Pat
     with pytest.raises(CheckpointError, match="codebook.source=context"):
         token_table.table_of_codes(MoETransformer(_config({"router": "vq"}).model_copy(
             update={"codebook": RunConfig().codebook})))  # fmt: skip
+
+
+@pytest.mark.parametrize("router", ["hash_token", "topk"])
+def test_shares_are_the_weights_that_experts_had_for_a_token(router: str) -> None:
+    model = MoETransformer(_config({"router": router, "top_k": 1 if router == "hash_token" else 2})).eval()
+    tokens_BS = torch.randint(0, VOCAB - 100, (20, 12), generator=torch.Generator().manual_seed(0))
+    shares_LVN = token_table.shares_of_routes(model, tokens_BS, Passes(io.StringIO()))
+    seen_V = torch.bincount(tokens_BS.flatten(), minlength=VOCAB) > 0
+    assert torch.allclose(shares_LVN.sum(dim=-1), seen_V.double().expand(LAYERS, -1))
+    if router == "hash_token":
+        assert torch.equal(shares_LVN.argmax(dim=-1)[:, seen_V], model.token_table_LV[:, seen_V])
+        return
+    # One that was seen once: its own two weights. The layer's routing sums to 1 for every token.
+    (once, *_) = (torch.bincount(tokens_BS.flatten(), minlength=VOCAB) == 1).nonzero().flatten().tolist()
+    place = int((tokens_BS.flatten() == once).nonzero())
+    for visit in visit_layers(model, tokens_BS[place // 12 : place // 12 + 1]):
+        ids, weights = visit.routing.expert_ids_TR[place % 12], visit.routing.weights_TR[place % 12].double()
+        assert torch.allclose(shares_LVN[visit.index, once, ids], weights, atol=1e-6)
 
 
 def test_the_command_counts_writes_both_forms_and_says_how_balanced(tmp_path: Path, capsys: Any) -> None:
@@ -282,6 +317,21 @@ def test_a_table_is_as_long_as_the_vocabulary_of_its_model(model: Path, text: Pa
     words = [model, "--method", method, "--experts", "4", "--layers", "2", "--data", text, "--tokenizer", "bytes"]
     code, printed, said = _made(capsys, *words, "--out", text.parent / "t.safetensors")
     assert code == 0 and "2 layer(s), 320 token ids" in printed, said
+
+
+def test_the_routes_of_a_model_become_a_table(model: Path, text: Path, capsys: Any) -> None:
+    out = text.parent / "t.safetensors"
+    given = ["--method", "routes", "--data", text, "--tokenizer", "bytes", "--out", out]
+    code, printed, said = _made(capsys, model, *given, "--tokens", "500")
+    assert code == 0, said
+    assert "504 tokens read, 28 of 320 ids among them; the others have experts at random" in printed
+    assert read_table(out, 2, 320, 4).shape == (2, 320)
+    out.unlink()
+    assert "--method routes needs MODEL" in _refused(capsys, *given)
+    assert "are those of MODEL with --method routes" in _refused(capsys, model, *given, "--experts", "4")
+    assert "--tokens 0 must lie between 1 and" in _refused(capsys, model, *given, "--tokens", "0")
+    assert "balances by frequency; name a corpus" in _refused(capsys, model, *given[:2], *given[4:])
+    assert not out.exists()
 
 
 def test_a_hugging_face_folder_knows_its_tokenizer(model: Path, text: Path, capsys: Any) -> None:

@@ -1,6 +1,6 @@
-"""``tools/make_token_table.py``: a table from token ids to experts, of a model's embeddings or codes and a corpus.
+"""``tools/make_token_table.py``: a table from token ids to experts, of a corpus and a model's embeddings or routes.
 
-Legend: L MoE layers, V vocabulary, N experts, D width.
+Legend: L MoE layers, V vocabulary, N experts, D width, B windows, S positions.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -31,6 +32,8 @@ from vqmoe_ds.data.indexed import UNKNOWN, described_tokenizer, weighted_entry, 
 from vqmoe_ds.data.tokenizer_base import MOST_IDS, Tokenizer
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.units import SourceOptions
+from vqmoe_ds.evaluation.passes import Passes
+from vqmoe_ds.evaluation.probe import BATCH, load_routed, read_probe, rows_of, visit_layers
 from vqmoe_ds.models.transformer import MoETransformer
 from vqmoe_ds.moe import token_tables
 from vqmoe_ds.moe.routers.token_table import NAME
@@ -43,9 +46,10 @@ BOUNDS = {
     "vocab_size": (1, MOST_IDS),
     "experts": (1, MOST_EXPERTS),
     "layers": (1, MOST_LAYERS),
+    "tokens": (1, 1 << 40),
 }
 """Least and most of the options that are numbers."""
-METHODS = ("embedding", "random", "round_robin", "codes")
+METHODS = ("embedding", "random", "round_robin", "codes", "routes")
 GATE = "model.layers.{}.mlp.gate.tid2eid"
 """Names of the gates' tables in DeepSeek-V4's checkpoints, as vLLM and Megatron's hash layers read them."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed.weight", "embed_in.weight", "word_embeddings.weight",
@@ -57,13 +61,24 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="run folder, checkpoint or Hugging Face folder with the embeddings")
-    add("--method", choices=METHODS, default="embedding", help="codes: those of a run with codes of tokens")
-    add("--experts", type=int, metavar="N", help="experts per layer (not with codes)")
-    add("--layers", type=int, metavar="L", help="MoE layers, each with a table of its own (not with codes)")
+    add(
+        "--method",
+        choices=METHODS,
+        default="embedding",
+        help="codes: those of a run with codes of tokens; routes: the expert that MODEL sends a token to most",
+    )
+    add("--experts", type=int, metavar="N", help="experts per layer (not with codes or routes)")
+    add("--layers", type=int, metavar="L", help="MoE layers, each with a table of its own (not with codes or routes)")
     add("--data", nargs="+", metavar="SPEC", help="corpus that tokens are counted in: text, or prepared prefixes")
     add("--tokenizer", metavar="TOKENIZER", help="of text (default: that of MODEL)")
     add("--vocab_size", type=int, metavar="V", help="without MODEL: token ids (default: the tokenizer's)")
     add("--seed", type=int, default=0, help="of the table (default 0)")
+    add(
+        "--tokens",
+        type=int,
+        default=1 << 18,
+        help="--method routes: tokens of --data that MODEL reads (default 262,144)",
+    )
     add("--form", choices=("table", "gate"), default="table", help="gate: a tensor [V, 1] per layer, for vLLM")
     add("--names", default=GATE, metavar="PATTERN", help=f"--form gate: names of tensors (default {GATE})")
     add("--out", required=True, metavar="FILE.safetensors", help="file to write")
@@ -118,20 +133,22 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise ConfigError(f"--{name} {value} must lie between {least} and {most:,}")
-    if args.method in ("embedding", "codes") and args.model is None:
+    if args.method in ("embedding", "codes", "routes") and args.model is None:
         raise ConfigError(f"--method {args.method} needs MODEL; or take --method random")
-    if args.method == "codes":
+    if args.method in ("codes", "routes"):
         if args.experts or args.layers:
-            raise ConfigError("--experts and --layers are those of MODEL with --method codes; leave them out")
-        return
-    for name, value in (("experts", args.experts), ("layers", args.layers)):
-        if value is None:
-            raise ConfigError(f"--method {args.method} needs --{name}, 1 or more")
-    if args.data is None:
+            raise ConfigError(f"--experts and --layers are those of MODEL with --method {args.method}; leave them out")
+    else:
+        for name, value in (("experts", args.experts), ("layers", args.layers)):
+            if value is None:
+                raise ConfigError(f"--method {args.method} needs --{name}, 1 or more")
+    if args.data is None and args.method != "codes":
         raise ConfigError(f"--method {args.method} balances by frequency; name a corpus with --data")
 
 
 def _make(args: argparse.Namespace) -> Made:
+    if args.method == "routes":
+        return _of_routes(args)
     if args.method == "codes":
         model = load_model(args.model, args.tokenizer).model
         table_LV = table_of_codes(model)
@@ -157,9 +174,7 @@ def _make(args: argparse.Namespace) -> Made:
     if args.method != "round_robin":  # the others compare every token with every expert
         remedy = "give fewer --experts, or take --method round_robin"
         check_room(8 * vocab * args.experts, f"a table of {vocab:,} token ids", remedy, ConfigError)
-    counts_V, shape = _counts(args, vocab), (args.experts, args.layers)
-    if not counts_V.any():
-        raise DataError(f"--data {' '.join(args.data)} holds no tokens, by which a table is balanced; name a text")
+    counts_V, shape = _counted(args, vocab), (args.experts, args.layers)
     if embeddings_VD is not None:
         table_LV = token_tables.embedding_table(embeddings_VD, counts_V, *shape, args.seed)
     elif args.method == "random":
@@ -167,6 +182,37 @@ def _make(args: argparse.Namespace) -> Made:
     else:
         table_LV = token_tables.round_robin_table(counts_V, *shape)
     return Made(table_LV, counts_V, args.experts)
+
+
+def _of_routes(args: argparse.Namespace) -> Made:
+    loaded = load_routed(args.model, args.tokenizer)
+    model = loaded.model
+    vocab, experts, layers = model.config.model.vocab_size, model.config.moe.num_experts, len(model.moe_layers())
+    remedy = "take --method random"
+    check_room(16 * vocab * experts * layers, f"the routes of {vocab:,} token ids", remedy, ConfigError)
+    counts_V = _counted(args, vocab)
+    each = -(-args.tokens // len(args.data))
+    tokens_BS = torch.cat([read_probe(loaded, without_ending(weighted_entry(spec)[0]), each) for spec in args.data])
+    shares_LVN = shares_of_routes(model, tokens_BS, Passes(sys.stderr))
+    table_LV = token_tables.routes_table(shares_LVN, counts_V, args.seed)
+    seen = int((shares_LVN[0].sum(dim=-1) > 0).sum())
+    print(f"{tokens_BS.numel():,} tokens read, {seen:,} of {vocab:,} ids among them; the others have experts at random")
+    return Made(table_LV, counts_V, experts, model.moe_blocks)
+
+
+def shares_of_routes(model: MoETransformer, tokens_BS: Tensor, passes: Passes) -> Tensor:
+    """Weight of each expert for each token id, as a share of all that the token was given, float64 ``[L, V, N]``."""
+    shape = (len(model.moe_layers()), model.config.model.vocab_size, model.config.moe.num_experts)
+    sums_LVN = torch.zeros(shape, dtype=torch.float64)
+    tell = passes("routes", len(tokens_BS))
+    for window_BS in tokens_BS.split(BATCH):
+        ids_T = window_BS.flatten()
+        for visit in visit_layers(model, window_BS):
+            rows = rows_of(visit.routing)
+            places_M = ids_T[rows.tokens_M] * shape[2] + rows.experts_M
+            sums_LVN[visit.index].view(-1).index_add_(0, places_M, rows.weights_M.double())
+        tell(len(window_BS))
+    return sums_LVN / sums_LVN.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @torch.no_grad()
@@ -262,6 +308,14 @@ def _checksum(args: argparse.Namespace) -> str | None:
     if noted in (None, UNKNOWN) and args.tokenizer is not None:
         return load_tokenizer(args.tokenizer).checksum
     return None if noted == UNKNOWN else noted
+
+
+def _counted(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
+    """The counts of a corpus that has tokens."""
+    counts_V = _counts(args, vocab_size)
+    if not counts_V.any():
+        raise DataError(f"--data {' '.join(args.data)} holds no tokens, by which a table is balanced; name a text")
+    return counts_V
 
 
 def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:

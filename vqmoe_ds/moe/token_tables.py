@@ -1,4 +1,4 @@
-"""Tables from token ids to experts: balanced by frequency, and made of random numbers, ranks or embeddings.
+"""Tables from token ids to experts: balanced by frequency, of random numbers, ranks, embeddings or another's routes.
 
 Legend: L MoE layers, V vocabulary, N experts, D width of an embedding, S sampled tokens.
 
@@ -64,6 +64,21 @@ def embedding_table(embeddings_VD: Tensor, counts_V: np.ndarray, num_experts: in
             centres_ND = torch.where(mass_N1 > 0, sums_ND / mass_N1.clamp_min(1e-12).float(), centres_ND)
         tables.append(table_V)
     return torch.stack(tables)
+
+
+def routes_table(shares_LVN: Tensor, counts_V: np.ndarray, seed: int) -> Tensor:
+    """Each token with the expert that it went to most in another model, as far as experts have room, int64 ``[L, V]``.
+
+    Args:
+        shares_LVN: weight of each expert over all that a token was seen; tokens that were not seen have zeros, and go
+            to an expert at random.
+    """
+    tables = []
+    for layer, shares_VN in enumerate(shares_LVN.numpy()):
+        # Smaller than any share: a draw decides between equals alone.
+        ties_VN = 1e-9 * np.random.default_rng([seed, layer]).random(shares_VN.shape)
+        tables.append(_with_room(ties_VN - shares_VN, counts_V))
+    return torch.from_numpy(np.stack(tables))
 
 
 def _with_room(costs_VN: np.ndarray, counts_V: np.ndarray) -> np.ndarray:
