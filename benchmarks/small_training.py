@@ -58,6 +58,7 @@ def configure(
         "moe.num_experts": options.experts,
         "moe.expert_hidden": options.hidden,
         "moe.output_norm": False,
+        "train.learning_rate": 0.003,
         "codebook.num_codes": 0,
         "train.batch_size": batch,
         "codebook.code_map": "mod",

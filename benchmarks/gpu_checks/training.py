@@ -35,6 +35,9 @@ def fields(bench: Bench, **more: Any) -> dict[str, Any]:
         "model.sequence_length": length,
         "moe.num_experts": 8,
         "moe.expert_hidden": hidden,
+        # As the layers and steps that it is timed beside
+        "moe.output_norm": False,
+        "train.learning_rate": 0.003,
         "train.batch_size": 8,
         "train.steps": 100,
         "train.warmup_steps": 2,
