@@ -330,6 +330,7 @@ def test_the_routes_of_a_model_become_a_table(model: Path, text: Path, capsys: A
     assert "--method routes needs MODEL" in _refused(capsys, *given)
     assert "are those of MODEL with --method routes" in _refused(capsys, model, *given, "--experts", "4")
     assert "--tokens 0 must lie between 1 and" in _refused(capsys, model, *given, "--tokens", "0")
+    assert "give fewer --tokens" in _refused(capsys, model, *given, "--tokens", str(1 << 40))
     assert "balances by frequency; name a corpus" in _refused(capsys, model, *given[:2], *given[4:])
     assert not out.exists()
 

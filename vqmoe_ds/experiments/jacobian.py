@@ -131,7 +131,7 @@ def _expert_term(visit: Visit, expert: int, q_PD: Tensor, factors_P: Tensor, nor
     """
     experts = visit.layer.experts
     w1, w2, w3 = (w[expert].double() for w in (experts.w1, experts.w2, experts.w3))
-    # Its forward must agree with ``run_expert``, and so with what ``StackedExperts`` computes.
+    # The slopes must be those of what ``run_expert`` computes.
     y_PD, (gate_PH, up_PH) = run_expert(experts, expert, q_PD).double(), _slopes(q_PD.double(), w1, w3)
     factors_P = factors_P.double()
     if normed:

@@ -188,8 +188,8 @@ def _of_routes(args: argparse.Namespace) -> Made:
     loaded = load_routed(args.model, args.tokenizer)
     model = loaded.model
     vocab, experts, layers = model.config.model.vocab_size, model.config.moe.num_experts, len(model.moe_layers())
-    remedy = "take --method random"
-    check_room(16 * vocab * experts * layers, f"the routes of {vocab:,} token ids", remedy, ConfigError)
+    needed, remedy = 16 * vocab * experts * layers + 8 * args.tokens, "give fewer --tokens, or take --method random"
+    check_room(needed, f"the routes of {vocab:,} token ids in {args.tokens:,} tokens", remedy, ConfigError)
     counts_V = _counted(args, vocab)
     each = -(-args.tokens // len(args.data))
     tokens_BS = torch.cat([read_probe(loaded, without_ending(weighted_entry(spec)[0]), each) for spec in args.data])
