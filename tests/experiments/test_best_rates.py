@@ -30,11 +30,11 @@ def test_the_grid_tries_routers_of_the_controls_and_nothing_else_differs():
     controls = read_grid(str(ROOT / "benchmarks/grids/controls.yaml"))
     known = {entry.name: entry for entry in controls.entries}
     assert all(entry == known[entry.name] for entry in RATES.entries) and len(RATES.entries) == 7
-    assert [fields["train.learning_rate"] for fields in RATES.corpora.values()] == [0.003, 0.006, 0.012, 0.024]
+    assert [fields["train.learning_rate"] for fields in RATES.corpora.values()] == [0.003, 0.006, 0.012, 0.024, 0.048]
     for fields in RATES.corpora.values():
         both = {**RATES.overrides, **fields, "train.learning_rate": 0.006}
         assert both == {**controls.overrides, **controls.corpora["enwiki-mini"]}
-    assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 5) == (56, 35), "as the header counts them"
+    assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 5) == (70, 35), "as the header counts them"
 
 
 def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
@@ -100,7 +100,7 @@ def test_the_second_round_has_fresh_seeds_the_best_rates_and_each_corpus_once(to
 
 
 def _sections(corpora: list[str]) -> list[dict]:
-    """A report in which every router is best at 0.024."""
+    """A report in which every router is best at 0.048."""
     losses = {corpus: 3 - RATES.corpora[corpus]["train.learning_rate"] for corpus in corpora}
     entries = [entry.name for entry in RATES.entries]
     return [
@@ -124,8 +124,8 @@ def test_one_command_tries_chooses_and_compares(tool, tmp_path, monkeypatch, cap
     (first, tried, _), (second, compared, jobs) = asked
     assert (first, second, jobs) == ("tried", "best", 2) and tried == RATES
     assert compared.seeds == [4, 5, 6]
-    assert {entry.overrides["train.learning_rate"] for entry in compared.entries} == {0.024}
-    assert "top-2 normed: 0.024, an end of the rates tried" in capsys.readouterr().out
+    assert {entry.overrides["train.learning_rate"] for entry in compared.entries} == {0.048}
+    assert "top-2 normed: 0.048, an end of the rates tried" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", [1, 2, 75])
