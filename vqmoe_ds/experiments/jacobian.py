@@ -1,6 +1,6 @@
 """The averaged Jacobian of an MoE layer, whose rank is the number of directions in which its output can move.
 
-Legend: T tokens, D width, H expert hidden width, R choices (slots) of a token, P rows of one expert.
+Legend: T tokens, D width, H expert hidden width, E experts, R choices (slots) of a token, P rows of one expert.
 
 With ``y = sum_r w_r(x) E_{i_r}(q_r)``, so without shared experts or an input norm, the Jacobian of one token is
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vqmoe_ds.evaluation.collapse import effective_rank, numerical_rank, run_expert
 from vqmoe_ds.evaluation.probe import Rows, Visit, rows_of
+from vqmoe_ds.moe.experts import StackedExperts
 from vqmoe_ds.moe.layer import MoELayer
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -36,16 +37,22 @@ RANK_THRESHOLDS = (1e-2, 1e-5)
 class MeanJacobian:
     """Mean over tokens of one layer's Jacobian, added up visit by visit.
 
+    Expert by expert the mean over tokens is ``W2 (diag(a) W3 + diag(b) W1)`` with the means ``a`` of ``w silu(W1 q)``
+    and ``b`` of ``w (W3 q) silu'(W1 q)``: the average costs no more than a forward pass, and with a norm a backward
+    pass more.
+
     Args:
         layer: whose visits will be added.
         straight_through: how the input of discrete experts is differentiated (module docstring).
     """
 
     def __init__(self, layer: MoELayer, straight_through: bool = True) -> None:
-        self.straight_through = straight_through
-        width = layer.experts.w1.shape[2]
+        self.straight_through, self._experts = straight_through, layer.experts
+        experts, hidden, width = layer.experts.w1.shape
         self._tokens = 0
-        self._experts_DD, self._router_DD = torch.zeros(2, width, width, dtype=torch.float64)
+        # Of rows without and with a LayerNorm: one expert may have both, as in a dual path.
+        self._slopes_2E2H = torch.zeros(2, experts, 2, hidden, dtype=torch.float64)
+        self._along_DD, self._router_DD = torch.zeros(2, width, width, dtype=torch.float64)
 
     def add(self, visit: Visit) -> None:
         """Take the tokens of one forward pass of the layer into the mean."""
@@ -56,13 +63,17 @@ class MeanJacobian:
             mine_P = ((rows.experts_M == expert) & (normed_M == normed)).nonzero().flatten()
             if not len(mine_P):
                 continue
-            experts_DD, y_PD = _expert_term(visit, expert, inputs_MD[mine_P], factors_M[mine_P], normed)
-            self._experts_DD += experts_DD
-            self._router_DD += y_PD.t() @ gradients_MD[mine_P].double()
+            slopes_2H, along_DD, y_PD = _sums(self._experts, expert, inputs_MD[mine_P], factors_M[mine_P], normed)
+            self._slopes_2E2H[int(normed), expert] += slopes_2H
+            self._along_DD += along_DD
+            self._router_DD += y_PD.double().t() @ gradients_MD[mine_P].double()
 
     def terms(self) -> dict[str, Tensor]:
         """``experts``, ``router`` and their sum ``total``, float64 ``[D, D]``."""
-        experts_DD, router_DD = self._experts_DD / self._tokens, self._router_DD / self._tokens
+        sums_DD = -self._along_DD
+        for normed, expert in product((False, True), range(len(self._experts.w1))):
+            sums_DD += _expert_jacobian(self._experts, expert, self._slopes_2E2H[int(normed), expert], normed)
+        experts_DD, router_DD = sums_DD / self._tokens, self._router_DD / self._tokens
         return {"total": experts_DD + router_DD, "experts": experts_DD, "router": router_DD}
 
 
@@ -70,13 +81,14 @@ def token_jacobians(visit: Visit, tokens: list[int], straight_through: bool = Tr
     """The Jacobians of single tokens, float64 ``[len(tokens), D, D]``."""
     rows, inputs_MD, factors_M = _rows_and_inputs(visit, straight_through)
     gradients_MD, normed_M = _weight_gradients(visit, rows), _normed(visit, rows)
-    width = visit.x_TD.shape[1]
+    experts, width = visit.layer.experts, visit.x_TD.shape[1]
     answer = torch.zeros(len(tokens), width, width, dtype=torch.float64)
     for place, token in enumerate(tokens):
         for row in (rows.tokens_M == token).nonzero():
             expert, normed = int(rows.experts_M[row]), bool(normed_M[row])
-            experts_DD, y_1D = _expert_term(visit, expert, inputs_MD[row], factors_M[row], normed)
-            answer[place] += experts_DD + y_1D.t() @ gradients_MD[row].double()
+            slopes_2H, along_DD, y_1D = _sums(experts, expert, inputs_MD[row], factors_M[row], normed)
+            answer[place] += _expert_jacobian(experts, expert, slopes_2H, normed) - along_DD
+            answer[place] += y_1D.double().t() @ gradients_MD[row].double()
     return answer
 
 
@@ -122,36 +134,42 @@ def _normed(visit: Visit, rows: Rows) -> Tensor:
     return rows.slots_M == rows.slots_M.max() if norm == "last" else torch.full_like(rows.slots_M, norm == "all").bool()
 
 
-def _expert_term(visit: Visit, expert: int, q_PD: Tensor, factors_P: Tensor, normed: bool) -> tuple[Tensor, Tensor]:
-    """Sum over rows of factor times ``J_E(q)``, ``[D, D]``, and the outputs ``E(q)``, ``[P, D]``, both float64.
+def _sums(
+    experts: StackedExperts, expert: int, q_PD: Tensor, factors_P: Tensor, normed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the sum over rows of factor times ``J_E(q)`` is made of, and the outputs ``E(q)``, ``[P, D]``.
 
-    The sum over rows is ``W2 (diag(a) W3 + diag(b) W1)`` with the sums ``a`` of ``silu(W1 q)`` and ``b`` of
-    ``(W3 q) silu'(W1 q)``, each times the factor: it costs no more than a forward pass. The LayerNorm ``n`` of outputs
-    of standard deviation ``s`` has ``J_n = (I - 1 1^T / D - n n^T / D) / s``, whose last term takes a backward pass.
+    A LayerNorm ``n`` of outputs of standard deviation ``s`` has ``J_n = (I - 1 1^T / D - n n^T / D) / s``: ``1 / s``
+    joins the factors, and ``n n^T`` takes a backward pass.
+
+    Returns:
+        The summed slopes, float64 ``[2, H]``; the part along the outputs that a norm removes, float64 ``[D, D]``, zero
+        without; the outputs.
     """
-    experts = visit.layer.experts
-    w1, w2, w3 = (w[expert].double() for w in (experts.w1, experts.w2, experts.w3))
-    # The slopes must be those of what ``run_expert`` computes.
-    y_PD, (gate_PH, up_PH) = run_expert(experts, expert, q_PD).double(), _slopes(q_PD.double(), w1, w3)
-    factors_P = factors_P.double()
+    y_PD, (gate_PH, up_PH) = run_expert(experts, expert, q_PD), _slopes(experts, expert, q_PD)
+    along_DD = y_PD.new_zeros(y_PD.shape[1], y_PD.shape[1])
     if normed:
         # The epsilon of ``F.layer_norm``
         factors_P = factors_P * (y_PD.var(dim=1, unbiased=False) + 1e-5).rsqrt()
         y_PD = F.layer_norm(y_PD, y_PD.shape[1:])
-    jacobian_DD = w2 @ ((factors_P @ gate_PH).unsqueeze(1) * w3 + (factors_P @ up_PH).unsqueeze(1) * w1)
-    if normed:
-        hidden_PH = y_PD @ w2
-        backward_PD = (hidden_PH * gate_PH) @ w3 + (hidden_PH * up_PH) @ w1
+        hidden_PH = y_PD @ experts.w2[expert]
+        backward_PD = (hidden_PH * gate_PH) @ experts.w3[expert] + (hidden_PH * up_PH) @ experts.w1[expert]
         along_DD = (factors_P.unsqueeze(1) * y_PD).t() @ backward_PD / y_PD.shape[1]
-        jacobian_DD = jacobian_DD - jacobian_DD.mean(dim=0) - along_DD
-    return jacobian_DD, y_PD
+    return torch.stack([factors_P @ gate_PH, factors_P @ up_PH]).double(), along_DD.double(), y_PD
 
 
-def _slopes(q_PD: Tensor, w1_HD: Tensor, w3_HD: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(experts: StackedExperts, expert: int, q_PD: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of a SwiGLU expert's Jacobian: ``silu(W1 q)`` and ``(W3 q) silu'(W1 q)``, each ``[P, H]``."""
-    gate_PH, up_PH = q_PD @ w1_HD.t(), q_PD @ w3_HD.t()
+    gate_PH, up_PH = q_PD @ experts.w1[expert].t(), q_PD @ experts.w3[expert].t()
     sigmoid_PH = gate_PH.sigmoid()
     return F.silu(gate_PH), up_PH * (sigmoid_PH * (1 + gate_PH * (1 - sigmoid_PH)))
+
+
+def _expert_jacobian(experts: StackedExperts, expert: int, slopes_2H: Tensor, normed: bool) -> Tensor:
+    """``W2 (diag(slopes[0]) W3 + diag(slopes[1]) W1)``, float64 ``[D, D]``; normed: each column less its mean."""
+    w1, w2, w3 = (w[expert].double() for w in (experts.w1, experts.w2, experts.w3))
+    jacobian_DD = w2 @ (slopes_2H[0].unsqueeze(1) * w3 + slopes_2H[1].unsqueeze(1) * w1)
+    return jacobian_DD - jacobian_DD.mean(dim=0) if normed else jacobian_DD
 
 
 def gate_share(layer: MoELayer, router_DD: Tensor) -> float | None:

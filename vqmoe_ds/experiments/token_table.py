@@ -192,7 +192,7 @@ def _of_routes(args: argparse.Namespace) -> Made:
     check_room(needed, f"the routes of {vocab:,} token ids in {args.tokens:,} tokens", remedy, ConfigError)
     counts_V = _counted(args, vocab)
     each = -(-args.tokens // len(args.data))
-    tokens_BS = torch.cat([read_probe(loaded, without_ending(weighted_entry(spec)[0]), each) for spec in args.data])
+    tokens_BS = torch.cat([read_probe(loaded, path, each) for path in _paths(args)])
     shares_LVN = shares_of_routes(model, tokens_BS, Passes(sys.stderr))
     table_LV = token_tables.routes_table(shares_LVN, counts_V, args.seed)
     seen = int((shares_LVN[0].sum(dim=-1) > 0).sum())
@@ -321,8 +321,7 @@ def _counted(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
 def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
     """How often each token id occurs in ``--data``, int64 ``[V]``."""
     counts_V, checksum = np.zeros(vocab_size, dtype=np.int64), _checksum(args)
-    for spec in args.data:
-        path = without_ending(weighted_entry(spec)[0])
+    for path in _paths(args):
         for ids in _ids(args, path, checksum):
             # ``bincount`` refuses negative ids and grows with those beyond the vocabulary.
             beyond = [int(id) for id in (ids.max(), ids.min()) if not 0 <= id < vocab_size] if len(ids) else []
@@ -333,6 +332,11 @@ def _counts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
                 )
             counts_V += np.bincount(ids, minlength=vocab_size)
     return counts_V
+
+
+def _paths(args: argparse.Namespace) -> list[str]:
+    """Corpora of ``--data``, without weights and endings."""
+    return [without_ending(weighted_entry(spec)[0]) for spec in args.data]
 
 
 def _ids(args: argparse.Namespace, path: str, checksum: str | None) -> Iterator[np.ndarray]:
