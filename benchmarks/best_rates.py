@@ -5,8 +5,9 @@
 
 trains ``benchmarks/grids/rates.yaml`` in ``OUT/tried``, chooses for every router the rate with the least mean loss over
 corpora and seeds, writes the grid of these to ``OUT/best.yaml`` and trains it in ``OUT/best``, whose report is the
-comparison. Seeds that chose a rate take no part in it. Interrupted, the same command goes on. Options that this command
-does not have go to ``tools/compare_routers.py``, in both rounds.
+comparison. Seeds that chose a rate take no part in it; the damage of the grid's ``evaluate`` is scored in this round
+alone. Interrupted, the same command goes on. Options that this command does not have go to
+``tools/compare_routers.py``, in both rounds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vqmoe_ds.experiments import compare
 from vqmoe_ds.experiments.grid import Grid, read_grid
 from vqmoe_ds.experiments.measures import CLEAN
 from vqmoe_ds.runtime.errors import ConfigError, reports_errors
+from vqmoe_ds.runtime.files import make_folder, write_json
 
 GRID = Path(__file__).resolve().parent / "grids/rates.yaml"
 FIELD = "train.learning_rate"
@@ -40,17 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parse(argv)
     out = Path(options.out)
     grid = read_grid(options.grid)
-    code = compare_in(out / "tried", options.grid, rest)
+    code = compare_in(out / "tried", write(grid.model_copy(update={"evaluate": None}), out / "tried.yaml"), rest)
     report = out / "tried/report.json"
     if code not in (0, 1) or not report.exists():  # 1: a run failed, as one that diverges does
         return code
     best = choose(losses_of(grid, json.loads(report.read_text("utf-8"))))
-    chosen = grid_of_the_best(grid, best, options.seeds).model_dump(by_alias=True, exclude_defaults=True)
-    (out / "best.yaml").write_text(json.dumps(chosen, indent=1) + "\n", "utf-8")
+    chosen = write(grid_of_the_best(grid, best, options.seeds), out / "best.yaml")
     ends = {choice(overrides[FIELD] for overrides in grid.corpora.values()) for choice in (min, max)}
     for name, rate in best.items():
         print(f"{name}: {rate:g}{', an end of the rates tried' if rate in ends else ''}")
-    return compare_in(out / "best", str(out / "best.yaml"), rest)
+    return compare_in(out / "best", chosen, rest)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -60,6 +61,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--out", required=True, metavar="DIR", help="both rounds, and the grid of the second")
     parser.add_argument("--seeds", type=int, nargs="+", default=FRESH, metavar="N", help="fresh ones (default 4 5 6)")
     return parser.parse_known_args(argv)
+
+
+def write(grid: Grid, path: Path) -> str:
+    """Write a grid, and return its path."""
+    try:
+        make_folder(path.parent)
+        write_json(path, grid.model_dump(by_alias=True, exclude_defaults=True))  # which is YAML too
+    except OSError as error:
+        raise ConfigError(f"--out {path.parent} cannot be written ({error.strerror}); name another") from None
+    return str(path)
 
 
 def compare_in(folder: Path, grid: str, rest: list[str]) -> int:

@@ -118,6 +118,21 @@ def test_seeds_differ_runs_do_not_and_the_spread_is_their_standard_error(loaded,
     assert len({len(line) for line in lines[2:]}) == 1
 
 
+def test_texts_of_other_domains_have_the_figures_that_they_have_alone_and_their_rise_over_the_data(loaded, texts):
+    others = [encode(ByteTokenizer(), b"def ship(harbour):\n    return harbour + 1\n", 256), texts[2]]
+    result = evaluate(loaded, texts, shifted={"code": others, "again": texts})
+    alone, (row, again) = evaluate(loaded, others).clean, result.shifted
+    assert row == {
+        "text": "code",
+        **alone,
+        "bits_per_byte_rise": alone["bits_per_byte"] - result.clean["bits_per_byte"],
+        "nats_per_token_rise": alone["nats_per_token"] - result.clean["nats_per_token"],
+    }
+    assert again["bits_per_byte_rise"] == 0 and again["tokens"] == result.clean["tokens"]
+    lines = table(json.loads(json.dumps(asdict(result))))
+    assert lines[-2].startswith("code ") and len({len(line) for line in lines[2:]}) == 1
+
+
 def test_what_cannot_be_scored_is_refused(loaded, texts):
     with pytest.raises(ConfigError, match=f"--stride 17 must lie between 1 and the model's context of {LENGTH} tokens"):
         evaluate(loaded, texts, Options(stride=17))

@@ -14,7 +14,8 @@ from vqmoe_ds.experiments.grid import overrides_of, read_grid, runs_of
 from vqmoe_ds.runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-RATES = read_grid(str(ROOT / "benchmarks/grids/rates.yaml"))
+GRIDS = ROOT / "benchmarks/grids"
+RATES = read_grid(str(GRIDS / "rates.yaml"))
 LOSSES = {0.003: [2.8, 2.7], 0.006: [2.6, 2.7], 0.012: [2.7, 2.9]}
 
 
@@ -27,7 +28,7 @@ def tool():
 
 
 def test_the_grid_tries_routers_of_the_controls_and_nothing_else_differs():
-    controls = read_grid(str(ROOT / "benchmarks/grids/controls.yaml"))
+    controls = read_grid(str(GRIDS / "controls.yaml"))
     known = {entry.name: entry for entry in controls.entries}
     assert all(entry == known[entry.name] for entry in RATES.entries) and len(RATES.entries) == 7
     assert [fields["train.learning_rate"] for fields in RATES.corpora.values()] == [0.003, 0.006, 0.012, 0.024, 0.048]
@@ -37,8 +38,31 @@ def test_the_grid_tries_routers_of_the_controls_and_nothing_else_differs():
     assert (len(runs_of(RATES, Path("out"))), len(RATES.entries) * 5) == (70, 35), "as the header counts them"
 
 
+def test_the_grid_of_published_routers_has_those_of_the_comparison_with_a_norm_for_all():
+    names = ("routers.yaml", "controls.yaml", "published-rates.yaml")
+    routers, controls, published = (read_grid(str(GRIDS / name)) for name in names)
+    known = {entry.name: entry for entry in [*controls.entries, *routers.entries]}
+    assert all(entry == known[entry.name] for entry in published.entries) and len(published.entries) == 9
+    assert [fields["train.learning_rate"] for fields in published.corpora.values()] == [0.006, 0.012, 0.024]
+    for fields in published.corpora.values():
+        both = {**published.overrides, **fields, "train.learning_rate": 0.006, "moe.output_norm": False}
+        assert both == {**routers.overrides, **routers.corpora["enwiki-mini"]}
+    assert (len(runs_of(published, Path("out"))), len(published.entries) * 5) == (54, 45), "as the header counts them"
+
+
+def test_the_grid_of_robustness_has_the_published_routers_at_one_setting():
+    published, words = (read_grid(str(GRIDS / name)) for name in ("published-rates.yaml", "robustness.yaml"))
+    known = {entry.name: entry.overrides for entry in published.entries}
+    asked = {entry.name: entry.overrides for entry in words.entries if not entry.name.startswith("VQ")}
+    assert asked == {name: known[name] for name in asked} and len(words.entries) == 9
+    assert words.overrides | {"codebook.code_map": "balanced"} == published.overrides | {"train.learning_rate": 0.006}
+    assert words.evaluate is not None and published.evaluate is not None
+    assert words.evaluate.corrupt == published.evaluate.corrupt == ["word_swap_line:0.025", "char_noise:0.05"]
+    assert len(runs_of(words, Path("out"))) == 27, "as the header counts them"
+
+
 def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
-    verdict, words = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("verdict", "word-rates"))
+    verdict, words = (read_grid(str(GRIDS / f"{name}.yaml")) for name in ("verdict", "word-rates"))
     known = {entry.name: entry for entry in verdict.entries}
     assert all(entry == known[entry.name] for entry in words.entries) and len(words.entries) == 5
     small = {**verdict.overrides, **verdict.corpora["small"]}
@@ -49,7 +73,7 @@ def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
 
 
 def test_the_grid_of_norms_is_the_wide_size_of_the_verdict_with_and_without():
-    verdict, norms = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("verdict", "norms"))
+    verdict, norms = (read_grid(str(GRIDS / f"{name}.yaml")) for name in ("verdict", "norms"))
     known = {entry.name: entry for entry in verdict.entries}
     for entry in norms.entries:
         plain = known[entry.name.replace("top-2 normed", "top-2 balanced").removesuffix(" normed")]
@@ -62,7 +86,7 @@ def test_the_grid_of_norms_is_the_wide_size_of_the_verdict_with_and_without():
 
 
 def test_the_grid_of_128_experts_is_the_end_of_the_scaling_grid_but_for_the_rate_and_the_norm():
-    scaling, many = (read_grid(str(ROOT / f"benchmarks/grids/{name}.yaml")) for name in ("scaling", "expert-rates"))
+    scaling, many = (read_grid(str(GRIDS / f"{name}.yaml")) for name in ("scaling", "expert-rates"))
     known = {entry.name: entry for entry in scaling.entries}
     norm = {"moe.output_norm": True}
     for entry in many.entries:
@@ -122,7 +146,8 @@ def test_one_command_tries_chooses_and_compares(tool, tmp_path, monkeypatch, cap
     monkeypatch.setattr(tool.compare, "main", run)
     assert tool.main(["--out", str(tmp_path), "--jobs", "2"]) == 0
     (first, tried, _), (second, compared, jobs) = asked
-    assert (first, second, jobs) == ("tried", "best", 2) and tried == RATES
+    assert (first, second, jobs) == ("tried", "best", 2)
+    assert tried == RATES.model_copy(update={"evaluate": None})
     assert compared.seeds == [4, 5, 6]
     assert {entry.overrides["train.learning_rate"] for entry in compared.entries} == {0.048}
     assert "top-2 normed: 0.048, an end of the rates tried" in capsys.readouterr().out

@@ -104,6 +104,7 @@ def _text_sample(grid):
         (lambda g: g.update(evaluate={"attacks": ["fgsm"], "eps": []}), "evaluate.eps: list should have at least 1"),
         (lambda g: g["corpora"]["words"].update({"data.path": "/nowhere"}), "data path /nowhere does not exist"),
         (lambda g: g.update(evaluate={"corrupt": ["word_swop"]}), "'word_swop' is unknown"),
+        (lambda g: g.update(evaluate={"shift": ["/nowhere"]}), "evaluate: shift names /nowhere, which does not exist"),
         (lambda g: g["groups"]["all"].update(tolerance=0.0), "entry codes has"),
         (_expert_choice, "not marked noncausal: true, needs a router that sees no later token"),
         (_text_sample, "generating text, needs a router that sees no later token"),

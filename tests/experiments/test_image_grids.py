@@ -86,6 +86,7 @@ def test_runs_that_were_scored_in_another_way_are_scored_again(grid, tmp_path):
     [
         ({"corrupt": ["word_swap"]}, "entry top-2 of the grid, corpus squares: --corrupt 'word_swap' damages no image"),
         ({"attacks": ["deepfool"]}, "entry top-2 of the grid, corpus squares: --attacks 'deepfool' is none"),
+        ({"shift": ["README.md"]}, "evaluate: shift is for text, and this model classifies images; leave it out"),
     ],
 )
 def test_damage_that_images_cannot_take_is_one_sentence(grid, tmp_path, capsys, evaluate, sentence):

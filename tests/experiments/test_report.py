@@ -31,7 +31,9 @@ def _finish(job: Job, loss: float, rise: float) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mean = {"bits_per_byte": loss + rise, "bits_per_byte_rise": rise}
     row = {"kind": "word_swap", "rate": 0.025, "mode": "inputs", "mean": mean, "seeds": [{}, {}, {}]}
-    (folder / "evaluation.json").write_text(json.dumps({"setting": {"stride": 16}, "corrupted": [row]}))
+    shifted = {"text": "plays.txt", "bits_per_byte": loss + 2 * rise, "bits_per_byte_rise": 2 * rise}
+    scored = {"setting": {"stride": 16}, "corrupted": [row], "shifted": [shifted]}
+    (folder / "evaluation.json").write_text(json.dumps(scored))
 
 
 def _row(step: int, loss: float) -> dict[str, Any]:
@@ -40,8 +42,10 @@ def _row(step: int, loss: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def jobs(grid_file, tmp_path):  # noqa: F811
-    path = grid_file(lambda g: g.update(evaluate={"corrupt": ["word_swap:0.025"]}))
+def jobs(grid_file, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "plays.txt").write_text("words, words, words")
+    monkeypatch.chdir(tmp_path)
+    path = grid_file(lambda g: g.update(evaluate={"corrupt": ["word_swap:0.025"], "shift": ["plays.txt"]}))
     grid = read_grid(path)
     return path, jobs_of(grid, runs_of(grid, tmp_path / "out"))
 
@@ -59,6 +63,8 @@ def test_means_intervals_and_health_of_known_runs(jobs, tmp_path, capsys):
     assert (clean["mean"], clean["verdict"]) == (pytest.approx(-0.1), "better")
     rise = codes["differences"]["top-2"]["word_swap 0.025, inputs: rise"]
     assert (rise["mean"], rise["verdict"]) == (pytest.approx(-0.15), "cannot be told")
+    assert codes["losses"]["plays.txt"]["mean"] == pytest.approx(2.3)
+    assert codes["differences"]["top-2"]["plays.txt: rise"]["mean"] == pytest.approx(-0.3)
     health = {name: value["mean"] for name, value in codes["health"].items()}
     wanted = {"tokens_per_second": 2500, "busiest_expert": 3.5, "load_variation": 0.5, "fluctuation": 0.125}
     assert health == wanted, "the second half of the run, the worst layer"

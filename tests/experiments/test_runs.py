@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import signal
 from dataclasses import replace
@@ -46,6 +47,12 @@ def test_an_evaluation_of_another_shape_is_made_again(job):
     job.run.folder.mkdir(parents=True)
     job.evaluation.write_text('{"corrupted": [], "setting": []}')
     assert not job.evaluated(Evaluation(corrupt=["typo:0.1"]))
+    scored = {"corrupted": [], "setting": {"stride": 16}}
+    for shifted, answer in (({}, False), ({"shifted": [{"text": "plays.txt"}]}, True)):
+        job.evaluation.write_text(json.dumps(scored | shifted))
+        assert job.evaluated(Evaluation(shift=["plays.txt"])) is answer
+    job.evaluation.write_text(json.dumps(scored))
+    assert job.evaluated(Evaluation()), "one that was made before other domains could be scored stays"
 
 
 @pytest.mark.parametrize("rerun", [False, True])

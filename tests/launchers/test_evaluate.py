@@ -35,6 +35,7 @@ def finished(tmp_path_factory) -> Path:
 def scored(finished) -> tuple[str, dict]:
     """What one process shows and writes about the run's own held-out text."""
     arguments = [str(finished / "run"), "--stride", "32", *DAMAGE, "--json", str(finished / "one.json")]
+    arguments += ["--shift", str(finished / "small.yaml")]
     result = run(arguments, LAUNCHER, cold=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -53,6 +54,9 @@ def test_windows_as_long_as_the_context_give_the_trainers_own_validation(finishe
     ]
     lines = output.splitlines()
     assert f"{figures['clean']['bits_per_byte']:.4f}" in next(line for line in lines if line.startswith("clean"))
+    (shifted,) = figures["shifted"]
+    assert shifted["bytes"] == (finished / "small.yaml").stat().st_size - 1, "all of a raw text that is named"
+    assert f"{shifted['bits_per_byte_rise']:+.4f}" in next(line for line in lines if "small.yaml" in line)
     assert "char_noise 0.1, inputs and targets" in output and "±" in output and "one.json" in lines[-1]
     assert not list(finished.glob(".*.tmp"))
 

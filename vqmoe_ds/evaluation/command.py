@@ -58,6 +58,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help=f"damage the text as well; repeatable; kinds: {', '.join(KINDS)}; of images docs/vision.md has them",
     )
     add("--corruptions", choices=("all",), help="every kind at its own rate")
+    told = "texts of other domains, each scored by itself; their rise is over the data"
+    add("--shift", nargs="+", default=[], metavar="PATH", help=told)
     told = "of images: give errors in percent of those in this file, which --json wrote for another model (mCE)"
     add("--relative_to", metavar="FILE", help=told)
     told = "of images: tell the model's from others, a file or folder of images or noise (AUROC, AUPR)"
@@ -214,14 +216,16 @@ def _score(
     # ``evaluate`` checks it too, but only after the data has been read.
     checked_stride(args.stride, loaded.config.model.sequence_length)
     share_windows(loaded, args.sp_size, place)
-    texts = open_texts(loaded, args.data, args.split, args.max_tokens)
+    asked = [args.data, *([path] for path in args.shift)]
+    texts, *others = (open_texts(loaded, paths, args.split, args.max_tokens) for paths in asked)
     options = Options(args.stride, args.batch_size, corruptions, args.seeds)
+    shifted = dict(zip(args.shift, others, strict=True))
     if place.world_size > 1:
         console.say(f"{place.world_size} ranks score {args.checkpoint}")
     started = time.monotonic()
     progress = Passes(console.err, hidden=console.rank != 0)
     with _closing(loaded, console):
-        result = evaluate(loaded, texts, options, place.rank, place.world_size, progress)
+        result = evaluate(loaded, texts, options, place.rank, place.world_size, progress, shifted)
     result.setting["data"] = args.data or "the run's own"
     result.setting["split"] = args.split
     return result, time.monotonic() - started
@@ -267,7 +271,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
     from vqmoe_ds.evaluation.images import evaluate_images, open_published, open_split
     from vqmoe_ds.evaluation.out_of_distribution import open_others
 
-    for name, left_out in (("stride", None), ("tokenizer", None), ("sp_size", 1)):
+    for name, left_out in (("stride", None), ("tokenizer", None), ("sp_size", 1), ("shift", [])):
         if getattr(args, name) != left_out:
             raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
     reference = read_reference(args.relative_to) if args.relative_to is not None else None

@@ -1,4 +1,4 @@
-"""Losses of a model on text, clean and damaged, over several seeds of the damage.
+"""Losses of a model on text, clean and damaged, over several seeds of the damage, and on texts of other domains.
 
 Damaged text is scored twice from one pass. *Inputs only*: the model reads the damaged text, and is asked for the clean
 tokens; compared with the same tokens in the clean text. *Inputs and targets*: it is asked for the damaged text itself,
@@ -10,7 +10,7 @@ Legend: N tokens, K targets per position (1 clean; 2 damaged).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,12 +74,14 @@ class Evaluation:
         setting: context, stride and data.
         clean: figures and counts of the clean text.
         corrupted: for each kind, rate and mode the figures of every seed, and their mean and standard error.
+        shifted: for each text of another domain its figures, and their rise over the clean text.
     """
 
     model: dict[str, Any]
     setting: dict[str, Any]
     clean: dict[str, Any]
     corrupted: list[dict[str, Any]] = field(default_factory=list)
+    shifted: list[dict[str, Any]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Figures for the user."""
@@ -93,8 +95,9 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     progress: Callable[[str, int], Tell] | None = None,
+    shifted: Mapping[str, Sequence[Text]] | None = None,
 ) -> Evaluation:
-    """Score documents, clean and under every corruption; deterministic, and the same on all ranks.
+    """Score documents, clean and under every corruption, and others; deterministic, and the same on all ranks.
 
     Args:
         loaded: of ``load_model``; with experts or sequences on several ranks all of them call this together.
@@ -102,6 +105,7 @@ def evaluate(
         options: see there.
         rank, world: this process among those that share the windows.
         progress: given a name and the number of windows, returns what is told about windows done.
+        shifted: documents of other domains, by the name of their row.
 
     Raises:
         ConfigError: a router that sees later tokens, or a stride that is longer than the context.
@@ -119,6 +123,9 @@ def evaluate(
         seeds = [passes.damaged(corruption, seed) for seed in range(options.seeds)]
         for mode, rows in zip(MODES, zip(*seeds, strict=True), strict=True):
             result.corrupted.append(_summary(corruption, mode, list(rows)))
+    for name, others in (shifted or {}).items():
+        here = _score_of(others, passes.undamaged(name, others))
+        result.shifted.append({"text": name, **here.figures(), **_counts(here), **_rise(here, clean)})
     return result
 
 
@@ -142,7 +149,7 @@ class _Passes:
         self.batch_size = options.batch_size or fitting_batch(here, model.vocab_size)
         self.rank, self.world, self.progress = rank, world, progress
         self.setting = {"context": self.context, "stride": self.stride, "documents": len(texts)}
-        self.clean_N = self._nats("clean", texts, [text.ids_N[None] for text in texts])[0]
+        self.clean_N = self.undamaged("clean", texts)
         self.clean = _score_of(texts, self.clean_N)
 
     def _nats(self, name: str, texts: Sequence[Text], targets: list[np.ndarray]) -> np.ndarray:
@@ -151,6 +158,10 @@ class _Passes:
         tell = self.progress(name, len(windows)) if self.progress is not None else None
         joined = np.concatenate([text.ids_N for text in texts]), np.concatenate(targets, axis=1)
         return score(self.model, *joined, windows, self.batch_size, self.rank, self.world, tell).nats_KN
+
+    def undamaged(self, name: str, texts: Sequence[Text]) -> np.ndarray:
+        """Nats of every target of texts as they are, ``[N]`` over all of them."""
+        return self._nats(name, texts, [text.ids_N[None] for text in texts])[0]
 
     def damaged(self, corruption: Corruption, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Figures of one draw of the damage, for each of ``MODES``."""
@@ -230,7 +241,7 @@ def _targets(text: Text, damaged: Text, source_N: np.ndarray) -> np.ndarray:
 
 
 def _rise(here: Score, clean: Score) -> dict[str, float | None]:
-    """Increase of each figure by the damage."""
+    """Increase of each figure over that of the clean text."""
     pairs = ((name, here.figures()[name], clean.figures()[name]) for name in ("bits_per_byte", "nats_per_token"))
     return {f"{name}_rise": None if a is None or b is None else a - b for name, a, b in pairs}
 
@@ -292,6 +303,7 @@ def table(result: dict[str, Any]) -> list[str]:
     for row in result["corrupted"]:
         name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
         rows.append([name, *_cells(row["mean"], row["standard_error"])])
+    rows += [[row["text"], *_cells(row, {})] for row in result["shifted"]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     layout = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
     return lines + [layout.format(*row) for row in rows]

@@ -71,6 +71,8 @@ class Evaluation(_Part):
     """Tokens of text scored per window; None: half the context."""
     max_tokens: int | None = Field(default=None, ge=2, le=MOST_TOKENS)
     """Tokens read, at most; None: all that is held out."""
+    shift: list[str] = []
+    """Texts of other domains, or prepared prefixes, that are scored as well."""
     attacks: list[str] = []
     """Attacks on classifiers of images."""
     eps: list[float] = Field(default=[1.0, 2.0], min_length=1)

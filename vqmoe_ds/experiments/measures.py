@@ -105,15 +105,18 @@ def losses(folder: Path) -> tuple[dict[str, float], str]:
 
 
 def corrupted(folder: Path, in_bits: bool) -> dict[str, float]:
-    """Losses on damaged text that ``launchers/evaluate.py`` left in the run folder, and their rise, by name."""
+    """Losses on damaged text and other domains that ``launchers/evaluate.py`` left in a run folder, and their rise."""
     file = folder / EVALUATION
     if not file.exists():
         return {}
     unit, values = "bits_per_byte" if in_bits else "nats_per_token", {}
-    for row in read_json(file)["corrupted"]:
+    recorded = read_json(file)
+    for row in recorded["corrupted"]:
         # As ``evaluate.table`` names its rows.
         name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
         values[name], values[f"{name}: rise"] = number(row["mean"][unit]), number(row["mean"][f"{unit}_rise"])
+    for row in recorded.get("shifted", []):
+        values[row["text"]], values[f"{row['text']}: rise"] = number(row[unit]), number(row[f"{unit}_rise"])
     return values
 
 

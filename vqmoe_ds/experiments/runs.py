@@ -149,6 +149,9 @@ def _job(grid: Grid, run: Run) -> Job:
             open_raw_text(config.run)  # refused now, not by the run
         if grid.evaluate is not None:
             _to_score(grid.evaluate, config.run)
+            for path in grid.evaluate.shift:
+                if not os.path.exists(path) and not os.path.exists(f"{path}.idx"):
+                    raise ConfigError(f"evaluate: shift names {path}, which does not exist; correct its path")
     except UserError as error:
         raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
     # JSON, as --set reads YAML: strings that look like numbers stay strings.
@@ -165,6 +168,8 @@ def _to_score(wanted: Evaluation, config: RunConfig) -> set[tuple[Any, ...]]:
     """
     asked: set[tuple[Any, ...]] = {("max_tokens", wanted.max_tokens)}
     if config.model.image_size:
+        if wanted.shift:
+            raise ConfigError("evaluate: shift is for text, and this model classifies images; leave it out")
         check_attacks(wanted.attacks, wanted.eps)
         specs = [kind for spec in wanted.corrupt for kind in (KINDS_OF_IMAGES if spec == "all" else (spec,))]
         asked |= {(name, eps) for name in wanted.attacks for eps in wanted.eps}
@@ -173,6 +178,7 @@ def _to_score(wanted: Evaluation, config: RunConfig) -> set[tuple[Any, ...]]:
         raise ConfigError("evaluate: attacks are for images, and this is a model of text; leave them out")
     kinds = [each for s in wanted.corrupt for each in (all_corruptions() if s == "all" else [parse_corruption(s)])]
     asked.add(("stride", checked_stride(wanted.stride, config.model.sequence_length)))
+    asked |= {("shift", path) for path in wanted.shift}
     return asked | {(*each, wanted.seeds) for each in kinds}
 
 
@@ -184,6 +190,7 @@ def _scored(recorded: dict[str, Any], config: RunConfig) -> set[tuple[Any, ...]]
         found |= {(row["attack"], row["eps"]) for row in recorded["attacked"]}
         return found | {(row["kind"], row["severity"]) for row in damaged}
     found.add(("stride", setting["stride"]))
+    found |= {("shift", row["text"]) for row in recorded.get("shifted", [])}  # one made before that was scored has none
     return found | {(row["kind"], row["rate"], len(row["seeds"])) for row in damaged}
 
 
@@ -342,6 +349,8 @@ def _evaluation_command(job: Job, wanted: Evaluation) -> list[str]:
         options += ["--max_tokens", str(wanted.max_tokens)]
     if wanted.attacks:
         options += ["--attacks", *wanted.attacks, "--eps", *map(str, wanted.eps)]
+    if wanted.shift:
+        options += ["--shift", *wanted.shift]
     options += ["--seeds", str(wanted.seeds), "--json", str(job.evaluation)]
     return ["vqmoe_ds.commands.evaluate", str(job.run.folder), *options]
 
