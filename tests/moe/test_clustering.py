@@ -59,6 +59,20 @@ def test_copies_of_one_vector_take_no_code_from_others() -> None:
     assert torch.equal(codes_KC, words_KC) and torch.equal(sizes_K, counts_K.float())
 
 
+def test_rounding_does_not_part_copies_of_the_vector_at_the_median() -> None:
+    """Layouts differ in the last bits of their vectors; the codes that they are given must not differ by more."""
+    generator = torch.Generator().manual_seed(3)
+    vectors_VC = torch.randn(5, 32, generator=generator)
+    samples_SC = vectors_VC.repeat_interleave(torch.tensor([3, 4, 30, 4, 3]), dim=0)
+    start_KC = torch.stack([samples_SC.mean(dim=0), 100 + vectors_VC[0]])
+    want_KC, _ = split_overused(samples_SC, start_KC, 1.5)
+    assert not torch.equal(want_KC, start_KC)
+    for _ in range(20):
+        noise_SC = 1e-7 * torch.randn(samples_SC.shape, generator=generator)
+        got_KC, _ = split_overused(samples_SC * (1 + noise_SC), start_KC, 1.5)
+        assert (got_KC - want_KC).abs().max() < 1e-4
+
+
 def test_lloyd_steps_lower_the_loss_of_the_seeds() -> None:
     samples_SC = torch.randn(400, 5)
     seeds_KC, _ = kmeans(samples_SC, 12, 0, _generator(3))

@@ -51,6 +51,9 @@ OVERUSED = 1.5
 ALIKE = 1e-6
 """Squared distance from their mean, by squared length, up to which members are one point: copies of a vector differ
 from their mean by rounding, and lookup cannot tell apart what is as near as that."""
+TIED = 1e-5
+"""Distance along an axis, by the largest, up to which members stand at one place: copies of a vector differ by
+rounding there, and layouts by that of their weights."""
 
 
 def split_overused(samples_SC: Tensor, codes_KC: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -108,9 +111,11 @@ def _split_at_median(members_MC: Tensor) -> Tensor | None:
     for _ in range(8):
         axis_C = F.normalize(centred_MC.t() @ (centred_MC @ axis_C), dim=0)
     place_M = centred_MC @ axis_C
-    upper_M = place_M > place_M.median()
+    # Copies of the member at the median go with it: rounding must not part them, for it differs between layouts.
+    median, tied = place_M.median(), TIED * place_M.abs().max()
+    upper_M = place_M > median + tied
     if not bool(upper_M.any()):  # more than half of them at the top place
-        upper_M = place_M >= place_M.median()
+        upper_M = place_M >= median - tied
     if bool(upper_M.all()) or not bool(upper_M.any()):
         return None
     return torch.stack([members_MC[~upper_M].mean(dim=0), members_MC[upper_M].mean(dim=0)])
