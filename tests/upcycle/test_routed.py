@@ -121,8 +121,10 @@ def test_an_option_that_is_left_out_means_what_it_does_in_its_family(
         assert distance(theirs, upcycled(tmp_path / "moe")) < 1e-5
         return
     source = RoutedSource(tmp_path / "moe")
-    # Attention without its multiplier is sharp, and rounding shows: 1.001e-5 on a CPU with AMX.
-    assert distance(theirs, load_back(RoutedReader(source, routed_config(source, {}, router="topk")))) < 2e-5
+    model = load_back(RoutedReader(source, routed_config(source, {}, router="topk")))
+    # Attention without its multiplier is sharp: in float32 rounding alone is 1.001e-5 on some CPUs.
+    theirs.set_experts_implementation("eager")  # the grouped product has no float64
+    assert distance(theirs.double(), model.double()) < 1e-5
 
 
 @pytest.mark.parametrize(
