@@ -75,74 +75,72 @@ class VQMoEConfig(PretrainedConfig):
     model_type = "vqmoe"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (a plain class attribute to transformers)
 
-    def __init__(
-        self,
-        vocab_size: int = 257,
-        hidden_size: int = 128,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        qk_norm: str = "none",
-        qkv_bias: bool = False,
-        max_position_embeddings: int = 256,
-        sliding_window: int | None = None,
-        rope_theta: float = 10000.0,
-        rope_scaling_type: str = "none",
-        rope_factor: float = 1.0,
-        rope_original_length: int = 0,
-        rms_norm_eps: float = 1e-6,
-        intermediate_size: int = 384,
-        moe_intermediate_size: int = 192,
-        moe_every: int = 1,
-        first_k_dense_replace: int = 0,
-        router: str = "vq",
-        num_experts: int = 16,
-        n_shared_experts: int = 0,
-        shared_expert_gate: bool = False,
-        num_experts_per_tok: int = 1,
-        norm_topk_prob: bool | None = None,
-        ngrams: int = 2,
-        pair_gate: bool = True,
-        expert_input_norm: bool = False,
-        expert_output_norm: bool = False,
-        code_blend: float = 0.0,
-        num_codes: int = 16,
-        code_groups: int = 1,
-        code_source: str = "context",
-        context_window: int = 3,
-        context_decay: float = 0.5,
-        position_weight: float = 0.5,
-        source_block: int = 0,
-        source_table: bool = False,
-        normalize_source: bool = True,
-        code_dim: int = 0,
-        code_distance: str = "euclidean",
-        soft_output: float = 0.0,
-        router_aux_loss_coef: float = 0.01,
-        router_z_loss_coef: float = 0.0,
-        commitment_coef: float = 0.0,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        classifier_pool: str = "mean",
-        output_router_logits: bool = False,
-        pad_token_id: int | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    vocab_size: int = 257
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = None  # type: ignore[assignment]  # these three are filled in below
+    head_dim: int = None  # type: ignore[assignment]
+    qk_norm: str = "none"
+    qkv_bias: bool = False
+    max_position_embeddings: int = 256
+    sliding_window: int | None = None
+    rope_theta: float = 10000.0
+    rope_scaling_type: str = "none"
+    rope_factor: float = 1.0
+    rope_original_length: int = 0
+    rms_norm_eps: float = 1e-6
+    intermediate_size: int = 384
+    moe_intermediate_size: int = 192
+    moe_every: int = 1
+    first_k_dense_replace: int = 0
+    router: str = "vq"
+    num_experts: int = 16
+    n_shared_experts: int = 0
+    shared_expert_gate: bool = False
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = None  # type: ignore[assignment]
+    ngrams: int = 2
+    pair_gate: bool = True
+    expert_input_norm: bool = False
+    expert_output_norm: bool = False
+    code_blend: float = 0.0
+    num_codes: int = 16
+    code_groups: int = 1
+    code_source: str = "context"
+    context_window: int = 3
+    context_decay: float = 0.5
+    position_weight: float = 0.5
+    source_block: int = 0
+    source_table: bool = False
+    normalize_source: bool = True
+    code_dim: int = 0
+    code_distance: str = "euclidean"
+    soft_output: float = 0.0
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    commitment_coef: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    classifier_pool: str = "mean"
+    output_router_logits: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
         for name, value, known in (
-            ("router", router, ROUTERS),
-            ("qk_norm", qk_norm, QK_NORMS),
-            ("rope_scaling_type", rope_scaling_type, ROPE_SCALINGS),
-            ("code_source", code_source, CODE_SOURCES),
-            ("code_distance", code_distance, ("euclidean", "cosine")),
-            ("classifier_pool", classifier_pool, POOLS),
+            ("router", self.router, ROUTERS),
+            ("qk_norm", self.qk_norm, QK_NORMS),
+            ("rope_scaling_type", self.rope_scaling_type, ROPE_SCALINGS),
+            ("code_source", self.code_source, CODE_SOURCES),
+            ("code_distance", self.code_distance, ("euclidean", "cosine")),
+            ("classifier_pool", self.classifier_pool, POOLS),
             # Options of Llama and its like that would change what is computed, and that this model lacks.
             ("layer_types", kwargs.get("layer_types"), (None,)),
             ("rope_scaling", _scaling(kwargs.get("rope_scaling") or kwargs.get("rope_parameters")), ("default",)),
-            ("rope_parameters.rope_theta", _theta(kwargs.get("rope_parameters")), (None, rope_theta)),
+            ("rope_parameters.rope_theta", _theta(kwargs.get("rope_parameters")), (None, self.rope_theta)),
             ("partial_rotary_factor", kwargs.get("partial_rotary_factor", 1.0), (1.0,)),
             ("attention_dropout", kwargs.get("attention_dropout", 0.0), (0.0,)),
             ("attention_bias", kwargs.get("attention_bias", False), (False,)),
@@ -151,75 +149,26 @@ class VQMoEConfig(PretrainedConfig):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
-        if router == "vq" and (num_experts % code_groups or (code_groups > 1 and code_source not in AHEAD)):
+        grouped, ahead = self.code_groups > 1, self.code_source in AHEAD
+        if self.router == "vq" and (self.num_experts % self.code_groups or (grouped and not ahead)):
             raise ValueError(
-                f"code_groups={code_groups} must divide num_experts={num_experts}, and needs code_source to be one of "
-                f"{', '.join(AHEAD)}; it is {code_source}"
+                f"code_groups={self.code_groups} must divide num_experts={self.num_experts}, and needs code_source to "
+                f"be one of {', '.join(AHEAD)}; it is {self.code_source}"
             )
-        if router == "hash_and_code" and (code_source not in AHEAD or code_groups > 1):
+        if self.router == "hash_and_code" and (not ahead or grouped):
             raise ValueError(
                 f"router='hash_and_code' needs code_groups=1 and code_source to be one of {', '.join(AHEAD)}; they are "
-                f"{code_groups} and {code_source}"
+                f"{self.code_groups} and {self.code_source}"
             )
-        if num_attention_heads % (num_key_value_heads or num_attention_heads):
-            raise ValueError(
-                f"num_key_value_heads={num_key_value_heads} does not divide num_attention_heads={num_attention_heads}"
-            )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.qk_norm = qk_norm
-        self.qkv_bias = qkv_bias
-        self.max_position_embeddings = max_position_embeddings
-        self.sliding_window = sliding_window
-        self.rope_theta = rope_theta
-        self.rope_scaling_type = rope_scaling_type
-        self.rope_factor = rope_factor
-        self.rope_original_length = rope_original_length
-        self.rms_norm_eps = rms_norm_eps
-        self.intermediate_size = intermediate_size
-        self.moe_intermediate_size = moe_intermediate_size
-        self.moe_every = moe_every
-        self.first_k_dense_replace = first_k_dense_replace
-        self.router = router
-        self.num_experts = num_experts
-        self.n_shared_experts = n_shared_experts
-        self.shared_expert_gate = shared_expert_gate
-        self.num_experts_per_tok = num_experts_per_tok
-        self.norm_topk_prob = num_experts_per_tok != 1 if norm_topk_prob is None else norm_topk_prob
-        self.ngrams = ngrams
-        self.pair_gate = pair_gate
-        self.expert_input_norm = expert_input_norm
-        self.expert_output_norm = expert_output_norm
-        self.code_blend = code_blend
-        self.num_codes = num_codes
-        self.code_groups = code_groups
-        self.code_source = code_source
-        self.context_window = context_window
-        self.context_decay = context_decay
-        self.position_weight = position_weight
-        self.source_block = source_block
-        self.source_table = source_table
-        self.normalize_source = normalize_source
-        self.code_dim = code_dim
-        self.code_distance = code_distance
-        self.soft_output = soft_output
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_z_loss_coef = router_z_loss_coef
-        self.commitment_coef = commitment_coef
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        self.classifier_pool = classifier_pool
-        self.output_router_logits = output_router_logits
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.tie_word_embeddings = tie_word_embeddings
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % (kv_heads or heads):
+            raise ValueError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.norm_topk_prob is None:
+            self.norm_topk_prob = self.num_experts_per_tok != 1
         self._check_sizes()
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
         """Raises: ValueError: a size that this router, code source or scaling looks at cannot be."""
