@@ -173,7 +173,7 @@ def trained(shape: Any, steps: int) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
-        windows_BS = torch.from_numpy(batches.micro_batch(step, 0, 0, 1, 16))
+        windows_BS = torch.from_numpy(batches.split.batch(batches.rows(step * 16, 16)))
         out = model(windows_BS[:, :-1], output_router_logits=True)
         loss = F.cross_entropy(out.logits.flatten(0, 1), windows_BS[:, 1:].flatten())
         (loss + shape.router_aux_loss_coef * out.aux_loss).backward()

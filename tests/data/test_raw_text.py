@@ -20,12 +20,17 @@ def _batches(seed: int = 5, batch_size: int = BATCH) -> TrainingBatches:
     return TrainingBatches(Split(Corpus("test", (text,), (len(text),)), 1, np.arange(WINDOWS)), batch_size, seed)
 
 
+def _windows(batches: TrainingBatches, step: int, micro: int, rank: int, world: int, size: int) -> np.ndarray:
+    batch = batches.micro_batches(step * batches.batch_size, rank, world, size)[micro]
+    return np.concatenate([batch.inputs_BS, batch.targets_BS[:, -1:]], axis=1)
+
+
 def _global_batch(step: int, world: int, accumulation: int) -> np.ndarray:
     size = BATCH // (world * accumulation)
     parts = []
     for micro in range(accumulation):
         for rank in range(world):  # each rank has an object of its own
-            parts.append(_batches().micro_batch(step, micro, rank, world, size))
+            parts.append(_windows(_batches(), step, micro, rank, world, size))
     return np.concatenate(parts)
 
 
@@ -38,7 +43,7 @@ def test_global_batch_does_not_depend_on_who_shares_it(world: int, accumulation:
 def test_every_window_comes_once_an_epoch_in_an_order_of_its_own() -> None:
     batches = _batches()
     steps = 2 * WINDOWS  # 16 epochs
-    stream = np.concatenate([batches.micro_batch(step, 0, 0, 1, BATCH)[:, 0] for step in range(steps)])
+    stream = np.concatenate([_windows(batches, step, 0, 0, 1, BATCH)[:, 0] for step in range(steps)])
     epochs = stream.reshape(-1, WINDOWS)
     assert len(epochs) == 16
     assert all(sorted(epoch) == list(range(WINDOWS)) for epoch in epochs)
@@ -48,20 +53,20 @@ def test_every_window_comes_once_an_epoch_in_an_order_of_its_own() -> None:
 def test_any_step_can_be_read_first() -> None:
     running = _batches()
     for step in range(9):
-        running.micro_batch(step, 0, 0, 1, BATCH)
+        _windows(running, step, 0, 0, 1, BATCH)
     for step in (9, 3):  # forward, then back an epoch
-        fresh = _batches().micro_batch(step, 0, 0, 1, BATCH)
-        assert np.array_equal(running.micro_batch(step, 0, 0, 1, BATCH), fresh)
+        fresh = _windows(_batches(), step, 0, 0, 1, BATCH)
+        assert np.array_equal(_windows(running, step, 0, 0, 1, BATCH), fresh)
 
 
 def test_seed_and_epochs() -> None:
-    assert not np.array_equal(_batches(5).micro_batch(0, 0, 0, 1, 8), _batches(6).micro_batch(0, 0, 0, 1, 8))
+    assert not np.array_equal(_windows(_batches(5), 0, 0, 0, 1, 8), _windows(_batches(6), 0, 0, 0, 1, 8))
     assert _batches().epoch(0) == 0
     assert _batches().epoch(8 * WINDOWS) == pytest.approx(8.0)
 
 
 def test_micro_batches_are_inputs_with_their_targets() -> None:
-    batch = _batches().micro_batch(0, 1, 1, 2, 2)
+    batch = _windows(_batches(), 0, 1, 1, 2, 2)
     assert batch.shape == (2, 2) and batch.dtype == np.int64
     assert np.array_equal(batch[:, 1], batch[:, 0] + 1)
 
@@ -70,14 +75,15 @@ def test_a_rank_reads_the_micro_batches_of_a_step_together() -> None:
     together = _batches().micro_batches(3 * BATCH, 1, 2, 2)
     assert len(together) == 2
     for micro, batch in enumerate(together):
-        windows = _batches().micro_batch(3, micro, 1, 2, 2)
+        batches = _batches()
+        windows = batches.split.batch(batches.rows(3 * BATCH + (micro * 2 + 1) * 2, 2))
         assert np.array_equal(batch.inputs_BS, windows[:, :-1])
         assert np.array_equal(batch.targets_BS, windows[:, 1:])
         assert list(batch.bytes_B) == [1, 1]
 
 
 def test_a_batch_larger_than_the_corpus_goes_round() -> None:
-    batch = _batches(batch_size=50).micro_batch(0, 0, 0, 1, 50)
+    batch = _windows(_batches(batch_size=50), 0, 0, 0, 1, 50)
     assert np.bincount(batch[:, 0], minlength=WINDOWS).min() >= 2
 
 

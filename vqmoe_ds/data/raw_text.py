@@ -90,10 +90,6 @@ class TrainingBatches(ShuffledBatches):
         super().__init__(len(split), batch_size, seed)
         self.split = split
 
-    def micro_batch(self, step: int, micro: int, rank: int, world: int, size: int) -> np.ndarray:
-        """Windows of one micro-batch, int64 ``[size, sequence_length + 1]``; ``step`` counts from 0."""
-        return self.split.batch(self.rows(step * self.batch_size + (micro * world + rank) * size, size))
-
     def _batch(self, first: int, rows: np.ndarray) -> Batch:
         return self.split.read(rows)
 
