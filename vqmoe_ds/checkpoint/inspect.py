@@ -91,18 +91,13 @@ def _parameters(reader: Any) -> dict[str, int]:
 
 def compare(first: Any, second: Any) -> dict[str, list[Any]]:
     """Dotted name -> [value in the first, value in the second] of everything the two do not share."""
-    sides = [_flat({"step": r.step, "layout": r.layout, "config": r.config}) for r in (first, second)]
+    from vqmoe_ds.config.deepspeed_json import leaves
+
+    sides = [dict(leaves({"step": r.step, "layout": r.layout, "config": r.config})) for r in (first, second)]
     for side, reader in zip(sides, (first, second), strict=True):
         side.update({f"shape.{name}": list(shape) for name, shape in reader.shapes.items()})
     names = [*sides[0], *(name for name in sides[1] if name not in sides[0])]
     return {n: [side.get(n) for side in sides] for n in names if sides[0].get(n) != sides[1].get(n)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in values.items():
-        rows.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return rows
 
 
 def _text(found: dict[str, Any]) -> str:

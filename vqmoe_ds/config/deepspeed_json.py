@@ -211,7 +211,7 @@ def resolve(
     # DeepSpeed takes either name; whoever asks for the precision looks at one.
     if "bfloat16" in values:
         values["bf16"] = values.pop("bfloat16")
-    for name, value in _leaves(values):
+    for name, value in leaves(values):
         if value == "auto":
             raise ConfigError(f'DeepSpeed config {path}: {name}="auto" has no counterpart here; write the value')
     _check_expert_parallel(size, world_size, run)
@@ -429,8 +429,9 @@ def placement_trouble(run: RunConfig, ep_size: int, strided: bool = False) -> st
     return f"train.sp_placement=expert {found}"
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and values of nested dictionaries."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
-        rows += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        rows += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return rows

@@ -10,17 +10,16 @@ Legend: L MoE layers, K codes, C code width, N experts.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import asdict, dataclass
 
 import torch
 
 from vqmoe_ds.checkpoint.formats.deepspeed.reader import ep_place
-from vqmoe_ds.checkpoint.formats.deepspeed.zero import ALIGNMENT, LARGEST_GROUP
+from vqmoe_ds.checkpoint.formats.deepspeed.zero import ALIGNMENT, Member, cut_experts
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.schema import CodeSource, RunConfig
 from vqmoe_ds.planning import meta_forward
-from vqmoe_ds.planning.parameters import Parameters, Weight, thin_model
+from vqmoe_ds.planning.parameters import Parameters, thin_model
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Memory:
 class Group:
     """An optimizer group as DeepSpeed builds it: weights laid end to end, split evenly over ``ranks`` ranks."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[Member, ...]
     sizes: tuple[int, ...]
     ranks: int
     is_expert: bool
@@ -76,22 +75,13 @@ def optimizer_groups(parameters: Parameters, config: EngineConfig) -> list[Group
     """Matrices, vectors and groups of experts; the engine's, in its order."""
     groups = []
     for name in ("matrices", "vectors", "experts"):
-        members = [w for w in parameters.weights if w.group == name]
+        weights = [w for w in parameters.weights if w.group == name]
+        members = [Member(w.name, w.name, 0, (w.numel(config.ep_size),)) for w in weights]
         is_expert = name == "experts"
         ranks = config.world_size // config.ep_size if is_expert else config.world_size
-        # DeepSpeed cuts groups of experts alone (split_params_into_different_moe_groups_for_optimizer).
-        limit = LARGEST_GROUP if is_expert else math.inf
-        current: list[Weight] = []
-        values = 0
-        for weight in members:
-            values += weight.numel(config.ep_size)
-            if current and values > limit:
-                groups.append((current, ranks, is_expert))
-                current, values = [], weight.numel(config.ep_size)
-            current.append(weight)
-        if current:
-            groups.append((current, ranks, is_expert))
-    return [Group(tuple(g), tuple(w.numel(config.ep_size) for w in g), ranks, e) for g, ranks, e in groups]
+        for part in cut_experts(members) if is_expert else filter(None, [members]):
+            groups.append(Group(tuple(part), tuple(m.numel for m in part), ranks, is_expert))
+    return groups
 
 
 def place_in_group(config: EngineConfig, rank: int, group: Group) -> int:

@@ -133,7 +133,7 @@ def _gathered(groups: list[Group], config: EngineConfig) -> tuple[int, int]:
     """
     threshold = int(config.deepspeed["zero_optimization"].get("stage3_param_persistence_threshold", 1e5))
     weights = [
-        (weight.name, size, -(-size // g.ranks) * g.ranks)
+        (weight.source, size, -(-size // g.ranks) * g.ranks)
         for g in groups
         for weight, size in zip(g.weights, g.sizes, strict=True)
     ]

@@ -6,11 +6,11 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqmoe_ds.config.deepspeed_json import EngineConfig
+from vqmoe_ds.config.deepspeed_json import EngineConfig, leaves
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.config.schema import LogTo
 from vqmoe_ds.runtime.errors import ConfigError, one_line
@@ -152,7 +152,7 @@ class MLflow(Logger):
         there = self._client.get_experiment_by_name(experiment)
         number = there.experiment_id if there else self._client.create_experiment(experiment)
         run_id: str = self._client.create_run(number, run_name=os.environ.get("MLFLOW_RUN_NAME", name)).info.run_id
-        params = [self._entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in _flat(facts)]
+        params = [self._entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in leaves(facts)]
         for part in _parts(params, MOST_PARAMS):
             self._client.log_batch(run_id, params=part)
         return run_id
@@ -255,14 +255,6 @@ def _read_ids(run_dir: Path) -> dict[str, str]:
 def _facts(config: EngineConfig) -> dict[str, Any]:
     """The configuration and the layout of a run, as nested dictionaries."""
     return {**config.run.model_dump(mode="json"), "layout": config.layout(), "deepspeed": config.deepspeed}
-
-
-def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
 
 
 def _parts(entries: list[Any], size: int) -> list[list[Any]]:
