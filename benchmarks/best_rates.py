@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from vqmoe_ds.config.fields import LARGEST_SEED
 from vqmoe_ds.experiments import compare
 from vqmoe_ds.experiments.grid import Grid, read_grid
 from vqmoe_ds.experiments.measures import CLEAN
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parse(argv)
     out = Path(options.out)
     grid = read_grid(options.grid)
+    # All that may be refused comes before the first run: the first round takes hours.
+    check(grid, options.seeds)
     code = compare_in(out / "tried", write(grid.model_copy(update={"evaluate": None}), out / "tried.yaml"), rest)
     report = out / "tried/report.json"
     if code not in (0, 1) or not report.exists():  # 1: a run failed, as one that diverges does
@@ -103,24 +106,55 @@ def choose(tried: Tried) -> dict[str, float]:
     return best
 
 
+def check(grid: Grid, seeds: list[int]) -> None:
+    """Refuse what cannot choose rates, or compare at them.
+
+    Raises:
+        ConfigError: a seed that chooses the rates, an entry that is not tried as the others are, or as ``by_name``.
+    """
+    known = ", ".join(map(str, grid.seeds))
+    for seed in seeds:
+        if seed in grid.seeds or seeds.count(seed) > 1 or not 0 <= seed <= LARGEST_SEED:
+            raise ConfigError(
+                f"--seeds {seed}: give distinct ones from 0 on, other than {known}, which choose the rates"
+            )
+    for entry in grid.entries:
+        if entry.seeds is not None or entry.corpora is not None or FIELD in entry.overrides:
+            raise ConfigError(
+                f"entry {entry.name} has seeds, corpora or a {FIELD} of its own, and every router is tried on those of "
+                "the grid; leave them out"
+            )
+    by_name(grid)
+
+
+def by_name(grid: Grid) -> dict[str, dict[str, Any]]:
+    """The corpora without their rates: those named ``NAME at RATE`` are one.
+
+    Raises:
+        ConfigError: a corpus without a rate, or of another setting than others of its name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for corpus, overrides in grid.corpora.items():
+        name, at, _ = corpus.partition(" at ")
+        others = {field: value for field, value in overrides.items() if field != FIELD}
+        if not at or FIELD not in overrides or found.setdefault(name, others) != others:
+            raise ConfigError(
+                f"corpus {corpus}: name it NAME at RATE, with that {FIELD} and all else as the others of NAME have it"
+            )
+    return found
+
+
 def grid_of_the_best(grid: Grid, best: dict[str, float], seeds: list[int]) -> Grid:
     """The grid with fresh seeds, the rate of each entry in its settings, and each corpus once.
 
     Raises:
-        ConfigError: a seed that chose the rates, or an entry without a rate.
+        ConfigError: an entry without a rate.
     """
-    seen = sorted(set(seeds) & set(grid.seeds))
-    if seen:
-        raise ConfigError(f"--seeds {seen[0]} is one that the rates are chosen by; give others")
     missing = [entry.name for entry in grid.entries if entry.name not in best]
     if missing:
         raise ConfigError(f"{missing[0]} has no finished run, so no rate can be chosen for it; run the whole grid")
-    corpora = {
-        name.partition(" at ")[0]: {field: value for field, value in overrides.items() if field != FIELD}
-        for name, overrides in grid.corpora.items()
-    }
     entries = [e.model_copy(update={"overrides": {**e.overrides, FIELD: best[e.name]}}) for e in grid.entries]
-    return grid.model_copy(update={"seeds": seeds, "corpora": corpora, "entries": entries})
+    return grid.model_copy(update={"seeds": seeds, "corpora": by_name(grid), "entries": entries})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vqmoe_ds.config.load import load_config
 from vqmoe_ds.experiments.grid import overrides_of, read_grid, runs_of
@@ -117,10 +118,54 @@ def test_the_second_round_has_fresh_seeds_the_best_rates_and_each_corpus_once(to
         config = load_config(grid.preset, None, overrides_of(grid, run)).config
         assert config.train.learning_rate == (0.012 if run.entry.name == "top-2 normed" else 0.003)
         assert config.train.seed in (4, 5, 6)
-    with pytest.raises(ConfigError, match="--seeds 2 is one that the rates are chosen by"):
-        tool.grid_of_the_best(RATES, best, [2, 4])
     with pytest.raises(ConfigError, match="top-2 normed has no finished run"):
         tool.grid_of_the_best(RATES, {name: rate for name, rate in best.items() if name != "top-2 normed"}, [4])
+
+
+REFUSED = {
+    "a seed that chooses": (
+        {},
+        [2, 4],
+        "--seeds 2: give distinct ones from 0 on, other than 1, 2, which choose the rates",
+    ),
+    "a seed twice": ({}, [4, 4], "--seeds 4: give distinct ones"),
+    "a negative seed": ({}, [-1], "--seeds -1: give distinct ones"),
+    "an entry's seeds": (
+        {"entries": {"seeds": [4]}},
+        [5],
+        "entry top-2 balanced has seeds, corpora or a train.learning_r",
+    ),
+    "an entry's corpora": (
+        {"entries": {"corpora": ["enwiki-mini at 0.003"]}},
+        [4],
+        "entry top-2 balanced has seeds, corp",
+    ),
+    "an entry's rate": (
+        {"entries": {"set": {"train.learning_rate": 0.1}}},
+        [4],
+        "entry top-2 balanced has seeds, corp",
+    ),
+    "no rate": ({"corpora": {"a at 1": {}}}, [4], "corpus a at 1: name it NAME at RATE, with that train.learning_rate"),
+    "no name": ({"corpora": {"low": {"train.learning_rate": 1}}}, [4], "corpus low: name it NAME at RATE"),
+    "two settings": (
+        {"corpora": {f"a at {r}": {"train.learning_rate": r, "train.steps": r} for r in (1, 2)}},
+        [4],
+        "corpus a at 2: name it NAME at RATE",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, seeds, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_chosen_or_compared_is_refused_before_the_first_run(
+    tool, tmp_path, monkeypatch, capsys, change, seeds, message
+):
+    grid = yaml.safe_load((GRIDS / "rates.yaml").read_text("utf-8"))
+    grid["entries"][0] |= change.get("entries", {})
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid | {"corpora": change.get("corpora", grid["corpora"])}))
+    monkeypatch.setattr(tool.compare, "main", None)
+    arguments = ["--grid", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out"), "--seeds", *map(str, seeds)]
+    assert tool.main(arguments) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def _sections(corpora: list[str]) -> list[dict]:

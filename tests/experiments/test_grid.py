@@ -72,6 +72,10 @@ def _expert_choice(grid):
     grid["entries"][1]["set"] = {"moe.router": "expert_choice", "moe.top_k": 2}
 
 
+def _table(grid):
+    grid["entries"][1]["set"] = {"moe.router": "hash_and_code", "router.path": "/nowhere"}
+
+
 def _text_sample(grid):
     _expert_choice(grid)
     grid["groups"]["all"]["noncausal"] = True
@@ -104,7 +108,10 @@ def _text_sample(grid):
         (lambda g: g.update(evaluate={"attacks": ["fgsm"], "eps": []}), "evaluate.eps: list should have at least 1"),
         (lambda g: g["corpora"]["words"].update({"data.path": "/nowhere"}), "data path /nowhere does not exist"),
         (lambda g: g.update(evaluate={"corrupt": ["word_swop"]}), "'word_swop' is unknown"),
-        (lambda g: g.update(evaluate={"shift": ["/nowhere"]}), "evaluate: shift names /nowhere, which does not exist"),
+        (lambda g: g.update(evaluate={"shift": ["/nowhere"]}), "evaluate: shift: data path /nowhere does not exist"),
+        (lambda g: g.update(evaluate={"shift": ["/dev/null"]}), "evaluate: shift: data file /dev/null cannot be read"),
+        (_table, "entry codes: router.path=/nowhere does not exist; make that table first"),
+        (lambda g: g["groups"]["all"].update(baselines=["top-2", "top-2"]), "group 'all' names a baseline twice"),
         (lambda g: g["groups"]["all"].update(tolerance=0.0), "entry codes has"),
         (_expert_choice, "not marked noncausal: true, needs a router that sees no later token"),
         (_text_sample, "generating text, needs a router that sees no later token"),
@@ -117,6 +124,18 @@ def test_bad_grids_are_refused_in_one_sentence_before_anything_runs(grid_file, t
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_cannot_work_are_refused_before_anything_runs(grid_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert compare(grid_file(), tmp_path / "out", "--jobs", "0") == 2
+    assert compare(grid_file(), tmp_path / "file/out") == 2
+    (tmp_path / "empty.yaml").write_text("")
+    assert compare(str(tmp_path / "empty.yaml"), tmp_path / "out") == 2
+    jobs, out, empty = capsys.readouterr().err.splitlines()
+    assert jobs == "error: --jobs 0: give 1 or more"
+    assert "cannot be made" in out and "file is not a folder" in out and out.endswith("name another")
+    assert "has no keys; give ds_config, seeds, corpora and entries" in empty
 
 
 def test_unequal_budgets_name_the_entry_the_figure_and_the_mend(grid_file, tmp_path, capsys):
@@ -154,7 +173,7 @@ def test_options_that_name_nothing_are_refused(grid_file, tmp_path, capsys, more
 
 def test_files_that_are_no_grid(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n")
-    for path, sentence in (("none.yaml", "cannot be read"), ("list.yaml", "valid dictionary")):
+    for path, sentence in (("none.yaml", "cannot be read"), ("list.yaml", "has no keys; give ds_config")):
         with pytest.raises(ConfigError, match=sentence):
             read_grid(str(tmp_path / path))
 

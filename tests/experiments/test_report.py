@@ -63,8 +63,8 @@ def test_means_intervals_and_health_of_known_runs(jobs, tmp_path, capsys):
     assert (clean["mean"], clean["verdict"]) == (pytest.approx(-0.1), "better")
     rise = codes["differences"]["top-2"]["word_swap 0.025, inputs: rise"]
     assert (rise["mean"], rise["verdict"]) == (pytest.approx(-0.15), "cannot be told")
-    assert codes["losses"]["plays.txt"]["mean"] == pytest.approx(2.3)
-    assert codes["differences"]["top-2"]["plays.txt: rise"]["mean"] == pytest.approx(-0.3)
+    assert codes["losses"]["shift plays.txt"]["mean"] == pytest.approx(2.3)
+    assert codes["differences"]["top-2"]["shift plays.txt: rise"]["mean"] == pytest.approx(-0.3)
     health = {name: value["mean"] for name, value in codes["health"].items()}
     wanted = {"tokens_per_second": 2500, "busiest_expert": 3.5, "load_variation": 0.5, "fluctuation": 0.125}
     assert health == wanted, "the second half of the run, the worst layer"

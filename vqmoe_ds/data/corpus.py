@@ -125,14 +125,12 @@ def open_corpus(path: str | None) -> Corpus:
 
         return _joined(path, hub_texts(path))
     if not os.path.exists(path):
-        raise DataError(f"data path {path} {why_missing(path)}; give a text file or a folder of text files with --data")
+        raise DataError(f"data path {path} {why_missing(path)}; give a text file or a folder of text files")
     files, others = _files_of(path) if os.path.isdir(path) else ([path], [])
     pieces = [piece for piece in map(_piece, files) if len(piece)]
     passed_over = f" ({len(others):,} that are no regular files passed over, {others[0]} the first)" if others else ""
     if not pieces:
-        raise DataError(
-            f"data path {path} holds no bytes{passed_over}; give a text file or a folder of text files with --data"
-        )
+        raise DataError(f"data path {path} holds no bytes{passed_over}; give a text file or a folder of text files")
     return _joined(f"{path}{passed_over}", pieces)
 
 

@@ -13,6 +13,7 @@ from vqmoe_ds.config.routers import add_plugin_option
 from vqmoe_ds.experiments.grid import Grid, group_of, read_grid, runs_of
 from vqmoe_ds.experiments.runs import Job, Runner, check_folders, jobs_of
 from vqmoe_ds.runtime.errors import TRY_AGAIN, ConfigError, reports_errors
+from vqmoe_ds.runtime.files import make_folder
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -41,6 +42,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 @reports_errors
 def main(args: argparse.Namespace) -> int:
     """Run a grid; returns the exit code: 0 done, 1 a run failed, 2 bad input, 75 interrupted."""
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs {args.jobs}: give 1 or more")
     try:
         grid = read_grid(args.grid)
         shared = {**grid.overrides, **dict(parse_override(text) for text in args.set)}
@@ -57,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
         if not args.report_only:
             rerun = args.changed == "rerun"
             check_folders(chosen, rerun)
-            failures = Runner(chosen, max(1, args.jobs), args.prefix, rerun, lambda line: print(line, flush=True)).run()
+            _make_out(Path(args.out))
+            failures = Runner(chosen, args.jobs, args.prefix, rerun, lambda line: print(line, flush=True)).run()
         else:
             failures = []
     except KeyboardInterrupt:
@@ -72,6 +76,13 @@ def main(args: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError(f"the report cannot be written to {args.out} ({error.strerror}); name another") from None
     return 1 if failures else 0
+
+
+def _make_out(folder: Path) -> None:
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made ({error.strerror}); name another") from None
 
 
 def _chosen(jobs: list[Job], args: argparse.Namespace) -> list[Job]:

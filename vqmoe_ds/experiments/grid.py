@@ -114,7 +114,10 @@ def read_grid(path: str) -> Grid:
         ConfigError: unreadable, an unknown key (the nearest is named), nothing to run, a name twice or unknown.
     """
     try:
-        grid = Grid.model_validate(read_yaml(path, "grid"))
+        values = read_yaml(path, "grid")
+        if not isinstance(values, dict):
+            raise ConfigError(f"grid {path} has no keys; give ds_config, seeds, corpora and entries (docs/results.md)")
+        grid = Grid.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"grid {path}: {_sentence(error)}") from None
     for check in (_check_size, _check_seeds, _check_names, _check_groups):
@@ -199,6 +202,8 @@ def _check_groups(grid: Grid, path: str) -> None:
         members = [entry.name for entry in grid.entries if entry.group == name]
         others = [entry.name for entry in grid.entries if entry.group != name]
         for baselines, known, where in ((group.baselines, members, "of"), (group.other_budgets, others, "outside")):
+            if len(set(baselines)) < len(baselines):
+                raise ConfigError(f"grid {path}: group {shown(name)} names a baseline twice; name each once")
             for baseline in baselines:
                 if baseline not in known:
                     near = nearest_key(baseline, known)

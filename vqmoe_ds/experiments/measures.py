@@ -116,7 +116,9 @@ def corrupted(folder: Path, in_bits: bool) -> dict[str, float]:
         name = f"{row['kind']} {row['rate']:g}, {row['mode'].replace('_', ' ')}"
         values[name], values[f"{name}: rise"] = number(row["mean"][unit]), number(row["mean"][f"{unit}_rise"])
     for row in recorded.get("shifted", []):
-        values[row["text"]], values[f"{row['text']}: rise"] = number(row[unit]), number(row[f"{unit}_rise"])
+        # Not by the path alone, which may be any name, ``clean`` among them.
+        name = f"shift {row['text']}"
+        values[name], values[f"{name}: rise"] = number(row[unit]), number(row[f"{unit}_rise"])
     return values
 
 

@@ -26,6 +26,8 @@ from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.reading import parse_yaml
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.at_start import to_prepare
+from vqmoe_ds.data.corpus import open_corpus
+from vqmoe_ds.data.indexed import open_indexed_text
 from vqmoe_ds.data.raw_text import open_raw_text
 from vqmoe_ds.evaluation.command import check_attacks
 from vqmoe_ds.evaluation.corruption import all_corruptions, parse_corruption
@@ -34,8 +36,8 @@ from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
 from vqmoe_ds.evaluation.image_damage import parse_image_corruption
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
-from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, UserError, reason_of, shown
-from vqmoe_ds.runtime.files import make_folder, open_regular, read_small
+from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, DataError, UserError, reason_of, shown
+from vqmoe_ds.runtime.files import make_folder, open_regular, read_small, why_missing
 from vqmoe_ds.train.pretrain import fit_to_data, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,14 +152,22 @@ def _job(grid: Grid, run: Run) -> Job:
         if grid.evaluate is not None:
             _to_score(grid.evaluate, config.run)
             for path in grid.evaluate.shift:
-                if not os.path.exists(path) and not os.path.exists(f"{path}.idx"):
-                    raise ConfigError(f"evaluate: shift names {path}, which does not exist; correct its path")
+                _check_shift(path, config.run)
     except UserError as error:
         raise type(error)(f"entry {run.entry.name} of the grid, corpus {run.corpus}: {error}") from None
     # JSON, as --set reads YAML: strings that look like numbers stay strings.
     sets = [f"--set={name}={json.dumps(value)}" for name, value in overrides.items()]
     arguments = ["--ds_config", grid.ds_config, "--preset", preset, *sets, "--resume", "auto"]
     return Job(run, config, arguments, grid.evaluate)
+
+
+def _check_shift(path: str, config: RunConfig) -> None:
+    data = config.data.model_copy(update={"path": path, "valid_path": None})
+    try:
+        if open_indexed_text(config.model_copy(update={"data": data})) is None:
+            open_corpus(path)
+    except DataError as error:
+        raise DataError(f"evaluate: shift: {error}") from None
 
 
 def _to_score(wanted: Evaluation, config: RunConfig) -> set[tuple[Any, ...]]:
@@ -206,7 +216,7 @@ def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
     """Refuse what cannot be continued; folders of another configuration are removed where that was asked for.
 
     Raises:
-        ConfigError: a run was made with another configuration.
+        ConfigError: a run was made with another configuration, or is to be made with a table that is not there.
         CheckpointError: a finished run is to be evaluated, and its checkpoint is gone.
     """
     for job in jobs:
@@ -215,6 +225,11 @@ def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
             raise ConfigError(
                 f"run {job.run} in {job.run.folder} was made with {job.difference()}; --changed rerun trains it anew, "
                 "another --out keeps both"
+            )
+        table = getattr(job.config.run.router, "path", None)
+        if table is not None and state not in (State.TRAINED, State.FINISHED) and not os.path.exists(table):
+            raise ConfigError(
+                f"entry {job.run.entry.name}: router.path={table} {why_missing(table)}; make that table first"
             )
         checkpoints = job.run.folder / "checkpoints"
         # Evaluation takes sealed tags of a run alone, and those have a manifest.
