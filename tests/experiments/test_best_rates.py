@@ -76,14 +76,19 @@ def test_the_grid_of_words_is_the_small_size_of_the_verdict_but_for_the_rate():
 def test_the_grid_of_norms_is_the_wide_size_of_the_verdict_with_and_without():
     verdict, norms = (read_grid(str(GRIDS / f"{name}.yaml")) for name in ("verdict", "norms"))
     known = {entry.name: entry for entry in verdict.entries}
-    for entry in norms.entries:
+    *entries, top_2, both, one = norms.entries
+    for entry in entries:
         plain = known[entry.name.replace("top-2 normed", "top-2 balanced").removesuffix(" normed")]
         added = {"moe.output_norm": True} if entry.name.endswith(" normed") else {}
         assert entry.overrides == {**plain.overrides, **added} and entry.group == plain.group
     wide = {**verdict.overrides, **verdict.corpora["large"]}
     for rate, fields in zip((0.006, 0.012, 0.024), norms.corpora.values(), strict=True):
         assert {**norms.overrides, **fields} == {**wide, "train.learning_rate": rate}
-    assert len(runs_of(norms, Path("out"))) == 72, "as the header counts them"
+    once = {entry.name: entry for entry in entries}
+    for entry in (top_2, both, one):
+        assert entry.overrides == once[entry.name.replace("afresh", "normed")].overrides
+        assert entry.corpora == ["English in words at 0.012"] and not {*entry.seeds} & {*norms.seeds}
+    assert len(runs_of(norms, Path("out"))) == 87, "as the header counts them"
 
 
 def test_the_grid_of_128_experts_is_the_end_of_the_scaling_grid_but_for_the_rate_and_the_norm():
