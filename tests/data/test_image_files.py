@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import pickle
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tests.images import CLASSES, encoded, squares, write_folder, write_idx, wri
 from vqmoe_ds.data import image_files, image_splits
 from vqmoe_ds.data.image_files import are_images, find_images
 from vqmoe_ds.data.image_pickles import read_pickle
-from vqmoe_ds.data.image_splits import Wanted
+from vqmoe_ds.data.image_splits import Wanted, remedy
 from vqmoe_ds.runtime.errors import DataError
 
 COLOUR, GREY = Wanted(8, 3, False), Wanted(8, 1, False)
@@ -210,3 +212,47 @@ def test_images_of_other_shapes_say_what_is_wrong(tmp_path):
     (tmp_path / "g/left/0000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     with pytest.raises(ValueError, match="it is no image of PNG, JPEG"):  # Pillow would start Ghostscript
         grey.train.pixels(0)
+
+
+def deep_png(image: np.ndarray) -> bytes:
+    """RGB of 16 bits, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = image.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(image: np.ndarray, mode: str, **options: object) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_transparent_and_deeper_images_are_refused_whatever_mode_pillow_gives_them(tmp_path):
+    image = squares(1)[0][0]
+    folder = write_folder(tmp_path, 6)
+    for blob in (
+        saved(image, "RGBA"),
+        saved(image, "P", transparency=3),
+        saved(image, "RGB", transparency=(1, 2, 3)),
+        saved(image, "L", transparency=3),
+        b"P5 8 8 65535\n" + bytes(8 * 8 * 2),
+        deep_png(image),
+        b"P6 8 8 65535\n" + bytes(8 * 8 * 6),
+        b"P3 1 1 256\n1 2 3\n",
+    ):
+        (folder / "left/0000.png").write_bytes(blob)
+        split = find_images(str(folder)).train
+        with pytest.raises(ValueError, match="it is transparent or of more than 8 bits"):
+            split.pixels(0)
+        assert "convert transparent and deeper ones to 8-bit RGB" in remedy(split)
+    for blob in (saved(image, "P"), saved(image, "1"), b"P6 8 8 15\n" + bytes(8 * 8 * 3)):
+        (folder / "left/0000.png").write_bytes(blob)
+        assert find_images(str(folder)).train.pixels(0).fit(COLOUR)[0].shape == (8, 8, 3)

@@ -78,8 +78,6 @@ class Pixels:
             assert self.array_HWC is not None
             return _checked(self.array_HWC, wanted), False
         image = self.encoded
-        if image.mode not in MODES:
-            raise ValueError(f"it is of Pillow's mode {image.mode}, which is transparent or of more than 8 bits")
         grey = MODES[image.mode] < wanted.channels
         if MODES[image.mode] > wanted.channels:
             raise ValueError("it has 3 channels, and model.channels=1")
@@ -115,7 +113,10 @@ class Encoded:
             # Between the two calls: open reads the header alone, load unpacks.
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, too many to unpack")
+            deep = _is_deep(image)
             image.load()
+            if deep or image.mode not in MODES or "transparency" in image.info:
+                raise ValueError(f"it is transparent or of more than 8 bits (Pillow's mode {image.mode})")
         except pillow.UnidentifiedImageError:  # whose own words quote an address in memory
             raise ValueError(f"it is no image of {', '.join(FORMATS)}") from None
         except Exception as error:  # Pillow raises a dozen kinds for damaged files
@@ -138,11 +139,20 @@ class Stored:
         return Pixels(self.images_NHWC[index])
 
 
+def _is_deep(image: Any) -> bool:
+    """Whether an image of colours that is not unpacked yet has more than 8 bits, of which Pillow drops the lower."""
+    layout = image.tile[0].args if image.tile else ""  # "RGB;16B" of PNG; of PPM ("RGB", the largest value)
+    return "16B" in layout or (image.format == "PPM" and isinstance(layout, tuple) and layout[-1] > 255)
+
+
 def remedy(split: Split) -> str:
     """The end of sentences on images of a split that cannot be used."""
     if isinstance(split, Stored):
         return "set model.image_size and model.channels to those of the images: data.resize is of encoded ones"
-    return "give images of model.image_size and model.channels, or set data.resize=true; a broken file must go"
+    return (
+        "give images of model.image_size and model.channels, or set data.resize=true; convert transparent and deeper "
+        "ones to 8-bit RGB; a broken file must go"
+    )
 
 
 @dataclass(frozen=True)

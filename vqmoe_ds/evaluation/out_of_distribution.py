@@ -92,15 +92,13 @@ class Converted:
             assert found.array_HWC is not None
             plain = found.array_HWC.squeeze(-1) if found.array_HWC.shape[-1] == 1 else found.array_HWC
             image = library("PIL.Image", "converting images", DataError).fromarray(plain)
-        if image.mode in MODES:  # else ``fit`` says what is wrong
-            image = image.convert("RGB" if self.wanted.channels == 3 else "L")
-        return replace(found, encoded=image)
+        return replace(found, encoded=image.convert("RGB" if self.wanted.channels == 3 else "L"))
 
 
 def _changes(found: Pixels, wanted: Wanted) -> str:
     """How an image differs from what is wanted."""
     if found.encoded is not None:
-        (width, height), channels = found.encoded.size, MODES.get(found.encoded.mode, 0)
+        (width, height), channels = found.encoded.size, MODES[found.encoded.mode]
     else:
         assert found.array_HWC is not None
         height, width, channels = found.array_HWC.shape
