@@ -256,3 +256,18 @@ def test_transparent_and_deeper_images_are_refused_whatever_mode_pillow_gives_th
     for blob in (saved(image, "P"), saved(image, "1"), b"P6 8 8 15\n" + bytes(8 * 8 * 3)):
         (folder / "left/0000.png").write_bytes(blob)
         assert find_images(str(folder)).train.pixels(0).fit(COLOUR)[0].shape == (8, 8, 3)
+
+
+def test_labels_count_where_only_samples_of_the_files_do(tmp_path, monkeypatch):
+    images, labels = squares(9, channels=1)
+    write_idx(tmp_path / "train-images-idx3-ubyte", images[..., 0])
+
+    def fingerprint(labels: np.ndarray) -> str:
+        write_idx(tmp_path / "train-labels-idx1-ubyte", labels)
+        return find_images(str(tmp_path)).fingerprint()
+
+    whole = fingerprint(labels)
+    monkeypatch.setattr(image_splits, "of_pieces", lambda _: "samples")
+    assert fingerprint(labels) == fingerprint(2 - labels), "checkpoints know the digest of small files without labels"
+    monkeypatch.setattr(image_splits, "WHOLE", 0)
+    assert fingerprint(labels) not in (fingerprint(2 - labels), whole)

@@ -12,7 +12,7 @@ from vqmoe_ds.config.load import load_config
 from vqmoe_ds.config.schema import Augment
 from vqmoe_ds.data import image_cache
 from vqmoe_ds.data.image_augment import Mixing
-from vqmoe_ds.data.image_splits import Encoded, Stored, remedy
+from vqmoe_ds.data.image_splits import Encoded, ImageFiles, Stored, remedy
 from vqmoe_ds.data.images import DecodedWhenRead, ImageBatches, ImageSet, mixed, open_images, shifted
 from vqmoe_ds.runtime.errors import ConfigError, DataError
 
@@ -103,6 +103,16 @@ def test_images_are_decoded_once_and_again_when_the_cache_is_altered(tmp_path, m
     open_images(config).open(config, cache)
     assert (folder / "train-images.npy").stat().st_mtime_ns != before
     assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_one_edited_file_of_many_is_decoded_again(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "images")
+    config, before = config_of(folder), write_folder(tmp_path / "other", seed=1)
+    monkeypatch.setattr(ImageFiles, "fingerprint", lambda _: "0123")  # of samples that miss the file
+    open_images(config).open(config, tmp_path / "cache")
+    (folder / "left/0003.png").write_bytes((before / "left/0003.png").read_bytes())
+    batches, _ = open_images(config).open(config, tmp_path / "cache")
+    assert np.array_equal(batches.images.images_NHHC[1], squares(30, seed=1)[0][3])
 
 
 def test_broken_images_are_counted_named_and_leave_no_cache(tmp_path):

@@ -34,20 +34,22 @@ def decoded(files: ImageFiles, wanted: Wanted, cache: Path) -> tuple[dict[str, n
         DataError: images are broken or of another size (how many, and the first of them), or the cache cannot be kept.
     """
     splits = {"train": files.train} | ({} if files.test is None else {"test": files.test})
-    folder = cache / f"images-{files.fingerprint()}-{wanted.size}x{wanted.channels}{'r' if wanted.resize else ''}"
     notes: list[str] = []
-    refusal = None
+    refusal, name = None, ""
     if not (dist.is_initialized() and dist.get_rank()):
         try:
-            notes = _make(splits, wanted, folder)
+            shape = f"{wanted.size}x{wanted.channels}{'r' if wanted.resize else ''}"
+            name = f"images-{files.fingerprint()}-{files.stamp()}-{shape}"
+            notes = _make(splits, wanted, cache / name)
         except DataError as error:
             refusal = str(error)
         except OSError as error:
             refusal = f"the decoded images cannot be kept in {cache} ({error.strerror}); set data.cache_dir"
-    # Also the sign for the others that the folder is whole.
-    refusal = from_first(refusal)  # the others would wait for ever
+    # Also the sign for the others that the folder is whole. With its name: they may see copies with other times.
+    refusal, name = from_first((refusal, name))  # the others would wait for ever
     if refusal is not None:
         raise DataError(refusal)
+    folder = cache / name
     try:
         return {name: read_array(_file(folder, name)) for name in splits}, notes
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vqmoe_ds.data.corpus import FilePiece
-from vqmoe_ds.data.fingerprint import of_pieces
+from vqmoe_ds.data.fingerprint import WHOLE, of_pieces
 from vqmoe_ds.data.units import first_line
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.extras import library
@@ -169,20 +169,38 @@ class ImageFiles:
     """Fingerprint of what is in no files."""
 
     def fingerprint(self) -> str:
-        """Fingerprint of all files, of their names within the source, and of the classes.
+        """Fingerprint of all files, of their names within the source, of the classes, and of labels of many files.
 
         Raises:
             DataError: a file cannot be read.
         """
         names = [os.path.relpath(file, self.name) for file in self.files] if os.path.isdir(self.name) else []
-        try:
-            content = of_pieces([FilePiece(str(file), os.stat(file).st_size) for file in self.files])
-        except OSError as error:
-            raise DataError(f"image {error.filename} cannot be read ({error.strerror}); remove it") from None
+        sizes = [size for size, _ in self._stamps()]
+        content = of_pieces([FilePiece(str(file), size) for file, size in zip(self.files, sizes, strict=True)])
         # With names, for in folders they are the labels: a file that moves to another class has the same bytes. An
         # empty mark is left out, for caches and checkpoints know the digest of files without one.
-        told = [self.classes, names, content, *([self.mark] if self.mark else [])]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        told: list[Any] = [self.classes, names, content, *([self.mark] if self.mark else [])]
+        if sum(sizes) > WHOLE:  # the content is sampled, and the samples may miss the labels
+            told += [hashlib.sha256(split.labels_N.tobytes()).digest() for split in (self.train, self.test) if split]
+        return _short(told)
+
+    def stamp(self) -> str:
+        """Digits of the files' sizes and times, which notice a change where ``fingerprint`` reads samples.
+
+        Raises:
+            DataError: as ``fingerprint``.
+        """
+        return _short(self._stamps())
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        try:
+            return [(found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files)]
+        except OSError as error:
+            raise DataError(f"image {error.filename} cannot be read ({error.strerror}); remove it") from None
+
+
+def _short(told: list[Any]) -> str:
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def bytes_of(file: Path) -> bytes:
