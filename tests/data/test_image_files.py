@@ -271,3 +271,46 @@ def test_labels_count_where_only_samples_of_the_files_do(tmp_path, monkeypatch):
     assert fingerprint(labels) == fingerprint(2 - labels), "checkpoints know the digest of small files without labels"
     monkeypatch.setattr(image_splits, "WHOLE", 0)
     assert fingerprint(labels) not in (fingerprint(2 - labels), whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("empty", "train/zebra holds no images and would be a class without any; add some, or move"),
+        ("nested", "train/zebra holds no images"),
+        ("gif", "train/zebra/a.GIF is no image of a kind that is read; convert .GIF files to PNG"),
+        ("gif among others", "train/left/a.gif is no image of a kind that is read"),
+        ("link", "train/zebra is a link to nowhere, which does not exist; remove it"),
+        ("test", "test/left holds no images"),
+    ],
+)
+def test_no_class_and_no_image_is_left_out_without_a_word(how, sentence, tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path / split, 6)
+    zebra, blob = tmp_path / "train/zebra", b"GIF89a"
+    if how == "link":
+        zebra.symlink_to("nowhere")
+    elif how == "gif among others":
+        (tmp_path / "train/left/a.gif").write_bytes(blob)
+    elif how == "test":
+        for file in (tmp_path / "test/left").iterdir():
+            file.unlink()
+    else:
+        (zebra / "deeper").mkdir(parents=True)
+        (zebra / {"gif": "a.GIF", "nested": "deeper/a.png", "empty": ".a.png"}[how]).write_bytes(blob)
+    with pytest.raises(DataError, match=sentence):
+        find_images(str(tmp_path))
+
+
+def test_a_class_without_a_name_in_utf8_is_refused(tmp_path):
+    folder = write_folder(tmp_path, 6)
+    (folder / "left").rename(os.fsdecode(os.fsencode(folder) + b"/\xff"))
+    with pytest.raises(DataError, match=r"have a class whose name is no UTF-8, '.udcff'; rename it"):
+        find_images(str(folder))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write_pickles(tmp_path, *squares(18, size=32))
+    (tmp_path / "test_batch").unlink()
+    with pytest.raises(DataError, match="test_batch cannot be read: No such file or directory; copy them again"):
+        find_images(str(tmp_path))

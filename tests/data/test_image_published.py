@@ -79,6 +79,13 @@ def test_an_array_that_is_cut_off_is_refused(tmp_path):
             find_published(str(tmp_path), CLASSES)
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write_arrays(tmp_path, {"fog": IMAGES}, LABELS)
+    (tmp_path / "frost.npy").symlink_to("nowhere")
+    with pytest.raises(DataError, match="frost.npy cannot be read: No such file or directory; copy them again"):
+        find_published(str(tmp_path), CLASSES)
+
+
 def test_folders_of_other_classes_are_refused(tmp_path):
     write_folder(tmp_path / "fog/1", 2)
     with pytest.raises(DataError, match="has 2 classes and the model 3; 'right' is only on one side"):

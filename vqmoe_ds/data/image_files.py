@@ -25,9 +25,11 @@ from vqmoe_ds.data.image_splits import Encoded, ImageFiles, Split, Stored, bytes
 from vqmoe_ds.data.image_tables import HUB, HubSplit, ImageTable, hub_splits, parts_of
 from vqmoe_ds.data.units import first_line
 from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.files import open_regular
+from vqmoe_ds.runtime.files import open_regular, why_missing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
+UNREAD = (".gif", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".heic")
+"""Images of kinds that are not read: they are refused by name, not left out."""
 HELD_OUT_NAMES = ("test", "val", "valid", "validation")
 """Folders of the test set beside ``train``; the first that is there counts."""
 LARGEST_ARRAYS = 1 << 30
@@ -51,7 +53,8 @@ def find_images(path: str) -> ImageFiles:
             if found is not None:
                 return _sound(found)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"images {path} cannot be read: {first_line(error)}") from None
+        file = getattr(error, "filename", None) or path
+        raise DataError(f"images {file} cannot be read: {first_line(error)}; copy them again") from None
     raise DataError(
         f"{path} holds no labelled images that are known: give a folder with a folder of {', '.join(SUFFIXES[:3])} "
         "files for each class, CIFAR-10's data_batch_* files, *-images-idx3-ubyte files, or *.parquet files"
@@ -69,6 +72,10 @@ def are_images(path: str) -> bool:
 
 def _sound(found: ImageFiles) -> ImageFiles:
     _several(found.name, found.classes)
+    # Of a file system's bytes that are no UTF-8 Python makes half surrogates, which no report could be written with.
+    unnamed = [name for name in found.classes if name.encode(errors="ignore").decode() != name]
+    if unnamed:
+        raise DataError(f"images {found.name} have a class whose name is no UTF-8, {unnamed[0]!r}; rename it")
     for split in filter(None, (found.train, found.test)):
         labels = split.labels_N
         if not len(labels):
@@ -105,10 +112,18 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
     """The images of ``CLASS/FILE`` and their files, class by class.
 
     Raises:
-        DataError: there are images of another class.
+        DataError: there are images of another class or of a kind that is not read, or a class without images.
         OSError: the folder cannot be read.
     """
     found = {entry.name: image_files(entry.path) for entry in class_entries(place)}
+    unread = [file for files in found.values() for file in files if file.suffix.lower() in UNREAD]
+    if unread:
+        raise DataError(f"{unread[0]} is no image of a kind that is read; convert {unread[0].suffix} files to PNG")
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        raise DataError(
+            f"{place / empty[0]} holds no images and would be a class without any; add some, or move the folder away"
+        )
     strangers = [name for name, files in found.items() if files and name not in classes]
     if strangers:
         raise DataError(f"{place} has images of a class that training lacks: {strangers[0]!r}; remove it, or add some")
@@ -118,17 +133,24 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
 
 
 def class_entries(place: Path) -> list[os.DirEntry[str]]:
-    """Folders by name, but for hidden ones, as file managers and notebooks leave them."""
-    shown = (entry for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
+    """Folders by name, but for hidden ones, as file managers and notebooks leave them.
+
+    Raises:
+        DataError: a link leads nowhere, which may have been a class.
+    """
     # Sorted: the numbers of the labels follow, and scandir has the order of the file system.
-    return sorted(shown, key=lambda entry: entry.name)
+    shown = sorted((entry for entry in os.scandir(place) if entry.name[0] != "."), key=lambda entry: entry.name)
+    lost = [entry.path for entry in shown if entry.is_symlink() and not os.path.exists(entry.path)]
+    if lost:
+        raise DataError(f"{lost[0]} {why_missing(lost[0])}; remove it, or copy what it led to")
+    return [entry for entry in shown if entry.is_dir()]
 
 
 def image_files(folder: str) -> list[Path]:
-    """Image files of a class, in order, without hidden ones; Tiny ImageNet has them one folder deeper."""
+    """Image files of a class, also unread ones, in order, without hidden ones; Tiny ImageNet has them in ``images``."""
     inner = Path(folder, "images")
     names = sorted(os.listdir(inner if inner.is_dir() else folder))
-    shown = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+    shown = (name for name in names if name.lower().endswith(SUFFIXES + UNREAD) and not name.startswith("."))
     return [Path(inner if inner.is_dir() else folder, name) for name in shown]
 
 
@@ -290,7 +312,10 @@ def _named(splits: Collection[str]) -> list[str]:
 
 def _of_tables(name: str, tables: Sequence[ImageTable | HubSplit], files: tuple[Path, ...]) -> ImageFiles:
     train, *test = tables
-    classes = train.names or tuple(map(str, range(int(train.labels_N.max(initial=0)) + 1)))
+    most = int(train.labels_N.max(initial=0))
+    if train.names is None and most >= max(1, len(train.labels_N)):  # a name for each would fill the memory
+        raise DataError(f"{name} has {len(train.labels_N):,} images and a label {most}; number the classes 0, 1, 2, …")
+    classes = train.names or tuple(map(str, range(most + 1)))
     if test and test[0].names != train.names:
         raise DataError(f"{name} has other classes in its test set than in its training set; copy both again")
     splits = [Encoded(table.labels_N, table.name, table.blob) for table in tables]

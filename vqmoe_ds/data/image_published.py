@@ -74,7 +74,7 @@ def find_published(path: str, classes: tuple[str, ...]) -> list[PublishedSplit] 
                     raise DataError(f"{path} has {kind} {severity} twice: {both}; move one elsewhere")
         found = [PublishedSplit(*which, _folder(folder, classes)) for which, folder in folders.items()]
     except OSError as error:
-        raise DataError(f"images {path} cannot be read: {error.strerror}") from None
+        raise DataError(f"images {error.filename or path} cannot be read: {error.strerror}; copy them again") from None
     return found or None
 
 
