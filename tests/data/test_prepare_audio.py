@@ -72,6 +72,14 @@ def test_folders_of_the_user_are_kept_as_they_are(clips, tmp_path):
     assert (len(found.train.labels_N), len(found.test.labels_N)) == (40, 2)
 
 
+def test_hidden_files_and_folders_are_no_clips(clips, tmp_path):
+    (clips / "low/._s0_0.wav").write_bytes(b"\0\5\x16\7")
+    for speaker in range(3):
+        write_clip(clips / f".trash/s{speaker}_0.wav", 700, speaker)
+    assert run(clips, "--output", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out/audio.json").read_text())["clips"] == {"train": 32, "test": 8}
+
+
 @pytest.mark.parametrize("kind", ["white", "babble"])
 def test_noise_leaves_names_and_splits_and_is_the_same_again(clips, tmp_path, kind):
     assert run(clips, "--output", tmp_path / "clean") == 0
@@ -138,6 +146,7 @@ def spoil(clips: Path, how: str) -> None:
         ("", ["--seconds", "nan"], "--seconds nan is too short"),
         ("", ["--test_every", 1], "--test_every 1 leaves no speaker"),
         ("", ["--noise", "nan"], "--noise nan is no ratio"),
+        ("", ["--noise_kind", "babble"], "--noise_kind babble is of noise that is added; give its --noise"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(clips, tmp_path, capsys, how, options, sentence):

@@ -96,6 +96,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--test_every {options.test_every} leaves no speaker to train on; give 2 or more")
     if options.noise is not None and not -60 <= options.noise <= 100:
         raise ConfigError(f"--noise {options.noise:g} is no ratio in dB that can be heard; give -60 to 100")
+    if options.noise is None and options.noise_kind != "white":
+        raise ConfigError(f"--noise_kind {options.noise_kind} is of noise that is added; give its --noise, such as 10")
     try:
         if re.compile(options.speaker).groups != 1:
             raise ConfigError(f"--speaker {options.speaker} has not one group; put what names the speaker in brackets")
@@ -138,7 +140,8 @@ def find_clips(folder: Path, speaker: str, test_every: int) -> dict[str, list[Cl
 
 
 def _clips(folder: Path) -> list[Clip]:
-    files = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in SUFFIXES)
+    shown = (file for file in folder.glob("*/*") if "." not in (file.name[0], file.parent.name[0]))
+    files = sorted(file for file in shown if file.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"{folder} holds no clips; give a folder with a folder of {', '.join(SUFFIXES)} for each class")
     return [Clip(file) for file in files]
