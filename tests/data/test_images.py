@@ -125,7 +125,7 @@ def test_broken_images_are_counted_named_and_leave_no_cache(tmp_path):
         found.open(config, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     lazily = DecodedWhenRead(found.files.train, found.wanted)
-    with pytest.raises(DataError, match="left/0003.png cannot be used"):
+    with pytest.raises(DataError, match="left/0003.png cannot be used: .*; a broken file must go"):
         lazily[np.array([0, 1])]
 
 

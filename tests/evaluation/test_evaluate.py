@@ -228,3 +228,20 @@ def _opened(rank: int, world: int) -> str:
 
 def test_all_ranks_load_the_checkpoint_that_rank_0_finds() -> None:
     assert run_ranks(2, _opened) == ["global_step0"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--eps", "300"], "--eps is the size of attacks, and none is asked for; add --attacks"),
+        (["--attacks", "fgsm", "--eps", "300"], "--eps 300 must lie between 0 and 255"),
+        (
+            ["--corrupt", "frost"],
+            "the kind 'frost' is unknown; known are word_swap, .* of text, and gaussian_noise, .*fog",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_the_model_is_known(options, sentence):
+    args = command.build_parser("").parse_args([".", *options])
+    with pytest.raises(ConfigError, match=sentence):
+        command._check(args, Place(0, 1, 0, 1))

@@ -114,7 +114,7 @@ def test_evaluation_scores_the_test_set_again(place, finished, tmp_path):
 
 def test_damaged_and_attacked_images_are_scored_beside_the_clean_ones(finished, tmp_path):
     damage = ["--corrupt", "contrast:5", "--corrupt", "shot_noise", "--max_tokens", str(9 * 16)]
-    damage += ["--attacks", "fgsm", "pgd20", "--eps", "4", "8"]
+    damage += ["--attacks", "fgsm", "pgd20", "fgsm", "--eps", "4", "8", "4.0"]
     done = run([str(finished[0]), *damage, "--json", str(tmp_path / "scores.json")], EVALUATE)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "scores.json").read_text())

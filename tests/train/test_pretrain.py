@@ -16,12 +16,15 @@ from vqmoe_ds.runtime.ranks import from_first
 from vqmoe_ds.train.pretrain import _greeting, choose_run_dir, fit_to_tokenizer
 
 CHECKSUM = "0123456789abcdef" * 4
+IMAGES = {"preset": "vit-cifar", "model__vocab_size": 2}
 
 
-def _fit(folder: Path, vocab_size: int | None, checksum: str | None, **overrides: object) -> EngineConfig:
+def _fit(
+    folder: Path, vocab_size: int | None, checksum: str | None, preset: str = "tiny", **overrides: object
+) -> EngineConfig:
     path = folder / "ds.json"
     path.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}))
-    loaded = load_config("tiny", None, {name.replace("__", "."): value for name, value in overrides.items()})
+    loaded = load_config(preset, None, {name.replace("__", "."): value for name, value in overrides.items()})
     return fit_to_tokenizer(resolve(str(path), loaded, 1), vocab_size, checksum, loaded.explicit)
 
 
@@ -57,6 +60,7 @@ def test_a_run_on_words_is_told_what_suits_them(tmp_path, vocab_size, overrides,
     ("vocab_size", "checksum", "overrides", "sentence"),
     [
         (8192, CHECKSUM, {"model__vocab_size": 8191}, "model.vocab_size=8191 is too small for the 8192 ids"),
+        (3, None, IMAGES, "model.vocab_size=2 is too small for the 3 classes of the images; leave it out"),
         (None, "unknown", {"data__path": "corpora/x"}, "tokenizer of corpora/x is unknown"),
         (8192, CHECKSUM, {"data__tokenizer_sha256": "ff"}, f"sha256=ff is not that of the data, which is {CHECKSUM}"),
         (256, None, {"data__tokenizer_sha256": CHECKSUM}, "is not that of the data, which is raw bytes"),

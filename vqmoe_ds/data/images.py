@@ -237,7 +237,7 @@ class DecodedWhenRead:
         try:
             return self.split.pixels(row).fit(self.wanted)[0]
         except ValueError as error:
-            raise DataError(f"{self.split.name(row)} cannot be used: {error}") from None
+            raise DataError(f"{self.split.name(row)} cannot be used: {error}; {remedy(self.split)}") from None
 
 
 def open_images(config: RunConfig) -> ImageData:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--ood", nargs="+", default=[], metavar="PATH", help=told)
     add("--attacks", nargs="+", default=[], metavar="NAME", help="of images: fgsm, pgd20, spsa20 (docs/vision.md)")
     told = "of attacks: largest change of a value, in 255ths (default: 1 and 2)"
-    add("--eps", nargs="+", type=float, default=[1.0, 2.0], metavar="N", help=told)
+    add("--eps", nargs="+", type=float, metavar="N", help=told)
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
     add("--json", metavar="FILE", help="write every figure there")
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
@@ -124,8 +125,10 @@ def _check(args: argparse.Namespace, place: Place) -> tuple[Corruption, ...]:
     if args.peer_timeout <= 0:
         raise ConfigError(f"--peer_timeout {args.peer_timeout:g} is too small; give seconds, such as 120")
     parse_memory(args.expert_memory, "--expert_memory")
+    if args.eps is not None and not args.attacks:
+        raise ConfigError("--eps is the size of attacks, and none is asked for; add --attacks, such as --attacks fgsm")
     if args.attacks:
-        check_attacks(args.attacks, args.eps)
+        check_attacks(args.attacks, args.eps or ())
     for name in ("ep_size", "sp_size"):
         size = getattr(args, name)
         if place.world_size % size:
@@ -159,10 +162,20 @@ def check_attacks(names: Sequence[str], eps: Sequence[float]) -> None:
 
 
 def _is_of_images(spec: str) -> bool:
-    """Whether a ``--corrupt`` is of a kind of damage to images; whether the model is of images is known later."""
+    """Whether a ``--corrupt`` is of a kind of damage to images; whether the model is of images is known later.
+
+    Raises:
+        ConfigError: it is of no kind at all.
+    """
     from vqmoe_ds.evaluation.image_damage import KINDS as KINDS_OF_IMAGES
 
-    return spec.partition(":")[0] in KINDS_OF_IMAGES
+    kind = spec.partition(":")[0]
+    if kind not in (*KINDS, *KINDS_OF_IMAGES):
+        raise ConfigError(
+            f"--corrupt {spec}: the kind {kind!r} is unknown; known are {', '.join(KINDS)} of text, and "
+            f"{', '.join(KINDS_OF_IMAGES)} of images"
+        )
+    return kind in KINDS_OF_IMAGES
 
 
 def _evaluate(
@@ -275,7 +288,7 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
         if getattr(args, name) != left_out:
             raise ConfigError(f"--{name} is for text, and {args.checkpoint} classifies images; leave it out")
     reference = read_reference(args.relative_to) if args.relative_to is not None else None
-    attacks = [(name, eps) for name in args.attacks for eps in args.eps]
+    attacks = list(dict.fromkeys(product(args.attacks, args.eps or (1.0, 2.0))))
     data, published = open_published(loaded, args.data)
     images, told = open_split(loaded, data, args.split)
     if args.max_tokens is not None:

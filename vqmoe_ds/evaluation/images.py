@@ -123,9 +123,11 @@ def open_split(loaded: LoadedModel, data: Sequence[str] | None, split: str) -> t
     files = found.files
     # In the same order, too: a label is the number of a logit.
     if files.classes != config.data.classes:
+        odd = sorted(set(files.classes) ^ set(config.data.classes))
+        which = f"{odd[0]!r} is only on one side" if odd else "they are in another order"
         raise DataError(
-            f"images {files.name} are of other classes ({', '.join(files.classes[:3])}, …) than {loaded.path} knows "
-            f"({', '.join(config.data.classes[:3])}, …); give images of these, all of them"
+            f"images {files.name} are of other classes than {loaded.path} knows ({which}); give images of these, all "
+            "of them"
         )
     train, test = (part and DecodedWhenRead(part, found.wanted) for part in (files.train, files.test))
     training, held = found.sets(config.model.sequence_length, train, test)

@@ -164,9 +164,10 @@ def fit_to_tokenizer(
     model, data = config.run.model, config.run.data
     if "model.vocab_size" in explicit:
         if vocab_size is not None and model.vocab_size < vocab_size:
+            ids = "classes of the images" if model.image_size else "ids of the data's tokenizer"
             raise ConfigError(
-                f"model.vocab_size={model.vocab_size} is too small for the {vocab_size} ids of the data's tokenizer; "
-                "leave it out, and it follows the data"
+                f"model.vocab_size={model.vocab_size} is too small for the {vocab_size} {ids}; leave it out, and it "
+                "follows the data"
             )
     elif vocab_size is None:
         raise ConfigError(
