@@ -130,7 +130,10 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path, text, capsys):
         assert _run(module, *arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and re.search(sentence, error), error
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "there").mkdir()
+    assert _run(routing_report, vq, "--data", tmp_path / "none", "--out", tmp_path / "there/new/deeper") == 2
+    assert not list((tmp_path / "there").iterdir())
 
 
 def test_jacobians_need_the_same_tokens(tmp_path, capsys):

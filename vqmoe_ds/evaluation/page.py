@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ def make_report(
     """
     folder = Path(out)
     pyplot()  # without which there is no page
+    new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     with _writable(folder):
         # Before the measurement, which may take minutes.
         make_folder(folder)
-    report = measure()
+    try:
+        report = measure()
+    except BaseException:
+        with suppress(OSError):  # what another process has put there meanwhile stays
+            for place in new:
+                place.rmdir()
+        raise
     pictures = report.pop("pictures", {})
     figures = pictures | {title: data_uri(figure) for title, figure in draw(report).items()}
     with _writable(folder):
