@@ -14,8 +14,9 @@ import pytest
 
 from tests.images import CLASSES, encoded, squares, write_folder, write_idx, write_packed, write_pickles
 from vqmoe_ds.data import image_files, image_splits
-from vqmoe_ds.data.image_files import are_images, find_images
+from vqmoe_ds.data.image_files import find_images
 from vqmoe_ds.data.image_pickles import read_pickle
+from vqmoe_ds.data.image_published import are_images
 from vqmoe_ds.data.image_splits import Wanted, remedy
 from vqmoe_ds.runtime.errors import DataError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.images import CLASSES, squares, write_arrays, write_folder
-from vqmoe_ds.data.image_published import EXTRA, PUBLISHED, find_published
+from tests.images import CLASSES, squares, write_arrays, write_folder, write_idx, write_packed, write_pickles
+from vqmoe_ds.data.image_published import EXTRA, PUBLISHED, are_images, find_published
 from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.evaluation.image_damage import KINDS
 from vqmoe_ds.runtime.errors import DataError
@@ -106,3 +106,31 @@ def test_folders_without_images_and_kinds_that_lie_there_twice_are_refused(tmp_p
 def test_damage_that_is_made_here_is_among_the_published():
     assert {kind for kind in KINDS if PUBLISHED[kind] != EXTRA} == set(KINDS)
     assert sum(group != EXTRA for group in PUBLISHED.values()) == 15
+
+
+def test_images_are_told_from_text_also_where_they_would_be_refused(tmp_path):
+    write_folder(tmp_path / "one", 1)
+    (tmp_path / "gifs/a").mkdir(parents=True)
+    (tmp_path / "gifs/a/1.GIF").write_bytes(b"GIF89a")
+    write_arrays(tmp_path / "damaged", {"fog": IMAGES[:3]}, LABELS)
+    write_pickles(tmp_path / "pickles/cifar-10-batches-py", *squares(18, size=32))
+    (tmp_path / "idx").mkdir()
+    write_idx(tmp_path / "idx/train-images-idx3-ubyte", IMAGES[..., 0])
+    (tmp_path / "packed").mkdir()
+    write_packed(tmp_path / "packed/cifar10_jpeg_train.npz", IMAGES, LABELS)
+    for name in ("damaged", "pickles", "idx", "packed"):
+        (tmp_path / name / "readme.html").write_text("words")
+    for name in ("one", "one/left/0000.png", "gifs", "damaged", "pickles", "idx", "packed"):
+        assert are_images(str(tmp_path / name)), name
+
+
+def test_text_with_pictures_and_other_arrays_are_no_images(tmp_path):
+    docs = write_folder(tmp_path / "docs", 30)
+    for number in range(8):
+        (docs / f"{number}.md").write_text("words")
+    (tmp_path / "arrays").mkdir()
+    for name in ("labels", "embeddings"):
+        np.save(tmp_path / f"arrays/{name}.npy", LABELS)
+    (tmp_path / "empty").mkdir()
+    for name in ("docs", "docs/1.md", "arrays", "empty", "nowhere.png"):
+        assert not are_images(str(tmp_path / name)), name

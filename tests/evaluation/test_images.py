@@ -6,10 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.images import CLASSES, write_folder
+from tests.images import CLASSES, squares, write_arrays, write_folder
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.evaluation.images import open_split
+from vqmoe_ds.evaluation.images import open_split, refuse_images
 from vqmoe_ds.runtime.errors import DataError
+
+
+def test_images_of_any_kind_are_refused_for_a_model_of_text(tmp_path):
+    write_folder(tmp_path / "one", 1)
+    write_arrays(tmp_path / "damaged", {"fog": squares(15)[0]}, squares(15)[1])
+    for name in ("one", "damaged"):
+        with pytest.raises(DataError, match=f"{name} holds images, and runs/a is a model of text; give text, or"):
+            refuse_images(SimpleNamespace(path="runs/a"), ["words.txt", str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from tests.distributed import run_ranks
+from tests.images import write_folder
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
 from vqmoe_ds.config.load import load_config
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError, DataError
 from vqmoe_ds.runtime.ranks import from_first
-from vqmoe_ds.train.pretrain import _greeting, choose_run_dir, fit_to_tokenizer
+from vqmoe_ds.train.pretrain import _greeting, choose_run_dir, fit_to_data, fit_to_tokenizer
 
 CHECKSUM = "0123456789abcdef" * 4
 IMAGES = {"preset": "vit-cifar", "model__vocab_size": 2}
@@ -69,6 +70,15 @@ def test_a_run_on_words_is_told_what_suits_them(tmp_path, vocab_size, overrides,
 def test_what_the_data_does_not_have_is_refused(tmp_path, vocab_size, checksum, overrides, sentence):
     with pytest.raises(ConfigError, match=sentence):
         _fit(tmp_path, vocab_size, checksum, **overrides)
+
+
+@pytest.mark.parametrize("field", ["path", "valid_path"])
+def test_images_are_not_trained_on_as_text(field, tmp_path):
+    folder = write_folder(tmp_path / "images", 1)
+    (tmp_path / "words.txt").write_text("some words " * 99)
+    config = _fit(tmp_path, 256, None, **{"data__path": str(tmp_path / "words.txt"), f"data__{field}": str(folder)})
+    with pytest.raises(DataError, match="images holds images, and this run trains on text; choose --preset vit-cifar"):
+        fit_to_data(config, frozenset())
 
 
 def test_a_job_that_depends_on_another_does_nothing_only_where_the_steps_asked_for_are_done(tmp_path, monkeypatch):

@@ -61,15 +61,6 @@ def find_images(path: str) -> ImageFiles:
     )
 
 
-def are_images(path: str) -> bool:
-    """Whether a path holds images that ``find_images`` would take."""
-    try:
-        find_images(path)
-    except DataError:
-        return False
-    return True
-
-
 def _sound(found: ImageFiles) -> ImageFiles:
     _several(found.name, found.classes)
     # Of a file system's bytes that are no UTF-8 Python makes half surrogates, which no report could be written with.

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from vqmoe_ds.data.arrays import mapped_array
-from vqmoe_ds.data.image_files import class_entries, class_folders, image_files
+from vqmoe_ds.data.image_files import PACKED, SUFFIXES, UNREAD, class_entries, class_folders, image_files
 from vqmoe_ds.data.image_splits import Split, Stored
 from vqmoe_ds.runtime.errors import DataError
+from vqmoe_ds.runtime.files import list_tree
 
 EXTRA = "extra"
 """Group of the kinds that the published means leave out."""
@@ -30,6 +31,21 @@ PUBLISHED = {
 """Published kind -> its group."""
 SEVERITIES = range(1, 6)
 LABELS = "labels.npy"
+_STORED = {"data_batch_1", "cifar-10-batches-py/data_batch_1", "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"}
+
+
+def are_images(path: str) -> bool:
+    """Whether a path holds images, also such as are refused, and no text: by the names of its files.
+
+    Four in five are those of images, for text may have pictures beside it; or they are those of images in arrays.
+    """
+    try:
+        files = list_tree(path)[0] if os.path.isdir(path) else [os.path.basename(path)] * os.path.isfile(path)
+    except OSError:  # who reads it says so
+        return False
+    pictures = sum(file.lower().endswith(SUFFIXES + UNREAD) for file in files)
+    damaged = LABELS in files and not {f"{kind}.npy" for kind in PUBLISHED}.isdisjoint(files)
+    return damaged or not _STORED.union(PACKED).isdisjoint(files) or 0 < 4 * len(files) <= 5 * pictures
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def _score(
     if loaded.config.model.image_size:
         with _closing(loaded, console):
             return _score_images(args, loaded, place, console)
-    refuse_images(loaded, args.data)
+    refuse_images(loaded, [*(args.data or ()), *args.shift])
     _refuse_options_of_images(args)
     # ``evaluate`` checks it too, but only after the data has been read.
     checked_stride(args.stride, loaded.config.model.sequence_length)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
-from vqmoe_ds.data.image_files import are_images
-from vqmoe_ds.data.image_published import EXTRA, PublishedSplit, find_published
+from vqmoe_ds.data.image_published import EXTRA, PublishedSplit, are_images, find_published
 from vqmoe_ds.data.image_splits import Wanted
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet, open_images
 from vqmoe_ds.evaluation.attacks import ATTACKS, attack
@@ -89,13 +88,13 @@ class ImageEvaluation:
         return lines + [f"{group:<18} mean drop {sum(some) / len(some):.2%}" for group, some in drops.items()]
 
 
-def refuse_images(loaded: LoadedModel, data: Sequence[str] | None) -> None:
+def refuse_images(loaded: LoadedModel, data: Sequence[str]) -> None:
     """Refuse images for a model of text, which would read their files as text.
 
     Raises:
         DataError: they are.
     """
-    for path in data or ():
+    for path in data:
         if are_images(path):
             raise DataError(
                 f"{path} holds images, and {loaded.path} is a model of text; give text, or a model of images"

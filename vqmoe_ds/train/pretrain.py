@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 from vqmoe_ds.checkpoint.whereabouts import with_whole_paths
 from vqmoe_ds.config.cli import config_from_args
 from vqmoe_ds.config.deepspeed_json import EngineConfig, resolve
+from vqmoe_ds.config.schema import DataConfig
 from vqmoe_ds.data.at_start import check_at_start, prepared, to_prepare
+from vqmoe_ds.data.image_published import are_images
 from vqmoe_ds.data.images import ImageData, ImageSet, open_images
 from vqmoe_ds.data.indexed import IndexedText, open_indexed_text
 from vqmoe_ds.data.raw_text import RawText, open_raw_text
 from vqmoe_ds.data.tokenizers import load_tokenizer
 from vqmoe_ds.data.training_data import TrainingData
 from vqmoe_ds.runtime.console import Console
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError, DataError
 from vqmoe_ds.runtime.ranks import Place, from_first
 from vqmoe_ds.train.job import Job, Start, TrainingCommand, launch, show
 from vqmoe_ds.train.run_folder import first_free, has_run, index_folder
@@ -140,9 +142,19 @@ def fit_to_data(config: EngineConfig, explicit: frozenset[str]) -> tuple[EngineC
             f"data.tokenizer={named} is of text that --data names, and the default is read as bytes; name a source, "
             "or leave the field out"
         )
+    if data is None:
+        _refuse_images(config.run.data)
     known = data or RawText
     config = fit_to_tokenizer(config, known.vocab_size, known.tokenizer_sha256, explicit)
     return config if images is None else with_classes(config, images.files.classes), data
+
+
+def _refuse_images(data: DataConfig) -> None:
+    for path in (data.path, data.valid_path):
+        if isinstance(path, str) and are_images(path):
+            raise DataError(
+                f"{path} holds images, and this run trains on text; choose --preset vit-cifar, or give text with --data"
+            )
 
 
 def fit_to_tokenizer(
