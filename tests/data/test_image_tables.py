@@ -134,7 +134,7 @@ def test_one_file_without_names_has_numbers_for_classes(tmp_path):
         ({"label": [None, *LABELS[1:].tolist()]}, "has labels that are no whole numbers"),
         ({"label": LABELS - 1}, "have labels beyond their 2 classes"),
         ({"label": LABELS * 0}, "all of one class"),
-        ({"label": LABELS * 10**9}, "has 30 images and a label 2000000000; number the classes 0, 1, 2, …"),
+        ({"label": LABELS * 10**9}, "has a label 2,000,000,000; number the classes 0, 1, 2, …, 65,536 at most"),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused(columns, sentence, tmp_path):

@@ -30,6 +30,8 @@ from vqmoe_ds.runtime.files import open_regular, why_missing
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 UNREAD = (".gif", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".heic")
 """Images of kinds that are not read: they are refused by name, not left out."""
+MOST_CLASSES = 1 << 16
+"""Classes of a table that has no names for them."""
 HELD_OUT_NAMES = ("test", "val", "valid", "validation")
 """Folders of the test set beside ``train``; the first that is there counts."""
 LARGEST_ARRAYS = 1 << 30
@@ -304,8 +306,8 @@ def _named(splits: Collection[str]) -> list[str]:
 def _of_tables(name: str, tables: Sequence[ImageTable | HubSplit], files: tuple[Path, ...]) -> ImageFiles:
     train, *test = tables
     most = int(train.labels_N.max(initial=0))
-    if train.names is None and most >= max(1, len(train.labels_N)):  # a name for each would fill the memory
-        raise DataError(f"{name} has {len(train.labels_N):,} images and a label {most}; number the classes 0, 1, 2, …")
+    if train.names is None and most >= MOST_CLASSES:  # a name for each would fill the memory
+        raise DataError(f"{name} has a label {most:,}; number the classes 0, 1, 2, …, {MOST_CLASSES:,} at most")
     classes = train.names or tuple(map(str, range(most + 1)))
     if test and test[0].names != train.names:
         raise DataError(f"{name} has other classes in its test set than in its training set; copy both again")
