@@ -81,11 +81,14 @@ def compare_in(folder: Path, grid: str, rest: list[str]) -> int:
 
 
 def losses_of(grid: Grid, sections: list[dict[str, Any]]) -> Tried:
-    """Losses in a report of a grid whose corpora name a learning rate."""
+    """Losses in a report of a grid whose corpora name a learning rate; ``--list`` may find that of another grid."""
+    names = {entry.name for entry in grid.entries}
     tried: Tried = {}
     for section in sections:
-        rate = grid.corpora[section["corpus"]][FIELD]
+        rate = grid.corpora.get(section["corpus"], {}).get(FIELD)
         for name, entry in section["entries"].items():
+            if rate is None or name not in names:
+                continue
             tried.setdefault(name, {}).setdefault(rate, []).extend(entry["by_seed"][CLEAN].values())
     return tried
 
@@ -97,7 +100,7 @@ def choose(tried: Tried) -> dict[str, float]:
         ConfigError: a router of which no rate has all its runs.
     """
     best = {}
-    runs = max(len(losses) for rates in tried.values() for losses in rates.values())
+    runs = max((len(losses) for rates in tried.values() for losses in rates.values()), default=0)
     for name, rates in tried.items():
         means = {r: sum(v) / runs for r, v in rates.items() if len(v) == runs and all(map(math.isfinite, v))}
         if not means:

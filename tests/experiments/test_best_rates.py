@@ -125,6 +125,10 @@ def test_the_second_round_has_fresh_seeds_the_best_rates_and_each_corpus_once(to
         assert config.train.seed in (4, 5, 6)
     with pytest.raises(ConfigError, match="top-2 normed has no finished run"):
         tool.grid_of_the_best(RATES, {name: rate for name, rate in best.items() if name != "top-2 normed"}, [4])
+    published = read_grid(str(GRIDS / "published-rates.yaml")).model_copy(update={"corpora": {}})
+    stale = tool.choose(tool.losses_of(published, _sections(list(RATES.corpora))))
+    with pytest.raises(ConfigError, match="has no finished run"):
+        tool.grid_of_the_best(published, stale, [4])
 
 
 REFUSED = {
