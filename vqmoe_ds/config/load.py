@@ -141,15 +141,15 @@ def field_table(config: RunConfig | None = None) -> list[FieldRow]:
 def _router_rows(values: RouterOptions) -> list[FieldRow]:
     """Fields of all routers, each once, with the routers that read it."""
     readers: dict[str, dict[str, list[str]]] = {}
-    infos: dict[str, FieldInfo] = {}
+    infos: dict[str, tuple[FieldInfo, Any]] = {}
     for router, kind in routers().items():
         for name, info in kind.Options.model_fields.items():
             readers.setdefault(name, {}).setdefault(info.description or "", []).append(router)
-            infos.setdefault(name, info)
+            infos.setdefault(name, (info, info.get_default(call_default_factory=True)))
     rows = []
-    for name, info in infos.items():
+    for name, (info, default) in infos.items():
         told = "; ".join(f"{', '.join(names)}: {meaning}" for meaning, names in readers[name].items())
-        row = _row(f"router.{name}", info, getattr(values, name, info.default))
+        row = _row(f"router.{name}", info, getattr(values, name, default))
         rows.append(row._replace(meaning=told))
     return rows
 

@@ -19,8 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
+from pydantic import ValidationError
+
 from vqmoe_ds.config.fields import Section
 from vqmoe_ds.config.meanings import nearest_key
+from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.runtime.errors import ConfigError, shown
 from vqmoe_ds.runtime.importing import quickly
 
@@ -200,9 +203,11 @@ def register_router(name: str) -> Callable[[Facts], Facts]:
         [[0], [0], [0], [0], [0], [0]]
 
     Raises:
-        ValueError: the name is no lower-case word, or taken by another class.
-        TypeError: it is no router.
+        ValueError: the name is no lower-case word or taken, the class has another, or its options cannot be.
+        TypeError: it is no router, or this is no name.
     """
+    if not isinstance(name, str):
+        raise TypeError('write @register_router("name")')
 
     def register(kind: Facts) -> Facts:
         if not (isinstance(kind, type) and issubclass(kind, RouterFacts)):
@@ -213,11 +218,40 @@ def register_router(name: str) -> Callable[[Facts], Facts]:
         # By name: a plug-in that is run a second time defines its class anew, and that is no other router.
         if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
             raise ValueError(f"router {name!r} is {known.__module__}.{known.__qualname__} already; choose another name")
+        if kind.name != name and _ROUTERS.get(kind.name) is kind:
+            raise ValueError(f"router {name!r} is the router {kind.name!r} already; register a subclass of it")
+        _check_options(name, kind)
         kind.name = name
         _ROUTERS[name] = kind
         return kind
 
     return register
+
+
+def _check_options(name: str, kind: type[RouterFacts]) -> None:
+    """Look for options that configurations, ``--help`` and checkpoints could not read.
+
+    Raises:
+        ValueError: a default is missing or refused by its own bounds, or ``structure`` names no option.
+        TypeError: ``Options`` is no class of options.
+    """
+    if not (isinstance(kind.Options, type) and issubclass(kind.Options, RouterOptions)):
+        raise TypeError(f"router {name!r}: its Options are no subclass of vqmoe_ds.moe.RouterOptions")
+    fields = kind.Options.model_fields
+    bare = next((field for field, info in fields.items() if info.is_required()), None)
+    if bare is not None:
+        raise ValueError(f"router {name!r}: its option {bare} has no default; write option(default, meaning)")
+    try:
+        kind.Options.model_validate(dict(kind.Options()))
+    except ValidationError as error:
+        found = first_problem(error)
+        what = f"default of its option {found.where} is {found.value}" if found.where else "defaults of its options"
+        raise ValueError(f"router {name!r}: the {what}: {found.message[0].lower()}{found.message[1:]}") from None
+    if not isinstance(kind.structure, (tuple, list)) or not set(kind.structure) <= fields.keys():
+        raise ValueError(
+            f"router {name!r}: structure={shown(kind.structure)} must be a tuple of names of its options, which are: "
+            f"{', '.join(fields) or 'none'}"
+        )
 
 
 def routers() -> Mapping[str, type[RouterFacts]]:

@@ -1,0 +1,98 @@
+"""Routers by name: what registration refuses, and the defaults of options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+from vqmoe_ds.config import routers as registry
+from vqmoe_ds.config.fields import option
+from vqmoe_ds.config.load import field_table
+from vqmoe_ds.config.routers import RouterFacts, RouterOptions, register_router, routers
+
+
+@pytest.fixture(autouse=True)
+def _routers_of_tests_are_forgotten() -> Iterator[None]:
+    known = dict(routers())
+    yield
+    registry._ROUTERS.clear()
+    registry._ROUTERS.update(known)
+
+
+def _router(options: Any = RouterOptions, names: Any = ()) -> type[RouterFacts]:
+    class Mine(RouterFacts):
+        Options: ClassVar[type[RouterOptions]] = options
+        structure: ClassVar[tuple[str, ...]] = names
+
+    return Mine
+
+
+class _Rate(RouterOptions):
+    rate: float = option(0.5, "a rate", gt=0, le=1)
+
+
+class _TooLarge(RouterOptions):
+    rate: float = option(5.0, "a rate", gt=0, le=1)
+
+
+class _NoNumber(RouterOptions):
+    steps: int = option("many", "steps")
+
+
+class _Bare(RouterOptions):
+    rate: float
+
+
+class _Plain:
+    rate = 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "sentence"),
+    [
+        (_TooLarge, (), "the default of its option rate is 5.0: input should be less than or equal to 1"),
+        (_NoNumber, (), "the default of its option steps is 'many': input should be a valid integer"),
+        (_Bare, (), "its option rate has no default; write option(default, meaning)"),
+        (_Plain, (), "its Options are no subclass of vqmoe_ds.moe.RouterOptions"),
+        (_Rate, ("rates",), "structure=('rates',) must be a tuple of names of its options, which are: rate"),
+        (_Rate, "rate", "structure='rate' must be a tuple of names"),
+        (RouterOptions, ("rate",), "which are: none"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_when_a_router_registers(options: Any, names: Any, sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        register_router("mine")(_router(options, names))
+    assert str(refusal.value).startswith("router 'mine': ") and sentence in str(refusal.value)
+    assert "mine" not in routers()
+    assert register_router("mine")(_router(_Rate, ("rate",))).name == "mine"
+
+
+def test_a_class_has_one_name() -> None:
+    mine = register_router("mine")(_router())
+    assert register_router("mine")(mine) is mine
+    with pytest.raises(ValueError, match="router 'other' is the router 'mine' already; register a subclass of it"):
+        register_router("other")(mine)
+    assert mine.name == "mine" and "other" not in routers()
+
+    class Heir(mine):  # type: ignore[valid-type]
+        pass
+
+    assert (register_router("other")(Heir).name, mine.name) == ("other", "mine")
+
+
+@pytest.mark.parametrize("name", [_router(), None, 3])
+def test_registering_without_a_name_says_how_it_is_written(name: Any) -> None:
+    with pytest.raises(TypeError, match=r'write @register_router\("name"\)'):
+        register_router(name)
+
+
+def test_help_shows_the_default_that_a_function_makes() -> None:
+    from pydantic import Field
+
+    class Options(RouterOptions):
+        levels: tuple[int, ...] = Field(default_factory=lambda: (1, 2), description="of the tree")
+
+    register_router("mine")(_router(Options))
+    assert next(row for row in field_table() if row.name == "router.levels").default == "(1, 2)"
