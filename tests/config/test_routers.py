@@ -1,4 +1,4 @@
-"""Routers by name: what registration refuses, and the defaults of options."""
+"""Routers by name: what registration refuses, and options of routers that a run does not use."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from vqmoe_ds.config import routers as registry
 from vqmoe_ds.config.fields import option
-from vqmoe_ds.config.load import field_table
+from vqmoe_ds.config.load import field_table, load_config
 from vqmoe_ds.config.routers import RouterFacts, RouterOptions, register_router, routers
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,19 @@ def test_a_class_has_one_name() -> None:
 def test_registering_without_a_name_says_how_it_is_written(name: Any) -> None:
     with pytest.raises(TypeError, match=r'write @register_router\("name"\)'):
         register_router(name)
+
+
+def test_an_option_of_a_plug_in_may_have_the_name_of_a_built_in_one() -> None:
+    class Options(RouterOptions):
+        temperature: str = option("warm", "a word")
+
+    built_in = {field for kind in routers().values() for field in kind.Options.model_fields}
+    assert "temperature" in built_in
+    register_router("mine")(_router(Options))
+    for value in (0.5, "warm"):  # of a built-in one and of the plug-in's
+        load_config("tiny", None, {"moe.router": "vq", "router.temperature": value})
+    with pytest.raises(ConfigError, match=r"router\.temperature=\[1\]: input should be a valid number"):
+        load_config("tiny", None, {"moe.router": "vq", "router.temperature": [1]})
 
 
 def test_help_shows_the_default_that_a_function_makes() -> None:

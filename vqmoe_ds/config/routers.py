@@ -355,9 +355,27 @@ def options_for(name: str, given: Any) -> RouterOptions:
             return given
         given = given.model_dump()
     if isinstance(given, dict):
-        elsewhere = {field: other.Options for other in routers().values() for field in other.Options.model_fields}
-        foreign = [field for field in given if field in elsewhere and field not in kind.model_fields]
-        for field in foreign:
-            elsewhere[field].model_validate({field: given[field]})
-        given = {field: value for field, value in given.items() if field not in foreign}
+        given = {field: value for field, value in given.items() if not _is_foreign(kind, field, value)}
     return kind.model_validate(given)
+
+
+def _is_foreign(kind: type[RouterOptions], field: str, value: Any) -> bool:
+    """Whether a field is one of other routers alone.
+
+    Raises:
+        ValueError: all of them refuse the value (the ``ValidationError`` of the first).
+    """
+    if field in kind.model_fields:
+        return False
+    # All: a plug-in may name an option as another router does, and mean something else.
+    others = [other.Options for other in routers().values() if field in other.Options.model_fields]
+    refusals: list[ValidationError] = []
+    for other in others:
+        try:
+            other.model_validate({field: value})
+            return True
+        except ValidationError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    return False
