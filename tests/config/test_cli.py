@@ -8,6 +8,7 @@ import os
 import pytest
 
 from vqmoe_ds.config import cli
+from vqmoe_ds.config import routers as registry
 from vqmoe_ds.config.deepspeed_json import resolve
 from vqmoe_ds.finetune import cli as finetune_cli
 from vqmoe_ds.runtime.errors import ConfigError
@@ -81,6 +82,18 @@ def test_help_shows_the_defaults_of_the_preset(words, parts, capsys):
     assert all(part in text for part in parts), text
     text = text[text.index("daily options:") :]
     assert text.index("--lr") < text.index("further options:") < text.index("--ds_config")
+
+
+@pytest.mark.parametrize("parser", [cli.build_parser(""), finetune_cli.build_parser("")], ids=["pretrain", "finetune"])
+def test_help_with_a_broken_plug_in_is_one_sentence(parser, capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setenv(registry.PLUGINS, "nope.py")
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--help"])
+    assert left.value.code == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert told.err.endswith("error: plug-in nope.py does not exist; --plugin takes a Python file\n")
 
 
 def test_help_lists_choices_and_only_the_fields_of_the_command(capsys):

@@ -1,8 +1,9 @@
-"""Routers by name: what registration refuses, and options of routers that a run does not use."""
+"""Routers by name: what registration refuses, broken plug-ins, and options of routers that a run does not use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from vqmoe_ds.config import routers as registry
 from vqmoe_ds.config.fields import option
 from vqmoe_ds.config.load import field_table, load_config
-from vqmoe_ds.config.routers import RouterFacts, RouterOptions, register_router, routers
+from vqmoe_ds.config.routers import RouterFacts, RouterOptions, load_plugin, register_router, routers
 from vqmoe_ds.runtime.errors import ConfigError
 
 
@@ -110,3 +111,29 @@ def test_help_shows_the_default_that_a_function_makes() -> None:
 
     register_router("mine")(_router(Options))
     assert next(row for row in field_table() if row.name == "router.levels").default == "(1, 2)"
+
+
+def test_a_failed_load_fails_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setenv(registry.PLUGINS, str(tmp_path / "none.py"))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"none\.py does not exist"):
+            routers()
+    monkeypatch.setenv(registry.PLUGINS, "")
+    assert "vq" in routers()
+
+
+def test_what_is_no_file_is_called_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.PLUGINS, "")
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b/mine.py").write_text("")
+    for path, sentence in (
+        (tmp_path, f"plug-in {tmp_path} is a folder; --plugin takes a Python file"),
+        ("/dev/null", "plug-in /dev/null is no file; --plugin takes a Python file"),
+        ("", "--plugin is empty; give it a Python file"),
+        # The processes that a comparison starts would look for two files.
+        (tmp_path / "a:b/mine.py", f"{tmp_path}/a:b/mine.py: ':' separates files in VQMOE_PLUGINS; rename the file"),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            load_plugin(path)
+        assert sentence in str(refusal.value)

@@ -71,7 +71,10 @@ class TrainingParser(Parser):
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
-        rows = self._fields(self._words)
+        try:
+            rows = self._fields(self._words)
+        except ConfigError as error:  # a plug-in of the environment, or an installed one
+            self.error(str(error))
         defaults = {row.name: row.default for row in rows}
         for action in self._actions:
             name = SHORT_NAMES.get(action.dest)

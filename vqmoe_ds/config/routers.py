@@ -262,14 +262,22 @@ def routers() -> Mapping[str, type[RouterFacts]]:
     """
     global _loaded
     if not _loaded:
-        _loaded = True
-        with quickly():
-            importlib.import_module(BUILT_IN)
-        for point in entry_points(group=ENTRY_POINTS):
-            _guarded(f"entry point {point.name} = {point.value}", point.load)
-        for path in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
-            _import_file(Path(path))
+        _loaded = True  # at once, for a plug-in may ask for routers while it is loaded
+        try:
+            _load_all()
+        except BaseException:
+            _loaded = False
+            raise
     return MappingProxyType(_ROUTERS)
+
+
+def _load_all() -> None:
+    with quickly():
+        importlib.import_module(BUILT_IN)
+    for point in entry_points(group=ENTRY_POINTS):
+        _guarded(f"entry point {point.name} = {point.value}", point.load)
+    for path in filter(None, os.environ.get(PLUGINS, "").split(os.pathsep)):
+        _import_file(Path(path))
 
 
 def router_class(name: str) -> type[RouterFacts]:
@@ -293,9 +301,13 @@ def load_plugin(path: str | Path) -> None:
     Raises:
         ConfigError: it cannot be read or run, or a name is taken.
     """
+    if not os.fspath(path):
+        raise ConfigError("--plugin is empty; give it a Python file")
     routers()
     # Absolute, for the processes that read PLUGINS may work in other folders.
     file = Path(path).absolute()
+    if os.pathsep in str(file):
+        raise ConfigError(f"plug-in {file}: {os.pathsep!r} separates files in {PLUGINS}; rename the file or its folder")
     _import_file(file)
     others = [known for known in os.environ.get(PLUGINS, "").split(os.pathsep) if known not in ("", str(file))]
     os.environ[PLUGINS] = os.pathsep.join([*others, str(file)])
@@ -321,7 +333,8 @@ class _LoadPlugin(argparse.Action):
 
 def _import_file(path: Path) -> None:
     if not os.path.isfile(path):
-        raise ConfigError(f"plug-in {path} does not exist; --plugin takes a Python file")
+        state = "is a folder" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"plug-in {path} {state}; --plugin takes a Python file")
     name = f"vqmoe_plugin_{path.stem}"
     if getattr(sys.modules.get(name), "__file__", None) == str(path):
         return
