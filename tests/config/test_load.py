@@ -162,6 +162,17 @@ def test_names_without_their_section_and_those_of_the_json_lead_to_ours(given, s
     assert str(caught.value).endswith(sentence)
 
 
+def test_an_option_of_a_plug_in_that_is_missing_leads_to_the_plug_in(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("moe: {router: sigmoid}\n")
+    for given, path in (({"moe.router": "sigmoid"}, None), ({}, str(file))):
+        with pytest.raises(ConfigError, match="^moe.router='sigmoid' is unknown; .* --plugin FILE.py"):
+            load_config("tiny", path, {**given, "router.rate": 0.01})
+    for router in ("vq", [1]):
+        with pytest.raises(ConfigError, match="--set router.rate: no such field; did you mean router.gated"):
+            load_config("tiny", None, {"moe.router": router, "router.rate": 0.01})
+
+
 def test_choices_of_a_plug_in_may_be_numbers(monkeypatch):
     class Options(routers()["topk"].Options):
         power: Literal[1, 2, None] = option(1, "of the scores")

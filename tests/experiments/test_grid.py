@@ -76,6 +76,10 @@ def _table(grid):
     grid["entries"][1]["set"] = {"moe.router": "hash_and_code", "router.path": "/nowhere"}
 
 
+def _plug_in(grid):
+    grid["entries"][1]["set"] = {"moe.router": "sigmoid", "router.rate": 0.01}
+
+
 def _text_sample(grid):
     _expert_choice(grid)
     grid["groups"]["all"]["noncausal"] = True
@@ -89,6 +93,7 @@ def _text_sample(grid):
         (lambda g: g["entries"][0].update(sets={}), "unknown key entries.0.sets; did you mean set?"),
         (lambda g: g["groups"]["all"].update(tolerence=1), "did you mean tolerance?"),
         (lambda g: g["entries"][1]["set"].update({"moe.topk": 1}), "did you mean moe.top_k?"),
+        (_plug_in, "corpus words: moe.router='sigmoid' is unknown; known: "),
         (lambda g: g.update(seeds=[]), "the grid has no seeds"),
         (lambda g: g.update(seeds=[3, 1, 3]), "names seed 3 twice"),
         (lambda g: g.update(seeds=[-1]), "seeds.0: input should be greater than or equal to 0"),

@@ -16,7 +16,7 @@ from vqmoe_ds.config.fields import RENAMED, deprecation, with_current_names
 from vqmoe_ds.config.meanings import elsewhere, nearest_key
 from vqmoe_ds.config.problems import Problem, first_problem
 from vqmoe_ds.config.reading import LARGEST, check_plain, parse_yaml, read_yaml, to_yaml_text
-from vqmoe_ds.config.routers import RouterOptions, routers
+from vqmoe_ds.config.routers import RouterOptions, router_class, routers
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.runtime.errors import ConfigError, shown
 
@@ -85,6 +85,8 @@ def load_config(
     nested: dict[str, dict[str, Any]] = {}
     for name, value in (overrides or {}).items():
         if RENAMED.get(name, name) not in known:
+            if name.startswith("router."):
+                _check_router(overrides or {}, values)
             raise ConfigError(f"--set {shown(name)[1:-1]}: no such field; {_meant(name, known)}")
         section, _, field = name.partition(".")
         nested.setdefault(section, {})[field] = value
@@ -95,6 +97,17 @@ def load_config(
         return LoadedConfig(RunConfig.model_validate(values), frozenset(explicit), notes)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
+
+
+def _check_router(overrides: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse an unknown router: its options are no fields, and their names lead nowhere."""
+    moe = values.get("moe")
+    name = overrides.get("moe.router", moe.get("router") if isinstance(moe, dict) else None)
+    try:
+        if isinstance(name, str):
+            router_class(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _read_preset(preset: str) -> dict[str, Any]:

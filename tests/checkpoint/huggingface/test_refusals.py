@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import vqmoe_ds.models.hf  # noqa: F401 (registers the model)
 from tests.huggingface import ModelReader, config_of, edit, export, load_back, model_of, tokens_of
-from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf, open_hf
+from vqmoe_ds.checkpoint.formats.huggingface.folder import ExportOptions, export_hf, open_hf, run_config
 from vqmoe_ds.runtime.errors import CheckpointError, ConfigError, UserError
 
 
@@ -42,6 +42,15 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_hf(Failing(model_of(config_of("context"))), tmp_path / "hf", ExportOptions(tokenizer="none"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_of_an_unknown_router_leads_to_its_plug_in(tmp_path: Path) -> None:
+    for saved, sentence in (
+        ({"moe": {"router": "mine"}}, "cannot be: moe.router='mine' is unknown; .* --plugin FILE.py"),
+        ({"model": {"layers": 0}}, "cannot be: model.layers=0: input should be"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            run_config(saved, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from vqmoe_ds.checkpoint.io.safetensors_io import Entry, read_header, write_safe
 from vqmoe_ds.checkpoint.io.shards import entry_of, read_json, read_weights, write_weights
 from vqmoe_ds.checkpoint.reader import CheckpointReader, Piece, WeightsReader, register_format
 from vqmoe_ds.checkpoint.whereabouts import gives_ids_of, kept_tokenizer, tokenizer_of_data, without_paths
+from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.data.json_tokenizer import data_of_folder
 from vqmoe_ds.data.tokenizers import ByteTokenizer, load_tokenizer, nothing_known
@@ -151,9 +152,9 @@ def run_config(saved: dict[str, Any], path: Path) -> RunConfig:
     try:
         return RunConfig(**saved)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path} has a run configuration that cannot be: {where}: {first['msg']}") from None
+        first = first_problem(error)
+        told = first.message if first.kind == "value_error" else first
+        raise CheckpointError(f"{path} has a run configuration that cannot be: {told}") from None
 
 
 def _check_tensors(reader: CheckpointReader, config: RunConfig) -> None:
