@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vqmoe_ds.config.routers import routers
-from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, RoutingContext, StatefulRouter, StateSync, state
+from vqmoe_ds.config.schema import CodebookConfig
+from vqmoe_ds.moe import (
+    LayerConfig,
+    MoEConfig,
+    MoELayer,
+    Router,
+    Routing,
+    RoutingContext,
+    StatefulRouter,
+    StateSync,
+    state,
+)
+from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH, EXPERTS, TOKENS, VOCAB = 16, 4, 12, 50
@@ -324,3 +338,104 @@ def test_a_compiled_model_learns_what_a_plain_one_does(apart: bool) -> None:
         assert graphs == 2 if apart else graphs > 2
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_default_backend_compiles_experts_that_have_no_kernel() -> None:
+    """Its own lowering of their products would fail; widths of other than multiples of 16 have no kernel of ours."""
+    torch.compiler.reset()
+    experts, rows_PD, ends_E = _layer("topk").experts, torch.randn(6, WIDTH), torch.tensor([1, 1, 4, 6]).int()
+    try:
+        assert torch.equal(torch.compile(experts)(rows_PD, ends_E), experts(rows_PD, ends_E))
+    finally:
+        torch.compiler.reset()
+
+
+# ------------------------------------------------------------------- wrong answers
+
+
+class _Answers(Router):
+    """Answers what a test says."""
+
+    answer: Any
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Any:
+        return self.answer
+
+
+IDS_TR, WEIGHTS_TR = torch.zeros(TOKENS, 2, dtype=torch.int64), torch.ones(TOKENS, 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (None, "the answers router answered NoneType, and route() gives a Routing"),
+        ((IDS_TR, WEIGHTS_TR), "answered tuple, and route() gives a Routing"),
+        (Routing([0] * TOKENS), "answered expert ids list; give int64 [12, R] with R of 1 or more"),
+        (Routing(IDS_TR.int()), "answered expert ids torch.int32 [12, 2]; give int64 [12, R]"),
+        (Routing(WEIGHTS_TR, IDS_TR), "answered expert ids torch.float32 [12, 2]; give int64 [12, R]"),
+        (Routing(IDS_TR[:, 0]), "answered expert ids torch.int64 [12]; give int64 [12, R]"),
+        (Routing(IDS_TR[:, :0]), "answered expert ids torch.int64 [12, 0]; give int64 [12, R]"),
+        (Routing(IDS_TR[1:]), "answered expert ids torch.int64 [11, 2]; give int64 [12, R]"),
+        (Routing(IDS_TR, tokens_M=torch.arange(3)), "answered expert ids torch.int64 [12, 2]; give int64 [3, R]"),
+        (Routing(IDS_TR, WEIGHTS_TR[:, :1]), "answered weights torch.float32 [12, 1]; give floats [12, 2]"),
+        (Routing(IDS_TR, IDS_TR), "answered weights torch.int64 [12, 2]; give floats [12, 2]"),
+        (Routing(IDS_TR, aux_loss=0.5), "answered aux_loss float; give a tensor without dimensions"),
+        (Routing(IDS_TR, aux_loss=torch.ones(1)), "answered aux_loss torch.float32 [1]; give a tensor without"),
+    ],
+)
+def test_answers_of_other_types_and_shapes_are_refused(answer: Any, sentence: str) -> None:
+    layer = _layer("topk")
+    layer.router = _Answers(layer.config)
+    layer.router.name, layer.router.answer = "answers", answer
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        _call(layer)
+
+
+@pytest.mark.parametrize("wrong", [-1, EXPERTS, 65536 + 2])
+def test_experts_that_are_not_there_are_refused(wrong: int) -> None:
+    layer = _layer("topk")
+    layer.router = _Answers(layer.config)
+    ids_TR = IDS_TR.clone()
+    ids_TR[3, 1] = wrong
+    layer.router.answer = Routing(ids_TR)
+    with pytest.raises(
+        IndexError, match=r"24 rows were given to 4 experts, .* counted as \[23, 0, 0, 0\]: some are of no"
+    ):
+        _call(layer)
+
+
+@pytest.mark.parametrize("known", [IDS_TR[1:, :1], IDS_TR[:, :1].int(), [[0]] * TOKENS])
+def test_experts_known_of_other_tokens_are_refused(known: Any) -> None:
+    for name in ("hash_token", "vq"):
+        with pytest.raises(ConfigError, match=r"expert_ids_TR is .*; give int64 \[12, R\], a row for each token"):
+            _layer(name)(torch.randn(TOKENS, WIDTH), RoutingContext(known))
+
+
+def test_statistics_of_another_shape_are_refused() -> None:
+    router = StatefulRouter(_layer("topk").config, EXPERTS)
+    for statistics, found in (
+        (torch.ones(1), r"torch.float32 \[1\]"),
+        (torch.ones(4, 1), r".*\[4, 1\]"),
+        (3.0, "float"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"observed {found}, and its StatefulRouter.__init__ was told of .* \[4\]"
+        ):
+            router.observe(statistics)
+    assert not router.pending.any()
+
+
+def test_configurations_that_make_no_layer_are_refused() -> None:
+    moe = MoEConfig(router="topk")
+    with pytest.raises(ConfigError, match="options of the topk router: bogus=1: extra inputs are not permitted$"):
+        LayerConfig(WIDTH, moe, options={"bogus": 1})
+    with pytest.raises(ConfigError, match="layer=-1 is no index of an MoE layer; give 0 or more"):
+        LayerConfig(WIDTH, moe, layer=-1)
+    for steps in (0, -1, 1.5):
+        with pytest.raises(ConfigError, match=f"accumulation_steps={steps} is no number of micro-batches"):
+            StateSync(_layer("topk"), steps)
+    bank = CodebookBank(CodebookConfig(), 1, EXPERTS + 1, WIDTH, 0)
+    config = LayerConfig(WIDTH, MoEConfig(router="vq", num_experts=EXPERTS, expert_hidden=8), shared_codebook=True)
+    with pytest.raises(ValueError, match="the codebooks are for 5 experts, and the layer has 4"):
+        MoELayer(config)(torch.randn(TOKENS, WIDTH), RoutingContext(codebooks=bank))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
+from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.routers import options_for
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, RunConfig
 from vqmoe_ds.runtime.errors import ConfigError
@@ -54,9 +57,13 @@ class LayerConfig:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"width={self.width} makes no layer; give 1 or more")
+        if self.layer < 0:
+            raise ConfigError(f"layer={self.layer} is no index of an MoE layer; give 0 or more")
         try:
             kind = self.moe.facts
             object.__setattr__(self, "options", options_for(self.moe.router, self.options or {}))
+        except ValidationError as error:
+            raise ConfigError(f"options of the {self.moe.router} router: {first_problem(error)}") from None
         except ValueError as error:
             raise ConfigError(str(error)) from None
         experts, ranks = self.moe.num_experts, self.ep_size

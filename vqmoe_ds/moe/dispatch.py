@@ -23,6 +23,7 @@ from torch import Tensor
 from vqmoe_ds.moe.communication import comm
 from vqmoe_ds.moe.kernels import combine as kernels
 from vqmoe_ds.moe.kernels.combine import PermuteRows
+from vqmoe_ds.moe.kernels.experts import check_counts
 from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
 from vqmoe_ds.moe.state import recomputing
 
@@ -254,6 +255,7 @@ def send_rows(rows_MD: Tensor, plan: DispatchPlan, group: Any = None, kept: Kept
     if plan.exchange is None:
         return rows_MD
     send, receive = plan.exchange.sizes
+    check_counts(send, len(send), len(rows_MD))
     received = _AllToAll.apply(rows_MD, send, receive, group, kept, "sent")
     return PermuteRows.apply(received, *plan.exchange.regrouping)
 
@@ -269,6 +271,7 @@ def send_rows_during(
     if plan.exchange is None:
         return rows_MD, work()
     send, receive = plan.exchange.sizes
+    check_counts(send, len(send), len(rows_MD))
     way = _Way(send, receive, group)
     underway_PD = _Departure.apply(rows_MD, way, kept)
     result = work()

@@ -77,7 +77,9 @@ class StackedExperts(nn.Module):
         w3: Tensor = self.w3
         if not x_PD.is_cpu:
             return grouped_experts(x_PD, w1, w2, w3, ends_E)
-        return run_on_cpu(x_PD, w1, w2, w3, [end - start for start, end in pairwise([0, *ends_E.tolist()])])
+        counts_E = [end - start for start, end in pairwise([0, *ends_E.tolist()])]
+        run = _run_uncompiled if torch.compiler.is_compiling() else run_on_cpu
+        return run(x_PD, w1, w2, w3, counts_E)
 
 
 def run_on_cpu(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[int]) -> Tensor:
@@ -87,6 +89,11 @@ def run_on_cpu(x_PD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts_E: list[
         x_PD, w1, w2, w3 = x_PD.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
     experts = CompiledExperts if supports(x_PD.dtype, *w2.shape[1:]) else _PlainExperts
     return experts.apply(x_PD, w1, w2, w3, counts_E)
+
+
+# Every step has other counts, and the products are not those that torch.compile's default backend knows how to lower.
+# Not ``torch.compiler.disable``, which imports the compiler, seconds that no other caller shall wait for.
+_run_uncompiled = torch._disable_dynamo(run_on_cpu)
 
 
 def _expert_seed(seed: int, layer: int, expert: int) -> int:

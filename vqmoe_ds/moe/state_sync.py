@@ -14,6 +14,7 @@ from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.placement import initialize_codes, placed, split_overused_codes
 from vqmoe_ds.moe.routers.base import StatefulRouter
 from vqmoe_ds.moe.state import warn_once
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 class StateSync:
@@ -42,9 +43,14 @@ class StateSync:
         model: any module; the ``CodebookBank`` and every ``StatefulRouter`` in it are kept in step.
         accumulation_steps: micro-batches that each rank runs per optimizer step.
         group: ranks that see different tokens (all of them under expert parallelism; None: the default group).
+
+    Raises:
+        ConfigError: ``accumulation_steps`` is no number of micro-batches.
     """
 
     def __init__(self, model: nn.Module, accumulation_steps: int = 1, group: Any = None) -> None:
+        if accumulation_steps < 1 or accumulation_steps != int(accumulation_steps):
+            raise ConfigError(f"accumulation_steps={accumulation_steps} is no number of micro-batches; give 1 or more")
         self.group = group
         self._states: list[_Codebooks | _Router] = []
         # In the order of registration, which is the same on every rank, as the fused all-reduce needs it.

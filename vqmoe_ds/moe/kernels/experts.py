@@ -150,8 +150,8 @@ def check_counts(counts_E: list[int], experts: int, rows: int) -> None:
     """Raises: IndexError: rows that are of no expert, or counted twice."""
     if len(counts_E) != experts or sum(counts_E) != rows or min(counts_E, default=0) < 0:
         raise IndexError(
-            f"{rows} rows were given to {experts} experts, but the rows of each are counted as {counts_E}; "
-            "a table of experts by code or token is damaged or of another model"
+            f"{rows} rows were given to {experts} experts, but the rows of each are counted as {counts_E}: some are of "
+            "no expert; their router is wrong, or its table by code or token is damaged or of another model"
         )
 
 

@@ -32,13 +32,15 @@ def sort_by_kind(ids_LM: Tensor, kinds: int) -> ByKind:
     """Sort the rows of each layer by kind.
 
     Args:
-        ids_LM: int64 in ``[0, kinds)``; kernels take others for the nearest, so that no row is without a place.
+        ids_LM: int64 in ``[0, kinds)``. Kernels take others for the nearest, so that no row is without a place;
+            elsewhere they stand behind all kinds and are counted with none, which ``check_counts`` refuses.
         kinds: number of kinds K.
     """
     if use_triton(ids_LM) and ids_LM.numel():
         return _counting_sort(ids_LM.contiguous(), kinds)
-    # int16 keys sort several times faster than int64.
-    keys_LM = ids_LM.to(torch.int16) if kinds < 2**15 else ids_LM
+    keys_LM = torch.where((ids_LM >= 0) & (ids_LM < kinds), ids_LM, kinds)
+    if kinds < 2**15:  # int16 keys sort several times faster than int64
+        keys_LM = keys_LM.to(torch.int16)
     sorted_LM, order_LM = torch.sort(keys_LM, dim=1, stable=True)
     all_LK = torch.arange(kinds, device=ids_LM.device, dtype=keys_LM.dtype).repeat(len(ids_LM), 1)
     # Counting by the sorted keys needs neither atomics nor, as bincount does, the host.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from vqmoe_ds.moe.kernels.statistics import sum_by_code
 from vqmoe_ds.moe.mirror import HostMirror
 from vqmoe_ds.moe.sequence import SequenceShare
 from vqmoe_ds.moe.state import SteppedState, without_autocast
+from vqmoe_ds.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,39 @@ class Routing:
     """Which rows a LayerNorm follows the experts of: the last of each token, or all."""
 
 
+def _checked(answer: Any, name: str, tokens: int) -> Routing:
+    """An answer of the types and shapes of ``Routing``, for T tokens; nothing of it waits for a device.
+
+    Raises:
+        ConfigError: it is none; the router and what is wrong are named.
+    """
+    if not isinstance(answer, Routing):
+        raise ConfigError(f"the {name} router answered {_kind(answer)}, and route() gives a Routing")
+    ids, weights, loss, rows = answer.expert_ids_TR, answer.weights_TR, answer.aux_loss, tokens
+    if answer.slots is not None:
+        rows = len(answer.slots.inputs_MD)
+    elif answer.tokens_M is not None:
+        rows = len(answer.tokens_M)
+    found = None
+    if not _are_ids(ids, rows) or ids.dim() != 2 or not ids.shape[1]:
+        found = f"expert ids {_kind(ids)}; give int64 [{rows}, R] with R of 1 or more"
+    elif weights is not None and (weights.shape != ids.shape or not weights.is_floating_point()):
+        found = f"weights {_kind(weights)}; give floats {list(ids.shape)}, as the ids have it, or None"
+    elif loss is not None and (not isinstance(loss, Tensor) or loss.dim()):
+        found = f"aux_loss {_kind(loss)}; give a tensor without dimensions, or None"
+    if found is not None:
+        raise ConfigError(f"the {name} router answered {found}")
+    return answer
+
+
+def _are_ids(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.int64 and value.shape[:1] == (rows,)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 class Router(RouterFacts, nn.Module):
     """A router of one MoE layer; subclasses implement ``route`` and are named by ``register_router``.
 
@@ -154,12 +188,22 @@ class Router(RouterFacts, nn.Module):
         raise NotImplementedError
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
-        """``route``, with the hooks that engines put around a module's call."""
+        """``route``, with the hooks that engines put around a module's call.
+
+        Raises:
+            ConfigError: the answer is none for these tokens, or the context knows the experts of others.
+        """
+        context = context or RoutingContext()
+        known_TR = context.expert_ids_TR
+        if known_TR is not None and not _are_ids(known_TR, len(x_TD)):
+            raise ConfigError(
+                f"RoutingContext.expert_ids_TR is {_kind(known_TR)}; give int64 [{len(x_TD)}, R], a row for each token"
+            )
         with without_autocast(x_TD.device) as autocast:
             if autocast is not None:
                 # Autocast may have left states narrower than the weights, and no longer makes them one type.
                 x_TD = x_TD.to(next((weight.dtype for weight in self.parameters()), x_TD.dtype))
-            routing = self.route(x_TD, context or RoutingContext())
+            routing = _checked(self.route(x_TD, context), self.name, len(x_TD))
         # A router with a discrete path has named its rows: the norm follows that path alone.
         return replace(routing, output_norm="all") if self.moe.output_norm and not routing.output_norm else routing
 
@@ -275,7 +319,16 @@ class StatefulRouter(SteppedState, Router):
 
     @torch.no_grad()
     def observe(self, statistics: Tensor) -> None:
-        """Add those of one micro-batch."""
+        """Add those of one micro-batch.
+
+        Raises:
+            ConfigError: they have another shape than ``__init__`` was given, by which ranks add them up.
+        """
+        if not isinstance(statistics, Tensor) or statistics.shape != self._shape:
+            raise ConfigError(
+                f"the {self.name} router observed {_kind(statistics)}, and its StatefulRouter.__init__ was told of "
+                f"statistics {list(self._shape)}; give it their shape"
+            )
         self.count_micro_batch()
         # float64: counts are exact, and the order in which micro-batches and ranks are added does not show in float32
         # state.

@@ -162,6 +162,10 @@ class VQRouter(DualRouter):
             )
         if self.index >= bank.num_layers:
             raise ValueError(f"layer {self.index} has no place among the {bank.num_layers} codebook(s) it was given")
+        if bank.num_experts != self.moe.num_experts:
+            raise ValueError(
+                f"the codebooks are for {bank.num_experts} experts, and the layer has {self.moe.num_experts}"
+            )
         return bank
 
     @torch.no_grad()
