@@ -1,11 +1,12 @@
-"""Routers that were tried beside the built-in ones: experts over a threshold, and pairs of small codebooks.
+"""Routers that were tried beside the built-in ones: experts over a threshold, pairs of small codebooks, and codes of a
+mixture of tokens that learns.
 
 A plug-in, for benchmarks/grids/recipe-search.yaml, whose head has the commands:
 
 export VQMOE_PLUGINS=benchmarks/tried_routers.py
 
 Legend: T tokens, D width (of the vectors of ``codebook.source`` too), N experts, M routed rows, B bins of scores,
-C codes of a codebook, V vocabulary.
+C codes of a codebook, V vocabulary, W tokens of a mixture.
 """
 
 from __future__ import annotations
@@ -131,11 +132,100 @@ class HashAndPairRouter(StatefulRouter):
         sums = torch.cat([self.sums_2CD, self.counts_2C.unsqueeze(2)], dim=2).double()
         sums = decay * sums + (1 - decay) * statistics
         for level, sums_CE in enumerate(sums):
-            for code in (sums_CE[:, -1] < 0.1 * sums_CE[:, -1].mean()).nonzero()[:, 0].tolist():
-                busiest = int(sums_CE[:, -1].argmax())
-                half_E = sums_CE[busiest] / 2
-                shift_D = drawn((len(half_E) - 1,), 0.01, self.config.seed, self.config.layer, level, code).to(half_E)
-                sums_CE[busiest] = half_E
-                sums_CE[code, -1], sums_CE[code, :-1] = half_E[-1], half_E[:-1] + half_E[-1] * shift_D
+            rescue(sums_CE, self.config.seed, self.config.layer, level)
         self.sums_2CD.copy_(sums[..., :-1])
         self.counts_2C.copy_(sums[..., -1])
+
+
+def rescue(sums_CE: Tensor, *seed: int) -> None:
+    """Give every code of less than a tenth of the mean count half of the busiest one's vectors, a little moved."""
+    for code in (sums_CE[:, -1] < 0.1 * sums_CE[:, -1].mean()).nonzero()[:, 0].tolist():
+        busiest = int(sums_CE[:, -1].argmax())
+        half_E = sums_CE[busiest] / 2
+        shift_D = drawn((len(half_E) - 1,), 0.01, *seed, code).to(half_E)
+        sums_CE[busiest] = half_E
+        sums_CE[code, -1], sums_CE[code, :-1] = half_E[-1], half_E[:-1] + half_E[-1] * shift_D
+
+
+@register_router("hash_and_mix")
+class HashAndMixRouter(StatefulRouter):
+    """``hash_and_code`` whose code looks at a mixture of the last tokens that learns.
+
+    The gate between the two experts reads the mixture beside the state, so the loss moves its weights. Codes look at
+    the running mean of these weights over steps, so experts are known before the first block all the same. Tokens of
+    other documents of a packed window are mixed in, too.
+    """
+
+    class Options(RouterOptions):
+        codes: int = option(64, "codes of the codebook", ge=2, le=1024)
+        window: int = option(3, "tokens of the mixture, the last one included", ge=1, le=16)
+        decay: float = option(0.99, "decay of running statistics and weights per step", ge=0, lt=1)
+
+    structure = ("codes", "window")
+    needs_top_k = False
+    needs_token_ids = True
+    reads_source = True
+    table_V: Tensor
+    experts_C: Tensor
+    sums_CD: Tensor
+    counts_C: Tensor
+    slow_W: Tensor
+
+    def __init__(self, config: LayerConfig) -> None:
+        codes, window, width = config.options.codes, config.options.window, config.width
+        # In one row: sums and counts of codes, the mixture's weights, and how often they were counted.
+        super().__init__(config, codes * (width + 1) + window + 1)
+        self.gate, self.reader = nn.Linear(width, 2), nn.Linear(width, 2, bias=False)
+        self.mixture_W = nn.Parameter(torch.zeros(window))
+        seed, experts = 4 * (config.seed * 1000 + config.layer), config.moe.num_experts
+        self.register_buffer("table_V", hash_of_tokens(config.vocab_size, experts, 1, seed)[0])
+        self.register_buffer("experts_C", hash_of_tokens(codes, experts, 1, seed + 1)[0])
+        self.register_buffer("sums_CD", drawn((codes, width), 1.0, config.seed, config.layer, "codes"))
+        self.register_buffer("counts_C", torch.ones(codes))
+        self.register_buffer("slow_W", torch.full((window,), 1 / window))
+
+    @classmethod
+    def rows_per_token(cls, moe: MoEConfig, options: Any) -> int:
+        return 2
+
+    @classmethod
+    def needs_whole_sequences(cls, options: Any) -> bool:
+        return True
+
+    @classmethod
+    def flops(cls, run: RunConfig, layer: int) -> int:
+        codes: int = run.router.codes  # type: ignore[attr-defined]
+        return 2 * run.model.width * (codes + 4)
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        assert context.token_ids_T is not None and context.source_TD is not None
+        sequence = context.sequence or len(x_TD)
+        source_BSD = context.source_TD.unflatten(0, (-1, sequence))
+        window = len(self.slow_W)
+        padded_BSD = F.pad(source_BSD, (0, 0, window - 1, 0))
+        # The token itself first, then those before it; nothing stands before the first of a sequence.
+        last_WTD = torch.stack([padded_BSD[:, w : w + sequence].flatten(0, 1) for w in reversed(range(window))])
+        weights_W = self.mixture_W.float().softmax(dim=0)
+        mixed_TD, slow_TD = (
+            F.rms_norm(torch.einsum("w,wtd->td", x_W, last_WTD), x_TD.shape[-1:], eps=1e-6)
+            for x_W in (weights_W, self.slow_W)
+        )
+        means_CD = self.sums_CD / self.counts_C.unsqueeze(1)
+        codes_T = (slow_TD @ means_CD.t() - means_CD.square().sum(1) / 2).argmax(dim=1)
+        if self.observing:
+            rows_TE = torch.cat([slow_TD, torch.ones_like(slow_TD[:, :1])], dim=1)
+            sums_CE = sum_by_expert(rows_TE, codes_T, len(self.counts_C)).double()
+            self.observe(torch.cat([sums_CE.flatten(), weights_W.detach().double(), sums_CE.new_ones(1)]))
+        experts_T2 = torch.stack([self.table_V[context.token_ids_T], self.experts_C[codes_T]], dim=1)
+        logits_T2 = self.gate(x_TD).float() + self.reader(mixed_TD.to(x_TD.dtype)).float()
+        return Routing(experts_T2, logits_T2.softmax(dim=-1))
+
+    def learn(self, statistics: Tensor) -> None:
+        decay = self.averaging(self.options.decay)
+        sums_CE = torch.cat([self.sums_CD, self.counts_C.unsqueeze(1)], dim=1).double()
+        counted, weights_W, times = statistics.split([sums_CE.numel(), len(self.slow_W), 1])
+        sums_CE = decay * sums_CE + (1 - decay) * counted.view_as(sums_CE)
+        rescue(sums_CE, self.config.seed, self.config.layer)
+        self.sums_CD.copy_(sums_CE[:, :-1])
+        self.counts_C.copy_(sums_CE[:, -1])
+        self.slow_W.copy_(decay * self.slow_W.double() + (1 - decay) * weights_W / times)

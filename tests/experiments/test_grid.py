@@ -188,7 +188,7 @@ def test_the_grids_of_the_repository_are_whole(path):
     from vqmoe_ds.config.load import load_config
 
     grid = read_grid(str(path))
-    tried = loaded(ROOT / "benchmarks/tried_routers.py", "expert_threshold", "hash_and_pair")
+    tried = loaded(ROOT / "benchmarks/tried_routers.py", "expert_threshold", "hash_and_pair", "hash_and_mix")
     with loaded(ROOT / "benchmarks/two_hashes.py", "two_hashes"), tried:
         for run in runs_of(grid, Path("out")):
             load_config(run.entry.preset or grid.preset, None, overrides_of(grid, run))

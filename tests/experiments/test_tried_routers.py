@@ -19,7 +19,7 @@ EXPERTS, TOKENS, WIDTH = 8, 512, 16
 
 @pytest.fixture(autouse=True)
 def _plugin() -> Iterator[None]:
-    with loaded(ROOT / "benchmarks/tried_routers.py", "expert_threshold", "hash_and_pair"):
+    with loaded(ROOT / "benchmarks/tried_routers.py", "expert_threshold", "hash_and_pair", "hash_and_mix"):
         yield
 
 
@@ -70,3 +70,29 @@ def test_a_pair_of_codebooks_tells_more_vectors_apart_than_its_codes_are() -> No
         sync.step()
     assert len(experts_TR[:9, 1].unique()) == 9
     assert torch.equal(experts_TR[:9], experts_TR[81:]) and len(experts_TR[:, 0].unique()) == 1
+
+
+def test_codes_of_a_mixture_keep_the_contracts_of_a_router() -> None:
+    check_router("hash_and_mix", codes=8)
+
+
+def test_codes_look_at_the_token_that_the_loss_weighs_most() -> None:
+    """The gate learns from the token before, so its weight grows; the code of a token then follows from that alone."""
+    moe = MoEConfig(router="hash_and_mix", num_experts=EXPERTS, expert_hidden=8)
+    layer = MoELayer(LayerConfig(WIDTH, moe, options={"codes": 8, "window": 2, "decay": 0.9}, vocab_size=VOCAB))
+    router, sync, generator = layer.router, StateSync(layer), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([router.mixture_W, router.reader.weight], lr=0.1)
+    vectors_VD = torch.randn(8, WIDTH, generator=generator)
+    for _ in range(80):
+        ids_T = torch.randint(0, 8, (64,), generator=generator)
+        context = RoutingContext(token_ids_T=ids_T, source_TD=vectors_VD[ids_T], sequence=64)
+        weights_TR = router(torch.zeros(64, WIDTH), context).weights_TR
+        first_T = (ids_T < 4).roll(1)[1:].float()
+        torch.nn.functional.binary_cross_entropy(weights_TR[1:, 0], first_T).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+    assert router.slow_W[1] > 0.8 and torch.allclose(router.slow_W.sum(), torch.ones(()))
+    experts_T = router(torch.randn(64, WIDTH), context).expert_ids_TR[1:, 1]
+    for before in range(8):
+        assert len(experts_T[ids_T[:-1] == before].unique()) == 1, "whatever the token itself and the state are"
