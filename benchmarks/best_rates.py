@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--grid", default=str(GRID), metavar="YAML", help="whose corpora name a rate")
+    parser.add_argument("--grid", default=str(GRID), metavar="YAML", help="with corpora TEXT at RATE")
     parser.add_argument("--out", required=True, metavar="DIR", help="both rounds, and the grid of the second")
     parser.add_argument("--seeds", type=int, nargs="+", default=FRESH, metavar="N", help="fresh ones (default 4 5 6)")
     return parser.parse_known_args(argv)
@@ -131,7 +131,7 @@ def check(grid: Grid, seeds: list[int]) -> None:
 
 
 def by_name(grid: Grid) -> dict[str, dict[str, Any]]:
-    """The corpora without their rates: those named ``NAME at RATE`` are one.
+    """The corpora without their rates: those named ``TEXT at RATE`` are one.
 
     Raises:
         ConfigError: a corpus without a rate, or of another setting than others of its name.
@@ -142,7 +142,8 @@ def by_name(grid: Grid) -> dict[str, dict[str, Any]]:
         others = {field: value for field, value in overrides.items() if field != FIELD}
         if not at or FIELD not in overrides or found.setdefault(name, others) != others:
             raise ConfigError(
-                f"corpus {corpus}: name it NAME at RATE, with that {FIELD} and all else as the others of NAME have it"
+                f"corpus {corpus}: name corpora TEXT at RATE, set their {FIELD}, and let those of one TEXT differ in "
+                "nothing else"
             )
     return found
 

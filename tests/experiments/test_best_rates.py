@@ -154,12 +154,16 @@ REFUSED = {
         [4],
         "entry top-2 balanced has seeds, corp",
     ),
-    "no rate": ({"corpora": {"a at 1": {}}}, [4], "corpus a at 1: name it NAME at RATE, with that train.learning_rate"),
-    "no name": ({"corpora": {"low": {"train.learning_rate": 1}}}, [4], "corpus low: name it NAME at RATE"),
+    "no rate": (
+        {"corpora": {"a at 1": {}}},
+        [4],
+        "corpus a at 1: name corpora TEXT at RATE, set their train.learning_rate",
+    ),
+    "no name": ({"corpora": {"low": {"train.learning_rate": 1}}}, [4], "corpus low: name corpora TEXT at RATE"),
     "two settings": (
         {"corpora": {f"a at {r}": {"train.learning_rate": r, "train.steps": r} for r in (1, 2)}},
         [4],
-        "corpus a at 2: name it NAME at RATE",
+        "corpus a at 2: name corpora TEXT at RATE",
     ),
 }
 
