@@ -113,14 +113,13 @@ class HashAndPairRouter(StatefulRouter):
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         assert context.token_ids_T is not None and context.source_TD is not None
-        left_TD, pair_T = F.rms_norm(context.source_TD, context.source_TD.shape[-1:], eps=1e-6), 0
+        left_TD = F.rms_norm(context.source_TD, context.source_TD.shape[-1:], eps=1e-6)
+        pair_T = torch.zeros_like(context.token_ids_T)
         statistics = []
         for sums_CD, counts_C in zip(self.sums_2CD, self.counts_2C, strict=True):
-            means_CD = sums_CD / counts_C.unsqueeze(1)
-            ids_T = (left_TD @ means_CD.t() - means_CD.square().sum(1) / 2).argmax(dim=1)
+            ids_T, means_CD = nearest(left_TD, sums_CD, counts_C)
             if self.observing:
-                rows_TE = torch.cat([left_TD, torch.ones_like(left_TD[:, :1])], dim=1)
-                statistics.append(sum_by_expert(rows_TE, ids_T, len(counts_C)))
+                statistics.append(sums_and_counts(left_TD, ids_T, len(counts_C)))
             left_TD, pair_T = left_TD - means_CD[ids_T], pair_T * len(counts_C) + ids_T
         if statistics:
             self.observe(torch.stack(statistics))
@@ -129,22 +128,37 @@ class HashAndPairRouter(StatefulRouter):
 
     def learn(self, statistics: Tensor) -> None:
         decay = self.averaging(self.options.decay)
-        sums = torch.cat([self.sums_2CD, self.counts_2C.unsqueeze(2)], dim=2).double()
-        sums = decay * sums + (1 - decay) * statistics
-        for level, sums_CE in enumerate(sums):
-            rescue(sums_CE, self.config.seed, self.config.layer, level)
-        self.sums_2CD.copy_(sums[..., :-1])
-        self.counts_2C.copy_(sums[..., -1])
+        for level in range(2):
+            seed = self.config.seed, self.config.layer, level
+            move_codes(self.sums_2CD[level], self.counts_2C[level], statistics[level], decay, *seed)
 
 
-def rescue(sums_CE: Tensor, *seed: int) -> None:
-    """Give every code of less than a tenth of the mean count half of the busiest one's vectors, a little moved."""
+def nearest(vectors_TD: Tensor, sums_CD: Tensor, counts_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest code of each vector, and the codes, ``[C, D]``."""
+    means_CD = sums_CD / counts_C.unsqueeze(1)
+    return (vectors_TD @ means_CD.t() - means_CD.square().sum(1) / 2).argmax(dim=1), means_CD
+
+
+def sums_and_counts(vectors_TD: Tensor, ids_T: Tensor, codes: int) -> Tensor:
+    """The sum of the vectors of each code and, in the last column, their number, ``[C, D + 1]``."""
+    return sum_by_expert(torch.cat([vectors_TD, torch.ones_like(vectors_TD[:, :1])], dim=1), ids_T, codes)
+
+
+def move_codes(sums_CD: Tensor, counts_C: Tensor, step_CE: Tensor, decay: float, *seed: int) -> None:
+    """Move running sums and counts by ``sums_and_counts`` of a step, in place.
+
+    A code of less than a tenth of the mean count takes half of the busiest one's vectors, a little moved.
+    """
+    sums_CE = torch.cat([sums_CD, counts_C.unsqueeze(1)], dim=1).double()
+    sums_CE = decay * sums_CE + (1 - decay) * step_CE
     for code in (sums_CE[:, -1] < 0.1 * sums_CE[:, -1].mean()).nonzero()[:, 0].tolist():
         busiest = int(sums_CE[:, -1].argmax())
         half_E = sums_CE[busiest] / 2
         shift_D = drawn((len(half_E) - 1,), 0.01, *seed, code).to(half_E)
         sums_CE[busiest] = half_E
         sums_CE[code, -1], sums_CE[code, :-1] = half_E[-1], half_E[:-1] + half_E[-1] * shift_D
+    sums_CD.copy_(sums_CE[:, :-1])
+    counts_C.copy_(sums_CE[:, -1])
 
 
 @register_router("hash_and_mix")
@@ -210,11 +224,9 @@ class HashAndMixRouter(StatefulRouter):
             F.rms_norm(torch.einsum("w,wtd->td", x_W, last_WTD), x_TD.shape[-1:], eps=1e-6)
             for x_W in (weights_W, self.slow_W)
         )
-        means_CD = self.sums_CD / self.counts_C.unsqueeze(1)
-        codes_T = (slow_TD @ means_CD.t() - means_CD.square().sum(1) / 2).argmax(dim=1)
+        codes_T, _ = nearest(slow_TD, self.sums_CD, self.counts_C)
         if self.observing:
-            rows_TE = torch.cat([slow_TD, torch.ones_like(slow_TD[:, :1])], dim=1)
-            sums_CE = sum_by_expert(rows_TE, codes_T, len(self.counts_C)).double()
+            sums_CE = sums_and_counts(slow_TD, codes_T, len(self.counts_C)).double()
             self.observe(torch.cat([sums_CE.flatten(), weights_W.detach().double(), sums_CE.new_ones(1)]))
         experts_T2 = torch.stack([self.table_V[context.token_ids_T], self.experts_C[codes_T]], dim=1)
         logits_T2 = self.gate(x_TD).float() + self.reader(mixed_TD.to(x_TD.dtype)).float()
@@ -222,10 +234,7 @@ class HashAndMixRouter(StatefulRouter):
 
     def learn(self, statistics: Tensor) -> None:
         decay = self.averaging(self.options.decay)
-        sums_CE = torch.cat([self.sums_CD, self.counts_C.unsqueeze(1)], dim=1).double()
-        counted, weights_W, times = statistics.split([sums_CE.numel(), len(self.slow_W), 1])
-        sums_CE = decay * sums_CE + (1 - decay) * counted.view_as(sums_CE)
-        rescue(sums_CE, self.config.seed, self.config.layer)
-        self.sums_CD.copy_(sums_CE[:, :-1])
-        self.counts_C.copy_(sums_CE[:, -1])
+        counted, weights_W, times = statistics.tensor_split((-len(self.slow_W) - 1, -1))
+        step_CE = counted.view(len(self.counts_C), -1)
+        move_codes(self.sums_CD, self.counts_C, step_CE, decay, self.config.seed, self.config.layer)
         self.slow_W.copy_(decay * self.slow_W.double() + (1 - decay) * weights_W / times)
