@@ -11,13 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.experiments.test_grid import compare, grid_file  # noqa: F401
 from tests.experiments.test_report import _finish
 from vqmoe_ds.config.load import to_yaml
 from vqmoe_ds.experiments import runs
 from vqmoe_ds.experiments.grid import Evaluation, read_grid, runs_of
-from vqmoe_ds.experiments.runs import Job, Runner, State, jobs_of
+from vqmoe_ds.experiments.runs import Job, Runner, State, check_folders, jobs_of
 from vqmoe_ds.runtime.errors import ConfigError
 
 
@@ -75,6 +77,27 @@ def test_a_run_is_finished_by_the_steps_of_the_grid_alone(job, summary):
     assert job.finished
     (job.run.folder / "summary.json").write_text(summary)
     assert job.state() is State.UNFINISHED
+
+
+def test_a_run_that_starts_needs_its_token_table_and_one_that_resumes_has_it_in_its_checkpoint(grid_file, tmp_path):  # noqa: F811
+    path = tmp_path / "table.safetensors"
+    grid = read_grid(grid_file(lambda g: g["set"].update({"moe.router": "token_table", "router.path": str(path)})))
+    grid = grid.model_copy(update={"entries": [entry.model_copy(update={"overrides": {}}) for entry in grid.entries]})
+    (job, *_) = jobs_of(grid, runs_of(grid, tmp_path / "out"))
+    save_file({"token_table": torch.zeros(2, 256, dtype=torch.int64)}, path)
+    check_folders([job], rerun_changed=False)
+    save_file({"token_table": torch.full((2, 256), 99)}, path)
+    with pytest.raises(ConfigError, match=r"^entry top-2: router\.path=.*names expert 99"):
+        check_folders([job], rerun_changed=False)
+    path.unlink()
+    _finish(job, 2.0, 0.1)
+    (job.run.folder / "summary.json").write_text('{"steps": 2}')
+    with pytest.raises(ConfigError, match=r"table\.safetensors does not exist; make that table first"):
+        check_folders([job], rerun_changed=False)
+    tag = job.run.folder / "checkpoints/global_step0000002"
+    tag.mkdir(parents=True)
+    (tag / "manifest.json").write_text("{}")
+    check_folders([job], rerun_changed=False)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "ds_config.json"])

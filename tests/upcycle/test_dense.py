@@ -252,7 +252,11 @@ def test_weights_that_cannot_be_represented_are_named(
         ({"model.width": 48}, 1, "model.width=48 contradicts the source, whose model has 24"),
         ({"moe.expertz": 4}, 1, "no such field"),
         ({"moe.router": "token_table"}, 1, "needs a table"),
-        ({"moe.router": "token_table", "router.path": "none.safetensors"}, 1, "it does not exist"),
+        (
+            {"moe.router": "token_table", "router.path": "none.safetensors"},
+            1,
+            "router.path=none.safetensors does not exist",
+        ),
     ],
 )
 def test_options_that_would_change_the_function_are_refused(

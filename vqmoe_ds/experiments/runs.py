@@ -37,7 +37,7 @@ from vqmoe_ds.evaluation.image_damage import parse_image_corruption
 from vqmoe_ds.experiments.grid import Evaluation, Grid, Run, overrides_of
 from vqmoe_ds.experiments.measures import CLEAN, EVALUATION, losses, read_json
 from vqmoe_ds.runtime.errors import TRY_AGAIN, CheckpointError, ConfigError, DataError, UserError, reason_of, shown
-from vqmoe_ds.runtime.files import make_folder, open_regular, read_small, why_missing
+from vqmoe_ds.runtime.files import make_folder, open_regular, read_small
 from vqmoe_ds.train.pretrain import fit_to_data, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +216,7 @@ def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
     """Refuse what cannot be continued; folders of another configuration are removed where that was asked for.
 
     Raises:
-        ConfigError: a run was made with another configuration, or is to be made with a table that is not there.
+        ConfigError: a run was made with another configuration, or its router cannot start.
         CheckpointError: a finished run is to be evaluated, and its checkpoint is gone.
     """
     for job in jobs:
@@ -226,18 +226,24 @@ def check_folders(jobs: list[Job], rerun_changed: bool) -> None:
                 f"run {job.run} in {job.run.folder} was made with {job.difference()}; --changed rerun trains it anew, "
                 "another --out keeps both"
             )
-        table = getattr(job.config.run.router, "path", None)
-        if table is not None and state not in (State.TRAINED, State.FINISHED) and not os.path.exists(table):
-            raise ConfigError(
-                f"entry {job.run.entry.name}: router.path={table} {why_missing(table)}; make that table first"
-            )
         checkpoints = job.run.folder / "checkpoints"
         # Evaluation takes sealed tags of a run alone, and those have a manifest.
-        if state is State.TRAINED and not list(checkpoints.glob("*/manifest.json")):
+        sealed = any(checkpoints.glob("*/manifest.json"))
+        if state in (State.NEW, State.CHANGED) or (state is State.UNFINISHED and not sealed):
+            _check_start(job)
+        if state is State.TRAINED and not sealed:
             raise CheckpointError(
                 f"run {job.run} is to be evaluated on damaged data, but {checkpoints} holds no checkpoint any more; "
                 f"remove {job.run.folder} to train it again, or evaluate: from the grid"
             )
+
+
+def _check_start(job: Job) -> None:
+    run = job.config.run
+    try:
+        run.moe.facts.check_start(run, len(run.model.moe_blocks))
+    except ConfigError as error:
+        raise ConfigError(f"entry {job.run.entry.name}: {error}") from None
 
 
 class Runner:

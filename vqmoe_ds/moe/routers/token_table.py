@@ -17,7 +17,7 @@ from vqmoe_ds.config.routers import RouterOptions, register_router
 from vqmoe_ds.config.schema import RunConfig
 from vqmoe_ds.moe.routers.hash_token import HashTokenRouter
 from vqmoe_ds.runtime.errors import ConfigError
-from vqmoe_ds.runtime.files import open_regular
+from vqmoe_ds.runtime.files import open_regular, why_missing
 
 NAME = "token_table"
 """Name of the tensor in a file, integers ``[L, V]``, or ``[V]`` for all layers alike. More ids are ignored."""
@@ -77,9 +77,12 @@ def read_table(path: str | Path, layers: int, vocab_size: int, num_experts: int)
                     f"{vocab_size} token ids; make a table for it (tools/make_token_table.py)"
                 )
             table: Tensor = file.get_tensor(NAME)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"router.path={path} {why_missing(path)}; make that table first (tools/make_token_table.py)"
+        ) from None
     except (OSError, SafetensorError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "it does not exist" if missing else getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(f"router.path={path} cannot be read as a token table: {reason}") from None
     if table.is_floating_point() or table.is_complex() or table.dtype is torch.bool:
         raise ConfigError(f"router.path={path}: {NAME} holds {table.dtype}, not whole numbers")
