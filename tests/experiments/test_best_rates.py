@@ -43,12 +43,12 @@ def test_the_grid_of_published_routers_has_those_of_the_comparison_with_a_norm_f
     names = ("routers.yaml", "controls.yaml", "published-rates.yaml")
     routers, controls, published = (read_grid(str(GRIDS / name)) for name in names)
     known = {entry.name: entry for entry in [*controls.entries, *routers.entries]}
-    assert all(entry == known[entry.name] for entry in published.entries) and len(published.entries) == 9
-    assert [fields["train.learning_rate"] for fields in published.corpora.values()] == [0.006, 0.012, 0.024]
+    assert all(entry == known[entry.name] for entry in published.entries) and len(published.entries) == 11
+    assert [fields["train.learning_rate"] for fields in published.corpora.values()] == [0.006, 0.012, 0.024, 0.048]
     for fields in published.corpora.values():
         both = {**published.overrides, **fields, "train.learning_rate": 0.006, "moe.output_norm": False}
         assert both == {**routers.overrides, **routers.corpora["enwiki-mini"]}
-    assert (len(runs_of(published, Path("out"))), len(published.entries) * 5) == (54, 45), "as the header counts them"
+    assert (len(runs_of(published, Path("out"))), len(published.entries) * 5) == (88, 55), "as the header counts them"
 
 
 def test_the_grid_of_robustness_has_the_published_routers_at_one_setting():
