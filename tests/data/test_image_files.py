@@ -283,6 +283,8 @@ def test_labels_count_where_only_samples_of_the_files_do(tmp_path, monkeypatch):
         ("gif among others", "train/left/a.gif is no image of a kind that is read"),
         ("link", "train/zebra is a link to nowhere, which does not exist; remove it"),
         ("test", "test/left holds no images"),
+        ("deeper", "left/more/0.png is not where the other images of .*train/left are; move all into one folder"),
+        ("beside", "left/[^/]*png is not where the other images of .*train/left are"),
     ],
 )
 def test_no_class_and_no_image_is_left_out_without_a_word(how, sentence, tmp_path):
@@ -293,6 +295,10 @@ def test_no_class_and_no_image_is_left_out_without_a_word(how, sentence, tmp_pat
         zebra.symlink_to("nowhere")
     elif how == "gif among others":
         (tmp_path / "train/left/a.gif").write_bytes(blob)
+    elif how in ("deeper", "beside"):
+        inner = tmp_path / "train/left" / {"deeper": "more", "beside": "images"}[how]
+        inner.mkdir()
+        next((tmp_path / "train/left").glob("*.png")).rename(inner / "0.png")
     elif how == "test":
         for file in (tmp_path / "test/left").iterdir():
             file.unlink()

@@ -8,6 +8,8 @@ import pickle
 import random
 import shutil
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,28 @@ def test_processes_of_two_hosts_with_one_number_build_in_folders_of_their_own(tm
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         folders.add(work_folder(tmp_path / "images"))
     assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
+
+
+def test_what_a_kill_left_behind_is_removed_and_what_others_still_write_is_not(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, old = socket.gethostname(), time.time() - 3600
+    kept = {f".images.{here}.{os.getppid()}": old, f".images.elsewhere.{ended.pid}": old, f".images.{here}.new": old}
+    gone = {f".images.{here}.{ended.pid}": old, f".images.{here}.{1 << 70}": old}
+    for name, modified in {**kept, **gone}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-images.npy").write_bytes(b"half")
+        for path in (tmp_path / name / "train-images.npy", tmp_path / name):
+            os.utime(path, (modified, modified))
+    fresh = tmp_path / f".images.{here}.{ended.pid}" / "test-images.npy"
+    fresh.touch()
+    (tmp_path / ".images-of-others").mkdir()
+    work = work_folder(tmp_path / "images")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, fresh.parent.name, ".images-of-others", work.name}
+    fresh.unlink()
+    os.utime(fresh.parent, (old, old))
+    work_folder(tmp_path / "images")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, ".images-of-others", work.name}
 
 
 def test_what_others_left_under_the_name_to_build_under_is_not_taken(config, cache, tmp_path) -> None:

@@ -112,6 +112,8 @@ def spoil(clips: Path, how: str) -> None:
     elif how == "no clips":
         for file in clips.rglob("*.wav"):
             file.rename(file.with_suffix(".mp3"))
+    elif how in ("below a class", "beside the classes"):
+        write_clip(clips / {"below a class": "low/sub", "beside the classes": ""}[how] / "s0_9.wav", 300, 0)
     elif how == "one class":
         for file in (clips / "low").iterdir():
             file.unlink()
@@ -133,6 +135,8 @@ def spoil(clips: Path, how: str) -> None:
     [
         ("damaged", [], "clips cannot be read ("),
         ("no clips", [], "holds no clips"),
+        ("below a class", [], "clips/low/sub/s0_9.wav is not in the folder of a class; move it to"),
+        ("beside the classes", [], "clips/s0_9.wav is not in the folder of a class; move it to"),
         ("one class", [], "clips of one class (high)"),
         ("new class", [], "'other' in one of training and test set only"),
         ("no speaker", [], "1 clips whose name --speaker ^([^_]+)_ does not fit, such as low/unnamed.wav"),

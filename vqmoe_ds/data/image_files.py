@@ -25,7 +25,7 @@ from vqmoe_ds.data.image_splits import Encoded, ImageFiles, Split, Stored, bytes
 from vqmoe_ds.data.image_tables import HUB, HubSplit, ImageTable, hub_splits, parts_of
 from vqmoe_ds.data.units import first_line
 from vqmoe_ds.runtime.errors import DataError
-from vqmoe_ds.runtime.files import open_regular, why_missing
+from vqmoe_ds.runtime.files import list_tree, open_regular, why_missing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 UNREAD = (".gif", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".heic")
@@ -105,10 +105,11 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
     """The images of ``CLASS/FILE`` and their files, class by class.
 
     Raises:
-        DataError: there are images of another class or of a kind that is not read, or a class without images.
+        DataError: there are images of another class, of a kind or in a place that is not read, or a class without any.
         OSError: the folder cannot be read.
     """
-    found = {entry.name: image_files(entry.path) for entry in class_entries(place)}
+    entries = class_entries(place)
+    found = {entry.name: image_files(entry.path) for entry in entries}
     unread = [file for files in found.values() for file in files if file.suffix.lower() in UNREAD]
     if unread:
         raise DataError(f"{unread[0]} is no image of a kind that is read; convert {unread[0].suffix} files to PNG")
@@ -117,6 +118,9 @@ def class_folders(place: Path, classes: tuple[str, ...]) -> tuple[Split, list[Pa
         raise DataError(
             f"{place / empty[0]} holds no images and would be a class without any; add some, or move the folder away"
         )
+    for entry in entries:
+        if other := _passed_over(entry.path):
+            raise DataError(f"{other} is not where the other images of {entry.path} are; move all into one folder")
     strangers = [name for name, files in found.items() if files and name not in classes]
     if strangers:
         raise DataError(f"{place} has images of a class that training lacks: {strangers[0]!r}; remove it, or add some")
@@ -141,10 +145,23 @@ def class_entries(place: Path) -> list[os.DirEntry[str]]:
 
 def image_files(folder: str) -> list[Path]:
     """Image files of a class, also unread ones, in order, without hidden ones; Tiny ImageNet has them in ``images``."""
-    inner = Path(folder, "images")
-    names = sorted(os.listdir(inner if inner.is_dir() else folder))
-    shown = (name for name in names if name.lower().endswith(SUFFIXES + UNREAD) and not name.startswith("."))
-    return [Path(inner if inner.is_dir() else folder, name) for name in shown]
+    place = Path(folder, _place(folder))
+    return [place / name for name in sorted(os.listdir(place)) if _is_image(name) and not name.startswith(".")]
+
+
+def _passed_over(folder: str) -> Path | None:
+    """An image file of a class that ``image_files`` does not find; None where there is none."""
+    place = _place(folder)
+    files = (file for file in list_tree(folder)[0] if _is_image(file) and os.path.dirname(file) != place)
+    return next((Path(folder, file) for file in files), None)
+
+
+def _place(folder: str) -> str:
+    return "images" if os.path.isdir(os.path.join(folder, "images")) else ""
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES + UNREAD)
 
 
 # ---------------------------------------------------------------- CIFAR-10, packed as JPEG

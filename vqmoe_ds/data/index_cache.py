@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from vqmoe_ds.runtime.files import own_mark, read_small, sha256_of, write_atomic
 SIDECAR = "sealed.json"
 FORMAT = 1
 _LONGEST_SIDECAR = 16 << 20
+_SILENT = 600
+"""Seconds for which nothing has been written where no process is at work."""
 
 Shapes = dict[str, list[tuple[int, ...]]]
 """End of a file's name (``shuffle_index``) -> the shapes of all arrays so named."""
@@ -45,13 +49,31 @@ def read_array(path: str | Path, **_: Any) -> np.ndarray:
 
 
 def work_folder(final: Path) -> Path:
-    """A new folder beside ``final`` to make it in; what is there already, in either place, is removed."""
+    """A new folder beside ``final`` to make it in; what is there already is removed, and what a kill left behind."""
     # Beside it, since a rename stays within one file system.
     work = final.with_name(f".{final.name}.{own_mark()}")
-    for stale in (final, work):  # the latter left by a kill of an earlier process with this number
+    for stale in (final, work, *filter(_left_behind, final.parent.glob(f".{final.name}.*"))):
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True)  # ours: what others put there would be taken for an index
     return work
+
+
+def _left_behind(work: Path) -> bool:
+    """Whether no process makes a folder of ``work_folder`` any more."""
+    host, _, pid = work.name.rpartition(".")
+    if not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        # Containers may share the name of their host and not its processes: theirs still write.
+        try:
+            return all(time.time() - path.stat().st_mtime > _SILENT for path in (work, *work.iterdir()))
+        except OSError:
+            return False
+    except OSError:
+        pass  # it lives, and is another user's
+    return False
 
 
 def seal(folder: Path) -> None:

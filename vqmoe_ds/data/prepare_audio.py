@@ -20,7 +20,7 @@ from vqmoe_ds.data.audio import RATE, SUFFIXES, Noise, fitted, read_clip, spectr
 from vqmoe_ds.data.image_files import HELD_OUT_NAMES
 from vqmoe_ds.runtime.errors import ConfigError, DataError, reports_errors
 from vqmoe_ds.runtime.extras import library
-from vqmoe_ds.runtime.files import new_folder, write_json
+from vqmoe_ds.runtime.files import list_tree, new_folder, write_json
 
 POOL = 64
 """Clips of a split that babble is mixed of, at most."""
@@ -83,7 +83,7 @@ def prepare(options: argparse.Namespace) -> str:
         f"wrote {len(splits['train']):,} training and {len(splits['test']):,} test images of {len(classes)} classes, "
         f"{options.size} x {options.size}, to {output}\n"
         f"train with: --data {output} --set model.image_size={options.size} --set model.channels=1 "
-        f"--set model.vocab_size={len(classes)} --set data.augment=crop"
+        "--set data.augment=crop"
     )
 
 
@@ -144,6 +144,9 @@ def _clips(folder: Path) -> list[Clip]:
     files = sorted(file for file in shown if file.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"{folder} holds no clips; give a folder with a folder of {', '.join(SUFFIXES)} for each class")
+    others = (name for name in list_tree(folder)[0] if name.lower().endswith(SUFFIXES) and name.count(os.sep) != 1)
+    if other := next(others, None):
+        raise DataError(f"{folder / other} is not in the folder of a class; move it to {folder}/CLASS/FILE")
     return [Clip(file) for file in files]
 
 
