@@ -15,7 +15,9 @@ def row(kind: str, severity: int, accuracy: float, group: str = "weather") -> di
 
 
 def scores(clean: float, *rows: dict, images: int = 100, damage: str = "made here") -> dict:
-    return {"clean": {"accuracy": clean, "images": images}, "corrupted": list(rows), "setting": {"damage": damage}}
+    by_class = {"cat": {"images": images - 40}, "dog": {"images": 40}}
+    clean_part = {"accuracy": clean, "images": images, "by_class": by_class}
+    return {"clean": clean_part, "corrupted": list(rows), "setting": {"damage": damage}}
 
 
 @pytest.fixture
@@ -56,13 +58,18 @@ def test_nothing_is_relative_to_no_errors(tmp_path):
 
 
 def test_scores_of_other_damage_or_images_are_refused(reference):
-    reference.check([("fog", 2), ("snow", 1)], 100, False)
+    same = {"cat": 60, "dog": 40}
+    reference.check([("fog", 2), ("snow", 1)], same, False)
     with pytest.raises(DataError, match="has no scores of snow 2; evaluate that model on the same damage"):
-        reference.check([("fog", 2), ("snow", 2)], 100, False)
+        reference.check([("fog", 2), ("snow", 2)], same, False)
     with pytest.raises(DataError, match="is of 100 images and damage made here, and this is of 90 and damage made"):
-        reference.check([("fog", 1)], 90, False)
+        reference.check([("fog", 1)], {"cat": 60, "dog": 30}, False)
     with pytest.raises(DataError, match="this is of 100 and published damage"):
-        reference.check([("fog", 1)], 100, True)
+        reference.check([("fog", 1)], same, True)
+    with pytest.raises(DataError, match="has 60 images of 'cat', and this has 59; evaluate both models on the same"):
+        reference.check([("fog", 1)], {"cat": 59, "dog": 41}, False)
+    with pytest.raises(DataError, match="has 0 images of 'bird', and this has 60"):
+        reference.check([("fog", 1)], {"bird": 60, "dog": 40}, False)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +80,15 @@ def test_scores_of_other_damage_or_images_are_refused(reference):
         ("[]", "has no scores of images"),
         ('{"corrupted": [{"kind": "word_swap", "rate": 0.1}]}', "has no scores of images"),
         (json.dumps(scores(0.5)), "has no scores of damaged images"),
+        (json.dumps(scores(0.5, row("fog", 1, -7))), "-7 is no share of right answers"),
+        (json.dumps(scores(0.5, row("fog", 1, float("nan")))), "nan is no share of right answers"),
+        (json.dumps(scores(0.5, row("fog", 1, True))), "True is no share of right answers"),
+        (json.dumps(scores(10**400, row("fog", 1, 0.5))), "is no share of right answers"),
+        (
+            json.dumps(scores(0.5, row("fog", 1, 0.5))).replace('"severity": 1', '"severity": Infinity'),
+            "inf is no number",
+        ),
+        (json.dumps(scores(0.5, row("fog", 1, 0.5), row("fog", 1, 0.4))), "two scores of one kind and severity"),
     ],
 )
 def test_other_files_are_refused(content, sentence, tmp_path):

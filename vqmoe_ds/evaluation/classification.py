@@ -108,28 +108,32 @@ class Scoring:
     @torch.no_grad()
     def __call__(self, texts: Labelled, rows: np.ndarray, before_each: Callable[[], Any]) -> ClassScore:
         """Score those at ``rows``, calling ``before_each`` forward pass on all ranks."""
-        count, round_size = len(rows), self.size * self.world
         # Sorted by length, a batch needs little padding. Stable, for all ranks must deal out the same order, and ties
         # of NumPy's default sort depend on the processor.
         by_length = np.argsort(texts.lengths[rows], kind="stable")
-        # Every rank makes as many passes, be it on texts that do not count: where experts are spread each is a
-        # collective.
-        rounds = -(-count // round_size)
-        padded = np.append(by_length, np.full(rounds * round_size - count, -1))  # -1: one that only fills the round up
+        count, whole = len(rows), len(rows) - len(rows) % (self.size * self.world)
+        # Where experts are spread each pass is a collective: in the last one, too, every rank has as many. What fills
+        # it up is counted elsewhere.
+        last = -(-(count - whole) // self.world)
+        order = np.resize(by_length, whole + last * self.world)
+        turns = np.arange(len(order))
+        rounds = [*turns[:whole].reshape(-1, self.world, self.size)]
+        if last:
+            rounds.append(turns[whole:].reshape(self.world, last))
         # Each column is written by one rank and stays 0 on the others, so that the sum over ranks gathers them.
         found = torch.zeros(4, count, dtype=torch.float64, device=self.device)
-        for places in padded.reshape(rounds, self.world, self.size)[:, self.rank]:
+        for dealt in rounds:
             before_each()
+            places, counted = order[dealt[self.rank]], dealt[self.rank] < count
             batch = texts.read(rows[places])
             logits_BC, _ = self.model(torch.from_numpy(batch.inputs_BS).to(self.device))
             labels_B = torch.from_numpy(batch.targets_BS).to(self.device)
             losses_B = torch.nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
             # In float32 all that is nearly sure would round to 1, and ``out_of_distribution`` could not rank it.
             best = logits_BC.double().softmax(dim=-1).max(dim=-1)
-            mine = places >= 0
             energies_B = logits_BC.double().logsumexp(dim=-1)
             told = torch.stack([losses_B.double(), best.indices.double(), best.values, energies_B])
-            found[:, places[mine]] = told[:, mine]
+            found[:, places[counted]] = told[:, counted]
         losses_T, predictions_T, *sure = self.total(found).cpu().numpy()
         return ClassScore(float(losses_T.mean()), texts.labels[rows], predictions_T.astype(int), *sure)
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -39,7 +40,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     what = "run folder, checkpoint of any layout, portable, Hugging Face or Megatron folder"
     add("checkpoint", metavar="CHECKPOINT", help=what)
     what = "text, prepared prefixes, images, or a published folder of damaged ones (default: the run's own data)"
-    add("--data", nargs="+", metavar="PATH", help=what)
+    add("--data", nargs="+", action="extend", metavar="PATH", help=what)
     add(
         "--split",
         default="auto",
@@ -60,14 +61,21 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--corruptions", choices=("all",), help="every kind at its own rate")
     told = "texts of other domains, each scored by itself; their rise is over the data"
-    add("--shift", nargs="+", default=[], metavar="PATH", help=told)
+    add("--shift", nargs="+", action="extend", default=[], metavar="PATH", help=told)
     told = "of images: give errors in percent of those in this file, which --json wrote for another model (mCE)"
     add("--relative_to", metavar="FILE", help=told)
     told = "of images: tell the model's from others, a file or folder of images or noise (AUROC, AUPR)"
-    add("--ood", nargs="+", default=[], metavar="PATH", help=told)
-    add("--attacks", nargs="+", default=[], metavar="NAME", help="of images: fgsm, pgd20, spsa20 (docs/vision.md)")
+    add("--ood", nargs="+", action="extend", default=[], metavar="PATH", help=told)
+    add(
+        "--attacks",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="of images: fgsm, pgd20, spsa20 (docs/vision.md)",
+    )
     told = "of attacks: largest change of a value, in 255ths (default: 1 and 2)"
-    add("--eps", nargs="+", type=float, metavar="N", help=told)
+    add("--eps", nargs="+", action="extend", type=float, metavar="N", help=told)
     add("--seeds", type=int, default=3, metavar="N", help="draws of each damage (default 3)")
     add("--json", metavar="FILE", help="write every figure there")
     add("--precision", choices=("bf16", "fp32"), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
@@ -295,7 +303,8 @@ def _score_images(args: argparse.Namespace, loaded: LoadedModel, place: Place, c
         images = images.evenly(max(1, args.max_tokens // images.patches))
     damaged = _damaged(args, images, published)
     if reference is not None:
-        reference.check([(each.kind, each.severity) for each in damaged], len(images), bool(published))
+        counts = Counter(images.classes[label] for label in images.labels)
+        reference.check([(each.kind, each.severity) for each in damaged], counts, bool(published))
     # Opened before anything is scored: what is refused is refused at once, not after the clean images.
     others = [open_others(loaded, name, len(images)) for name in args.ood]
     started = time.monotonic()

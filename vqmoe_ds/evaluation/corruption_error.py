@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqmoe_ds.data.image_published import EXTRA
-from vqmoe_ds.runtime.errors import DataError, one_line
+from vqmoe_ds.runtime.errors import DataError, one_line, shown
 from vqmoe_ds.runtime.files import read_small
 
 
@@ -19,18 +19,22 @@ class Reference:
     Attributes:
         errors: share of wrong answers by kind and severity.
         clean: that of the clean images.
-        images: number of clean images.
+        images: number of clean images by class.
         published: whether the damage is a published folder's.
     """
 
     file: str
     errors: Mapping[tuple[str, int], float]
     clean: float
-    images: int
+    images: Mapping[str, int]
     published: bool
 
-    def check(self, asked: Iterable[tuple[str, int]], images: int, published: bool) -> None:
+    def check(self, asked: Iterable[tuple[str, int]], images: Mapping[str, int], published: bool) -> None:
         """Refuse scores of other images or of other damage.
+
+        Args:
+            asked: kinds and severities that are scored now.
+            images, published: as the attributes.
 
         Raises:
             DataError: they are.
@@ -40,11 +44,18 @@ class Reference:
             raise DataError(
                 f"--relative_to {self.file} has no scores of {missing[0]}; evaluate that model on the same damage"
             )
-        if (self.images, self.published) != (images, published):
+        theirs, ours = (sum(counts.values()) for counts in (self.images, images))
+        if (theirs, self.published) != (ours, published):
             kinds = {True: "published damage", False: "damage made here"}
             raise DataError(
-                f"--relative_to {self.file} is of {self.images:,} images and {kinds[self.published]}, and this is of "
-                f"{images:,} and {kinds[published]}; evaluate both models on the same"
+                f"--relative_to {self.file} is of {theirs:,} images and {kinds[self.published]}, and this is of "
+                f"{ours:,} and {kinds[published]}; evaluate both models on the same"
+            )
+        odd = sorted(name for name in {*self.images, *images} if self.images.get(name, 0) != images.get(name, 0))
+        if odd:
+            raise DataError(
+                f"--relative_to {self.file} has {self.images.get(odd[0], 0):,} images of {shown(odd[0])}, and this has "
+                f"{images.get(odd[0], 0):,}; evaluate both models on the same"
             )
 
     def corruption_errors(self, clean: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,9 +102,13 @@ def read_reference(file: str) -> Reference:
     """
     try:
         scores = json.loads(read_small(file))
-        errors = {(str(row["kind"]), int(row["severity"])): 1 - float(row["accuracy"]) for row in scores["corrupted"]}
-        clean, published = scores["clean"], scores["setting"].get("damage") == "published"
-        reference = Reference(file, errors, 1 - float(clean["accuracy"]), int(clean["images"]), published)
+        rows, clean = scores["corrupted"], scores["clean"]
+        errors = {(str(row["kind"]), _count(row["severity"])): _error(row["accuracy"]) for row in rows}
+        if len(errors) < len(rows):
+            raise ValueError("it has two scores of one kind and severity")
+        images = {name: _count(each["images"]) for name, each in clean["by_class"].items()}
+        published = scores["setting"].get("damage") == "published"
+        reference = Reference(file, errors, _error(clean["accuracy"]), images, published)
     # The user names the file, so it may be JSON of any shape and depth.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or one_line(f"{type(error).__name__}: {error}", 200)
@@ -103,6 +118,19 @@ def read_reference(file: str) -> Reference:
     if not errors:
         raise DataError(f"--relative_to {file} has no scores of damaged images; evaluate that model on the same damage")
     return reference
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} is no number of images or severity")
+    return value
+
+
+def _error(accuracy: Any) -> float:
+    # By type, for True is an instance of int.
+    if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+        raise ValueError(f"{shown(accuracy)} is no share of right answers")
+    return 1 - float(accuracy)
 
 
 def relative_lines(relative: Mapping[str, Any]) -> list[str]:

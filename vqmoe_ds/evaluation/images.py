@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from vqmoe_ds.checkpoint.load_model import LoadedModel
 from vqmoe_ds.data.image_published import EXTRA, PublishedSplit, are_images, find_published
-from vqmoe_ds.data.image_splits import Wanted
+from vqmoe_ds.data.image_splits import ImageFiles, Wanted
 from vqmoe_ds.data.images import DecodedWhenRead, ImageSet, open_images
 from vqmoe_ds.evaluation.attacks import ATTACKS, attack
 from vqmoe_ds.evaluation.classification import ClassScore, Scoring, judge
@@ -41,7 +42,8 @@ class ImageEvaluation:
         setting: data and split.
         clean: images, loss in nats, accuracy, macro-F1, scores by class, and the confusion matrix ``[C, C]`` (true by
             predicted class).
-        corrupted: for each kind and severity of damage group, loss, accuracy, and its drop from the clean images.
+        corrupted: for each kind and severity of damage group, images, loss, accuracy, and its drop from the clean
+            images.
         relative: ``corruption_errors`` of another model's; empty unless asked for.
         attacked: the same for each attack and its ``eps``, the largest change of a value, in 255ths.
         out_of_distribution: of each other set its name, number of images and changes, and ``told_apart``.
@@ -58,10 +60,13 @@ class ImageEvaluation:
     def lines(self) -> list[str]:
         """Figures for the user."""
         clean, model = self.clean, self.model
-        worst, score = min(clean["by_class"].items(), key=lambda entry: entry[1]["recall"])
+        there = {name: score for name, score in clean["by_class"].items() if score["images"]}
+        worst, score = min(there.items(), key=lambda entry: entry[1]["recall"])
+        absent = len(clean["by_class"]) - len(there)
         return [
             f"{model['checkpoint']}, step {model['step']}: {model['router']}, {model['experts']} experts",
-            f"{clean['images']:,} images of {self.setting['images']}, {len(clean['by_class'])} classes",
+            f"{clean['images']:,} images of {self.setting['images']}, {len(clean['by_class'])} classes"
+            + (f", {absent} of them without images, whose F1 counts as 0" if absent else ""),
             f"accuracy {clean['accuracy']:.2%}, loss {clean['loss']:.4f} nats, macro-F1 {clean['macro_f1']:.4f}; "
             f"the hardest class is {worst}, of which {score['recall']:.2%} are found",
             *self._damage(),
@@ -85,7 +90,15 @@ class ImageEvaluation:
                 drops.setdefault(group, []).append(drop)
             found = "  ".join(f"{row['severity']}: {row['accuracy']:.2%}" for row in rows)
             lines.append(f"{kind:<18} {found}  mean drop {drop:.2%}")
-        return lines + [f"{group:<18} mean drop {sum(some) / len(some):.2%}" for group, some in drops.items()]
+        lines += [f"{group:<18} mean drop {sum(some) / len(some):.2%}" for group, some in drops.items()]
+        others = sorted({row["images"] for row in self.corrupted} - {self.clean["images"]})
+        if others:
+            numbers = " or ".join(f"{number:,}" for number in others)
+            lines.append(
+                f"{numbers} damaged images of some kinds, and {self.clean['images']:,} clean ones: a drop there is "
+                "between different images"
+            )
+        return lines
 
 
 def refuse_images(loaded: LoadedModel, data: Sequence[str]) -> None:
@@ -120,14 +133,7 @@ def open_split(loaded: LoadedModel, data: Sequence[str] | None, split: str) -> t
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": data[0]})})
     found = open_images(config)
     files = found.files
-    # In the same order, too: a label is the number of a logit.
-    if files.classes != config.data.classes:
-        odd = sorted(set(files.classes) ^ set(config.data.classes))
-        which = f"{odd[0]!r} is only on one side" if odd else "they are in another order"
-        raise DataError(
-            f"images {files.name} are of other classes than {loaded.path} knows ({which}); give images of these, all "
-            "of them"
-        )
+    check_classes(files, config.data.classes, loaded.path)
     train, test = (part and DecodedWhenRead(part, found.wanted) for part in (files.train, files.test))
     training, held = found.sets(config.model.sequence_length, train, test)
     if files.test is not None:
@@ -138,6 +144,21 @@ def open_split(loaded: LoadedModel, data: Sequence[str] | None, split: str) -> t
         # With what training holds out.
         return replace(training, rows=np.arange(len(training.labels_N))), files.name
     return held, f"the held-out share of {files.name}"
+
+
+def check_classes(files: ImageFiles, known: tuple[str, ...], model: str | Path) -> None:
+    """Refuse images of other classes than the model of that name knows.
+
+    Raises:
+        DataError: they are.
+    """
+    # In the same order, too: a label is the number of a logit.
+    if files.classes != known:
+        odd = sorted(set(files.classes) ^ set(known))
+        which = f"{odd[0]!r} is only on one side" if odd else "they are in another order"
+        raise DataError(
+            f"images {files.name} are of other classes than {model} knows ({which}); give images of these, all of them"
+        )
 
 
 class DamagedSet(NamedTuple):
@@ -223,8 +244,9 @@ def evaluate_images(
     result = ImageEvaluation(about_model(loaded), {"images": name}, _clean(score, images.classes))
 
     def figures(part: ImageSet, what: str) -> dict[str, float]:
-        found = scored(part, what)
-        return {"loss": found.loss, "accuracy": found.accuracy, "drop": score.accuracy - found.accuracy}
+        found, images = scored(part, what), len(part)
+        drop = score.accuracy - found.accuracy
+        return {"images": images, "loss": found.loss, "accuracy": found.accuracy, "drop": drop}
 
     for kind, severity, group, opened in damaged:
         found = figures(opened(), f"{kind} {severity}")
