@@ -38,6 +38,7 @@ from vqmoe_ds.config.load import LoadedConfig, load_config
 from vqmoe_ds.data.batches import Batch, Batches
 from vqmoe_ds.data.images import ImageSet, open_images
 from vqmoe_ds.evaluation.classification import classify
+from vqmoe_ds.evaluation.images import check_classes
 from vqmoe_ds.evaluation.perplexity import bits_per_byte, validate
 from vqmoe_ds.evaluation.plots import pyplot, save
 from vqmoe_ds.evaluation.routing import RoutingHealth
@@ -182,7 +183,10 @@ def _prepare_images(
     for setting in settings:
         name, given[name] = setting.split("=", 1)
     loaded = load_config(base=reader.config, overrides={name: yaml.safe_load(text) for name, text in given.items()})
-    return loaded, [open_images(_with_data(loaded.config, domain)) for domain in domains]
+    images = [open_images(_with_data(loaded.config, domain)) for domain in domains]
+    for each in images:
+        check_classes(each.files, loaded.config.data.classes, reader.path)
+    return loaded, images
 
 
 def _with_data(run_config: Any, domain: str) -> Any:

@@ -12,6 +12,7 @@ import yaml
 from tests.images import write_folder
 from vqmoe_ds.experiments.compare import build_parser, main
 from vqmoe_ds.experiments.grid import read_grid, runs_of
+from vqmoe_ds.experiments.measures import damaged_images
 from vqmoe_ds.experiments.runs import State, jobs_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,7 @@ def test_runs_that_were_scored_in_another_way_are_scored_again(grid, tmp_path):
         ({"corrupt": ["word_swap"]}, "entry top-2 of the grid, corpus squares: --corrupt 'word_swap' damages no image"),
         ({"attacks": ["deepfool"]}, "entry top-2 of the grid, corpus squares: --attacks 'deepfool' is none"),
         ({"shift": ["README.md"]}, "evaluate: shift is for text, and this model classifies images; leave it out"),
+        ({"stride": 16}, "evaluate: stride is for text, and this model classifies images; leave it out"),
     ],
 )
 def test_damage_that_images_cannot_take_is_one_sentence(grid, tmp_path, capsys, evaluate, sentence):
@@ -95,3 +97,11 @@ def test_damage_that_images_cannot_take_is_one_sentence(grid, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kind_at_more_severities_weighs_no_more_than_another(tmp_path):
+    found = [("fog", 3, 0.5), *(("contrast", severity, 0.9) for severity in range(1, 6))]
+    rows = [{"group": "weather", "kind": kind, "severity": level, "accuracy": share} for kind, level, share in found]
+    scores = {"clean": {"accuracy": 1.0}, "corrupted": rows, "attacked": []}
+    (tmp_path / "evaluation.json").write_text(json.dumps(scores))
+    assert damaged_images(tmp_path)["all damage"] == pytest.approx(30), "the mean of 50 and 10 % wrong"

@@ -20,6 +20,8 @@ from vqmoe_ds.checkpoint import convert, inspect
 from vqmoe_ds.checkpoint.load_model import load_model
 from vqmoe_ds.evaluation.images import open_split
 from vqmoe_ds.evaluation.out_of_distribution import open_others
+from vqmoe_ds.finetune.predict import load_classifier
+from vqmoe_ds.runtime.errors import CheckpointError
 
 EVALUATE = [sys.executable, str(ROOT / "launchers/evaluate.py")]
 FINETUNE = [sys.executable, str(ROOT / "launchers/finetune.py")]
@@ -229,6 +231,8 @@ def test_a_checkpoint_of_images_is_inspected_and_moved_but_not_exported(finished
         words = [run_dir, str(tmp_path / kind), "--to", kind]
         return convert.main(convert.build_parser("").parse_args(words))
 
+    with pytest.raises(CheckpointError, match="classifying texts needs a model of text, and .* classifies images"):
+        load_classifier(run_dir)
     assert inspect.inspect(run_dir)["model"] == "a classifier of images in 3 classes (left, middle, right)"
     assert converted("portable") == 0
     assert [converted(kind) for kind in ("hf", "megatron", "native")] == [2, 2, 2]

@@ -62,6 +62,7 @@ def test_a_run_on_words_is_told_what_suits_them(tmp_path, vocab_size, overrides,
     [
         (8192, CHECKSUM, {"model__vocab_size": 8191}, "model.vocab_size=8191 is too small for the 8192 ids"),
         (3, None, IMAGES, "model.vocab_size=2 is too small for the 3 classes of the images; leave it out"),
+        (1, None, IMAGES, "model.vocab_size=2 is too large for the 1 classes of the images; leave it out"),
         (None, "unknown", {"data__path": "corpora/x"}, "tokenizer of corpora/x is unknown"),
         (8192, CHECKSUM, {"data__tokenizer_sha256": "ff"}, f"sha256=ff is not that of the data, which is {CHECKSUM}"),
         (256, None, {"data__tokenizer_sha256": CHECKSUM}, "is not that of the data, which is raw bytes"),

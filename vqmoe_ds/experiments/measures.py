@@ -128,10 +128,13 @@ def damaged_images(folder: Path) -> dict[str, float]:
     if not file.exists():
         return {}
     recorded, accuracies = read_json(file), dict[str, list[float]]()
-    clean = _error(recorded["clean"]["accuracy"])
+    clean, by_kind = _error(recorded["clean"]["accuracy"]), dict[tuple[str, str], list[float]]()
     for row in recorded["corrupted"]:
-        for name in (row["group"], "all damage"):
-            accuracies.setdefault(name, []).append(row["accuracy"])
+        by_kind.setdefault((row["group"], row["kind"]), []).append(number(row["accuracy"]))
+    # Severities first: a kind that was scored at more of them weighs no more.
+    for (group, _), some in by_kind.items():
+        for name in (group, "all damage"):
+            accuracies.setdefault(name, []).append(float(np.mean(some)))
     for row in recorded["attacked"]:
         accuracies[f"{row['attack']} {row['eps']:g}/255"] = [row["accuracy"]]
     errors = {name: _error(float(np.mean([number(value) for value in some]))) for name, some in accuracies.items()}

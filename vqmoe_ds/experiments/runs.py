@@ -178,8 +178,9 @@ def _to_score(wanted: Evaluation, config: RunConfig) -> set[tuple[Any, ...]]:
     """
     asked: set[tuple[Any, ...]] = {("max_tokens", wanted.max_tokens)}
     if config.model.image_size:
-        if wanted.shift:
-            raise ConfigError("evaluate: shift is for text, and this model classifies images; leave it out")
+        for name, left_out in (("shift", []), ("stride", None)):
+            if getattr(wanted, name) != left_out:
+                raise ConfigError(f"evaluate: {name} is for text, and this model classifies images; leave it out")
         check_attacks(wanted.attacks, wanted.eps)
         specs = [kind for spec in wanted.corrupt for kind in (KINDS_OF_IMAGES if spec == "all" else (spec,))]
         asked |= {(name, eps) for name in wanted.attacks for eps in wanted.eps}

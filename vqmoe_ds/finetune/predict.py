@@ -36,7 +36,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="run folder of a fine-tuning (its best validation), or a checkpoint")
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--text", nargs="+", metavar="TEXT", help="texts to classify")
+    texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts to classify")
     texts.add_argument("--file", metavar="FILE", help="JSONL, a text in each row; -: standard input")
     add(
         "--text_key",
@@ -80,8 +80,10 @@ def load_classifier(path: str | Path, tokenizer: str | None = None) -> tuple[Cla
 def _build(reader: CheckpointReader, tokenizer: str | None) -> tuple[Classifier, Tokenizer]:
     from vqmoe_ds.checkpoint.formats.huggingface.folder import run_config
     from vqmoe_ds.checkpoint.load_model import build_model, require_tokenizer
+    from vqmoe_ds.checkpoint.reader import require_text
     from vqmoe_ds.models.classifier import Classifier
 
+    require_text(reader, "classifying texts")
     config = run_config(reader.config, reader.path)
     found = require_tokenizer(reader, config, tokenizer)
     if not config.finetune.classes:

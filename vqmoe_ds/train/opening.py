@@ -28,8 +28,8 @@ from vqmoe_ds.train.profiling import Profile
 from vqmoe_ds.train.schedule import continued, learning_rate, misfits
 
 _MAY_CHANGE = {
-    "train": ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip", "seed"),
-    "data": ("separate_documents",),
+    "train": ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip", "label_smoothing", "seed"),
+    "data": ("separate_documents", "augment", "mixup", "cutmix"),
 }
 """Fields by section that a resumed run takes as they are now, and names where they changed."""
 

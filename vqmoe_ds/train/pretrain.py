@@ -162,7 +162,7 @@ def fit_to_tokenizer(
 ) -> EngineConfig:
     """The configuration with the vocabulary and the tokenizer's checksum of the data.
 
-    The vocabulary is not padded: ids that never occur would cost time in every product of the head. A larger
+    The vocabulary is not padded: ids that never occur would cost time in every product of the head. Of text a larger
     ``model.vocab_size`` may be set.
 
     Args:
@@ -175,10 +175,13 @@ def fit_to_tokenizer(
     """
     model, data = config.run.model, config.run.data
     if "model.vocab_size" in explicit:
-        if vocab_size is not None and model.vocab_size < vocab_size:
+        more = model.vocab_size - (model.vocab_size if vocab_size is None else vocab_size)
+        # Of a classifier it is the number of classes: a class more would have no name.
+        if more < 0 or (more and model.image_size):
+            size = "small" if more < 0 else "large"
             ids = "classes of the images" if model.image_size else "ids of the data's tokenizer"
             raise ConfigError(
-                f"model.vocab_size={model.vocab_size} is too small for the {vocab_size} {ids}; leave it out, and it "
+                f"model.vocab_size={model.vocab_size} is too {size} for the {vocab_size} {ids}; leave it out, and it "
                 "follows the data"
             )
     elif vocab_size is None:
