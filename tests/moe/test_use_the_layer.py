@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import RankFailure, _free_port, run_ranks
 from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync, clip_gradients, sync_gradients
+from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/use-the-layer.md").read_text("utf-8")
 PROGRAMS = dict(re.findall(r'^```python title="(\w+)\.py"\n(.*?)^```', PAGE, re.S | re.M))
@@ -154,6 +155,50 @@ def _norms_of_mixed_layers(rank: int, world: int) -> tuple[float, float]:
 def test_layers_of_other_layouts_count_once_in_the_norm() -> None:
     for norm, wanted in run_ranks(2, _norms_of_mixed_layers):
         assert norm == pytest.approx(wanted)
+
+
+CLIP = 0.05
+MOE = MoEConfig(router="topk", num_experts=4, expert_hidden=8, top_k=2)
+
+
+def _batch(step: int, rank: int) -> Tensor:
+    return torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def _engine_of_own(rank: int, world: int, more: dict[str, Any]) -> tuple[dict[str, Tensor], float]:
+    """Weights and the last norm of a loop of one's own on an engine at stage 0, two ranks sharing the experts."""
+    torch.manual_seed(0)
+    layer = DeepSpeedMoELayer(LayerConfig(12, MOE, ep_size=2, ep_rank=rank))
+    optimizer = {"type": "SGD", "params": {"lr": 1.0}}
+    json = {"train_batch_size": 4, "optimizer": optimizer, "gradient_clipping": CLIP, **more}
+    engine = deepspeed.initialize(model=layer, config=json)[0]
+    for step in range(4):
+        y_BSD, aux_loss, _ = engine(_batch(step, rank).to(next(layer.parameters()).dtype))
+        engine.backward(y_BSD.float().square().mean() + aux_loss)
+        engine.step()
+    return {name: p.detach().float() for name, p in layer.named_parameters()}, float(engine.get_global_grad_norm())
+
+
+@pytest.mark.parametrize(("more", "apart"), [({}, 1e-6), ({"bf16": {"enabled": True}}, 4e-3)])
+def test_an_engine_at_stage_0_clips_by_the_norm_of_one_process(more: dict[str, Any], apart: float) -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(LayerConfig(12, MOE))
+    if more:
+        layer.bfloat16().float()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    for step in range(4):
+        for rank in range(2):
+            y_BSD, aux_loss, _ = layer(_batch(step, rank))
+            ((y_BSD.square().mean() + aux_loss) / 2).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(layer.parameters(), CLIP))
+        assert norm > CLIP
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank, (weights, got) in enumerate(run_ranks(2, _engine_of_own, more)):
+        assert got == pytest.approx(norm, rel=max(1e-5, 10 * apart if more else 0))
+        for name, weight in layer.named_parameters():
+            wanted = weight.chunk(2)[rank] if name.startswith("experts.") else weight
+            assert (weights[name] - wanted).abs().max() < apart, name
 
 
 def _forgotten_replicas(rank: int, world: int) -> None:

@@ -25,6 +25,7 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from vqmoe_ds.moe.config import LayerConfig
@@ -104,7 +105,8 @@ def clip_over_all_experts(engine: Any) -> None:
 
     DeepSpeed 0.19.8 averages the norms of the ranks in float32, although each rank holds its own experts only, so the
     limit that acts depends on the layout (its issue #8475); in 16 bits it leaves experts out of the norm. Stages 1 to 3
-    are right by themselves.
+    are right by themselves. An engine does it by itself where its model has a ``DeepSpeedMoELayer`` and DeepSpeed's
+    norm would be wrong; doing it twice is doing it once.
     """
 
     def clip() -> None:
@@ -114,12 +116,28 @@ def clip_over_all_experts(engine: Any) -> None:
     engine.clip_fp32_gradients = clip
     optimizer = engine.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
-        unscale = optimizer.unscale_and_clip_grads
+        unscale = type(optimizer).unscale_and_clip_grads
 
         def unscale_and_clip(norm: Any, *args: Any, **options: Any) -> Any:
             # Of scaled gradients, like the norm that it replaces. The engine copies it from the optimizer after the
             # step.
             optimizer._global_grad_norm = gradient_norm(engine.module)[0]
-            return unscale(optimizer._global_grad_norm, *args, **options)
+            return unscale(optimizer, optimizer._global_grad_norm, *args, **options)
 
         optimizer.unscale_and_clip_grads = unscale_and_clip
+
+
+_configure_optimizer = DeepSpeedEngine._configure_optimizer
+
+
+def _configure_optimizer_and_clipping(engine: Any, *args: Any, **options: Any) -> None:
+    _configure_optimizer(engine, *args, **options)
+    layers = [module for module in engine.module.modules() if isinstance(module, DeepSpeedMoELayer)]
+    wrong = isinstance(engine.optimizer, FP16_UnfusedOptimizer) or any(layer.ep_size > 1 for layer in layers)
+    if layers and wrong and not engine.zero_optimization():
+        clip_over_all_experts(engine)
+
+
+# The engine tells the layer of its groups before it has an optimizer, and never who it is: no hook of the layer's could
+# do this, and a line that every loop had to add would be forgotten, for a wrong norm says nothing.
+DeepSpeedEngine._configure_optimizer = _configure_optimizer_and_clipping

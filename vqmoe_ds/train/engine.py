@@ -61,6 +61,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     engine.rate_shares = rate_shares(engine, config.run.train.learning_rate)
     spare_passes(engine)
     if config.zero_stage == 0:
+        # Of any model: DeepSpeed reports no norm of float32 gradients.
         clip_over_all_experts(engine)
         # Before a checkpoint is loaded, whose master weights and counts of steps this would overwrite.
         undo_empty_step(engine.optimizer)
