@@ -16,6 +16,7 @@ from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.routers.base import StatefulRouter
 from vqmoe_ds.moe.state_sync import StateSync, fingerprint
+from vqmoe_ds.runtime.errors import ConfigError
 
 WIDTH, EXPERTS, TOKENS, STEPS = 12, 4, 48, 50
 
@@ -182,6 +183,71 @@ def _one_all_reduce(rank: int, world: int) -> list[int]:
 
 def test_all_layers_share_one_all_reduce() -> None:
     assert run_ranks(2, _one_all_reduce) == [[1, 1, 1]] * 2
+
+
+# ------------------------------------------------------------- empty batches
+
+
+def _with_empty_batches(rank: int, world: int, rule: str) -> dict[str, Any]:
+    """Of two micro-batches per step, the second is often empty; in steps 0 and 20 both are."""
+    accumulation = 2 // world
+    bank = CodebookBank(_config(rule), 2, EXPERTS, WIDTH, seed=5)
+    sync, original = StateSync(bank, accumulation), bank.reseed
+    moved: list[int] = []
+    bank.reseed = lambda dead_LK, candidates: (moved.append(int(dead_LK.sum())), original(dead_LK, candidates))
+    identical = True
+    for step in range(30):
+        for micro in range(accumulation):
+            number = micro * world + rank
+            empty = step % 20 == 0 or (number == 1 and step != 21)
+            _observe(bank, _micro_batch(step, number)[: 0 if empty else None])
+        sync.step()
+        identical &= world == 1 or _identical(bank)
+    state = {name: buffer.clone() for name, buffer in bank.named_buffers()}
+    return {"identical": identical, "moved": moved, "state": state}
+
+
+@pytest.mark.parametrize("rule", ["ema", "cosine, balanced", "overused split"])
+def test_empty_batches_give_no_samples_and_stop_nobody(rule: str) -> None:
+    alone = _with_empty_batches(0, 1, rule)
+    assert alone["state"]["updates"] == 29, "the first step placed nothing and does not count"
+    assert any(alone["moved"])
+    assert rule != "ema" or 0 in alone["moved"], "no empty batch's turn came while codes were dead"
+    for found in run_ranks(2, _with_empty_batches, rule):
+        assert found["identical"] and found["moved"] == alone["moved"]
+        for name, wanted in alone["state"].items():
+            assert torch.allclose(found["state"][name].double(), wanted.double(), atol=1e-5), name
+
+
+def _only_rank_0_has_tokens(rank: int, world: int) -> Tensor:
+    bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5)
+    _observe(bank, _micro_batch(0, 0)[: None if rank == 0 else 0])
+    StateSync(bank).step()
+    return bank.codes_LKC
+
+
+def test_codes_are_placed_on_the_samples_that_there_are() -> None:
+    book = _config("ema").model_copy(update={"kmeans_samples": 48})  # the share of one of two ranks
+    alone = CodebookBank(book, 2, EXPERTS, WIDTH, seed=5)
+    _observe(alone, _micro_batch(0, 0))
+    StateSync(alone).step()
+    for codes_LKC in run_ranks(2, _only_rank_0_has_tokens):
+        assert torch.equal(codes_LKC, alone.codes_LKC)
+
+
+def _one_rank_ran_nothing(rank: int, world: int) -> str:
+    bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5)
+    if rank == 0:
+        _observe(bank, _micro_batch(0, 0))
+    with pytest.raises(ConfigError) as refusal:
+        StateSync(bank).step()
+    return str(refusal.value)
+
+
+def test_a_rank_without_a_micro_batch_is_refused_on_all_ranks() -> None:
+    others, own = run_ranks(2, _one_rank_ran_nothing)
+    assert "another rank has seen no tokens in one of accumulation_steps=1 micro-batches" in others
+    assert "layer 0 has seen no tokens in micro-batch 0" in own
 
 
 def _unlike_processors(rank: int, world: int) -> tuple[bool, Tensor]:

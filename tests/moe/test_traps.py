@@ -126,6 +126,20 @@ def test_too_few_micro_batches_are_refused_where_codes_are_placed(micro_batches:
     assert f"no tokens in micro-batch {micro_batches}" in text and f"accumulation_steps={accumulation}" in text
 
 
+@pytest.mark.parametrize("empty", [[True], [True, False], [False, True], [True, True]])
+def test_empty_batches_place_codes_on_the_others_or_later(empty: list[bool]) -> None:
+    layer = _layer("vq")
+    sync, book = StateSync(layer, len(empty)), layer.router.own_codebook
+    for none in empty:
+        _call(layer, torch.randn(2, 0 if none else TOKENS, WIDTH))
+    sync.step()
+    assert book.initialized is not all(empty)
+    for _ in empty:
+        _call(layer)
+    sync.step()
+    assert book.initialized
+
+
 # ------------------------------------------------------------------- inputs
 
 

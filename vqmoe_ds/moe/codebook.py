@@ -222,23 +222,31 @@ class CodebookBank(SteppedState):
         layers, codes, width = self.codes_LKC.shape
         return torch.zeros(layers, codes, width + 1, dtype=torch.float64, device=self.codes_LKC.device)
 
+    def has_tokens(self, micro_batch: int) -> bool:
+        """Whether a micro-batch of this optimizer step had tokens: an empty batch has none.
+
+        Raises:
+            ConfigError: there was no such micro-batch, or it had tokens for some layers alone.
+        """
+        counts = [len(samples[micro_batch]) if micro_batch < len(samples) else -1 for samples in self._samples]
+        if any(counts) and min(counts) <= 0:
+            raise ConfigError(
+                f"the codebook of layer {counts.index(min(counts))} has seen no tokens in micro-batch {micro_batch} of "
+                f"this optimizer step, but accumulation_steps={self.accumulation_steps}: call StateSync.step() once "
+                "after every optimizer.step(), with StateSync(model, accumulation_steps) made before the first forward "
+                "pass and as many micro-batches in training on every rank"
+            )
+        return any(counts)
+
     def samples(self, micro_batch: int, count: int) -> Tensor:
         """``count`` evenly spaced vectors of one micro-batch for every layer, float32 ``[L, count, C]``.
 
-        Where ranks share sequences they are of whole ones, and zero where another rank holds them.
-
-        Raises:
-            ConfigError: there was no such micro-batch, or it had no tokens.
+        Where ranks share sequences they are of whole ones, and zero where another rank holds them. All are zero where
+        it had no tokens (``has_tokens``).
         """
+        if not self.has_tokens(micro_batch):
+            return self.codes_LKC.new_zeros(self.num_layers, count, self.codes_LKC.shape[2])
         # Evenly spaced instead of drawn: there is no generator to keep in step over ranks and resumes.
-        for layer, samples in enumerate(self._samples):
-            if micro_batch >= len(samples) or not len(samples[micro_batch]):
-                raise ConfigError(
-                    f"the codebook of layer {layer} has seen no tokens in micro-batch {micro_batch} of this optimizer "
-                    f"step, but accumulation_steps={self.accumulation_steps}: call StateSync.step() once after every "
-                    "optimizer.step(), with StateSync(model, accumulation_steps) made before the first forward pass "
-                    "and as many micro-batches in training on every rank"
-                )
         # Exactly `count`, some repeated where there are fewer: ranks gather and broadcast tensors of one shape.
         return torch.stack([_evenly(layer_samples[micro_batch], count) for layer_samples in self._samples])
 

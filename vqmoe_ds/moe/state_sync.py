@@ -84,7 +84,7 @@ class StateSync:
         """All-reduce the statistics, and let every router and codebook learn from them.
 
         Raises:
-            ConfigError: codes are to be placed, and this rank ran fewer micro-batches than ``accumulation_steps``.
+            ConfigError: codes are to be placed, and a rank ran fewer micro-batches than ``accumulation_steps``.
         """
         if not self._states:
             return
@@ -156,9 +156,12 @@ class _Codebooks:
             bank.count(total[..., -1])
         elif bank.initialization_due:
             bank.pending.copy_(total)  # the counts of all ranks, which it reads
-            initialize_codes(bank, self._all_samples(), self._my_layers())
-            self._broadcast_layers()
-            bank.count(total[..., -1])
+            samples_LSC = self._all_samples()
+            # A step without tokens on any rank does not count: codes would freeze at `freeze_step` unplaced.
+            if samples_LSC is not None:
+                initialize_codes(bank, samples_LSC, self._my_layers())
+                self._broadcast_layers()
+                bank.count(total[..., -1])
         else:
             # Asked before the update, which counts the step.
             splitting_due, reseeding_due = bank.splitting_due, bank.reseeding_due
@@ -178,16 +181,19 @@ class _Codebooks:
         seen = [bank.overused_codes().any().long()] if splitting_due else []
         seen.append(bank.dead_codes().sum(dim=1).max())
         *overused, most_dead = torch.stack(seen).tolist()  # the one copy to the host
-        if any(overused):
-            split_overused_codes(bank, self._all_samples(), self._my_layers())
+        samples_LSC = self._all_samples() if any(overused) else None
+        if samples_LSC is not None:
+            split_overused_codes(bank, samples_LSC, self._my_layers())
             self._broadcast_layers()
             # Counts have moved with the split codes, so others are dead than before.
             most_dead = int(bank.dead_codes().sum(dim=1).max())
         if reseeding_due and most_dead:
-            bank.reseed(bank.dead_codes(), self._candidates(most_dead))
+            candidates_LSC, filled = self._candidates(most_dead)
+            bank.reseed(bank.dead_codes() & filled.bool(), candidates_LSC)
 
-    def _candidates(self, count: int) -> Tensor:
-        """New places for dead codes, float32 ``[L, count, C]``: from one micro-batch, another at every step."""
+    def _candidates(self, count: int) -> tuple[Tensor, Tensor]:
+        """New places for dead codes, float32 ``[L, count, C]``: from one micro-batch, another at every step; and 1, or
+        0 where it had no tokens to give: a scalar on the device, for which the host does not wait."""
         bank = self.bank
         # Steps are equal on all ranks, so all agree on whose samples are taken, and join the same broadcast.
         readers = self.world // self.sharing
@@ -196,28 +202,61 @@ class _Codebooks:
         for rank in range(first, first + self.sharing):
             if self.rank == rank:
                 part_LSC = bank.samples(micro_batch // readers, count)
+                filled = part_LSC.new_full((), bank.has_tokens(micro_batch // readers))
             else:
                 part_LSC = bank.codes_LKC.new_empty(bank.num_layers, count, bank.codes_LKC.shape[2])
-            broadcast_all([part_LSC], self.group, rank)
+                filled = part_LSC.new_empty(())
+            broadcast_all([part_LSC, filled], self.group, rank)
             parts.append(part_LSC)
-        return reduce(torch.add, parts)  # each vector is zero in all but one
+        # Each vector is zero in all but one; ranks that share sequences have tokens of them together, or none.
+        return reduce(torch.add, parts), filled
 
-    def _all_samples(self) -> Tensor:
-        """This step's samples of all ranks, float32 ``[L, S, C]``."""
-        bank = self.bank
+    def _filled(self) -> list[int]:
+        """Numbers ``m * readers + reader`` of this step's micro-batches that had tokens, the same on every rank.
+
+        Raises:
+            ConfigError: on all ranks, where one of them ran fewer micro-batches than ``accumulation_steps``.
+        """
+        refusal, marks = None, []
+        for micro_batch in range(self.accumulation_steps):
+            try:
+                marks.append(int(self.bank.has_tokens(micro_batch)))
+            except ConfigError as error:  # raised once the others know: they would wait for this rank
+                refusal = refusal or error
+                marks.append(-1)
+        mine_A = torch.tensor(marks, device=self.bank.codes_LKC.device)
+        marks_AW = torch.stack(self._gathered(mine_A), dim=1).tolist()
+        if min(map(min, marks_AW)) < 0:
+            raise refusal or ConfigError(
+                "codes are to be placed in this optimizer step, and another rank has seen no tokens in one of "
+                f"accumulation_steps={self.accumulation_steps} micro-batches: run as many in training on every rank"
+            )
+        of_readers = [mark for marks_W in marks_AW for mark in marks_W[:: self.sharing]]
+        return [number for number, filled in enumerate(of_readers) if filled]
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        """A tensor of every rank."""
+        if self.world == 1:
+            return [mine]
+        gathered = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(gathered, mine, group=self.group)
+        return gathered
+
+    def _all_samples(self) -> Tensor | None:
+        """This step's samples of all ranks, float32 ``[L, S, C]``; None where no rank had tokens."""
+        bank, filled = self.bank, self._filled()
+        if not filled:
+            return None
         readers = self.world // self.sharing
         per_batch = -(-bank.config.kmeans_samples // (readers * self.accumulation_steps))
         mine_LASC = torch.stack([bank.samples(m, per_batch) for m in range(self.accumulation_steps)], dim=1)
-        gathered = [torch.empty_like(mine_LASC) for _ in range(self.world)]
-        if self.world > 1:
-            dist.all_gather(gathered, mine_LASC, group=self.group)
-        else:
-            gathered = [mine_LASC]
         # Global micro-batch order (m, rank), whatever the split.
-        all_LAWSC = torch.stack(gathered, dim=2)
+        all_LAWSC = torch.stack(self._gathered(mine_LASC), dim=2)
         if self.sharing > 1:
             all_LAWSC = all_LAWSC.unflatten(2, (readers, self.sharing)).sum(3)  # each vector is zero in all but one
-        return all_LAWSC.flatten(1, 3)
+        all_LMSC = all_LAWSC.flatten(1, 2)
+        # The zeros of empty batches are no samples.
+        return (all_LMSC if len(filled) == all_LMSC.shape[1] else all_LMSC[:, filled]).flatten(1, 2)
 
     def _my_layers(self) -> slice:
         """The layers whose codes this rank clusters: ranks share them out, for clustering on the host takes long."""
