@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,13 @@ def test_its_options_are_checked_and_listed(plugin: Path) -> None:
     assert layer(torch.randn(2, 3, 16))[2].shape == (6, 2)
 
 
-def test_it_trains_resumes_evaluates_and_generates_from_the_command_line(tmp_path: Path) -> None:
+TRAIN = ["launchers/pretrain.py", "--config", "small.yaml", "--data", "text.txt", "--run_dir", "run"]
+PLUG = ["--plugin", "my_router.py"]
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Callable[..., str]:
+    """Runs a command in a folder with the page's router, and returns what it printed."""
     (tmp_path / "my_router.py").write_text(_source(), encoding="utf-8")
     (tmp_path / "text.txt").write_text(" ".join(f"{i} words make {i * i % 97} stories." for i in range(900)))
     (tmp_path / "small.yaml").write_text(
@@ -77,23 +83,34 @@ def test_it_trains_resumes_evaluates_and_generates_from_the_command_line(tmp_pat
         "moe: {router: sigmoid, num_experts: 4, expert_hidden: 16, top_k: 2}\n"
         "train: {batch_size: 4, warmup_steps: 2}\nrun: {probe_tokens: 64, sample_tokens: 5}\n"
     )
-    train = ["launchers/pretrain.py", "--config", "small.yaml", "--data", "text.txt", "--run_dir", "run"]
-    plug = ["--plugin", "my_router.py"]
 
-    def ran(*words: str, code: int = 0, start: Any = warm.run) -> str:
+    def run(*words: str, code: int = 0, start: Any = warm.run) -> str:
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = start(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
-    ran(*train, *plug, "--train_steps", "3", start=subprocess.run)
-    assert "resumed from" in ran(*train, *plug, "--train_steps", "5")
-    assert "bits/byte" in ran("launchers/evaluate.py", "run", *plug)
-    assert "step 5" in ran("tools/inspect_checkpoint.py", "run", *plug)
-    assert "1" in ran("tools/generate.py", "run", "--prompt", "1 words", "--tokens", "4", *plug)
+    return run
+
+
+def test_it_trains_resumes_evaluates_and_generates_from_the_command_line(ran: Callable[..., str]) -> None:
+    ran(*TRAIN, *PLUG, "--train_steps", "3", start=subprocess.run)
+    assert "resumed from" in ran(*TRAIN, *PLUG, "--train_steps", "5")
+    assert "bits/byte" in ran("launchers/evaluate.py", "run", *PLUG)
+    assert "step 5" in ran("tools/inspect_checkpoint.py", "run", *PLUG)
+    assert "1" in ran("tools/generate.py", "run", "--prompt", "1 words", "--tokens", "4", *PLUG)
     without = ran("launchers/evaluate.py", "run", code=2)
     assert "moe.router='sigmoid' is unknown" in without and "--plugin" in without and "Traceback" not in without
+
+
+def test_a_weight_without_dimensions_is_named(ran: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "my_router.py"
+    gate = "        self.gate = "
+    file.write_text(file.read_text().replace(gate, f"        self.gain = nn.Parameter(torch.tensor(1.0))\n{gate}"))
+    refused = ran(*TRAIN, *PLUG, code=2)
+    assert re.search(r"error: the parameter \S+router\.gain has no dimensions, .*: give it shape \[1\]", refused)
+    assert "JSON" not in refused and "Traceback" not in refused
 
 
 def test_a_plug_in_whose_name_is_too_long_does_not_exist() -> None:

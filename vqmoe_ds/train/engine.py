@@ -9,7 +9,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqmoe_ds.config.deepspeed_json import EngineConfig
 from vqmoe_ds.config.refusals import check_by_deepspeed, refusals
@@ -32,7 +32,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     """Model, optimizer and DeepSpeed engine, with codebooks and routers made equal on all ranks.
 
     Raises:
-        ConfigError: DeepSpeed refuses its JSON, or the hardware cannot do what it asks.
+        ConfigError: DeepSpeed refuses its JSON or the model, or the hardware cannot do what it asks.
     """
     if config.precision == "fp16" and not uses_gpu():
         raise ConfigError(f"DeepSpeed config {json_path}: fp16 needs a GPU; use bf16 or neither on CPU")
@@ -43,6 +43,7 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     memory = expert_memory(config.run)
     layer_class = DeepSpeedMoELayer if memory is None else StoredDeepSpeedMoELayer
     model = build_model(config.run, config.ep_size, config.ep_rank(place.rank), layer_class)
+    refuse_scalars(model)
     if memory is not None:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model.expert_store = experts_in_file(model.moe_layers(), Path(config.run.run.run_dir), dtype, memory)
@@ -71,6 +72,19 @@ def build_session(config: EngineConfig, place: Place, json_path: str) -> Session
     # After the engine, which broadcasts parameters but not the buffers of codebooks and routers.
     sync.broadcast()
     return Session(config, place, engine, model, sync)
+
+
+def refuse_scalars(model: nn.Module) -> None:
+    """Refuse a weight without dimensions, as a router from outside may have, before DeepSpeed blames its JSON for it.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, param in model.named_parameters():
+        if param.dim() == 0:
+            raise ConfigError(
+                f"the parameter {name} has no dimensions, and DeepSpeed cannot broadcast it: give it shape [1]"
+            )
 
 
 def undo_empty_step(optimizer: Any) -> None:
