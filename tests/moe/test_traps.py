@@ -114,6 +114,40 @@ def test_a_second_step_without_tokens_warns_once(name: str) -> None:
     assert len(caught) == 1 and "no forward pass in training since the last call" in str(caught[0].message)
 
 
+@pytest.mark.parametrize("name", ["expert_bias", "online_kmeans"])
+def test_a_sync_of_a_model_that_is_not_the_trained_one_warns_once(name: str) -> None:
+    layer = _layer(name)
+    sync, twin = StateSync(layer), copy.deepcopy(layer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            _call(twin)
+            sync.step()
+    (warning,) = caught
+    assert "make it of the model that is trained, not of one that this is a copy of" in str(warning.message)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_steps_of_a_model_do_not_warn(name: str) -> None:
+    """Fresh and resumed, with a layer that is not used yet, after a skip, and in evaluation."""
+    model = nn.ModuleList([_layer(name), _layer("expert_bias", 1)])
+    resumed = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sync = StateSync(model)
+        _call(model[0])
+        sync.skip()
+        for _ in range(2):
+            _call(model[0])
+            sync.step()
+        _call(model[1])
+        resumed.load_state_dict(model.state_dict())
+        sync = StateSync(resumed)
+        _call(resumed[0])
+        sync.step()
+        StateSync(_layer("expert_bias").eval()).step()
+
+
 @pytest.mark.parametrize(("micro_batches", "accumulation"), [(0, 1), (1, 4)])
 def test_too_few_micro_batches_are_refused_where_codes_are_placed(micro_batches: int, accumulation: int) -> None:
     layer = _layer("vq")

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.placement import initialize_codes, placed, split_overused_codes
-from vqmoe_ds.moe.routers.base import StatefulRouter
+from vqmoe_ds.moe.routers.base import Router, StatefulRouter
 from vqmoe_ds.moe.state import warn_once
 from vqmoe_ds.runtime.errors import ConfigError
 
@@ -61,6 +61,7 @@ class StateSync:
                 self._states.append(_Router(module))
         for state in self._states:
             state.module.accumulation_steps = accumulation_steps
+        self._routers = [module for module in model.modules() if isinstance(module, Router)]
         self._sum = SumOverRanks(group)
 
     def broadcast(self) -> None:
@@ -93,12 +94,23 @@ class StateSync:
                 "StateSync.step() was called and this rank has run no forward pass in training since the last call: "
                 "call it once after every optimizer.step()"
             )
+        elif self._never_used():
+            warn_once(
+                "StateSync.step() was called, and no forward pass in training has ever gone through the routers of its "
+                "model on this rank: make it of the model that is trained, not of one that this is a copy of"
+            )
         self.start()
         # Before any state learns: what a codebook sends depends on whether its codes still move.
         shapes = [state.statistics().shape for state in self._states]
         parts = self._sum.finish().flatten().split([shape.numel() for shape in shapes])
         for state, shape, part in zip(self._states, shapes, parts, strict=True):
             state.learn(part.view(shape))
+
+    def _never_used(self) -> bool:
+        """Whether no router saw tokens in training although all could have."""
+        # One that ran is enough: others may be used later. In evaluation, or without routers, nothing can be told.
+        used = any(router.ran or not router.training for router in self._routers)
+        return bool(self._routers) and not used and not any(state.module.has_observed for state in self._states)
 
     def skip(self) -> None:
         """Drop the statistics of a step that the optimizer did not take, also where their all-reduce has begun."""

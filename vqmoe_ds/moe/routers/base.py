@@ -169,6 +169,9 @@ class Router(RouterFacts, nn.Module):
         config: of its layer.
     """
 
+    ran = False
+    """Whether there ever was a forward pass in training."""
+
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config, self.moe, self.options = config, config.moe, config.options
@@ -193,6 +196,8 @@ class Router(RouterFacts, nn.Module):
         Raises:
             ConfigError: the answer is none for these tokens, or the context knows the experts of others.
         """
+        if self.training:
+            self.ran = True
         context = context or RoutingContext()
         known_TR = context.expert_ids_TR
         if known_TR is not None and not _are_ids(known_TR, len(x_TD)):
