@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -487,3 +488,60 @@ def test_configurations_that_make_no_layer_are_refused() -> None:
     config = LayerConfig(WIDTH, MoEConfig(router="vq", num_experts=EXPERTS, expert_hidden=8), shared_codebook=True)
     with pytest.raises(ValueError, match="the codebooks are for 5 experts, and the layer has 4"):
         MoELayer(config)(torch.randn(TOKENS, WIDTH), RoutingContext(codebooks=bank))
+
+
+@pytest.mark.parametrize("steps", [float("nan"), float("inf"), "2", None, True, [1]])
+def test_what_is_no_number_of_micro_batches_is_refused(steps: Any) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        StateSync(_layer("topk"), steps)
+    assert str(refusal.value) == f"accumulation_steps={steps!r} is no number of micro-batches; give 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"width": "16"}, "LayerConfig.width='16' is of type str; give int"),
+        ({"width": 16.0}, "LayerConfig.width=16.0 is of type float; give int"),
+        ({"layer": None}, "LayerConfig.layer=None is of type NoneType; give int"),
+        ({"seed": 1.5}, "LayerConfig.seed=1.5 is of type float; give int"),
+        ({"ep_size": 2.0}, "LayerConfig.ep_size=2.0 is of type float; give int"),
+        ({"out_scale": "1"}, "LayerConfig.out_scale='1' is of type str; give float"),
+        ({"shared_codebook": "no"}, "LayerConfig.shared_codebook='no' is of type str; give bool"),
+        ({"codebook": {}}, "LayerConfig.codebook={} is of type dict; give CodebookConfig"),
+        ({"moe": {"router": "vq"}}, "LayerConfig.moe={'router': 'vq'} is of type dict; give MoEConfig"),
+    ],
+)
+def test_values_of_other_types_are_refused_by_their_field(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        LayerConfig(**{"width": WIDTH, **values})
+    assert str(refusal.value) == sentence
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = LayerConfig(np.int64(WIDTH), MoEConfig(router="topk", num_experts=EXPERTS), out_scale=np.float32(1))
+    assert MoELayer(config)(torch.randn(TOKENS, WIDTH))[0].shape == (TOKENS, WIDTH)
+    StateSync(_layer("topk"), np.int64(2))
+
+
+# ------------------------------------------------------------------- the meta device
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_of_the_meta_device_is_whole_after_a_load(name: str) -> None:
+    """As docs/use-the-layer.md says: a whole state_dict, and two counters of use that are in none."""
+    trained = _layer(name)
+    _call(trained)
+    StateSync(trained).step()
+    with torch.device("meta"):
+        layer = _layer(name)
+    assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(trained.state_dict())
+    left = {key for key, _ in layer.named_buffers()} - trained.state_dict().keys()
+    assert {key.rsplit(".", 1)[-1] for key in left} <= {"tokens_per_expert", "usage_LK"}
+    x_BSD = torch.randn(2, TOKENS // 2, WIDTH)
+    for model in (layer, trained):
+        _call(model, x_BSD)
+        StateSync(model).step()
+    wanted = trained.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in layer.state_dict().items())

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import RankFailure, _free_port, run_ranks
 from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer, StateSync, clip_gradients, sync_gradients
 from vqmoe_ds.moe.deepspeed_layer import DeepSpeedMoELayer
+from vqmoe_ds.runtime.errors import ConfigError
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/use-the-layer.md").read_text("utf-8")
 PROGRAMS = dict(re.findall(r'^```python title="(\w+)\.py"\n(.*?)^```', PAGE, re.S | re.M))
@@ -205,6 +207,18 @@ def _forgotten_replicas(rank: int, world: int) -> None:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
     config = LayerConfig(12, MoEConfig(num_experts=4), ep_size=2, ep_rank=mesh.get_local_rank("experts"))
     sync_gradients(MoELayer(config, mesh.get_group("experts")))
+
+
+def _sharded_by_fsdp2(rank: int, world: int) -> None:
+    model = nn.Sequential(nn.Linear(12, 12))
+    fully_shard(model)
+    model(torch.randn(2, 12)).sum().backward()
+    with pytest.raises(ConfigError, match=r"^sync_gradients: FSDP2 .* averages gradients by itself; leave the call"):
+        sync_gradients(model)
+
+
+def test_gradients_that_fsdp2_averages_are_refused() -> None:
+    run_ranks(2, _sharded_by_fsdp2)
 
 
 def test_forgotten_replicas_are_refused() -> None:

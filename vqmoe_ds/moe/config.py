@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,7 +11,10 @@ from pydantic import ValidationError
 from vqmoe_ds.config.problems import first_problem
 from vqmoe_ds.config.routers import options_for
 from vqmoe_ds.config.schema import CodebookConfig, CodeSource, MoEConfig, RunConfig
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError, shown
+
+_KINDS = {"int": Integral, "float": Real, "bool": bool, "MoEConfig": MoEConfig, "CodebookConfig": CodebookConfig}
+"""What a field may hold, by the name of its type; NumPy's numbers are numbers too."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class LayerConfig:
         'auto'
 
     Raises:
-        ConfigError: an unknown router or option, or a contradiction.
+        ConfigError: a value of another type, an unknown router or option, or a contradiction.
     """
 
     width: int
@@ -55,6 +59,11 @@ class LayerConfig:
     """Whether codebooks come with every call (``RoutingContext.codebooks``); else the layer has one of its own."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value, wanted = getattr(self, f.name), str(f.type)
+            if not isinstance(value, _KINDS.get(wanted, object)):
+                found = type(value).__name__
+                raise ConfigError(f"LayerConfig.{f.name}={shown(value)} is of type {found}; give {wanted}")
         if self.width < 1:
             raise ConfigError(f"width={self.width} makes no layer; give 1 or more")
         if self.layer < 0:

@@ -37,11 +37,15 @@ def sync_gradients(model: nn.Module, group: Any = None, replicas: Any = None) ->
         replicas: the ranks of ``group`` that hold the same experts; None where no two do.
 
     Raises:
-        ConfigError: ``replicas`` and the ranks that share the experts do not make up ``group``.
+        ConfigError: ``replicas`` and the ranks that share the experts do not make up ``group``, or FSDP2 shards the
+            model.
     """
     world = dist.get_world_size(group) if dist.is_initialized() else 1
     if world == 1:
         return
+    # A DTensor by what it has: its import takes seconds.
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ConfigError("sync_gradients: FSDP2 shards the model and averages gradients by itself; leave the call out")
     copies = 1 if replicas is None else dist.get_world_size(replicas)
     spread = _experts(layer for layer in _layers(model) if layer.ep_size > 1)
     for layer in _layers(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vqmoe_ds.moe.codebook import CodebookBank
 from vqmoe_ds.moe.placement import initialize_codes, placed, split_overused_codes
 from vqmoe_ds.moe.routers.base import Router, StatefulRouter
 from vqmoe_ds.moe.state import warn_once
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError, shown
 
 
 class StateSync:
@@ -49,8 +50,11 @@ class StateSync:
     """
 
     def __init__(self, model: nn.Module, accumulation_steps: int = 1, group: Any = None) -> None:
-        if accumulation_steps < 1 or accumulation_steps != int(accumulation_steps):
-            raise ConfigError(f"accumulation_steps={accumulation_steps} is no number of micro-batches; give 1 or more")
+        number = isinstance(accumulation_steps, Real) and not isinstance(accumulation_steps, bool)
+        if not number or not accumulation_steps >= 1 or accumulation_steps % 1:  # NaN fails the second, inf the third
+            text = shown(accumulation_steps)
+            raise ConfigError(f"accumulation_steps={text} is no number of micro-batches; give 1 or more")
+        accumulation_steps = int(accumulation_steps)
         self.group = group
         self._states: list[_Codebooks | _Router] = []
         # In the order of registration, which is the same on every rank, as the fused all-reduce needs it.
