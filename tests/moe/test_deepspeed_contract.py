@@ -147,6 +147,8 @@ def test_engine_clips_float32_gradients_where_we_step_in() -> None:
     source = inspect.getsource(DeepSpeedEngine._take_model_step)
     assert "self.clip_fp32_gradients()" in source, "ZeRO 0 clips elsewhere: clip_over_all_experts no longer acts"
     assert "_global_grad_norm" in inspect.getsource(DeepSpeedEngine.get_global_grad_norm)
+    made = "self._configure_optimizer(optimizer, model_parameters)" in inspect.getsource(DeepSpeedEngine.__init__)
+    assert made, "engines make their optimizers elsewhere: clip_over_all_experts is no longer installed"
 
 
 def test_native_layer_calls_its_gate_as_vqgate_answers() -> None:
