@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import pkgutil
 import re
 import warnings
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import vqmoe_ds
 from vqmoe_ds.config.routers import routers
 from vqmoe_ds.config.schema import CodebookConfig
 from vqmoe_ds.moe import (
@@ -298,6 +302,58 @@ def test_state_follows_its_model_to_another_device() -> None:
 
 def test_wider_types_are_taken() -> None:
     assert _layer("vq").double().router.own_codebook.codes_LKC.dtype == torch.float64
+
+
+# ------------------------------------------------------------------- second derivatives
+
+
+def _layer_in(width: int) -> MoELayer:
+    """With a kernel for its experts at 32, without one at 24; with products of ours and PyTorch's."""
+    moe = MoEConfig(router="hash_token", num_experts=EXPERTS, expert_hidden=width, top_k=1, shared_experts=1)
+    return MoELayer(LayerConfig(width, moe, vocab_size=VOCAB))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_derivatives_are_refused(name: str) -> None:
+    layer, x_BSD = _layer(name), torch.randn(2, TOKENS // 2, WIDTH, requires_grad=True)
+    with pytest.raises(ConfigError, match="has no derivative of its own: leave out create_graph=True"):
+        torch.autograd.grad(_call(layer, x_BSD).square().sum(), x_BSD, create_graph=True)
+
+
+@pytest.mark.parametrize("width", [24, 32])
+def test_hessians_and_penalties_of_linear_losses_are_refused(width: int) -> None:
+    layer, x_BSD = _layer_in(width), torch.randn(1, 3, width)
+    for loss in (lambda x: _call(layer, x).square().sum(), lambda x: _call(layer, x).sum()):
+        with pytest.raises(ConfigError, match="Hessians"):
+            torch.autograd.functional.hessian(loss, x_BSD)
+
+
+@pytest.mark.parametrize("width", [24, 32])
+def test_first_derivatives_are_taken_twice_and_recomputed(width: int) -> None:
+    layer, x_BSD = _layer_in(width), torch.randn(1, 3, width, requires_grad=True)
+
+    def gradients(loss: Tensor, **options: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, [x_BSD, *layer.experts.parameters()], **options))
+
+    loss = _call(layer, x_BSD).square().sum()
+    wanted = gradients(loss, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(loss), wanted, strict=True))
+    again = checkpoint(lambda x: _call(layer, x), x_BSD, use_reentrant=False).square().sum()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(again), wanted, strict=True))
+    x_BSD.grad = None
+    checkpoint(lambda x: _call(layer, x), x_BSD, use_reentrant=True).square().sum().backward()
+    assert torch.equal(x_BSD.grad, wanted[0])
+
+
+def test_no_custom_function_is_forgotten() -> None:
+    for module in pkgutil.walk_packages(vqmoe_ds.__path__, "vqmoe_ds."):
+        if module.name.startswith(("vqmoe_ds.moe.", "vqmoe_ds.models.")):
+            importlib.import_module(module.name)
+    ours = [kind for kind in torch.autograd.Function.__subclasses__() if kind.__module__.startswith("vqmoe_ds.mo")]
+    assert len(ours) > 10
+    for kind in ours:
+        with torch.enable_grad(), pytest.raises(ConfigError, match="create_graph"):
+            kind.backward(None, None)
 
 
 # ------------------------------------------------------------------- copies

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqmoe_ds.data.batches import MASKED
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
 _CPU_CHUNK, _GPU_CHUNK = (
@@ -58,7 +58,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     # The gradient takes the place of the logits: what a second derivative would need is gone.
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits_TV, targets_T, *norms = ctx.saved_tensors
         if norms:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqmoe_ds.config.schema import ModelConfig, RopeScaling
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
 # models/hf/attention_vqmoe.py has the same tables for exported folders, which lack this file: both change together.
@@ -97,7 +97,7 @@ class _RotateQKV(torch.autograd.Function):
         return _turned(split_heads(qkv_BSNH, kv_heads), cos_SF, sin_SF)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         batch, length, heads, width = grads[0].shape
         g_BSNH = grads[0].new_empty(batch, length, heads + 2 * ctx.kv_heads, width)
@@ -115,7 +115,7 @@ class _Rotate(torch.autograd.Function):
         return _turned((q_BSAH, k_BSKH), cos_SF, sin_SF)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_SF, sin_SF = ctx.saved_tensors
         return *_turned(grads, cos_SF, sin_SF, back=True), None, None

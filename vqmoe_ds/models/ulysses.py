@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqmoe_ds.config.schema import RunConfig
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.dispatch import exchange_parts, exchange_rows
 from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.sequence import Homes, SequenceShare
@@ -75,6 +76,7 @@ class _Sum(torch.autograd.Function):
         return share.total(x)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.size, None
 

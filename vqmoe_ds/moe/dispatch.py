@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vqmoe_ds.moe.communication import comm
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels import combine as kernels
 from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.kernels.experts import check_counts
@@ -334,6 +335,7 @@ class _AllToAll(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None, None, None
 
@@ -381,6 +383,7 @@ class _Departure(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # _Arrival.backward has let the gradient depart; what autograd hands over is its placeholder.
         return ctx.way.wait(), None, None
@@ -395,6 +398,7 @@ class _Arrival(torch.autograd.Function):
         return way.wait().view_as(rows)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.way.start(grads[0], back=True)
         # What arrives is taken from the way itself: autograd must not look into a tensor that is still being filled.

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.experts import StackedExperts, run_on_cpu
 from vqmoe_ds.moe.kernels.experts import check_counts
 from vqmoe_ds.moe.layer import MoELayer
@@ -370,6 +371,7 @@ class _StoredRows(torch.autograd.Function):
         return out_PD
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x_PD,), g_PD = ctx.saved_tensors, grads[0].contiguous()
         gx_PD = torch.empty_like(x_PD)

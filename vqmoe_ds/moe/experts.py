@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels.experts import CompiledExperts, check_counts, supports
 from vqmoe_ds.moe.kernels.grouped import grouped_experts
 from vqmoe_ds.moe.products import Products, products_for
@@ -129,6 +130,7 @@ class _PlainExperts(torch.autograd.Function):
         return out_PD
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, w1, w2, w3, *projections = ctx.saved_tensors
         counts_E, products = ctx.counts_E, products_for(x_PD.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.products import products_for
 
 
@@ -36,6 +37,7 @@ class _CPULinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         products, rows, g = products_for(x.dtype), x.flatten(0, -2), grads[0].flatten(0, -2)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels.triton_support import block_size, kernel, tl, triton, use_triton
 
 _LARGEST_BLOCK = 4096  # columns a program holds
@@ -56,7 +56,7 @@ class PermuteRows(torch.autograd.Function):
         return _take(rows, order)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return _take(grads[0], inverse), None, None
@@ -74,7 +74,7 @@ class _Expand(torch.autograd.Function):
         return x_TD.index_select(0, order_M // routes if routes > 1 else order_M)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_M,) = ctx.saved_tensors
         if use_triton(grads[0]):
@@ -97,7 +97,7 @@ class _Combine(torch.autograd.Function):
         return _gather(rows_MD, inverse_M, weights_TR, routes)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         inverse_M, weights_TR, rows_MD = ctx.saved_tensors
         g_rows_MD, g_weights_TR = _spread(grads[0], inverse_M, weights_TR, rows_MD, ctx.routes)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels.build import load_kernel
 from vqmoe_ds.moe.workers import run_shared
 
@@ -69,6 +70,7 @@ class CompiledExperts(torch.autograd.Function):
         return out_PD
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *_Backward(ctx.counts_E, grads[0].contiguous(), *ctx.saved_tensors).run(), None
 

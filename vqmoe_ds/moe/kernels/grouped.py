@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vqmoe_ds.moe.derivatives import first_derivative_only
 from vqmoe_ds.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
@@ -42,7 +42,7 @@ class GroupedExperts(torch.autograd.Function):
         return _rows_by_weights(swiglu(gate_PH, up_PH), w2_EDH.transpose(1, 2), ends_E)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_PD, gate_PH, up_PH, w1_EHD, w2_EDH, w3_EHD, ends_E = ctx.saved_tensors
         needs_x, needs_w1, needs_w2, needs_w3 = ctx.needs_input_grad[:4]
