@@ -5,6 +5,7 @@ Legend: B batch, S sequence, T = B * S tokens, D width, N experts, E local exper
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -98,6 +99,17 @@ class MoELayer(KeepsPrecision):
                 f"{place} of a group of {ranks}; build it with ep_size={ranks} and ep_rank={place}"
             )
         self.ep_group = group
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the process group, which no other process knows; ``bind`` gives a new one."""
+        return self.__dict__ | {"ep_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that exchanges rows within the same process group."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.ep_group = self.ep_group
+        return twin
 
     @property
     def exchange_group(self) -> Any:

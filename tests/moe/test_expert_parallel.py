@@ -1,0 +1,78 @@
+"""Layers that share their experts out over ranks, copied and pickled."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from tests.distributed import run_ranks
+from vqmoe_ds.moe import LayerConfig, MoEConfig, MoELayer
+from vqmoe_ds.runtime.errors import ConfigError
+
+WIDTH = 16
+
+
+class _Block(nn.Module):
+    def __init__(self, ep_size: int = 2, router: str = "topk") -> None:
+        super().__init__()
+        moe = MoEConfig(router=router, num_experts=4, expert_hidden=16)
+        place = {"ep_size": ep_size, "ep_rank": dist.get_rank() % ep_size}
+        self.norm = nn.RMSNorm(WIDTH)
+        self.moe = MoELayer(LayerConfig(WIDTH, moe, **place), dist.group.WORLD if ep_size == 2 else None)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.moe(self.norm(x_BSD))[0]
+
+
+def _batch(rank: int) -> Tensor:
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(rank))
+
+
+def _sentence(call: Callable[[], Any]) -> str:
+    """What a call is refused with; empty where it is not."""
+    try:
+        call()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+# ------------------------------------------------------------------- copies
+
+
+def _copies(rank: int) -> dict[str, Any]:
+    model, x_BSD = _Block(router="vq").eval(), _batch(rank)
+    wanted = model(x_BSD)
+    file = io.BytesIO()
+    torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    unbound = _sentence(lambda: loaded(x_BSD))
+    loaded.moe.bind(model.moe.ep_group)
+    twins = {"deepcopy": copy.deepcopy(model), "average": AveragedModel(model), "file": loaded}
+    found: dict[str, Any] = {name: torch.equal(twin(x_BSD), wanted) for name, twin in twins.items()}
+    apart = twins["deepcopy"].moe.experts.w1.data_ptr() != model.moe.experts.w1.data_ptr()
+    return found | {"unbound": unbound, "apart": apart, "bound": model.moe.ep_group is not None}
+
+
+def _all(rank: int, world: int) -> dict[str, Any]:
+    return {"copies": _copies(rank)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, _all)
+
+
+def test_copies_share_the_process_group_and_files_do_without(two_ranks: list[dict[str, Any]]) -> None:
+    for found in two_ranks:
+        unbound = found["copies"].pop("unbound")
+        assert "has no process group" in unbound and "call bind(group)" in unbound
+        assert found["copies"] == dict.fromkeys(["deepcopy", "average", "file", "apart", "bound"], True)
