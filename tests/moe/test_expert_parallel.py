@@ -1,4 +1,4 @@
-"""Layers that share their experts out over ranks, copied and pickled."""
+"""Layers that share their experts out over ranks: copies, and what would mix the experts of two ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from tests.distributed import run_ranks
@@ -62,8 +64,44 @@ def _copies(rank: int) -> dict[str, Any]:
     return found | {"unbound": unbound, "apart": apart, "bound": model.moe.ep_group is not None}
 
 
+# ------------------------------------------------------------------- what wraps a model
+
+
+def _ignoring(model: nn.Module) -> nn.Module:
+    names = [name for name, _ in model.named_parameters() if ".experts." in name]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return DistributedDataParallel(model)
+
+
+def _sharded(*parts: str) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        for part in parts:
+            fully_shard(model.get_submodule(part))
+        return model
+
+    return wrap
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "ddp ignoring experts": _ignoring,
+    "fsdp2": _sharded(""),
+    "fsdp2 of layers": _sharded("moe", ""),
+    "fsdp2 of experts": _sharded("moe.experts", ""),
+    "fsdp2 of others": _sharded("norm"),
+}
+
+
+def _wrapped(rank: int, ep_size: int) -> dict[str, str]:
+    return {
+        name: _sentence(lambda wrap=wrap: wrap(_Block(ep_size))(_batch(rank)).sum().backward())
+        for name, wrap in WRAPPERS.items()
+    }
+
+
 def _all(rank: int, world: int) -> dict[str, Any]:
-    return {"copies": _copies(rank)}
+    # FSDP2 last: PyTorch 2.13 may abort where its gloo group is taken down.
+    return {"copies": _copies(rank), "apart": _wrapped(rank, 2), "whole": _wrapped(rank, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +114,12 @@ def test_copies_share_the_process_group_and_files_do_without(two_ranks: list[dic
         unbound = found["copies"].pop("unbound")
         assert "has no process group" in unbound and "call bind(group)" in unbound
         assert found["copies"] == dict.fromkeys(["deepcopy", "average", "file", "apart", "bound"], True)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_nothing_mixes_the_experts_of_two_ranks(two_ranks: list[dict[str, Any]], name: str) -> None:
+    harmless, wrapper = name.endswith(("ignoring experts", "of others")), "Data" if name == "ddp" else "fully_shard"
+    for found in two_ranks:
+        sentence = found["apart"][name]
+        assert not sentence if harmless else wrapper in sentence and "call vqmoe_ds.moe.sync_gradients" in sentence
+        assert not found["whole"][name]

@@ -39,6 +39,9 @@ class StackedExperts(nn.Module):
         std: standard deviation of the initial weights; that of ``w2`` is multiplied by ``out_scale``.
     """
 
+    mesh: Any = None
+    """The mesh of ranks over which FSDP2 shards the weights, from ``fully_shard`` on."""
+
     def __init__(
         self,
         width: int,
@@ -62,6 +65,13 @@ class StackedExperts(nn.Module):
                 self.w1[local].normal_(0, std, generator=generator)
                 self.w2[local].normal_(0, std * out_scale, generator=generator)
                 self.w3[local].normal_(0, std, generator=generator)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts whole weights here for each forward, and a forward could not tell that they were sharded before.
+        mesh = getattr(value, "device_mesh", None)
+        if mesh is not None:
+            self.__dict__["mesh"] = mesh
+        super().__setattr__(name, value)
 
     def forward(self, x_PD: Tensor, ends_E: Tensor) -> Tensor:
         """Run row ``p`` through its expert, ``[P, D]`` -> ``[P, D]``.

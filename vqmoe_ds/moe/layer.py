@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vqmoe_ds.moe.config import LayerConfig
 from vqmoe_ds.moe.dispatch import (
@@ -140,13 +141,15 @@ class MoELayer(KeepsPrecision):
             ahead: what is known of the dispatch before these states are.
 
         Raises:
-            ConfigError: inputs of another width, or experts of other ranks without their process group.
+            ConfigError: inputs of another width; experts of other ranks without a process group, under DDP or FSDP2.
         """
         if x_BSD.dim() < 2 or x_BSD.shape[-1] != self.config.width:
             raise ConfigError(
                 f"the layer takes states [B, S, D] with D = {self.config.width}, its LayerConfig.width, and was given "
                 f"{list(x_BSD.shape)}"
             )
+        if self.ep_size > 1:
+            self._refuse_wrappers()
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         ahead = ahead or Ahead()
         routing = self.router(x_TD, replace(context or RoutingContext(), sequence=x_BSD.shape[-2]))
@@ -169,6 +172,22 @@ class MoELayer(KeepsPrecision):
             y_TD = y_TD + shared_TD
         aux_loss = x_TD.new_zeros((), dtype=torch.float32) if routing.aux_loss is None else routing.aux_loss
         return y_TD.view_as(x_BSD), aux_loss, self.router.experts_of_tokens(routing, len(x_TD))
+
+    def _refuse_wrappers(self) -> None:
+        """Nothing may average this rank's experts with those of the ranks that it shares them with."""
+        # Private to PyTorch, but no module is told that it was wrapped.
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is not None and any(p is self.experts.w1 for p in ddp._module_parameters):
+            wrapper, ranks = "DistributedDataParallel", dist.get_process_group_ranks(ddp.process_group)
+        elif self.experts.mesh is not None:
+            wrapper, ranks = "fully_shard", self.experts.mesh.mesh.flatten().tolist()
+        else:
+            return
+        if set(ranks) & set(dist.get_process_group_ranks(self.exchange_group)) != {dist.get_rank()}:
+            raise ConfigError(
+                f"ep_size={self.ep_size} gives each rank experts of its own, and {wrapper} would mix them with those "
+                "of other ranks: leave it out, and call vqmoe_ds.moe.sync_gradients(model, replicas=...) after backward"
+            )
 
     def _plan(self, routing: Routing, ahead: Ahead) -> DispatchPlan:
         """The plan that is known ahead or kept from the first forward; else made here, from what is sorted ahead."""
