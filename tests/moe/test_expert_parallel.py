@@ -1,4 +1,4 @@
-"""Layers that share their experts out over ranks: copies, and what would mix the experts of two ranks."""
+"""Layers that share their experts out over ranks: copies, files, and what would mix the experts of two ranks."""
 
 from __future__ import annotations
 
@@ -99,9 +99,35 @@ def _wrapped(rank: int, ep_size: int) -> dict[str, str]:
     }
 
 
+# ------------------------------------------------------------------- state dicts
+
+
+def _states(rank: int) -> dict[str, str]:
+    model = _Block()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    files: list[Any] = [None, None]
+    dist.all_gather_object(files, file.getvalue())
+    mine, other = (torch.load(io.BytesIO(files[place])) for place in (rank, 1 - rank))
+    whole = copy.deepcopy(mine)
+    for name in [name for name in whole if ".experts." in name]:
+        whole[name] = torch.cat([torch.load(io.BytesIO(file))[name] for file in files])
+    cut = _Block(1).state_dict()
+    for name in [name for name in cut if ".experts." in name]:
+        cut[name] = cut[name].chunk(2)[rank]
+    cases: dict[str, tuple[nn.Module, Any]] = {
+        "mine": (model, mine),
+        "other": (model, other),
+        "other as a dict": (model, dict(other)),
+        "put together": (_Block(1), whole),
+        "cut": (model, cut),
+    }
+    return {name: _sentence(lambda m=m, s=s: m.load_state_dict(s)) for name, (m, s) in cases.items()}
+
+
 def _all(rank: int, world: int) -> dict[str, Any]:
     # FSDP2 last: PyTorch 2.13 may abort where its gloo group is taken down.
-    return {"copies": _copies(rank), "apart": _wrapped(rank, 2), "whole": _wrapped(rank, 1)}
+    return {"copies": _copies(rank), "states": _states(rank), "apart": _wrapped(rank, 2), "whole": _wrapped(rank, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +149,12 @@ def test_nothing_mixes_the_experts_of_two_ranks(two_ranks: list[dict[str, Any]],
         sentence = found["apart"][name]
         assert not sentence if harmless else wrapper in sentence and "call vqmoe_ds.moe.sync_gradients" in sentence
         assert not found["whole"][name]
+
+
+def test_a_rank_loads_its_own_experts(two_ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(two_ranks):
+        sentence = found["states"].pop("other")
+        other, mine = ("2 to 3", "0 to 1") if rank == 0 else ("0 to 1", "2 to 3")
+        assert f"moe.experts: the state has the experts {other}, and this rank holds {mine}" in sentence
+        assert f"ep_size=2 and ep_rank={rank}" in sentence
+        assert set(found["states"].values()) == {""}, found["states"]

@@ -38,6 +38,9 @@ from vqmoe_ds.runtime.errors import ConfigError
 class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
     """The ``MoELayer`` as DeepSpeed's engine knows it: the engine binds its expert-parallel group."""
 
+    # The engine saves experts apart, and loads each rank's into the one state_dict that rank 0 saved.
+    notes_experts = False
+
     def __init__(self, config: LayerConfig) -> None:
         MoELayer.__init__(self, config)
         self.hidden_size = config.width

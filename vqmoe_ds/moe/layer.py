@@ -62,6 +62,8 @@ class MoELayer(KeepsPrecision):
 
     experts_class: ClassVar[type[StackedExperts]] = StackedExperts
     """What holds this rank's experts."""
+    notes_experts: ClassVar[bool] = True
+    """Whether a ``state_dict`` notes which experts it has."""
 
     def __init__(self, config: LayerConfig, group: Any = None) -> None:
         # Not super(): in DeepSpeedMoELayer the next constructor is DeepSpeed's, which copies a Hugging Face block.
@@ -111,6 +113,32 @@ class MoELayer(KeepsPrecision):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.ep_group = self.ep_group
         return twin
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The first of the experts that this rank holds, and their number."""
+        return self.ep_rank * self.num_local_experts, self.num_local_experts
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the tensors and not among them: files of every version have the same keys.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if self.notes_experts and metadata is not None:
+            metadata["experts"] = self.held
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        first, count = local_metadata.get("experts", self.held)
+        found = state_dict.get(f"{prefix}experts.w1")
+        # Other tensors of another number took the place of those that were noted: experts put together, or cut.
+        if (first, count) != self.held and found is not None and len(found) == count == self.num_local_experts:
+            raise ConfigError(
+                f"{prefix}experts: the state has the experts {first} to {first + count - 1}, and this rank holds "
+                f"{self.held[0]} to {sum(self.held) - 1}: load what a rank with ep_size={self.ep_size} and "
+                f"ep_rank={self.ep_rank} saved (or dict(state), which forgets whose it was)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     @property
     def exchange_group(self) -> Any:
