@@ -8,6 +8,7 @@ import pkgutil
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -302,6 +303,67 @@ def test_state_follows_its_model_to_another_device() -> None:
 
 def test_wider_types_are_taken() -> None:
     assert _layer("vq").double().router.own_codebook.codes_LKC.dtype == torch.float64
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _learn(layer: MoELayer, dtype: torch.dtype, steps: int = 3) -> None:
+    sync = StateSync(layer)
+    for step in range(steps):
+        x_BSD = torch.randn(2, TOKENS // 2, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float32)
+        y_BSD, aux_loss, _ = layer(x_BSD.to(dtype), _known(layer, x_BSD.to(dtype)))
+        assert y_BSD.dtype == dtype and aux_loss.dtype == torch.float32
+        (y_BSD.sum() + aux_loss).backward()
+        sync.step()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_float64_learns_and_routes_as_in_float32(name: str, index: int) -> None:
+    layer, x_TD = _layer(name, index), torch.randn(200, WIDTH)
+    wanted = layer.eval()(x_TD, _known(layer, x_TD))[2]
+    layer.double()
+    assert torch.equal(layer(x_TD.double(), _known(layer, x_TD.double()))[2], wanted)
+    _learn(layer.train(), torch.float64)
+
+
+@pytest.mark.parametrize(
+    "book",
+    [
+        {"learning": "gradient", "learning_rate": 0.1},
+        {"code_dim": 8, "distance": "cosine"},
+        {"soft_output": 1.0, "commitment_weight": 0.1},
+        {"num_codes": 12, "dead_below": 0.9, "overused_above": 1.1},
+    ],
+)
+def test_every_way_of_codes_learns_in_float64(book: dict[str, Any]) -> None:
+    blend = 0.5 if "soft_output" in book else 0.0
+    moe = MoEConfig(router="vq", num_experts=EXPERTS, expert_hidden=8, top_k=1, code_blend=blend)
+    _learn(
+        MoELayer(LayerConfig(WIDTH, moe, codebook=CodebookConfig(source="layer_state", **book))).double(),
+        torch.float64,
+        25,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_float32_whatever_the_default_type(name: str, dtype: torch.dtype) -> None:
+    wanted = _state(_layer(name, 1))
+    with _default(dtype):
+        layer = _layer(name, 1)
+        found = _state(layer)
+        _learn(layer, dtype)
+    assert {key: b.dtype for key, b in found.items()} == {key: b.dtype for key, b in wanted.items()}
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 # ------------------------------------------------------------------- second derivatives

@@ -11,6 +11,7 @@ the device: what is due is decided by numbers that the host knows.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -79,17 +80,19 @@ class CodebookBank(SteppedState):
         shape = (num_layers, self.num_codes, code_width)
         # Drawn on the CPU, whose numbers are the same everywhere: all ranks start from the same bits.
         generator = torch.Generator().manual_seed(seed)
-        codes = torch.randn(shape, generator=generator) * (RELEASED_STD if config.init == "normal" else 1.0)
+        # Not PyTorch's default type: under another one the same seed would be another model, or means would not move.
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
+        codes = draw(shape) * (RELEASED_STD if config.init == "normal" else 1.0)
         projection = None
         if config.code_dim:
-            projection = torch.linalg.qr(torch.randn(width, width, generator=generator))[0][:, : config.code_dim]
+            projection = torch.linalg.qr(draw(width, width))[0][:, : config.code_dim]
         # No name of a buffer may contain "expert": DeepSpeed's checkpoints of a native MoE layer, where VQGate holds a
         # bank, drop such keys or fail at them.
         self.register_buffer("projection_DC", projection)
         self.register_buffer("codes_LKC", F.normalize(codes, dim=-1) if config.distance == "cosine" else codes)
         # Sum over count is the code from the start, so the first EMA step moves it and does not replace it.
         self.register_buffer("ema_sum_LKC", self.codes_LKC.clone())
-        self.register_buffer("ema_count_LK", torch.ones(shape[:2]))
+        self.register_buffer("ema_count_LK", torch.ones(shape[:2], dtype=torch.float32))
         hash_table = torch.arange(self.num_codes) % num_experts
         # A copy for each layer and no expanded view: tables are redrawn layer by layer.
         self.register_buffer("code_map_LK", hash_table.repeat(num_layers, 1))
@@ -97,8 +100,8 @@ class CodebookBank(SteppedState):
         # Update at which codes were initialized, -1 before. Checkpoints hold it, so it keeps its first name.
         self.register_buffer("born_at", torch.full((), -1, dtype=torch.int64))
         if config.learning == "gradient":
-            self.register_buffer("adam_mean_LKC", torch.zeros(shape))
-            self.register_buffer("adam_square_LKC", torch.zeros(shape))
+            self.register_buffer("adam_mean_LKC", torch.zeros(shape, dtype=torch.float32))
+            self.register_buffer("adam_square_LKC", torch.zeros(shape, dtype=torch.float32))
             # Of each code for itself: one that is placed anew is a new parameter to Adam.
             self.register_buffer("adam_steps_LK", torch.zeros(shape[:2], dtype=torch.int64))
         self._updates, self._born_at = HostMirror(), HostMirror()
@@ -125,13 +128,13 @@ class CodebookBank(SteppedState):
     def _projected(self, z_TC: Tensor) -> Tensor:
         if self.projection_DC is not None:
             with without_autocast(z_TC.device):
-                z_TC = z_TC @ self.projection_DC
+                z_TC = z_TC @ self.projection_DC.float()
         return F.normalize(z_TC, dim=-1) if self.config.distance == "cosine" else z_TC
 
     @torch.no_grad()
     def lookup(self, layer: int, z_TC: Tensor) -> Tensor:
         """Index of the nearest code of one layer, int64 ``[T]``; ties go to the lowest index (paper Eq. 3)."""
-        return nearest_codes(z_TC, self.codes_LKC[layer : layer + 1])[0]
+        return nearest_codes(z_TC, self.codes_LKC[layer : layer + 1].float())[0]
 
     @torch.no_grad()
     def lookup_all(self, z_TC: Tensor, tokens_T: Tensor | None = None, layers: slice = slice(None)) -> Tensor:
@@ -148,7 +151,7 @@ class CodebookBank(SteppedState):
             # Copies of a token write to one place in any order, for their vectors are equal and any of them will do.
             place_U = torch.empty_like(distinct_U).scatter_(0, which_T, torch.arange(len(z_TC), device=z_TC.device))
             return self.lookup_all(z_TC[place_U], layers=layers)[:, which_T]
-        return nearest_codes(z_TC, self.codes_LKC[layers])
+        return nearest_codes(z_TC, self.codes_LKC[layers].float())
 
     def experts_of(self, codes_LT: Tensor, layers: slice = slice(None)) -> Tensor:
         """Experts that the codes of some layers name, int64 ``[L, T]``.

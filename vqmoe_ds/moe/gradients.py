@@ -102,7 +102,7 @@ def gradient_norm(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
     for param in model.parameters():
         if param.grad is not None:
             gradients[id(param) in experts].append(param.grad)
-    zero = torch.zeros((), device=next(model.parameters()).device)
+    zero = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
     # In float32, for in fp16 the square of 256 is infinite.
     squares = {key: sum((g.float().square().sum() for g in some), zero) for key, some in gradients.items()}
     # Dense gradients are equal on all ranks by now, those of experts within a group are of different experts.

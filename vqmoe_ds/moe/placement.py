@@ -63,7 +63,7 @@ def split_overused_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice 
         moved_K = (codes_KC != codes_LKC[i]).any(dim=1)
         weight = counts_LK[i].sum() / sizes_K.sum()
         codes_LKC[i] = codes_KC
-        counts_LK[i, moved_K] = sizes_K[moved_K] * weight
+        counts_LK[i, moved_K] = sizes_K[moved_K].to(counts_LK.dtype) * weight
         sums_LKC[i, moved_K] = codes_KC[moved_K] * counts_LK[i, moved_K].unsqueeze(-1)
         for state in adam:
             state[i, moved_K] = 0
@@ -71,8 +71,8 @@ def split_overused_codes(bank: CodebookBank, samples_LSC: Tensor, layers: slice 
 
 
 def _numbered(bank: CodebookBank, samples_LSC: Tensor, layers: slice) -> list[tuple[int, Tensor]]:
-    """Layers by number with their samples on the host."""
-    return list(zip(range(bank.num_layers)[layers], samples_LSC[layers].cpu(), strict=True))
+    """Layers by number with their samples on the host, in the type of the codes."""
+    return list(zip(range(bank.num_layers)[layers], samples_LSC[layers].cpu().to(bank.codes_LKC.dtype), strict=True))
 
 
 def _on_host(bank: CodebookBank, layers: slice) -> list[Tensor]:

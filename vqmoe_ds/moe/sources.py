@@ -39,7 +39,7 @@ class EmbeddingSource(KeepsPrecision):
     def __init__(self, config: CodebookConfig, vocab_size: int, width: int, sequence_length: int) -> None:
         super().__init__()
         self.config = config
-        table = torch.zeros(vocab_size, width) if config.source_momentum else None
+        table = torch.zeros(vocab_size, width, dtype=torch.float32) if config.source_momentum else None
         self.register_buffer("table_VD", table)
         # Saved, or a resumed run would copy the table anew instead of moving it.
         self.register_buffer("table_ready", torch.zeros((), dtype=torch.bool))

@@ -220,7 +220,8 @@ class _Codebooks:
                 part_LSC = bank.samples(micro_batch // readers, count)
                 filled = part_LSC.new_full((), bank.has_tokens(micro_batch // readers))
             else:
-                part_LSC = bank.codes_LKC.new_empty(bank.num_layers, count, bank.codes_LKC.shape[2])
+                shape = (bank.num_layers, count, bank.codes_LKC.shape[2])
+                part_LSC = bank.codes_LKC.new_empty(shape, dtype=torch.float32)
                 filled = part_LSC.new_empty(())
             broadcast_all([part_LSC, filled], self.group, rank)
             parts.append(part_LSC)

@@ -93,7 +93,7 @@ class ClusteredRouter(StatefulRouter):
         # Of each cluster: tokens, their sum; tokens that had a mean to deviate from, the sum of deviations.
         super().__init__(config, clusters, 2 * width + 2)
         self.width = width
-        self.register_buffer("weights_KD", torch.ones(clusters, width))
+        self.register_buffer("weights_KD", torch.ones(clusters, width, dtype=torch.float32))
         self.register_buffer("totals_KS", torch.zeros(clusters, 2 * width + 2, dtype=torch.float64))
 
     @classmethod

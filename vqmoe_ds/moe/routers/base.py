@@ -399,7 +399,7 @@ def auxiliary_loss(
     aux, tokens = z_loss(logits_TN, config, context.mean_tokens), context.mean_tokens
     if config.balance_weight:
         choices = max(1, ids_Tk.numel()) if tokens is None else tokens * ids_Tk.shape[1]
-        share_N = count_experts(ids_Tk, config.num_experts) / choices
+        share_N = count_experts(ids_Tk, config.num_experts).float() / choices
         if context.share is not None:
             # A collective, in forward and again in a recomputation: configuration and share are the same on all ranks
             # of the group, so all of them come here.
@@ -436,7 +436,9 @@ def sum_by_expert(x_MD: Tensor, ids_M: Tensor, num_experts: int) -> Tensor:
     return sum_by_code(x_MD.float(), ids_M.unsqueeze(0), num_experts)[0]
 
 
-def drawn(shape: tuple[int, ...], scale: float, seed: int, *name: int | str) -> Tensor:
+def drawn(
+    shape: tuple[int, ...], scale: float, seed: int, *name: int | str, dtype: torch.dtype | None = None
+) -> Tensor:
     """Normal numbers that follow from the seed and a name, whatever else is drawn.
 
     So every rank and layout has the same, and models that differ in one part are equal in all others.
@@ -445,7 +447,7 @@ def drawn(shape: tuple[int, ...], scale: float, seed: int, *name: int | str) -> 
     digest = hashlib.sha256("/".join(map(str, (seed, *name))).encode()).digest()
     # On the CPU, whose numbers are the same everywhere; a GPU's would be another model of the same seed.
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator) * scale
+    return torch.randn(shape, generator=generator, dtype=dtype) * scale
 
 
 @torch.no_grad()

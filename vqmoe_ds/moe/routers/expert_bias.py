@@ -45,7 +45,7 @@ class ExpertBiasRouter(StatefulRouter):
         over = self.options.softmax_over
         self.normalised = self.moe.top_k > 1 if over is SoftmaxOver.AUTO else over is SoftmaxOver.CHOSEN
         self.gate = Float32Linear(config.width, self.moe.num_experts)
-        self.register_buffer("bias_N", torch.zeros(self.moe.num_experts))
+        self.register_buffer("bias_N", torch.zeros(self.moe.num_experts, dtype=torch.float32))
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.gate(x_TD)

@@ -54,7 +54,7 @@ class RandomFrozenRouter(StatefulRouter):
         shape, scale = (self.moe.num_experts, config.width), self.options.gate_scale * config.width**-0.5
         # The buffers of a stateful router are broadcast from rank 0 and compared by `StateSync`, which also counts the
         # steps that smoe_dropout grows by.
-        self.register_buffer("gate_ND", drawn(shape, scale, config.seed, config.layer, "gate"))
+        self.register_buffer("gate_ND", drawn(shape, scale, config.seed, config.layer, "gate", dtype=torch.float32))
 
     @property
     def top_k(self) -> int:
@@ -62,7 +62,7 @@ class RandomFrozenRouter(StatefulRouter):
         return self.moe.top_k
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        logits_TN = x_TD.float() @ self.gate_ND.t()
+        logits_TN = x_TD.float() @ self.gate_ND.float().t()
         over_all = softmax_over_all(self.options.softmax_over, self.top_k, learned=False)
         return Routing(*choose(logits_TN, self.top_k, over_all))
 
@@ -162,7 +162,7 @@ class KeptLinear(Float32Linear):
         if kept_ND is None:
             return super().forward(x_TD)
         # A gradient of 0 for the weights that nothing reads: engines wait for the gradient of every weight.
-        return F.linear(x_TD.float(), kept_ND + 0.0 * self.weight.float())
+        return F.linear(x_TD.float(), kept_ND.float() + 0.0 * self.weight.float())
 
 
 @register_router("topk_frozen")
@@ -187,7 +187,7 @@ class FrozenTopKRouter(FreezingRouter):
         super().__init__(config)
         self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k)
         self.gate = KeptLinear(config.width, self.moe.num_experts)
-        self.register_buffer("kept_ND", torch.zeros(self.moe.num_experts, config.width))
+        self.register_buffer("kept_ND", torch.zeros(self.moe.num_experts, config.width, dtype=torch.float32))
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         logits_TN = self.gate(x_TD, self.kept_ND if self.is_frozen else None)

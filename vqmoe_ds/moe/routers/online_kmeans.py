@@ -45,11 +45,12 @@ class OnlineKMeansRouter(StatefulRouter):
         shape = (config.moe.num_experts, config.width)
         super().__init__(config, *shape)
         self.over_all = softmax_over_all(self.options.softmax_over, self.moe.top_k, learned=False)
-        self.register_buffer("means_ND", drawn(shape, config.width**-0.5, config.seed, config.layer, "means"))
+        means_ND = drawn(shape, config.width**-0.5, config.seed, config.layer, "means", dtype=torch.float32)
+        self.register_buffer("means_ND", means_ND)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         # Weights carry a gradient to x; the choice and the means have none.
-        cosines_TN = F.normalize(x_TD.float(), dim=-1) @ F.normalize(self.means_ND, dim=-1).t()
+        cosines_TN = F.normalize(x_TD.float(), dim=-1) @ F.normalize(self.means_ND.float(), dim=-1).t()
         ids_Tk, weights_Tk = choose(cosines_TN / self.options.temperature, self.moe.top_k, self.over_all)
         if self.observing:
             states_MD = x_TD.detach().float().repeat_interleave(self.moe.top_k, dim=0)

@@ -29,7 +29,7 @@ class SlotScores(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, unit_TD: Tensor) -> Tensor:
-        return unit_TD @ (self.scale.float() * F.normalize(self.slots_CD.float(), dim=-1)).t()
+        return unit_TD.float() @ (self.scale.float() * F.normalize(self.slots_CD.float(), dim=-1)).t()
 
 
 @register_router("softmoe")

@@ -134,7 +134,7 @@ class VQRouter(DualRouter):
             # The map alone, not `experts_of`: groups need the code of the first layer, and `check` refuses them here.
             discrete_T1 = bank.code_map_LK[self.index][codes_T].unsqueeze(1)
             if moe.code_blend or book.commitment_weight:
-                codes_TC = bank.codes_LKC[self.index][codes_T]
+                codes_TC = bank.codes_LKC[self.index].float()[codes_T]
             if moe.code_blend:
                 # Rounded last: the difference of near vectors would lose most of its digits in bfloat16.
                 offset = (moe.code_blend * (codes_TC - x_TD.detach().float())).to(x_TD.dtype)
@@ -178,5 +178,5 @@ class VQRouter(DualRouter):
     def _soft_weight(self, x_TD: Tensor, bank: CodebookBank) -> Tensor:
         """Softmax probability of the nearest code: the road on which gradients reach the code choice."""
         # `compared` and not `prepare`, which has no gradient.
-        distances_TK = torch.cdist(bank.compared(x_TD), bank.codes_LKC[self.index]).square()
+        distances_TK = torch.cdist(bank.compared(x_TD), bank.codes_LKC[self.index].float()).square()
         return (-distances_TK / self.config.codebook.soft_output).softmax(dim=-1).amax(dim=-1)
