@@ -67,7 +67,7 @@ def test_vectors_over_their_root_mean_square(width: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("window", "width"), [(1, 8), (3, 7), (5, 33), (9, 4)])
+@pytest.mark.parametrize(("window", "width"), [(1, 8), (3, 7), (5, 33), (9, 4), (40, 5)])
 @pytest.mark.parametrize("documents", [False, True])
 def test_context(dtype: torch.dtype, window: int, width: int, documents: bool) -> None:
     x_BSD = torch.randn(2, width, 7).to(dtype).transpose(1, 2)

@@ -63,6 +63,7 @@ for dtype in (torch.float32, torch.bfloat16):
 ids = codes.nearest_codes(torch.randn(200, 48), torch.randn(2, 33, 48))
 codes.mix_context(torch.randn(2, 9, 48).bfloat16(), 3, 0.5)
 codes.mix_context(torch.randn(2, 9, 48), 3, 0.5, torch.zeros(2, 9, dtype=torch.int64))
+codes.mix_context(torch.randn(2, 9, 48), 4096, 0.5)  # written out it would not end
 statistics.sum_by_code(torch.randn(200, 48), ids, 33)
 moments = torch.zeros(2, 33, 49, dtype=torch.float64)
 statistics.add_by_code(moments, torch.randn(200, 48), ids)

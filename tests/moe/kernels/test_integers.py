@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import by_each
+from vqmoe_ds.moe.kernels import integers
 from vqmoe_ds.moe.kernels.integers import count_ids, invert, sort_by_kind
 
 # (L, M, K): below, at and above a block of 256 rows and one of 32 kinds; more kinds than rows; one kind
@@ -22,6 +23,19 @@ def test_rows_by_kind_stand_as_they_came(shape: tuple[int, int, int]) -> None:
     assert torch.equal(inverse_LM, order_LM.argsort(dim=1)) and inverse_LM.dtype == torch.int64
     assert torch.equal(ends_LK, count_ids(ids_LM, kinds).cumsum(dim=1)) and ends_LK.dtype == torch.int32
     assert ends_LK.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kinds_of_which_counts_would_fill_the_memory_are_sorted_alike(
+    shape: tuple[int, int, int], _by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, rows, kinds = shape
+    outside = 0 if _by == "pytorch" else 3  # kernels take the nearest kind there is
+    ids_LM = torch.randint(-outside, kinds + outside, (layers, rows))
+    wanted = sort_by_kind(ids_LM, kinds)
+    monkeypatch.setattr(integers, "_MOST_COUNTS", 0)
+    for found, expected in zip(sort_by_kind(ids_LM, kinds), wanted, strict=True):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
 
 
 def test_all_rows_of_the_last_kind() -> None:

@@ -38,6 +38,13 @@ def test_a_failing_launch_leaves_cuda_to_pytorch_and_says_so_once(
     )
 
 
+def test_a_tensor_of_another_gpu_than_the_current_one_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "why_no_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    tensors = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", number)) for number in range(3)]
+    assert [use_triton(tensor) for tensor in tensors] == [False, True, False]
+
+
 def test_cpu_tensors_stay_with_pytorch_outside_of_the_interpreter() -> None:
     assert not use_triton(torch.empty(1))
     if interpreting():

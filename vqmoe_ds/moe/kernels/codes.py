@@ -135,7 +135,7 @@ def _nearest_codes(
             is_TC = (rows_T < num_tokens)[:, None] & (c_C < width)[None, :]
             is_KC = (k_K < num_codes)[:, None] & (c_C < width)[None, :]
             z_TC = tl.load(z_ptr + rows_T[:, None] * width + c_C[None, :], mask=is_TC, other=0.0)
-            v_KC = tl.load(codes_ptr + k_K[:, None] * width + c_C[None, :], mask=is_KC, other=0.0)
+            v_KC = tl.load(codes_ptr + k_K.to(tl.int64)[:, None] * width + c_C[None, :], mask=is_KC, other=0.0)
             dots_TK = tl.dot(z_TC, tl.trans(v_KC), acc=dots_TK, input_precision=precision)
             squares_KC += v_KC * v_KC
         distances_TK = tl.sum(squares_KC, axis=1)[None, :] / 2 - dots_TK
@@ -165,12 +165,32 @@ def _mix_context(
     place = token % length
     if positions_ptr is not None:  # none stands further into its document than into the sequence that is at hand
         place = tl.minimum(place, tl.load(positions_ptr + token))
-    d_D = tl.arange(0, BD)
     mixed_D, weight = tl.zeros((BD,), tl.float32), 1.0
-    for back in tl.static_range(window):
-        seen_D = (d_D < width) & (place >= back)
-        rolled_D = (d_D + width - back % width) % width
-        x_D = tl.load(x_ptr + (token - back) * width + rolled_D, mask=seen_D, other=0.0).to(tl.float32)
-        mixed_D += weight * (x_D / tl.sqrt(tl.sum(x_D * x_D, axis=0) / width + eps))
-        weight = weight * decay
+    if window <= 16:
+        for back in tl.static_range(window):
+            mixed_D += weight * _unit_before(x_ptr, token, place, back, width, eps, BD)
+            weight = weight * decay
+    else:  # written out, a few hundred steps take Triton minutes to compile
+        for back in range(tl.minimum(window, place + 1).to(tl.int32)):
+            mixed_D += weight * _unit_before(x_ptr, token, place, back, width, eps, BD)
+            weight = weight * decay
+    d_D = tl.arange(0, BD)
     tl.store(mixed_ptr + token * width + d_D, mixed_D, mask=d_D < width)
+
+
+@kernel
+def _unit_before(
+    x_ptr: tl.tensor,
+    token: tl.tensor,
+    place: tl.tensor,
+    back: tl.tensor,
+    width: tl.constexpr,
+    eps: tl.constexpr,
+    BD: tl.constexpr,
+) -> tl.tensor:
+    """The vector of the token so many places back, over its root mean square and rolled; zero before the first."""
+    d_D = tl.arange(0, BD)
+    rolled_D = (d_D + width - back % width) % width
+    seen_D = (d_D < width) & (place >= back)
+    x_D = tl.load(x_ptr + (token - back) * width + rolled_D, mask=seen_D, other=0.0).to(tl.float32)
+    return x_D / tl.sqrt(tl.sum(x_D * x_D, axis=0) / width + eps)

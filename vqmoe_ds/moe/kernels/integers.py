@@ -15,6 +15,8 @@ from torch import Tensor
 from vqmoe_ds.moe.kernels.triton_support import kernel, tl, triton, use_triton
 
 _BLOCK_ROWS, _BLOCK_KINDS, _COMPARED = 256, 32, 32
+_MOST_COUNTS = 1 << 24
+"""Counts of kinds by block that the kernels may write: 64 MiB, and as much for their running sum."""
 
 
 class ByKind(NamedTuple):
@@ -37,7 +39,9 @@ def sort_by_kind(ids_LM: Tensor, kinds: int) -> ByKind:
         kinds: number of kinds K.
     """
     if use_triton(ids_LM) and ids_LM.numel():
-        return _counting_sort(ids_LM.contiguous(), kinds)
+        if len(ids_LM) * kinds * triton.cdiv(ids_LM.shape[1], _BLOCK_ROWS) <= _MOST_COUNTS:
+            return _counting_sort(ids_LM.contiguous(), kinds)
+        ids_LM = ids_LM.clamp(0, kinds - 1)
     keys_LM = torch.where((ids_LM >= 0) & (ids_LM < kinds), ids_LM, kinds)
     if kinds < 2**15:  # int16 keys sort several times faster than int64
         keys_LM = keys_LM.to(torch.int16)

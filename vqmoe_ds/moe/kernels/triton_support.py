@@ -39,9 +39,10 @@ def kernel(function: Callable[..., None]) -> Any:
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether kernels take this tensor: on CUDA where Triton works, on CPU inside ``interpreted()``."""
+    """Whether kernels take this tensor: on the current GPU where Triton works, on CPU inside ``interpreted()``."""
     if tensor.is_cuda:
-        return why_no_triton() is None
+        # Triton launches on the current device, whatever the tensor's.
+        return why_no_triton() is None and tensor.device.index == torch.cuda.current_device()
     # Asked by name, for a meta tensor is not on CUDA either and has no memory for a kernel.
     return _interpreted and tensor.device.type == "cpu"
 
