@@ -47,8 +47,8 @@ def _nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def _layer(name: str, layer: int = 0) -> MoELayer:
-    moe = MoEConfig(router=name, num_experts=EXPERTS, expert_hidden=8, top_k=1)
+def _layer(name: str, layer: int = 0, top_k: int = 1) -> MoELayer:
+    moe = MoEConfig(router=name, num_experts=EXPERTS, expert_hidden=8, top_k=top_k)
     return MoELayer(LayerConfig(WIDTH, moe, layer=layer, vocab_size=VOCAB, steps=10))
 
 
@@ -570,6 +570,15 @@ def test_experts_that_are_not_there_are_refused(wrong: int) -> None:
         IndexError, match=r"24 rows were given to 4 experts, .* counted as \[23, 0, 0, 0\]: some are of no"
     ):
         _call(layer)
+
+
+@pytest.mark.parametrize("wrong", [-1, EXPERTS])
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_experts_known_ahead_that_are_not_there_are_refused_beside_others_too(wrong: int, top_k: int) -> None:
+    ids_TR = IDS_TR[:, :1].clone()
+    ids_TR[3] = wrong
+    with pytest.raises(IndexError, match=r"rows were given to (4 experts,|experts other than 0 to 3) .*some are of no"):
+        _layer("vq", top_k=top_k)(torch.randn(TOKENS, WIDTH), RoutingContext(ids_TR))
 
 
 @pytest.mark.parametrize("known", [IDS_TR[1:, :1], IDS_TR[:, :1].int(), [[0]] * TOKENS])

@@ -26,7 +26,9 @@ from vqmoe_ds.moe.kernels import combine as kernels
 from vqmoe_ds.moe.kernels.combine import PermuteRows
 from vqmoe_ds.moe.kernels.experts import check_counts
 from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
+from vqmoe_ds.moe.kernels.triton_support import use_triton
 from vqmoe_ds.moe.state import recomputing
+from vqmoe_ds.runtime.errors import reason_of
 
 
 class SortedRows(NamedTuple):
@@ -162,12 +164,30 @@ def merge_rows(first: SortedRows, second: SortedRows) -> SortedRows:
     """
     # A row moves behind the other path's rows of all experts before its own; second's also behind first's of its own.
     before_LN = torch.cat([second.ends_LN.new_zeros(len(second.ends_LN), 1), second.ends_LN[:, :-1]], dim=1)
-    first_LM = first.inverse_LM + before_LN.long().gather(1, first.experts_LM)
-    second_LM = second.inverse_LM + first.ends_LN.long().gather(1, second.experts_LM)
+    first_LM = first.inverse_LM + _of_each_row(before_LN, first)
+    second_LM = second.inverse_LM + _of_each_row(first.ends_LN, second)
     inverse_LM = _side_by_side(first, first_LM, second, second_LM)
     experts_LM = _side_by_side(first, first.experts_LM, second, second.experts_LM)
     ends_LN = first.ends_LN + second.ends_LN
     return SortedRows(first.routes + second.routes, experts_LM, inverse_LM, ends_LN, invert(inverse_LM))
+
+
+def _of_each_row(values_LN: Tensor, rows: SortedRows) -> Tensor:
+    """The value of each row's expert, int64 ``[L, M]``.
+
+    Raises:
+        IndexError: on a CPU, there is no such expert.
+    """
+    experts_LM, last = rows.experts_LM, values_LN.shape[1] - 1
+    if use_triton(experts_LM):  # as the kernels that sorted them took them: out of bounds, a GPU ends the process
+        experts_LM = experts_LM.clamp(0, last)
+    try:
+        return values_LN.long().gather(1, experts_LM)
+    except RuntimeError as error:
+        raise IndexError(
+            f"rows were given to experts other than 0 to {last} ({reason_of(error)}): some are of no expert; their "
+            "router is wrong, or its table by code or token is damaged or of another model"
+        ) from None
 
 
 def _side_by_side(first: SortedRows, a_LM: Tensor, second: SortedRows, b_LM: Tensor) -> Tensor:
