@@ -108,6 +108,23 @@ def test_a_command_of_one_process_names_its_device_to_deepspeed():
             assert os.environ["DS_ACCELERATOR"] == device.partition(":")[0]
 
 
+@pytest.mark.parametrize(
+    "reason",
+    ["CUDA error: out of memory", "CUDA error: all CUDA-capable devices are busy or unavailable"],
+)
+def test_a_gpu_that_cannot_be_used_is_one_sentence(reason, monkeypatch):
+    def fail(number):
+        raise RuntimeError(f"{reason}\nCUDA kernel errors might be asynchronously reported at some other API call")
+
+    with fake_gpus(2):
+        monkeypatch.setattr(torch.cuda, "set_device", fail)
+        for start in (bind_single, lambda: bind(Place(1, 2, 1, 2))):
+            with pytest.raises(
+                ConfigError, match=rf"cannot use GPU \d \({reason}\); look at nvidia-smi, or name others"
+            ):
+                start()
+
+
 def test_deepspeed_is_told_the_device_through_the_variables_that_it_reads(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")

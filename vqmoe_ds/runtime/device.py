@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vqmoe_ds.runtime.errors import ConfigError
+from vqmoe_ds.runtime.errors import ConfigError, reason_of
 from vqmoe_ds.runtime.importing import quickly
 
 if TYPE_CHECKING:
@@ -79,15 +79,21 @@ def bind(place: Place) -> torch.device:
     """Make the rank's GPU the current one, before anything else touches CUDA; ``cpu`` where the run uses none.
 
     Raises:
-        ConfigError: as ``choose``.
+        ConfigError: as ``choose``, or the GPU cannot be used: others fill it, it is another's alone, or it is too old.
     """
     import torch
 
     if not uses_gpu():
         return torch.device("cpu")
     number = choose(place, torch.cuda.device_count())
-    torch.cuda.set_device(number)
-    read_cublas_workspace_once(torch.device("cuda", number))
+    try:
+        torch.cuda.set_device(number)
+        read_cublas_workspace_once(torch.device("cuda", number))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"rank {place.rank} on {socket.gethostname()} cannot use GPU {number} ({reason_of(error)}); look at "
+            "nvidia-smi, or name others in CUDA_VISIBLE_DEVICES"
+        ) from None
     # DeepSpeed takes its device from LOCAL_RANK, and insists that Open MPI's variable says the same.
     os.environ["LOCAL_RANK"] = str(number)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
