@@ -68,6 +68,8 @@ class HarnessModel(TemplateLM):
         self._device = bind_single()
         if device and self._device.type == "cuda":
             self._device = torch.device(device)
+            if self._device.index is not None:
+                torch.cuda.set_device(self._device)  # the kernels' launches follow the current one
         self.loaded = load_model(checkpoint, tokenizer, device=self._device, precision=precision)
         self._tokenizer = self.loaded.need_tokenizer()
         self.loaded.config.require_causal("the harness")

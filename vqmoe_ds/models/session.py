@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,13 @@ class Session:
         """What tells the model of documents that are kept apart, by argument; nothing where a window is one text."""
         if batch.positions_BS is None:
             return {}
-        return {"positions_BS": torch.from_numpy(batch.positions_BS).to(self.device)}
+        return {"positions_BS": self.tensor(batch.positions_BS)}
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """Values as a tensor on the device, without waiting for the copy."""
+        # Pinned, since from pageable memory the copy would block the host however it is asked.
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """Average over all ranks, on the device; NaN on one rank is NaN on all."""

@@ -164,8 +164,8 @@ class Trainer:
         engine, sums = session.engine, torch.zeros(2, dtype=torch.float64, device=self.session.device)
         weights, sizes = self._weigh(batches)
         for micro, batch in enumerate(batches):
-            documents = session.documents_of(batch)
-            lm_loss, aux_loss = engine(self._tensor(batch.inputs_BS), self._tensor(batch.targets_BS), **documents)
+            inputs_BS, targets_BS = session.tensor(batch.inputs_BS), session.tensor(batch.targets_BS)
+            lm_loss, aux_loss = engine(inputs_BS, targets_BS, **session.documents_of(batch))
             if weights is not None:
                 lm_loss = lm_loss * weights[micro].to(lm_loss.dtype)
             if micro == rounds - 1:
@@ -179,7 +179,7 @@ class Trainer:
                 engine.step()
         # The wish to stop travels with the losses, so that all ranks leave after the same step.
         asked = any(callback.asks_to_stop for callback in self.callbacks)
-        tokens, asked_to_stop = self._tensor(np.array([sum(b.tokens for b in batches), asked], dtype=np.float64))
+        tokens, asked_to_stop = self.session.tensor(np.array([sum(b.tokens for b in batches), asked], dtype=np.float64))
         return {"loss": sums[0] / rounds, "aux": sums[1] / rounds, "tokens": tokens, "asked": asked_to_stop, **sizes}
 
     def _weigh(self, batches: list[Batch]) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -195,7 +195,7 @@ class Trainer:
         counts = np.array([(batch.targets_BS != MASKED).sum() for batch in batches])
         known = all(batch.bytes_B is not None for batch in batches)
         bytes_here = sum(int(batch.bytes_B.sum()) for batch in batches if batch.bytes_B is not None)
-        here = self._tensor(np.array([counts.sum(), bytes_here, *counts], dtype=np.float64))
+        here = self.session.tensor(np.array([counts.sum(), bytes_here, *counts], dtype=np.float64))
         # Before the forward passes: a micro-batch's weight needs the targets of all ranks. Ranks that share sequences
         # count the same ones, each as often as its losses count.
         targets, target_bytes = self.session.sum_over_ranks(here[:2])
@@ -233,12 +233,6 @@ class Trainer:
         source = session.model.source
         if source is not None and source.follows:
             source.follow(full_embedding(session))
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        """Values as a tensor on the device, without waiting for the copy."""
-        # Pinned, since from pageable memory the copy would block the host however it is asked.
-        tensor, device = torch.from_numpy(np.ascontiguousarray(values)), self.session.device
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     def _give_up_if_hopeless(self) -> None:
         limit = self.session.config.run.train.max_bad_steps
