@@ -23,7 +23,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("grid", metavar="GRID.yaml", help="entries, seeds, corpora, groups (docs/results.md)")
     add("--out", required=True, metavar="DIR", help="run folders and report")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting that the entries share")
-    add("--only", nargs="+", action="extend", metavar="NAME", help="run only these entries (the report shows all)")
+    add("--only", nargs="+", metavar="NAME", help="run only these entries (the report shows all)")
     add("--index", type=int, metavar="I", help="run only the run of this index of --list, without a report")
     add("--list", action="store_true", help="print the index, state and folder of every run, and stop")
     add("--report_only", action="store_true", help="write the report of what is finished, and stop")

@@ -69,13 +69,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--experts", type=int, metavar="N", help="experts per layer (not with codes or routes)")
     add("--layers", type=int, metavar="L", help="MoE layers, each with a table of its own (not with codes or routes)")
-    add(
-        "--data",
-        nargs="+",
-        action="extend",
-        metavar="SPEC",
-        help="corpus that tokens are counted in: text, or prepared prefixes",
-    )
+    add("--data", nargs="+", metavar="SPEC", help="corpus that tokens are counted in: text, or prepared prefixes")
     add("--tokenizer", metavar="TOKENIZER", help="of text (default: that of MODEL)")
     add("--vocab_size", type=int, metavar="V", help="without MODEL: token ids (default: the tokenizer's)")
     add("--seed", type=int, default=0, help="of the table (default 0)")

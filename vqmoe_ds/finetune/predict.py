@@ -36,7 +36,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="run folder of a fine-tuning (its best validation), or a checkpoint")
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts to classify")
+    texts.add_argument("--text", nargs="+", metavar="TEXT", help="texts to classify")
     texts.add_argument("--file", metavar="FILE", help="JSONL, a text in each row; -: standard input")
     add(
         "--text_key",
