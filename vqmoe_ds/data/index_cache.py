@@ -22,6 +22,7 @@ import numpy as np
 from vqmoe_ds.data.arrays import mapped_array
 from vqmoe_ds.runtime.errors import DataError
 from vqmoe_ds.runtime.files import own_mark, read_small, sha256_of, write_atomically
+from vqmoe_ds.runtime.lock import has_ended
 
 SIDECAR = "sealed.json"
 FORMAT = 1
@@ -52,28 +53,23 @@ def work_folder(final: Path) -> Path:
     """A new folder beside ``final`` to make it in; what is there already is removed, and what a kill left behind."""
     # Beside it, since a rename stays within one file system.
     work = final.with_name(f".{final.name}.{own_mark()}")
-    for stale in (final, work, *filter(_left_behind, final.parent.glob(f".{final.name}.*"))):
+    of_this_host = final.parent.glob(f".{final.name}.{socket.gethostname()}.*")
+    for stale in (final, work, *filter(_left_behind, of_this_host)):
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir(parents=True)  # ours: what others put there would be taken for an index
     return work
 
 
 def _left_behind(work: Path) -> bool:
-    """Whether no process makes a folder of ``work_folder`` any more."""
-    host, _, pid = work.name.rpartition(".")
-    if not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
+    """Whether a folder that ``work_folder`` made on this host is of a process that has ended."""
+    pid = work.suffix[1:]
+    if not pid.isdecimal() or not has_ended({"host": socket.gethostname(), "pid": pid}):
         return False
+    # Containers may share the name of their host and not its processes: theirs still write.
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError):
-        # Containers may share the name of their host and not its processes: theirs still write.
-        try:
-            return all(time.time() - path.stat().st_mtime > _SILENT for path in (work, *work.iterdir()))
-        except OSError:
-            return False
+        return all(time.time() - path.stat().st_mtime > _SILENT for path in (work, *work.iterdir()))
     except OSError:
-        pass  # it lives, and is another user's
-    return False
+        return False
 
 
 def seal(folder: Path) -> None:
