@@ -577,7 +577,7 @@ def test_experts_that_are_not_there_are_refused(wrong: int) -> None:
 def test_experts_known_ahead_that_are_not_there_are_refused_beside_others_too(wrong: int, top_k: int) -> None:
     ids_TR = IDS_TR[:, :1].clone()
     ids_TR[3] = wrong
-    with pytest.raises(IndexError, match=r"rows were given to (4 experts,|experts other than 0 to 3) .*some are of no"):
+    with pytest.raises(IndexError, match=r"rows were given to 4 experts, .*some are of no"):
         _layer("vq", top_k=top_k)(torch.randn(TOKENS, WIDTH), RoutingContext(ids_TR))
 
 

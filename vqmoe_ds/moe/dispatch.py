@@ -28,7 +28,6 @@ from vqmoe_ds.moe.kernels.experts import check_counts
 from vqmoe_ds.moe.kernels.integers import invert, sort_by_kind
 from vqmoe_ds.moe.kernels.triton_support import use_triton
 from vqmoe_ds.moe.state import recomputing
-from vqmoe_ds.runtime.errors import reason_of
 
 
 class SortedRows(NamedTuple):
@@ -178,16 +177,15 @@ def _of_each_row(values_LN: Tensor, rows: SortedRows) -> Tensor:
     Raises:
         IndexError: on a CPU, there is no such expert.
     """
-    experts_LM, last = rows.experts_LM, values_LN.shape[1] - 1
+    experts_LM, experts = rows.experts_LM, values_LN.shape[1]
     if use_triton(experts_LM):  # as the kernels that sorted them took them: out of bounds, a GPU ends the process
-        experts_LM = experts_LM.clamp(0, last)
+        experts_LM = experts_LM.clamp(0, experts - 1)
     try:
         return values_LN.long().gather(1, experts_LM)
-    except RuntimeError as error:
-        raise IndexError(
-            f"rows were given to experts other than 0 to {last} ({reason_of(error)}): some are of no expert; their "
-            "router is wrong, or its table by code or token is damaged or of another model"
-        ) from None
+    except RuntimeError:
+        for ends_N in rows.ends_LN:
+            check_counts(ends_N.diff(prepend=ends_N.new_zeros(1)).tolist(), experts, experts_LM.shape[1])
+        raise
 
 
 def _side_by_side(first: SortedRows, a_LM: Tensor, second: SortedRows, b_LM: Tensor) -> Tensor:
