@@ -23,8 +23,10 @@ def first_derivative_only(backward: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(backward)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_grad_enabled():
+            return backward(*args, **kwargs)
         # Compilers trace backward with gradients on, and refuse second derivatives themselves.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             raise ConfigError(
                 "the backward pass of an MoE layer, or of its model, has no derivative of its own: leave out "
                 "create_graph=True, which Hessians and gradient penalties set"
