@@ -207,6 +207,16 @@ def _with_empty_batches(rank: int, world: int, rule: str) -> dict[str, Any]:
     return {"identical": identical, "moved": moved, "state": state}
 
 
+def test_samples_have_one_type_whatever_the_codes() -> None:
+    """Ranks broadcast them to each other, and one of them may have had no tokens."""
+    bank = CodebookBank(_config("ema"), 2, EXPERTS, WIDTH, seed=5).double()
+    StateSync(bank, 2)
+    for batch in (_micro_batch(0, 0), _micro_batch(0, 0)[:0]):
+        _observe(bank, batch)
+    assert bank.codes_LKC.dtype == torch.float64
+    assert bank.samples(0, 3).dtype == bank.samples(1, 3).dtype == torch.float32
+
+
 @pytest.mark.parametrize("rule", ["ema", "cosine, balanced", "overused split"])
 def test_empty_batches_give_no_samples_and_stop_nobody(rule: str) -> None:
     alone = _with_empty_batches(0, 1, rule)

@@ -248,7 +248,8 @@ class CodebookBank(SteppedState):
         it had no tokens (``has_tokens``).
         """
         if not self.has_tokens(micro_batch):
-            return self.codes_LKC.new_zeros(self.num_layers, count, self.codes_LKC.shape[2])
+            shape = (self.num_layers, count, self.codes_LKC.shape[2])
+            return self.codes_LKC.new_zeros(shape, dtype=torch.float32)
         # Evenly spaced instead of drawn: there is no generator to keep in step over ranks and resumes.
         # Exactly `count`, some repeated where there are fewer: ranks gather and broadcast tensors of one shape.
         return torch.stack([_evenly(layer_samples[micro_batch], count) for layer_samples in self._samples])
